@@ -1,0 +1,1 @@
+"""QLoRA for every LightningModule in one argument."""

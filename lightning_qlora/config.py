@@ -69,7 +69,9 @@ class QLoRAConfig:
         if not (math.isfinite(_number("lora_alpha", self.lora_alpha)) and self.lora_alpha > 0):
             raise ValueError(f"lora_alpha={self.lora_alpha!r}: must be a finite number above 0.")
         if not 0 <= _number("lora_dropout", self.lora_dropout) < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r}: must be a probability from 0 up to, not including, 1.")
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r}: must be a probability from 0 up to, not including, 1."
+            )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(name, getattr(self, name), regex_allowed=name != "modules_to_save")
         if self.target_modules in ("", []):

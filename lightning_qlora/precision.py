@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -188,8 +187,8 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, so that `load_from_checkpoint` needs none, and the generators that dropout masks come from."""
-        return {"config": asdict(self.config), "random_state": random_state()}
+        """The random generators, which dropout masks come from."""
+        return {"random_state": random_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,144 @@
+"""The compile gate: every kernel with every tile of the tables, for every card, without a card.
+
+    python -m benchmarks.compile_kernels [--target sm_90 ...] [--short] [--tiles FILE] [--write PAGE]
+
+It fails (exit status 1) on a spill, local memory, more shared memory than the card has, a compiler warning such as
+"wgmma serialized", more instructions per weight than the budget, or a kernel that does not compile.
+`make compile-kernels` runs all of it and writes the table of docs/kernels.md; the tests run the short form.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.compiled import Report, compile_launch, recorded
+from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.dequantize import dequantize
+
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+SHORT = ("sm_80", "sm_90")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile.
+
+    Attributes:
+        name: What the table calls it.
+        launch: Calls the launch function once.
+        weights: Weights that one thread of a warp of 32 handles in what is counted: the kernel, or its longest loop.
+        budget: Most machine instructions per weight.
+        loop: Count the longest loop alone.
+        short: Part of the short form.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    weights: float
+    budget: float
+    loop: bool = False
+    short: bool = True
+
+
+def cases(target: str) -> Iterator[Case]:
+    """All launches for a target; tiles are those of the target."""
+    yield from _dequantize_cases(target)
+
+
+def _dequantize_cases(target: str) -> Iterator[Case]:
+    odd = reference.quantize(torch.randn(63, 33), "nf4", 64, True)
+    for tile in tiles.TABLE["dequantize"].get(target, tiles.TABLE["dequantize"]["default"]):
+        per_thread = tile["WEIGHTS"] / (32 * tile["num_warps"])
+        for block_size in (32, 64, 4096):
+            for double_quant in (True, False):
+                for dtype in NAMES:
+                    weight = reference.quantize(torch.randn(64, 256), "nf4", block_size, double_quant)
+                    name = f"dequantize {NAMES[dtype]}, block {block_size}{', double quantization' * double_quant}"
+                    # Without instructions for bf16 (Turing) each rounding to it takes several.
+                    budget = 11.5 if target == "sm_75" and dtype == torch.bfloat16 else 7.0
+                    yield Case(
+                        name, lambda weight=weight, dtype=dtype: dequantize(weight, dtype), per_thread, budget,
+                        short=block_size == 64 and double_quant,
+                    )  # fmt: skip
+        yield Case("dequantize bf16, odd size", lambda: dequantize(odd, torch.bfloat16), per_thread, 20)
+
+
+def check(case: Case, target: str) -> tuple[Report, float, list[str]]:
+    """The report of a case on a target, its instructions per weight, and what is wrong with it."""
+    with recorded(target) as launches:
+        case.launch()
+    report = compile_launch(launches[-1], target)
+    counted = report.loop_instructions if case.loop else report.instructions
+    # A wavefront of these AMD cards has 64 threads.
+    per_weight = counted / case.weights * (2 if target.startswith("gfx") else 1)
+    wrong = list(report.warnings)
+    if report.spill_bytes:
+        wrong.append(f"{report.spill_bytes} bytes of registers spilled")
+    if report.local_operations:
+        wrong.append(f"{report.local_operations} instructions on local memory")
+    if report.shared_kib > report.shared_limit_kib:
+        wrong.append(f"{report.shared_kib:.0f} KiB of shared memory, the card has {report.shared_limit_kib}")
+    if not target.startswith("gfx") and per_weight > case.budget:
+        wrong.append(f"{per_weight:.2f} instructions a weight, the budget is {case.budget}")
+    return report, per_weight, wrong
+
+
+def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list[str]]:
+    if table:
+        tiles.TABLE.update(json.loads(table.read_text()))
+    rows, failures = [], []
+    for case in cases(target):
+        if short and not case.short:
+            continue
+        try:
+            report, per_weight, wrong = check(case, target)
+        except Exception as error:  # the compiler raises what it likes; each is a failure of the gate
+            report, per_weight, wrong = Report(), 0.0, [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+        rows.append(
+            f"| {target} | {case.name} | {report.registers} | {report.spill_bytes} | {report.shared_kib:.1f} | "
+            f"{per_weight:.2f} | {case.budget:g} | {'; '.join(wrong) or 'ok'} |"
+        )
+        failures += [f"{target}, {case.name}: {what}" for what in wrong]
+    return rows, failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, and return how the gate stands: 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--short", action="store_true", help=f"the main cases; without --target, {' and '.join(SHORT)}")
+    parser.add_argument("--tiles", type=Path, help="take the tiles from this file, not from tiles.json")
+    parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
+    chosen = parser.parse_args(arguments)
+    targets = chosen.target or (SHORT if chosen.short else TARGETS)
+    head = ["| card | launch | registers | spilled bytes | shared KiB | instructions a weight | budget | gate |"]
+    head.append("|---|---|---:|---:|---:|---:|---:|---|")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # a fork would inherit torch's locks
+        results = list(pool.map(_rows, targets, repeat(chosen.short), repeat(chosen.tiles)))
+    table = "\n".join(head + [row for rows, _ in results for row in rows])
+    failures = [failure for _, failed in results for failure in failed]
+    print(table)
+    if chosen.write:
+        _write(chosen.write, table)
+    print(*failures, f"{len(failures)} failures", sep="\n", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _write(page: Path, table: str) -> None:
+    begin, end = "<!-- compiled: begin -->\n", "<!-- compiled: end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + table + "\n" + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
+from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from benchmarks.compiled import Report, compile_launch, recorded
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize
+from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.quantize import quantize
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 SHORT = ("sm_80", "sm_90")
@@ -51,26 +54,57 @@ class Case:
 
 
 def cases(target: str) -> Iterator[Case]:
-    """All launches for a target; tiles are those of the target."""
-    yield from _dequantize_cases(target)
+    """All launches for a target, with the target's tiles."""
+    for make in (_dequantize_cases, _quantize_cases, _dropout_cases):
+        yield from make(target)
+
+
+def _tiles(kernel: str, target: str) -> list[tuple[dict[str, int], int]]:
+    """Each tile of a kernel, and the threads it runs with (a warp counted as 32)."""
+    rows = tiles.TABLE[kernel].get(target, tiles.TABLE[kernel]["default"])
+    return [(tile, 32 * tile["num_warps"]) for tile in rows]
 
 
 def _dequantize_cases(target: str) -> Iterator[Case]:
-    odd = reference.quantize(torch.randn(63, 33), "nf4", 64, True)
-    for tile in tiles.TABLE["dequantize"].get(target, tiles.TABLE["dequantize"]["default"]):
-        per_thread = tile["WEIGHTS"] / (32 * tile["num_warps"])
-        for block_size in (32, 64, 4096):
-            for double_quant in (True, False):
-                for dtype in NAMES:
-                    weight = reference.quantize(torch.randn(64, 256), "nf4", block_size, double_quant)
-                    name = f"dequantize {NAMES[dtype]}, block {block_size}{', double quantization' * double_quant}"
-                    # Without instructions for bf16 (Turing) each rounding to it takes several.
-                    budget = 11.5 if target == "sm_75" and dtype == torch.bfloat16 else 7.0
-                    yield Case(
-                        name, lambda weight=weight, dtype=dtype: dequantize(weight, dtype), per_thread, budget,
-                        short=block_size == 64 and double_quant,
-                    )  # fmt: skip
-        yield Case("dequantize bf16, odd size", lambda: dequantize(odd, torch.bfloat16), per_thread, 20)
+    for tile, threads in _tiles("dequantize", target):
+        for block_size, double_quant, dtype in product((32, 64, 4096), (True, False), NAMES):
+            weight = reference.quantize(torch.randn(64, 256), "nf4", block_size, double_quant)
+            # Without instructions for bf16 (Turing) each rounding to it takes several.
+            budget = 11.5 if target == "sm_75" and dtype == torch.bfloat16 else 7
+            yield Case(
+                f"dequantize {NAMES[dtype]}, block {block_size}{', double quantization' * double_quant}",
+                partial(dequantize, weight, dtype), tile["WEIGHTS"] / threads, budget,
+                short=block_size == 64 and double_quant,
+            )  # fmt: skip
+        odd = reference.quantize(torch.randn(63, 33), "nf4", 64, True)
+        yield Case("dequantize bf16, odd size", partial(dequantize, odd, torch.bfloat16), tile["WEIGHTS"] / threads, 20)
+
+
+def _quantize_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("quantize", target):
+        for quant_type, block_size, dtype in product(("nf4", "fp4"), (32, 64, 4096), NAMES):
+            yield Case(
+                f"quantize {NAMES[dtype]} to {quant_type}, block {block_size}",
+                partial(quantize, torch.randn(64, 256).to(dtype), quant_type, block_size, False),
+                max(tile["WEIGHTS"], block_size) / threads, 85,
+                short=(quant_type, block_size, dtype) == ("nf4", 64, torch.bfloat16),
+            )  # fmt: skip
+        odd = partial(quantize, torch.randn(63, 33), "nf4", 64, False)
+        yield Case("quantize fp32 to nf4, odd size", odd, tile["WEIGHTS"] / threads, 110, short=False)
+    for tile, threads in _tiles("nest", target):
+        scales = 256 * tile["BLOCKS"] / threads
+        yield Case("quantize the scales", partial(quantize, torch.randn(64, 256), "nf4", 64, True), scales, 40)
+
+
+def _dropout_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("dropout", target):
+        for dtype, seed in product(NAMES, (7, 2**40)):
+            x = torch.randn(64, 64).to(dtype)
+            yield Case(
+                f"dropout {NAMES[dtype]}, {'64' if seed > 2**31 else '32'}-bit seed",
+                partial(dropout, x, 0.1, torch.tensor([seed]), x), 4 * tile["COUNTERS"] / threads, 40,
+                short=dtype == torch.bfloat16 and seed > 2**31,
+            )  # fmt: skip
 
 
 def check(case: Case, target: str) -> tuple[Report, float, list[str]]:

@@ -25,6 +25,7 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
@@ -42,6 +43,7 @@ class Case:
         weights: Weights that one thread of a warp of 32 handles in what is counted: the kernel, or its longest loop.
         budget: Most machine instructions per weight.
         loop: Count the longest loop alone.
+        which: Which of the launches that it makes.
         short: Part of the short form.
     """
 
@@ -50,12 +52,13 @@ class Case:
     weights: float
     budget: float
     loop: bool = False
+    which: int = -1
     short: bool = True
 
 
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
-    for make in (_dequantize_cases, _quantize_cases, _dropout_cases):
+    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _matmul_cases):
         yield from make(target)
 
 
@@ -77,20 +80,27 @@ def _dequantize_cases(target: str) -> Iterator[Case]:
                 short=block_size == 64 and double_quant,
             )  # fmt: skip
         odd = reference.quantize(torch.randn(63, 33), "nf4", 64, True)
-        yield Case("dequantize bf16, odd size", partial(dequantize, odd, torch.bfloat16), tile["WEIGHTS"] / threads, 20)
+        yield Case(
+            "dequantize bf16, odd size", partial(dequantize, odd, torch.bfloat16), tile["WEIGHTS"] / 4 / threads, 32
+        )
 
 
 def _quantize_cases(target: str) -> Iterator[Case]:
+    smallest = 1
     for tile, threads in _tiles("quantize", target):
-        for quant_type, block_size, dtype in product(("nf4", "fp4"), (32, 64, 4096), NAMES):
+        sizes = [size for size in (32, 64, 2048, 4096) if smallest <= size <= tile["up_to"]]
+        smallest = tile["up_to"] + 1
+        for quant_type, block_size, dtype in product(("nf4", "fp4"), sizes, NAMES):
             yield Case(
                 f"quantize {NAMES[dtype]} to {quant_type}, block {block_size}",
                 partial(quantize, torch.randn(64, 256).to(dtype), quant_type, block_size, False),
-                max(tile["WEIGHTS"], block_size) / threads, 85,
+                tile["WEIGHTS"] / threads, 80 if quant_type == "nf4" else 100,
                 short=(quant_type, block_size, dtype) == ("nf4", 64, torch.bfloat16),
             )  # fmt: skip
-        odd = partial(quantize, torch.randn(63, 33), "nf4", 64, False)
-        yield Case("quantize fp32 to nf4, odd size", odd, tile["WEIGHTS"] / threads, 110, short=False)
+        odd = partial(quantize, torch.randn(63, 33), "nf4", sizes[-1], False)
+        yield Case(
+            f"quantize fp32 to nf4, block {sizes[-1]}, odd size", odd, tile["WEIGHTS"] / threads, 110, short=False
+        )
     for tile, threads in _tiles("nest", target):
         scales = 256 * tile["BLOCKS"] / threads
         yield Case("quantize the scales", partial(quantize, torch.randn(64, 256), "nf4", 64, True), scales, 40)
@@ -107,11 +117,24 @@ def _dropout_cases(target: str) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _matmul_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("matmul", target):
+        for dtype, block_size, double_quant in product((torch.bfloat16, torch.float16), (64, 32, 4096), (True, False)):
+            weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
+            x, y = torch.randn(tile["up_to"], 512).to(dtype), torch.zeros(tile["up_to"], 128).to(dtype)
+            yield Case(
+                f"matmul {NAMES[dtype]}, {tile['up_to']} rows, block {block_size}"
+                f"{', double quantization' * double_quant}",
+                partial(add_matmul_, y, x, weight), min(block_size, 64) * tile["N"] / threads, 12, loop=True, which=0,
+                short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
+            )  # fmt: skip
+
+
 def check(case: Case, target: str) -> tuple[Report, float, list[str]]:
     """The report of a case on a target, its instructions per weight, and what is wrong with it."""
     with recorded(target) as launches:
         case.launch()
-    report = compile_launch(launches[-1], target)
+    report = compile_launch(launches[case.which], target)
     counted = report.loop_instructions if case.loop else report.instructions
     # A wavefront of these AMD cards has 64 threads.
     per_weight = counted / case.weights * (2 if target.startswith("gfx") else 1)

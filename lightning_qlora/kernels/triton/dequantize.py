@@ -76,6 +76,8 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
         absmax = absmax.view(torch.float32)
     tile = launch_options("dequantize", weight.packed.device)
     runs = tile.pop("WEIGHTS") // run
+    if packed.dtype == torch.uint8:
+        runs //= 4  # byte by byte takes more registers a weight
     _dequantize_kernel[(triton.cdiv(n, runs * run),)](
         packed, absmax, nested, max(nested.numel() - 1, 0), dynamic_map(device=device),
         codebook(weight.quant_type, device).levels, out, n,

@@ -1,60 +1,83 @@
-"""The 4-bit layer with its adapter: y = x W^T + bias + s (drop(x) A^T) B^T, and its gradients.
+"""x W^T with W decoded inside the product, for few rows of x: W is read as 4 bits and never written.
 
-The adapter's product comes first and the big one adds itself to it (beta = 1), which spares a pass over y. W is decoded
-into one buffer per stream that is used again and again, so that cuBLAS or hipBLASLt multiplies at its full rate.
+    y^T[n, m] = sum over runs of k:  scale[n, run] * (sum over k in the run:  level[code[n, k]] * x[m, k])
+
+The scale is constant over a run, so it multiplies the run's sum, and levels (rounded to x's 16-bit type) are what the
+tensor cores multiply. W stands on the left, where Hopper takes it from registers. Each of `splits` shares of the runs
+adds up in fp32 in a place of its own, and a second kernel adds the shares in order: the same bits every time.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
-from lightning_qlora.kernels.triton.dequantize import dequantize_into
-from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.dequantize import load_scales
+from lightning_qlora.kernels.triton.tiles import launch_options, stream
+from lightning_qlora.quantize.codebooks import codebook, dynamic_map
 from lightning_qlora.quantize.packed import PackedBytes
 
 
-def linear(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `reference.linear`."""
-    xa = _dropped(x, p, seed) @ lora_a.to(x.dtype).T
-    y = x.new_empty(len(x), len(lora_b)) if bias is None else bias.to(x.dtype)
-    y = torch.addmm(y, xa, lora_b.to(x.dtype).T, beta=0 if bias is None else 1, alpha=scaling)
-    return y.addmm_(x, _decoded(weight, x.dtype).T), xa
+@triton.jit
+def _matmul_kernel(
+    x, packed, absmax, nested, n_nested, levels8, levels, sums, m, n, k, splits,
+    BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """A program computes N x M sums over its share of the runs of RUN weights."""
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)  # of W
+    column = tl.program_id(1) * M + tl.arange(0, M)  # of x^T
+    share = tl.program_id(2)
+    bytes_of_row = packed + row[:, None] * tl.multiple_of(k // 2, RUN // 2) + tl.arange(0, RUN // 2)[None, :]
+    inputs_of_row = x + column.to(tl.int64)[:, None] * k + tl.arange(0, RUN)[None, :]
+    table = tl.load(levels + tl.arange(0, 16))
+    total = tl.zeros((N, M), tl.float32)
+    runs = tl.cdiv(k // RUN, splits)
+    for run in tl.range(share * runs, tl.minimum((share + 1) * runs, k // RUN)):
+        codes = tl.load(bytes_of_row + run * (RUN // 2), mask=row[:, None] < n, other=0).to(tl.int32)
+        codes = tl.reshape(tl.join(codes >> 4, codes & 15), (N * RUN,))
+        level = tl.reshape(tl.gather(table, codes, 0), (N, RUN)).to(x.dtype.element_ty)
+        inputs = tl.load(inputs_of_row + run * RUN, mask=column[:, None] < m, other=0.0)
+        block = (row * k + run * RUN) // BLOCK_SIZE
+        scales = load_scales(absmax, nested, n_nested, levels8, block, row < n)
+        total += tl.dot(level, inputs.T) * scales[:, None]
+    place = (share * m + column).to(tl.int64)[None, :] * n + row[:, None]
+    tl.store(sums + place, total, mask=(row < n)[:, None] & (column < m)[None, :])
 
 
-def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    p: float, seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """See `reference.linear_backward`."""
-    grad_xa = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
-    grad_b = (grad.T @ xa).mul_(scaling).to(lora_b.dtype)
-    grad_a = (grad_xa.T @ _dropped(x, p, seed)).to(lora_a.dtype)
-    if not needs_x:
-        return None, grad_a, grad_b
-    grad_x = grad_xa @ lora_a.to(grad.dtype)
-    if seed is not None:
-        dropout(grad_x, p, seed, out=grad_x)
-    return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
+@triton.jit
+def _add_kernel(sums, y, size, splits, SIZE: tl.constexpr):
+    """y += the shares of each sum, in order."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    total = tl.load(sums + i, mask=i < size, other=0.0)
+    for share in range(1, splits):
+        total += tl.load(sums + share * size + i, mask=i < size, other=0.0)
+    before = tl.load(y + i, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(y + i, (before + total).to(y.dtype.element_ty), mask=i < size)
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """drop(x) in the buffer of the stream, or x itself without a seed."""
-    if seed is None:
-        return x
-    x = x.contiguous()
-    return dropout(x, p, seed, out=scratch(x.numel(), x.dtype, x.device, f"dropped, {_stream(x)}").view(x.shape))
+def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
+    """Whether `add_matmul_` is right, and by the table of tiles fast, for x [m, k]."""
+    whole_runs = weight.shape[1] % min(weight.block_size, 64) == 0
+    return x.dtype != torch.float32 and whole_runs and bool(launch_options("matmul", x.device, len(x)))
 
 
-def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """W in the buffer of the stream, valid until the stream decodes the next."""
-    device = weight.packed.device
-    buffer = scratch(weight.numel, dtype, device, f"weight, {_stream(weight.packed)}")
-    return dequantize_into(buffer, weight).view(weight.shape)
-
-
-def _stream(tensor: Tensor) -> int:
-    """The stream that kernels on the tensor's device are queued on: two of them must not share a buffer."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
+    """y += x W^T, y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
+    (n, k), m, x, device = weight.shape, len(x), x.contiguous(), str(x.device)
+    absmax, nested = weight.absmax.reshape(-1), weight.nested.reshape(-1).view(torch.float32)
+    if not nested.numel():
+        absmax = absmax.view(torch.float32)
+    tile = launch_options("matmul", x.device, m)
+    run, programs = min(weight.block_size, 64), tile.pop("PROGRAMS")
+    grid = (triton.cdiv(n, tile["N"]), triton.cdiv(m, tile["M"]))
+    # Enough programs to fill the card, but four runs for each, lest adding up the shares cost more than it saves.
+    splits = max(1, min(programs // (grid[0] * grid[1]), k // (4 * run)))
+    sums = scratch(splits * m * n, torch.float32, x.device, f"sums, {stream(x.device)}")
+    _matmul_kernel[(*grid, splits)](
+        x, weight.packed.reshape(-1), absmax, nested, max(nested.numel() - 1, 0), dynamic_map(device=device),
+        codebook(weight.quant_type, device).levels, sums, m, n, k, splits,
+        BLOCK_SIZE=weight.block_size, RUN=run, enable_fp_fusion=True, **tile,
+    )  # fmt: skip
+    _add_kernel[(triton.cdiv(m * n, 1024),)](sums, y, m * n, splits, SIZE=1024, num_warps=4, enable_fp_fusion=False)
+    return y

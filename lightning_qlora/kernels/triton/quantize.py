@@ -44,7 +44,8 @@ def _quantize_kernel(
     if SORTED:
         code = rank
     else:
-        code = tl.load(order + rank).to(tl.int32)
+        table = tl.load(order + tl.arange(0, 16)).to(tl.int32)
+        code = tl.reshape(tl.gather(table, tl.reshape(rank, (BLOCKS * BLOCK,)), 0), (BLOCKS, BLOCK))
     first, second = tl.split(tl.reshape(code, (BLOCKS, BLOCK // 2, 2)))
     byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     tl.store(packed + byte, (first << 4 | second).to(tl.uint8), mask=byte * 2 < n)
@@ -86,12 +87,12 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
     n, book = flat.numel(), codebook(quant_type, str(device))
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
-    tile = launch_options("quantize", device)
-    blocks = max(tile.pop("WEIGHTS") // block_size, 1)
+    tile = launch_options("quantize", device, block_size)
+    blocks = tile.pop("WEIGHTS") // block_size
     _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
         flat, packed, absmax, book.bounds, book.order, n,
-        BLOCK=block_size, BLOCKS=blocks, SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type), WHOLE=n % block_size == 0,
-        enable_fp_fusion=False, **tile,
+        BLOCK=block_size, BLOCKS=blocks, SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type),
+        WHOLE=n % block_size == 0, enable_fp_fusion=False, **tile,
     )  # fmt: skip
     scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
     shape = (weight.shape[0], weight.shape[1])

@@ -1,8 +1,9 @@
-"""Which tile a kernel runs with: read from `tiles.json`, by kernel, device and number of rows.
+"""Which tile a kernel runs with: read from `tiles.json`, by kernel, device and size.
 
-The file is data, written by `python -m benchmarks.tiles` on each kind of card: nothing is timed while a model trains.
-Its rows read {kernel: {target: [{"rows": largest number of rows, constants of the kernel, "num_warps", ...}]}};
-a target without rows of its own uses those of "default", and a number of rows beyond the last has no tile.
+The file is data; `python -m benchmarks.tiles` measures the rows of `matmul` on a card, so nothing is timed while a model
+trains. It reads {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, the size being the
+number of rows of `matmul` and the block size of `quantize`. The first entry that reaches to the size counts, a size
+beyond the last has no tile, and a target without entries of its own takes those of "default".
 """
 
 import json
@@ -26,10 +27,15 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def launch_options(kernel: str, device: torch.device, rows: int = 0) -> dict[str, Any]:
-    """A fresh dict of the kernel's constants and launch options; empty if so many rows have no tile."""
+def launch_options(kernel: str, device: torch.device, size: int = 0) -> dict[str, Any]:
+    """A fresh dict of the kernel's constants and launch options; empty if so large a size has no tile."""
     targets = TABLE[kernel]
     for tile in targets.get(target(device), targets["default"]):
-        if rows <= tile.get("rows", rows):
-            return {name: value for name, value in tile.items() if name != "rows"}
+        if size <= tile.get("up_to", size):
+            return {name: value for name, value in tile.items() if name != "up_to"}
     return {}
+
+
+def stream(device: torch.device) -> int:
+    """The stream that kernels of the device are queued on: two streams must not share a scratch buffer."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

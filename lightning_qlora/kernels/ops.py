@@ -1,0 +1,235 @@
+"""The op table: every op's schema, its checks, its fake, its gradient, and which backend computes it.
+
+    quantize          float weight -> 4-bit bytes
+    dequantize        4-bit bytes -> float weight
+    lora_linear       y = x W^T + bias + s (drop(x) A^T) B^T, W in 4 bits; saves x and drop(x) A^T for the backward pass
+    lora_linear_backward
+
+They are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can test them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import BLOCK_SIZES, QuantType, check_bool, check_choice
+from lightning_qlora.kernels import cpu
+from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
+from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend(Protocol):
+    """What a backend module offers; the functions of `reference` say what each computes."""
+
+    @property
+    def quantize(self) -> Callable[[Tensor, QuantType, int, bool], PackedBytes]:
+        """See `reference.quantize`."""
+
+    @property
+    def dequantize(self) -> Callable[[PackedBytes, torch.dtype], Tensor]:
+        """See `reference.dequantize`."""
+
+    @property
+    def linear(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """See `reference.linear`."""
+
+    @property
+    def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
+        """See `reference.linear_backward`."""
+
+
+def backend(device: torch.device) -> Backend:
+    """The backend module that computes on a device."""
+    return cpu
+
+
+def quantize(
+    weight: Tensor, quant_type: QuantType = "nf4", block_size: int = 64, double_quant: bool = True
+) -> PackedWeight:
+    """Quantize a float weight to 4 bits, with bitsandbytes' bytes.
+
+    Each block of `block_size` weights is divided by its largest magnitude and every weight takes the code of the
+    nearest of 16 levels; with `double_quant` the block scales are quantized to 8 bits as well (QLoRA paper, section 3).
+
+    Args:
+        weight: Weight of any shape with at least one element; fp32, bf16 or fp16, on any device.
+        quant_type: "nf4", "fp4" or "int4".
+        block_size: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        double_quant: Quantize the scales again.
+
+    Returns:
+        The packed weight; `dequantize()` decodes it.
+
+    Raises:
+        TypeError: If the weight is not a tensor of one of the three float types.
+        ValueError: If an argument is not among the allowed values, or the weight holds NaN or Inf.
+    """
+    check_choice("quant_type", quant_type, ("nf4", "fp4", "int4"))
+    check_choice("block_size", block_size, BLOCK_SIZES)
+    check_bool("double_quant", double_quant)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        raise TypeError(
+            f"weight: a tensor of type float32, bfloat16 or float16 can be quantized, not "
+            f"{weight.dtype if isinstance(weight, Tensor) else type(weight).__name__}."
+        )
+    if weight.is_meta:
+        raise ValueError("weight: is on the meta device, so there is no data to quantize; load the weights first.")
+    if not weight.numel():
+        raise ValueError(f"weight: has shape {list(weight.shape)} and no element to quantize.")
+    low, high = torch.aminmax(weight.detach())
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
+    rows = weight.detach().reshape(-1, weight.shape[-1] if weight.ndim else 1)
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(rows, quant_type, block_size, double_quant)
+    if double_quant and not torch.isfinite(nested.view(torch.float32)[-1]):
+        raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
+    as_rows = PackedBytes(packed, absmax, nested, (rows.shape[0], rows.shape[1]), quant_type, block_size)
+    value = PackedWeight.from_bytes(as_rows, weight.dtype)
+    return PackedWeight(
+        value.packed, value.absmax, value.nested_absmax, value.offset, tuple(weight.shape), quant_type, block_size,
+        weight.dtype,
+    )  # fmt: skip
+
+
+def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
+    """The float weight [out, in] behind 4-bit bytes."""
+    result: Tensor = torch.ops.lightning_qlora.dequantize(
+        weight.packed, weight.absmax, weight.nested, list(weight.shape), weight.quant_type, weight.block_size, dtype
+    )
+    return result
+
+
+def lora_linear(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Frozen 4-bit base and adapter in one op: y = x W^T + bias + s (drop(x) A^T) B^T.
+
+    Args:
+        x: Input [..., in], fp32, bf16 or fp16; the weight is decoded to this type.
+        weight: The 4-bit weight, [out, in].
+        bias: [out], or None.
+        lora_a: [r, in], any float type.
+        lora_b: [out, r], any float type.
+        scaling: The factor s.
+        p: Probability of dropping an input of the adapter.
+        seed: int64 [1] on the CPU: what the dropout mask is made from, and made again in backward; None: no dropout.
+    """
+    y, _ = torch.ops.lightning_qlora.lora_linear(
+        x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0], weight.quant_type,
+        weight.block_size, scaling, p,
+    )  # fmt: skip
+    return cast(Tensor, y)
+
+
+@torch.library.custom_op("lightning_qlora::quantize", mutates_args=())
+def _quantize(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    made = backend(weight.device).quantize(weight, cast(QuantType, quant_type), block_size, double_quant)
+    return made.packed, made.absmax, made.nested
+
+
+@_quantize.register_fake
+def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = -(-weight.numel() // block_size)
+    nested = 4 * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else 0
+    sizes = (weight.numel() + 1) // 2, blocks if double_quant else 4 * blocks, nested
+    packed, absmax, nested_bytes = (weight.new_empty(size, dtype=torch.uint8) for size in sizes)
+    return packed, absmax, nested_bytes
+
+
+@torch.library.custom_op("lightning_qlora::dequantize", mutates_args=())
+def _dequantize(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    weight = PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
+    return backend(packed.device).dequantize(weight, dtype)
+
+
+@_dequantize.register_fake
+def _(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_linear(x, lora_a, lora_b, out_features, bias)
+    weight = PackedBytes(packed, absmax, nested, (out_features, x.shape[-1]), cast(QuantType, quant_type), block_size)
+    rows = x.reshape(-1, x.shape[-1])
+    y, xa = backend(x.device).linear(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
+    return y.view(*x.shape[:-1], out_features), xa
+
+
+@_lora_linear.register_fake
+def _(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1]).shape[0]
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows, lora_a.shape[0])
+
+
+@torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
+    lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = (grad.shape[-1], x.shape[-1])
+    weight = PackedBytes(packed, absmax, nested, shape, cast(QuantType, quant_type), block_size)
+    rows, grad_rows = x.reshape(-1, shape[1]), grad.reshape(-1, shape[0])
+    grad_x, grad_a, grad_b = backend(x.device).linear_backward(
+        grad_rows, rows, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
+    )
+    return x.new_empty(0) if grad_x is None else grad_x.view(x.shape), grad_a, grad_b
+
+
+@_lora_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
+    lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, packed, absmax, nested, bias, lora_a, lora_b, seed, _, quant_type, block_size, scaling, p = inputs
+    ctx.mark_non_differentiable(output[1])
+    # All but x and xa are parameters, held anyway: neither the decoded weight nor a dropout mask is kept.
+    ctx.save_for_backward(x, output[1], packed, absmax, nested, lora_a, lora_b, seed)
+    ctx.choices = quant_type, block_size, scaling, p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
+        grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x
+    )
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
+    return grad_x if needs_x else None, None, None, None, grad_bias, grad_a, grad_b, *[None] * 6
+
+
+_lora_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, out_features: int, bias: Tensor | None) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
+    shapes = [tuple(lora_a.shape), tuple(lora_b.shape), (out_features,) if bias is None else tuple(bias.shape)]
+    r = lora_a.shape[0]
+    if shapes != [(r, x.shape[-1]), (out_features, r), (out_features,)]:
+        raise ValueError(
+            f"lora_linear: x {list(x.shape)} and a weight with {out_features} rows need A [r, {x.shape[-1]}], "
+            f"B [{out_features}, r] and bias [{out_features}]; got {[list(shape) for shape in shapes]}."
+        )

@@ -1,0 +1,70 @@
+"""Each op in a few lines of torch: the specification, and the oracle every fast path is tested against."""
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import QuantType
+from lightning_qlora.quantize import blockwise
+from lightning_qlora.quantize.codebooks import codebook
+from lightning_qlora.quantize.packed import PackedBytes
+
+
+def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
+    """Float weight [out, in] -> 4-bit bytes."""
+    packed, absmax = blockwise.quantize_4bit(weight, codebook(quant_type, str(weight.device)), block_size)
+    return PackedBytes(packed, *store_scales(absmax, double_quant), _shape(weight), quant_type, block_size)
+
+
+def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor]:
+    """Scales fp32 [b] -> the bytes of `PackedBytes.absmax` and `PackedBytes.nested`."""
+    if not double_quant:
+        return absmax.view(torch.uint8), absmax.new_empty(0, dtype=torch.uint8)
+    codes, nested_absmax, offset = blockwise.double_quantize(absmax)
+    return codes, torch.cat([nested_absmax, nested_absmax.new_tensor([offset])]).view(torch.uint8)
+
+
+def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
+    """W = level[code] * scale, rounded to fp32 and then to `dtype`; [out, in]."""
+    book = codebook(weight.quant_type, str(weight.packed.device))
+    packed, scales = weight.packed.reshape(-1), weight.scales()
+    return blockwise.dequantize_4bit(packed, scales, weight.numel, book, weight.block_size, dtype).view(weight.shape)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x with each element kept with probability 1 - p, as the seed says, and divided by 1 - p."""
+    if seed is None:
+        return x
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return x * keep / (1 - p)
+
+
+def linear(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y = X W^T + bias + s (drop(X) A^T) B^T, and drop(X) A^T; X [m, in] -> [m, out], [m, r]."""
+    xa = dropout(x, p, seed) @ lora_a.to(x.dtype).T
+    y = x @ dequantize(weight, x.dtype).T + scaling * (xa @ lora_b.to(x.dtype).T)
+    return y if bias is None else y + bias.to(x.dtype), xa
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    p: float, seed: Tensor | None, needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of X [m, in], A [r, in] and B [out, r] from that of Y [m, out].
+
+    dB = s dY^T drop(X) A^T;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
+    """
+    grad_xa = scaling * (grad @ lora_b.to(grad.dtype))
+    grad_b = (scaling * (grad.T @ xa)).to(lora_b.dtype)
+    grad_a = (grad_xa.T @ dropout(x, p, seed)).to(lora_a.dtype)
+    if not needs_x:
+        return None, grad_a, grad_b
+    grad_x = grad @ dequantize(weight, grad.dtype) + dropout(grad_xa @ lora_a.to(grad.dtype), p, seed)
+    return grad_x, grad_a, grad_b
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]

@@ -1,0 +1,122 @@
+"""Block-wise quantization and back: a scale per block, the nearest level, two codes a byte, and scales quantized again.
+
+Blocks run over the weight read row by row as one flat line, so a block may cross rows and only the last may be short.
+Every step rounds as bitsandbytes 0.50 does on the CPU (backends/default/ops.py, csrc/cpu_ops.cpp), bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.quantize.codebooks import Codebook, dynamic_map
+
+NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale (paper, section 3)
+SMALLEST_SCALE = 1e-38  # a block of zeros divides by this
+
+
+def block_absmax(flat: Tensor, block_size: int) -> Tensor:
+    """The largest magnitude of each block: fp32 [n] -> fp32 [ceil(n / block_size)]."""
+    full = flat.numel() - flat.numel() % block_size
+    absmax = flat[:full].view(-1, block_size).abs().amax(1)
+    if full < flat.numel():
+        absmax = torch.cat([absmax, flat[full:].abs().amax().clamp(min=SMALLEST_SCALE)[None]])
+    return absmax
+
+
+def normalize(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """Each value divided by its block's scale, in [-1, 1]: fp32 [n] -> fp32 [n]."""
+    full = flat.numel() - flat.numel() % block_size
+    whole_blocks = flat[:full].view(-1, block_size)
+    # bitsandbytes multiplies whole blocks by the reciprocal and divides the short last one: two roundings, kept.
+    inverse = 1.0 / absmax[: len(whole_blocks)].clamp(min=SMALLEST_SCALE)
+    scaled = (whole_blocks * inverse[:, None]).clamp(-1, 1).view(-1)
+    return torch.cat([scaled, (flat[full:] / absmax[-1:]).clamp(-1, 1)]) if full < flat.numel() else scaled
+
+
+def nearest_codes(values: Tensor, codebook: Codebook) -> Tensor:
+    """The code of the nearest level, the lower one on a tie: fp32 [n] -> uint8 [n]."""
+    rank = torch.bucketize(values, codebook.bounds, out_int32=True)
+    return codebook.order[rank]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, the first in the high half: uint8 [n] -> uint8 [n / 2], n even (the caller pads a zero)."""
+    return (codes[::2] << 4) | codes[1::2]
+
+
+def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
+    """Float weight of n values -> packed codes uint8 [ceil(n / 2)] and scales fp32 [ceil(n / block_size)]."""
+    flat = weight.detach().reshape(-1).float()
+    absmax = block_absmax(flat, block_size)
+    values = normalize(flat, absmax, block_size)
+    if values.numel() % 2:
+        values = torch.cat([values, values.new_zeros(1)])
+    return pack(nearest_codes(values, codebook)), absmax
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, numel: int, codebook: Codebook, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """w = level[code] * scale, the product rounded to fp32 and then to `dtype`; flat [numel]."""
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:numel]
+    scales = absmax.repeat_interleave(block_size)[:numel]
+    return (codebook.levels[codes.int()] * scales).to(dtype)
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Scales fp32 [b] -> 8-bit codes uint8 [b], second-level scales fp32 [ceil(b / 256)], and the mean taken off first.
+
+    The code is that of the level nearest to the value's place on a grid of 65,536 (bitsandbytes csrc/cpu_ops.cpp):
+    where a level's border falls inside a grid step, the neighbour of the nearest level can come out.
+    """
+    offset = mean_in_fixed_order(absmax)
+    centred = absmax - offset
+    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    nested_absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
+    grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).int().clamp(0, 65535)
+    levels = dynamic_map(device=absmax.device)
+    codes = torch.bucketize(-1.0 + 2.0 * grid / 65535.0, (levels[:-1] + levels[1:]) * 0.5, out_int32=True)
+    codes[nested_absmax == 0] = 0
+    return codes.view(-1)[: absmax.numel()].to(torch.uint8), nested_absmax, offset.item()
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: float) -> Tensor:
+    """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b]."""
+    levels = dynamic_map(device=codes.device)[codes.int()]
+    return levels * nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()] + offset
+
+
+def mean_in_fixed_order(values: Tensor) -> Tensor:
+    """The mean of fp32 [n], added up in one order on every device and with any number of threads.
+
+    It is the order in which torch sums a line on one x86 core (aten/native/cpu/SumKernel.cpp, cascade_sum), so the
+    result is bitsandbytes' wherever that ran on one core or had fewer than 32,768 scales, and differs from it in the
+    last bit at most elsewhere.
+    """
+    n, lanes, unrolled = values.numel(), 8 if values.numel() >= 8 else 1, 4
+    rows = n // (lanes * unrolled)
+    step = 1 << max(4, max(rows - 1, 0).bit_length() // 4)
+    vectors = values[: n // lanes * lanes].view(-1, lanes)
+    body = _cascade(vectors[: rows * unrolled].view(rows, unrolled, lanes), step)
+    first = _in_order([body[0], *vectors[rows * unrolled :]])
+    per_lane = _in_order([first, *body[1:]])
+    rest = _in_order([values.new_zeros(()), *values[n // lanes * lanes :]])
+    return _in_order([rest, *per_lane]) / n
+
+
+def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:
+    """Sum over dim 0 by groups of `step`, then groups of groups; what is left of each level comes first in the end."""
+    parts = []
+    for _ in range(levels - 1):
+        groups = len(rows) // step
+        parts.append(_in_order([torch.zeros_like(rows[:1].sum(0)), *rows[groups * step :]]))
+        rows = _in_order(list(rows[: groups * step].view(groups, step, *rows.shape[1:]).unbind(1)))
+    parts.append(_in_order([torch.zeros_like(parts[0]), *rows]))
+    return _in_order(parts)
+
+
+def _in_order(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

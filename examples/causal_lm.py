@@ -19,7 +19,7 @@ class CausalLM(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.model = load_model(base)
+        self.model = load_model(base).train()  # transformers hands models over in eval mode, and Lightning keeps it
         self.perplexity = Perplexity(ignore_index=-100)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -118,16 +118,17 @@ class DocstringQA(LightningDataModule):
     def __init__(self, base: str | None = None, batch_size: int = 16, held_out: int = 128, seed: int = 0) -> None:
         super().__init__()
         self.base, self.batch_size, self.held_out, self.seed = base, batch_size, held_out, seed
+        self.pairs: list[Pair] = []
         self.train: list[dict[str, list[int]]] = []
         self.val: list[dict[str, list[int]]] = []
 
     def setup(self, stage: str) -> None:
-        if self.train:
+        if self.pairs:
             return
         tokenizer = load_tokenizer(self.base)
-        pairs = read_pairs()
-        held_out = sorted((pair for pair in pairs if pair.held_out), key=lambda pair: pair.lot)
-        self.train = [encode(pair, tokenizer) for pair in pairs if not pair.held_out]
+        self.pairs = read_pairs()
+        held_out = sorted((pair for pair in self.pairs if pair.held_out), key=lambda pair: pair.lot)
+        self.train = [encode(pair, tokenizer) for pair in self.pairs if not pair.held_out]
         self.val = [encode(pair, tokenizer) for pair in held_out[: self.held_out]]
 
     def train_dataloader(self) -> DataLoader:

@@ -1,6 +1,6 @@
 """Fine-tune in a loop of your own under Fabric: the same argument makes it QLoRA.
 
-    python examples/fabric.py [--fast] [--base HUB_ID_OR_FOLDER]
+python examples/fabric.py [--fast] [--base HUB_ID_OR_FOLDER]
 """
 
 import argparse

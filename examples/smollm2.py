@@ -19,7 +19,9 @@ def find_model(base: str | None = None) -> dict[str, str]:
         return {"pretrained_model_name_or_path": base}
     # find_spec only looks: importing the package would import llama.cpp, which reading its weights does not need.
     spec = importlib.util.find_spec(PACKAGE)
-    files = [file for folder in (spec and spec.submodule_search_locations) or () for file in Path(folder).glob("*.gguf")]
+    files = [
+        file for folder in (spec and spec.submodule_search_locations) or () for file in Path(folder).glob("*.gguf")
+    ]
     if not files:
         raise FileNotFoundError(
             f"No model was named and the package that brings SmolLM2-135M-Instruct is not installed. Run `{INSTALL}`, "
@@ -51,7 +53,7 @@ def load_model(base: str | None = None, dtype: torch.dtype | None = None) -> Pre
 
 
 def weights_dtype() -> torch.dtype:
-    """Choose bf16 where the hardware multiplies it, else fp32: a processor that only emulates bf16 is slower with it."""
+    """Choose bf16 where the hardware multiplies it, else fp32: bf16 that is emulated takes longer."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

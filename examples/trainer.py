@@ -1,6 +1,6 @@
 """Fine-tune under the Trainer: one argument makes it QLoRA.
 
-    python examples/trainer.py [--fast] [--base HUB_ID_OR_FOLDER]
+python examples/trainer.py [--fast] [--base HUB_ID_OR_FOLDER]
 """
 
 import argparse

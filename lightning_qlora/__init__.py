@@ -1,5 +1,6 @@
 """QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`."""
 
+from lightning_qlora.checkpoint import load_from_checkpoint
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
@@ -17,5 +18,6 @@ __all__ = [
     "QLoRALinear",
     "QLoRAPrecision",
     "convert",
+    "load_from_checkpoint",
     "quantize",
 ]

@@ -45,7 +45,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
         _convert_layer(name, layer, config, device)
     _freeze(module, choice)
     seams.keep_encoder_layers_on_the_module_path(module)
-    remember_base(module, from_checkpoints=config.checkpoint == "adapter")
+    remember_base(module, config)
     _warn_of_what_stayed(module)
     return _report(module, choice, bytes_before, start)
 

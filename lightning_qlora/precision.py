@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -116,6 +115,8 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             guards.check_trainer(trainer, module)  # type: ignore[arg-type]
             device = trainer.strategy.root_device
+            if any(parameter.is_meta for parameter in module.parameters()):
+                seams.let_teardown_pass_by(trainer)
         known = any(isinstance(layer, QLoRALinear) for layer in module.modules())
         report = convert_module(module, self.config, device)
         if not known:
@@ -188,8 +189,8 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, so that `load_from_checkpoint` needs none, and the generators that dropout masks come from."""
-        return {"config": asdict(self.config), "random_state": random_state()}
+        """The random generators, which dropout masks come from."""
+        return {"random_state": random_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,12 +1,19 @@
-"""What a state dict of a converted module holds: all that trains, and of the frozen base only fingerprints."""
+"""What a state dict of a converted module holds: what trains, fingerprints of what is frozen, and the arguments."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear
+
+CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
+SAME = ("lora_alpha", "use_rslora")  # arguments that change the function without changing the shape of anything
 
 
 class FrozenParameters:
@@ -33,22 +40,37 @@ class FrozenParameters:
         return True
 
 
-def remember_base(root: nn.Module, from_checkpoints: bool) -> None:
-    """From now on know the frozen base; let strict loading fill it in from the module where a checkpoint lacks it.
+def remember_base(root: nn.Module, config: QLoRAConfig) -> None:
+    """From now on `root.state_dict()` leaves out the frozen base, and strict loading fills it in from the module.
 
     Args:
         root: The converted module.
-        from_checkpoints: Leave the frozen base out of `root.state_dict()`, but for its fingerprints.
+        config: The arguments of its conversion; with checkpoint="full" the base stays in.
     """
+    root._qlora_config = config  # type: ignore[assignment]
     root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
     # Module-level functions: a module with hooks can still be copied and pickled.
-    if from_checkpoints:
-        root.register_state_dict_post_hook(_replace_by_fingerprints)  # type: ignore[no-untyped-call]
+    root.register_state_dict_post_hook(_complete)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_pre_hook(_check_and_fill_in)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_post_hook(_take_as_base)  # type: ignore[no-untyped-call]
 
 
-def _replace_by_fingerprints(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | None:
+    """The arguments of the conversion that a state dict was saved under; None if it holds none."""
+    if prefix + CONFIG not in state_dict:
+        return None
+    return QLoRAConfig(**json.loads(bytes(state_dict[prefix + CONFIG].tolist())))
+
+
+def _complete(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    config: QLoRAConfig = root._qlora_config  # type: ignore[assignment]
+    if config.checkpoint == "adapter":
+        _replace_by_fingerprints(root, state_dict, prefix)
+    arguments = asdict(config) | {"adapter": None}  # a folder that was read once
+    state_dict[prefix + CONFIG] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
+
+
+def _replace_by_fingerprints(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
     for name, parameter in _dense_parameters(root):
         if prefix + name in state_dict and frozen.unchanged(name, parameter):
@@ -60,6 +82,7 @@ def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str,
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
     frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
+    _check_same_function(root, state_dict, prefix)
     for name, parameter in _dense_parameters(root):
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if expected is None:
@@ -83,6 +106,17 @@ def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str)
             f"{'has one' if name in here else 'has none'} here ({len(there ^ here)} of {len(there | here)} layers "
             "differ). Convert with the same target_modules, exclude_modules and r as the checkpoint's."
         )
+
+
+def _check_same_function(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    there, here = config_of(state_dict, prefix), root._qlora_config
+    state_dict.pop(prefix + CONFIG, None)
+    for name in SAME:
+        if there is not None and getattr(there, name) != getattr(here, name):
+            raise CheckpointMismatchError(
+                f"{name} is {getattr(there, name)!r} in the checkpoint and {getattr(here, name)!r} here: the adapters "
+                "would be scaled otherwise than they were trained. Set it to the checkpoint's."
+            )
 
 
 def _take_as_base(root: nn.Module, _: Any) -> None:

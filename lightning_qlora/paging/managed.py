@@ -83,7 +83,8 @@ class ManagedPool:
         nbytes = values.numel() * dtype.itemsize
         address, segment = self._take(nbytes)
         memory = self._memory.tensor(address, nbytes, owner=segment).view(dtype)
-        return memory.as_strided(values.shape, values.stride()).copy_(values)
+        # Detached, or autograd would keep the memory alive as the base of a view, even after `release`.
+        return memory.as_strided(values.shape, values.stride()).copy_(values).detach()
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the memory of `tensor` belongs to the pool."""

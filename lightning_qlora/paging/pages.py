@@ -159,7 +159,7 @@ class OptimizerPages:
             if index not in params or not isinstance(values, dict):
                 kept[index] = values
                 continue
-            held = {key for key, value in values.items() if self._holds_back(params[index], key, value)}
+            held = [key for key, value in values.items() if self._holds_back(params[index], key, value)]
             self._held_back += [(params[index], key, values[key]) for key in held]
             kept[index] = {key: value for key, value in values.items() if key not in held}
         return {**state_dict, "state": kept}

@@ -10,7 +10,6 @@ backward, so it hands the optimizer a closure that fetches the state when the gr
 """
 
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -97,7 +96,7 @@ class OptimizerPages:
             for pool, tensors in self.paged():
                 for tensor in tensors:
                     pool.release(tensor)
-            optimizer.state = defaultdict(dict, optimizer.state.plain())
+            optimizer.state = optimizer.state.plain()
         for hook in self._hooks:
             hook.remove()
         self._pools.clear()

@@ -41,11 +41,14 @@ class PagedState(defaultdict[Any, Any]):
         super().__setitem__(param, value)
 
     def __reduce__(self) -> Any:
-        return defaultdict, (dict, self.plain())
+        return defaultdict, (dict, dict(self.plain()))
 
-    def plain(self) -> dict[Any, Any]:
-        """The same entries in plain dicts."""
-        return {p: dict(value) if isinstance(value, ParamState) else value for p, value in self.items()}
+    def __copy__(self) -> defaultdict[Any, Any]:
+        return self.plain()
+
+    def plain(self) -> defaultdict[Any, Any]:
+        """The same entries as torch's optimizers keep them."""
+        return defaultdict(dict, {p: dict(v) if isinstance(v, ParamState) else v for p, v in self.items()})
 
 
 class ParamState(dict[Any, Any]):

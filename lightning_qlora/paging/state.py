@@ -43,7 +43,7 @@ class PagedState(defaultdict[Any, Any]):
     def __reduce__(self) -> Any:
         return defaultdict, (dict, dict(self.plain()))
 
-    def __copy__(self) -> defaultdict[Any, Any]:
+    def __copy__(self) -> Any:
         return self.plain()
 
     def plain(self) -> defaultdict[Any, Any]:

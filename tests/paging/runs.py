@@ -76,7 +76,7 @@ class ManualRegression(Regression):
 
 
 def fit(module, callbacks=None, epochs=2, ckpt_path=None, save=None, **kwargs):
-    """Train for epochs of ten steps; with `save`, leave a checkpoint of the last epoch there, as ModelCheckpoint writes it."""
+    """Train for epochs of ten steps; with `save`, ModelCheckpoint leaves one of the last epoch there."""
     callbacks = [] if callbacks is None else [callbacks]
     if save is not None:
         callbacks.append(ModelCheckpoint(save.parent, save.stem))

@@ -1,4 +1,5 @@
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_after_a_refusal_the_run_goes_on_from_its_checkpoint(stand_in, tmp_path)
     fit(straight)
     fit(Regression(), callbacks=PagedOptimizer(), epochs=1, save=tmp_path / "half.ckpt")
     stand_in.budget = 1000
-    with pytest.raises(MemoryError, match="MiB of .* memory were asked for and refused"):
+    with pytest.raises(MemoryError, match=r"MiB of .* memory were asked for and refused"):
         fit(Regression(), callbacks=PagedOptimizer(), ckpt_path=tmp_path / "half.ckpt")
     assert stand_in.nbytes == 0
     stand_in.budget = 2**40
@@ -171,7 +172,10 @@ def test_two_processes(mode, tmp_path):
     """DDP through the Trainer, FSDP2 through torch's own fully_shard: bit-equal, every page placed, nothing left."""
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), mode]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    paths = os.pathsep.join([str(script.parents[2]), str(script.parent)])
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("bit-equal, all paged, nothing left") == 2
 

@@ -75,16 +75,7 @@ def test_managed_bytes_are_not_torchs_bytes_and_are_really_freed():
 
 @needs_managed
 def test_triton_kernels_take_managed_tensors():
-    triton = pytest.importorskip("triton")
-    import triton.language as tl
-
-    @triton.jit
-    def double(x_ptr, n, BLOCK: tl.constexpr):
-        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < n
-        tl.store(x_ptr + offsets, 2 * tl.load(x_ptr + offsets, mask=mask), mask=mask)
-
-    globals()["tl"] = tl  # the kernel is compiled from its source and looks names up in this module
+    double = pytest.importorskip("doubling_kernel").double
     pool = ManagedPool(CudaUnifiedMemory(DEVICE))
     tensor = pool.place(torch.ones(10_000), torch.float32)
     double[(10,)](tensor, tensor.numel(), BLOCK=1024)
@@ -153,6 +144,7 @@ def test_a_step_that_would_not_fit_unpaged():
     try:
         with pytest.raises(torch.OutOfMemoryError):
             run(paged=False)
+        gc.collect()
         torch.cuda.empty_cache()
         run(paged=True)
     finally:

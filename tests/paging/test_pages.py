@@ -68,7 +68,7 @@ def test_paged_equals_unpaged(stand_in, name, use_closure):
 
 
 class Odd(torch.optim.Optimizer):
-    """Lion, written by somebody else: a list of tensors, a 0-d tensor, None, and a tensor that is set and then filled."""
+    """Lion by somebody else: a list of tensors, a 0-d tensor, None, a tensor that is filled after it was set."""
 
     def __init__(self, params, lr=1e-3):
         super().__init__(params, {"lr": lr})

@@ -1,11 +1,8 @@
-"""Run by test_callback.py in two processes: python -m torch.distributed.run --nproc-per-node=2 two_processes.py MODE."""
+"""Run by test_callback.py, in two processes of torch.distributed.run."""
 
 import copy
 import os
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
 import torch
 import torch.distributed as dist

@@ -1,1 +1,23 @@
-"""QLoRA for every LightningModule in one argument."""
+"""QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`."""
+
+from lightning_qlora.checkpoint import load_from_checkpoint
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.convert import convert
+from lightning_qlora.kernels.ops import quantize
+from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.precision import QLoRAPrecision
+from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.report import ConversionReport
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointMismatchError",
+    "ConversionReport",
+    "PackedWeight",
+    "QLoRAConfig",
+    "QLoRALinear",
+    "QLoRAPrecision",
+    "convert",
+    "load_from_checkpoint",
+    "quantize",
+]

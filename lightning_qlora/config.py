@@ -1,6 +1,8 @@
 """QLoRAConfig: every choice a user can make, checked once, at construction."""
 
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -32,8 +34,10 @@ class QLoRAConfig:
         init_lora_weights: Where the adapters start.
         use_rslora: Scale by lora_alpha / sqrt(r) instead.
         use_dora: Learn the magnitude of every output row as well (weight-decomposed LoRA).
+        paged_optimizer: Page optimizer state to host memory: True, False, or "auto" (on for CUDA devices).
         gradient_checkpointing: Recompute activations in the backward pass.
         checkpoint: What a checkpoint holds: the "adapter" (and what else trains), or the packed base as well ("full").
+        adapter: Folder of a PEFT adapter to start from.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -53,8 +57,10 @@ class QLoRAConfig:
     init_lora_weights: InitLoRAWeights = "default"
     use_rslora: bool = False
     use_dora: bool = False
+    paged_optimizer: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     checkpoint: Checkpoint = "adapter"
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("quant_type", self.quant_type, get_args(QuantType))
@@ -74,6 +80,18 @@ class QLoRAConfig:
             )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(name, getattr(self, name), regex_allowed=name != "modules_to_save")
+        if self.paged_optimizer != "auto":
+            if not isinstance(self.paged_optimizer, (bool, str)):
+                raise TypeError(f"paged_optimizer={self.paged_optimizer!r}: must be True, False or 'auto'.")
+            if isinstance(self.paged_optimizer, str):
+                raise ValueError(f"paged_optimizer={self.paged_optimizer!r}: must be True, False or 'auto'.")
+        if self.adapter is not None:
+            if not isinstance(self.adapter, str):
+                raise TypeError(f"adapter={self.adapter!r}: must be the path of a folder, or None.")
+            if not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
+                raise ValueError(
+                    f"adapter={self.adapter!r}: must be a folder that holds an adapter_config.json (PEFT's)."
+                )
         if self.target_modules in ("", []):
             raise ValueError(
                 f"target_modules={self.target_modules!r} chooses no layer: use 'all-linear', a regular expression, "
@@ -120,8 +138,6 @@ def _check_names(name: str, value: Any, regex_allowed: bool) -> None:
 
 def check_regex(name: str, value: str) -> None:
     """Raise ValueError unless `value` compiles as a regular expression."""
-    import re
-
     try:
         re.compile(value)
     except re.error as error:

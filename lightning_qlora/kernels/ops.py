@@ -8,6 +8,7 @@
 They are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can test them.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,26 +23,28 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(Protocol):
-    """What a backend module offers; `reference` says what each function computes."""
+    """What a backend module offers; the functions of `reference` say what each computes."""
 
-    def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes: ...
+    @property
+    def quantize(self) -> Callable[[Tensor, QuantType, int, bool], PackedBytes]:
+        """See `reference.quantize`."""
 
-    def dequantize(self, weight: PackedBytes, dtype: torch.dtype) -> Tensor: ...
+    @property
+    def dequantize(self) -> Callable[[PackedBytes, torch.dtype], Tensor]:
+        """See `reference.dequantize`."""
 
-    def linear(
-        self, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
-        p: float, seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @property
+    def linear(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """See `reference.linear`."""
 
-    def linear_backward(
-        self, grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor,
-        scaling: float, p: float, seed: Tensor | None, needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor]: ...  # fmt: skip
+    @property
+    def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
+        """See `reference.linear_backward`."""
 
 
 def backend(device: torch.device) -> Backend:
     """The backend module that computes on a device."""
-    return cast(Backend, cpu)
+    return cpu
 
 
 def quantize(

@@ -23,7 +23,7 @@ class PagedOptimizer(Callback):
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self._pager = Pager(min_numel)
-        seams.announce_fabric_optimizers()
+        seams.announce_optimizers_to_fabric_callbacks()
 
     def report(self) -> PagingReport:
         """What is paged now, and how."""

@@ -1,1 +1,1 @@
-"""What a 4-bit weight is: code levels, blocks and scales, and the bytes they are kept in. Readable torch, any device."""
+"""What a 4-bit weight is: code levels, blocks and scales, and the bytes that hold them. Readable torch, any device."""

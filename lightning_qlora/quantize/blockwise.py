@@ -39,7 +39,7 @@ def nearest_codes(values: Tensor, codebook: Codebook) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Two codes a byte, the first in the high half; an odd last one is followed by the zero code the caller appended."""
+    """Two codes a byte, the first in the high half: uint8 [n] -> uint8 [n / 2], n even (the caller pads a zero)."""
     return (codes[::2] << 4) | codes[1::2]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType, check_choice
 
-# QLoRA paper, appendix E. Literal, so that no machine's math library can move a bit; `normal_float_levels` is the formula.
+# QLoRA paper, appendix E. Literal, so that no machine's math library moves a bit; `normal_float_levels` is the formula.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -61,7 +61,7 @@ def normal_float_levels() -> Tensor:
 
 
 def float4_levels() -> Tensor:
-    """FP4: sign, two exponent bits, one mantissa bit, in the order of the bit patterns, divided by the largest; fp32 [16]."""
+    """FP4: sign, two exponent bits, one mantissa bit, in bit-pattern order, divided by the largest; fp32 [16]."""
     positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
     return torch.cat([positive, -positive]) / 12
 

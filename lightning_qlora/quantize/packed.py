@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -91,6 +91,16 @@ class PackedWeight:
             self.packed.view(-1), scales, math.prod(self.shape), book, self.block_size, dtype or self.dtype
         )
         return flat.view(self.shape)
+
+    def to(self, device: torch.device) -> "PackedWeight":
+        """The same on another device."""
+        nested = self.nested_absmax
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            nested_absmax=None if nested is None else nested.to(device),
+        )
 
     def to_bytes(self) -> PackedBytes:
         """The same as uint8 tensors, for a layer to hold; a weight of one dimension counts as one row."""

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from stand_in import StandIn
+
+from tests.paging.stand_in import StandIn
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from stand_in import assert_all_paged
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.paging.stand_in import assert_all_paged
 
 QUIET = {
     "accelerator": "cpu",

@@ -8,10 +8,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from runs import ManualRegression, Regression, data, fit, parameters
-from stand_in import assert_all_paged
 
 from lightning_qlora.paging import PagedAdamW8bit, PagedOptimizer
+from tests.paging.runs import ManualRegression, Regression, data, fit, parameters
+from tests.paging.stand_in import assert_all_paged
 
 
 @pytest.mark.parametrize("kind", [Regression, ManualRegression])
@@ -172,9 +172,9 @@ def test_two_processes(mode, tmp_path):
     """DDP through the Trainer, FSDP2 through torch's own fully_shard: bit-equal, every page placed, nothing left."""
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), mode]
-    paths = os.pathsep.join([str(script.parents[2]), str(script.parent)])
+    root = str(script.parents[2])
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("bit-equal, all paged, nothing left") == 2

@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
-from test_pages import assert_equal_parameters, model, train
 
 from lightning_qlora.paging import PagedAdamW8bit, Pager
 from lightning_qlora.paging.choice import open_pool
 from lightning_qlora.paging.cuda import CudaTransfers, CudaUnifiedMemory, why_not_managed
 from lightning_qlora.paging.managed import SEGMENT_BYTES, ManagedPool
 from lightning_qlora.paging.pinned import PinnedPool
+from tests.paging.test_pages import assert_equal_parameters, model, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 needs_managed = pytest.mark.skipif(
@@ -75,7 +75,7 @@ def test_managed_bytes_are_not_torchs_bytes_and_are_really_freed():
 
 @needs_managed
 def test_triton_kernels_take_managed_tensors():
-    double = pytest.importorskip("doubling_kernel").double
+    double = pytest.importorskip("tests.paging.doubling_kernel").double
     pool = ManagedPool(CudaUnifiedMemory(DEVICE))
     tensor = pool.place(torch.ones(10_000), torch.float32)
     double[(10,)](tensor, tensor.numel(), BLOCK=1024)

@@ -2,9 +2,9 @@ import gc
 
 import pytest
 import torch
-from stand_in import StandInMemory
 
 from lightning_qlora.paging.managed import ALIGNMENT, SEGMENT_BYTES, ManagedPool
+from tests.paging.stand_in import StandInMemory
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from stand_in import assert_all_paged
-from test_pages import assert_equal_parameters, model, train
 
 from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit
+from tests.paging.stand_in import assert_all_paged
+from tests.paging.test_pages import assert_equal_parameters, model, train
 
 
 def regression_loss(make_optimizer, steps=300):

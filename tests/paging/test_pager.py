@@ -2,10 +2,10 @@ import gc
 
 import pytest
 import torch
-from stand_in import assert_all_paged
-from test_pages import assert_equal_parameters, model, train
 
 from lightning_qlora.paging import PagedAdamW, Pager
+from tests.paging.stand_in import assert_all_paged
+from tests.paging.test_pages import assert_equal_parameters, model, train
 
 
 def test_attaching_twice_changes_nothing(stand_in):

@@ -5,9 +5,9 @@ import gc
 
 import pytest
 import torch
-from stand_in import assert_all_paged
 
 from lightning_qlora.paging.pager import Pager
+from tests.paging.stand_in import assert_all_paged
 
 
 def model():

@@ -2,9 +2,9 @@ import gc
 
 import pytest
 import torch
-from stand_in import StandInTransfers
 
 from lightning_qlora.paging.pinned import PinnedPool
+from tests.paging.stand_in import StandInTransfers
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import torch
-from stand_in import assert_all_paged
 
 from lightning_qlora.paging import PagedAdamW8bit, optimizer
 from lightning_qlora.paging.windows import windows
+from tests.paging.stand_in import assert_all_paged
 
 
 def test_an_unpaged_optimizer_gets_its_parameters_in_parts():

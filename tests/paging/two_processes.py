@@ -6,10 +6,10 @@ import sys
 
 import torch
 import torch.distributed as dist
-from runs import Regression, data, fit, parameters
-from stand_in import StandIn
 
 from lightning_qlora.paging import PagedOptimizer, Pager, pages
+from tests.paging.runs import Regression, data, fit, parameters
+from tests.paging.stand_in import StandIn
 
 torch.set_num_threads(1)
 stand_in = StandIn("managed")

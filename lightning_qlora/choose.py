@@ -1,0 +1,165 @@
+"""Which layers of a module become 4-bit, which stay dense, and why."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.kernels.ops import FLOATS
+from lightning_qlora.linear import QLoRALinear
+
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # names of models that do not say it themselves
+ROUTERS = ("gate", "router")
+
+
+@dataclass
+class Choice:
+    """What conversion will do with each layer.
+
+    Attributes:
+        convert: Name -> layer that becomes a QLoRALinear.
+        train: Name -> module that trains in full, and the reason.
+        skip: Name -> why a linear layer stays as it is, frozen.
+    """
+
+    convert: dict[str, nn.Module] = field(default_factory=dict)
+    train: dict[str, str] = field(default_factory=dict)
+    skip: dict[str, str] = field(default_factory=dict)
+
+
+def choose_layers(module: nn.Module, config: QLoRAConfig) -> Choice:
+    """Sort every linear layer of a module.
+
+    Raises:
+        ValueError: If a name of target_modules or modules_to_save fits nothing, or fits a layer that is not linear.
+    """
+    choice, layers = Choice(), dict(module.named_modules())
+    for name in layers:
+        if matches(name, config.modules_to_save):
+            choice.train[name] = "in modules_to_save"
+    _check_found(config.modules_to_save, choice.train, "modules_to_save", layers)
+    facts = _Facts(module)
+    everything = config.target_modules == "all-linear"
+    targets = [n for n in layers if n and not everything and matches(n, config.target_modules)]
+    for name, layer in layers.items():
+        if isinstance(layer, QLoRALinear) or not (is_linear(layer) or name in targets):
+            continue
+        if any(_inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
+            continue
+        if matches(name, config.exclude_modules):
+            choice.skip[name] = "in exclude_modules"
+        elif not everything and name not in targets:
+            choice.skip[name] = "not in target_modules"
+        elif not is_linear(layer):
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names {name!r}, a {type(layer).__name__}: only linear "
+                "layers can be converted. Name it in modules_to_save to train it in full."
+            )
+        elif reason := facts.unable(name, layer) or (facts.unasked(name, layer) if everything else None):
+            choice.skip[name] = reason
+        elif everything and (small := _too_small(layer, config.r)):
+            (choice.train if layer.weight.requires_grad else choice.skip)[name] = small
+        else:
+            choice.convert[name] = layer
+    if not everything:
+        _check_found(config.target_modules, targets, "target_modules", layers)
+    return choice
+
+
+def matches(name: str, patterns: str | list[str]) -> bool:
+    """Whether a module's name fits, as in PEFT: a regular expression for all of it, or a list of its possible endings.
+
+    The name counts with and without its first part, since the model stands under an attribute of the LightningModule.
+    """
+    if isinstance(patterns, str):
+        return any(re.fullmatch(patterns, form) for form in (name, name.partition(".")[2]) if form)
+    return any(name == ending or name.endswith("." + ending) for ending in patterns)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is an nn.Linear or a transformers Conv1D, and computes what those compute."""
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward in (nn.Linear.forward, QLoRALinear.forward)
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
+
+
+class _Facts:
+    """What can be known of a layer only by looking at the rest of the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        owners: dict[int, set[int]] = defaultdict(set)
+        self.name_of: dict[int, str] = {}
+        for name, layer in module.named_modules():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None:
+                    owners[id(parameter)].add(id(layer))
+                    self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
+        self.shared = {key for key, layers in owners.items() if len(layers) > 1}
+        self.output_embeddings = {id(layer) for layer in _output_embeddings(module)}
+        self.parents = {
+            f"{name}.{child}".lstrip("."): parent
+            for name, parent in module.named_modules()
+            for child, _ in parent.named_children()
+        }
+
+    def unable(self, name: str, layer: nn.Module) -> str | None:
+        """Why a layer can't be converted even if it is asked for."""
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            return "its weight is computed (parametrized), not stored"
+        if isinstance(weight, UninitializedParameter):
+            return "its weight is not initialized yet (lazy)"
+        if weight.dtype not in FLOATS:
+            return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+        if id(weight) in self.shared:
+            return f"its weight is tied to {self.name_of[id(weight)]}"
+        if isinstance(self.parents.get(name), nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight and never calls it"
+        return None
+
+    def unasked(self, name: str, layer: nn.Module) -> str | None:
+        """Why a layer is left alone unless it is named."""
+        last = name.rpartition(".")[2]
+        if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
+            return "output embedding; name it in target_modules to convert it"
+        if last in ROUTERS and hasattr(self.parents[name], "experts"):
+            return "router of experts; name it in target_modules to convert it"
+        return None
+
+
+def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
+    for layer in module.modules():
+        if callable(getattr(layer, "get_output_embeddings", None)):
+            try:
+                embedding = layer.get_output_embeddings()  # type: ignore[operator]
+            except (NotImplementedError, AttributeError):  # transformers models without a head
+                continue
+            if embedding is not None:
+                yield embedding
+
+
+def _too_small(layer: nn.Module, r: int) -> str | None:
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    if r * (rows + columns) < rows * columns:
+        return None
+    return f"an adapter of rank {r} would be larger than its {rows}x{columns} weights"
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
+def _check_found(patterns: str | list[str], found: object, argument: str, layers: dict[str, nn.Module]) -> None:
+    names = list(found)  # type: ignore[call-overload]
+    absent = [patterns] if isinstance(patterns, str) and not names else []
+    if isinstance(patterns, list):
+        absent = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
+    if absent:
+        endings = sorted({name.rpartition(".")[2] for name, layer in layers.items() if is_linear(layer) and name})
+        raise ValueError(
+            f"{argument}={patterns!r}: no module of this model fits {absent}. Its linear layers end in {endings}."
+        )

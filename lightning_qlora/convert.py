@@ -1,0 +1,132 @@
+"""Convert a module in place: choose its linear layers, quantize them one by one, freeze the rest, report."""
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_qlora import seams
+from lightning_qlora.choose import Choice, choose_layers
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.report import ConversionReport, count_parameters
+from lightning_qlora.state import remember_base
+
+UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
+
+
+def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
+    """Turn a module's linear layers into frozen 4-bit layers with LoRA adapters, in place.
+
+    Args:
+        module: Any module, its weights loaded; a second conversion of the same module changes nothing.
+        **arguments: Those of `QLoRAPrecision` (see `QLoRAConfig`).
+
+    Returns:
+        What was converted, what was not and why, parameters and bytes before and after.
+
+    Raises:
+        TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
+    """
+    return convert_module(module, QLoRAConfig(**arguments))
+
+
+def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device | None = None) -> ConversionReport:
+    """`convert` with a ready config; `device`: where to quantize (None: where each weight is)."""
+    start, (_, _, bytes_before) = time.perf_counter(), count_parameters(module)
+    if is_converted(module):
+        return _report(module, Choice(), bytes_before, start)
+    choice = choose_layers(module, config)
+    _check_any(choice, config)
+    for name, layer in choice.convert.items():
+        _convert_layer(name, layer, config, device)
+    _freeze(module, choice)
+    seams.keep_encoder_layers_on_the_module_path(module)
+    remember_base(module, config)
+    _warn_of_what_stayed(module)
+    return _report(module, choice, bytes_before, start)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether a module holds converted layers."""
+    return any(isinstance(layer, QLoRALinear) for layer in module.modules())
+
+
+def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: torch.device | None) -> None:
+    weight = layer._parameters["weight"]
+    where = name or type(layer).__name__
+    if weight is not None and weight.is_meta:
+        raise ValueError(
+            f"{where}: its weight is on the meta device, so there is no data to quantize. Load the weights before "
+            "the module reaches the Trainer or fabric.setup."
+        )
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"{where}: its weight is sharded already (a DTensor), and a shard can't be quantized. Convert before "
+            "fully_shard or parallelize_module: call lightning_qlora.convert(model) first."
+        )
+    try:
+        QLoRALinear.from_linear(layer, config, name, device)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _freeze(module: nn.Module, choice: Choice) -> None:
+    trained = {id(p) for name in choice.train for p in module.get_submodule(name).parameters()}
+    adapters = {
+        id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in (layer.lora_A, layer.lora_B)
+    }
+    for parameter in module.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(id(parameter) in adapters | trained)
+
+
+def _check_any(choice: Choice, config: QLoRAConfig) -> None:
+    if choice.convert:
+        return
+    left = "\n".join(
+        f"  {name or '(the module itself)'}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()]
+    )
+    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
+    if not choice.train:
+        raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))
+    warnings.warn(message + "\nA smaller r converts more layers.", stacklevel=2)
+
+
+def _warn_of_what_stayed(module: nn.Module) -> None:
+    """Name the matrices that nobody asked to keep and that are not linear layers, where they weigh much."""
+    _, total, _ = count_parameters(module)
+    kept = {
+        f"{name}.{key}".lstrip("."): parameter.numel()
+        for name, layer in module.named_modules()
+        if not isinstance(layer, (nn.Linear, nn.Embedding)) and type(layer).__name__ != "Conv1D"
+        for key, parameter in layer._parameters.items()
+        if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
+    }
+    if sum(kept.values()) > UNEXPECTED_SHARE * total:
+        largest = sorted(kept, key=lambda name: -kept[name])[:5]
+        warnings.warn(
+            f"{100 * sum(kept.values()) / total:.0f}% of the weights stay as they came, frozen, because they belong "
+            f"to layers that are not linear: {', '.join(largest)}{', ...' if len(kept) > 5 else ''}. Name a module "
+            "in modules_to_save to train it.",
+            stacklevel=2,
+        )
+
+
+def _report(module: nn.Module, choice: Choice, bytes_before: int, start: float) -> ConversionReport:
+    trainable, total, bytes_after = count_parameters(module)
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+    return ConversionReport(
+        converted=list(layers),
+        trained_in_full=choice.train,
+        skipped=choice.skip,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        seconds=time.perf_counter() - start,
+        shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+    )

@@ -1,0 +1,38 @@
+"""A 63-bit fingerprint of tensors: how a checkpoint without the base knows the base it belongs to."""
+
+import torch
+from torch import Tensor
+
+_PIECE = 1 << 20  # words at a time, so that a large tensor needs no large temporary
+_ODD_1, _ODD_2 = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
+
+
+def fingerprint(*tensors: Tensor) -> int:
+    """A number that changes when any bit or the order of the tensors changes; the same on every device.
+
+    Floats count by their fp32 value, so a copy cast from bf16 to fp32 has the fingerprint of the original.
+    Formula: sum over words w at place i of mix(w xor i * odd) mod 2^64, where wrapping sums need no order.
+    """
+    total = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        per_word = 2 if flat.is_floating_point() else 8 // flat.element_size()
+        for start in range(0, flat.numel(), _PIECE * per_word):
+            piece = flat[start : start + _PIECE * per_word]
+            piece = piece.float() if piece.is_floating_point() else piece
+            padded = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
+            words = padded.clone().view(torch.int64)
+            place = torch.arange(1, words.numel() + 1, device=words.device) + start
+            words ^= place.mul_(_ODD_1)
+            words ^= words >> 29
+            words *= _ODD_2
+            words ^= words >> 32
+            total = _mix(total + int(words.sum()))
+        total = _mix(total + flat.numel())
+    return total
+
+
+def _mix(number: int) -> int:
+    number &= (1 << 64) - 1
+    number ^= number >> 31
+    return (number * _ODD_2 + _ODD_1) & ((1 << 63) - 1)

@@ -1,0 +1,263 @@
+"""QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.decoded import DecodedWeight
+from lightning_qlora.fingerprint import fingerprint
+from lightning_qlora.kernels import ops
+from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
+from lightning_qlora.starts import start_of_adapter
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
+REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
+FINGERPRINT = "fingerprint"  # a frozen parameter NAME is kept in a checkpoint as NAME.fingerprint alone
+
+
+class CheckpointMismatchError(RuntimeError):
+    """A checkpoint belongs to another base model, or to adapters of another shape or place."""
+
+
+class QLoRALinear(nn.Linear):
+    """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
+
+    An `nn.Linear` becomes one in place (`from_linear`), so whatever refers to the layer still does.
+
+    Attributes:
+        packed, absmax, nested: The 4-bit weight, frozen uint8 parameters; see `packed_weight`.
+        bias: Frozen, [out], or None.
+        lora_A: [r, in], fp32; computed in the compute type.
+        lora_B: [out, r], fp32.
+        scaling: The factor s.
+        lora_dropout: Probability of dropping an input of the adapter in training.
+    """
+
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    nested: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+    lora_dropout: float
+    config: QLoRAConfig
+    dense_class: type[nn.Module]
+    weight_dtype: torch.dtype
+    _fingerprint: int | None
+
+    @staticmethod
+    def from_linear(layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None = None) -> None:
+        """Turn a dense layer into a QLoRALinear, in place.
+
+        Args:
+            layer: An nn.Linear, or a transformers Conv1D (whose weight is [in, out]).
+            config: The choices.
+            name: The layer's name, from which the seed of its adapter is made: the same on every rank.
+            device: Where to quantize; None: where the weight is.
+        """
+        weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
+        setattr(weight, REPLACED, name)
+        kind = QLoRALinear if isinstance(layer, nn.Linear) else QLoRAConv1D
+        layer.__dict__.update(dense_class=type(layer), config=config, _fingerprint=None)
+        layer.__class__ = kind
+        assert isinstance(layer, QLoRALinear)
+        layer.scaling, layer.lora_dropout = config.scaling, config.lora_dropout
+        layer.quantize_weight(weight, device)
+        layer.out_features, layer.in_features = layer._shape
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        lora_a, lora_b = start_of_adapter(layer.in_features, layer.out_features, config, name)
+        layer.lora_A = nn.Parameter(lora_a.to(layer.packed.device))
+        layer.lora_B = nn.Parameter(lora_b.to(layer.packed.device))
+
+    def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
+        """Quantize a dense weight, shaped as this layer's `weight` is, and hold it in place of the one before."""
+        config = self.config
+        dense = self._as_rows(weight.detach()).to(device or weight.device)
+        self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
+
+    def set_packed_weight(self, weight: PackedWeight) -> None:
+        """Hold a 4-bit weight, byte for byte, in place of the one before."""
+        stored = weight.to_bytes()
+        self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
+        self.weight_dtype, self._fingerprint = weight.dtype, None
+        for name in BASE:
+            data: Tensor = getattr(stored, name).reshape(-1)
+            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
+            if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
+                data = data.view(stored.shape[0], -1)
+            if name in self._parameters:
+                getattr(self, name).data = data  # the same parameter, for an optimizer or a strategy that holds it
+            else:
+                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    @property
+    def weight_bytes(self) -> PackedBytes:
+        """The 4-bit weight as the ops take it."""
+        return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The 4-bit weight, [out, in], as a value."""
+        return PackedWeight.from_bytes(
+            self.weight_bytes._replace(packed=self.packed.data, absmax=self.absmax.data, nested=self.nested.data),
+            self.weight_dtype,
+        )
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded base weight, read-only; its shape, dtype and device cost nothing, its values one decode."""
+        return DecodedWeight(self.decode, self.weight_shape, self.weight_dtype, self.packed.device)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of `weight`."""
+        return self._shape
+
+    @property
+    def r(self) -> int:
+        """Rank of the adapter."""
+        return self.lora_A.shape[0]
+
+    def decode(self) -> Tensor:
+        """The base weight in the type it came in, shaped as the dense layer had it."""
+        return ops.dequantize(self.weight_bytes, self.weight_dtype)
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight: s B A, fp32, shaped as the dense layer's weight."""
+        return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        """A dense weight of this kind of layer as [out, in]."""
+        return weight
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The type this call computes in: autocast's, else the configured one, else that of the weight."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        if self.config.compute_dtype != "auto":
+            return DTYPES[self.config.compute_dtype]
+        if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
+            return torch.bfloat16
+        return self.weight_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
+        dtype = self.compute_dtype(x)
+        p, seed = self.lora_dropout, None
+        if p and self.training:
+            # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
+            seed = torch.randint(1 << 62, (1,))
+        y = ops.lora_linear(x.to(dtype), self.weight_bytes, self.bias, self.lora_A, self.lora_B, self.scaling, p, seed)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The line `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.quant_type}, block_size={self.block_size}, r={self.r}, scaling={self.scaling:g}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRALinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
+        return self
+
+    def base_fingerprint(self) -> int:
+        """Fingerprint of the 4-bit weight, computed when first asked for."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
+        return self._fingerprint
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The adapter, the bias, and the base: its fingerprint, or with checkpoint="full" bitsandbytes' entries."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and name not in BASE:
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        if self.config.checkpoint == "full":
+            destination.update(self.packed_weight.bnb_state_dict(prefix + "weight"))
+        else:
+            destination[f"{prefix}weight.{FINGERPRINT}"] = torch.tensor(self.base_fingerprint())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load the adapter; check the base against a fingerprint, or take it from a dense or a packed weight."""
+        name = prefix.removesuffix(".") or "the layer itself"
+        expected = state_dict.pop(f"{prefix}weight.{FINGERPRINT}", None)
+        if expected is not None and int(expected) != self.base_fingerprint():
+            raise CheckpointMismatchError(
+                f"{name}: the checkpoint was trained on another base weight (fingerprint {int(expected):x} there, "
+                f"{self.base_fingerprint():x} here). Load the base model and the quantization arguments it was "
+                "trained with."
+            )
+        self._check_rank(state_dict, prefix, name)
+        has_weight = self._load_weight(state_dict, prefix)
+        loading = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        optional = set(BASE)
+        if has_weight and not loading & {"lora_A", "lora_B"}:
+            optional |= {"lora_A", "lora_B"}  # a checkpoint of the dense module: the adapter keeps its start
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
+
+    def _check_rank(self, state_dict: Mapping[str, Any], prefix: str, name: str) -> None:
+        lora_a = state_dict.get(prefix + "lora_A")
+        if lora_a is not None and lora_a.shape != self.lora_A.shape:
+            raise CheckpointMismatchError(
+                f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
+                f"layer's has rank {self.r} for {self.in_features}. Set r={lora_a.shape[0]} to load it."
+            )
+
+    def _load_weight(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            return False
+        if weight.is_floating_point() and f"{prefix}weight.absmax" not in state_dict:
+            if tuple(self._as_rows(weight).shape) != self._shape:
+                raise CheckpointMismatchError(
+                    f"{prefix}weight: has shape {list(weight.shape)} in the checkpoint, {list(self.weight.shape)} here."
+                )
+            self.quantize_weight(weight.to(self.packed.device))
+        else:
+            loaded = PackedWeight.from_bnb_state_dict(state_dict, prefix + "weight")
+            self.set_packed_weight(loaded.to(self.packed.device))
+        for key in [key for key in state_dict if key == prefix + "weight" or key.startswith(prefix + "weight.")]:
+            del state_dict[key]
+        return True
+
+
+class QLoRAConv1D(QLoRALinear):
+    """The same for transformers' Conv1D (GPT-2), which keeps its weight as [in, out]."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of `weight`, [in, out]."""
+        return self._shape[1], self._shape[0]
+
+    def decode(self) -> Tensor:
+        """The base weight in the type it came in, [in, out]."""
+        return super().decode().T
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight, fp32, [in, out]."""
+        return super().delta().T
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        return weight.T
+
+
+@cache
+def _has_bf16(device: str) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device == "xpu"

@@ -1,0 +1,216 @@
+"""QLoRAPrecision: the plugin. Each hook is a few lines that call the room which does the work."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.precision.precision import Precision as FabricPrecision
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_qlora import guards, seams
+from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
+from lightning_qlora.convert import convert_module
+from lightning_qlora.kernels import scratch
+from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.random_state import random_state, set_random_state
+from lightning_qlora.report import ConversionReport
+
+seams.restore_checkpoint_after_conversion()
+
+
+class QLoRAPrecision(Precision):
+    """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
+
+    The linear layers of the module are frozen in 4 bits and each gets a LoRA adapter, which alone trains (Dettmers et
+    al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). Every default is the paper's.
+
+    Args:
+        quant_type: 4-bit data type of the frozen weights.
+        double_quant: Quantize the block scales again, to 8 bits.
+        block_size: Weights that share one scale: a power of two from 32 to 4096.
+        compute_dtype: Type the weights are decoded to for each product; "auto" is that of the weight which was
+            replaced, and bf16 instead of fp32 on a GPU that has bf16.
+        r: Rank of the adapters.
+        lora_alpha: The adapter's product is scaled by lora_alpha / r.
+        lora_dropout: Probability of dropping an input of an adapter in training.
+        target_modules: Layers to convert: "all-linear", a regular expression for the whole name, or a list of name
+            endings.
+        exclude_modules: Layers to leave alone: a regular expression or a list of name endings.
+        modules_to_save: Modules to train in full beside the adapters: a list of name endings.
+        init_lora_weights: Where the adapters start.
+        use_rslora: Scale by lora_alpha / sqrt(r) instead.
+        use_dora: Learn the magnitude of every output row as well (weight-decomposed LoRA).
+        paged_optimizer: Page optimizer state to host memory: true, false, or "auto" (on for CUDA devices).
+        gradient_checkpointing: Recompute activations in the backward pass.
+        checkpoint: What a checkpoint holds: the "adapter" and what else trains, or the packed base as well ("full").
+        adapter: Folder of a PEFT adapter to start from.
+
+    Attributes:
+        config: The arguments, checked.
+        report: What the last conversion did; None before one.
+
+    Raises:
+        TypeError, ValueError: If an argument is wrong; the message names it, its value, and what is allowed.
+    """
+
+    precision = "32-true"
+    restore_after_setup = True  # read by seams.restore_checkpoint_after_conversion
+
+    def __init__(
+        self,
+        quant_type: QuantType = "nf4",
+        double_quant: bool = True,
+        block_size: int = 64,
+        compute_dtype: ComputeDtype = "auto",
+        r: int = 64,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.05,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        modules_to_save: list[str] | None = None,
+        init_lora_weights: InitLoRAWeights = "default",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        paged_optimizer: bool | Literal["auto"] = "auto",
+        gradient_checkpointing: bool = False,
+        checkpoint: Checkpoint = "adapter",
+        adapter: str | None = None,
+    ) -> None:
+        self.config = QLoRAConfig(
+            quant_type=quant_type,
+            double_quant=double_quant,
+            block_size=block_size,
+            compute_dtype=compute_dtype,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            exclude_modules=[] if exclude_modules is None else exclude_modules,
+            modules_to_save=[] if modules_to_save is None else modules_to_save,
+            init_lora_weights=init_lora_weights,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            paged_optimizer=paged_optimizer,
+            gradient_checkpointing=gradient_checkpointing,
+            checkpoint=checkpoint,
+            adapter=adapter,
+        )
+        self.report: ConversionReport | None = None
+        self._layers: list[weakref.ref[QLoRALinear]] = []
+        self._mode_before: list[bool] = []
+        self._evaluating = False
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert in place; for a module that is converted already, nothing but the training mode is set."""
+        trainer, device = _trainer_of(module), None
+        if trainer is not None:
+            guards.check_trainer(trainer, module)  # type: ignore[arg-type]
+            device = trainer.strategy.root_device
+            if any(parameter.is_meta for parameter in module.parameters()):
+                seams.let_teardown_pass_by(trainer)
+        known = any(isinstance(layer, QLoRALinear) for layer in module.modules())
+        report = convert_module(module, self.config, device)
+        if not known:
+            rank_zero_only(report.show)()
+        if not known or self.report is None:
+            self.report = report
+        self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
+        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        if trainer is not None and not self._evaluating:
+            self._train_adapters()
+        return module
+
+    def _train_adapters(self) -> None:
+        """Put the adapters in training mode: Lightning leaves a module in the mode it came, Hugging Face's in eval."""
+        for layer in self._held_layers():
+            self._mode_before.append(layer.training)
+            layer.training = True
+
+    def _held_layers(self) -> list[QLoRALinear]:
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    @override
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast, where fp32 weights are computed in 16 bit: so the layers between ours run in 16 bit as well."""
+        layer = next(iter(self._held_layers()), None)
+        if layer is None or layer.weight_dtype is not torch.float32:
+            return nullcontext()
+        dtype = layer.compute_dtype(layer.packed)
+        return nullcontext() if dtype is torch.float32 else torch.autocast(layer.packed.device.type, dtype)
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Check the Trainer's optimizers, before their state is restored."""
+        for optimizer in optimizers:
+            guards.check_optimizer(optimizer)
+        return super().connect(model, optimizers, lr_schedulers)
+
+    @override
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """Lightning's own, of the Trainer or of Fabric."""
+        return _kind(module).pre_backward(self, tensor, module)
+
+    @override
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, of the Trainer or of Fabric."""
+        _kind(model).backward(self, tensor, model, *args, **kwargs)
+
+    @override
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """Lightning's own, of the Trainer or of Fabric."""
+        return _kind(module).post_backward(self, tensor, module)
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        closure: Callable[[], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Lightning's own, of the Trainer (which passes the model) or of Fabric (which doesn't)."""
+        if model is not None:
+            return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
+        guards.check_optimizer(optimizer)
+        if closure is not None:
+            kwargs["closure"] = closure
+        return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The random generators, which dropout masks come from."""
+        return {"random_state": random_state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the generators back, so that training goes on with the masks it would have had."""
+        if not self._evaluating:
+            set_random_state(state_dict["random_state"])
+
+    @override
+    def teardown(self) -> None:
+        """Leave the module in the mode it came in, and free the decode buffers."""
+        for layer, mode in zip(self._held_layers(), self._mode_before, strict=False):
+            layer.training = mode
+        self._mode_before = []
+        scratch.release()
+
+
+def _trainer_of(module: nn.Module | None) -> Trainer | None:
+    """The Trainer a module is attached to; None in Fabric."""
+    return module._trainer if isinstance(module, LightningModule) else None
+
+
+def _kind(module: nn.Module | None) -> type[Any]:
+    return FabricPrecision if _trainer_of(module) is None else Precision

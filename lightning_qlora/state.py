@@ -1,0 +1,138 @@
+"""What a state dict of a converted module holds: what trains, fingerprints of what is frozen, and the arguments."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.fingerprint import fingerprint
+from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear
+
+CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
+SAME = ("lora_alpha", "use_rslora")  # arguments that change the function without changing the shape of anything
+
+
+class FrozenParameters:
+    """The dense parameters that conversion froze (embeddings, norms), and their fingerprints at that moment."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.known: dict[str, tuple[int, int]] = {}  # name -> version of the tensor, fingerprint
+        self.replaced = False  # whether the load under way brings a dense base of its own
+        names: dict[int, str] = {}  # tied parameters are fingerprinted once
+        for name, parameter in _dense_parameters(module):
+            if not parameter.requires_grad:
+                first = names.setdefault(id(parameter), name)
+                self.known[name] = self.known[first] if first != name else (parameter._version, fingerprint(parameter))
+
+    def unchanged(self, name: str, parameter: Tensor) -> bool:
+        """Whether the parameter is still frozen and still the base's; hashed again only where it was written to."""
+        if name not in self.known or parameter.requires_grad:
+            return False
+        version, known = self.known[name]
+        if parameter._version != version:
+            if fingerprint(parameter) != known:
+                return False  # trained for a while, then frozen again: it is no longer the base's
+            self.known[name] = parameter._version, known
+        return True
+
+
+def remember_base(root: nn.Module, config: QLoRAConfig) -> None:
+    """From now on `root.state_dict()` leaves out the frozen base, and strict loading fills it in from the module.
+
+    Args:
+        root: The converted module.
+        config: The arguments of its conversion; with checkpoint="full" the base stays in.
+    """
+    root._qlora_config = config  # type: ignore[assignment]
+    root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
+    # Module-level functions: a module with hooks can still be copied and pickled.
+    root.register_state_dict_post_hook(_complete)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_pre_hook(_check_and_fill_in)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_post_hook(_take_as_base)  # type: ignore[no-untyped-call]
+
+
+def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | None:
+    """The arguments of the conversion that a state dict was saved under; None if it holds none."""
+    if prefix + CONFIG not in state_dict:
+        return None
+    return QLoRAConfig(**json.loads(bytes(state_dict[prefix + CONFIG].tolist())))
+
+
+def _complete(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    config: QLoRAConfig = root._qlora_config  # type: ignore[assignment]
+    if config.checkpoint == "adapter":
+        _replace_by_fingerprints(root, state_dict, prefix)
+    arguments = asdict(config) | {"adapter": None}  # a folder that was read once
+    state_dict[prefix + CONFIG] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
+
+
+def _replace_by_fingerprints(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
+    for name, parameter in _dense_parameters(root):
+        if prefix + name in state_dict and frozen.unchanged(name, parameter):
+            del state_dict[prefix + name]
+            state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(frozen.known[name][1])
+
+
+def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
+    frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
+    _check_same_layers(root, state_dict, prefix)
+    _check_same_function(root, state_dict, prefix)
+    for name, parameter in _dense_parameters(root):
+        expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
+        if expected is None:
+            continue
+        known = frozen.known[name][1] if name in frozen.known else fingerprint(parameter)
+        if int(expected) != known:
+            raise CheckpointMismatchError(
+                f"{name}: the checkpoint was trained on another base model (this frozen parameter has fingerprint "
+                f"{int(expected):x} there, {known:x} here). Load the base model it was trained with."
+            )
+        state_dict[prefix + name] = parameter.detach()
+
+
+def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    there = {key[len(prefix) :].rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "lora_A"}
+    here = {name for name, layer in root.named_modules() if isinstance(layer, QLoRALinear)}
+    if there and there != here:
+        name = sorted(there ^ here)[0]
+        raise CheckpointMismatchError(
+            f"{name or 'the module itself'}: {'has' if name in there else 'has no'} adapter in the checkpoint, "
+            f"{'has one' if name in here else 'has none'} here ({len(there ^ here)} of {len(there | here)} layers "
+            "differ). Convert with the same target_modules, exclude_modules and r as the checkpoint's."
+        )
+
+
+def _check_same_function(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    there, here = config_of(state_dict, prefix), root._qlora_config
+    state_dict.pop(prefix + CONFIG, None)
+    for name in SAME:
+        if there is not None and getattr(there, name) != getattr(here, name):
+            raise CheckpointMismatchError(
+                f"{name} is {getattr(there, name)!r} in the checkpoint and {getattr(here, name)!r} here: the adapters "
+                "would be scaled otherwise than they were trained. Set it to the checkpoint's."
+            )
+
+
+def _take_as_base(root: nn.Module, _: Any) -> None:
+    """After a checkpoint of the dense module, its parameters are the base."""
+    frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
+    if frozen.replaced:
+        root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
+
+
+def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter under every one of its names, except what QLoRALinear keeps and checks itself."""
+    own = {
+        f"{name}.{key}".lstrip(".")
+        for name, layer in root.named_modules(remove_duplicate=False)
+        if isinstance(layer, QLoRALinear)
+        for key in layer._parameters
+        if key != "bias"
+    }
+    return [(n, p) for n, p in root.named_parameters(remove_duplicate=False) if n not in own]

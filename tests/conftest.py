@@ -1,0 +1,89 @@
+"""Shared by all tests: quiet Lightning, one small module written as users write theirs, and its data."""
+
+import logging
+import os
+
+# Set before torch is imported: two test processes share two cores, and results must not depend on threads anyway.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+
+
+class Classifier(pl.LightningModule):
+    """An MLP classifier that knows nothing of 4 bits."""
+
+    def __init__(self, width: int = 64, dropout: float = 0.0, seed: int = 0):
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, 8)
+            )
+        self.losses = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def dataset(samples: int = 32, width: int = 64) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(samples, width, generator=generator), torch.randint(0, 8, (samples,), generator=generator)
+    )
+
+
+def loader(samples: int = 32, batch_size: int = 8, shuffle: bool = False) -> DataLoader:
+    return DataLoader(dataset(samples), batch_size=batch_size, shuffle=shuffle)
+
+
+def make_trainer(root, **arguments) -> pl.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": root,
+    }
+    return pl.Trainer(**{**defaults, **arguments})
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """Makes a Trainer for one CPU device that writes under the test's own folder."""
+    return lambda **arguments: make_trainer(tmp_path, **arguments)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

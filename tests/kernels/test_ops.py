@@ -1,0 +1,180 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lightning_qlora import quantize
+from lightning_qlora.kernels import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(
+    rows=48, columns=36, r=4, lead=(2, 5), dtype=torch.float32, quant_type="nf4", block_size=64, double_quant=True
+):
+    weight = quantize(torch.randn(rows, columns), quant_type, block_size, double_quant).to_bytes()
+    x = torch.randn(*lead, columns, dtype=dtype, requires_grad=True)
+    lora_a = torch.randn(r, columns, requires_grad=True)
+    lora_b = torch.randn(rows, r, requires_grad=True)
+    return weight, x, torch.randn(rows, requires_grad=True), lora_a, lora_b
+
+
+def dense(x, weight, bias, lora_a, lora_b, scaling):
+    """The formula, for autograd to differentiate."""
+    base = reference.dequantize(weight, x.dtype)
+    y = x @ base.T + scaling * ((x @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype))
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (2, 1, 3)])
+def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
+    weight, x, bias, lora_a, lora_b = make(lead=lead)
+    inputs = [x, lora_a, lora_b] + ([bias] if with_bias else [])
+    bias = bias if with_bias else None
+    y = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    expected = dense(x, weight, bias, lora_a, lora_b, 0.5)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.integers(1, 9), st.integers(1, 8), st.sampled_from(DTYPES),
+    st.sampled_from(["nf4", "fp4", "int4"]), st.sampled_from([32, 64, 4096]), st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, quant_type, block_size, double_quant):
+    weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, quant_type, block_size, double_quant)
+    y = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.25)
+    expected, xa = reference.linear(x, weight, bias, lora_a, lora_b, 0.25, 0.0, None)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 2e-1}
+    torch.testing.assert_close(y, expected, **tolerance)
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, [x, lora_a, lora_b], grad)
+    with torch.no_grad():
+        theirs = reference.linear_backward(grad, x, xa, weight, lora_a, lora_b, 0.25, 0.0, None, True)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
+    """The reference's hand-written backward pass against numerical differentiation."""
+    weight = quantize(torch.randn(6, 5)).to_bytes()
+
+    class Reference(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, lora_a, lora_b):
+            y, xa = reference.linear(x, weight, None, lora_a, lora_b, 0.7, 0.0, None)
+            ctx.save_for_backward(x, xa, lora_a, lora_b)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, xa, lora_a, lora_b = ctx.saved_tensors
+            return reference.linear_backward(grad, x, xa, weight, lora_a, lora_b, 0.7, 0.0, None, True)
+
+    shapes = [(4, 5), (2, 5), (6, 2)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(Reference.apply, inputs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck_passes_forward_and_backward(p):
+    weight, x, bias, lora_a, lora_b = make()
+    seed = torch.tensor([7]) if p else None
+    forward = (x, *weight[:3], bias, lora_a, lora_b, seed, 48, "nf4", 64, 0.5, p)
+    torch.library.opcheck(torch.ops.lightning_qlora.lora_linear, forward)
+    grad, xa = torch.randn(2, 5, 48), torch.randn(10, 4)
+    detached = [t.detach() for t in (x, xa, *weight[:3], lora_a, lora_b)]
+    for needs_x in (True, False):
+        backward = (grad, *detached, seed, "nf4", 64, 0.5, p, needs_x)
+        torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, backward)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_opcheck_passes_for_quantize_and_dequantize(double_quant):
+    weight = torch.randn(5, 77)
+    torch.library.opcheck(torch.ops.lightning_qlora.quantize, (weight, "nf4", 64, double_quant))
+    packed = quantize(weight, double_quant=double_quant).to_bytes()
+    torch.library.opcheck(torch.ops.lightning_qlora.dequantize, (*packed[:3], [5, 77], "nf4", 64, torch.bfloat16))
+
+
+def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
+    weight, x, bias, lora_a, lora_b = make(rows=256, columns=128, lead=(64,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.2, torch.tensor([3]))
+    held = {t.data_ptr() for t in (x, *weight[:3], lora_a, lora_b) if t.numel()}
+    fresh = [tuple(t.shape) for t in kept if t.data_ptr() not in held and t.numel() > 1]
+    assert fresh == [(64, 4)]
+
+
+def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
+    weight, x, _, lora_a, lora_b = make(lead=(16,))
+
+    def run(seed):
+        return ops.lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, torch.tensor([seed]))
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    dropped = reference.dropout(x, 0.5, torch.tensor([1]))
+    expected = x @ reference.dequantize(weight, x.dtype).T + (dropped @ lora_a.T) @ lora_b.T
+    torch.testing.assert_close(run(1), expected)
+    grad = torch.randn(16, 48)
+    for ours, theirs in zip(
+        torch.autograd.grad(run(1), [x, lora_a, lora_b], grad),
+        torch.autograd.grad(expected, [x, lora_a, lora_b], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_keeps_the_expectation():
+    x = torch.ones(400, 500)
+    kept = reference.dropout(x, 0.3, torch.tensor([0]))
+    assert kept.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert (kept == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_torch_compile_sees_one_graph(p):
+    weight, x, bias, lora_a, lora_b = make()
+    seed = torch.tensor([7]) if p else None
+
+    def function(x):
+        return torch.relu(ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, p, seed))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grad = torch.randn(2, 5, 48)
+    for one, other in zip(
+        torch.autograd.grad(compiled(x), [x, lora_a, lora_b], grad),
+        torch.autograd.grad(function(x), [x, lora_a, lora_b], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
+    """The reused buffer must not become an inference tensor."""
+    from lightning_qlora.kernels import scratch
+
+    weight, x, bias, lora_a, lora_b = make(rows=96, columns=80)
+    scratch.release()
+    with torch.inference_mode():
+        first = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    second = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    second.sum().backward()
+    assert torch.equal(first, second.detach())
+
+
+def test_wrong_shapes_and_types_are_named():
+    weight, x, bias, lora_a, lora_b = make()
+    with pytest.raises((ValueError, RuntimeError), match=r"A \[r, 36\]"):
+        ops.lora_linear(x, weight, bias, lora_a[:, :-1], lora_b, 0.5)
+    with pytest.raises((TypeError, RuntimeError), match="float64"):
+        ops.lora_linear(x.double(), weight, bias, lora_a, lora_b, 0.5)

@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from lightning_qlora.quantize.codebooks import codebook, dynamic_map, normal_float_levels
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_levels_are_those_of_bitsandbytes(quant_type):
+    assert torch.equal(codebook(quant_type).levels, bnb.get_4bit_type(quant_type, device="cpu"))
+
+
+def test_int4_levels_are_the_table_bitsandbytes_lists():
+    table = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]) / 7
+    assert torch.equal(codebook("int4").levels, table)
+
+
+def test_nf4_follows_from_its_formula_to_the_last_bit():
+    assert torch.equal(normal_float_levels(), codebook("nf4").levels)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_is_that_of_bitsandbytes(signed):
+    assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed))
+
+
+def test_an_unknown_type_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"quant_type='nf3'.*'nf4', 'fp4', 'int4'"):
+        codebook("nf3")

@@ -1,0 +1,173 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRALinear, convert
+from lightning_qlora.choose import matches
+
+transformers = pytest.importorskip("transformers")
+
+
+def toy(kind):
+    small = {"vocab_size": 64}
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, n_embd=64, n_layer=2, n_head=4))
+    if kind == "bert":
+        config = transformers.BertConfig(
+            **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_labels=2
+        )
+        return transformers.BertForSequenceClassification(config)
+    if kind == "t5":
+        config = transformers.T5Config(
+            **small, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0
+        )
+        return transformers.T5ForConditionalGeneration(config)
+    config = transformers.Qwen3MoeConfig(
+        **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_all_linear_converts_what_peft_adapts(kind):
+    peft = pytest.importorskip("peft")
+    task = {"bert": "SEQ_CLS"}.get(kind)
+    adapted = peft.get_peft_model(toy(kind), peft.LoraConfig(r=2, target_modules="all-linear", task_type=task))
+    theirs = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    theirs -= {name for name in theirs if name.endswith(("lora_A", "lora_B"))}
+    report = convert(toy(kind), r=2)
+    too_small = set(report.trained_in_full)
+    assert set(report.converted) | (too_small & theirs) == theirs
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["self_attn.q_proj"], r"model\.layers\.1\..*_proj", r".*\.mlp\.(up|down)_proj"]
+)
+def test_named_targets_are_those_peft_finds(targets):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(toy("llama"), peft.LoraConfig(r=2, target_modules=targets))
+    theirs = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert set(convert(toy("llama"), r=2, target_modules=targets).converted) == theirs
+
+
+def test_names_are_matched_as_in_peft():
+    assert matches("model.layers.0.q_proj", ["q_proj"])
+    assert matches("q_proj", ["q_proj"])
+    assert not matches("model.layers.0.seq_proj", ["q_proj"])
+    assert matches("model.layers.0.q_proj", r".*\.q_proj")
+    assert not matches("model.layers.0.q_proj", "q_proj.")
+    # under a LightningModule the model's own names stand after an attribute
+    assert matches("net.model.layers.0.q_proj", r"model\.layers\.\d+\.q_proj")
+
+
+def test_excluded_layers_stay_dense_and_frozen():
+    model = toy("llama")
+    report = convert(model, r=2, exclude_modules=["down_proj"])
+    assert report.skipped["model.layers.0.mlp.down_proj"] == "in exclude_modules"
+    layer = model.model.layers[0].mlp.down_proj
+    assert not isinstance(layer, QLoRALinear)
+    assert not layer.weight.requires_grad
+
+
+def test_modules_to_save_train_in_full():
+    model = toy("llama")
+    report = convert(model, r=2, modules_to_save=["embed_tokens", "norm"])
+    assert report.trained_in_full["model.embed_tokens"] == "in modules_to_save"
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trainable == {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_the_output_embedding_stays_dense_unless_named():
+    assert "output embedding" in convert(toy("llama"), r=2).skipped["lm_head"]
+    model = toy("llama")
+    assert "lm_head" in convert(model, r=2, target_modules=["lm_head", "q_proj"]).converted
+
+
+def test_tied_weights_stay_tied_and_dense():
+    model = toy("gpt2")
+    report = convert(model, r=2)
+    assert "tied to transformer.wte.weight" in report.skipped["lm_head"]
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_routers_stay_dense_and_experts_that_are_not_linear_are_named():
+    model = toy("moe")
+    with pytest.warns(UserWarning, match=r"experts\.(gate_up|down)_proj"):
+        report = convert(model, r=2)
+    assert not any("gate" in name.rpartition(".")[2] for name in report.converted)
+
+
+def test_a_linear_router_is_known_by_its_experts():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(64, 32), nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+
+    report = convert(Mixture(), r=2)
+    assert "router" in report.skipped["gate"]
+    assert report.converted == ["experts.0", "experts.1"]
+
+
+def test_a_layer_smaller_than_its_adapter_trains_in_full():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2))
+    report = convert(model, r=8)
+    assert report.converted == ["0"]
+    assert "rank 8 would be larger than its 2x256 weights" in report.trained_in_full["1"]
+    assert model[1].weight.requires_grad
+    assert model[1].bias.requires_grad
+    # r * (in + out) = in * out is the border
+    assert convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(128, 128)), r=32).converted == ["1"]
+
+
+def test_a_small_layer_that_was_frozen_stays_frozen():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2).requires_grad_(False))
+    assert "1" in convert(model, r=8).skipped
+    assert not model[1].weight.requires_grad
+
+
+def test_a_small_layer_that_is_named_gets_its_adapter():
+    assert convert(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2)), r=8, target_modules=["1"]).converted == ["1"]
+
+
+def test_attention_that_reads_weights_without_calling_layers_is_left_alone():
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    report = convert(model, r=2)
+    assert "MultiheadAttention" in report.skipped["self_attn.out_proj"]
+    assert report.converted == ["linear1", "linear2"]
+
+
+def test_parametrized_lazy_and_overridden_layers_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Plain(nn.Linear):
+        pass
+
+    model = nn.Sequential(
+        nn.Linear(64, 64), Scaled(64, 64), Plain(64, 64), nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    )
+    assert convert(model, r=2).converted == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target_modules": ["qproj"]}, r"no module of this model fits \['qproj'\].*'q_proj'"),
+        ({"target_modules": ["q_proj", "w_proj"]}, r"fits \['w_proj'\]"),
+        ({"target_modules": r".*\.attention"}, "no module of this model fits"),
+        ({"modules_to_save": ["classifier"]}, r"modules_to_save=\['classifier'\]"),
+        ({"target_modules": ["embed_tokens"]}, r"'model\.embed_tokens', a Embedding.*modules_to_save"),
+    ],
+)
+def test_names_that_fit_nothing_are_refused_with_what_there_is(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        convert(toy("llama"), r=2, **arguments)

@@ -1,0 +1,224 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRALinear, convert, quantize
+
+
+def converted(layer=None, **arguments):
+    layer = layer or nn.Linear(128, 96)
+    dense = copy.deepcopy(layer)
+    convert(layer, **{"r": 8, **arguments})
+    return layer, dense
+
+
+def randomize(layer):
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(3))
+    return layer
+
+
+def test_it_is_still_the_same_linear_layer():
+    layer = nn.Linear(128, 96)
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    same = layer
+    convert(layer, r=8)
+    assert same is layer
+    assert isinstance(layer, QLoRALinear)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (128, 96)
+    layer(torch.randn(2, 128))
+    assert seen == [1]
+
+
+def test_before_training_it_computes_with_the_decoded_weight():
+    layer, dense = converted()
+    x = torch.randn(4, 3, 128)
+    expected = nn.functional.linear(x, quantize(dense.weight).dequantize(), dense.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_adapter_is_added_with_its_scale():
+    layer, dense = converted(lora_alpha=4, r=8)
+    randomize(layer)
+    x = torch.randn(5, 128)
+    weight = quantize(dense.weight).dequantize() + 0.5 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.eval()(x), nn.functional.linear(x, weight, dense.bias), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.decode() + layer.delta(), weight.detach())
+
+
+def test_names_shapes_and_types_of_the_parameters():
+    layer, _ = converted()
+    assert layer.lora_A.shape == (8, 128)
+    assert layer.lora_B.shape == (96, 8)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    frozen = {name: p for name, p in layer.named_parameters() if not p.requires_grad}
+    assert set(frozen) == {"packed", "absmax", "nested", "bias"}
+    assert all(frozen[name].dtype == torch.uint8 for name in ("packed", "absmax", "nested"))
+    assert frozen["packed"].shape == (96, 64)
+    assert frozen["absmax"].shape == (96, 2)
+    assert not list(layer.buffers())
+
+
+def test_weight_can_be_read_but_not_written():
+    layer, dense = converted()
+    expected = quantize(dense.weight).dequantize()
+    assert layer.weight.shape == (96, 128)
+    assert layer.weight.dtype == torch.float32
+    assert layer.weight.device.type == "cpu"
+    assert isinstance(layer.weight, torch.Tensor)
+    assert torch.equal(layer.weight, expected)
+    assert torch.equal(layer.packed_weight.dequantize(), expected)
+    assert torch.equal(layer.weight[3:5] * 2, expected[3:5] * 2)
+    assert (layer.weight.numpy() == expected.numpy()).all()
+    torch.testing.assert_close(nn.functional.linear(torch.ones(1, 128), layer.weight), expected.sum(1)[None])
+    target = torch.zeros(96, 128)
+    target.copy_(layer.weight)
+    assert torch.equal(target, expected)
+    with pytest.raises(RuntimeError, match="read-only"):
+        layer.weight.mul_(2)
+    with pytest.raises((AttributeError, KeyError, TypeError)):
+        layer.weight = nn.Parameter(torch.zeros(96, 128))
+
+
+def test_reading_type_device_or_shape_of_the_weight_decodes_nothing(monkeypatch):
+    layer, _ = converted()
+    monkeypatch.setattr(QLoRALinear, "decode", lambda self: pytest.fail("decoded"))
+    assert (layer.weight.dtype, layer.weight.shape[0], layer.weight.device.type) == (torch.float32, 96, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_output_has_the_type_of_the_input(dtype):
+    layer, _ = converted()
+    assert layer(torch.randn(2, 128, dtype=dtype)).dtype == dtype
+
+
+def test_compute_type_follows_weight_argument_and_autocast():
+    x = torch.randn(2, 128)
+    assert converted()[0].compute_dtype(x) == torch.float32
+    assert converted(nn.Linear(128, 96, dtype=torch.bfloat16))[0].compute_dtype(x) == torch.bfloat16
+    layer = converted(compute_dtype="bf16")[0]
+    assert layer.compute_dtype(x) == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert converted()[0](x).dtype == torch.bfloat16
+
+
+def test_dropout_acts_on_the_adapter_in_training_alone():
+    layer, _ = converted(lora_dropout=0.5)
+    randomize(layer)
+    x = torch.randn(32, 128)
+    assert not torch.equal(layer.train()(x), layer.train()(x))
+    assert torch.equal(layer.eval()(x), layer.eval()(x))
+    with torch.no_grad():
+        layer.lora_B.zero_()
+    assert torch.equal(layer.train()(x), layer.train()(x))
+
+
+def test_activation_checkpointing_makes_the_same_mask_again():
+    from torch.utils.checkpoint import checkpoint
+
+    layer, _ = converted(lora_dropout=0.5)
+    randomize(layer).train()
+    x = torch.randn(32, 128, requires_grad=True)
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        y = run(x)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_lives_through_copies_pickles_and_moves():
+    layer, _ = converted()
+    randomize(layer).eval()
+    x = torch.randn(3, 128)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for again in (
+        copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False),
+        layer.cpu().cpu().to("cpu"),
+    ):  # fmt: skip
+        assert torch.equal(again(x), expected)
+        assert all(torch.equal(getattr(again, n), getattr(layer, n)) for n in ("packed", "absmax", "nested"))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_changes_no_byte_of_the_base(cast):
+    layer, dense = converted()
+    stored = {name: getattr(layer, name).clone() for name in ("packed", "absmax", "nested")}
+    layer.to(cast)
+    assert layer.weight.dtype == cast
+    layer.to(torch.float32)
+    assert all(torch.equal(getattr(layer, name), value) for name, value in stored.items())
+    assert torch.equal(layer.weight, quantize(dense.weight).dequantize())
+
+
+def test_adapters_start_like_pefts_and_alike_for_the_same_name():
+    one, other = converted()[0], converted()[0]
+    assert torch.equal(one.lora_A, other.lora_A)
+    assert one.lora_A.abs().max() <= 128**-0.5
+    assert one.lora_A.std().item() == pytest.approx((2 * 128**-0.5) / 12**0.5, rel=0.1)
+    assert not one.lora_B.any()
+    before = torch.get_rng_state()
+    converted()
+    assert torch.equal(torch.get_rng_state(), before) is False  # nn.Linear itself draws
+    layer = nn.Linear(128, 96)
+    before = torch.get_rng_state()
+    convert(layer, r=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gaussian_start_has_the_deviation_of_pefts():
+    layer, _ = converted(init_lora_weights="gaussian", r=16)
+    assert layer.lora_A.std().item() == pytest.approx(1 / 16, rel=0.1)
+
+
+def test_the_seed_of_seed_everything_changes_the_start(monkeypatch):
+    one = converted()[0].lora_A
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    assert not torch.equal(one, converted()[0].lora_A)
+
+
+def test_conv1d_keeps_its_transposed_weight():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(96, 128)
+    with torch.no_grad():
+        conv1d.bias.normal_()
+    layer, dense = converted(conv1d)
+    assert layer.weight.shape == (128, 96)
+    assert (layer.in_features, layer.out_features) == (128, 96)
+    expected = quantize(dense.weight.T).dequantize().T
+    assert torch.equal(layer.weight, expected)
+    x = torch.randn(2, 5, 128)
+    torch.testing.assert_close(layer(x), x @ expected + dense.bias)
+    randomize(layer).eval()
+    torch.testing.assert_close(layer(x), x @ (expected + layer.delta()) + dense.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_in_between_changes_no_gradient_and_no_byte():
+    """bitsandbytes' CPU path fails exactly this: it repacks the weight and drops dX."""
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+    convert(model, r=4, lora_dropout=0.0)
+    for layer in (model[0], model[2]):
+        randomize(layer)
+    x = torch.randn(8, 128, requires_grad=True)
+
+    def gradients():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(model.train()(x).square().sum(), [x, *parameters])
+
+    before, state = gradients(), {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(x)
+    with torch.inference_mode():
+        model.eval()(x)
+    assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())

@@ -1,0 +1,183 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import CheckpointMismatchError, QLoRALinear, convert
+from lightning_qlora.fingerprint import fingerprint
+
+
+def mlp(scale=1.0):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(10, 128), nn.Linear(128, 256), nn.BatchNorm1d(256), nn.Linear(256, 128), nn.Linear(128, 2)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    return model
+
+
+def trained(**arguments):
+    model = mlp()
+    convert(model, **{"r": 8, **arguments})
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, QLoRALinear):
+                layer.lora_B.normal_()
+        model[4].weight.normal_()
+        model[2].running_mean.normal_()
+    return model
+
+
+def fresh(scale=1.0, **arguments):
+    model = mlp(scale)
+    convert(model, **{"r": 8, **arguments})
+    return model
+
+
+def same_output(one, other):
+    x = torch.arange(10)
+    return torch.equal(one.eval()(x), other.eval()(x))
+
+
+def test_a_checkpoint_holds_what_trains_and_fingerprints():
+    state = trained().state_dict()
+    tensors = {name for name in state if not name.endswith("fingerprint")}
+    assert tensors == {
+        "1.lora_A", "1.lora_B", "3.lora_A", "3.lora_B", "4.weight", "4.bias", "2.running_mean", "2.running_var",
+        "2.num_batches_tracked", "qlora_config",
+    }  # fmt: skip
+    assert {name for name in state if name.endswith("fingerprint")} == {
+        f"{name}.fingerprint" for name in ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias")
+    }
+
+
+def test_it_loads_strictly_on_the_same_base():
+    source, target = trained(), fresh()
+    missing, unexpected = target.load_state_dict(source.state_dict())
+    assert not missing
+    assert not unexpected
+    assert same_output(source, target)
+
+
+def test_a_full_checkpoint_brings_its_base_along():
+    source, target = trained(checkpoint="full"), fresh(scale=2.0, checkpoint="full")
+    target.load_state_dict(source.state_dict())
+    assert same_output(source, target)
+    assert torch.equal(source[1].packed, target[1].packed)
+
+
+def test_a_dense_checkpoint_of_the_module_is_quantized_on_load():
+    other = mlp(scale=1.7)
+    target = fresh()
+    start = target[1].lora_A.clone()
+    target.load_state_dict(other.state_dict())
+    expected = copy.deepcopy(other)
+    convert(expected, r=8)
+    assert torch.equal(target[1].packed, expected[1].packed)
+    assert torch.equal(target[1].lora_A, start)
+    assert same_output(target, expected)
+    # and from now on it is the base
+    expected.load_state_dict(target.state_dict())
+    with pytest.raises(CheckpointMismatchError):
+        fresh().load_state_dict(target.state_dict())
+
+
+@pytest.mark.parametrize("change", [lambda m: m[1].weight.mul_(1.5), lambda m: m[1].weight[0].neg_()])
+def test_another_quantized_base_is_refused_with_the_layer(change):
+    other = mlp()
+    with torch.no_grad():
+        change(other)
+    convert(other, r=8)
+    with pytest.raises(CheckpointMismatchError, match=r"^1: .*fingerprint [0-9a-f]+ there, [0-9a-f]+ here"):
+        other.load_state_dict(trained().state_dict())
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.bias", "3.bias"])
+def test_another_frozen_parameter_is_refused_with_its_name(name):
+    other = mlp()
+    with torch.no_grad():
+        other.get_parameter(name).add_(1)
+    convert(other, r=8)
+    with pytest.raises(CheckpointMismatchError, match=rf"^{name}: .*another base"):
+        other.load_state_dict(trained().state_dict())
+
+
+def test_another_rank_is_refused_with_layer_and_both_values():
+    with pytest.raises(CheckpointMismatchError, match=r"^1: .*rank 8 .*rank 4 .*Set r=8"):
+        fresh(r=4).load_state_dict(trained().state_dict())
+
+
+def test_other_target_layers_are_refused_with_the_layer():
+    with pytest.raises(CheckpointMismatchError, match=r"^3: has adapter in the checkpoint, has none here"):
+        fresh(target_modules=["1"], modules_to_save=["4"]).load_state_dict(trained().state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"^3: has no adapter in the checkpoint, has one here"):
+        fresh().load_state_dict(trained(target_modules=["1"], modules_to_save=["4"]).state_dict())
+
+
+def test_another_scale_or_quantization_is_refused():
+    with pytest.raises(CheckpointMismatchError, match=r"lora_alpha is 16 in the checkpoint and 32 here"):
+        fresh(lora_alpha=32).load_state_dict(trained().state_dict())
+    with pytest.raises(CheckpointMismatchError, match="fingerprint"):
+        fresh(quant_type="fp4").load_state_dict(trained().state_dict())
+
+
+def test_a_missing_adapter_is_still_missing():
+    state = trained().state_dict()
+    del state["3.lora_B"]
+    with pytest.raises(RuntimeError, match=r"3\.lora_B"):
+        fresh().load_state_dict(state)
+
+
+def test_parameters_trained_for_a_while_and_frozen_again_are_kept():
+    source = trained()
+    source[2].weight.requires_grad_(True)
+    with torch.no_grad():
+        source[2].weight.add_(1.0)
+    source[2].weight.requires_grad_(False)
+    state = source.state_dict()
+    assert "2.weight" in state
+    target = fresh()
+    target.load_state_dict(state)
+    assert torch.equal(target[2].weight, source[2].weight)
+
+
+def test_a_frozen_parameter_written_with_its_own_value_is_still_left_out():
+    """As DDP does when it broadcasts."""
+    source = trained()
+    with torch.no_grad():
+        source[0].weight.copy_(source[0].weight.clone())
+    assert "0.weight" not in source.state_dict()
+
+
+def test_copies_and_pickles_keep_the_small_checkpoint():
+    import pickle
+
+    source = trained()
+    for again in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        assert again.state_dict().keys() == source.state_dict().keys()
+
+
+def test_state_dict_of_a_larger_module_keeps_the_small_checkpoint():
+    outer, other = nn.ModuleDict({"inner": trained()}), nn.ModuleDict({"inner": fresh()})
+    assert "inner.0.weight" not in outer.state_dict()
+    other.load_state_dict(outer.state_dict())
+    assert same_output(outer["inner"], other["inner"])
+
+
+def test_the_fingerprint_sees_every_bit_and_the_order_and_ignores_the_float_type():
+    x = torch.randn(1000).bfloat16()
+    assert fingerprint(x) == fingerprint(x.float())
+    changed = x.clone()
+    changed[777] = changed[777] * 1.01
+    assert fingerprint(x) != fingerprint(changed)
+    assert fingerprint(x) != fingerprint(x.flip(0))
+    assert fingerprint(x, x) != fingerprint(torch.cat([x, x]))
+    data = torch.randint(0, 256, (3_000_001,), dtype=torch.uint8)
+    assert fingerprint(data) == fingerprint(data.clone())
+    for place in (0, 1_234_567, 3_000_000):
+        flipped = data.clone()
+        flipped[place] ^= 1
+        assert fingerprint(data) != fingerprint(flipped)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep, adamw8bit_step, adamw_step
 from lightning_qlora.paging.pager import MIN_NUMEL, Pager
+from lightning_qlora.paging.sharded import local, shards, zero_scales
 from lightning_qlora.paging.windows import windows
 
 WINDOW_NUMEL = 16 * 2**20  # elements whose state is fetched together: 32 MiB in 8 bits
@@ -104,12 +105,22 @@ class PagedAdamW8bit(Optimizer):
         """As `Optimizer.load_state_dict`, but every tensor keeps its type.
 
         torch would cast all state of a floating parameter to the parameter's type: codes to floats, scales to bf16.
+
+        Raises:
+            ValueError: If 8-bit state was saved on another number of FSDP ranks.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, own, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
+            state = state_dict["state"].get(index, {})
+            saved_shards = int(state.get("shards", 1))
+            if "exp_avg_absmax" in state and saved_shards != shards(param):
+                raise ValueError(
+                    f"8-bit optimizer state was saved in {saved_shards} shards and the parameter has {shards(param)}: "
+                    "its blocks belong to shards. Resume on as many ranks, or train with PagedAdamW."
+                )
+            for key, value in state.items():
                 device = "cpu" if key == "step" else param.device
                 self.state[param][key] = torch.as_tensor(value).detach().to(device, copy=True)
 
@@ -121,20 +132,27 @@ class PagedAdamW8bit(Optimizer):
         for param in params:
             state = self.state[param]
             state["step"] += 1
-            alike[int(state["step"]), "exp_avg_absmax" in state].append(param)
+            if local(param).numel():  # the last ranks may hold nothing of a small sharded parameter
+                alike[int(state["step"]), "exp_avg_absmax" in state].append(param)
         beta1, beta2 = group["betas"]
         for (step, in_8bit), members in alike.items():
             scalars = AdamWStep(step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
-            grads = [param.grad for param in members if param.grad is not None]
-            states = [self.state[param] for param in members]
-            m, v = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            params = [local(param) for param in members]
+            grads = [local(param.grad) for param in members if param.grad is not None]
+            m, v = ([local(self.state[param][name]) for param in members] for name in ("exp_avg", "exp_avg_sq"))
             if in_8bit:
                 m_scales, v_scales = (
-                    [state[name] for state in states] for name in ("exp_avg_absmax", "exp_avg_sq_absmax")
+                    [local(self.state[param][name])[: blocks(local(param))] for param in members]
+                    for name in ("exp_avg_absmax", "exp_avg_sq_absmax")
                 )
-                adamw8bit_step(members, grads, m, m_scales, v, v_scales, scalars)
+                adamw8bit_step(params, grads, m, m_scales, v, v_scales, scalars)
             else:
-                adamw_step(members, grads, m, v, scalars)
+                adamw_step(params, grads, m, v, scalars)
+
+
+def blocks(param: Tensor) -> int:
+    """Blocks of 8-bit state a parameter has."""
+    return -(-param.numel() // STATE_BLOCK_SIZE)
 
 
 def _new_state(param: Tensor) -> dict[str, Tensor]:
@@ -144,8 +162,10 @@ def _new_state(param: Tensor) -> dict[str, Tensor]:
         raise TypeError("PagedAdamW8bit got a sparse gradient: use torch.optim.SparseAdam for that parameter.")
     in_8bit = param.numel() >= MIN_NUMEL
     state = {"step": torch.zeros((), dtype=torch.float32)}
+    if in_8bit and shards(param) > 1:
+        state["shards"] = torch.tensor(shards(param))
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.zeros_like(param, dtype=torch.uint8 if in_8bit else torch.float32)
         if in_8bit:
-            state[f"{name}_absmax"] = torch.zeros(-(-param.numel() // STATE_BLOCK_SIZE), device=param.device)
+            state[f"{name}_absmax"] = zero_scales(param, STATE_BLOCK_SIZE)
     return state

@@ -167,7 +167,7 @@ def test_fabric_resume(stand_in, tmp_path):
     assert torch.equal(straight, resumed)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp2_8bit"])
 def test_two_processes(mode, tmp_path):
     """DDP through the Trainer, FSDP2 through torch's own fully_shard: bit-equal, every page placed, nothing left."""
     script = Path(__file__).with_name("two_processes.py")

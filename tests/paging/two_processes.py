@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lightning_qlora.paging import PagedOptimizer, Pager, pages
+from lightning_qlora.paging import PagedAdamW8bit, PagedOptimizer, Pager, pages
 from tests.paging.runs import Regression, data, fit, parameters
 from tests.paging.stand_in import StandIn
 
@@ -24,7 +24,7 @@ def ddp():
     assert torch.equal(parameters(plain), parameters(paged))
 
 
-def fsdp2():
+def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2)):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -33,13 +33,14 @@ def fsdp2():
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
 
-    def sharded():
-        net = Regression().net
+    def sharded(paged=False):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.ReLU(), torch.nn.Linear(160, 64))
         for layer in net:
             if isinstance(layer, torch.nn.Linear):
                 fully_shard(layer, mesh=mesh)
         fully_shard(net, mesh=mesh)
-        return net, torch.optim.AdamW(net.parameters(), lr=1e-2)
+        return net, make_optimizer(net.parameters(), paged)
 
     def train(net, optimizer, batches):
         for x, y in batches:
@@ -51,8 +52,8 @@ def fsdp2():
     plain, reference = sharded()
     train(plain, reference, batches)
 
-    paged, optimizer = sharded()
-    pager = Pager(min_numel=1024)  # a shard is half a tensor
+    paged, optimizer = sharded(True)
+    pager = Pager()
     pager.attach(optimizer)
     train(paged, optimizer, batches[:10])
     state = optimizer.state[next(paged.parameters())]["exp_avg"]
@@ -61,9 +62,9 @@ def fsdp2():
     saved = copy.deepcopy((paged.state_dict(), get_optimizer_state_dict(paged, optimizer)))
     pager.close()
 
-    again, resumed = sharded()
+    again, resumed = sharded(True)
     again.load_state_dict(saved[0])
-    second = Pager(min_numel=1024)
+    second = Pager()
     second.attach(resumed)
     set_optimizer_state_dict(again, resumed, saved[1])
     train(again, resumed, batches[10:])
@@ -71,9 +72,21 @@ def fsdp2():
     for left, right in zip(plain.parameters(), again.parameters(), strict=True):
         assert torch.equal(left.to_local(), right.to_local())
     second.close()
+    return resumed
 
 
-{"ddp": ddp, "fsdp2": fsdp2}[sys.argv[1]]()
+def fsdp2_8bit():
+    resumed = fsdp2(lambda params, paged: PagedAdamW8bit(params, lr=1e-2, paged=paged))
+    plain = PagedAdamW8bit(torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.Linear(160, 64)).parameters())
+    try:
+        plain.load_state_dict(resumed.state_dict())
+    except ValueError as error:
+        assert "saved in 2 shards and the parameter has 1" in str(error)
+    else:
+        raise AssertionError("blocks of two shards must not be taken for blocks of one")
+
+
+{"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[sys.argv[1]]()
 assert stand_in.pools
 assert stand_in.nbytes == 0
 os.write(1, b"bit-equal, all paged, nothing left\n")  # one write, so that two processes cannot mix their lines

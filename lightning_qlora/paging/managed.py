@@ -49,10 +49,13 @@ class Segment:
         # Not at interpreter exit: tensors may still be alive then, and the driver frees everything anyway.
         weakref.finalize(self, memory.free, self.address).atexit = False
 
-    def take(self, nbytes: int) -> int | None:
-        """The address of the next free range, or None if it does not fit."""
-        if self.used + nbytes > self.nbytes:
-            return None
+    @property
+    def room(self) -> int:
+        """Bytes not taken yet."""
+        return self.nbytes - self.used
+
+    def take(self, nbytes: int) -> int:
+        """The address of the next free range, of at most `room` bytes."""
         address = self.address + self.used
         self.used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return address
@@ -81,8 +84,8 @@ class ManagedPool:
     def place(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """A new managed tensor with these values."""
         nbytes = values.numel() * dtype.itemsize
-        address, segment = self._take(nbytes)
-        memory = self._memory.tensor(address, nbytes, owner=segment).view(dtype)
+        segment = self._segment_with_room(nbytes)
+        memory = self._memory.tensor(segment.take(nbytes), nbytes, owner=segment).view(dtype)
         # Detached, or autograd would keep the memory alive as the base of a view, even after `release`.
         return memory.as_strided(values.shape, values.stride()).copy_(values).detach()
 
@@ -111,20 +114,17 @@ class ManagedPool:
         plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         tensor.data = plain.copy_(tensor.detach())
 
-    def _take(self, nbytes: int) -> tuple[int, Segment]:
+    def _segment_with_room(self, nbytes: int) -> Segment:
         for segment in self._segments:
-            if (address := segment.take(nbytes)) is not None:
-                return address, segment
+            if segment.room >= nbytes:
+                return segment
         wanted = max(nbytes, SEGMENT_BYTES)
         try:
             segment = Segment(self._memory, wanted)
         except MemoryError as error:
             raise refusal(wanted, self.nbytes, self.kind) from error
         self._segments.add(segment)
-        address = segment.take(nbytes)
-        if address is None:  # cannot happen: the segment was made large enough
-            raise RuntimeError(f"A new segment of {wanted} bytes has no room for {nbytes}.")
-        return address, segment
+        return segment
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

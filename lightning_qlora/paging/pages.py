@@ -70,7 +70,7 @@ class OptimizerPages:
         if optimizer is None:
             return
         states = optimizer.state.values() if params is None else [optimizer.state.get(param) for param in params]
-        tensors = list(tensors_in(list(states)))
+        tensors = [tensor for tensor in tensors_in(list(states)) if tensor.numel() >= self._min_numel]
         for pool in self.pools:
             yield pool, [tensor for tensor in tensors if pool.owns(tensor)]
 

@@ -28,8 +28,8 @@ def shards(param: Tensor) -> int:
     dims = [dim for dim, placement in enumerate(sharded.placements) if not placement.is_replicate()]
     if len(dims) != 1 or not sharded.placements[dims[0]].is_shard(0):
         raise ValueError(
-            f"PagedAdamW8bit got a parameter placed as {tuple(sharded.placements)}: it trains parameters that are split "
-            "along their first dimension, as fully_shard splits them. Use PagedAdamW, or exclude this parameter."
+            f"PagedAdamW8bit got a parameter placed as {tuple(sharded.placements)}: it trains parameters that are "
+            "split along their first dimension, as fully_shard splits them. Use PagedAdamW for others."
         )
     count: int = sharded.device_mesh.size(dims[0])
     return count

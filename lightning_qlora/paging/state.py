@@ -90,16 +90,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     Those in containers, the local part of a DTensor, the inner ones of any other tensor subclass. Parameters are not
     state.
     """
-    if isinstance(value, torch.nn.Parameter):
-        return
-    if isinstance(value, Mapping):
+    if type(value) is Tensor:
+        yield value
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             yield from tensors_in(item)
-    elif type(value) is Tensor:
-        yield value
-    elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+    elif hasattr(value, "__tensor_flatten__") and not isinstance(value, torch.nn.Parameter):
         for name in value.__tensor_flatten__()[0]:
             yield from tensors_in(getattr(value, name))

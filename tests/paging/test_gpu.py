@@ -156,7 +156,7 @@ def test_a_step_that_would_not_fit_unpaged():
 def test_what_cannot_be_had_is_refused_and_training_goes_on():
     pool = ManagedPool(CudaUnifiedMemory(DEVICE))
     with pytest.raises(MemoryError, match="refused"):
-        pool._take(2**60)
+        pool._segment_with_room(2**60)
     tensor = pool.place(torch.ones(1000), torch.float32)
     assert tensor.sum().item() == 1000
     assert pool.nbytes == SEGMENT_BYTES

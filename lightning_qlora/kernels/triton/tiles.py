@@ -1,9 +1,9 @@
 """Which tile a kernel runs with: read from `tiles.json`, by kernel, device and size.
 
-The file is data; `python -m benchmarks.tiles` measures the rows of `matmul` on a card, so nothing is timed while a model
-trains. It reads {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, the size being the
-number of rows of `matmul` and the block size of `quantize`. The first entry that reaches to the size counts, a size
-beyond the last has no tile, and a target without entries of its own takes those of "default".
+The file is data: nothing is timed while a model trains (`python -m benchmarks.tiles` measures the rows of `matmul`).
+It reads {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, the size being the number of
+rows of `matmul` and the block size of `quantize`. The first entry that reaches to the size counts, a size beyond the
+last has no tile, and a target without entries of its own takes those of "default".
 """
 
 import json

@@ -8,14 +8,7 @@ import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OUTSIDE = ["test_interpreted.py", "test_compiled.py", "test_gpu.py"]
-INSIDE = [
-    "test_dequantize.py",
-    "test_quantize.py",
-    "test_linear.py",
-    "test_matmul.py",
-    "test_adamw.py",
-    "test_training.py",
-]
+INSIDE = [f"test_{name}.py" for name in ("dequantize", "quantize", "linear", "matmul", "adamw", "training")]
 
 collect_ignore = OUTSIDE if INTERPRETED else INSIDE
 

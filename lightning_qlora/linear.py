@@ -150,13 +150,17 @@ class QLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
-        dtype = self.compute_dtype(x)
+        dtype, given = self.compute_dtype(x), x.dtype
         p, seed = self.lora_dropout, None
         if p and self.training:
             # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
             seed = torch.randint(1 << 62, (1,))
-        y = ops.lora_linear(x.to(dtype), self.weight_bytes, self.bias, self.lora_A, self.lora_B, self.scaling, p, seed)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
+        weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        rows = x if given is dtype else x.to(dtype)
+        y = ops.lora_linear(rows, weight, held["bias"], held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""

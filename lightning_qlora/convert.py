@@ -77,7 +77,7 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
 def _freeze(module: nn.Module, choice: Choice) -> None:
     trained = {id(p) for name in choice.train for p in module.get_submodule(name).parameters()}
     adapters = {
-        id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in (layer.lora_A, layer.lora_B)
+        id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in layer.adapter_parameters()
     }
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():

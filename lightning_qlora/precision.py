@@ -45,9 +45,14 @@ class QLoRAPrecision(Precision):
             endings.
         exclude_modules: Layers to leave alone: a regular expression or a list of name endings.
         modules_to_save: Modules to train in full beside the adapters: a list of name endings.
-        init_lora_weights: Where the adapters start.
+        init_lora_weights: Where the adapters start: "default" (PEFT's: B = 0), "gaussian" (B = 0), "loftq", "pissa",
+            "pissa_niter_16" (with 16 power iterations, faster), or "calibrated" on the first training batches.
+        loftq_config: For "loftq", as in PEFT: {"loftq_iter": 5} for 5 iterations instead of 1.
+        calibration_batches: For "calibrated": batches to look at before the first step; None: those of the first step.
         use_rslora: Scale by lora_alpha / sqrt(r) instead.
         use_dora: Learn the magnitude of every output row as well (weight-decomposed LoRA).
+        rank_pattern: Rank of single layers, {name ending or regular expression: r}, as in PEFT.
+        alpha_pattern: lora_alpha of single layers, likewise.
         paged_optimizer: Page optimizer state to host memory: true, false, or "auto" (on for CUDA devices).
         gradient_checkpointing: Recompute activations in the backward pass.
         checkpoint: What a checkpoint holds: the "adapter" and what else trains, or the packed base as well ("full").
@@ -77,8 +82,12 @@ class QLoRAPrecision(Precision):
         exclude_modules: str | list[str] | None = None,
         modules_to_save: list[str] | None = None,
         init_lora_weights: InitLoRAWeights = "default",
+        loftq_config: dict[str, int] | None = None,
+        calibration_batches: int | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
         paged_optimizer: bool | Literal["auto"] = "auto",
         gradient_checkpointing: bool = False,
         checkpoint: Checkpoint = "adapter",
@@ -96,8 +105,12 @@ class QLoRAPrecision(Precision):
             exclude_modules=[] if exclude_modules is None else exclude_modules,
             modules_to_save=[] if modules_to_save is None else modules_to_save,
             init_lora_weights=init_lora_weights,
+            loftq_config={} if loftq_config is None else loftq_config,
+            calibration_batches=calibration_batches,
             use_rslora=use_rslora,
             use_dora=use_dora,
+            rank_pattern={} if rank_pattern is None else rank_pattern,
+            alpha_pattern={} if alpha_pattern is None else alpha_pattern,
             paged_optimizer=paged_optimizer,
             gradient_checkpointing=gradient_checkpointing,
             checkpoint=checkpoint,

@@ -197,7 +197,7 @@ class QLoRALinear(nn.Linear):
             return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
-        if self.weight_dtype is torch.float32 and _has_bf16(device):
+        if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
             return torch.bfloat16
         return self.weight_dtype
 

@@ -128,6 +128,8 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             guards.check_trainer(trainer, module)  # type: ignore[arg-type]
             device = trainer.strategy.root_device
+            if any(parameter.is_meta for parameter in module.parameters()):
+                seams.let_teardown_pass_by(trainer)
         known = any(isinstance(layer, QLoRALinear) for layer in module.modules())
         report = convert_module(module, self.config, device)
         if not known:

@@ -21,6 +21,16 @@ def keep_encoder_layers_on_the_module_path(module: nn.Module) -> None:
             layer.activation_relu_or_gelu = 0
 
 
+def let_teardown_pass_by(trainer: Any) -> None:
+    """Keep teardown from moving a module that can't be moved, because its weights are on the meta device.
+
+    Upstream: lightning/pytorch/strategies/strategy.py, Strategy.teardown, calls `lightning_module.cpu()` after any
+    error; "Cannot copy out of meta tensor" would be all that a user sees of our error that names the layer.
+    Removed by: upstream not letting an error of teardown hide the one that led to it.
+    """
+    trainer.strategy._lightning_module = None
+
+
 def restore_checkpoint_after_conversion() -> None:
     """Let Lightning restore weights after `convert_module` where the precision plugin asks for it.
 

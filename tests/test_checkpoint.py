@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, load_from_checkpoint
+from tests.conftest import Classifier, loader
+
+
+@pytest.fixture
+def trained(trainer):
+    module = Classifier(width=64, dropout=0.1)
+    run = trainer(plugins=QLoRAPrecision(r=4, lora_alpha=8), max_epochs=2)
+    run.fit(module, loader())
+    return module, run.checkpoint_callback.best_model_path
+
+
+def test_a_trained_module_comes_back_from_its_checkpoint(trained):
+    module, path = trained
+    again = load_from_checkpoint(Classifier, path)
+    assert type(again) is Classifier
+    assert again.hparams == module.hparams
+    x = torch.randn(3, 64)
+    assert torch.equal(again.eval()(x), module.eval()(x))
+
+
+def test_arguments_of_the_class_can_be_given(trained):
+    again = load_from_checkpoint(Classifier, trained[1], dropout=0.7)
+    assert again.hparams.dropout == 0.7
+    assert again.net[3].p == 0.7
+
+
+def test_another_base_is_refused(trained):
+    with pytest.raises(CheckpointMismatchError, match=r"net\.0"):
+        load_from_checkpoint(Classifier, trained[1], seed=8)
+
+
+def test_a_plain_checkpoint_is_refused(trainer):
+    run = trainer()
+    run.fit(Classifier(), loader())
+    with pytest.raises(ValueError, match="not saved from a converted module"):
+        load_from_checkpoint(Classifier, run.checkpoint_callback.best_model_path)
+
+
+def test_a_model_made_in_configure_model_comes_back(trainer):
+    class Late(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    module, run = Late(), trainer(plugins=QLoRAPrecision(r=4))
+    run.fit(module, loader())
+    again = load_from_checkpoint(Late, run.checkpoint_callback.best_model_path)
+    assert isinstance(again.net[0], QLoRALinear)
+    x = torch.randn(3, 64)
+    assert torch.equal(again.eval()(x), module.eval()(x))
+
+
+def test_full_and_weights_only_checkpoints_come_back(trainer, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    for place, arguments in enumerate([{"checkpoint": "full"}, {}]):
+        callback = ModelCheckpoint(tmp_path / str(place), save_weights_only=not arguments)
+        module = Classifier()
+        trainer(plugins=QLoRAPrecision(r=4, **arguments), callbacks=[callback]).fit(module, loader())
+        again = load_from_checkpoint(Classifier, callback.best_model_path)
+        x = torch.randn(3, 64)
+        assert torch.equal(again.eval()(x), module.eval()(x))

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora import guards, seams
+from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.convert import convert_module
 from lightning_qlora.kernels import scratch
@@ -117,6 +118,7 @@ class QLoRAPrecision(Precision):
             adapter=adapter,
         )
         self.report: ConversionReport | None = None
+        self._module: weakref.ref[nn.Module] | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
         self._mode_before: list[bool] = []
         self._evaluating = False
@@ -136,6 +138,7 @@ class QLoRAPrecision(Precision):
             rank_zero_only(report.show)()
         if not known or self.report is None:
             self.report = report
+        self._module = weakref.ref(module)
         self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None and not self._evaluating:
@@ -150,6 +153,19 @@ class QLoRAPrecision(Precision):
 
     def _held_layers(self) -> list[QLoRALinear]:
         return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    @property
+    def _calibration(self) -> Calibration | None:
+        return None if self._module is None else calibration_of(self._module())
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Where the adapters start from data: let them see the Trainer's batch before anything trains on it."""
+        if self._calibration is not None and self._module is not None:
+            trainer = _trainer_of(self._module())
+            if trainer is not None:
+                self._calibration.before_batch(trainer, data)
+        return super().convert_input(data)
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -196,6 +212,8 @@ class QLoRAPrecision(Precision):
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         guards.check_optimizer(optimizer)
+        if self._calibration is not None and closure is None:
+            self._calibration.check_started()
         if closure is not None:
             kwargs["closure"] = closure
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)

@@ -116,7 +116,10 @@ def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
 
 def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
     weight, x, _, lora_a, lora_b = make(lead=(16,))
-    run = lambda seed: ops.lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, torch.tensor([seed]))
+
+    def run(seed):
+        return ops.lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, torch.tensor([seed]))
+
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
     dropped = reference.dropout(x, 0.5, torch.tensor([1]))
@@ -142,7 +145,10 @@ def test_dropout_keeps_the_expectation():
 def test_torch_compile_sees_one_graph(p):
     weight, x, bias, lora_a, lora_b = make()
     seed = torch.tensor([7]) if p else None
-    function = lambda x: torch.relu(ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, p, seed))
+
+    def function(x):
+        return torch.relu(ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, p, seed))
+
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grad = torch.randn(2, 5, 48)
     for one, other in zip(

@@ -5,6 +5,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.loraplus import loraplus_groups
 from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
 from lightning_qlora.quantize.packed import PackedWeight
@@ -23,5 +24,6 @@ __all__ = [
     "QLoRAPrecision",
     "convert",
     "load_from_checkpoint",
+    "loraplus_groups",
     "quantize",
 ]

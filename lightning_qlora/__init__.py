@@ -1,5 +1,6 @@
 """QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`."""
 
+from lightning_qlora.adapters import load_adapter, save_adapter
 from lightning_qlora.checkpoint import load_from_checkpoint
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
@@ -18,6 +19,8 @@ __all__ = [
     "QLoRALinear",
     "QLoRAPrecision",
     "convert",
+    "load_adapter",
     "load_from_checkpoint",
     "quantize",
+    "save_adapter",
 ]

@@ -6,6 +6,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.merge import merge
 from lightning_qlora.precision import QLoRAPrecision
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.report import ConversionReport
@@ -21,6 +22,7 @@ __all__ = [
     "convert",
     "load_adapter",
     "load_from_checkpoint",
+    "merge",
     "quantize",
     "save_adapter",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora.adapter_folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
-from lightning_qlora.base_model import find_base, plain_name, source_of, task_of
+from lightning_qlora.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.linear import CheckpointMismatchError, QLoRAConv1D, QLoRALinear
+from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -58,7 +58,13 @@ def adapter_of(module: nn.Module) -> Adapter:
         )
     first = next(iter(layers.values()))
     rslora = first.config.use_rslora
-    saved = {name: dict(_state(part)) for name, part in _trained_in_full(base)}
+    about = describe_base(module)
+    saved = {name: dict(_state(part)) for name, part in trained_in_full(base)}
+    if "" in saved:
+        raise ValueError(
+            f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "
+            "inside it. Freeze it, or keep a Lightning checkpoint instead of a PEFT folder."
+        )
     return Adapter(
         layers={
             name: LayerAdapter(
@@ -73,10 +79,10 @@ def adapter_of(module: nn.Module) -> Adapter:
         modules_to_save=_checked_endings(list(saved), base),
         targets=target_words(list(layers), [plain_name(name) for name, _ in base.named_modules()]),
         use_rslora=rslora,
-        fan_in_fan_out=any(isinstance(layer, QLoRAConv1D) for layer in layers.values()),
+        fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=first.lora_dropout,
-        task_type=task_of(base),
-        base_model=source_of(base),
+        task_type=about["task_type"],
+        base_model=about["base_model"],
         quantization={
             "quant_type": first.quant_type,
             "block_size": first.block_size,
@@ -147,20 +153,6 @@ def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
 
 def _adapted_layers(base: nn.Module) -> dict[str, QLoRALinear]:
     return {plain_name(name): layer for name, layer in base.named_modules() if isinstance(layer, QLoRALinear)}
-
-
-def _trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with parameters of their own that train and are no adapters; under every name of a shared one."""
-    for name, part in base.named_modules(remove_duplicate=False):
-        trained = [key for key, p in part._parameters.items() if p is not None and p.requires_grad]
-        if not trained or isinstance(part, QLoRALinear):
-            continue
-        if not name:
-            raise ValueError(
-                f"{trained[0]}: a parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can "
-                "only name modules inside it. Freeze it, or keep a Lightning checkpoint instead of a PEFT folder."
-            )
-        yield plain_name(name), part
 
 
 def _state(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

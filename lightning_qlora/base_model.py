@@ -1,13 +1,14 @@
 """The base model inside a LightningModule: what PEFT and vLLM would load, and so where the names of adapters begin."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear import QLoRAConv1D, QLoRALinear
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 TASKS = {  # class name ending -> PEFT's task type, where PEFT's class for it adds nothing to the model
@@ -61,3 +62,23 @@ def task_of(base: nn.Module) -> str | None:
 def source_of(base: nn.Module) -> str | None:
     """Folder or hub name a transformers model was loaded from."""
     return getattr(getattr(base, "config", None), "_name_or_path", None) or None
+
+
+def trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with parameters of their own that train and are no adapters; under every name of a shared one."""
+    for name, part in base.named_modules(remove_duplicate=False):
+        trains = any(p is not None and p.requires_grad for p in part._parameters.values())
+        if trains and not isinstance(part, QLoRALinear):
+            yield plain_name(name), part
+
+
+def describe_base(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must say so that its adapters can be put in PEFT's words without the module; plain values."""
+    prefix, base = find_base(module)
+    return {
+        "prefix": plain_name(prefix),
+        "task_type": task_of(base),
+        "base_model": source_of(base),
+        "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
+        "trained_in_full": [name for name, _ in trained_in_full(base)],
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -132,6 +133,45 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+class ShardWriter:
+    """Writes a model's safetensors into a folder, holding no more than one shard in memory."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[dict[str, int]] = []  # key -> bytes
+        self.held: dict[str, Tensor] = {}
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Take a tensor; write a shard when it would grow too large."""
+        held = sum(value.nbytes for value in self.held.values())
+        if self.held and held + tensor.nbytes > self.shard_bytes:
+            self._write()
+        self.held[key] = tensor.contiguous()
+
+    def _write(self) -> None:
+        self.shards.append({key: tensor.nbytes for key, tensor in self.held.items()})
+        save_file(self.held, self._name(len(self.shards)), metadata={"format": "pt"})
+        self.held = {}
+
+    def _name(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def finish(self) -> None:
+        """Write what is left; name the files, and write their index, as transformers does."""
+        self._write()
+        count = len(self.shards)
+        if count == 1:
+            self._name(1).rename(self.folder / WEIGHTS)
+            return
+        file_of: dict[str, str] = {}
+        for number, shard in enumerate(self.shards, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            self._name(number).rename(self.folder / name)
+            file_of |= dict.fromkeys(shard, name)
+        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": file_of}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextmanager

@@ -25,7 +25,9 @@ def toy(kind):
         )
         return transformers.BertForSequenceClassification(config)
     if kind == "t5":
-        config = transformers.T5Config(**small, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16)
+        config = transformers.T5Config(
+            **small, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0
+        )
         return transformers.T5ForConditionalGeneration(config)
     config = transformers.Qwen3MoeConfig(
         **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -100,9 +100,9 @@ def test_callbacks_work(trainer):
     finder = LearningRateFinder(num_training_steps=8)
     module.lr = 1e-3
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=module.lr)
-    trainer(
-        plugins=plugin(), callbacks=[finder, EarlyStopping("val_loss", patience=1)], max_epochs=3
-    ).fit(module, loader(samples=128), loader())
+    trainer(plugins=plugin(), callbacks=[finder, EarlyStopping("val_loss", patience=1)], max_epochs=3).fit(
+        module, loader(samples=128), loader()
+    )
     assert finder.optimal_lr is not None
 
 
@@ -241,9 +241,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_equal(trainer, tmp_path,
     def run(steps, seed, ckpt=None):
         pl.seed_everything(seed, verbose=False)
         module = Classifier(dropout=0.1)
-        run = trainer(
-            plugins=plugin(lora_dropout=0.3), max_steps=steps, max_epochs=-1, enable_checkpointing=False
-        )
+        run = trainer(plugins=plugin(lora_dropout=0.3), max_steps=steps, max_epochs=-1, enable_checkpointing=False)
         run.fit(module, ResumableLoader(), ckpt_path=ckpt)
         return module, run
 

@@ -50,8 +50,7 @@ def test_a_checkpoint_holds_what_trains_and_fingerprints():
         "2.num_batches_tracked", "qlora_config",
     }  # fmt: skip
     assert {name for name in state if name.endswith("fingerprint")} == {
-        f"{name}.fingerprint"
-        for name in ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias")
+        f"{name}.fingerprint" for name in ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias")
     }
 
 

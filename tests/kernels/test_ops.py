@@ -9,7 +9,9 @@ from lightning_qlora.kernels import ops, reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(rows=48, columns=36, r=4, lead=(2, 5), dtype=torch.float32, quant_type="nf4", block_size=64, double_quant=True):
+def make(
+    rows=48, columns=36, r=4, lead=(2, 5), dtype=torch.float32, quant_type="nf4", block_size=64, double_quant=True
+):
     weight = quantize(torch.randn(rows, columns), quant_type, block_size, double_quant).to_bytes()
     x = torch.randn(*lead, columns, dtype=dtype, requires_grad=True)
     lora_a = torch.randn(r, columns, requires_grad=True)
@@ -34,7 +36,9 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
     expected = dense(x, weight, bias, lora_a, lora_b, 0.5)
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(y)
-    for ours, theirs in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -97,9 +101,7 @@ def test_opcheck_passes_for_quantize_and_dequantize(double_quant):
     weight = torch.randn(5, 77)
     torch.library.opcheck(torch.ops.lightning_qlora.quantize, (weight, "nf4", 64, double_quant))
     packed = quantize(weight, double_quant=double_quant).to_bytes()
-    torch.library.opcheck(
-        torch.ops.lightning_qlora.dequantize, (*packed[:3], [5, 77], "nf4", 64, torch.bfloat16)
-    )
+    torch.library.opcheck(torch.ops.lightning_qlora.dequantize, (*packed[:3], [5, 77], "nf4", 64, torch.bfloat16))
 
 
 def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
@@ -114,7 +116,10 @@ def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
 
 def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
     weight, x, _, lora_a, lora_b = make(lead=(16,))
-    run = lambda seed: ops.lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, torch.tensor([seed]))
+
+    def run(seed):
+        return ops.lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, torch.tensor([seed]))
+
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
     dropped = reference.dropout(x, 0.5, torch.tensor([1]))
@@ -140,7 +145,10 @@ def test_dropout_keeps_the_expectation():
 def test_torch_compile_sees_one_graph(p):
     weight, x, bias, lora_a, lora_b = make()
     seed = torch.tensor([7]) if p else None
-    function = lambda x: torch.relu(ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, p, seed))
+
+    def function(x):
+        return torch.relu(ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, p, seed))
+
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grad = torch.randn(2, 5, 48)
     for one, other in zip(

@@ -1,0 +1,43 @@
+"""strategy="ddp" on two CPU processes, started by Lightning's own launcher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder: Path, epochs: int, ckpt: str = "", devices: int = 2) -> list[dict]:
+    folder.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.ddp_script", str(folder), str(epochs), ckpt, str(devices)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("parameters train") == 1, "the report is printed once, by rank 0"
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(devices)]
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
+    straight = run(tmp_path / "straight", 2)
+    assert same(straight[0]["state"], straight[1]["state"])
+    assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
+    assert straight[0]["losses"] != straight[1]["losses"], "each rank has its own share of the data"
+    first = run(tmp_path / "first", 1)
+    names = torch.load(first[0]["best"], weights_only=True)["state_dict"]
+    assert "net.0.lora_A" in names
+    assert "net.0.packed" not in names
+    assert "net.2.weight" not in names, "DDP's broadcast must not make frozen parameters look trained"
+    resumed = run(tmp_path / "resumed", 2, first[0]["best"])
+    for rank in range(2):
+        assert same(straight[rank]["state"], resumed[rank]["state"])
+        assert resumed[rank]["losses"] == straight[rank]["losses"][8:]
+        for key, state in straight[rank]["optimizer"].items():
+            assert all(torch.equal(value, resumed[rank]["optimizer"][key][name]) for name, value in state.items())

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from lightning_qlora import seams
 from lightning_qlora.adapter_folder import read_adapter
 from lightning_qlora.adapters import config_of_adapter, put_adapter
+from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear
@@ -51,6 +52,8 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     _freeze(module, choice)
     if adapter is not None:
         put_adapter(module, adapter)
+    if config.gradient_checkpointing:
+        enable_checkpointing(module)
     seams.keep_encoder_layers_on_the_module_path(module)
     remember_base(module, config)
     _warn_of_what_stayed(module)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora import guards, seams
+from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.convert import convert_module
 from lightning_qlora.kernels import scratch
@@ -105,7 +106,7 @@ class QLoRAPrecision(Precision):
         )
         self.report: ConversionReport | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
-        self._mode_before: list[bool] = []
+        self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False
 
     @override
@@ -126,13 +127,14 @@ class QLoRAPrecision(Precision):
         self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None and not self._evaluating:
-            self._train_adapters()
+            self._train_adapters(module)
         return module
 
-    def _train_adapters(self) -> None:
+    def _train_adapters(self, module: nn.Module) -> None:
         """Put the adapters in training mode: Lightning leaves a module in the mode it came, Hugging Face's in eval."""
-        for layer in self._held_layers():
-            self._mode_before.append(layer.training)
+        recomputed = transformers_layers(module) if self.config.gradient_checkpointing else ()
+        for layer in (*self._held_layers(), *recomputed):
+            self._mode_before.append((weakref.ref(layer), layer.training))
             layer.training = True
 
     def _held_layers(self) -> list[QLoRALinear]:
@@ -201,8 +203,9 @@ class QLoRAPrecision(Precision):
     @override
     def teardown(self) -> None:
         """Leave the module in the mode it came in, and free the decode buffers."""
-        for layer, mode in zip(self._held_layers(), self._mode_before, strict=False):
-            layer.training = mode
+        for reference, mode in self._mode_before:
+            if (layer := reference()) is not None:
+                layer.training = mode
         self._mode_before = []
         scratch.release()
 

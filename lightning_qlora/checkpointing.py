@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora.base_model import is_transformers_model
 from lightning_qlora.linear import QLoRALinear
 
 
@@ -25,25 +24,21 @@ def enable_checkpointing(module: nn.Module) -> int:
     Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
     Sequential with two or more children of one class that hold converted layers.
     """
-    models = [
-        part for part in module.modules() if is_transformers_model(part) and next(transformers_layers(part), None)
-    ]
-    for model in models:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        for layer in transformers_layers(model):
-            layer._gradient_checkpointing_func = _InItsOwnMode(layer)  # type: ignore[assignment]
-    inside = {id(part) for model in models for part in model.modules()}
+    layers = list(transformers_layers(module))
+    for layer in layers:
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = _InItsOwnMode(layer)  # type: ignore[assignment]
+    inside = {id(part) for layer in layers for part in layer.modules()}
     blocks = [block for block in _repeated_blocks(module) if id(block) not in inside]
     for block in blocks:
-        block.forward = partial(_recomputed, block)  # type: ignore[method-assign]
-    count = len(blocks) + len(list(transformers_layers(module)))
-    if not count:
+        block.forward = partial(_recomputed, block)
+    if not layers and not blocks:
         warnings.warn(
             f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
             "class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
             stacklevel=2,
         )
-    return count
+    return len(layers) + len(blocks)
 
 
 def transformers_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -13,7 +13,10 @@ BERT = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
     "max_position_embeddings": 64, "num_labels": 3,
 }  # fmt: skip
-T5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 128}
+T5 = {
+    "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 128,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 NAMES = ("llama", "gpt2", "bert", "t5")
 
 

@@ -86,7 +86,7 @@ class Adapter:
     @property
     def alpha(self) -> float:
         """The alpha of most layers."""
-        return Counter(layer.alpha for layer in self.layers.values()).most_common(1)[0][0]
+        return Counter(_number(layer.alpha) for layer in self.layers.values()).most_common(1)[0][0]
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -98,7 +98,7 @@ class Adapter:
     def alpha_pattern(self) -> dict[str, float]:
         """The layers of another alpha."""
         usual = self.alpha
-        return {name: layer.alpha for name, layer in self.layers.items() if layer.alpha != usual}
+        return {name: _number(layer.alpha) for name, layer in self.layers.items() if _number(layer.alpha) != usual}
 
     def scaling(self, name: str) -> float:
         """The factor of one layer's product."""
@@ -115,12 +115,12 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": adapter.r,
-        "lora_alpha": _number(adapter.alpha),
+        "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.lora_dropout,
         "target_modules": adapter.targets,
         "modules_to_save": adapter.modules_to_save or None,
         "rank_pattern": adapter.rank_pattern,
-        "alpha_pattern": {name: _number(alpha) for name, alpha in adapter.alpha_pattern.items()},
+        "alpha_pattern": adapter.alpha_pattern,
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
         "fan_in_fan_out": adapter.fan_in_fan_out,

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -12,8 +13,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_qlora import starts
 from lightning_qlora.adapter_folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
 from lightning_qlora.base_model import describe_base, find_base, plain_name, trained_in_full
+from lightning_qlora.calibration import calibration_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 
@@ -58,6 +61,13 @@ def adapter_of(module: nn.Module) -> Adapter:
         )
     first = next(iter(layers.values()))
     rslora = first.config.use_rslora
+    if starts.moves_base(first.config):
+        warnings.warn(
+            f"init_lora_weights={first.config.init_lora_weights!r} moved the base: this adapter belongs to the 4-bit "
+            "weights here and not to the model as it was downloaded. Write that base too, with "
+            "lightning_qlora.loading.save_quantized, or merge.",
+            stacklevel=3,
+        )
     about = describe_base(module)
     saved = {name: dict(_state(part)) for name, part in trained_in_full(base)}
     if "" in saved:
@@ -71,7 +81,7 @@ def adapter_of(module: nn.Module) -> Adapter:
                 _whole(layer.lora_A),
                 _whole(layer.lora_B),
                 layer.scaling * (math.sqrt(layer.r) if rslora else layer.r),
-                None if (magnitude := layer._parameters.get(MAGNITUDE)) is None else _whole(magnitude),
+                None if layer.lora_magnitude_vector is None else _whole(layer.lora_magnitude_vector),
             )
             for name, layer in layers.items()
         },
@@ -101,20 +111,25 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
         if loaded is None:
             layer.lora_B.data.zero_()
             continue
-        for parameter, value in ((layer.lora_A, loaded.lora_A), (layer.lora_B, loaded.lora_B)):
-            parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
-        if loaded.magnitude is not None:
-            magnitude = layer._parameters[MAGNITUDE]
-            assert magnitude is not None  # checked above
-            magnitude.data = loaded.magnitude.to(magnitude.device, magnitude.dtype)
+        values = {"lora_A": loaded.lora_A, "lora_B": loaded.lora_B, MAGNITUDE: loaded.magnitude}
+        for key, value in values.items():
+            if value is not None:
+                parameter: Tensor = getattr(layer, key)
+                parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
         layer.scaling = adapter.scaling(name)
         if layer.config.use_rslora != adapter.use_rslora:
             layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
-    _remember(module, adapter)
     state = _named_state(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
             state[key].copy_(value)
+    for part in module.modules():
+        calibration = calibration_of(part)
+        if calibration is not None:
+            calibration.close()  # no adapter waits for data any more
+        config = getattr(part, "_qlora_config", None)
+        if isinstance(config, QLoRAConfig):  # checkpoints say what the adapter is
+            part._qlora_config = replace(config, **_words(part, adapter, layers))  # type: ignore[assignment]
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
@@ -131,16 +146,33 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     owners = {key.rpartition(".")[0] for key in adapter.saved}
     return replace(
         config,
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        use_rslora=adapter.use_rslora,
+        **_words(module, adapter, {}),
         use_dora=adapter.use_dora,
         target_modules="|".join(re.escape(names[name]) for name in adapter.layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
         init_lora_weights="default",
+        loftq_config={},
+        calibration_batches=None,
         adapter=None,
     )
+
+
+def _words(module: nn.Module, adapter: Adapter, others: dict[str, QLoRALinear]) -> dict[str, Any]:
+    """Ranks and scalings of the adapter, and ranks of the other layers, as arguments of a QLoRAConfig."""
+    prefix = find_base(module)[0]
+    ranks = adapter.rank_pattern | {n: x.r for n, x in others.items() if n not in adapter.layers and x.r != adapter.r}
+
+    def full(name: str) -> str:
+        return re.escape(f"{prefix}.{name}".strip("."))
+
+    return {
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
+        "rank_pattern": {full(name): r for name, r in ranks.items()},
+        "alpha_pattern": {full(name): alpha for name, alpha in adapter.alpha_pattern.items()},
+    }
 
 
 def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
@@ -196,7 +228,7 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
                 f"has a layer of {layer.in_features} inputs and {layer.out_features} outputs there, the adapter is for "
                 f"{loaded.lora_A.shape[1]} and {loaded.lora_B.shape[0]}",
             )  # fmt: skip
-        if (loaded.magnitude is None) != (layer._parameters.get(MAGNITUDE) is None):
+        if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
             with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
             _refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
     state = _named_state(base)
@@ -205,15 +237,6 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
             _refuse(adapter, key, base, "has no such parameter")
         if state[key].shape != value.shape:
             _refuse(adapter, key, base, f"has shape {list(state[key].shape)} there, the adapter {list(value.shape)}")
-
-
-def _remember(module: nn.Module, adapter: Adapter) -> None:
-    """Checkpoints from now on say what the adapter is (see `state`)."""
-    for part in module.modules():
-        config = getattr(part, "_qlora_config", None)
-        if isinstance(config, QLoRAConfig):
-            new = replace(config, r=adapter.r, lora_alpha=adapter.alpha, use_rslora=adapter.use_rslora)
-            part._qlora_config = new  # type: ignore[assignment]
 
 
 def _refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:

@@ -15,7 +15,12 @@ from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALi
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # what is said beside them of the model inside the module
-SAME = ("lora_alpha", "use_rslora")  # arguments that change the function without changing the shape of anything
+SAME = (
+    "lora_alpha",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+)  # change the function, not a shape
 
 
 class FrozenParameters:

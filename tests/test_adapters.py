@@ -283,3 +283,43 @@ def test_a_killed_save_leaves_the_old_files(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_adapter(converted("llama", seed=3), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_and_patterns_in_peft(name, tmp_path):
+    first = {"llama": "q_proj", "gpt2": "c_attn"}[name]
+    lit = converted(name, use_dora=True, rank_pattern={first: 8}, alpha_pattern={first: 3})
+    save_adapter(lit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_dora"] and set(config["rank_pattern"].values()) == {8} and len(config["alpha_pattern"]) == 2
+    theirs = peft.PeftModel.from_pretrained(decoded_base(name, lit), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = Lit(toy(name))
+    convert(again, adapter=str(tmp_path / "theirs"))
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=1e-6, rtol=0)
+    assert "DoRA" in vllm_objections(read_adapter(tmp_path))[0]
+
+
+def test_a_checkpoint_after_load_adapter_comes_back(tmp_path, trainer):
+    from lightning_qlora import load_from_checkpoint
+
+    save_adapter(converted("llama", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}), tmp_path / "a")
+
+    class OfToy(Lit):
+        def __init__(self):
+            super().__init__(toy("llama"))
+
+    lit = OfToy()
+    fit = trainer(plugins=QLoRAPrecision(r=6, lora_alpha=3), max_steps=1)
+    fit.fit(lit)
+    load_adapter(lit, tmp_path / "a")
+    assert float(lit.model.model.layers[0].mlp.up_proj.lora_B.abs().max()) == 0
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    again = load_from_checkpoint(OfToy, tmp_path / "x.ckpt")
+    assert torch.equal(logits(again.model), logits(lit.model))
+
+
+def test_a_moved_base_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="init_lora_weights='pissa' moved the base"):
+        save_adapter(converted("llama", init_lora_weights="pissa"), tmp_path)

@@ -260,3 +260,14 @@ def test_a_killed_merge_leaves_nothing_and_can_be_run_again(base, tmp_path):
     assert not out.exists()
     merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_and_patterns(name, base, tmp_path):
+    first = {"llama": "q_proj", "gpt2": "c_attn"}[name]
+    lit = converted(name, use_dora=True, rank_pattern={first: 8}, alpha_pattern={first: 3})
+    _, folder = base(name)
+    merge_folder(folder, adapter_of(lit), tmp_path / "out")
+    before = logits(lit.model)
+    torch.testing.assert_close(logits(merge(lit).model), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), before, atol=1e-5, rtol=0)

@@ -7,6 +7,7 @@ from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from lightning_qlora.merge import merge
+from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.report import ConversionReport
@@ -16,6 +17,9 @@ __all__ = [
     "CheckpointMismatchError",
     "ConversionReport",
     "PackedWeight",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedOptimizer",
     "QLoRAConfig",
     "QLoRALinear",
     "QLoRAPrecision",

@@ -22,6 +22,7 @@ from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QL
 from lightning_qlora.convert import convert_module
 from lightning_qlora.kernels import scratch
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.paging import Pager
 from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
 
@@ -62,6 +63,7 @@ class QLoRAPrecision(Precision):
 
     Attributes:
         config: The arguments, checked.
+        pager: Pages the optimizers' state; `pager.report()` says what and how.
         report: What the last conversion did; None before one.
 
     Raises:
@@ -120,6 +122,7 @@ class QLoRAPrecision(Precision):
         )
         self.report: ConversionReport | None = None
         self._module: weakref.ref[nn.Module] | None = None
+        self.pager = Pager()
         self._layers: list[weakref.ref[QLoRALinear]] = []
         self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False
@@ -182,10 +185,15 @@ class QLoRAPrecision(Precision):
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        """Check the Trainer's optimizers, before their state is restored."""
+        """Check the Trainer's optimizers and page their state, before that is restored."""
         for optimizer in optimizers:
-            guards.check_optimizer(optimizer)
+            self._take(optimizer)
         return super().connect(model, optimizers, lr_schedulers)
+
+    def _take(self, optimizer: Optimizer) -> None:
+        guards.check_optimizer(optimizer)
+        if self.config.paged_optimizer:  # "auto" as True: on a CPU there is nothing to page
+            self.pager.attach(optimizer)
 
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
@@ -213,7 +221,7 @@ class QLoRAPrecision(Precision):
         """Lightning's own, of the Trainer (which passes the model) or of Fabric (which doesn't)."""
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
-        guards.check_optimizer(optimizer)
+        self._take(optimizer)
         if self._calibration is not None and closure is None:
             self._calibration.check_started()
         if closure is not None:
@@ -233,11 +241,12 @@ class QLoRAPrecision(Precision):
 
     @override
     def teardown(self) -> None:
-        """Leave the module in the mode it came in, and free the decode buffers."""
+        """Leave the module in the mode it came in; free the pages of the optimizers and the decode buffers."""
         for reference, mode in self._mode_before:
             if (layer := reference()) is not None:
                 layer.training = mode
         self._mode_before = []
+        self.pager.close()
         scratch.release()
 
 

@@ -31,12 +31,38 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x with each element kept with probability 1 - p, as the seed says, and divided by 1 - p."""
+    """x with each element kept with probability 1 - p, as the seed says, and divided by 1 - p.
+
+    Which are kept is a hash of the seed and the element's place, so that every device and any number of threads agree.
+    """
     if seed is None:
         return x
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-    return x * keep / (1 - p)
+    least_kept, scale = dropout_threshold(p)
+    keep = dropout_kept(0, x.numel(), least_kept, int(seed), x.device)
+    return torch.where(keep.view(x.shape), x * scale, 0)
+
+
+def dropout_kept(start: int, stop: int, least_kept: int, seed: int, device: torch.device) -> Tensor:
+    """Which of the elements start to stop, counted along all rows, are kept: bool [stop - start]."""
+    places = torch.arange(start, stop, device=device).to(torch.int32)
+    return _mix(_mix(places + _signed(seed)) ^ _signed(seed >> 32)) >= least_kept
+
+
+def dropout_threshold(p: float) -> tuple[int, float]:
+    """The least hash, an int32, of an element that is kept, and what it is multiplied by."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p)
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A hash of 32 bits in which every input bit flips every output bit half of the time (Wellons, lowbias32)."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D  # the mask makes it a shift of unsigned numbers
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits of a number, read as int32."""
+    return ((word + 2**31) & 0xFFFFFFFF) - 2**31
 
 
 def linear(

@@ -74,10 +74,15 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     nested_absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
     grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).int().clamp(0, 65535)
-    levels = dynamic_map(device=absmax.device)
-    codes = torch.bucketize(-1.0 + 2.0 * grid / 65535.0, (levels[:-1] + levels[1:]) * 0.5, out_int32=True)
+    codes = codes_of_grid(grid)
     codes[nested_absmax == 0] = 0
     return codes.view(-1)[: absmax.numel()].to(torch.uint8), nested_absmax, offset.item()
+
+
+def codes_of_grid(places: Tensor) -> Tensor:
+    """The code of the dynamic level nearest to each place on the grid; int32, 0 to 65,535 -> int32."""
+    levels = dynamic_map(device=places.device)
+    return torch.bucketize(-1.0 + 2.0 * places / 65535.0, (levels[:-1] + levels[1:]) * 0.5, out_int32=True)
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: float) -> Tensor:

@@ -41,7 +41,8 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
     if device != "cpu":
         return codebook(quant_type).to(torch.device(device))
     check_choice("quant_type", quant_type, tuple(_LEVELS))
-    levels = _LEVELS[quant_type]()
+    with torch.device("cpu"):  # it is kept for good, and must not follow a `with torch.device("meta")` around us
+        levels = _LEVELS[quant_type]()
     order = torch.argsort(levels, stable=True)
     ascending = levels[order]
     return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2)

@@ -1,0 +1,142 @@
+"""The C loops of cpu.c, called with tensors; `library()` is None where they could not be built."""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import QuantType
+from lightning_qlora.kernels import build
+from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.quantize import blockwise
+from lightning_qlora.quantize.codebooks import codebook, dynamic_map
+from lightning_qlora.quantize.packed import PackedBytes
+
+SOURCE = Path(__file__).with_name("cpu.c")
+OFF = "LIGHTNING_QLORA_NO_BUILD"  # set in the environment: build nothing, stay on the eager path
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STEP = 32  # cpu.c: rows of x are padded to a multiple of this
+MOST_ROWS = 64  # cpu.c: rows that `add_matmul` takes
+SMALL = 1 << 15  # weights below which a second thread costs more than it saves
+
+_log = logging.getLogger("lightning_qlora")
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("packed", _pointer), ("absmax", _pointer), ("nested", _pointer), ("levels", _pointer), ("dynamic", _pointer),
+        ("offset", _pointer), ("rows", _long), ("columns", _long), ("block_shift", _long),
+    )  # fmt: skip
+
+
+class Library:
+    """The loops of one built library."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        signatures = {
+            "dequantize": (_pointer, _pointer, _int, _int),
+            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
+            "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
+            "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
+            "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
+        }
+        for name, arguments in signatures.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+        loaded.form.restype = ctypes.c_char_p
+        self.form = loaded.form().decode() + ("" if loaded.has_threads() else ", one thread")
+        self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
+        self._loaded = loaded
+
+    def dequantize_into(self, out: Tensor, weight: PackedBytes) -> Tensor:
+        """See `eager.dequantize_into`."""
+        described, _keep = _describe(weight)
+        self._loaded.dequantize(ctypes.byref(described), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
+        return out
+
+    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
+        """y += x W^T with up to `MOST_ROWS` rows, the weight decoded a tile at a time; contiguous [m, out], [m, in]."""
+        described, _keep = _describe(weight)
+        m, columns = x.shape
+        room = scratch(m * (columns + STEP), torch.float32, x.device, "rows")
+        self._loaded.add_matmul(
+            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, room.data_ptr(),
+            _threads(weight.numel),
+        )  # fmt: skip
+        return y
+
+    def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
+        """See `reference.quantize`."""
+        book, flat = codebook(quant_type), weight.detach().reshape(-1).contiguous()
+        packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+        absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
+        self._loaded.quantize(
+            flat.data_ptr(), TYPES[flat.dtype], flat.numel(), block_size.bit_length() - 1, book.bounds.data_ptr(),
+            book.order.data_ptr(), packed.data_ptr(), absmax.data_ptr(), _threads(flat.numel()),
+        )  # fmt: skip
+        shape = (weight.shape[0], weight.shape[1])
+        if not double_quant:
+            return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
+        codes = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
+        nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
+        nested[-1] = blockwise.mean_in_fixed_order(absmax)
+        self._loaded.quantize_scales(
+            absmax.data_ptr(), absmax.numel(), nested[-1].item(), _code_of_grid().data_ptr(), codes.data_ptr(),
+            nested.data_ptr(),
+        )  # fmt: skip
+        return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
+
+    def dropout_into(self, out: Tensor, x: Tensor, least_kept: int, scale: float, seed: int) -> Tensor:
+        """See `reference.dropout`; `out` may be `x`, both contiguous."""
+        n = x.numel()
+        self._loaded.dropout(x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, seed, least_kept, scale, _threads(n))
+        return out
+
+
+def library() -> Library | None:
+    """The library for this machine, built by the first call that needs it; None: no compiler, or it failed."""
+    return _library(os.environ.get(OFF, "") not in ("", "0"))
+
+
+@cache
+def _library(off: bool) -> Library | None:
+    if off:
+        return None
+    try:
+        return Library(build.load(SOURCE))
+    except (build.BuildError, OSError) as error:
+        _log.warning("CPU loops not built, decoding with torch alone, which is slower: %s", error)
+        return None
+
+
+def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
+    """The weight as C sees it, and the tensors to hold on to while C reads them."""
+    packed, absmax, nested = weight.packed.contiguous(), weight.absmax.contiguous(), weight.nested.contiguous()
+    scales, size = (nested.data_ptr(), nested.numel()) if nested.numel() else (None, 0)
+    levels, dynamic = _levels(weight.quant_type)
+    described = _Weight(
+        packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, scales and scales + size - 4, *weight.shape,
+        weight.block_size.bit_length() - 1,
+    )  # fmt: skip
+    return described, [packed, absmax, nested]
+
+
+@cache
+def _levels(quant_type: QuantType) -> tuple[int, int]:
+    """Where the 16 levels of a type and the 256 of its scales lie (tensors that their caches keep)."""
+    return codebook(quant_type).levels.data_ptr(), dynamic_map().data_ptr()
+
+
+@cache
+def _code_of_grid() -> Tensor:
+    """The 8-bit code of each of the 65,536 places a scale can fall on, uint8."""
+    return blockwise.codes_of_grid(torch.arange(65536, dtype=torch.int32, device="cpu")).to(torch.uint8)
+
+
+def _threads(numel: int) -> int:
+    return torch.get_num_threads() if numel > SMALL else 1

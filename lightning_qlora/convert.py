@@ -9,7 +9,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora import seams
+from lightning_qlora.adapter_folder import read_adapter
+from lightning_qlora.adapters import config_of_adapter, put_adapter
 from lightning_qlora.calibration import Calibration, calibration_of
+from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear
@@ -40,11 +43,18 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     start, (_, _, bytes_before) = time.perf_counter(), count_parameters(module)
     if is_converted(module):
         return _report(module, Choice(), bytes_before, start)
+    adapter = read_adapter(config.adapter) if config.adapter else None
+    if adapter is not None:
+        config = config_of_adapter(module, adapter, config)
     choice = choose_layers(module, config)
     _check_any(choice, config)
     for name, layer in choice.convert.items():
         _convert_layer(name, layer, config, device)
     _freeze(module, choice)
+    if adapter is not None:
+        put_adapter(module, adapter)
+    if config.gradient_checkpointing:
+        enable_checkpointing(module)
     seams.keep_encoder_layers_on_the_module_path(module)
     remember_base(module, config)
     _warn_of_what_stayed(module)

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_qlora import guards, seams
 from lightning_qlora.calibration import Calibration, calibration_of
+from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.convert import convert_module
 from lightning_qlora.kernels import scratch
@@ -123,7 +124,7 @@ class QLoRAPrecision(Precision):
         self.pager = Pager()
         self._module: weakref.ref[nn.Module] | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
-        self._mode_before: list[bool] = []
+        self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False
 
     @override
@@ -145,13 +146,14 @@ class QLoRAPrecision(Precision):
         self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None and not self._evaluating:
-            self._train_adapters()
+            self._train_adapters(module)
         return module
 
-    def _train_adapters(self) -> None:
+    def _train_adapters(self, module: nn.Module) -> None:
         """Put the adapters in training mode: Lightning leaves a module in the mode it came, Hugging Face's in eval."""
-        for layer in self._held_layers():
-            self._mode_before.append(layer.training)
+        recomputed = transformers_layers(module) if self.config.gradient_checkpointing else ()
+        for layer in (*self._held_layers(), *recomputed):
+            self._mode_before.append((weakref.ref(layer), layer.training))
             layer.training = True
 
     def _held_layers(self) -> list[QLoRALinear]:
@@ -240,8 +242,9 @@ class QLoRAPrecision(Precision):
     @override
     def teardown(self) -> None:
         """Leave the module in the mode it came in; free the pages of the optimizers and the decode buffers."""
-        for layer, mode in zip(self._held_layers(), self._mode_before, strict=False):
-            layer.training = mode
+        for reference, mode in self._mode_before:
+            if (layer := reference()) is not None:
+                layer.training = mode
         self._mode_before = []
         self.pager.close()
         scratch.release()

@@ -5,6 +5,8 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.loraplus import loraplus_groups
+from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.report import ConversionReport
@@ -14,10 +16,14 @@ __all__ = [
     "CheckpointMismatchError",
     "ConversionReport",
     "PackedWeight",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedOptimizer",
     "QLoRAConfig",
     "QLoRALinear",
     "QLoRAPrecision",
     "convert",
     "load_from_checkpoint",
+    "loraplus_groups",
     "quantize",
 ]

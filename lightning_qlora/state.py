@@ -13,7 +13,12 @@ from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
-SAME = ("lora_alpha", "use_rslora")  # arguments that change the function without changing the shape of anything
+SAME = (
+    "lora_alpha",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+)  # change the function, not a shape
 
 
 class FrozenParameters:

@@ -1,0 +1,100 @@
+"""One AdamW step over lists of tensors, with 32-bit or blockwise 8-bit state: the formula in plain torch, any device.
+
+    m = beta1 m + (1 - beta1) g                     v = beta2 v + (1 - beta2) g^2
+    p = p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+In 8 bits m and v are codes into the 256 dynamic levels (signed for m, unsigned for v) with one scale per 256 elements,
+decoded, updated in fp32 and quantized again: bitsandbytes' 8-bit AdamW (backends/triton/kernels_optim.py; Dettmers et
+al. 2022, "8-bit optimizers via block-wise quantization").
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.quantize.blockwise import block_absmax, normalize
+from lightning_qlora.quantize.codebooks import dynamic_map
+
+STATE_BLOCK_SIZE = 256  # elements that share one scale, as in bitsandbytes
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """The scalars of one step.
+
+    Attributes:
+        step: Number of the step, from 1.
+        lr: Learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+    """
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@torch.no_grad()
+def adamw_step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
+) -> None:
+    """One step with fp32 state, in place. Parameters and gradients fp32, bf16 or fp16; computed in fp32."""
+    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        _update(param, grad, exp_avg, exp_avg_sq, scalars)
+
+
+@torch.no_grad()
+def adamw8bit_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmaxes: list[Tensor],
+    scalars: AdamWStep,
+) -> None:
+    """One step with 8-bit state, in place.
+
+    Codes are uint8 in the shape of the parameter, read as one flat line of n elements; absmaxes are fp32
+    [ceil(n / 256)]. New state is codes 0 with absmax 0: every moment zero.
+    """
+    moments = zip(exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, strict=True)
+    for param, grad, (m_codes, m_absmax, v_codes, v_absmax) in zip(params, grads, moments, strict=True):
+        m = dequantize_state(m_codes, m_absmax, signed=True)
+        v = dequantize_state(v_codes, v_absmax, signed=False)
+        _update(param, grad, m, v, scalars)
+        quantize_state(m, m_codes, m_absmax, signed=True)
+        quantize_state(v, v_codes, v_absmax, signed=False)
+
+
+def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """level[code] * scale of its block: uint8 [...] and fp32 [blocks] -> fp32 [...]."""
+    scales = absmax.repeat_interleave(STATE_BLOCK_SIZE)[: codes.numel()]
+    return dynamic_map(signed, device=codes.device)[codes.int()] * scales.view(codes.shape)
+
+
+def quantize_state(values: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
+    """Write the nearest codes and the scales of fp32 values into `codes` and `absmax`."""
+    flat = values.reshape(-1)
+    absmax.copy_(block_absmax(flat, STATE_BLOCK_SIZE))
+    levels = dynamic_map(signed, device=values.device)
+    nearest = torch.bucketize(normalize(flat, absmax, STATE_BLOCK_SIZE), (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    codes.copy_(nearest.view(codes.shape))
+
+
+def _update(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: AdamWStep) -> None:
+    g = grad.float()
+    p = param.float()
+    m.mul_(scalars.beta1).add_(g, alpha=1 - scalars.beta1)
+    v.mul_(scalars.beta2).addcmul_(g, g, value=1 - scalars.beta2)
+    denominator = (v.sqrt() / math.sqrt(1 - scalars.beta2**scalars.step)).add_(scalars.eps)
+    if scalars.weight_decay:
+        p = p * (1 - scalars.lr * scalars.weight_decay)
+    param.copy_(p.addcdiv_(m, denominator, value=-scalars.lr / (1 - scalars.beta1**scalars.step)))

@@ -1,0 +1,91 @@
+"""Run by test_callback.py, in two processes of torch.distributed.run."""
+
+import copy
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_qlora.paging import PagedAdamW8bit, PagedOptimizer, Pager, pages
+from tests.paging.runs import Regression, data, fit, parameters
+from tests.paging.stand_in import StandIn
+
+torch.set_num_threads(1)
+stand_in = StandIn("managed")
+pages.open_pool = stand_in.open_pool
+
+
+def ddp():
+    options = {"strategy": "ddp", "devices": 2}
+    plain, paged = Regression(), Regression(placed=stand_in)
+    fit(plain, **options)
+    fit(paged, callbacks=PagedOptimizer(), **options)
+    assert torch.equal(parameters(plain), parameters(paged))
+
+
+def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2)):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded(paged=False):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.ReLU(), torch.nn.Linear(160, 64))
+        for layer in net:
+            if isinstance(layer, torch.nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        return net, make_optimizer(net.parameters(), paged)
+
+    def train(net, optimizer, batches):
+        for x, y in batches:
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+
+    batches = list(data()) * 2
+    plain, reference = sharded()
+    train(plain, reference, batches)
+
+    paged, optimizer = sharded(True)
+    pager = Pager()
+    pager.attach(optimizer)
+    train(paged, optimizer, batches[:10])
+    state = optimizer.state[next(paged.parameters())]["exp_avg"]
+    assert isinstance(state, DTensor)
+    assert stand_in.owns(state.to_local())
+    saved = copy.deepcopy((paged.state_dict(), get_optimizer_state_dict(paged, optimizer)))
+    pager.close()
+
+    again, resumed = sharded(True)
+    again.load_state_dict(saved[0])
+    second = Pager()
+    second.attach(resumed)
+    set_optimizer_state_dict(again, resumed, saved[1])
+    train(again, resumed, batches[10:])
+    assert stand_in.owns(resumed.state[next(again.parameters())]["exp_avg"].to_local())
+    for left, right in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(left.to_local(), right.to_local())
+    second.close()
+    return resumed
+
+
+def fsdp2_8bit():
+    resumed = fsdp2(lambda params, paged: PagedAdamW8bit(params, lr=1e-2, paged=paged))
+    plain = PagedAdamW8bit(torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.Linear(160, 64)).parameters())
+    with pytest.raises(ValueError, match="saved in 2 shards and the parameter has 1"):
+        plain.load_state_dict(resumed.state_dict())
+
+
+{"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[sys.argv[1]]()
+assert stand_in.pools
+assert stand_in.nbytes == 0
+os.write(1, b"bit-equal, all paged, nothing left\n")  # one write, so that two processes cannot mix their lines
+if dist.is_initialized():
+    dist.destroy_process_group()

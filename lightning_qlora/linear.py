@@ -203,16 +203,20 @@ class QLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
-        dtype = self.compute_dtype(x)
+        dtype, given = self.compute_dtype(x), x.dtype
         p, seed = self.lora_dropout, None
         if p and self.training:
             # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
             seed = torch.randint(1 << 62, (1,))
-        bias = self.bias if self.lora_magnitude_vector is None else None
-        y = ops.lora_linear(x.to(dtype), self.weight_bytes, bias, self.lora_A, self.lora_B, self.scaling, p, seed)
-        if self.lora_magnitude_vector is not None:
-            y = y * self.gain().to(dtype) + (0 if self.bias is None else self.bias.to(dtype))
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
+        weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        rows, bias, magnitude = x if given is dtype else x.to(dtype), held["bias"], held["lora_magnitude_vector"]
+        first = bias if magnitude is None else None
+        y = ops.lora_linear(rows, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        if magnitude is not None:
+            y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
+        return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""

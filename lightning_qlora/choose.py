@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.kernels.ops import FLOATS
 from lightning_qlora.linear import QLoRALinear
 
@@ -35,7 +35,8 @@ def choose_layers(module: nn.Module, config: QLoRAConfig) -> Choice:
     """Sort every linear layer of a module.
 
     Raises:
-        ValueError: If a name of target_modules or modules_to_save fits nothing, or fits a layer that is not linear.
+        ValueError: If a name of target_modules or modules_to_save fits nothing, or fits a layer that is not linear, or
+            a pattern of rank_pattern or alpha_pattern fits no layer to convert.
     """
     choice, layers = Choice(), dict(module.named_modules())
     for name in layers:
@@ -61,12 +62,16 @@ def choose_layers(module: nn.Module, config: QLoRAConfig) -> Choice:
             )
         elif reason := facts.unable(name, layer) or (facts.unasked(name, layer) if everything else None):
             choice.skip[name] = reason
-        elif everything and (small := _too_small(layer, config.r)):
+        elif everything and (small := _too_small(layer, config.rank_of(name))):
             (choice.train if layer.weight.requires_grad else choice.skip)[name] = small
         else:
             choice.convert[name] = layer
     if not everything:
         _check_found(config.target_modules, targets, "target_modules", layers)
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, argument):
+            if not any(fits(name, pattern) for name in choice.convert):
+                raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {list(choice.convert)}.")
     return choice
 
 

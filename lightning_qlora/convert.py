@@ -9,6 +9,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora import seams
+from lightning_qlora.adapter_folder import read_adapter
+from lightning_qlora.adapters import config_of_adapter, put_adapter
+from lightning_qlora.calibration import Calibration, calibration_of
+from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear
@@ -39,14 +43,23 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     start, (_, _, bytes_before) = time.perf_counter(), count_parameters(module)
     if is_converted(module):
         return _report(module, Choice(), bytes_before, start)
+    adapter = read_adapter(config.adapter) if config.adapter else None
+    if adapter is not None:
+        config = config_of_adapter(module, adapter, config)
     choice = choose_layers(module, config)
     _check_any(choice, config)
     for name, layer in choice.convert.items():
         _convert_layer(name, layer, config, device)
     _freeze(module, choice)
+    if adapter is not None:
+        put_adapter(module, adapter)
+    if config.gradient_checkpointing:
+        enable_checkpointing(module)
     seams.keep_encoder_layers_on_the_module_path(module)
     remember_base(module, config)
     _warn_of_what_stayed(module)
+    if config.start == "calibrated" and choice.convert:
+        Calibration(module, config)
     return _report(module, choice, bytes_before, start)
 
 
@@ -77,7 +90,7 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
 def _freeze(module: nn.Module, choice: Choice) -> None:
     trained = {id(p) for name in choice.train for p in module.get_submodule(name).parameters()}
     adapters = {
-        id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in (layer.lora_A, layer.lora_B)
+        id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in layer.adapter_parameters()
     }
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
@@ -119,6 +132,7 @@ def _warn_of_what_stayed(module: nn.Module) -> None:
 def _report(module: nn.Module, choice: Choice, bytes_before: int, start: float) -> ConversionReport:
     trainable, total, bytes_after = count_parameters(module)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+    calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),
         trained_in_full=choice.train,
@@ -129,4 +143,5 @@ def _report(module: nn.Module, choice: Choice, bytes_before: int, start: float) 
         bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+        calibration=None if calibration is None else calibration.report,
     )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import eager, native
+from lightning_qlora.kernels.adamw import adamw8bit_step as adamw8bit_step
+from lightning_qlora.kernels.adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.native import Library
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch

@@ -5,7 +5,10 @@
     lora_linear       y = x W^T + bias + s (drop(x) A^T) B^T, W in 4 bits; saves x and drop(x) A^T for the backward pass
     lora_linear_backward
 
-They are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can test them.
+    adamw_step, adamw8bit_step      one step of the optimizer over many tensors
+
+The first four are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can
+test them.
 """
 
 import os
@@ -22,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_qlora.config import BLOCK_SIZES, QuantType, check_bool, check_choice
 from lightning_qlora.kernels import cpu
+from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
 
@@ -46,6 +50,14 @@ class Backend(Protocol):
     @property
     def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
         """See `reference.linear_backward`."""
+
+    @property
+    def adamw_step(self) -> Callable[..., None]:
+        """See `adamw.adamw_step`."""
+
+    @property
+    def adamw8bit_step(self) -> Callable[..., None]:
+        """See `adamw.adamw8bit_step`."""
 
 
 def backend(device: torch.device) -> Backend:
@@ -148,6 +160,23 @@ def lora_linear(
         weight.block_size, scaling, p,
     )  # fmt: skip
     return cast(Tensor, y)
+
+
+def adamw_step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
+) -> None:
+    """One AdamW step with fp32 state over tensors of one device, in place; see `adamw.adamw_step`."""
+    backend(params[0].device).adamw_step(params, grads, exp_avgs, exp_avg_sqs, scalars)
+
+
+def adamw8bit_step(
+    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
+) -> None:  # fmt: skip
+    """One AdamW step with 8-bit state over tensors of one device, in place; see `adamw.adamw8bit_step`."""
+    backend(params[0].device).adamw8bit_step(
+        params, grads, exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, scalars
+    )
 
 
 @torch.library.custom_op("lightning_qlora::quantize", mutates_args=())

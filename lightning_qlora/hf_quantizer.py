@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapter_folder import read_adapter
 from lightning_qlora.adapters import adapter_within, config_of_adapter
+from lightning_qlora.base_model import forget_quantizer
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.linear import QLoRAConv1D, QLoRALinear
+from lightning_qlora.linear import QLoRALinear
 from lightning_qlora.quantize.packed import PackedWeight
 
 METHOD = "lightning_qlora"
 
 
-class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
+class QLoRAQuantizer(HfQuantizer):
     """Quantizes the layers that conversion would choose; everything else loads as it always does.
 
     Args:
@@ -34,9 +35,14 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def __init__(self, config: QLoRAConfig, pre_quantized: bool) -> None:
-        super().__init__(QuantizationConfigMixin(METHOD), pre_quantized=pre_quantized)
-        self.config: QLoRAConfig = config
+        super().__init__(QuantizationConfigMixin(METHOD), pre_quantized=pre_quantized)  # type: ignore[arg-type]
+        self.config = config
         self.chosen: set[str] = set()
+        self.errors: list[ValueError] = []  # transformers gathers those of a load and raises one of its own
+
+    def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
+        """Itself: transformers copies its operations, and with them what they refer to."""
+        return self
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         """Choose layers while the model is on the meta device."""
@@ -47,20 +53,18 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         if config is None:
             return
         self.config = config
-        tied = getattr(model, "all_tied_weights_keys", {})
+        tied: Any = getattr(model, "all_tied_weights_keys", {})
         held_tied = {name.rpartition(".")[0] for name in [*tied, *tied.values()]}
         self.chosen = set(choose_layers(model, config, part_of_module=True).convert) - held_tied
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Leave a model that transformers takes for any other: `convert` does the rest."""
-        for part in model.modules():
-            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-                vars(part).pop(name, None)
-            for name in ("quantization_config", "_is_quantized"):
-                vars(getattr(part, "config", part)).pop(name, None)
+        forget_quantizer(model)
+        if self.pre_quantized:
+            model.is_loaded_in_4bit = True  # type: ignore[assignment]  # for `choose_layers`
         return model
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of the files is the weight of a chosen layer."""
         layer, _, key = param_name.rpartition(".")
         return key == "weight" and layer in self.chosen
@@ -69,7 +73,7 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         """What turns a float weight of the files into a 4-bit layer."""
         return _Quantize(self)
 
-    serialized_names = {  # noqa: RUF012, as upstream declares it
+    serialized_names: Any = {  # noqa: RUF012, as upstream declares it
         "weight": [
             "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
             "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight",
@@ -95,9 +99,14 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         return 0.5
 
 
-class _Op(ConversionOps):  # type: ignore[misc]
+class _Op(ConversionOps):
     def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
         self.hf_quantizer = hf_quantizer  # upstream looks for this name
+
+    def kept(self, error: ValueError) -> ValueError:
+        """The error, kept for `quantize_while_loading` to raise."""
+        self.hf_quantizer.errors.append(error)
+        return error
 
     @staticmethod
     def loaded(layer: nn.Module, name: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
@@ -113,7 +122,7 @@ class _Quantize(_Op):
     """The float weight of one layer -> the parameters of a QLoRALinear."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str] | None = None, **_: Any
     ) -> dict[str, nn.Parameter]:
         """See ConversionOps; one weight in, [out, in] or a Conv1D's [in, out]."""
@@ -124,7 +133,7 @@ class _Quantize(_Op):
         try:
             QLoRALinear.from_linear(layer, self.hf_quantizer.config, name)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise self.kept(ValueError(f"{name}: {error}")) from error
         return self.loaded(layer, name, missing_keys)
 
 
@@ -132,7 +141,7 @@ class _TakeOver(_Op):
     """bitsandbytes' entries of one layer -> the parameters of a QLoRALinear, the same bytes."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         model: nn.Module,
@@ -142,7 +151,7 @@ class _TakeOver(_Op):
     ) -> dict[str, Any]:
         """See ConversionOps; also meets every weight that is not in 4 bits."""
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        name, layer = full_layer_name.removesuffix(".weight"), None
+        name = full_layer_name.removesuffix(".weight")
         place = model.get_parameter(full_layer_name)
         if set(state) == {"weight"}:
             return {full_layer_name: state["weight"].to(place.dtype)}
@@ -150,12 +159,13 @@ class _TakeOver(_Op):
         try:
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:
-            raise ValueError(f"{name}.{error}") from error
+            raise self.kept(ValueError(f"{name}.{error}")) from error
         if name not in self.hf_quantizer.chosen:  # stays dense, as conversion leaves it
             dense = weight.dequantize(place.dtype)
             return {full_layer_name: dense.T if dense.shape != place.shape else dense}
-        QLoRALinear.from_packed(layer, replace(weight, dtype=place.dtype), self.hf_quantizer.config, name)
+        weight = replace(weight, dtype=place.dtype)
+        try:
+            QLoRALinear.from_packed(layer, weight, type(layer), self.hf_quantizer.config, name)
+        except ValueError as error:
+            raise self.kept(ValueError(f"{name}: {error}")) from error
         return self.loaded(layer, name, missing_keys)
-
-
-__all__ = ["METHOD", "QLoRAConv1D", "QLoRAQuantizer"]

@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-all lint docs bench clean
+.PHONY: help setup quickstart test test-all lint docs bench compile-kernels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   fine-tune SmolLM2-135M in 4 bits on this machine (under 6 minutes on 2 CPU cores after set-up)"
 	@echo "make test         lint, types and tests (under 15 minutes on 2 CPU cores)"
 	@echo "make test-all     the tests above and the long ones"
+	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"
 	@echo "make lint | docs | bench | clean"
 
 $(VENV)/bin/python:
@@ -42,6 +43,10 @@ test-all: lint
 docs: setup
 	$(PIP) --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+# No GPU needed: Triton's wheel brings the compilers of NVIDIA and AMD.
+compile-kernels: setup
+	$(BIN)/python -m benchmarks.compile_kernels --write docs/kernels.md
 
 bench: setup
 	$(BIN)/python -m benchmarks

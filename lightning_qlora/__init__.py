@@ -6,6 +6,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.loraplus import loraplus_groups
 from lightning_qlora.merge import merge
 from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "load_adapter",
     "load_from_checkpoint",
+    "loraplus_groups",
     "merge",
     "quantize",
     "save_adapter",

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-OVERSAMPLING = 16  # columns of the sketch beyond r (Halko, Martinsson and Tropp 2011, section 4.2)
-
 Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the matrix is about u diag(sigma) v^T
 
 
@@ -27,15 +25,14 @@ def exact(matrix: Tensor, r: int) -> Factors:
 
 
 def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
-    """The same, about, from a random sketch of r + 16 columns and power iterations (algorithm 4.4 of the same paper).
+    """The same, about, from a random sketch of r columns and power iterations (Halko et al. 2011, algorithm 4.4).
 
-    torch.svd_lowrank does this too, but draws from the global generator of the matrix's device.
+    What torch.svd_lowrank(matrix, r, iterations) does, which PEFT calls, but with a generator of its own.
     """
     generator = torch.Generator().manual_seed(seed)
-    columns = min(r + OVERSAMPLING, *matrix.shape)
-    sketch = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
+    sketch = torch.randn(matrix.shape[1], r, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     u, sigma, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ u)[:, :r], sigma[:r], v[:r].T
+    return basis @ u, sigma, v.T

@@ -122,8 +122,8 @@ class QLoRAPrecision(Precision):
             adapter=adapter,
         )
         self.report: ConversionReport | None = None
-        self._module: weakref.ref[nn.Module] | None = None
         self.pager = Pager()
+        self._module: weakref.ref[nn.Module] | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
         self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False

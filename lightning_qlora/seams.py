@@ -58,6 +58,32 @@ def restore_checkpoint_after_conversion() -> None:
     Strategy.restore_checkpoint_after_setup = property(fget)  # type: ignore[method-assign, assignment]
 
 
+def announce_optimizers_to_fabric_callbacks() -> None:
+    """Call `on_setup_optimizer(optimizer)` of Fabric callbacks that have it, for each optimizer that is set up.
+
+    Upstream: lightning/fabric/wrappers.py, _FabricOptimizer.__init__. Fabric calls `on_after_setup` without the
+    optimizers and not at all from `setup_optimizers`; `on_after_optimizer_step` comes when the first step has already
+    put all optimizer state in device memory.
+    Removed by: a Fabric callback hook that gets the optimizers when they are set up.
+    """
+    from lightning.fabric.wrappers import _FabricOptimizer
+
+    original: Any = _FabricOptimizer.__init__
+    if getattr(original, "announces", False):
+        return
+
+    @wraps(original)
+    def init(self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
+        original(self, optimizer, strategy, callbacks)
+        for callback in callbacks or []:
+            hook = getattr(callback, "on_setup_optimizer", None)
+            if callable(hook):
+                hook(optimizer)
+
+    init.announces = True  # type: ignore[attr-defined]
+    _FabricOptimizer.__init__ = init  # type: ignore[method-assign]
+
+
 def coming_batches(trainer: Any, count: int) -> list[Any]:
     """The Trainer's next training batches, at most `count`, left in line: it will get each of them in its turn.
 
@@ -96,32 +122,6 @@ def rehearse(trainer: Any, batches: list[Any], first_index: int) -> None:
     finally:
         del module.log, module.log_dict
         trainer.loggers = loggers
-
-
-def announce_optimizers_to_fabric_callbacks() -> None:
-    """Call `on_setup_optimizer(optimizer)` of Fabric callbacks that have it, for each optimizer that is set up.
-
-    Upstream: lightning/fabric/wrappers.py, _FabricOptimizer.__init__. Fabric calls `on_after_setup` without the
-    optimizers and not at all from `setup_optimizers`; `on_after_optimizer_step` comes when the first step has already
-    put all optimizer state in device memory.
-    Removed by: a Fabric callback hook that gets the optimizers when they are set up.
-    """
-    from lightning.fabric.wrappers import _FabricOptimizer
-
-    original: Any = _FabricOptimizer.__init__
-    if getattr(original, "announces", False):
-        return
-
-    @wraps(original)
-    def init(self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
-        original(self, optimizer, strategy, callbacks)
-        for callback in callbacks or []:
-            hook = getattr(callback, "on_setup_optimizer", None)
-            if callable(hook):
-                hook(optimizer)
-
-    init.announces = True  # type: ignore[attr-defined]
-    _FabricOptimizer.__init__ = init  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Run in a process of its own: load a folder in `configure_model`, print the peak of anonymous memory above the start."""
+"""Run in a process of its own: load a folder in `configure_model`, print how far anonymous memory rises meanwhile."""
 
 import gc
 import sys

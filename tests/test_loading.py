@@ -349,7 +349,7 @@ def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
 
 @pytest.mark.slow
 def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
-    """Peak of anonymous memory above the start: at most 0.40 of the model's 16-bit size, adapters of rank 8 included."""
+    """Peak of anonymous memory above the start: at most 0.40 of the 16-bit size, adapters of rank 8 included."""
     config = transformers.LlamaConfig(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=8000,
         num_key_value_heads=12, tie_word_embeddings=False,

@@ -289,8 +289,9 @@ def test_a_dense_checkpoint_loaded_later_gives_the_start_of_its_own_weights(argu
 
 def test_exact_and_sketched_factors_are_those_of_an_svd():
     for shape in ((40, 70), (70, 40)):
-        matrix = torch.randn(shape)
-        u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
+        u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        sigma = 0.8 ** torch.arange(40)
         best = (u[:, :R] * sigma[:R]) @ v[:R]
-        for factors in (low_rank.exact(matrix, R), low_rank.sketched(matrix, R, 30, seed=0)):
-            torch.testing.assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-4)
+        for factors in (low_rank.exact((u * sigma) @ v, R), low_rank.sketched((u * sigma) @ v, R, 30, seed=0)):
+            torch.testing.assert_close(factors[1], sigma[:R], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,12 @@
 They are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can test them.
 """
 
+import os
+import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,8 +48,23 @@ class Backend(Protocol):
 
 
 def backend(device: torch.device) -> Backend:
-    """The backend module that computes on a device."""
+    """The backend module for a device: Triton's on a GPU or under TRITON_INTERPRET=1, else the eager one."""
+    # ROCm's devices call themselves "cuda" as well.
+    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return _triton() or cpu
     return cpu
+
+
+@cache
+def _triton() -> Backend | None:
+    if find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed, so the 4-bit layers run in eager PyTorch on this GPU: the results are right, but "
+            "each product costs several passes over memory. `pip install triton` (Linux) or `triton-windows` mends it.",
+            stacklevel=2,
+        )
+        return None
+    return cast(Backend, import_module("lightning_qlora.kernels.triton"))
 
 
 def quantize(

@@ -1,0 +1,201 @@
+"""The compile gate: every kernel with every tile of the tables, for every card, without a card.
+
+    python -m benchmarks.compile_kernels [--target sm_90 ...] [--short] [--tiles FILE] [--write PAGE]
+
+It fails (exit status 1) on a spill, local memory, more shared memory than the card has, a compiler warning such as
+"wgmma serialized", more instructions per weight than the budget, or a kernel that does not compile.
+`make compile-kernels` runs all of it and writes the table of docs/kernels.md; the tests run the short form.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product, repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.compiled import Report, compile_launch, recorded
+from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.dequantize import dequantize
+from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.matmul import add_matmul_
+from lightning_qlora.kernels.triton.quantize import quantize
+
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+SHORT = ("sm_80", "sm_90")
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile.
+
+    Attributes:
+        name: What the table calls it.
+        launch: Calls the launch function once.
+        weights: Weights that one thread of a warp of 32 handles in what is counted: the kernel, or its longest loop.
+        budget: Most machine instructions per weight.
+        loop: Count the longest loop alone.
+        which: Which of the launches that it makes.
+        short: Part of the short form.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    weights: float
+    budget: float
+    loop: bool = False
+    which: int = -1
+    short: bool = True
+
+
+def cases(target: str) -> Iterator[Case]:
+    """All launches for a target, with the target's tiles."""
+    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _matmul_cases):
+        yield from make(target)
+
+
+def _tiles(kernel: str, target: str) -> list[tuple[dict[str, int], int]]:
+    """Each tile of a kernel, and the threads it runs with (a warp counted as 32)."""
+    rows = tiles.TABLE[kernel].get(target, tiles.TABLE[kernel]["default"])
+    return [(tile, 32 * tile["num_warps"]) for tile in rows]
+
+
+def _dequantize_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("dequantize", target):
+        for block_size, double_quant, dtype in product((32, 64, 4096), (True, False), NAMES):
+            weight = reference.quantize(torch.randn(64, 256), "nf4", block_size, double_quant)
+            # Without instructions for bf16 (Turing) each rounding to it takes several.
+            budget = 11.5 if target == "sm_75" and dtype == torch.bfloat16 else 7
+            yield Case(
+                f"dequantize {NAMES[dtype]}, block {block_size}{', double quantization' * double_quant}",
+                partial(dequantize, weight, dtype), tile["WEIGHTS"] / threads, budget,
+                short=block_size == 64 and double_quant,
+            )  # fmt: skip
+        odd = reference.quantize(torch.randn(63, 33), "nf4", 64, True)
+        yield Case(
+            "dequantize bf16, odd size", partial(dequantize, odd, torch.bfloat16), tile["WEIGHTS"] / 4 / threads, 32
+        )
+
+
+def _quantize_cases(target: str) -> Iterator[Case]:
+    smallest = 1
+    for tile, threads in _tiles("quantize", target):
+        sizes = [size for size in (32, 64, 2048, 4096) if smallest <= size <= tile["up_to"]]
+        smallest = tile["up_to"] + 1
+        for quant_type, block_size, dtype in product(("nf4", "fp4"), sizes, NAMES):
+            yield Case(
+                f"quantize {NAMES[dtype]} to {quant_type}, block {block_size}",
+                partial(quantize, torch.randn(64, 256).to(dtype), quant_type, block_size, False),
+                tile["WEIGHTS"] / threads, 80 if quant_type == "nf4" else 100,
+                short=(quant_type, block_size, dtype) == ("nf4", 64, torch.bfloat16),
+            )  # fmt: skip
+        odd = partial(quantize, torch.randn(63, 33), "nf4", sizes[-1], False)
+        yield Case(
+            f"quantize fp32 to nf4, block {sizes[-1]}, odd size", odd, tile["WEIGHTS"] / threads, 110, short=False
+        )
+    for tile, threads in _tiles("nest", target):
+        scales = 256 * tile["BLOCKS"] / threads
+        yield Case("quantize the scales", partial(quantize, torch.randn(64, 256), "nf4", 64, True), scales, 40)
+
+
+def _dropout_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("dropout", target):
+        for dtype, seed in product(NAMES, (7, 2**40)):
+            x = torch.randn(64, 64).to(dtype)
+            yield Case(
+                f"dropout {NAMES[dtype]}, {'64' if seed > 2**31 else '32'}-bit seed",
+                partial(dropout, x, 0.1, torch.tensor([seed]), x), 4 * tile["COUNTERS"] / threads, 40,
+                short=dtype == torch.bfloat16 and seed > 2**31,
+            )  # fmt: skip
+
+
+def _matmul_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("matmul", target):
+        for dtype, block_size, double_quant in product((torch.bfloat16, torch.float16), (64, 32, 4096), (True, False)):
+            weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
+            x, y = torch.randn(tile["up_to"], 512).to(dtype), torch.zeros(tile["up_to"], 128).to(dtype)
+            yield Case(
+                f"matmul {NAMES[dtype]}, {tile['up_to']} rows, block {block_size}"
+                f"{', double quantization' * double_quant}",
+                partial(add_matmul_, y, x, weight), min(block_size, 64) * tile["N"] / threads, 12, loop=True, which=0,
+                short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
+            )  # fmt: skip
+
+
+def check(case: Case, target: str) -> tuple[Report, float, list[str]]:
+    """The report of a case on a target, its instructions per weight, and what is wrong with it."""
+    with recorded(target) as launches:
+        case.launch()
+    report = compile_launch(launches[case.which], target)
+    counted = report.loop_instructions if case.loop else report.instructions
+    # A wavefront of these AMD cards has 64 threads.
+    per_weight = counted / case.weights * (2 if target.startswith("gfx") else 1)
+    wrong = list(report.warnings)
+    if report.spill_bytes:
+        wrong.append(f"{report.spill_bytes} bytes of registers spilled")
+    if report.local_operations:
+        wrong.append(f"{report.local_operations} instructions on local memory")
+    if report.shared_kib > report.shared_limit_kib:
+        wrong.append(f"{report.shared_kib:.0f} KiB of shared memory, the card has {report.shared_limit_kib}")
+    if not target.startswith("gfx") and per_weight > case.budget:
+        wrong.append(f"{per_weight:.2f} instructions a weight, the budget is {case.budget}")
+    return report, per_weight, wrong
+
+
+def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list[str]]:
+    if table:
+        tiles.TABLE.update(json.loads(table.read_text()))
+    rows, failures = [], []
+    for case in cases(target):
+        if short and not case.short:
+            continue
+        try:
+            report, per_weight, wrong = check(case, target)
+        except Exception as error:  # the compiler raises what it likes; each is a failure of the gate
+            report, per_weight, wrong = Report(), 0.0, [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+        rows.append(
+            f"| {target} | {case.name} | {report.registers} | {report.spill_bytes} | {report.shared_kib:.1f} | "
+            f"{per_weight:.2f} | {case.budget:g} | {'; '.join(wrong) or 'ok'} |"
+        )
+        failures += [f"{target}, {case.name}: {what}" for what in wrong]
+    return rows, failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, and return how the gate stands: 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--short", action="store_true", help=f"the main cases; without --target, {' and '.join(SHORT)}")
+    parser.add_argument("--tiles", type=Path, help="take the tiles from this file, not from tiles.json")
+    parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
+    chosen = parser.parse_args(arguments)
+    targets = chosen.target or (SHORT if chosen.short else TARGETS)
+    head = ["| card | launch | registers | spilled bytes | shared KiB | instructions a weight | budget | gate |"]
+    head.append("|---|---|---:|---:|---:|---:|---:|---|")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # a fork would inherit torch's locks
+        results = list(pool.map(_rows, targets, repeat(chosen.short), repeat(chosen.tiles)))
+    table = "\n".join(head + [row for rows, _ in results for row in rows])
+    failures = [failure for _, failed in results for failure in failed]
+    print(table)
+    if chosen.write:
+        _write(chosen.write, table)
+    print(*failures, f"{len(failures)} failures", sep="\n", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _write(page: Path, table: str) -> None:
+    begin, end = "<!-- compiled: begin -->\n", "<!-- compiled: end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + table + "\n" + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

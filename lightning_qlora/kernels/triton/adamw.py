@@ -1,0 +1,188 @@
+"""One AdamW step over all tensors in one launch, with 32-bit or blockwise 8-bit state.
+
+    m = beta1 m + (1 - beta1) g                     v = beta2 v + (1 - beta2) g^2
+    p = p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+A LoRA model has hundreds of small tensors, so launches would cost more than arithmetic: the kernels get a table of
+addresses, a row for each tensor, and every program finds its row by a binary search for its number.
+The same in torch, and what the 8-bit state is: `kernels/adamw.py`.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.triton.tiles import launch_options
+from lightning_qlora.quantize.codebooks import dynamic_map
+
+COLUMNS = 8  # of the table: number of the first program, elements, addresses of p, g, m, v, scales of m, scales of v
+
+
+@triton.jit
+def _find(table, STEPS: tl.constexpr, WIDTH: tl.constexpr):
+    """The row of the table, 2^STEPS rows of WIDTH, whose programs include this one."""
+    program, low = tl.program_id(0), 0
+    for step in tl.static_range(STEPS):
+        row = low + (1 << (STEPS - 1 - step))
+        if tl.load(table + row * WIDTH) <= program:
+            low = row
+    return table + low * WIDTH
+
+
+@triton.jit
+def _size(row, ALIGNED: tl.constexpr):
+    """The number of elements."""
+    size = tl.load(row + 1)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    return size
+
+
+@triton.jit
+def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column, as a pointer."""
+    pointer = tl.load(row + column).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _moments(m, v, g, beta1, rest1, beta2, rest2):
+    return m * beta1 + g * rest1, v * beta2 + g * g * rest2
+
+
+@triton.jit
+def _moved(p, m, v, eps, decay, rate, correction):
+    return p * decay - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
+
+
+@triton.jit
+def _adamw_kernel(
+    table, p_like, g_like, beta1, rest1, beta2, rest2, eps, decay, rate, correction,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """State in fp32; a program treats BLOCKS x BLOCK elements."""
+    row = _find(table, STEPS, WIDTH)
+    i = (tl.program_id(0) - tl.load(row)) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK * BLOCKS)
+    inside = i < _size(row, ALIGNED)
+    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED)
+    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED)
+    exp_avg, exp_avg_sq = _pointer(row, 4, tl.float32, ALIGNED), _pointer(row, 5, tl.float32, ALIGNED)
+    p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
+    m, v = tl.load(exp_avg + i, mask=inside, other=0.0), tl.load(exp_avg_sq + i, mask=inside, other=0.0)
+    m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
+    tl.store(exp_avg + i, m, mask=inside)
+    tl.store(exp_avg_sq + i, v, mask=inside)
+    p = _moved(p, m, v, eps, decay, rate, correction)
+    tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _nearest(values, bounds):
+    """How many of the 255 ascending bounds lie below each value, by a binary search."""
+    rank = tl.zeros(values.shape, tl.int32)
+    for step in tl.static_range(8):
+        rank = tl.where(values > tl.load(bounds + rank + ((128 >> step) - 1)), rank + (128 >> step), rank)
+    return rank
+
+
+@triton.jit
+def _quantize_state(values, codes, scales, bounds, i, block, inside, begins):
+    """Store the codes and scales of fp32 values [blocks, 256]."""
+    largest = tl.max(tl.abs(values), axis=1)
+    inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest))
+    tl.store(scales + block, largest, mask=begins)
+    tl.store(codes + i, _nearest(values * inverse[:, None], bounds).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _adamw8bit_kernel(
+    table, p_like, g_like, levels, beta1, rest1, beta2, rest2, eps, decay, rate, correction,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """State in 8 bits; `levels` holds those of m, of v, the bounds between those of m, and of v, fp32 [4, 256]."""
+    row = _find(table, STEPS, WIDTH)
+    n = _size(row, ALIGNED)
+    block = (tl.program_id(0) - tl.load(row)) * BLOCKS + tl.arange(0, BLOCKS)
+    begins = block * BLOCK < n
+    i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = i < n
+    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED)
+    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED)
+    m_codes, v_codes = _pointer(row, 4, tl.uint8, ALIGNED), _pointer(row, 5, tl.uint8, ALIGNED)
+    m_scales, v_scales = _pointer(row, 6, tl.float32, ALIGNED), _pointer(row, 7, tl.float32, ALIGNED)
+    p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(levels + tl.load(m_codes + i, mask=inside, other=0).to(tl.int32))
+    v = tl.load(levels + 256 + tl.load(v_codes + i, mask=inside, other=0).to(tl.int32))
+    m *= tl.load(m_scales + block, mask=begins, other=0.0)[:, None]
+    v *= tl.load(v_scales + block, mask=begins, other=0.0)[:, None]
+    m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
+    p = _moved(p, m, v, eps, decay, rate, correction)
+    tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
+    # Past the end of a tensor the first level stood for m and v, which is not zero.
+    _quantize_state(tl.where(inside, m, 0.0), m_codes, m_scales, levels + 512, i, block, inside, begins)
+    _quantize_state(tl.where(inside, v, 0.0), v_codes, v_scales, levels + 768, i, block, inside, begins)
+
+
+@lru_cache(maxsize=1)
+def _levels(device: str) -> Tensor:
+    maps = [dynamic_map(True, device=device), dynamic_map(False, device=device)]
+    infinity = maps[0].new_tensor([math.inf])
+    return torch.stack([*maps, *(torch.cat([(each[:-1] + each[1:]) / 2, infinity]) for each in maps)])
+
+
+@lru_cache(maxsize=64)
+def _table(sizes: tuple[int, ...], columns: tuple[tuple[int, ...], ...], per_program: int, device: str) -> Tensor:
+    """The table on the device, int64 [power of two, COLUMNS]: the same tensors in the next step find it ready."""
+    first, rows = 0, []
+    for size, addresses in zip(sizes, zip(*columns, strict=True), strict=True):
+        rows.append([first, size, *addresses, *[0] * (COLUMNS - 2 - len(addresses))])
+        first += triton.cdiv(size, per_program)
+    rows += [[first] * COLUMNS] * (triton.next_power_of_2(len(rows)) - len(rows))  # no program reaches these
+    return torch.tensor(rows, device=device)
+
+
+def adamw_step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
+) -> None:
+    """See `kernels.adamw.adamw_step`."""
+    _launch(_adamw_kernel, [params, grads, exp_avgs, exp_avg_sqs], scalars)
+
+
+def adamw8bit_step(
+    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
+) -> None:  # fmt: skip
+    """See `kernels.adamw.adamw8bit_step`."""
+    tensors = [params, grads, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmaxes, exp_avg_sq_absmaxes]
+    _launch(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
+
+
+def _launch(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
+    """One launch for each pair of types of parameter and gradient: mostly one."""
+    tensors[1] = [grad.contiguous() for grad in tensors[1]]
+    if not all(tensor.is_contiguous() for column in tensors for tensor in column):
+        raise ValueError("AdamW in Triton: parameters and their state must be contiguous.")
+    for kinds in {(param.dtype, grad.dtype) for param, grad in zip(*tensors[:2], strict=True)}:
+        rows = [row for row in zip(*tensors, strict=True) if (row[0].dtype, row[1].dtype) == kinds]
+        columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in zip(*rows, strict=True))
+        device, tile = rows[0][0].device, launch_options("adamw", rows[0][0].device)
+        per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
+        sizes = tuple(row[0].numel() for row in rows)
+        kernel[(sum(triton.cdiv(size, per_program) for size in sizes),)](
+            _table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels,
+            scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
+            1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
+            math.sqrt(1 - scalars.beta2**scalars.step),
+            STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
+            ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
+            enable_fp_fusion=False, **tile,
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Float weight to 4-bit bytes, in one launch, and its scales to 8-bit codes, in another.
+
+    absmax[b] = max |w| over block b          code[i] = nearest level of w[i] / absmax[b]
+    code8[b] = nearest level8 of (absmax[b] - mean) / nested[b // 256],     nested = max |absmax - mean| of 256 blocks
+
+Bit for bit what `quantize/blockwise.py` computes: hence the exact divisions (div_rn), the reciprocal for whole blocks
+and the division for a short last one, the grid of 65,536 places for the 8-bit codes, and `enable_fp_fusion=False`.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_qlora.config import QuantType
+from lightning_qlora.kernels.triton.tiles import launch_options
+from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, mean_in_fixed_order
+from lightning_qlora.quantize.codebooks import codebook, dynamic_map
+from lightning_qlora.quantize.packed import PackedBytes
+
+
+@triton.jit
+def _quantize_kernel(
+    weight, packed, absmax, bounds, order, n,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SMALLEST: tl.constexpr, SORTED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A program quantizes BLOCKS blocks of BLOCK weights; two neighbours make a byte, the first its high half."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), axis=1)
+    divisor = tl.maximum(largest, SMALLEST)
+    scaled = values * tl.div_rn(1.0, divisor)[:, None]
+    if not WHOLE:
+        short = (block + 1) * BLOCK > n
+        scaled = tl.where(short[:, None], tl.div_rn(values, divisor[:, None]), scaled)
+        largest = tl.where(short, divisor, largest)
+    tl.store(absmax + block, largest, mask=block * BLOCK < n)
+    rank = tl.zeros((BLOCKS, BLOCK), tl.int32)
+    for step in tl.static_range(15):
+        rank += (scaled > tl.load(bounds + step)).to(tl.int32)
+    if SORTED:
+        code = rank
+    else:
+        table = tl.load(order + tl.arange(0, 16)).to(tl.int32)
+        code = tl.reshape(tl.gather(table, tl.reshape(rank, (BLOCKS * BLOCK,)), 0), (BLOCKS, BLOCK))
+    first, second = tl.split(tl.reshape(code, (BLOCKS, BLOCK // 2, 2)))
+    byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(packed + byte, (first << 4 | second).to(tl.uint8), mask=byte * 2 < n)
+
+
+@triton.jit
+def _nest_kernel(absmax, mean, codes, nested, code_at, n, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """A program turns BLOCKS x 256 scales into 8-bit codes and BLOCKS second-level scales."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    centred = tl.where(i < n, tl.load(absmax + i, mask=i < n, other=0.0) - tl.load(mean), 0.0)
+    largest = tl.max(tl.abs(centred), axis=1)
+    tl.store(nested + block, largest, mask=block * BLOCK < n)
+    inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest))
+    scaled = tl.minimum(tl.maximum(centred * inverse[:, None], -1.0), 1.0)
+    place = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(tl.int32)
+    code = tl.load(code_at + tl.minimum(place, 65535))
+    tl.store(codes + i, tl.where(largest[:, None] == 0, 0, code), mask=i < n)
+
+
+@cache
+def _code_at(device: str) -> Tensor:
+    """The 8-bit code of each of the 65,536 places between -1 and 1, uint8."""
+    levels = dynamic_map(device=device)
+    place = torch.arange(65536, device=levels.device)
+    bounds = (levels[:-1] + levels[1:]) * 0.5
+    return torch.bucketize(-1.0 + 2.0 * place / 65535.0, bounds, out_int32=True).to(torch.uint8)
+
+
+@cache
+def _is_sorted(quant_type: QuantType) -> bool:
+    """Whether a code is the rank of its level (NF4), so that no table need be asked."""
+    return codebook(quant_type).order.tolist() == list(range(16))
+
+
+def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
+    """See `reference.quantize`; nothing waits for the device."""
+    device, flat = weight.device, weight.detach().reshape(-1)
+    n, book = flat.numel(), codebook(quant_type, str(device))
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+    tile = launch_options("quantize", device, block_size)
+    blocks = tile.pop("WEIGHTS") // block_size
+    _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+        flat, packed, absmax, book.bounds, book.order, n,
+        BLOCK=block_size, BLOCKS=blocks, SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type),
+        WHOLE=n % block_size == 0, enable_fp_fusion=False, **tile,
+    )  # fmt: skip
+    scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
+
+
+def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales fp32 [b] -> codes uint8 [b], and second-level scales and the mean last, fp32 [ceil(b / 256) + 1]."""
+    b, device = absmax.numel(), absmax.device
+    codes = torch.empty(b, dtype=torch.uint8, device=device)
+    nested = torch.empty(triton.cdiv(b, NESTED_BLOCK_SIZE) + 1, dtype=torch.float32, device=device)
+    nested[-1] = mean_in_fixed_order(absmax)
+    tile = launch_options("nest", device)
+    _nest_kernel[(triton.cdiv(nested.numel() - 1, tile["BLOCKS"]),)](
+        absmax, nested[-1:], codes, nested, _code_at(str(device)), b,
+        BLOCK=NESTED_BLOCK_SIZE, enable_fp_fusion=False, **tile,
+    )  # fmt: skip
+    return codes, nested

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from lightning_qlora.kernels import adamw as reference
+from lightning_qlora.kernels.adamw import AdamWStep
+from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
+from lightning_qlora.quantize.codebooks import dynamic_map
+
+SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+SHAPES = [(64, 70), (300,), (1,), (256,), (3, 1000), (17, 33)]
+
+
+def draw(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def state8():
+    codes = [torch.zeros(shape, dtype=torch.uint8) for shape in SHAPES]
+    absmaxes = [torch.zeros(-(-code.numel() // 256)) for code in codes]
+    return [codes, absmaxes, [code.clone() for code in codes], [absmax.clone() for absmax in absmaxes]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_32_bit_steps_equal_the_reference(dtype):
+    ours, theirs = draw(0, dtype), draw(0, dtype)
+    moments = [[torch.zeros(shape) for shape in SHAPES] for _ in range(4)]
+    for step in range(1, 6):
+        grads = draw(step, dtype)
+        adamw_step(ours, grads, *moments[:2], AdamWStep(step, **SCALARS))
+        reference.adamw_step(theirs, grads, *moments[2:], AdamWStep(step, **SCALARS))
+    for mine, yours in zip([*ours, *moments[0], *moments[1]], [*theirs, *moments[2], *moments[3]], strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+def scaled64(values):
+    """Float64 values divided by the scale of their block, and the scales."""
+    blocks = torch.nn.functional.pad(values.view(-1), (0, -values.numel() % 256)).view(-1, 256)
+    scales = blocks.abs().amax(1)
+    return (blocks / scales[:, None]).view(-1)[: values.numel()].view(values.shape), scales
+
+
+def test_8_bit_steps_equal_a_float64_reference_in_every_code():
+    """Fifty steps; only a value that fp32 cannot tell from the border of two levels may take either."""
+    ours = draw(0)
+    m_codes, m_scales, v_codes, v_scales = state = state8()
+    undecided = 0
+    for step in range(1, 51):
+        grads, before = draw(step), [p.double() for p in ours]
+        m_before = [reference.dequantize_state(*each, True).double() for each in zip(m_codes, m_scales, strict=True)]
+        v_before = [reference.dequantize_state(*each, False).double() for each in zip(v_codes, v_scales, strict=True)]
+        adamw8bit_step(ours, grads, *state, AdamWStep(step, **SCALARS))
+        for i, g in enumerate(grads):
+            m = 0.9 * m_before[i] + 0.1 * g.double()
+            v = 0.999 * v_before[i] + 0.001 * g.double() ** 2
+            moved = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            torch.testing.assert_close(ours[i].double(), before[i] * (1 - 1e-3) - 1e-2 * moved, rtol=1e-5, atol=1e-6)
+            for codes, scales, value, signed in ((m_codes, m_scales, m, True), (v_codes, v_scales, v, False)):
+                scaled, expected_scales = scaled64(value)
+                bounds = ((dynamic_map(signed)[:-1] + dynamic_map(signed)[1:]) / 2).double()
+                off = codes[i] != torch.bucketize(scaled, bounds)
+                assert ((scaled[off][:, None] - bounds).abs().amin(1) < 1e-6).all()
+                undecided += int(off.sum())
+                torch.testing.assert_close(scales[i].double(), expected_scales, rtol=1e-6, atol=1e-7)
+    assert undecided < 10  # of a million codes
+
+
+def test_tensors_of_several_types_and_many_rows():
+    params = [torch.randn(5 + i).to([torch.float32, torch.bfloat16][i % 2]) for i in range(37)]
+    expected = [param.clone() for param in params]
+    grads = [torch.randn(param.shape) for param in params]
+    moments = [[torch.zeros(param.shape) for param in params] for _ in range(4)]
+    adamw_step(params, grads, *moments[:2], AdamWStep(1, **SCALARS))
+    reference.adamw_step(expected, grads, *moments[2:], AdamWStep(1, **SCALARS))
+    for mine, yours in zip(params, expected, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-2 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_state_that_begins_off_a_16_byte_border():
+    memory = torch.randn(4, 301)
+    p, g, m, v = (row[1:] for row in memory)
+    v.abs_()
+    expected = [tensor.clone() for tensor in (p, g, m, v)]
+    adamw_step([p], [g], [m], [v], AdamWStep(3, **SCALARS))
+    reference.adamw_step(*[[tensor] for tensor in expected], AdamWStep(3, **SCALARS))
+    torch.testing.assert_close(p, expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_state_that_is_not_contiguous_is_refused():
+    p = torch.randn(8, 8).T
+    with pytest.raises(ValueError, match="contiguous"):
+        adamw_step([p], [p.contiguous()], [torch.zeros(8, 8)], [torch.zeros(8, 8)], AdamWStep(1, **SCALARS))

@@ -1,0 +1,31 @@
+"""The short form of the compile gate (`make compile-kernels` runs all of it), and the gate's own tests."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.compile_kernels import SHORT, cases, check, main
+
+
+@pytest.mark.parametrize(
+    ("target", "case"), [pytest.param(t, c, id=f"{t}, {c.name}") for t in SHORT for c in cases(t) if c.short]
+)
+def test_a_launch_compiles_within_its_budget(target, case):
+    _, _, wrong = check(case, target)
+    assert not wrong
+
+
+def test_a_spilling_tile_fails(tmp_path, capsys):
+    table = tmp_path / "tiles.json"
+    table.write_text(json.dumps({"dequantize": {"default": [{"WEIGHTS": 4096, "num_warps": 1, "maxnreg": 24}]}}))
+    assert main(["--short", "--target", "sm_80", "--tiles", str(table)]) == 1
+    assert "bytes of registers spilled" in capsys.readouterr().err
+
+
+def test_a_kernel_that_does_not_compile_fails(tmp_path, capsys):
+    table = tmp_path / "tiles.json"
+    table.write_text(json.dumps({"dequantize": {"default": [{"WEIGHTS": 192, "num_warps": 1}]}}))
+    assert main(["--short", "--target", "sm_80", "--tiles", str(table)]) == 1
+    assert "CompilationError" in capsys.readouterr().err

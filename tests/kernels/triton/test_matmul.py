@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.linear import linear, linear_backward
+from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
+from tests.kernels.triton.test_linear import assert_near, layer, twin_dropout
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 32])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 448), (7, 128), (130, 1088)])
+def test_adds_the_product(dtype, m, rows, columns):
+    weight, x, _, _, _, _ = layer(rows, columns, 4, dtype, m)
+    y = torch.randn(m, rows).to(dtype)
+    expected = y.double() + x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert_near(add_matmul_(y.clone(), x, weight).double(), expected, dtype)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+def test_every_format_and_block_size(quant_type, double_quant, block_size):
+    """Also blocks that cross rows: 192 columns are no whole number of blocks of 256."""
+    weight, x, _, _, _, _ = layer(40, 192, 4, torch.float16, 5, quant_type, block_size, double_quant)
+    expected = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert_near(add_matmul_(torch.zeros(5, 40, dtype=x.dtype), x, weight).double(), expected, torch.float16)
+
+
+def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypatch):
+    monkeypatch.setitem(tiles.TABLE, "matmul", {"default": [{"M": 16, "N": 64, "PROGRAMS": 64, "num_warps": 4}]})
+    weight, x, _, _, _, _ = layer(70, 1024, 4, torch.bfloat16, 3)
+    memory = torch.zeros(3 * 70 + 50, dtype=x.dtype)
+    first = add_matmul_(memory[:210].view(3, 70), x, weight).clone()
+    assert (memory[210:] == 0).all()
+    assert torch.equal(add_matmul_(torch.zeros_like(first), x, weight), first)
+
+
+def test_what_it_leaves_to_the_decoded_product():
+    small, x, *_ = layer(32, 128, 4, torch.bfloat16, 4)
+    assert can_add_matmul(x, small)
+    assert not can_add_matmul(x.float(), small)
+    assert not can_add_matmul(x.new_zeros(64, 128), small)
+    ragged, x, *_ = layer(32, 100, 4, torch.bfloat16, 4)
+    assert not can_add_matmul(x, ragged)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_few_rows_forward_and_backward(monkeypatch, dtype, p):
+    twin_dropout(monkeypatch)
+    weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, dtype, m=9)
+    choices = (lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None)
+    y, xa = linear(x, weight, bias, *choices)
+    expected, expected_xa = reference.linear(x, weight, bias, *choices)
+    assert_near(y, expected, dtype)
+    ours = linear_backward(grad, x, xa, weight, *choices, True)
+    for mine, yours in zip(ours, reference.linear_backward(grad, x, expected_xa, weight, *choices, True), strict=True):
+        assert_near(mine, yours, dtype)

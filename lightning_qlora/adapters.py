@@ -158,6 +158,15 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     )
 
 
+def adapter_within(module: nn.Module, adapter: Adapter) -> Adapter | None:
+    """The adapter of the layers that a part of the adapter's model has; None if it has none of them."""
+    base = find_base(module)[1]
+    names = {plain_name(name) for name, _ in base.named_modules()}
+    layers = {name: layer for name, layer in adapter.layers.items() if name in names}
+    saved = {key: value for key, value in adapter.saved.items() if key.rpartition(".")[0] in names}
+    return replace(adapter, layers=layers, saved=saved) if layers else None
+
+
 def _words(module: nn.Module, adapter: Adapter, others: dict[str, QLoRALinear]) -> dict[str, Any]:
     """Ranks and scalings of the adapter, and ranks of the other layers, as arguments of a QLoRAConfig."""
     prefix = find_base(module)[0]

@@ -82,3 +82,21 @@ def describe_base(module: nn.Module) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
         "trained_in_full": [name for name, _ in trained_in_full(base)],
     }
+
+
+def forget_quantizer(module: nn.Module) -> None:
+    """Take off transformers' marks of a model that it loaded in 4 bits: it would refuse to move, cast or save it."""
+    for part in module.modules():
+        if is_transformers_model(part):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
+                vars(part).pop(name, None)
+            for name in ("quantization_config", "_is_quantized"):
+                vars(part.config).pop(name, None)
+            # What saving would have to reverse; the 4-bit entries are no part of it any more.
+            conversions = vars(part).get("_weight_conversions")
+            if conversions:
+                part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
+
+
+def _is_of_a_quantizer(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))

@@ -19,9 +19,10 @@ from lightning_qlora import guards, seams
 from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
-from lightning_qlora.convert import convert_module
+from lightning_qlora.convert import convert_module, is_converted
 from lightning_qlora.kernels import scratch
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.loading import quantize_while_loading
 from lightning_qlora.paging import Pager
 from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
@@ -128,6 +129,15 @@ class QLoRAPrecision(Precision):
         self._evaluating = False
 
     @override
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Within `configure_model`, a transformers model is quantized while it is loaded."""
+        return quantize_while_loading(self.config)
+
+    def init(self) -> AbstractContextManager[Any]:
+        """The same around a constructor: `with plugin.init(): module = MyModule()`."""
+        return self.module_init_context()
+
+    @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert in place; for a module that is converted already, nothing but the training mode is set."""
         trainer, device = _trainer_of(module), None
@@ -136,7 +146,7 @@ class QLoRAPrecision(Precision):
             device = trainer.strategy.root_device
             if any(parameter.is_meta for parameter in module.parameters()):
                 seams.let_teardown_pass_by(trainer)
-        known = any(isinstance(layer, QLoRALinear) for layer in module.modules())
+        known = is_converted(module)
         report = convert_module(module, self.config, device)
         if not known:
             rank_zero_only(report.show)()

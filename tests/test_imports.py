@@ -15,8 +15,9 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 ORDER = [
     "config", "quantize", "kernels", "fingerprint", "decoded", "low_rank", "starts", "dora", "linear", "random_state",
     "loraplus", "since_start", "files", "adapter_folder", "base_model", "checkpointing", "choose", "seams",
-    "undisturbed", "input_sizes", "calibration", "adapters", "merge", "merge_folder", "report", "state",
-    "checkpoint_adapter", "convert", "guards", "checkpoint", "paging", "precision", "__init__",
+    "undisturbed", "input_sizes", "calibration", "adapters", "merge", "merge_folder", "hf_quantizer",
+    "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging", "precision",
+    "__init__",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ QLoRA is the `plugins` entry of the file; no line of Python knows of it.
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from causal_lm import CausalLM
@@ -22,6 +23,11 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.base", "data.base")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*both args and command line arguments.*")  # args are made of those
+            super().parse_arguments(parser, args)
 
 
 def configs(fast: bool) -> list[str]:

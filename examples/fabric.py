@@ -17,7 +17,7 @@ from lightning_qlora import QLoRAPrecision
 
 def main(args: list[str] | None = None) -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="take 4 steps instead of 60")
+    parser.add_argument("--fast", action="store_true", help="take 4 steps instead of 40")
     parser.add_argument("--base", help="hub id or folder of a causal language model")
     parser.add_argument("--output", default="outputs/fabric", help="folder for the checkpoint")
     options = parser.parse_args(args)
@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> tuple[float, float]:
     optimizer = fabric.setup_optimizers(model.configure_optimizers())
 
     model.train()
-    for step, batch in enumerate(islice(batches, 4 if options.fast else 60)):
+    for step, batch in enumerate(islice(batches, 4 if options.fast else 40)):
         loss = model.training_step(batch, step)
         fabric.backward(loss)
         optimizer.step()

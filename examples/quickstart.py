@@ -18,6 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Threads that wait should sleep: spinning ones make a run several times longer on cores that are shared with others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from causal_lm import CausalLM
 from cli import CLI, configs
@@ -57,7 +60,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     options, overrides = parse(args)
     output = Path(options.output)
     began = time.perf_counter()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the pairs are in memory, tokenized
+    for harmless in ("does not have many workers", "LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{harmless}.*")
 
     if options.base:
         overrides.append(f"--model.base={options.base}")
@@ -131,6 +135,7 @@ def ask(trainer: Trainer, model: CausalLM, questions: list[str]) -> list[str]:
     model.eval().to(trainer.strategy.root_device)  # the Trainer brings the model back to the CPU after every run
     tokens = model.model.generate(**batch.to(model.device), max_new_tokens=40, do_sample=False)
     answers = tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    model.train()  # as it came
     return [answer.strip() for answer in answers]
 
 

@@ -14,7 +14,7 @@ from lightning_qlora import QLoRAPrecision
 
 def main(args: list[str] | None = None) -> Trainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="take 4 steps instead of 60")
+    parser.add_argument("--fast", action="store_true", help="take 4 steps instead of 40")
     parser.add_argument("--base", help="hub id or folder of a causal language model")
     parser.add_argument("--output", default="outputs/trainer", help="folder for the checkpoint")
     options = parser.parse_args(args)
@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> Trainer:
     data = DocstringQA(options.base, batch_size=4 if options.fast else 8, held_out=16 if options.fast else 128)
     trainer = Trainer(
         plugins=QLoRAPrecision(r=16, lora_alpha=16),  # the one line; without it the whole model is fine-tuned
-        max_steps=4 if options.fast else 60,
+        max_steps=4 if options.fast else 40,
         devices=1,
         logger=False,
         default_root_dir=options.output,

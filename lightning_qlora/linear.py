@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora import dora, starts
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.decoded import DecodedWeight
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
-from lightning_qlora.starts import start_of_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
+ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
+INPUT_RMS = "input_rms"  # key of what a "calibrated" start was made from
 REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
 FINGERPRINT = "fingerprint"  # a frozen parameter NAME is kept in a checkpoint as NAME.fingerprint alone
 
@@ -34,8 +36,11 @@ class QLoRALinear(nn.Linear):
         bias: Frozen, [out], or None.
         lora_A: [r, in], fp32; computed in the compute type.
         lora_B: [out, r], fp32.
+        lora_magnitude_vector: [out], fp32, with DoRA (see `dora`); None without.
         scaling: The factor s.
         lora_dropout: Probability of dropping an input of the adapter in training.
+        dense_weight: The weight [out, in] as it came, in host memory, while a "calibrated" start waits for inputs.
+        input_rms: The input sizes [in] that a "calibrated" start was made from.
     """
 
     packed: nn.Parameter
@@ -43,12 +48,17 @@ class QLoRALinear(nn.Linear):
     nested: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
     scaling: float
     lora_dropout: float
     config: QLoRAConfig
+    full_name: str
+    dense_weight: Tensor | None
+    input_rms: Tensor | None
     dense_class: type[nn.Module]
     weight_dtype: torch.dtype
     _fingerprint: int | None
+    _base_squares: Tensor | None
 
     @staticmethod
     def from_linear(layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None = None) -> None:
@@ -62,18 +72,72 @@ class QLoRALinear(nn.Linear):
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
         setattr(weight, REPLACED, name)
-        kind = QLoRALinear if isinstance(layer, nn.Linear) else QLoRAConv1D
-        layer.__dict__.update(dense_class=type(layer), config=config, _fingerprint=None)
-        layer.__class__ = kind
+        QLoRALinear._become(layer, type(layer), config, name).start(weight, device)
+        layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
+
+    @staticmethod
+    def from_packed(
+        layer: nn.Module, weight: PackedWeight, dense_class: type[nn.Module], config: QLoRAConfig, name: str
+    ) -> None:
+        """Turn a layer into a QLoRALinear, in place, that holds a weight which is in 4 bits already, byte for byte.
+
+        Args:
+            layer: Any linear layer, Conv1D or Linear4bit; a weight of its own is let go.
+            weight: The 4-bit weight, [out, in].
+            dense_class: nn.Linear or Conv1D: what the layer is when it is merged.
+            config: The choices; the quantization is the weight's own.
+            name: The layer's name.
+
+        Raises:
+            ValueError: If the adapter is to start from the float weight.
+        """
+        if config.start not in ("default", "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} starts from the float weight, and this one is in 4 "
+                "bits already. Use 'default' or 'gaussian', or load the model in 16 bits."
+            )
+        layer._parameters.pop("weight", None)
+        new = QLoRALinear._become(layer, dense_class, config, name)
+        new.set_packed_weight(weight)
+        new.out_features, new.in_features = new._shape
+        new.set_adapter(*starts.random_adapter(new.in_features, new.out_features, config, name))
+
+    @staticmethod
+    def _become(layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str) -> "QLoRALinear":
+        layer.__dict__.update(
+            dense_class=dense_class, config=config, full_name=name, dense_weight=None, input_rms=None, _fingerprint=None
+        )
+        layer.__class__ = QLoRALinear if issubclass(dense_class, nn.Linear) else QLoRAConv1D
         assert isinstance(layer, QLoRALinear)
-        layer.scaling, layer.lora_dropout = config.scaling, config.lora_dropout
-        layer.quantize_weight(weight, device)
-        layer.out_features, layer.in_features = layer._shape
+        layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-        lora_a, lora_b = start_of_adapter(layer.in_features, layer.out_features, config, name)
-        layer.lora_A = nn.Parameter(lora_a.to(layer.packed.device))
-        layer.lora_B = nn.Parameter(lora_b.to(layer.packed.device))
+        return layer
+
+    def start(self, weight: Tensor, device: torch.device | None = None) -> None:
+        """Quantize a dense weight and put the adapter where it starts from that weight."""
+        rows = self._as_rows(weight.detach())
+        begin = starts.start(rows.to(device or rows.device), self.config, self.full_name)
+        self.set_packed_weight(begin.base)
+        if self.config.start == "calibrated":
+            self.dense_weight = rows.cpu()
+        self.set_adapter(begin.lora_a, begin.lora_b)
+
+    def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Write values into the adapter; with DoRA the magnitudes become the rows' norms, which change nothing."""
+        self._write("lora_A", lora_a)
+        self._write("lora_B", lora_b)
+        if self.config.use_dora:
+            self._write("lora_magnitude_vector", self.row_norm())
+        else:
+            self.register_parameter("lora_magnitude_vector", None)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        if self._parameters.get(name) is None:
+            self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
+        else:
+            with torch.no_grad():
+                getattr(self, name).copy_(value)
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a dense weight, shaped as this layer's `weight` is, and hold it in place of the one before."""
@@ -85,7 +149,7 @@ class QLoRALinear(nn.Linear):
         """Hold a 4-bit weight, byte for byte, in place of the one before."""
         stored = weight.to_bytes()
         self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
-        self.weight_dtype, self._fingerprint = weight.dtype, None
+        self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
         for name in BASE:
             data: Tensor = getattr(stored, name).reshape(-1)
             # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
@@ -119,6 +183,10 @@ class QLoRALinear(nn.Linear):
         """Shape of `weight`."""
         return self._shape
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [p for name in ADAPTER if (p := self._parameters.get(name)) is not None]
+
     @property
     def r(self) -> int:
         """Rank of the adapter."""
@@ -129,8 +197,23 @@ class QLoRALinear(nn.Linear):
         return ops.dequantize(self.weight_bytes, self.weight_dtype)
 
     def delta(self) -> Tensor:
-        """What the adapter adds to the weight: s B A, fp32, shaped as the dense layer's weight."""
-        return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+        """What the adapter adds to the weight: s B A, with DoRA g (W + s B A) - W; fp32, shaped as the dense weight."""
+        product = self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+        if self.lora_magnitude_vector is None:
+            return product
+        base = ops.dequantize(self.weight_bytes, torch.float32)
+        return self.gain().detach().unsqueeze(1) * (base + product) - base
+
+    def row_norm(self) -> Tensor:
+        """||W + s B A|| of every row, [out], fp32."""
+        if self._base_squares is None or self._base_squares.device != self.packed.device:
+            self._base_squares = dora.row_squares(self.weight_bytes)
+        return dora.row_norm(self.weight_bytes, self._base_squares, self.lora_A, self.lora_B, self.scaling)
+
+    def gain(self) -> Tensor:
+        """DoRA's factor g of every output: the magnitude over the row's norm, which counts as a constant; [out]."""
+        assert self.lora_magnitude_vector is not None
+        return self.lora_magnitude_vector / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
 
     @staticmethod
     def _as_rows(weight: Tensor) -> Tensor:
@@ -150,13 +233,20 @@ class QLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
-        dtype = self.compute_dtype(x)
+        dtype, given = self.compute_dtype(x), x.dtype
         p, seed = self.lora_dropout, None
         if p and self.training:
             # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
             seed = torch.randint(1 << 62, (1,))
-        y = ops.lora_linear(x.to(dtype), self.weight_bytes, self.bias, self.lora_A, self.lora_B, self.scaling, p, seed)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
+        weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        rows, bias, magnitude = x if given is dtype else x.to(dtype), held["bias"], held["lora_magnitude_vector"]
+        first = bias if magnitude is None else None
+        y = ops.lora_linear(rows, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        if magnitude is not None:
+            y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
+        return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""
@@ -181,7 +271,10 @@ class QLoRALinear(nn.Linear):
         for name, parameter in self._parameters.items():
             if parameter is not None and name not in BASE:
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
-        if self.config.checkpoint == "full":
+        if self.input_rms is not None:
+            destination[prefix + INPUT_RMS] = self.input_rms
+        # A base that depends on the last bits of an SVD can't be made again on another machine.
+        if self.config.checkpoint == "full" or starts.moves_base(self.config):
             destination.update(self.packed_weight.bnb_state_dict(prefix + "weight"))
         else:
             destination[f"{prefix}weight.{FINGERPRINT}"] = torch.tensor(self.base_fingerprint())
@@ -200,11 +293,12 @@ class QLoRALinear(nn.Linear):
                 "trained with."
             )
         self._check_rank(state_dict, prefix, name)
-        has_weight = self._load_weight(state_dict, prefix)
+        self.input_rms = state_dict.pop(prefix + INPUT_RMS, self.input_rms)
         loading = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        has_weight = self._load_weight(state_dict, prefix, with_adapter=bool(loading & set(ADAPTER)))
         optional = set(BASE)
-        if has_weight and not loading & {"lora_A", "lora_B"}:
-            optional |= {"lora_A", "lora_B"}  # a checkpoint of the dense module: the adapter keeps its start
+        if has_weight and not loading & set(ADAPTER):
+            optional |= set(ADAPTER)  # a checkpoint of the dense module: the adapter keeps its start
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
@@ -217,7 +311,7 @@ class QLoRALinear(nn.Linear):
                 f"layer's has rank {self.r} for {self.in_features}. Set r={lora_a.shape[0]} to load it."
             )
 
-    def _load_weight(self, state_dict: dict[str, Any], prefix: str) -> bool:
+    def _load_weight(self, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
         weight = state_dict.get(prefix + "weight")
         if weight is None:
             return False
@@ -226,7 +320,11 @@ class QLoRALinear(nn.Linear):
                 raise CheckpointMismatchError(
                     f"{prefix}weight: has shape {list(weight.shape)} in the checkpoint, {list(self.weight.shape)} here."
                 )
-            self.quantize_weight(weight.to(self.packed.device))
+            depends = self.config.use_dora or self.config.start in ("loftq", "pissa") or self.dense_weight is not None
+            if depends and not with_adapter:
+                self.start(weight, self.packed.device)
+            else:
+                self.quantize_weight(weight.to(self.packed.device))
         else:
             loaded = PackedWeight.from_bnb_state_dict(state_dict, prefix + "weight")
             self.set_packed_weight(loaded.to(self.packed.device))

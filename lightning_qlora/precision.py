@@ -16,10 +16,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora import guards, seams
+from lightning_qlora.calibration import Calibration, calibration_of
+from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
-from lightning_qlora.convert import convert_module
+from lightning_qlora.convert import convert_module, is_converted
 from lightning_qlora.kernels import scratch
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.loading import quantize_while_loading
 from lightning_qlora.paging import Pager
 from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
@@ -46,9 +49,14 @@ class QLoRAPrecision(Precision):
             endings.
         exclude_modules: Layers to leave alone: a regular expression or a list of name endings.
         modules_to_save: Modules to train in full beside the adapters: a list of name endings.
-        init_lora_weights: Where the adapters start.
+        init_lora_weights: Where the adapters start: "default" (PEFT's: B = 0), "gaussian" (B = 0), "loftq", "pissa",
+            "pissa_niter_16" (with 16 power iterations, faster), or "calibrated" on the first training batches.
+        loftq_config: For "loftq", as in PEFT: {"loftq_iter": 5} for 5 iterations instead of 1.
+        calibration_batches: For "calibrated": batches to look at before the first step; None: those of the first step.
         use_rslora: Scale by lora_alpha / sqrt(r) instead.
         use_dora: Learn the magnitude of every output row as well (weight-decomposed LoRA).
+        rank_pattern: Rank of single layers, {name ending or regular expression: r}, as in PEFT.
+        alpha_pattern: lora_alpha of single layers, likewise.
         paged_optimizer: Page optimizer state to host memory: true, false, or "auto" (on for CUDA devices).
         gradient_checkpointing: Recompute activations in the backward pass.
         checkpoint: What a checkpoint holds: the "adapter" and what else trains, or the packed base as well ("full").
@@ -79,8 +87,12 @@ class QLoRAPrecision(Precision):
         exclude_modules: str | list[str] | None = None,
         modules_to_save: list[str] | None = None,
         init_lora_weights: InitLoRAWeights = "default",
+        loftq_config: dict[str, int] | None = None,
+        calibration_batches: int | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
         paged_optimizer: bool | Literal["auto"] = "auto",
         gradient_checkpointing: bool = False,
         checkpoint: Checkpoint = "adapter",
@@ -98,8 +110,12 @@ class QLoRAPrecision(Precision):
             exclude_modules=[] if exclude_modules is None else exclude_modules,
             modules_to_save=[] if modules_to_save is None else modules_to_save,
             init_lora_weights=init_lora_weights,
+            loftq_config={} if loftq_config is None else loftq_config,
+            calibration_batches=calibration_batches,
             use_rslora=use_rslora,
             use_dora=use_dora,
+            rank_pattern={} if rank_pattern is None else rank_pattern,
+            alpha_pattern={} if alpha_pattern is None else alpha_pattern,
             paged_optimizer=paged_optimizer,
             gradient_checkpointing=gradient_checkpointing,
             checkpoint=checkpoint,
@@ -107,9 +123,19 @@ class QLoRAPrecision(Precision):
         )
         self.report: ConversionReport | None = None
         self.pager = Pager()
+        self._module: weakref.ref[nn.Module] | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
-        self._mode_before: list[bool] = []
+        self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False
+
+    @override
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Within `configure_model`, a transformers model is quantized while it is loaded."""
+        return quantize_while_loading(self.config)
+
+    def init(self) -> AbstractContextManager[Any]:
+        """The same around a constructor: `with plugin.init(): module = MyModule()`."""
+        return self.module_init_context()
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -120,26 +146,41 @@ class QLoRAPrecision(Precision):
             device = trainer.strategy.root_device
             if any(parameter.is_meta for parameter in module.parameters()):
                 seams.let_teardown_pass_by(trainer)
-        known = any(isinstance(layer, QLoRALinear) for layer in module.modules())
+        known = is_converted(module)
         report = convert_module(module, self.config, device)
         if not known:
             rank_zero_only(report.show)()
         if not known or self.report is None:
             self.report = report
+        self._module = weakref.ref(module)
         self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None and not self._evaluating:
-            self._train_adapters()
+            self._train_adapters(module)
         return module
 
-    def _train_adapters(self) -> None:
+    def _train_adapters(self, module: nn.Module) -> None:
         """Put the adapters in training mode: Lightning leaves a module in the mode it came, Hugging Face's in eval."""
-        for layer in self._held_layers():
-            self._mode_before.append(layer.training)
+        recomputed = transformers_layers(module) if self.config.gradient_checkpointing else ()
+        for layer in (*self._held_layers(), *recomputed):
+            self._mode_before.append((weakref.ref(layer), layer.training))
             layer.training = True
 
     def _held_layers(self) -> list[QLoRALinear]:
         return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    @property
+    def _calibration(self) -> Calibration | None:
+        return None if self._module is None else calibration_of(self._module())
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Where the adapters start from data: let them see the Trainer's batch before anything trains on it."""
+        if self._calibration is not None and self._module is not None:
+            trainer = _trainer_of(self._module())
+            if trainer is not None:
+                self._calibration.before_batch(trainer, data)
+        return super().convert_input(data)
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -191,6 +232,8 @@ class QLoRAPrecision(Precision):
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         self._take(optimizer)
+        if self._calibration is not None and closure is None:
+            self._calibration.check_started()
         if closure is not None:
             kwargs["closure"] = closure
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
@@ -209,8 +252,9 @@ class QLoRAPrecision(Precision):
     @override
     def teardown(self) -> None:
         """Leave the module in the mode it came in; free the pages of the optimizers and the decode buffers."""
-        for layer, mode in zip(self._held_layers(), self._mode_before, strict=False):
-            layer.training = mode
+        for reference, mode in self._mode_before:
+            if (layer := reference()) is not None:
+                layer.training = mode
         self._mode_before = []
         self.pager.close()
         scratch.release()

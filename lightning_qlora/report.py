@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_qlora.calibration import CalibrationReport
 from lightning_qlora.linear import BASE, QLoRALinear
 
 
@@ -23,6 +24,7 @@ class ConversionReport:
         bytes_after: Bytes of the parameters now, the adapters included.
         seconds: Time of the conversion.
         shapes: Name -> (out_features, in_features) of the converted layers.
+        calibration: What becomes of adapters that start with the first training batch; None for other starts.
     """
 
     converted: list[str]
@@ -34,6 +36,7 @@ class ConversionReport:
     bytes_after: int
     seconds: float
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    calibration: CalibrationReport | None = None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Layer group, what became of it, how many; layers whose names differ by a number alone are one group."""
@@ -47,12 +50,13 @@ class ConversionReport:
         return [(name, what, str(count)) for (name, what), count in groups.items()]
 
     def summary(self) -> str:
-        """Two lines: parameters and bytes."""
+        """Parameters, bytes and time, and what is still to come."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         return (
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)\n"
             f"parameters take {_size(self.bytes_after)}, {_size(self.bytes_before)} before; "
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
+            + (f"\n{self.calibration}" if self.calibration else "")
         )
 
     def __str__(self) -> str:
@@ -88,6 +92,14 @@ def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     parameters = list(module.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return trainable, sum(packed.get(id(p), p.numel()) for p in parameters), sum(p.nbytes for p in parameters)
+
+
+def dense_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters without adapters and with every 4-bit weight in the type it came in."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QLoRALinear)]
+    own = {id(p) for layer in layers for key, p in layer._parameters.items() if key != "bias" and p is not None}
+    dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
+    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in own)
 
 
 def _group(name: str) -> str:

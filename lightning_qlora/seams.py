@@ -4,7 +4,12 @@ One function each, with the upstream file, why, and what upstream change would r
 a run without this package's plugin, callback or layers.
 """
 
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -77,3 +82,83 @@ def announce_optimizers_to_fabric_callbacks() -> None:
 
     init.announces = True  # type: ignore[attr-defined]
     _FabricOptimizer.__init__ = init  # type: ignore[method-assign]
+
+
+def coming_batches(trainer: Any, count: int) -> list[Any]:
+    """The Trainer's next training batches, at most `count`, left in line: it will get each of them in its turn.
+
+    Upstream: lightning/pytorch/loops/fetchers.py, _DataFetcher: `__next__` takes from `batches`, filled ahead where the
+    length is unknown, and from `iterator`; nothing looks ahead. The counts of both stay as they are.
+    Removed by: a fetcher with a method to peek.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    ready = list(getattr(fetcher, "batches", []))[:count]
+    rest = iter(fetcher.iterator.__next__, object())  # iter(CombinedLoader) itself would begin anew
+    taken = list(itertools.islice(rest, count - len(ready)))
+    fetcher.iterator = itertools.chain(taken, rest)
+    return [batch for batch, _, _ in (*ready, *taken)]
+
+
+def rehearse(trainer: Any, batches: list[Any], first_index: int) -> None:
+    """Run training_step on raw batches as the loop would, with nothing logged.
+
+    Upstream: lightning/pytorch/loops/training_epoch_loop.py, _TrainingEpochLoop.advance: the way from a batch of the
+    loader to training_step is part of the loop, and so is what it logs.
+    Removed by: that way as a function of its own, and a Trainer whose logging can be switched off.
+    """
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.trainer import call
+
+    module, loggers = trainer.lightning_module, trainer.loggers
+    module.log = module.log_dict = lambda *_, **__: None
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        for index, batch in enumerate(batches, start=first_index):
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+            call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index)
+            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
+            call._call_strategy_hook(trainer, "training_step", *arguments.values())
+    finally:
+        del module.log, module.log_dict
+        trainer.loggers = loggers
+
+
+@contextmanager
+def quantizer_of_transformers(quantizer_for: Callable[[Any], Any], check: Callable[[Any], None]) -> Iterator[None]:
+    """Let `from_pretrained` check its folder first, and ask for a quantizer where the call names none.
+
+    Upstream: transformers/modeling_utils.py, PreTrainedModel.from_pretrained, and in it the call of get_hf_quantizer
+    (transformers/quantizers/auto.py): a quantizer comes from the call's own arguments or from the files, and a folder
+    of bitsandbytes' 4 bits gets bitsandbytes' quantizer whatever is passed. Of a truncated file it says only that
+    a header is incomplete, not which.
+    Removed by: a context in transformers that names the quantizer of the models loaded within it.
+
+    Args:
+        quantizer_for: Model config -> an HfQuantizer, or None for transformers' own choice.
+        check: Called with the folder or name of what is to be loaded.
+    """
+    upstream: Any = import_module("transformers.modeling_utils")
+    get_hf_quantizer, from_pretrained = upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained.__func__
+
+    @wraps(get_hf_quantizer)
+    def choosing(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
+        named = quantization_config is not None or kwargs.get("gguf_file") is not None
+        quantizer = None if named else quantizer_for(config)
+        if quantizer is None:
+            return get_hf_quantizer(config, quantization_config, device_map, *args, **kwargs)
+        return quantizer, config, device_map
+
+    @wraps(from_pretrained)
+    def checking(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if pretrained_model_name_or_path is not None:
+            check(pretrained_model_name_or_path)
+        return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained = choosing, classmethod(checking)
+    try:
+        yield
+    finally:
+        upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained = (
+            get_hf_quantizer, classmethod(from_pretrained),
+        )  # fmt: skip

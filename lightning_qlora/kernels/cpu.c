@@ -76,11 +76,59 @@ static inline float scale_of_block(const Weight *w, int64_t block) {
     return w->dynamic[((const uint8_t *)w->absmax)[block]] * w->nested[block >> 8] + *w->offset;
 }
 
+/* A block's table of 16: level * scale in fp32, rounded to the type; as whole vectors, which compilers do not make of a
+   loop of 16 that they have unrolled. The 16-bit tables stand there twice: see look_up_16. */
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+static inline Words bf16_words(Floats f) { /* to_bf16, 16 at once */
+    Words u = (Words)f, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    Words is_nan = (Words)((u & 0x7fffffff) > 0x7f800000);
+    return (is_nan & 0x7fc0) | (~is_nan & rounded & 0xffff);
+}
+
+static inline void table_fp32(float *table, const float *levels, float scale) {
+    *(Floats *)table = *(const Floats *)levels * scale;
+}
+
+static inline void table_bf16(uint16_t *table, const float *levels, float scale) {
+#ifdef __AVX512BF16__
+    if (scale > 1e-35f) { /* the instruction makes zeros of denormal numbers, so it must not meet any */
+        __m512 product = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
+        _mm512_storeu_si512(table, (__m512i)_mm512_cvtne2ps_pbh(product, product));
+        return;
+    }
+#endif
+    Halves rounded = __builtin_convertvector(bf16_words(*(const Floats *)levels * scale), Halves);
+    *(Halves *)table = *(Halves *)(table + 16) = rounded;
+}
+
+static inline void table_bf16_as_fp32(float *table, const float *levels, float scale) {
+    *(Words *)table = bf16_words(*(const Floats *)levels * scale) << 16;
+}
+
+static inline void table_fp16(uint16_t *table, const float *levels, float scale) {
+#ifdef __AVX512F__
+    __m512 product = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
+    __m256i rounded = _mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm512_storeu_si512(table, _mm512_broadcast_i64x4(rounded));
+#else
+    for (int k = 0; k < 16; k++) table[k] = table[k + 16] = to_fp16(levels[k] * scale);
+#endif
+}
+
+static inline void table_fp16_as_fp32(float *table, const float *levels, float scale) {
+    uint16_t halves[32];
+    table_fp16(halves, levels, scale);
+    for (int k = 0; k < 16; k++) table[k] = from_fp16(halves[k]);
+}
+
 /* Looks up 2n codes, n a multiple of 16 bytes (32 codes) for the vector forms; out[i] = table[code[i]]. */
 static inline void look_up_16(uint16_t *out, const uint8_t *bytes, int64_t n, const uint16_t *table) {
     int64_t i = 0;
 #if defined(__AVX512BW__)
-    __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)table));
+    __m512i both = _mm512_loadu_si512(table);
     for (; i + 16 <= n; i += 16) {
         __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(bytes + i)));
         /* vpermw reads five bits of each index; the table stands there twice, so the fifth does not matter */
@@ -135,14 +183,13 @@ static inline void look_up_32(float *out, const uint8_t *bytes, int64_t n, const
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Decodes the weights [begin, end) of the flat weight to out[0 .. end - begin). Rows may begin in the middle of a byte.
-   ROUNDED is the type a weight is rounded to, T the type it is stored in: fp32 holds a rounded bf16 as well. */
-#define DEFINE_DECODE(NAME, T, LOOK_UP, ROUND)                                                                   \
+   T is the type a weight is stored in: fp32 holds a weight rounded to bf16 as well. */
+#define DEFINE_DECODE(NAME, T, TABLE, LOOK_UP)                                                                  \
     static inline void NAME(const Weight *w, int64_t begin, int64_t end, T *out) {                              \
         for (int64_t i = begin; i < end;) {                                                                     \
             int64_t block = i >> w->block_shift, stop = least(end, (block + 1) << w->block_shift);              \
-            float scale = scale_of_block(w, block);                                                             \
-            T table[16];                                                                                        \
-            for (int k = 0; k < 16; k++) table[k] = ROUND(w->levels[k] * scale);                                \
+            T table[32] __attribute__((aligned(64)));                                                           \
+            TABLE(table, w->levels, scale_of_block(w, block));                                                  \
             if (i & 1) *out++ = table[w->packed[i++ >> 1] & 15];                                                \
             LOOK_UP(out, w->packed + (i >> 1), (stop - i) >> 1, table);                                         \
             if (i < stop && ((stop - i) & 1)) out[stop - i - 1] = table[w->packed[(stop - 1) >> 1] >> 4];       \
@@ -151,15 +198,11 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
         }                                                                                                       \
     }
 
-#define AS_IS(f) (f)
-#define THROUGH_BF16(f) from_bf16(to_bf16(f))
-#define THROUGH_FP16(f) from_fp16(to_fp16(f))
-
-DEFINE_DECODE(decode_fp32, float, look_up_32, AS_IS)
-DEFINE_DECODE(decode_bf16, uint16_t, look_up_16, to_bf16)
-DEFINE_DECODE(decode_fp16, uint16_t, look_up_16, to_fp16)
-DEFINE_DECODE(decode_bf16_as_fp32, float, look_up_32, THROUGH_BF16)
-DEFINE_DECODE(decode_fp16_as_fp32, float, look_up_32, THROUGH_FP16)
+DEFINE_DECODE(decode_fp32, float, table_fp32, look_up_32)
+DEFINE_DECODE(decode_bf16, uint16_t, table_bf16, look_up_16)
+DEFINE_DECODE(decode_fp16, uint16_t, table_fp16, look_up_16)
+DEFINE_DECODE(decode_bf16_as_fp32, float, table_bf16_as_fp32, look_up_32)
+DEFINE_DECODE(decode_fp16_as_fp32, float, table_fp16_as_fp32, look_up_32)
 
 enum { PIECE = 1 << 14 }; /* weights a thread takes at a time; a multiple of every block size */
 
@@ -176,77 +219,131 @@ void dequantize(const Weight *w, void *out, int type, int threads) {
 
 /* ---- multiply a few rows: y += x W^T, with a tile of W in the L1 cache instead of W in memory -------------------- */
 
-enum { TILE_ROWS = 4, TILE_COLUMNS = 1024, LANES = 16, STEP = 32 };
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+enum { TILE_ROWS = 4, TILE_BYTES = 4096, LANES = 16, STEP = 64, MOST_ROWS = 64 }; /* native.py: STEP, MOST_ROWS */
+#define TILE_COLUMNS(T) (TILE_BYTES / (int64_t)sizeof(T))
+#define TILE_STRIDE(T) (TILE_COLUMNS(T) + 64 / (int64_t)sizeof(T)) /* rows 4096 bytes apart would share cache lines */
 
-static inline float sum(Vector v) {
+static inline float sum(Floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float part[4] = {0};
     for (int i = 0; i < LANES; i++) part[i & 3] += v[i];
     return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-static inline Vector add_product(Vector total, const float *x, const float *w) {
-#ifdef __AVX512F__
-    return (Vector)_mm512_fmadd_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(w), (__m512)total);
-#else
-    return total + *(const Unaligned *)x * *(const Unaligned *)w;
 #endif
 }
 
-static inline Vector step_fp32(Vector total, const float *x, const float *w) {
-    return add_product(add_product(total, x, w), x + LANES, w + LANES);
+static inline Floats step_fp32(Floats total, const float *x, const float *w) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_fmadd_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(w), (__m512)total);
+#else
+    return total + *(const Floats *)x * *(const Floats *)w;
+#endif
 }
 
 #ifdef __AVX512BF16__
-static inline Vector step_bf16(Vector total, const uint16_t *x, const uint16_t *w) {
-    return (Vector)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
+static inline Floats step_bf16(Floats total, const uint16_t *x, const uint16_t *w) {
+    return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
 }
 #endif
 
-/* Up to four rows of x [., stride] times TILE_ROWS rows of W: 16 sums in registers, added to sums [., TILE_ROWS]. */
-#define DEFINE_PRODUCT(NAME, T, STEP_FUNCTION)                                                                  \
-    static inline __attribute__((always_inline)) void NAME##_rows(const int rows, const T *x, int64_t stride,   \
-                                                                  const T *tile, int64_t columns, float *sums) { \
-        Vector total[4][TILE_ROWS] = {0};                                                                       \
-        for (int64_t k = 0; k < columns; k += STEP)                                                             \
-            for (int m = 0; m < rows; m++)                                                                      \
-                for (int j = 0; j < TILE_ROWS; j++)                                                             \
-                    total[m][j] = STEP_FUNCTION(total[m][j], x + m * stride + k, tile + j * TILE_COLUMNS + k);  \
-        for (int m = 0; m < rows; m++)                                                                          \
-            for (int j = 0; j < TILE_ROWS; j++) sums[m * TILE_ROWS + j] += sum(total[m][j]);                    \
-    }                                                                                                           \
-    static void NAME(int64_t rows, const T *x, int64_t stride, const T *tile, int64_t columns, float *sums) {   \
-        for (; rows >= 4; rows -= 4, x += 4 * stride, sums += 4 * TILE_ROWS)                                    \
-            NAME##_rows(4, x, stride, tile, columns, sums);                                                     \
-        if (rows == 3) NAME##_rows(3, x, stride, tile, columns, sums);                                          \
-        if (rows == 2) NAME##_rows(2, x, stride, tile, columns, sums);                                          \
-        if (rows == 1) NAME##_rows(1, x, stride, tile, columns, sums);                                          \
+/* Up to four rows of x [., stride] times TILE_ROWS rows of W: 16 vectors of sums, held in registers meanwhile. */
+#define DEFINE_PRODUCT(NAME, T, STEP_FUNCTION)                                                                   \
+    static inline __attribute__((always_inline)) void NAME##_rows(                                               \
+        const int rows, const T *x, int64_t stride, const T *tile, int64_t columns, Floats (*sums)[TILE_ROWS]) { \
+        Floats total[4][TILE_ROWS];                                                                              \
+        for (int m = 0; m < rows; m++)                                                                           \
+            for (int j = 0; j < TILE_ROWS; j++) total[m][j] = sums[m][j];                                        \
+        for (int64_t k = 0; k < columns; k += 64 / sizeof(T))                                                    \
+            for (int m = 0; m < rows; m++)                                                                       \
+                for (int j = 0; j < TILE_ROWS; j++)                                                              \
+                    total[m][j] = STEP_FUNCTION(total[m][j], x + m * stride + k, tile + j * TILE_STRIDE(T) + k); \
+        for (int m = 0; m < rows; m++)                                                                           \
+            for (int j = 0; j < TILE_ROWS; j++) sums[m][j] = total[m][j];                                        \
+    }                                                                                                            \
+    static void NAME(int64_t rows, const T *x, int64_t stride, const T *tile, int64_t columns,                   \
+                     Floats (*sums)[TILE_ROWS]) {                                                                \
+        for (; rows >= 4; rows -= 4, x += 4 * stride, sums += 4)                                                 \
+            NAME##_rows(4, x, stride, tile, columns, sums);                                                      \
+        if (rows == 3) NAME##_rows(3, x, stride, tile, columns, sums);                                           \
+        if (rows == 2) NAME##_rows(2, x, stride, tile, columns, sums);                                           \
+        if (rows == 1) NAME##_rows(1, x, stride, tile, columns, sums);                                           \
     }
 
 /* The sums of all rows of x for rows [first, first + n) of W, n <= TILE_ROWS. */
-#define DEFINE_TILES(NAME, T, DECODE, PRODUCT)                                                                  \
-    static void NAME(const Weight *w, const T *x, int64_t stride, int64_t rows, int64_t first, int64_t n,       \
-                     float *sums) {                                                                             \
-        T tile[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));                                          \
-        memset(sums, 0, sizeof(float) * rows * TILE_ROWS);                                                      \
-        for (int64_t k = 0; k < w->columns; k += TILE_COLUMNS) {                                                \
-            int64_t width = least(TILE_COLUMNS, w->columns - k), padded = (width + STEP - 1) / STEP * STEP;     \
-            for (int64_t j = 0; j < TILE_ROWS; j++) {                                                           \
-                int64_t known = j < n ? width : 0, begin = (first + j) * w->columns + k;                        \
-                DECODE(w, begin, begin + known, tile + j * TILE_COLUMNS);                                       \
-                memset(tile + j * TILE_COLUMNS + known, 0, sizeof(T) * (padded - known));                       \
-            }                                                                                                   \
-            PRODUCT(rows, x + k, stride, tile, padded, sums);                                                   \
-        }                                                                                                       \
+#define DEFINE_TILES(NAME, T, DECODE, PRODUCT)                                                                   \
+    static void NAME(const Weight *w, const T *x, int64_t stride, int64_t rows, int64_t first, int64_t n,        \
+                     Floats (*sums)[TILE_ROWS]) {                                                                \
+        T tile[TILE_ROWS * TILE_STRIDE(T)]  __attribute__((aligned(64)));                                        \
+        memset(sums, 0, sizeof(*sums) * rows);                                                                   \
+        for (int64_t k = 0; k < w->columns; k += TILE_COLUMNS(T)) {                                              \
+            int64_t width = least(TILE_COLUMNS(T), w->columns - k), padded = (width + STEP - 1) / STEP * STEP;   \
+            for (int64_t j = 0; j < TILE_ROWS; j++) {                                                            \
+                int64_t known = j < n ? width : 0, begin = (first + j) * w->columns + k;                         \
+                DECODE(w, begin, begin + known, tile + j * TILE_STRIDE(T));                                     \
+                memset(tile + j * TILE_STRIDE(T) + known, 0, sizeof(T) * (padded - known));                     \
+            }                                                                                                    \
+            PRODUCT(rows, x + k, stride, tile, padded, sums);                                                    \
+        }                                                                                                        \
     }
 
 DEFINE_PRODUCT(product_fp32, float, step_fp32)
 DEFINE_TILES(tiles_fp32, float, decode_fp32, product_fp32)
 DEFINE_TILES(tiles_fp16, float, decode_fp16_as_fp32, product_fp32)
 #ifdef __AVX512BF16__
+/* The 64 weights from i on, of one block: the even ones and the odd ones, which takes half of the instructions that
+   their own order would. padded_rows puts the input in the same order, so the sums are the same. */
+static inline __attribute__((always_inline)) void decode_64_split(const Weight *w, int64_t i, __m512i *even,
+                                                                  __m512i *odd) {
+    uint16_t table[32] __attribute__((aligned(64)));
+    table_bf16(table, w->levels, scale_of_block(w, i >> w->block_shift));
+    __m512i both = _mm512_load_si512(table);
+    __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w->packed + (i >> 1))));
+    __builtin_prefetch(w->packed + (i >> 1) + TILE_ROWS * w->columns / 2); /* the same place of the next tile */
+    *even = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), both);
+    *odd = _mm512_permutexvar_epi16(byte, both);
+}
+
+static inline void decode_bf16_split(const Weight *w, int64_t begin, int64_t end, uint16_t *out) {
+    for (int64_t i = begin; i < end; i += 64, out += 64) {
+        __m512i even, odd;
+        decode_64_split(w, i, &even, &odd);
+        _mm512_storeu_si512(out, even);
+        _mm512_storeu_si512(out + 32, odd);
+    }
+}
+
+/* One row of x: no tile at all, the weights go from register to sum. */
+static void one_row_bf16_split(const Weight *w, const uint16_t *x, int64_t first, Floats *sums) {
+    __m512 a[TILE_ROWS] = {0}, b[TILE_ROWS] = {0};
+    for (int64_t k = 0; k < w->columns; k += 64) {
+        __m512bh even_x = (__m512bh)_mm512_loadu_si512(x + k), odd_x = (__m512bh)_mm512_loadu_si512(x + k + 32);
+        for (int j = 0; j < TILE_ROWS; j++) {
+            __m512i even, odd;
+            decode_64_split(w, (first + j) * w->columns + k, &even, &odd);
+            a[j] = _mm512_dpbf16_ps(a[j], even_x, (__m512bh)even);
+            b[j] = _mm512_dpbf16_ps(b[j], odd_x, (__m512bh)odd);
+        }
+    }
+    for (int j = 0; j < TILE_ROWS; j++) sums[j] = (Floats)_mm512_add_ps(a[j], b[j]);
+}
+
+static int splits(const Weight *w, int type) { return type == BF16 && w->columns % 64 == 0 && w->block_shift >= 6; }
+
+static void split(uint16_t *out, const uint16_t *x, int64_t n) { /* n a multiple of 64 */
+    Words even;
+    for (int k = 0; k < LANES; k++) even[k] = 4 * k | (4 * k + 2) << 16;
+    __m512i evens = (__m512i)even, odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+    for (int64_t i = 0; i < n; i += 64) {
+        __m512i a = _mm512_loadu_si512(x + i), b = _mm512_loadu_si512(x + i + 32);
+        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(a, evens, b));
+        _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(a, odds, b));
+    }
+}
+
 DEFINE_PRODUCT(product_bf16, uint16_t, step_bf16)
 DEFINE_TILES(tiles_bf16, uint16_t, decode_bf16, product_bf16)
+DEFINE_TILES(tiles_bf16_split, uint16_t, decode_bf16_split, product_bf16)
 #else
 DEFINE_TILES(tiles_bf16, float, decode_bf16_as_fp32, product_fp32)
 #endif
@@ -262,41 +359,43 @@ static inline void store(void *x, int64_t i, int type, float f) {
     else ((uint16_t *)x)[i] = type == BF16 ? to_bf16(f) : to_fp16(f);
 }
 
-/* Rows of x, each padded with zeros to a multiple of STEP, in the type the products take. */
-static const void *padded_rows(const void *x, int type, int64_t rows, int64_t columns, int64_t stride, void *room) {
+/* Rows of x, each padded with zeros to a multiple of STEP, in the type and order that the products take. */
+static const void *padded_rows(const Weight *w, const void *x, int type, int64_t rows, int64_t stride, void *room) {
 #ifdef __AVX512BF16__
+    if (splits(w, type)) return split(room, x, rows * stride), room;
     if (type == BF16) {
-        if (stride == columns) return x;
         memset(room, 0, 2 * rows * stride);
         for (int64_t m = 0; m < rows; m++)
-            memcpy((uint16_t *)room + m * stride, (const uint16_t *)x + m * columns, 2 * columns);
+            memcpy((uint16_t *)room + m * stride, (const uint16_t *)x + m * w->columns, 2 * w->columns);
         return room;
     }
 #endif
-    if (type == FP32 && stride == columns) return x;
+    if (type == FP32 && stride == w->columns) return x;
     memset(room, 0, 4 * rows * stride);
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t k = 0; k < columns; k++) ((float *)room)[m * stride + k] = load(x, m * columns + k, type);
+        for (int64_t k = 0; k < w->columns; k++) ((float *)room)[m * stride + k] = load(x, m * w->columns + k, type);
     return room;
 }
-
-enum { MOST_ROWS = 64 }; /* native.py, MOST_ROWS */
 
 /* y [rows, w->rows] += x [rows, w->columns] W^T; room: 4 bytes for each element of the padded x. */
 void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows, void *room, int threads) {
     int64_t stride = (w->columns + STEP - 1) / STEP * STEP, tiles = (w->rows + TILE_ROWS - 1) / TILE_ROWS;
-    const void *in = padded_rows(x, type, rows, w->columns, stride, room);
+    const void *in = padded_rows(w, x, type, rows, stride, room);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < tiles; t++) {
         int64_t first = t * TILE_ROWS, n = least(TILE_ROWS, w->rows - first);
-        float sums[MOST_ROWS * TILE_ROWS];
+        Floats sums[MOST_ROWS][TILE_ROWS];
         if (type == FP32) tiles_fp32(w, in, stride, rows, first, n, sums);
-        else if (type == BF16) tiles_bf16(w, in, stride, rows, first, n, sums);
-        else tiles_fp16(w, in, stride, rows, first, n, sums);
+        else if (type == FP16) tiles_fp16(w, in, stride, rows, first, n, sums);
+#ifdef __AVX512BF16__
+        else if (splits(w, type) && rows == 1 && n == TILE_ROWS) one_row_bf16_split(w, in, first, sums[0]);
+        else if (splits(w, type)) tiles_bf16_split(w, in, stride, rows, first, n, sums);
+#endif
+        else tiles_bf16(w, in, stride, rows, first, n, sums);
         for (int64_t m = 0; m < rows; m++)
             for (int64_t j = 0; j < n; j++) {
                 int64_t at = m * w->rows + first + j;
-                store(y, at, type, load(y, at, type) + sums[m * TILE_ROWS + j]);
+                store(y, at, type, load(y, at, type) + sum(sums[m][j]));
             }
     }
 }

@@ -19,7 +19,7 @@ from lightning_qlora.quantize.packed import PackedBytes
 SOURCE = Path(__file__).with_name("cpu.c")
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # set in the environment: build nothing, stay on the eager path
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STEP = 32  # cpu.c: rows of x are padded to a multiple of this
+STEP = 64  # cpu.c: rows of x are padded to a multiple of this
 MOST_ROWS = 64  # cpu.c: rows that `add_matmul` takes
 SMALL = 1 << 15  # weights below which a second thread costs more than it saves
 
@@ -98,14 +98,10 @@ class Library:
         return out
 
 
+@cache
 def library() -> Library | None:
     """The library for this machine, built by the first call that needs it; None: no compiler, or it failed."""
-    return _library(os.environ.get(OFF, "") not in ("", "0"))
-
-
-@cache
-def _library(off: bool) -> Library | None:
-    if off:
+    if os.environ.get(OFF, "") not in ("", "0"):
         return None
     try:
         return Library(build.load(SOURCE))

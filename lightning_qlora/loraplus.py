@@ -1,0 +1,30 @@
+"""LoRA+: lora_B learns faster than lora_A (Hayou, Ghosh and Yu 2024)."""
+
+from typing import Any
+
+from torch import nn
+
+
+def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Two parameter groups for any optimizer: `AdamW(loraplus_groups(self, lr=1e-4))` in configure_optimizers.
+
+    Args:
+        module: A converted module.
+        lr: Learning rate of lora_A and of all else that trains.
+        loraplus_lr_ratio: lora_B learns at this times lr; the paper recommends 16.
+
+    Raises:
+        ValueError: If the module has no adapter, or a number is not above 0.
+    """
+    for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: must be above 0.")
+    trained = [(name.rpartition(".")[2], p) for name, p in module.named_parameters() if p.requires_grad]
+    fast = [p for name, p in trained if name == "lora_B"]
+    if not fast:
+        raise ValueError(
+            "loraplus_groups: the module has no adapter. Call it in configure_optimizers with the Trainer's plugin, or "
+            "after fabric.setup_module or convert."
+        )
+    slow = [p for name, p in trained if name != "lora_B"]
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * loraplus_lr_ratio}]

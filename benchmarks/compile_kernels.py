@@ -117,7 +117,7 @@ def _dropout_cases(target: str) -> Iterator[Case]:
         for dtype in NAMES:
             x = torch.randn(64, 64).to(dtype)
             yield Case(
-                f"dropout {NAMES[dtype]}", partial(dropout, x, 0.1, torch.tensor([7]), x), tile["SIZE"] / threads, 28,
+                f"dropout {NAMES[dtype]}", partial(dropout, x, 0.1, torch.tensor([7]), x), tile["SIZE"] / threads, 32,
                 short=dtype == torch.bfloat16,
             )  # fmt: skip
 
@@ -147,12 +147,14 @@ def _matmul_cases(target: str) -> Iterator[Case]:
         halves = torch.bfloat16, torch.float16
         kinds = [*product(halves, (64,), (True, False)), *product(halves[:1], (32, 4096), (True,))]
         for dtype, block_size, double_quant in kinds:
+            run = min(block_size, 64)
             weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
             x, y = torch.randn(tile["up_to"], 512).to(dtype), torch.zeros(tile["up_to"], 128).to(dtype)
             yield Case(
                 f"matmul {NAMES[dtype]}, {tile['up_to']} rows, block {block_size}"
                 f"{', double quantization' * double_quant}",
-                partial(add_matmul_, y, x, weight), min(block_size, 64) * tile["N"] / threads, 12, loop=True, which=0,
+                partial(add_matmul_, y, x, weight), run * tile["N"] / threads, 12 if run == 64 else 18, loop=True,
+                which=0,
                 short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ The same in torch, and what the 8-bit state is: `kernels/adamw.py`.
 """
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
-from lightning_qlora.kernels.triton.tiles import launch_options
+from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
 from lightning_qlora.quantize.codebooks import dynamic_map
 
 COLUMNS = 8  # of the table: number of the first program, elements, addresses of p, g, m, v, scales of m, scales of v
@@ -132,7 +132,7 @@ def _adamw8bit_kernel(
     _quantize_state(tl.where(inside, v, 0.0), v_codes, v_scales, levels + 768, i, block, inside, begins)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _levels(device: str) -> Tensor:
     maps = [dynamic_map(True, device=device), dynamic_map(False, device=device)]
     infinity = maps[0].new_tensor([math.inf])
@@ -177,12 +177,13 @@ def _launch(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: Ad
         device, tile = rows[0][0].device, launch_options("adamw", rows[0][0].device)
         per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
         sizes = tuple(row[0].numel() for row in rows)
-        kernel[(sum(triton.cdiv(size, per_program) for size in sizes),)](
-            _table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels,
-            scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
-            1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
-            math.sqrt(1 - scalars.beta2**scalars.step),
-            STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
-            ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
-            enable_fp_fusion=False, **tile,
-        )  # fmt: skip
+        with launching_on(device):
+            kernel[(sum(triton.cdiv(size, per_program) for size in sizes),)](
+                _table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels,
+                scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
+                1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
+                math.sqrt(1 - scalars.beta2**scalars.step),
+                STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
+                ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
+                enable_fp_fusion=False, **tile,
+            )  # fmt: skip

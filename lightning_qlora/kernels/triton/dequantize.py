@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.triton.tiles import launch_options
+from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
 from lightning_qlora.quantize.codebooks import codebook, dynamic_map
 from lightning_qlora.quantize.packed import PackedBytes
 
@@ -34,18 +34,17 @@ def _dequantize_kernel(
     packed, absmax, nested, n_nested, levels8, levels, out, n,
     RUN: tl.constexpr, RUNS_PER_BLOCK: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """A program decodes RUNS runs of RUN weights: eight codes to a 4-byte word, RUN / 8 words that share one scale.
+    """A program decodes RUNS runs of RUN weights that share one scale, eight codes to a 4-byte word.
 
-    A thread reads whole words and writes the eight weights of each, 16 bytes of bf16, so nothing moves between threads.
+    Threads load and store 16 bytes at a time, so what moves between them is the words, not the weights they become.
     """
-    WORDS: tl.constexpr = RUN // 8
     UNIT: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # weights of one 16-byte store
     first = tl.program_id(0).to(tl.int64) * RUNS * RUN  # the only 64-bit index: the rest count from here, in 32 bits
     left = tl.minimum(n - first, RUNS * RUN).to(tl.int32)
     run = tl.arange(0, RUNS)
     begins = run * RUN < left
     scales = load_scales(absmax, nested, n_nested, levels8, (first // RUN + run) // RUNS_PER_BLOCK, begins)
-    word = run[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    word = run[:, None] * (RUN // 8) + tl.arange(0, RUN // 8)[None, :]
     place = tl.arange(0, UNIT)
     unit = run[:, None] * (RUN // UNIT) + tl.arange(0, RUN // UNIT)[None, :]
     weight = unit[:, :, None] * UNIT + place[None, None, :]
@@ -64,25 +63,29 @@ def _dequantize_kernel(
     tl.store(out + first + weight, weights.to(out.dtype.element_ty), mask=mask)
 
 
+def scale_arguments(weight: PackedBytes) -> tuple[Tensor, Tensor, int, Tensor]:
+    """What `load_scales` reads: absmax, nested, n_nested and levels8."""
+    absmax, nested = weight.absmax.reshape(-1), weight.nested.reshape(-1).view(torch.float32)
+    if not nested.numel():
+        absmax = absmax.view(torch.float32)
+    return absmax, nested, max(nested.numel() - 1, 0), dynamic_map(device=str(absmax.device))
+
+
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
-    device, n = str(weight.packed.device), weight.numel
-    packed, absmax = weight.packed.reshape(-1), weight.absmax.reshape(-1)
-    nested = weight.nested.reshape(-1).view(torch.float32)
+    device, n, packed = weight.packed.device, weight.numel, weight.packed.reshape(-1)
     run = min(weight.block_size, 64)
     if n % run == 0 and packed.data_ptr() % 4 == 0:
         packed = packed.view(torch.int32)
-    if not nested.numel():
-        absmax = absmax.view(torch.float32)
-    tile = launch_options("dequantize", weight.packed.device)
+    tile = launch_options("dequantize", device)
     runs = tile.pop("WEIGHTS") // run
     if packed.dtype == torch.uint8:
         runs //= 4  # byte by byte takes more registers a weight
-    _dequantize_kernel[(triton.cdiv(n, runs * run),)](
-        packed, absmax, nested, max(nested.numel() - 1, 0), dynamic_map(device=device),
-        codebook(weight.quant_type, device).levels, out, n,
-        RUN=run, RUNS_PER_BLOCK=weight.block_size // run, RUNS=runs, enable_fp_fusion=False, **tile,
-    )  # fmt: skip
+    with launching_on(device):
+        _dequantize_kernel[(triton.cdiv(n, runs * run),)](
+            packed, *scale_arguments(weight), codebook(weight.quant_type, str(device)).levels, out, n,
+            RUN=run, RUNS_PER_BLOCK=weight.block_size // run, RUNS=runs, enable_fp_fusion=False, **tile,
+        )  # fmt: skip
     return out
 
 

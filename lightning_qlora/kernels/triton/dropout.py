@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.reference import as_int32, dropout_threshold
-from lightning_qlora.kernels.triton.tiles import launch_options
+from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
     """Write dropped x, contiguous and of any shape, to `out` (may be x itself), and return it."""
     n, tile, key = x.numel(), launch_options("dropout", x.device), int(seed)
     least_kept, scale = dropout_threshold(p)
-    _dropout_kernel[(triton.cdiv(n, tile["SIZE"]),)](
-        x, out, n, as_int32(key), as_int32(key >> 32), least_kept, scale, enable_fp_fusion=False, **tile
-    )
+    with launching_on(x.device):
+        _dropout_kernel[(triton.cdiv(n, tile["SIZE"]),)](
+            x, out, n, as_int32(key), as_int32(key >> 32), least_kept, scale, enable_fp_fusion=False, **tile
+        )
     return out

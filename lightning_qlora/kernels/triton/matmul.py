@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
-from lightning_qlora.kernels.triton.dequantize import load_scales
-from lightning_qlora.kernels.triton.tiles import launch_options, stream
-from lightning_qlora.quantize.codebooks import codebook, dynamic_map
+from lightning_qlora.kernels.triton.dequantize import load_scales, scale_arguments
+from lightning_qlora.kernels.triton.tiles import launch_options, launching_on, stream
+from lightning_qlora.quantize.codebooks import codebook
 from lightning_qlora.quantize.packed import PackedBytes
 
 
@@ -64,20 +64,17 @@ def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
 
 def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
     """y += x W^T, y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
-    (n, k), m, x, device = weight.shape, len(x), x.contiguous(), str(x.device)
-    absmax, nested = weight.absmax.reshape(-1), weight.nested.reshape(-1).view(torch.float32)
-    if not nested.numel():
-        absmax = absmax.view(torch.float32)
-    tile = launch_options("matmul", x.device, m)
+    (n, k), m, x, device = weight.shape, len(x), x.contiguous(), x.device
+    tile = launch_options("matmul", device, m)
     run, programs = min(weight.block_size, 64), tile.pop("PROGRAMS")
     grid = (triton.cdiv(n, tile["N"]), triton.cdiv(m, tile["M"]))
     # Enough programs to fill the card, but four runs for each, lest adding up the shares cost more than it saves.
     splits = max(1, min(programs // (grid[0] * grid[1]), k // (4 * run)))
-    sums = scratch(splits * m * n, torch.float32, x.device, f"sums, {stream(x.device)}")
-    _matmul_kernel[(*grid, splits)](
-        x, weight.packed.reshape(-1), absmax, nested, max(nested.numel() - 1, 0), dynamic_map(device=device),
-        codebook(weight.quant_type, device).levels, sums, m, n, k, splits,
-        BLOCK_SIZE=weight.block_size, RUN=run, enable_fp_fusion=True, **tile,
-    )  # fmt: skip
-    _add_kernel[(triton.cdiv(m * n, 1024),)](sums, y, m * n, splits, SIZE=1024, num_warps=4, enable_fp_fusion=False)
+    sums = scratch(splits * m * n, torch.float32, device, f"sums, {stream(device)}")
+    with launching_on(device):
+        _matmul_kernel[(*grid, splits)](
+            x, weight.packed.reshape(-1), *scale_arguments(weight), codebook(weight.quant_type, str(device)).levels,
+            sums, m, n, k, splits, BLOCK_SIZE=weight.block_size, RUN=run, enable_fp_fusion=True, **tile,
+        )  # fmt: skip
+        _add_kernel[(triton.cdiv(m * n, 1024),)](sums, y, m * n, splits, SIZE=1024, num_warps=4, enable_fp_fusion=False)
     return y

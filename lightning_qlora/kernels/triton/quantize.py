@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.triton.tiles import launch_options
+from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, mean_in_fixed_order
 from lightning_qlora.quantize.codebooks import codebook, dynamic_map
 from lightning_qlora.quantize.packed import PackedBytes
@@ -89,11 +89,12 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     tile = launch_options("quantize", device, block_size)
     blocks = tile.pop("WEIGHTS") // block_size
-    _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
-        flat, packed, absmax, book.bounds, book.order, n,
-        BLOCK=block_size, BLOCKS=blocks, SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type),
-        WHOLE=n % block_size == 0, enable_fp_fusion=False, **tile,
-    )  # fmt: skip
+    with launching_on(device):
+        _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+            flat, packed, absmax, book.bounds, book.order, n,
+            BLOCK=block_size, BLOCKS=blocks, SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type),
+            WHOLE=n % block_size == 0, enable_fp_fusion=False, **tile,
+        )  # fmt: skip
     scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
     shape = (weight.shape[0], weight.shape[1])
     return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
@@ -106,8 +107,9 @@ def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
     nested = torch.empty(triton.cdiv(b, NESTED_BLOCK_SIZE) + 1, dtype=torch.float32, device=device)
     nested[-1] = mean_in_fixed_order(absmax)
     tile = launch_options("nest", device)
-    _nest_kernel[(triton.cdiv(nested.numel() - 1, tile["BLOCKS"]),)](
-        absmax, nested[-1:], codes, nested, _code_at(str(device)), b,
-        BLOCK=NESTED_BLOCK_SIZE, enable_fp_fusion=False, **tile,
-    )  # fmt: skip
+    with launching_on(device):
+        _nest_kernel[(triton.cdiv(nested.numel() - 1, tile["BLOCKS"]),)](
+            absmax, nested[-1:], codes, nested, _code_at(str(device)), b,
+            BLOCK=NESTED_BLOCK_SIZE, enable_fp_fusion=False, **tile,
+        )  # fmt: skip
     return codes, nested

@@ -7,6 +7,7 @@ last has no tile, and a target without entries of its own takes those of "defaul
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def launch_options(kernel: str, device: torch.device, size: int = 0) -> dict[str
         if size <= tile.get("up_to", size):
             return {name: value for name, value in tile.items() if name != "up_to"}
     return {}
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, wherever the tensors are: make theirs the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def stream(device: torch.device) -> int:

@@ -22,7 +22,9 @@ import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
 from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.matmul import add_matmul_
@@ -58,7 +60,7 @@ class Case:
 
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
-    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _matmul_cases):
+    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _matmul_cases, _adamw_cases):
         yield from make(target)
 
 
@@ -108,12 +110,31 @@ def _quantize_cases(target: str) -> Iterator[Case]:
 
 def _dropout_cases(target: str) -> Iterator[Case]:
     for tile, threads in _tiles("dropout", target):
-        for dtype, seed in product(NAMES, (7, 2**40)):
+        for dtype in NAMES:
             x = torch.randn(64, 64).to(dtype)
             yield Case(
-                f"dropout {NAMES[dtype]}, {'64' if seed > 2**31 else '32'}-bit seed",
-                partial(dropout, x, 0.1, torch.tensor([seed]), x), 4 * tile["COUNTERS"] / threads, 40,
-                short=dtype == torch.bfloat16 and seed > 2**31,
+                f"dropout {NAMES[dtype]}", partial(dropout, x, 0.1, torch.tensor([7]), x), tile["SIZE"] / threads, 28,
+                short=dtype == torch.bfloat16,
+            )  # fmt: skip
+
+
+def _adamw_cases(target: str) -> Iterator[Case]:
+    scalars = AdamWStep(step=1, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    for tile, threads in _tiles("adamw", target):
+        per_thread = STATE_BLOCK_SIZE * tile["BLOCKS"] / threads
+        for dtype, n in product((torch.float32, torch.bfloat16), (4096, 777)):
+            kind = f"{NAMES[dtype]}{', odd size' * (n == 777)}, per element"
+            # Two tensors, so that there is a table to search.
+            params, grads, m, v = ([torch.zeros(n, dtype=d)] * 2 for d in (dtype, dtype, torch.float32, torch.float32))
+            codes, scales = [torch.zeros(n, dtype=torch.uint8)] * 2, [torch.zeros(-(-n // STATE_BLOCK_SIZE))] * 2
+            yield Case(
+                f"AdamW {kind}", partial(adamw_step, params, grads, m, v, scalars), per_thread, 110,
+                short=dtype == torch.float32 and n == 4096,
+            )  # fmt: skip
+            yield Case(
+                f"8-bit AdamW {kind}",
+                partial(adamw8bit_step, params, grads, codes, scales, codes, scales, scalars), per_thread, 260,
+                short=dtype == torch.float32 and n == 4096,
             )  # fmt: skip
 
 

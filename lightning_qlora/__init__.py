@@ -1,11 +1,13 @@
 """QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`."""
 
+from lightning_qlora.adapters import load_adapter, save_adapter
 from lightning_qlora.checkpoint import load_from_checkpoint
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from lightning_qlora.loraplus import loraplus_groups
+from lightning_qlora.merge import merge
 from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
 from lightning_qlora.quantize.packed import PackedWeight
@@ -23,7 +25,10 @@ __all__ = [
     "QLoRALinear",
     "QLoRAPrecision",
     "convert",
+    "load_adapter",
     "load_from_checkpoint",
     "loraplus_groups",
+    "merge",
     "quantize",
+    "save_adapter",
 ]

@@ -4,10 +4,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_qlora.bnb_layers import is_bnb_linear
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.kernels.ops import FLOATS
 from lightning_qlora.linear import QLoRALinear
@@ -31,8 +33,13 @@ class Choice:
     skip: dict[str, str] = field(default_factory=dict)
 
 
-def choose_layers(module: nn.Module, config: QLoRAConfig) -> Choice:
-    """Sort every linear layer of a module.
+def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool = False) -> Choice:
+    """Sort every linear layer of a module; layers that are in 4 bits with an adapter already are left out.
+
+    Args:
+        module: The module.
+        config: The choices.
+        part_of_module: More modules will come, so a name that fits nothing here is no mistake.
 
     Raises:
         ValueError: If a name of target_modules or modules_to_save fits nothing, or fits a layer that is not linear, or
@@ -42,7 +49,8 @@ def choose_layers(module: nn.Module, config: QLoRAConfig) -> Choice:
     for name in layers:
         if matches(name, config.modules_to_save):
             choice.train[name] = "in modules_to_save"
-    _check_found(config.modules_to_save, choice.train, "modules_to_save", layers)
+    if not part_of_module:
+        _check_found(config.modules_to_save, choice.train, "modules_to_save", layers)
     facts = _Facts(module)
     everything = config.target_modules == "all-linear"
     targets = [n for n in layers if n and not everything and matches(n, config.target_modules)]
@@ -60,18 +68,22 @@ def choose_layers(module: nn.Module, config: QLoRAConfig) -> Choice:
                 f"target_modules={config.target_modules!r} names {name!r}, a {type(layer).__name__}: only linear "
                 "layers can be converted. Name it in modules_to_save to train it in full."
             )
-        elif reason := facts.unable(name, layer) or (facts.unasked(name, layer) if everything else None):
+        elif reason := facts.unable(name, layer) or (facts.unasked(name, layer, config) if everything else None):
             choice.skip[name] = reason
         elif everything and (small := _too_small(layer, config.rank_of(name))):
-            (choice.train if layer.weight.requires_grad else choice.skip)[name] = small
+            trains = layer.weight.requires_grad or is_bnb_linear(layer)  # bitsandbytes froze it, not the user
+            (choice.train if trains else choice.skip)[name] = small
         else:
             choice.convert[name] = layer
+    if part_of_module:
+        return choice
     if not everything:
         _check_found(config.target_modules, targets, "target_modules", layers)
+    converted = [*choice.convert, *(name for name, layer in layers.items() if isinstance(layer, QLoRALinear))]
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
-            if not any(fits(name, pattern) for name in choice.convert):
-                raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {list(choice.convert)}.")
+            if not any(fits(name, pattern) for name in converted):
+                raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.")
     return choice
 
 
@@ -86,7 +98,9 @@ def matches(name: str, patterns: str | list[str]) -> bool:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is an nn.Linear or a transformers Conv1D, and computes what those compute."""
+    """Whether a layer is an nn.Linear or a transformers Conv1D, and computes what those compute, in 4 bits or not."""
+    if is_bnb_linear(layer):
+        return True
     if isinstance(layer, nn.Linear):
         return type(layer).forward in (nn.Linear.forward, QLoRALinear.forward)
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
@@ -105,6 +119,13 @@ class _Facts:
                     self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
         self.shared = {key for key, layers in owners.items() if len(layers) > 1}
         self.output_embeddings = {id(layer) for layer in _output_embeddings(module)}
+        self.left_dense = {
+            id(layer)
+            for model in module.modules()
+            if getattr(model, "is_loaded_in_4bit", False)
+            for layer in model.modules()
+            if not is_bnb_linear(layer)
+        }
         self.parents = {
             f"{name}.{child}".lstrip("."): parent
             for name, parent in module.named_modules()
@@ -118,7 +139,7 @@ class _Facts:
             return "its weight is computed (parametrized), not stored"
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialized yet (lazy)"
-        if weight.dtype not in FLOATS:
+        if weight.dtype not in FLOATS and not is_bnb_linear(layer):
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
         if id(weight) in self.shared:
             return f"its weight is tied to {self.name_of[id(weight)]}"
@@ -126,13 +147,15 @@ class _Facts:
             return "nn.MultiheadAttention reads its weight and never calls it"
         return None
 
-    def unasked(self, name: str, layer: nn.Module) -> str | None:
+    def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
         """Why a layer is left alone unless it is named."""
         last = name.rpartition(".")[2]
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
             return "output embedding; name it in target_modules to convert it"
         if last in ROUTERS and hasattr(self.parents[name], "experts"):
             return "router of experts; name it in target_modules to convert it"
+        if id(layer) in self.left_dense and not _too_small(layer, config.rank_of(name)):
+            return "the 4-bit model it came with left it dense; name it in target_modules to convert it"
         return None
 
 
@@ -148,7 +171,8 @@ def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _too_small(layer: nn.Module, r: int) -> str | None:
-    rows, columns = layer.weight.shape  # type: ignore[misc]
+    weight: Any = layer.weight
+    rows, columns = weight.quant_state.shape if is_bnb_linear(layer) else weight.shape
     if r * (rows + columns) < rows * columns:
         return None
     return f"an adapter of rank {r} would be larger than its {rows}x{columns} weights"

@@ -5,15 +5,22 @@ import warnings
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from lightning_qlora import seams
+from lightning_qlora.adapter_folder import read_adapter
+from lightning_qlora.adapters import config_of_adapter, put_adapter
+from lightning_qlora.base_model import forget_quantizer
+from lightning_qlora.bnb_layers import decode_bnb_layer, is_bnb_linear, take_bnb_weight
 from lightning_qlora.calibration import Calibration, calibration_of
+from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear
-from lightning_qlora.report import ConversionReport, count_parameters
+from lightning_qlora.report import ConversionReport, count_parameters, dense_bytes
 from lightning_qlora.state import remember_base
 
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
@@ -37,25 +44,44 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
 
 def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device | None = None) -> ConversionReport:
     """`convert` with a ready config; `device`: where to quantize (None: where each weight is)."""
-    start, (_, _, bytes_before) = time.perf_counter(), count_parameters(module)
+    start, bytes_before = time.perf_counter(), dense_bytes(module)
     if is_converted(module):
         return _report(module, Choice(), bytes_before, start)
+    adapter = read_adapter(config.adapter) if config.adapter else None
+    if adapter is not None:
+        config = config_of_adapter(module, adapter, config)
     choice = choose_layers(module, config)
-    _check_any(choice, config)
-    for name, layer in choice.convert.items():
+    loaded = any(isinstance(layer, QLoRALinear) for layer in module.modules())  # in 4 bits, as they were loaded
+    if not loaded:
+        _check_any(choice, config)
+    layers = choice.convert.items()
+    for name, layer in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=not _is_rank_zero()):
         _convert_layer(name, layer, config, device)
+    for layer in module.modules():
+        if is_bnb_linear(layer):  # not among those to convert
+            decode_bnb_layer(layer)
+    forget_quantizer(module)
     _freeze(module, choice)
+    if adapter is not None:
+        put_adapter(module, adapter)
+    if config.gradient_checkpointing:
+        enable_checkpointing(module)
     seams.keep_encoder_layers_on_the_module_path(module)
     remember_base(module, config)
     _warn_of_what_stayed(module)
-    if config.start == "calibrated" and choice.convert:
+    if config.start == "calibrated" and (choice.convert or loaded):
         Calibration(module, config)
     return _report(module, choice, bytes_before, start)
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a module holds converted layers."""
-    return any(isinstance(layer, QLoRALinear) for layer in module.modules())
+    """Whether a module, or the part of it with the adapters, went through `convert_module`."""
+    holds = any(isinstance(layer, QLoRALinear) for layer in module.modules())
+    return holds and any("_qlora_frozen" in vars(part) for part in module.modules())
+
+
+def _is_rank_zero() -> bool:
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: torch.device | None) -> None:
@@ -72,7 +98,10 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
             "fully_shard or parallelize_module: call lightning_qlora.convert(model) first."
         )
     try:
-        QLoRALinear.from_linear(layer, config, name, device)
+        if is_bnb_linear(layer):
+            QLoRALinear.from_packed(layer, *take_bnb_weight(layer), config, name)
+        else:
+            QLoRALinear.from_linear(layer, config, name, device)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -15,6 +15,7 @@ class DecodedWeight(Tensor):
     """
 
     _decode: Callable[[], Tensor]
+    _is_hf_initialized = True  # transformers leaves what has this mark as it is when it initializes missing weights
 
     @staticmethod
     def __new__(

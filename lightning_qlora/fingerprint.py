@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 20  # words at a time, so that a large tensor needs no large temporary
+_PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
 _ODD_1, _ODD_2 = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
 
 
@@ -22,7 +22,7 @@ def fingerprint(*tensors: Tensor) -> int:
             piece = piece.float() if piece.is_floating_point() else piece
             padded = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
             words = padded.clone().view(torch.int64)
-            place = torch.arange(1, words.numel() + 1, device=words.device) + start
+            place = torch.arange(1, words.numel() + 1, device=words.device) + start // per_word
             words ^= place.mul_(_ODD_1)
             words ^= words >> 29
             words *= _ODD_2

@@ -72,17 +72,47 @@ class QLoRALinear(nn.Linear):
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
         setattr(weight, REPLACED, name)
-        kind = QLoRALinear if isinstance(layer, nn.Linear) else QLoRAConv1D
+        QLoRALinear._become(layer, type(layer), config, name).start(weight, device)
+        layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
+
+    @staticmethod
+    def from_packed(
+        layer: nn.Module, weight: PackedWeight, dense_class: type[nn.Module], config: QLoRAConfig, name: str
+    ) -> None:
+        """Turn a layer into a QLoRALinear, in place, that holds a weight which is in 4 bits already, byte for byte.
+
+        Args:
+            layer: Any linear layer, Conv1D or Linear4bit; a weight of its own is let go.
+            weight: The 4-bit weight, [out, in].
+            dense_class: nn.Linear or Conv1D: what the layer is when it is merged.
+            config: The choices; the quantization is the weight's own.
+            name: The layer's name.
+
+        Raises:
+            ValueError: If the adapter is to start from the float weight.
+        """
+        if config.start not in ("default", "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} starts from the float weight, and this one is in 4 "
+                "bits already. Use 'default' or 'gaussian', or load the model in 16 bits."
+            )
+        layer._parameters.pop("weight", None)
+        new = QLoRALinear._become(layer, dense_class, config, name)
+        new.set_packed_weight(weight)
+        new.out_features, new.in_features = new._shape
+        new.set_adapter(*starts.random_adapter(new.in_features, new.out_features, config, name))
+
+    @staticmethod
+    def _become(layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str) -> "QLoRALinear":
         layer.__dict__.update(
-            dense_class=type(layer), config=config, full_name=name, dense_weight=None, input_rms=None, _fingerprint=None
+            dense_class=dense_class, config=config, full_name=name, dense_weight=None, input_rms=None, _fingerprint=None
         )
-        layer.__class__ = kind
+        layer.__class__ = QLoRALinear if issubclass(dense_class, nn.Linear) else QLoRAConv1D
         assert isinstance(layer, QLoRALinear)
         layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
-        layer.start(weight, device)
-        layer.out_features, layer.in_features = layer._shape
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
+        return layer
 
     def start(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a dense weight and put the adapter where it starts from that weight."""
@@ -203,16 +233,20 @@ class QLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
-        dtype = self.compute_dtype(x)
+        dtype, given = self.compute_dtype(x), x.dtype
         p, seed = self.lora_dropout, None
         if p and self.training:
             # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
             seed = torch.randint(1 << 62, (1,))
-        bias = self.bias if self.lora_magnitude_vector is None else None
-        y = ops.lora_linear(x.to(dtype), self.weight_bytes, bias, self.lora_A, self.lora_B, self.scaling, p, seed)
-        if self.lora_magnitude_vector is not None:
-            y = y * self.gain().to(dtype) + (0 if self.bias is None else self.bias.to(dtype))
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
+        weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        rows, bias, magnitude = x if given is dtype else x.to(dtype), held["bias"], held["lora_magnitude_vector"]
+        first = bias if magnitude is None else None
+        y = ops.lora_linear(rows, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        if magnitude is not None:
+            y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
+        return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""

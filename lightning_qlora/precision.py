@@ -17,10 +17,12 @@ from typing_extensions import override
 
 from lightning_qlora import guards, seams
 from lightning_qlora.calibration import Calibration, calibration_of
+from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
-from lightning_qlora.convert import convert_module
+from lightning_qlora.convert import convert_module, is_converted
 from lightning_qlora.kernels import scratch
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.loading import quantize_while_loading
 from lightning_qlora.paging import Pager
 from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
@@ -123,8 +125,17 @@ class QLoRAPrecision(Precision):
         self.pager = Pager()
         self._module: weakref.ref[nn.Module] | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
-        self._mode_before: list[bool] = []
+        self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False
+
+    @override
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Within `configure_model`, a transformers model is quantized while it is loaded."""
+        return quantize_while_loading(self.config)
+
+    def init(self) -> AbstractContextManager[Any]:
+        """The same around a constructor: `with plugin.init(): module = MyModule()`."""
+        return self.module_init_context()
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -135,7 +146,7 @@ class QLoRAPrecision(Precision):
             device = trainer.strategy.root_device
             if any(parameter.is_meta for parameter in module.parameters()):
                 seams.let_teardown_pass_by(trainer)
-        known = any(isinstance(layer, QLoRALinear) for layer in module.modules())
+        known = is_converted(module)
         report = convert_module(module, self.config, device)
         if not known:
             rank_zero_only(report.show)()
@@ -145,13 +156,14 @@ class QLoRAPrecision(Precision):
         self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None and not self._evaluating:
-            self._train_adapters()
+            self._train_adapters(module)
         return module
 
-    def _train_adapters(self) -> None:
+    def _train_adapters(self, module: nn.Module) -> None:
         """Put the adapters in training mode: Lightning leaves a module in the mode it came, Hugging Face's in eval."""
-        for layer in self._held_layers():
-            self._mode_before.append(layer.training)
+        recomputed = transformers_layers(module) if self.config.gradient_checkpointing else ()
+        for layer in (*self._held_layers(), *recomputed):
+            self._mode_before.append((weakref.ref(layer), layer.training))
             layer.training = True
 
     def _held_layers(self) -> list[QLoRALinear]:
@@ -240,8 +252,9 @@ class QLoRAPrecision(Precision):
     @override
     def teardown(self) -> None:
         """Leave the module in the mode it came in; free the pages of the optimizers and the decode buffers."""
-        for layer, mode in zip(self._held_layers(), self._mode_before, strict=False):
-            layer.training = mode
+        for reference, mode in self._mode_before:
+            if (layer := reference()) is not None:
+                layer.training = mode
         self._mode_before = []
         self.pager.close()
         scratch.release()

@@ -94,6 +94,14 @@ def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     return trainable, sum(packed.get(id(p), p.numel()) for p in parameters), sum(p.nbytes for p in parameters)
 
 
+def dense_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters without adapters and with every 4-bit weight in the type it came in."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QLoRALinear)]
+    own = {id(p) for layer in layers for key, p in layer._parameters.items() if key != "bias" and p is not None}
+    dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
+    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in own)
+
+
 def _group(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) or "(the module itself)"
 

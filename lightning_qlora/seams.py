@@ -6,7 +6,10 @@ a run without this package's plugin, callback or layers.
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -119,3 +122,43 @@ def rehearse(trainer: Any, batches: list[Any], first_index: int) -> None:
     finally:
         del module.log, module.log_dict
         trainer.loggers = loggers
+
+
+@contextmanager
+def quantizer_of_transformers(quantizer_for: Callable[[Any], Any], check: Callable[[Any], None]) -> Iterator[None]:
+    """Let `from_pretrained` check its folder first, and ask for a quantizer where the call names none.
+
+    Upstream: transformers/modeling_utils.py, PreTrainedModel.from_pretrained, and in it the call of get_hf_quantizer
+    (transformers/quantizers/auto.py): a quantizer comes from the call's own arguments or from the files, and a folder
+    of bitsandbytes' 4 bits gets bitsandbytes' quantizer whatever is passed. Of a truncated file it says only that
+    a header is incomplete, not which.
+    Removed by: a context in transformers that names the quantizer of the models loaded within it.
+
+    Args:
+        quantizer_for: Model config -> an HfQuantizer, or None for transformers' own choice.
+        check: Called with the folder or name of what is to be loaded.
+    """
+    upstream: Any = import_module("transformers.modeling_utils")
+    get_hf_quantizer, from_pretrained = upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained.__func__
+
+    @wraps(get_hf_quantizer)
+    def choosing(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
+        named = quantization_config is not None or kwargs.get("gguf_file") is not None
+        quantizer = None if named else quantizer_for(config)
+        if quantizer is None:
+            return get_hf_quantizer(config, quantization_config, device_map, *args, **kwargs)
+        return quantizer, config, device_map
+
+    @wraps(from_pretrained)
+    def checking(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if pretrained_model_name_or_path is not None:
+            check(pretrained_model_name_or_path)
+        return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained = choosing, classmethod(checking)
+    try:
+        yield
+    finally:
+        upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained = (
+            get_hf_quantizer, classmethod(from_pretrained),
+        )  # fmt: skip

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.base_model import describe_base
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
+BASE_MODEL = "base_model"  # what is said beside them of the model inside the module
 SAME = (
     "lora_alpha",
     "alpha_pattern",
@@ -26,6 +28,7 @@ class FrozenParameters:
 
     def __init__(self, module: nn.Module) -> None:
         self.known: dict[str, tuple[int, int]] = {}  # name -> version of the tensor, fingerprint
+        self.layers = _holds_layers(module)
         self.replaced = False  # whether the load under way brings a dense base of its own
         names: dict[int, str] = {}  # tied parameters are fingerprinted once
         for name, parameter in _dense_parameters(module):
@@ -64,14 +67,25 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
     """The arguments of the conversion that a state dict was saved under; None if it holds none."""
     if prefix + CONFIG not in state_dict:
         return None
-    return QLoRAConfig(**json.loads(bytes(state_dict[prefix + CONFIG].tolist())))
+    arguments = json.loads(bytes(state_dict[prefix + CONFIG].tolist()))
+    arguments.pop(BASE_MODEL, None)
+    return QLoRAConfig(**arguments)
+
+
+def base_model_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What `base_model.describe_base` said of the module that a state dict was saved from; empty if it is not there."""
+    found = next((value for key, value in state_dict.items() if key.rpartition(".")[2] == CONFIG), None)
+    return {} if found is None else json.loads(bytes(found.tolist())).get(BASE_MODEL, {})
 
 
 def _complete(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    if _is_merged(root):
+        return
     config: QLoRAConfig = root._qlora_config  # type: ignore[assignment]
     if config.checkpoint == "adapter":
         _replace_by_fingerprints(root, state_dict, prefix)
-    arguments = asdict(config) | {"adapter": None}  # a folder that was read once
+    # adapter: a folder that was read once
+    arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root)}
     state_dict[prefix + CONFIG] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
 
 
@@ -84,6 +98,8 @@ def _replace_by_fingerprints(root: nn.Module, state_dict: dict[str, Any], prefix
 
 
 def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if _is_merged(root):
+        return
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
     frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
@@ -129,6 +145,16 @@ def _take_as_base(root: nn.Module, _: Any) -> None:
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
     if frozen.replaced:
         root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
+
+
+def _is_merged(root: nn.Module) -> bool:
+    """Whether the root was merged, or its part with the adapters was: then its state dict is a dense module's."""
+    frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
+    return frozen.layers and not _holds_layers(root)
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(isinstance(layer, QLoRALinear) for layer in module.modules())
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -4,17 +4,23 @@ Compare `reference.py`: the same results. The weight is decoded into reused memo
 all, and the adapter's product comes first: the big product adds itself to it.
 """
 
+from functools import cache
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import eager, native
+from lightning_qlora.kernels.adamw import adamw8bit_step as adamw8bit_step
+from lightning_qlora.kernels.adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.native import Library
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantize.packed import PackedBytes
 
-FEW_ROWS = 16  # up to so many rows, multiplying from the cache beats decoding to memory and torch's matrix product
+FEW_ROWS = 32  # up to so many rows, multiplying from the cache beats decoding to memory and torch's matrix product
+SMALL = 1 << 14  # weights of a layer so small that two calls cost more than their work: one call for more rows
 
 
 def path() -> str:
@@ -45,6 +51,16 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return dequantize_into(weight.packed.new_empty(weight.numel, dtype=dtype), weight).view(weight.shape)
 
 
+def _multiplies(library: Library | None, m: int, weight: PackedBytes) -> TypeGuard[Library]:
+    return library is not None and (m <= FEW_ROWS or (m <= native.MOST_ROWS and weight.numel <= SMALL))
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `addmm` takes for a term that beta = 0 leaves out."""
+    return torch.empty((), dtype=dtype, device=device)
+
+
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return dequantize_into(scratch(weight.numel, dtype, weight.packed.device), weight).view(weight.shape)
 
@@ -68,15 +84,14 @@ def linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `reference.linear`."""
-    dtype = x.dtype
-    xa = torch.mm(_dropped(x, p, seed), lora_a.to(dtype).T)
+    dtype, library = x.dtype, _library(x)
+    xa = torch.nn.functional.linear(_dropped(x, p, seed), lora_a.to(dtype))
     b = lora_b.to(dtype).T
     if bias is None:
-        y = torch.addmm(x.new_empty(()), xa, b, beta=0, alpha=scaling)
+        y = torch.addmm(_nothing(dtype, x.device), xa, b, beta=0, alpha=scaling)
     else:
         y = torch.addmm(bias.to(dtype), xa, b, alpha=scaling)
-    library = _library(x)
-    if library is not None and len(x) <= FEW_ROWS:
+    if _multiplies(library, len(x), weight):
         return library.add_matmul(y, x.contiguous(), weight), xa
     return y.addmm_(x, _decoded(weight, dtype).T), xa
 
@@ -86,7 +101,7 @@ def linear_backward(
     p: float, seed: Tensor | None, needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """See `reference.linear_backward`."""
-    none = grad.new_empty(())
+    none = _nothing(grad.dtype, grad.device)
     grad_xa = torch.addmm(none, grad, lora_b.to(grad.dtype), beta=0, alpha=scaling)
     grad_b = torch.addmm(none, grad.T, xa, beta=0, alpha=scaling).to(lora_b.dtype)
     grad_a = torch.mm(grad_xa.T, _dropped(x, p, seed)).to(lora_a.dtype)

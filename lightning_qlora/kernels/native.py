@@ -98,14 +98,10 @@ class Library:
         return out
 
 
+@cache
 def library() -> Library | None:
     """The library for this machine, built by the first call that needs it; None: no compiler, or it failed."""
-    return _library(os.environ.get(OFF, "") not in ("", "0"))
-
-
-@cache
-def _library(off: bool) -> Library | None:
-    if off:
+    if os.environ.get(OFF, "") not in ("", "0"):
         return None
     try:
         return Library(build.load(SOURCE))

@@ -5,7 +5,10 @@
     lora_linear       y = x W^T + bias + s (drop(x) A^T) B^T, W in 4 bits; saves x and drop(x) A^T for the backward pass
     lora_linear_backward
 
-They are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can test them.
+    adamw_step, adamw8bit_step      one step of the optimizer over many tensors
+
+The first four are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can
+test them.
 """
 
 import os
@@ -18,9 +21,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_qlora.config import BLOCK_SIZES, QuantType, check_bool, check_choice
 from lightning_qlora.kernels import cpu
+from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
 
@@ -45,6 +50,14 @@ class Backend(Protocol):
     @property
     def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
         """See `reference.linear_backward`."""
+
+    @property
+    def adamw_step(self) -> Callable[..., None]:
+        """See `adamw.adamw_step`."""
+
+    @property
+    def adamw8bit_step(self) -> Callable[..., None]:
+        """See `adamw.adamw8bit_step`."""
 
 
 def backend(device: torch.device) -> Backend:
@@ -139,11 +152,31 @@ def lora_linear(
         p: Probability of dropping an input of the adapter.
         seed: int64 [1] on the CPU: what the dropout mask is made from, and made again in backward; None: no dropout.
     """
+    if _is_plain(x, lora_a):
+        y = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
+        return cast(Tensor, y)
     y, _ = torch.ops.lightning_qlora.lora_linear(
         x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0], weight.quant_type,
         weight.block_size, scaling, p,
     )  # fmt: skip
     return cast(Tensor, y)
+
+
+def adamw_step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
+) -> None:
+    """One AdamW step with fp32 state over tensors of one device, in place; see `adamw.adamw_step`."""
+    backend(params[0].device).adamw_step(params, grads, exp_avgs, exp_avg_sqs, scalars)
+
+
+def adamw8bit_step(
+    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
+) -> None:  # fmt: skip
+    """One AdamW step with 8-bit state over tensors of one device, in place; see `adamw.adamw8bit_step`."""
+    backend(params[0].device).adamw8bit_step(
+        params, grads, exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, scalars
+    )
 
 
 @torch.library.custom_op("lightning_qlora::quantize", mutates_args=())
@@ -183,11 +216,8 @@ def _lora_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
     seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_linear(x, lora_a, lora_b, out_features, bias)
     weight = PackedBytes(packed, absmax, nested, (out_features, x.shape[-1]), cast(QuantType, quant_type), block_size)
-    rows = x.reshape(-1, x.shape[-1])
-    y, xa = backend(x.device).linear(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
-    return y.view(*x.shape[:-1], out_features), xa
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
 
 
 @_lora_linear.register_fake
@@ -206,11 +236,8 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = (grad.shape[-1], x.shape[-1])
     weight = PackedBytes(packed, absmax, nested, shape, cast(QuantType, quant_type), block_size)
-    rows, grad_rows = x.reshape(-1, shape[1]), grad.reshape(-1, shape[0])
-    grad_x, grad_a, grad_b = backend(x.device).linear_backward(
-        grad_rows, rows, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
-    )
-    return x.new_empty(0) if grad_x is None else grad_x.view(x.shape), grad_a, grad_b
+    grad_x, grad_a, grad_b = _backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+    return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
 
 
 @_lora_linear_backward.register_fake
@@ -221,7 +248,7 @@ def _(
     return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, packed, absmax, nested, bias, lora_a, lora_b, seed, _, quant_type, block_size, scaling, p = inputs
     ctx.mark_non_differentiable(output[1])
     # All but x and xa are parameters, held anyway: neither the decoded weight nor a dropout mask is kept.
@@ -230,26 +257,89 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
     needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
         grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x
     )
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
+    grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs_bias else None
     return grad_x if needs_x else None, None, None, None, grad_bias, grad_a, grad_b, *[None] * 6
 
 
-_lora_linear.register_autograd(_backward, setup_context=_save)
+_lora_linear.register_autograd(_backward_of_op, setup_context=_save_for_op)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The same op without torch.library, which costs more than all the arithmetic of a small layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
+        p: float, seed: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        y, xa = _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
+        ctx.save_for_backward(x, xa, lora_a, lora_b)
+        ctx.choices = weight, scaling, p, seed, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa, lora_a, lora_b = ctx.saved_tensors
+        weight, scaling, p, seed, bias_dtype = ctx.choices
+        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        grad_x, grad_a, grad_b = _backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+        return grad_x, None, _grad_bias(grad, bias_dtype) if needs_bias else None, grad_a, grad_b, None, None, None
+
+
+def _is_plain(x: Tensor, lora_a: Tensor) -> bool:
+    """Whether nobody watches the ops: no compiler, no tensor subclass, no dispatch mode, no functorch transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or (type(lora_a) is not torch.nn.Parameter and type(lora_a) is not Tensor)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _forward(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[..., in] -> [..., out] and drop(x) A^T, [m, r]."""
+    _check_linear(x, lora_a, lora_b, weight.shape[0], bias)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y, xa = backend(x.device).linear(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), xa
+
+
+def _backward(
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
+    seed: Tensor | None, needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, shaped as x, of A and of B."""
+    out_features, in_features = weight.shape
+    rows, grad_rows = (x, grad) if x.dim() == 2 else (x.reshape(-1, in_features), grad.reshape(-1, out_features))
+    grad_x, grad_a, grad_b = backend(x.device).linear_backward(
+        grad_rows, rows, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
+    )
+    return grad_x if grad_x is None or x.dim() == 2 else grad_x.view(x.shape), grad_a, grad_b
+
+
+def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 
 def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, out_features: int, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
-    shapes = [tuple(lora_a.shape), tuple(lora_b.shape), (out_features,) if bias is None else tuple(bias.shape)]
-    r = lora_a.shape[0]
-    if shapes != [(r, x.shape[-1]), (out_features, r), (out_features,)]:
+    r, in_features = lora_a.shape
+    matches = x.shape[-1] == in_features and tuple(lora_b.shape) == (out_features, r)
+    if not matches or (bias is not None and tuple(bias.shape) != (out_features,)):
+        shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]
         raise ValueError(
             f"lora_linear: x {list(x.shape)} and a weight with {out_features} rows need A [r, {x.shape[-1]}], "
-            f"B [{out_features}, r] and bias [{out_features}]; got {[list(shape) for shape in shapes]}."
+            f"B [{out_features}, r] and bias [{out_features}]; got {shapes}."
         )

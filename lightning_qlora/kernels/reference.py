@@ -45,7 +45,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def dropout_kept(start: int, stop: int, least_kept: int, seed: int, device: torch.device) -> Tensor:
     """Which of the elements start to stop, counted along all rows, are kept: bool [stop - start]."""
     places = torch.arange(start, stop, device=device).to(torch.int32)
-    return _mix(_mix(places + _signed(seed)) ^ _signed(seed >> 32)) >= least_kept
+    return _mix(_mix(places + as_int32(seed)) ^ as_int32(seed >> 32)) >= least_kept
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
@@ -56,11 +56,11 @@ def dropout_threshold(p: float) -> tuple[int, float]:
 def _mix(h: Tensor) -> Tensor:
     """A hash of 32 bits in which every input bit flips every output bit half of the time (Wellons, lowbias32)."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D  # the mask makes it a shift of unsigned numbers
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * as_int32(0x846CA68B)
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def _signed(word: int) -> int:
+def as_int32(word: int) -> int:
     """The low 32 bits of a number, read as int32."""
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep, adamw8bit_step, adamw_step
+from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.paging.pager import MIN_NUMEL, Pager
 from lightning_qlora.paging.sharded import local, shards, zero_scales
 from lightning_qlora.paging.windows import windows

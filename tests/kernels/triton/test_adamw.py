@@ -7,7 +7,7 @@ from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.quantize.codebooks import dynamic_map
 
 SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-SHAPES = [(64, 70), (300,), (1,), (256,), (3, 1000), (17, 33)]
+SHAPES = [(20, 70), (300,), (1,), (256,), (17, 33)]
 
 
 def draw(seed, dtype=torch.float32):
@@ -62,7 +62,7 @@ def test_8_bit_steps_equal_a_float64_reference_in_every_code():
                 assert ((scaled[off][:, None] - bounds).abs().amin(1) < 1e-6).all()
                 undecided += int(off.sum())
                 torch.testing.assert_close(scales[i].double(), expected_scales, rtol=1e-6, atol=1e-7)
-    assert undecided < 10  # of a million codes
+    assert undecided < 10  # of a quarter of a million codes
 
 
 def test_tensors_of_several_types_and_many_rows():

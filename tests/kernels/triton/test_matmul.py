@@ -5,7 +5,7 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.linear import linear, linear_backward
 from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
-from tests.kernels.triton.test_linear import assert_near, layer, twin_dropout
+from tests.kernels.triton.test_linear import assert_near, layer
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -50,8 +50,7 @@ def test_what_it_leaves_to_the_decoded_product():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_few_rows_forward_and_backward(monkeypatch, dtype, p):
-    twin_dropout(monkeypatch)
+def test_few_rows_forward_and_backward(dtype, p):
     weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, dtype, m=9)
     choices = (lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None)
     y, xa = linear(x, weight, bias, *choices)

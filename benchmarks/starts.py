@@ -1,0 +1,84 @@
+"""Perplexity of SmolLM2-135M before any training step, for each start, on text files of your own.
+
+python -m benchmarks.starts TEST_TEXT CALIBRATION_TEXT [--windows 8] [--r 64] [--starts ...]
+
+Windows of 512 tokens from the beginning of each text; weights in fp32. WikiText-2's test.txt and valid.txt lie in
+github.com/pytorch/examples under word_language_model/data/wikitext-2; their @-@ and spaced punctuation is joined again.
+"""
+
+import argparse
+import copy
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora import convert
+from lightning_qlora.calibration import calibration_of
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from smollm2 import load_model, load_tokenizer
+
+SIZE = 512
+STARTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "loftq": {"init_lora_weights": "loftq"},
+    "loftq x5": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
+    "calibrated": {"init_lora_weights": "calibrated"},
+    "calibrated, 2 x 128 tokens": {"init_lora_weights": "calibrated"},
+}
+
+
+def windows(path: str, count: int) -> Tensor:
+    """The first tokens of a text, [count, 512]."""
+    text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text()[: 60 * count * SIZE])
+    text = re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]'])", r"\1", text))
+    tokens: Tensor = load_tokenizer()(text, return_tensors="pt").input_ids[0]
+    return tokens[: count * SIZE].view(count, SIZE)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, rows: Tensor) -> float:
+    model.eval()
+    losses = [model(row[None], labels=row[None]).loss.double() for row in rows]
+    return float(torch.stack(losses).mean().exp())
+
+
+def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+    """Name, perplexity, seconds of conversion and start."""
+    dense = load_model(dtype=torch.float32)
+    test, seen = windows(options.test, options.windows), windows(options.calibration, 8)
+    yield "float", perplexity(dense, test), 0.0
+    for name in options.starts:
+        model = copy.deepcopy(dense).train()
+        began = time.perf_counter()
+        convert(model, r=options.r, **STARTS[name])
+        calibration = calibration_of(model)
+        if calibration is not None:
+            rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
+            calibration.look(model, lambda rows=rows, model=model: [model(row[None]) for row in rows])
+        seconds = time.perf_counter() - began
+        yield name, perplexity(model, test), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("test")
+    parser.add_argument("calibration")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    print("| start | perplexity | seconds |\n| --- | --- | --- |")
+    for name, value, seconds in results(parser.parse_args()):
+        print(f"| {name} | {value:.2f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

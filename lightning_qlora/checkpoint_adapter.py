@@ -1,0 +1,94 @@
+"""The adapter in a Lightning checkpoint, without the module it was saved from."""
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.adapter_folder import MAGNITUDE, Adapter, LayerAdapter
+from lightning_qlora.adapters import target_words
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.linear import FINGERPRINT
+from lightning_qlora.state import CONFIG, base_model_of, config_of
+
+
+def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = None) -> Adapter:
+    """What `adapter_of` says of the module that a checkpoint was saved from.
+
+    Args:
+        path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file.
+        prefix: Name of the base model in the module that was saved ("model", say); None: what the checkpoint says.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
+    """
+    state, root = _state_dict(path)
+    config, about = config_of(state, root), base_model_of(state)
+    assert config is not None  # _state_dict found it
+    outer = root + ("" if not (inner := about["prefix"] if prefix is None else prefix.strip(".")) else inner + ".")
+    names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
+    outside = [name for name in names if not name.startswith(outer)]
+    if outside or not names:
+        raise ValueError(f"{path}: {outside[0]!r} does not begin with {outer!r}." if names else f"{path}: no adapter.")
+    layers = {
+        name.removeprefix(outer): LayerAdapter(
+            state[f"{name}.lora_A"], state[f"{name}.lora_B"], _alpha(config, name), state.get(f"{name}.{MAGNITUDE}")
+        )
+        for name in names
+    }
+    owners = {outer + owner for owner in about["trained_in_full"]}
+    saved = {
+        key.removeprefix(outer): value
+        for key, value in state.items()
+        if key.rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
+    }
+    return Adapter(
+        layers=layers,
+        saved=saved,
+        modules_to_save=sorted(about["trained_in_full"]),
+        targets=target_words(list(layers), list(layers) + [key.rpartition(".")[0] for key in saved]),
+        use_rslora=config.use_rslora,
+        fan_in_fan_out=about["fan_in_fan_out"],
+        lora_dropout=config.lora_dropout,
+        task_type=about["task_type"],
+        base_model=about["base_model"],
+        quantization={
+            "quant_type": config.quant_type,
+            "block_size": config.block_size,
+            "double_quant": config.double_quant,
+        },
+        source=str(path),
+    )
+
+
+def _alpha(config: QLoRAConfig, name: str) -> float:
+    r = config.rank_of(name)
+    return config.scaling_of(name) * (math.sqrt(r) if config.use_rslora else r)
+
+
+def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
+    """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
+    prints = [int(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
+    total = 0
+    for number in prints:
+        total = (total * 0x100000001B3 + number) % (1 << 63)
+    return f"{total:016x}" if prints else None
+
+
+def _state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
+    """The state dict of the converted module in a checkpoint, and what its keys begin with."""
+    if not os.path.isfile(path):
+        what = "is a folder: consolidate a sharded checkpoint into one file first" if os.path.isdir(path) else "no file"
+        raise FileNotFoundError(f"{path}: {what}.")
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({str(error).splitlines()[0]}).") from error
+    # Fabric saves under whatever name the user gave the module.
+    for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
+        for key in state:
+            if str(key).rpartition(".")[2] == CONFIG:
+                return state, key[: -len(CONFIG)]
+    raise ValueError(f"{path}: holds no {CONFIG!r}: it was not saved from a converted module.")

@@ -1,0 +1,219 @@
+"""Reading folders of safetensors with errors that name the file and the key; writing folders whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 2_000_000_000  # of a folder we write: what is held in memory at once
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What the header of a safetensors file says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries and metadata of a safetensors file, with the check that all data is there.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file, or ends before a tensor does; names that tensor.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, size)))
+            metadata = header.pop("__metadata__", {})
+            entries = {
+                key: (TensorEntry(value["dtype"], tuple(value["shape"]), end - begin), end)
+                for key, value in header.items()
+                for begin, end in [value["data_offsets"]]
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: not a safetensors file, or its header is cut off ({size} bytes).") from error
+    for key, (_, end) in sorted(entries.items(), key=lambda item: item[1][1]):
+        if 8 + length + end > size:
+            raise ValueError(
+                f"{path}: truncated: {key!r} ends at byte {8 + length + end}, the file at {size}. Copy or download it "
+                "again."
+            )
+    return {key: entry for key, (entry, _) in entries.items()}, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or no JSON object in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+class WeightFolder:
+    """The safetensors of a model's folder, in one file or in shards with an index, checked when opened.
+
+    Attributes:
+        entries: Key -> what its header says.
+        file_of: Key -> the file it is in.
+
+    Raises:
+        FileNotFoundError: If there is no safetensors file, or the index names one that is missing.
+        ValueError: If a file is truncated, or lacks a tensor that the index promises.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder.")
+        self.entries: dict[str, TensorEntry] = {}
+        self.file_of: dict[str, Path] = {}
+        index = self.folder / INDEX
+        promised: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        if not promised and not (self.folder / WEIGHTS).is_file():
+            others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
+            raise FileNotFoundError(
+                f"{self.folder}: has neither {WEIGHTS} nor {INDEX}, but {others[:5]}. Only safetensors are read."
+            )
+        for name in sorted(set(promised.values()) or {WEIGHTS}):
+            path = self.folder / name
+            if not path.is_file():
+                key = next(key for key, file in promised.items() if file == name)
+                raise FileNotFoundError(f"{path}: this shard is missing; {INDEX} says it holds {key!r}.")
+            entries, _ = read_header(path)
+            self.entries |= entries
+            self.file_of |= dict.fromkeys(entries, path)
+        for key, name in promised.items():
+            if self.file_of.get(key) != self.folder / name:
+                raise ValueError(f"{self.folder / name}: has no tensor {key!r}, though {INDEX} says so.")
+
+    def files(self) -> list[Path]:
+        """The files, in order."""
+        return sorted(set(self.file_of.values()))
+
+    def tensors(self, keys: list[str]) -> dict[str, Tensor]:
+        """Some tensors, on the CPU."""
+        found: dict[str, Tensor] = {}
+        for path in {self.file_of[key] for key in keys}:
+            with open_safetensors(path) as file:
+                found |= {key: file.get_tensor(key) for key in keys if self.file_of[key] == path}
+        return found
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """`safetensors.safe_open` whose errors name the file."""
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class ShardWriter:
+    """Writes a model's safetensors into a folder, holding no more than one shard in memory."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[dict[str, int]] = []  # key -> bytes
+        self.held: dict[str, Tensor] = {}
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Take a tensor; write a shard when it would grow too large."""
+        held = sum(value.nbytes for value in self.held.values())
+        if self.held and held + tensor.nbytes > self.shard_bytes:
+            self._write()
+        self.held[key] = tensor.contiguous()
+
+    def _write(self) -> None:
+        self.shards.append({key: tensor.nbytes for key, tensor in self.held.items()})
+        save_file(self.held, self._name(len(self.shards)), metadata={"format": "pt"})
+        self.held = {}
+
+    def _name(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def finish(self) -> None:
+        """Write what is left; name the files, and write their index, as transformers does."""
+        self._write()
+        count = len(self.shards)
+        if count == 1:
+            self._name(1).rename(self.folder / WEIGHTS)
+            return
+        file_of: dict[str, str] = {}
+        for number, shard in enumerate(self.shards, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            self._name(number).rename(self.folder / name)
+            file_of |= dict.fromkeys(shard, name)
+        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": file_of}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `target` when the block ends without an error, and is gone if it doesn't.
+
+    What a killed process left behind lies beside the target under a name of its own and is removed by the next run.
+
+    Raises:
+        FileExistsError: If `target` exists and is not an empty folder.
+    """
+    check_free(target)
+    partial = target.parent / f".{target.name}.incomplete"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(target: Path) -> None:
+    """Raise FileExistsError unless `target` is absent or an empty folder."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target}: exists and is not an empty folder. Choose another name, or remove it first.")
+
+
+@contextmanager
+def replaced_files(target: Path) -> Iterator[Path]:
+    """A folder to write files to, each of which replaces the one of its name in `target` when the block ends.
+
+    Other files in `target` stay. Each file is renamed into place, so a reader sees the old one or the new one.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / f".incomplete-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.iterdir(), key=lambda p: p.suffix == ".json"):  # weights first, their config last
+            path.replace(target / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

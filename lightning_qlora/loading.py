@@ -1,0 +1,128 @@
+"""Models larger than memory: quantize while loading, take over 4-bit folders, and write them."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qlora import seams
+from lightning_qlora.base_model import find_base, is_transformers_model
+from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig, check_choice
+from lightning_qlora.files import INDEX, WEIGHTS, WeightFolder, whole_folder
+from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.merge_folder import bnb_config
+
+BNB_META = ".quant_state.bitsandbytes__"
+
+
+@contextmanager
+def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
+    """Within this, every transformers `from_pretrained` quantizes each weight as it is read.
+
+    The model never exists in 16 bits: weights stay memory-mapped until they are quantized, one at a time. A folder of
+    bitsandbytes' 4-bit weights is taken over byte for byte. Calls with a `quantization_config` of their own, and models
+    in another quantized format, load as they always do. Without transformers 5 it does nothing: weights are then
+    quantized when the loaded model is converted.
+    """
+    if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
+        yield
+        return
+    from lightning_qlora.hf_quantizer import QLoRAQuantizer
+
+    quantizers: list[QLoRAQuantizer] = []
+
+    def quantizer_for(model_config: Any) -> Any:
+        stored = getattr(model_config, "quantization_config", None)
+        stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+        if stored is not None and not stored.get("load_in_4bit"):
+            return None
+        quantizers.append(QLoRAQuantizer(config, pre_quantized=stored is not None))
+        return quantizers[-1]
+
+    try:
+        with seams.quantizer_of_transformers(quantizer_for, check_folder):
+            yield
+    except RuntimeError as error:
+        errors = [kept for quantizer in quantizers for kept in quantizer.errors]
+        if not errors:
+            raise
+        raise errors[0] from error
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Look at all headers of a model's folder before anything is loaded; what is no folder of safetensors passes.
+
+    Raises:
+        FileNotFoundError, ValueError: If a file is missing or truncated, the index is wrong, or a 4-bit weight is of a
+            type that is not ours; names file and key.
+    """
+    if not any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
+        return
+    found = WeightFolder(folder)
+    for key in [key for key in found.entries if BNB_META in key]:
+        meta = json.loads(bytes(found.tensors([key])[key].tolist()))
+        where = f"{found.file_of[key]}: {key!r}"
+        check_choice(f"{where}: quant_type", meta.get("quant_type"), ("nf4", "fp4"))
+        check_choice(f"{where}: blocksize", meta.get("blocksize"), BLOCK_SIZES)
+
+
+def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the frozen 4-bit base of a converted module as transformers with bitsandbytes loads it, adapters left out.
+
+    Args:
+        module: A converted module with one transformers model that holds all 4-bit layers.
+        folder: A folder that does not exist yet, or is empty; it is there whole, or not at all.
+
+    Raises:
+        ValueError: If there is no such model, or bitsandbytes has no such quantization.
+    """
+    _, base = find_base(module)
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, QLoRALinear)}
+    if not is_transformers_model(base) or not layers:
+        raise ValueError(f"{type(module).__name__} holds no converted transformers model, which this is for.")
+    for name, layer in layers.items():
+        if layer.quant_type == "int4":
+            raise ValueError(f"{name}: quant_type 'int4' is none of bitsandbytes'; only 'nf4' and 'fp4' can be saved.")
+    first = next(iter(layers.values()))
+    model: Any = base
+    dtype = str(first.weight_dtype).removeprefix("torch.")
+    with whole_folder(Path(folder)) as partial:
+        model.config.quantization_config = bnb_config(
+            first.quant_type, first.nested.numel() > 0, _dense_layers(base), dtype
+        )
+        try:
+            model.save_pretrained(partial, state_dict=_bnb_state_dict(base, layers))
+        finally:
+            del model.config.quantization_config
+
+
+def _bnb_state_dict(base: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Tensor]:
+    """The state dict that the model would have with bitsandbytes' layers in place of ours."""
+    state: dict[str, Tensor] = {}
+    for name, part in base.named_modules(remove_duplicate=False):
+        layer, prefix = layers.get(name), f"{name}." if name else ""
+        if layer is not None:
+            state |= {
+                key: value.clone() for key, value in layer.packed_weight.bnb_state_dict(prefix + "weight").items()
+            }
+            if layer.bias is not None:
+                state[prefix + "bias"] = layer.bias.detach()
+            continue
+        for key, value in {**part._parameters, **part._buffers}.items():
+            if value is not None and key not in part._non_persistent_buffers_set:
+                state[prefix + key] = value.detach()
+    return state
+
+
+def _dense_layers(base: nn.Module) -> list[str]:
+    """Names of the linear layers that stayed dense: transformers must not make 4-bit layers of them."""
+    return [
+        name
+        for name, layer in base.named_modules()
+        if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D") and not isinstance(layer, QLoRALinear)
+    ]

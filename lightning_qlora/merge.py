@@ -1,0 +1,61 @@
+"""Fold adapters into the decoded weights: QLoRALinear -> the dense layer it was."""
+
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_qlora.config import check_choice
+from lightning_qlora.linear import DTYPES, QLoRALinear
+
+Module = TypeVar("Module", bound=nn.Module)
+MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
+    """Turn every QLoRALinear back into the dense layer it was, its adapter folded in, in place and layer by layer.
+
+    The new weight is the decoded 4-bit weight plus s B A, added in fp32 and rounded once: what the adapter was trained
+    on top of. It is frozen, as PEFT leaves it.
+
+    Args:
+        module: A converted module.
+        dtype: Type of the weights: "auto" is the one each had before conversion; any other is given to all floating
+            parameters of the module, so that its layers fit together.
+
+    Raises:
+        ValueError: If the module holds no QLoRALinear, shards of one, or dtype is not among the allowed ones.
+    """
+    check_choice("dtype", dtype, get_args(MergeDtype))
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)]
+    if not layers:
+        raise ValueError(f"{type(module).__name__} holds no QLoRALinear: there is nothing to merge.")
+    for name, layer in layers:
+        if isinstance(layer.packed, DTensor):
+            raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
+        to_dense(layer, merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype]))
+    if dtype != "auto":
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[dtype])
+    return module
+
+
+def merged_weight(layer: QLoRALinear, dtype: torch.dtype) -> Tensor:
+    """The weight a dense layer needs to do what base and adapter do, shaped as the dense layer's."""
+    return (layer.decode().float() + layer.delta()).to(dtype).contiguous()
+
+
+def to_dense(layer: QLoRALinear, weight: Tensor) -> None:
+    """Make a QLoRALinear the dense layer it was, with this weight, in place; its hooks and other attributes stay."""
+    dense_class, bias = layer.dense_class, layer._parameters["bias"]
+    own = {*QLoRALinear.__annotations__, "_shape", "quant_type", "block_size"}
+    if not issubclass(dense_class, nn.Linear):
+        own |= {"in_features", "out_features"}
+    for name in own & layer.__dict__.keys():
+        del layer.__dict__[name]
+    layer._parameters.clear()
+    layer.__class__ = dense_class  # type: ignore[assignment]
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    layer.register_parameter("bias", bias)

@@ -1,0 +1,243 @@
+"""Merge an adapter into a folder of weights, tensor by tensor: no model is built, and one shard is held in memory."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.adapter_folder import PREFIX, Adapter
+from lightning_qlora.config import check_choice
+from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
+from lightning_qlora.kernels.ops import quantize
+from lightning_qlora.linear import DTYPES, CheckpointMismatchError
+from lightning_qlora.quantize.packed import PackedWeight
+
+FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
+Onto = Literal["decoded", "float"]
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
+
+
+def merge_folder(
+    base: str | os.PathLike[str],
+    adapter: Adapter,
+    output: str | os.PathLike[str],
+    dtype: FolderDtype = "auto",
+    onto: Onto = "decoded",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the base model's folder with the adapter folded in; the output is there whole, or not at all.
+
+    Args:
+        base: Folder of safetensors, in 16 or 32 bit or in bitsandbytes' 4 bits.
+        adapter: What to fold in.
+        output: A folder that does not exist yet, or is empty.
+        dtype: Type of the written weights; "auto" is the base's. "4bit" quantizes the sum again, which loses quality.
+        onto: The base's weights as they were while the adapter was trained ("decoded" from 4 bits), or as they are.
+        shard_bytes: Largest file, and the most that is held in memory.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output is in use.
+        CheckpointMismatchError: If the adapter does not fit the base; names file and key.
+    """
+    check_choice("dtype", dtype, get_args(FolderDtype))
+    check_choice("onto", onto, get_args(Onto))
+    output = Path(output)
+    check_free(output)
+    merging = _Merging(WeightFolder(base), adapter, dtype, onto)
+    if dtype == "4bit":
+        warnings.warn(
+            "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "
+            "larger than many adapters. Merge to bf16, or keep the adapter beside the 4-bit base.",
+            stacklevel=2,
+        )
+    with whole_folder(output) as partial:
+        writer = ShardWriter(partial, shard_bytes)
+        for key, tensor in merging.tensors():
+            writer.add(key, tensor)
+        writer.finish()
+        for path in merging.folder.folder.iterdir():
+            if path.is_file() and not path.name.endswith(NOT_COPIED) and path.name != "config.json":
+                shutil.copy2(path, partial / path.name)
+        config = merging.config()
+        if config is not None:
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class _Merging:
+    """One base folder and one adapter, their names matched."""
+
+    def __init__(self, folder: WeightFolder, adapter: Adapter, dtype: FolderDtype, onto: Onto) -> None:
+        self.folder, self.adapter, self.dtype, self.onto = folder, adapter, dtype, onto
+        self.layer_of = {self._key(f"{name}.weight", "lora_A.weight"): name for name in adapter.layers}
+        self.saved: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
+        for name, value in adapter.saved.items():
+            key = self._find(name)
+            if key is not None:
+                self.saved[key] = value
+            elif not self._is_tied_copy(name):
+                self.added[name] = value
+        self.dense: set[str] = set()  # layers of the output that stay dense, for quantization_config
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the output."""
+        for path in self.folder.files():
+            for key in [key for key, file in self.folder.file_of.items() if file == path]:
+                if self._is_companion(key):
+                    continue
+                yield from self._merged(key)
+        for name, value in self.added.items():
+            yield name, self._cast(value)
+
+    def config(self) -> dict[str, Any] | None:
+        """The base's config.json, as it is true of the output."""
+        path = self.folder.folder / "config.json"
+        if not path.is_file():
+            return None
+        config = read_json(path)
+        found = config.pop("quantization_config", None)
+        if self.dtype == "4bit":
+            choices = self._quantization()
+            config["quantization_config"] = found or bnb_config(
+                choices["quant_type"], choices["double_quant"], sorted(self.dense), config.get("dtype", "bfloat16")
+            )
+        elif self.dtype != "auto":
+            name = "dtype" if "dtype" in config else "torch_dtype"
+            config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")
+        if any(name.endswith("lm_head.weight") for name in self.added):
+            config["tie_word_embeddings"] = False
+        return config
+
+    def _merged(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """What becomes of one weight of the base: its new entry, or several where it is in 4 bits."""
+        name, packed = self.layer_of.get(key), self._is_packed(key) and key not in self.saved
+        if name is None and not packed:
+            tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
+            if tensor.ndim == 2 and key.endswith(".weight"):
+                self.dense.add(key.removesuffix(".weight"))
+            yield key, self._cast(tensor)
+            return
+        state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
+        if name is None and self.dtype == "4bit":
+            yield from state.items()
+            return
+        transposed = self._is_transposed(key, name)
+        if packed:
+            weight = self._read(state, key)
+            rows, dtype = weight.dequantize(), weight.dtype
+        else:
+            rows, dtype = state[key].T if transposed else state[key], state[key].dtype
+            if self.onto == "decoded":
+                rows = quantize(rows, **self._quantization()).dequantize()
+        if name is not None:
+            rows = self._sum(rows, name)
+        if self.dtype == "4bit":
+            entries = quantize(rows.to(dtype), **self._quantization()).bnb_state_dict(key)
+            yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
+            return
+        rows = rows.T if transposed else rows
+        yield key, self._cast(rows.to(dtype) if self.dtype == "auto" else rows)
+
+    def _sum(self, rows: Tensor, name: str) -> Tensor:
+        """W + s B A in fp32, with DoRA's magnitudes m as m / ||W + s B A|| times it; [out, in]."""
+        layer = self.adapter.layers[name]
+        if tuple(rows.shape) != (layer.lora_B.shape[0], layer.lora_A.shape[1]):
+            key = self._key(f"{name}.weight", "lora_A.weight")
+            raise CheckpointMismatchError(
+                f"{self.folder.file_of[key]}: {key!r} has {rows.shape[0]} outputs and {rows.shape[1]} inputs, the "
+                f"adapter {self.adapter.source} is for {layer.lora_B.shape[0]} and {layer.lora_A.shape[1]}."
+            )
+        total = rows.float() + self.adapter.scaling(name) * (layer.lora_B.float() @ layer.lora_A.float())
+        if layer.magnitude is not None:
+            total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
+        return total
+
+    def _is_transposed(self, key: str, name: str | None) -> bool:
+        """Whether transformers wants the weight as [in, out], as its Conv1D keeps it (in 4 bits it is [out, in])."""
+        if name is None or self._is_packed(key):
+            return self.adapter.fan_in_fan_out and not key.endswith("lm_head.weight")
+        inputs, outputs = self.adapter.layers[name].lora_A.shape[1], self.adapter.layers[name].lora_B.shape[0]
+        turned = self.folder.entries[key].shape == (inputs, outputs)
+        return turned and (inputs != outputs or self.adapter.fan_in_fan_out)
+
+    def _is_packed(self, key: str) -> bool:
+        return f"{key}.absmax" in self.folder.entries
+
+    def _quantization(self) -> dict[str, Any]:
+        """How the base was quantized in training; what the adapter does not say is the default."""
+        return self.adapter.quantization or {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+
+    def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
+        try:
+            return PackedWeight.from_bnb_state_dict(state, key)
+        except ValueError as error:
+            raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or self.dtype in ("auto", "4bit"):
+            return tensor.contiguous()
+        return tensor.to(DTYPES[self.dtype]).contiguous()
+
+    def _is_companion(self, key: str) -> bool:
+        """Whether a tensor belongs to a 4-bit weight, as its scales do."""
+        head, dot, _ = key.partition(".weight.")
+        return bool(dot) and self._is_packed(head + ".weight")
+
+    def _key(self, name: str, part: str) -> str:
+        key = self._find(name)
+        if key is None:
+            raise CheckpointMismatchError(
+                f"{self.adapter.source}: key '{PREFIX}{name.removesuffix('weight')}{part}' does not fit: "
+                f"{self.folder.folder} has no tensor {name!r}. An adapter fits the model it was trained on."
+            )
+        return key
+
+    def _find(self, name: str) -> str | None:
+        """The file's key of a parameter; the files of a model with or without a head differ in the first part."""
+        longer = [key for key in self.folder.entries if key.endswith("." + name)]
+        while name and name not in self.folder.entries:
+            name = name.partition(".")[2]
+        return name or (longer[0] if len(longer) == 1 else None)
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """Whether a trained tensor that the base's files lack is tied to one that they have and that was trained."""
+        return any(torch.equal(self.adapter.saved[name], value) for value in self.saved.values() if value.ndim == 2)
+
+
+def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str) -> dict[str, Any]:
+    """transformers' quantization_config of a folder in bitsandbytes' 4 bits."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skip,
+    }
+
+
+def resolve_model(name: str) -> str:
+    """A model's folder: the name itself if it is one, else the hub's snapshot of that name.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    if os.path.isdir(name):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error

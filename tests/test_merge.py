@@ -1,0 +1,273 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, merge, quantize, save_adapter
+from lightning_qlora.adapter_folder import read_adapter, write_adapter
+from lightning_qlora.adapters import adapter_of
+from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
+from lightning_qlora.linear import CheckpointMismatchError
+from lightning_qlora.merge_folder import merge_folder
+from tests.toys import NAMES, Lit, logits, perturb, toy
+
+pytest.importorskip("transformers")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def converted(name, **arguments):
+    lit = Lit(toy(name))
+    convert(lit, **{**ARGUMENTS, **arguments})
+    return perturb(lit)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_in_memory_computes_the_same_with_dense_layers(name):
+    lit = converted(name)
+    before, classes = logits(lit.model), {n: type(m) for n, m in toy(name).named_modules()}
+    assert merge(lit) is lit
+    assert not any(isinstance(layer, QLoRALinear) for layer in lit.modules())
+    assert {n: type(m) for n, m in lit.model.named_modules()} == classes
+    torch.testing.assert_close(logits(lit.model), before, atol=1e-5, rtol=0)
+    assert lit.model.state_dict().keys() == toy(name).state_dict().keys()
+    lit.load_state_dict(Lit(toy(name)).state_dict())
+    torch.testing.assert_close(logits(lit.model), logits(toy(name)), atol=1e-5, rtol=0)
+
+
+def test_only_the_part_with_the_adapters_may_be_merged():
+    lit = converted("llama")
+    merge(lit.model)
+    assert lit.state_dict().keys() == Lit(toy("llama")).state_dict().keys()
+
+
+def test_merged_in_bf16_is_bf16_throughout():
+    lit = converted("llama")
+    before = logits(lit.model)
+    merge(lit, dtype="bf16")
+    assert {p.dtype for p in lit.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(lit.model).float(), before, atol=0.05, rtol=0.05)
+
+
+def test_attributes_hooks_and_conversion_again():
+    lit = converted("llama")
+    layer = lit.model.model.layers[0].self_attn.q_proj
+    layer.mine, calls = 3, []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    merge(lit)
+    logits(lit.model)
+    assert layer.mine == 3 and calls == [1] and type(layer) is nn.Linear
+    convert(lit, **ARGUMENTS)
+    assert isinstance(layer, QLoRALinear)
+    assert not any(key.endswith("embed_tokens.weight") for key in lit.state_dict())
+
+
+def test_errors_in_memory():
+    with pytest.raises(ValueError, match="holds no QLoRALinear: there is nothing to merge"):
+        merge(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="dtype='4bit': must be one of 'auto'"):
+        merge(converted("llama"), dtype="4bit")
+
+
+@pytest.fixture
+def base(tmp_path):
+    def save(name, **arguments):
+        model = toy(name)
+        model.save_pretrained(tmp_path / "base", **arguments)
+        (tmp_path / "base/tokenizer.json").write_text("{}")
+        return model, tmp_path / "base"
+
+    return save
+
+
+def load(name, folder, **arguments):
+    return type(toy(name)).from_pretrained(folder, **arguments).eval()
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "50KB"}])
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_folder_is_the_merged_module(name, shards, base, tmp_path):
+    lit, (_, folder) = converted(name), base(name, **shards)
+    merge_folder(folder, adapter_of(lit), tmp_path / "out", shard_bytes=60_000 if shards else 10**9)
+    assert (tmp_path / "out/model.safetensors.index.json").is_file() == bool(shards)
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    merged = load(name, tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(lit.model), atol=1e-5, rtol=0)
+    expected = merge(lit).model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path):
+    lit, (_, folder) = converted(name, modules_to_save=["lm_head"]), base(name)
+    save_adapter(lit, tmp_path / "adapter")
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out")
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+
+
+def test_onto_the_float_base_and_another_type(base, tmp_path):
+    lit, (model, folder) = converted("llama"), base("llama")
+    merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="bf16", onto="float")
+    key = "model.layers.0.self_attn.q_proj"
+    expected = model.get_submodule(key).weight + lit.model.get_submodule(key).delta()
+    merged = load("llama", tmp_path / "out")
+    assert torch.equal(merged.get_submodule(key).weight, expected.bfloat16())
+    assert merged.config.dtype == torch.bfloat16
+
+
+def test_an_adapter_of_a_headless_model(base, tmp_path):
+    from transformers import LlamaModel
+
+    _, folder = base("llama")
+    body = LlamaModel.from_pretrained(folder)
+    convert(body, **ARGUMENTS)
+    perturb(body)
+    merge_folder(folder, adapter_of(body), tmp_path / "out")
+    ours, merged = body.layers[0].mlp.up_proj, load("llama", tmp_path / "out").model.layers[0].mlp.up_proj
+    assert torch.equal(merged.weight, ours.decode() + ours.delta())
+
+
+def test_into_4_bits_warns_and_gives_bitsandbytes_entries(base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    lit, (_, folder) = converted("llama"), base("llama")
+    with pytest.warns(UserWarning, match="Merging into 4 bits loses quality"):
+        merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="4bit")
+    theirs = load("llama", tmp_path / "out", device_map="cpu").model.layers[0].mlp.up_proj
+    layer = lit.model.model.layers[0].mlp.up_proj
+    assert type(theirs).__name__ == "Linear4bit"
+    assert torch.equal(theirs.weight.data, quantize(layer.decode() + layer.delta()).packed)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_4_bit_base(name, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    lit, (_, folder) = converted(name), base(name)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    load(name, folder, quantization_config=quantization, device_map="cpu").save_pretrained(tmp_path / "bnb")
+    merge_folder(tmp_path / "bnb", adapter_of(lit), tmp_path / "out", dtype="fp32")
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    # Layers without an adapter are decoded too.
+    few = converted(name, target_modules=["down_proj", "c_fc"][name == "gpt2" :][:1])
+    merge_folder(tmp_path / "bnb", adapter_of(few), tmp_path / "out2", dtype="fp32")
+    assert load(name, tmp_path / "out2").dtype == torch.float32
+
+
+def test_from_a_lightning_checkpoint(base, tmp_path, trainer):
+    _, folder = base("llama")
+    lit = Lit(load("llama", folder))
+    fit = trainer(plugins=QLoRAPrecision(**ARGUMENTS, modules_to_save=["norm"]), max_steps=2)
+    fit.fit(lit)
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    adapter = adapter_of_checkpoint(tmp_path / "last.ckpt")
+    assert (adapter.base_model, adapter.task_type) == (str(folder), "CAUSAL_LM")
+    ours = adapter_of(lit)
+    write_adapter(adapter, tmp_path / "a"), write_adapter(ours, tmp_path / "b")
+    a, b = (load_file(tmp_path / f"{x}/adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    merge_folder(folder, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_that_is_none(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"x.ckpt: not a checkpoint, or truncated"):
+        adapter_of_checkpoint(tmp_path / "x.ckpt")
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "y.ckpt")
+    with pytest.raises(ValueError, match=r"y.ckpt: holds no 'qlora_config'"):
+        adapter_of_checkpoint(tmp_path / "y.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message"),
+    [
+        (lambda f: shard(f, 2).unlink(), FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;"),
+        (
+            lambda f: shard(f, 2).write_bytes(shard(f, 2).read_bytes()[:-10]),
+            ValueError,
+            r"model-00002-of-\d+.safetensors: truncated: 'model\.layers",
+        ),
+        (lambda f: change_index(f), ValueError, r"model-00001-of-\d+.safetensors: has no tensor 'no.such', though"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), FileNotFoundError, r"has neither model.safetensors"),
+    ],
+)
+def test_a_broken_base_is_named_in_one_line(harm, error, message, base, tmp_path):
+    _, folder = base("llama", max_shard_size="50KB")
+    harm(folder)
+    with pytest.raises(error, match=message) as raised:
+        merge_folder(folder, adapter_of(converted("llama")), tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def shard(folder: Path, number: int) -> Path:
+    return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
+
+
+def change_index(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["no.such"] = shard(folder, 1).name
+    path.write_text(json.dumps(index))
+
+
+def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
+    _, folder = base("llama")
+    with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
+        merge_folder(folder, adapter_of(converted("gpt2")), tmp_path / "out")
+    wider = toy("llama", intermediate_size=256)
+    convert(wider, **ARGUMENTS)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"model.safetensors: 'model.layers.0.mlp.down_proj.weight' has 64"
+    ):
+        merge_folder(folder, adapter_of(wider), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        merge_folder(folder, adapter_of(converted("llama")), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+KILLED = """
+import os, signal, sys
+from lightning_qlora import files
+from lightning_qlora.adapter_folder import read_adapter
+from lightning_qlora.merge_folder import merge_folder
+add, count = files.ShardWriter.add, []
+def killing(self, key, tensor):
+    add(self, key, tensor)
+    count.append(key)
+    if len(count) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+files.ShardWriter.add = killing
+merge_folder(sys.argv[1], read_adapter(sys.argv[2]), sys.argv[3], shard_bytes=10_000)
+"""
+
+
+def test_a_killed_merge_leaves_nothing_and_can_be_run_again(base, tmp_path):
+    lit, (_, folder) = converted("llama"), base("llama")
+    save_adapter(lit, tmp_path / "adapter")
+    out = tmp_path / "out"
+    run = subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "adapter", out], check=False)
+    assert run.returncode == -9
+    assert not out.exists()
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_and_patterns(name, base, tmp_path):
+    first = {"llama": "q_proj", "gpt2": "c_attn"}[name]
+    lit = converted(name, use_dora=True, rank_pattern={first: 8}, alpha_pattern={first: 3})
+    _, folder = base(name)
+    merge_folder(folder, adapter_of(lit), tmp_path / "out")
+    before = logits(lit.model)
+    torch.testing.assert_close(logits(merge(lit).model), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), before, atol=1e-5, rtol=0)

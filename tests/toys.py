@@ -1,0 +1,77 @@
+"""Small transformers models of four architectures, each in a LightningModule that knows nothing of 4 bits."""
+
+import lightning.pytorch as pl
+import torch
+
+# bitsandbytes 0.50 decodes wrongly on a CPU where a width is no multiple of the block: all widths here are of 64.
+LLAMA = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+BERT = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
+    "max_position_embeddings": 64, "num_labels": 3,
+}  # fmt: skip
+T5 = {
+    "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 128,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+NAMES = ("llama", "gpt2", "bert", "t5")
+
+
+def toy(name: str, seed: int = 0, **changes):
+    """A transformers model in fp32, in eval mode."""
+    import transformers
+
+    kind, config, arguments = {
+        "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, LLAMA),
+        "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2),
+        "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, BERT),
+        "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config, T5),
+    }[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(config(**{**arguments, **changes})).eval()
+
+
+def ids(rows: int = 2, columns: int = 12, seed: int = 0):
+    return torch.randint(3, 128, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model):
+    """Of fixed inputs; bitsandbytes' layers in training mode, since in eval its CPU path computes in bf16."""
+    for layer in model.modules():
+        if type(layer).__module__.startswith("bitsandbytes"):
+            layer.training = True
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model(input_ids=ids(), decoder_input_ids=ids(seed=1)).logits.detach()
+    return model(input_ids=ids()).logits.detach()
+
+
+class Lit(pl.LightningModule):
+    """As users write it: the model under an attribute, a loss, an optimizer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, batch_idx):
+        labels = torch.zeros(2, dtype=torch.long) if hasattr(self.model, "classifier") else ids()
+        return self.model(input_ids=ids(), labels=labels).loss
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(range(4))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def perturb(module, scale: float = 0.05, seed: int = 0):
+    """Give what trains other values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module

@@ -1,6 +1,6 @@
 """The peers: how each turns dense linear layers into frozen ones with LoRA adapters beside them.
 
-Every entry of `VARIANTS` takes a module, in place or not, and returns it with its adapters trainable: rank r, alpha 2 r,
+Every entry of `VARIANTS` takes a module and returns it, or it in a wrapper, with trainable adapters: rank r, alpha 2 r,
 no dropout. A peer that is not installed is left out, by name.
 """
 

@@ -49,6 +49,7 @@ compile-kernels: setup
 	$(BIN)/python -m benchmarks.compile_kernels --write docs/kernels.md
 
 bench: setup
+	$(PIP) --editable ".[bench]"
 	$(BIN)/python -m benchmarks
 
 clean:

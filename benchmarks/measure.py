@@ -19,14 +19,18 @@ RESULTS = ROOT / "outputs" / "benchmarks"
 
 
 def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call. The variants alternate, so what else the machine does falls on all of them."""
+    """Seconds of each call. The variants alternate, so what else the machine does falls on all of them.
+
+    With one thread it is the thread's CPU time, which other programs do not lengthen.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + rounds):
         for name, call in variants.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Library:
         signatures = {
             "dequantize": (_pointer, _pointer, _int, _int),
             "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
+            "add_matmul_transposed": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
             "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
             "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
@@ -61,14 +63,22 @@ class Library:
 
     def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
         """y += x W^T with up to `MOST_ROWS` rows, the weight decoded a tile at a time; contiguous [m, out], [m, in]."""
+        return self._add(self._loaded.add_matmul, y, x, weight)
+
+    def add_matmul_transposed(self, x: Tensor, y: Tensor, weight: PackedBytes) -> Tensor:
+        """x += y W, likewise."""
+        return self._add(self._loaded.add_matmul_transposed, x, y, weight)
+
+    @staticmethod
+    def _add(function: Any, total: Tensor, factor: Tensor, weight: PackedBytes) -> Tensor:
         described, _keep = _describe(weight)
-        m, columns = x.shape
-        room = scratch(m * (columns + STEP), torch.float32, x.device, "rows")
-        self._loaded.add_matmul(
-            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, room.data_ptr(),
+        m, width = factor.shape
+        room = scratch(m * (width + STEP), torch.float32, factor.device, "rows")
+        function(
+            ctypes.byref(described), factor.data_ptr(), total.data_ptr(), TYPES[factor.dtype], m, room.data_ptr(),
             _threads(weight.numel),
         )  # fmt: skip
-        return y
+        return total
 
     def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
         """See `reference.quantize`."""

@@ -1,0 +1,147 @@
+"""One layer on the CPU: forward and backward in training, forward in evaluation, and what a call costs by itself.
+
+    python -m benchmarks.cpu_layer [--rounds 15] [--threads 2] [--rows 1 16 256 2048] [--write]
+
+Against bitsandbytes' own Linear4bit the adapter is left out on both sides (ours has rank 0): the 4-bit weight alone, and
+the gradient of its input. All calls alternate in one process. bf16.
+"""
+
+import argparse
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure, peers
+from lightning_qlora import quantize
+from lightning_qlora.kernels import ops
+
+SHAPES = [(1024, 1024), (4096, 1024), (1024, 4096), (2048, 2048), (4096, 4096)]
+WARMUP = 3
+
+
+def _train(layer: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward pass, and the gradient of the input."""
+    return lambda: torch.autograd.backward(layer(x), grad)
+
+
+def _evaluate(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return call
+
+
+def weight_alone(shape: tuple[int, int], m: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of training and evaluation calls with m rows: ours, bitsandbytes' (where it is there), and a dense layer."""
+    dense = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    packed = quantize(dense.weight).to_bytes()
+    lora_a, lora_b = torch.empty(0, shape[1]), torch.empty(shape[0], 0)
+    layers: dict[str, Callable[[Tensor], Tensor]] = {
+        peers.OURS: lambda x: ops.lora_linear(x, packed, None, lora_a, lora_b, 1.0),
+        "dense": dense,
+    }
+    x, grad = torch.randn(m, shape[1]).bfloat16(), torch.randn(m, shape[0]).bfloat16()
+    training = {name: _train(layer, x.clone().requires_grad_(), grad) for name, layer in layers.items()}
+    evaluation = {name: _evaluate(layer, x) for name, layer in layers.items()}
+    if find_spec("bitsandbytes") is not None:
+        # Two layers: after a pass in evaluation bitsandbytes has packed the weight anew and drops the input's gradient.
+        one, other = (peers.bnb_linear(_copy(dense)) for _ in range(2))
+        training["bitsandbytes"] = _train(one.train(), x.clone().requires_grad_(), grad)
+        evaluation["bitsandbytes"] = _evaluate(other.eval(), x)
+    return {
+        "training": measure.take_turns(training, rounds, WARMUP),
+        "evaluation": measure.take_turns(evaluation, rounds, WARMUP),
+    }
+
+
+def _copy(dense: nn.Linear) -> nn.Linear:
+    made = nn.Linear(dense.in_features, dense.out_features, bias=False, dtype=dense.weight.dtype)
+    made.weight.data.copy_(dense.weight)
+    return made
+
+
+class _LinearAndTwoProducts(nn.Module):
+    """What an adapter costs at the least: the dense layer, two small products, a factor and a sum."""
+
+    def __init__(self, size: int, r: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size, bias=False, dtype=dtype).requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(r, size, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.randn(size, r, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + 2.0 * ((x @ self.lora_A.T) @ self.lora_B.T)
+
+
+def cost_of_a_call(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    """Seconds of forward and backward at 64 x 64 with 64 rows, where the arithmetic costs next to nothing."""
+    size, r = 64, 8
+    ours = peers.build(peers.OURS, nn.Sequential(nn.Linear(size, size, bias=False, dtype=dtype)), r)[0]  # type: ignore[index]
+    grad = torch.randn(size, size, dtype=dtype)
+    plain = _LinearAndTwoProducts(size, r, dtype)
+    return measure.take_turns(
+        {
+            name: _train(layer, torch.randn(size, size, dtype=dtype).requires_grad_(), grad)
+            for name, layer in {peers.OURS: ours, "nn.Linear + two products": plain}.items()
+        },
+        rounds,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 2048])
+    parser.add_argument("--write", action="store_true", help="keep the JSON and refresh docs/benchmarks.md")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    found: dict[str, Any] = {}
+    ratios: dict[tuple[int, str, str], list[float]] = {}
+    lines = []
+    for m in options.rows:
+        for shape in SHAPES:
+            # Quick calls are repeated more often; what is slow is steady.
+            seconds = weight_alone(shape, m, options.rounds * (4 if m <= 16 else 1))
+            found[f"{shape[0]} x {shape[1]}, {m} rows"] = seconds
+            for mode, calls in seconds.items():
+                median = {name: measure.median_ms(values) for name, values in calls.items()}
+                for name in calls:
+                    ratios.setdefault((m, mode, name), []).append(median[peers.OURS] / median[name])
+    for m in options.rows:
+        for mode in ("training", "evaluation"):
+            columns = [ratios.get((m, mode, name)) for name in ("bitsandbytes", "dense")]
+            lines.append(
+                [str(m), mode]
+                + [
+                    "" if each is None else f"{measure.geometric_mean(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+                    for each in columns
+                ]
+            )
+    heads = ["rows", "mode", "ours / bitsandbytes", "ours / dense bf16"]
+    calls_table = []
+    for dtype in (torch.float32, torch.bfloat16):
+        seconds = cost_of_a_call(dtype, 60 * options.rounds)
+        found[f"call, {dtype}"] = seconds
+        ours, plain = (measure.median_ms(values) for values in seconds.values())
+        calls_table.append(
+            [str(dtype).removeprefix("torch."), f"{ours * 1e3:.0f}", f"{plain * 1e3:.0f}", f"{ours / plain:.2f}"]
+        )
+    markdown = (
+        "Time of the 4-bit weight alone, geometric mean over "
+        + ", ".join(f"{out} x {columns}" for out, columns in SHAPES)
+        + " (least and largest); training is a forward pass and the gradient of the input:\n\n"
+        + measure.table(heads, lines)
+        + "\n\nA call by itself, forward and backward at 64 x 64 with an adapter of rank 8, microseconds:\n\n"
+        + measure.table(["type", "ours", "nn.Linear + two products", "ours / that"], calls_table)
+    )
+    measure.publish("cpu_layer", {"seconds": found}, markdown, options.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The peers: how each turns dense linear layers into frozen ones with LoRA adapters beside them.
+
+Every entry of `VARIANTS` takes a module and returns it, or it in a wrapper, with trainable adapters: rank r, alpha 2 r,
+no dropout. A peer that is not installed is left out, by name.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora import convert
+
+OURS = "lightning_qlora"
+DENSE = "PEFT on bf16"
+BNB = "PEFT + bitsandbytes"
+BNB_BF16 = "PEFT + bitsandbytes, bf16 adapters"
+TORCHAO = "torchao NF4 + LoRA"
+
+
+def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    return [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) and name != "lm_head"
+    ]
+
+
+def bnb_linear(layer: nn.Linear) -> nn.Module:
+    """bitsandbytes' own 4-bit layer: NF4 with double quantization, computing in bf16."""
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+    )
+    made.weight = bnb.nn.Params4bit(
+        layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+    )
+    made.bias = layer.bias
+    return made.to("cpu")
+
+
+class TorchaoLoRA(nn.Module):
+    """torchao's NF4 tensor with an adapter written by hand, since torchao has none."""
+
+    def __init__(self, layer: nn.Linear, r: int) -> None:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
+
+        super().__init__()
+        self.linear, weight, group = linear_nf4, layer.weight.data, 256
+        while (weight.numel() // 64) % group:
+            group //= 2
+        self.weight = nn.Parameter(to_nf4(weight, 64, group), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(r, layer.in_features) * layer.in_features**-0.5)
+        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = nn.functional.linear(nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return self.linear(x, self.weight) + (adapter * 2.0).to(x.dtype)
+
+
+def _peft(model: nn.Module, r: int, fp32: bool) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = sorted({name for _, name, _ in _linears(model)})
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=names)
+    return get_peft_model(model, config, autocast_adapter_dtype=fp32)
+
+
+def _with_bnb(model: nn.Module) -> nn.Module:
+    for parent, name, layer in _linears(model):
+        setattr(parent, name, bnb_linear(layer))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    return model
+
+
+def _torchao(model: nn.Module, r: int) -> nn.Module:
+    model.requires_grad_(False)
+    for parent, name, layer in _linears(model):
+        setattr(parent, name, TorchaoLoRA(layer, r))
+    return model
+
+
+def _ours(model: nn.Module, r: int) -> nn.Module:
+    convert(model, r=r, lora_alpha=2 * r, lora_dropout=0.0)
+    return model
+
+
+VARIANTS: dict[str, tuple[str, Callable[[nn.Module, int], nn.Module]]] = {
+    OURS: ("torch", _ours),
+    BNB: ("bitsandbytes peft", lambda model, r: _peft(_with_bnb(model), r, fp32=True)),
+    BNB_BF16: ("bitsandbytes peft", lambda model, r: _peft(_with_bnb(model), r, fp32=False)),
+    DENSE: ("peft", lambda model, r: _peft(model, r, fp32=False)),
+    TORCHAO: ("torchao", _torchao),
+}
+
+
+def installed() -> list[str]:
+    """The variants that can run here; says which cannot."""
+    found = []
+    for name, (needs, _) in VARIANTS.items():
+        missing = [package for package in needs.split() if find_spec(package) is None]
+        if missing:
+            print(f"skipped: {name} (not installed: {', '.join(missing)})")
+        else:
+            found.append(name)
+    return found
+
+
+def build(name: str, model: nn.Module, r: int) -> nn.Module:
+    """A module made into the named variant."""
+    return VARIANTS[name][1](model, r)

@@ -16,7 +16,7 @@ ORDER = [
     "config", "quantize", "kernels", "fingerprint", "decoded", "bnb_layers", "low_rank", "starts", "dora", "linear", "random_state",
     "loraplus", "since_start", "files", "adapter_folder", "base_model", "checkpointing", "choose", "seams",
     "undisturbed", "input_sizes", "calibration", "adapters", "merge", "merge_folder", "hf_quantizer",
-    "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging", "precision",
+    "loading", "report", "state", "checkpoint_adapter", "convert", "memory", "guards", "checkpoint", "paging", "precision",
     "__init__",
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from lightning_qlora.loraplus import loraplus_groups
+from lightning_qlora.memory import MemoryEstimate, estimate_memory
 from lightning_qlora.merge import merge
 from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointMismatchError",
     "ConversionReport",
+    "MemoryEstimate",
     "PackedWeight",
     "PagedAdamW",
     "PagedAdamW8bit",
@@ -25,6 +27,7 @@ __all__ = [
     "QLoRALinear",
     "QLoRAPrecision",
     "convert",
+    "estimate_memory",
     "load_adapter",
     "load_from_checkpoint",
     "loraplus_groups",

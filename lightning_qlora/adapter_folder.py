@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_qlora.files import open_safetensors, read_json, replaced_files
+from lightning_qlora.quantize.packed import PackedWeight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -57,7 +58,9 @@ class Adapter:
         lora_dropout: Dropout in training.
         task_type: PEFT's word for what the model is for, or None.
         base_model: Folder or hub name of the base model, or None.
-        quantization: How the base was quantized in training (quant_type, block_size, double_quant), where known.
+        quantization: How the base was quantized in training (quant_type, block_size, double_quant), where known, and
+            whether its weights were moved by the start of the adapters (base_moved).
+        bases: Layer name -> its 4-bit weight, where the adapters came with it.
         source: File the tensors came from, for messages.
     """
 
@@ -71,6 +74,7 @@ class Adapter:
     task_type: str | None = None
     base_model: str | None = None
     quantization: dict[str, Any] | None = None
+    bases: dict[str, PackedWeight] = field(default_factory=dict)
     source: str = WEIGHTS
 
     @property

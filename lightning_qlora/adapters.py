@@ -19,6 +19,7 @@ from lightning_qlora.base_model import describe_base, find_base, plain_name, tra
 from lightning_qlora.calibration import calibration_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.since_start import belongs_to
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -34,7 +35,11 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If there is no adapter, or PEFT has no words for what was trained.
     """
-    rank_zero_only(write_adapter)(adapter_of(module), folder)
+    adapter = adapter_of(module)
+    layer = next(layer for layer in module.modules() if isinstance(layer, QLoRALinear))
+    if need := belongs_to(layer.config):
+        warnings.warn(need, stacklevel=2)
+    rank_zero_only(write_adapter)(adapter, folder)
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -61,13 +66,6 @@ def adapter_of(module: nn.Module) -> Adapter:
         )
     first = next(iter(layers.values()))
     rslora = first.config.use_rslora
-    if starts.moves_base(first.config):
-        warnings.warn(
-            f"init_lora_weights={first.config.init_lora_weights!r} moved the base: this adapter belongs to the 4-bit "
-            "weights here and not to the model as it was downloaded. Write that base too, with "
-            "lightning_qlora.loading.save_quantized, or merge.",
-            stacklevel=3,
-        )
     about = describe_base(module)
     saved = {name: dict(_state(part)) for name, part in trained_in_full(base)}
     if "" in saved:
@@ -97,6 +95,7 @@ def adapter_of(module: nn.Module) -> Adapter:
             "quant_type": first.quant_type,
             "block_size": first.block_size,
             "double_quant": first.nested.numel() > 0,
+            "base_moved": starts.moves_base(first.config),
         },
     )
 

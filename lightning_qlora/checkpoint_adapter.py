@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qlora import starts
 from lightning_qlora.adapter_folder import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters import target_words
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import FINGERPRINT
+from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.state import CONFIG, base_model_of, config_of
 
 
@@ -24,9 +26,9 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
     Raises:
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
     """
-    state, root = _state_dict(path)
+    state, root = read_state(path)
     config, about = config_of(state, root), base_model_of(state)
-    assert config is not None  # _state_dict found it
+    assert config is not None  # read_state found it
     outer = root + ("" if not (inner := about["prefix"] if prefix is None else prefix.strip(".")) else inner + ".")
     names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
     outside = [name for name in names if not name.startswith(outer)]
@@ -58,6 +60,12 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
             "quant_type": config.quant_type,
             "block_size": config.block_size,
             "double_quant": config.double_quant,
+            "base_moved": starts.moves_base(config),
+        },
+        bases={
+            name.removeprefix(outer): PackedWeight.from_bnb_state_dict(state, f"{name}.weight")
+            for name in names
+            if f"{name}.weight.absmax" in state
         },
         source=str(path),
     )
@@ -77,7 +85,7 @@ def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     return f"{total:016x}" if prints else None
 
 
-def _state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
     """The state dict of the converted module in a checkpoint, and what its keys begin with."""
     if not os.path.isfile(path):
         what = "is a folder: consolidate a sharded checkpoint into one file first" if os.path.isdir(path) else "no file"

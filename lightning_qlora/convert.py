@@ -61,7 +61,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
         if is_bnb_linear(layer):  # not among those to convert
             decode_bnb_layer(layer)
     forget_quantizer(module)
-    _freeze(module, choice)
+    freeze(module, choice)
     if adapter is not None:
         put_adapter(module, adapter)
     if config.gradient_checkpointing:
@@ -106,7 +106,8 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
         raise ValueError(f"{where}: {error}") from error
 
 
-def _freeze(module: nn.Module, choice: Choice) -> None:
+def freeze(module: nn.Module, choice: Choice) -> None:
+    """Let adapters, and what was chosen to train in full, train; nothing else."""
     trained = {id(p) for name in choice.train for p in module.get_submodule(name).parameters()}
     adapters = {
         id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in layer.adapter_parameters()

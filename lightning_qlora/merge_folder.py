@@ -131,7 +131,16 @@ class _Merging:
         if packed:
             weight = self._read(state, key)
             rows, dtype = weight.dequantize(), weight.dtype
+        elif name in self.adapter.bases:
+            weight = self.adapter.bases[name]
+            rows, dtype = weight.dequantize(), weight.dtype
         else:
+            if self.adapter.quantization is not None and self.adapter.quantization.get("base_moved"):
+                raise ValueError(
+                    f"{self.adapter.source}: the start of these adapters moved the weights they belong to, so they do "
+                    f"not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds those weights, or pass "
+                    "the folder that save_quantized wrote as the base."
+                )
             rows, dtype = state[key].T if transposed else state[key], state[key].dtype
             if self.onto == "decoded":
                 rows = quantize(rows, **self._quantization()).dequantize()
@@ -171,7 +180,10 @@ class _Merging:
 
     def _quantization(self) -> dict[str, Any]:
         """How the base was quantized in training; what the adapter does not say is the default."""
-        return self.adapter.quantization or {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+        known = self.adapter.quantization or {}
+        return {"quant_type": "nf4", "block_size": 64, "double_quant": True} | {
+            name: known[name] for name in ("quant_type", "block_size", "double_quant") if name in known
+        }
 
     def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
         try:

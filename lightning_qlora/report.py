@@ -54,7 +54,7 @@ class ConversionReport:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         return (
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)\n"
-            f"parameters take {_size(self.bytes_after)}, {_size(self.bytes_before)} before; "
+            f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
             + (f"\n{self.calibration}" if self.calibration else "")
         )
@@ -106,7 +106,8 @@ def _group(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) or "(the module itself)"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes as a person reads them."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"

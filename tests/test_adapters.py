@@ -321,5 +321,5 @@ def test_a_checkpoint_after_load_adapter_comes_back(tmp_path, trainer):
 
 
 def test_a_moved_base_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="init_lora_weights='pissa' moved the base"):
+    with pytest.warns(UserWarning, match="started as 'pissa': they belong to the 4-bit weights"):
         save_adapter(converted("llama", init_lora_weights="pissa"), tmp_path)

@@ -13,6 +13,7 @@ from lightning_qlora.adapter_folder import read_adapter, write_adapter
 from lightning_qlora.adapters import adapter_of
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
 from lightning_qlora.linear import CheckpointMismatchError
+from lightning_qlora.loading import save_quantized
 from lightning_qlora.merge_folder import merge_folder
 from tests.toys import NAMES, Lit, logits, perturb, toy
 
@@ -239,6 +240,7 @@ KILLED = """
 import os, signal, sys
 from lightning_qlora import files
 from lightning_qlora.adapter_folder import read_adapter
+from lightning_qlora.loading import save_quantized
 from lightning_qlora.merge_folder import merge_folder
 add, count = files.ShardWriter.add, []
 def killing(self, key, tensor):
@@ -271,3 +273,19 @@ def test_dora_and_patterns(name, base, tmp_path):
     before = logits(lit.model)
     torch.testing.assert_close(logits(merge(lit).model), before, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(load(name, tmp_path / "out")), before, atol=1e-5, rtol=0)
+
+
+def test_a_start_that_moved_the_base(base, tmp_path, trainer):
+    _, folder = base("llama")
+    lit = Lit(load("llama", folder))
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, init_lora_weights="pissa"), max_steps=2)
+    run.fit(lit)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    merge_folder(folder, adapter_of_checkpoint(tmp_path / "last.ckpt"), tmp_path / "out")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    write_adapter(adapter_of(lit), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="the start of these adapters moved the weights they belong to"):
+        merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
+    save_quantized(lit, tmp_path / "4-bit")
+    merge_folder(tmp_path / "4-bit", read_adapter(tmp_path / "adapter"), tmp_path / "out2")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out2")), logits(lit.model), atol=1e-5, rtol=0)

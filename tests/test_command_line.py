@@ -1,0 +1,144 @@
+"""`lightning-qlora`: what each command prints, its exit codes, and errors in one line."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lightning_qlora import QLoRAPrecision, convert, save_adapter
+from lightning_qlora.cli import main
+from lightning_qlora.loading import save_quantized
+from tests.toys import Lit, logits, perturb, toy
+
+pytest.importorskip("transformers")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    import signal
+    import warnings
+
+    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    warnings.showwarning = show
+
+
+@pytest.fixture
+def trained(tmp_path, trainer):
+    """A base folder, a trained module, its checkpoint, and its PEFT folder."""
+    toy("llama").save_pretrained(tmp_path / "base")
+    lit = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2)
+    run.fit(lit)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    save_adapter(lit, tmp_path / "adapter")
+    return lit
+
+
+def fails(arguments, capsys, code=1):
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    assert raised.value.code == code
+    error = capsys.readouterr().err.strip()
+    if code == 1:
+        assert error.startswith("lightning-qlora: error: ") and "\n" not in error
+    return error
+
+
+def prints(arguments, capsys):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("trained")
+def test_inspect(tmp_path, capsys):
+    ckpt = prints(["inspect", tmp_path / "last.ckpt"], capsys)
+    adapter = prints(["inspect", tmp_path / "adapter"], capsys)
+    for text in (ckpt, adapter):
+        assert "q_proj x2" in text and f"{tmp_path}/base" in text and "quant_type=nf4" in text and "takes it" in text
+    assert "base fingerprint" in ckpt
+    base = prints(["inspect", tmp_path / "base"], capsys)
+    assert "LlamaForCausalLM" in base and "F32" in base
+    model = toy("llama")
+    convert(model, **ARGUMENTS)
+    save_quantized(model, tmp_path / "4bit")
+    assert "bitsandbytes, nf4, double quantization" in prints(["inspect", tmp_path / "4bit"], capsys)
+
+
+def test_export_and_merge(trained, tmp_path, capsys):
+    out = prints(["export", tmp_path / "last.ckpt", tmp_path / "exported"], capsys)
+    assert "14 layers" in out and "vLLM takes it" in out
+    assert "vLLM does not take it: rank 4" in prints(
+        ["export", tmp_path / "last.ckpt", tmp_path / "exported", "--max_lora_rank", "2"], capsys
+    )
+    for number, source in enumerate(("last.ckpt", "exported", "adapter")):
+        prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
+        merged = type(trained.model).from_pretrained(tmp_path / f"merged{number}")
+        torch.testing.assert_close(logits(merged), logits(trained.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("trained")
+def test_merge_into_4_bits_warns(tmp_path, capsys):
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype", "4bit"])
+    assert "lightning-qlora: warning: Merging into 4 bits loses quality" in capsys.readouterr().err
+
+
+def test_plan(tmp_path, capsys):
+    toy("llama").save_pretrained(tmp_path / "base")
+    out = prints(
+        ["plan", tmp_path / "base", "--r", "4", "--batch_size", "2", "--gradient_checkpointing", "true"], capsys
+    )
+    assert "4-bit weights" in out and "total" in out
+
+
+def test_doctor(capsys):
+    start = time.perf_counter()
+    out = prints(["doctor"], capsys)
+    assert "torch" in out and "self-test on cpu: training" in out and "wrong" not in out
+    assert time.perf_counter() - start < 30
+
+
+def test_doctor_fails_where_something_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr("lightning_qlora.doctor.examine", lambda: [("CPU", "on fire", False)])
+    with pytest.raises(SystemExit) as raised:
+        main(["doctor"])
+    assert raised.value.code == 1
+    assert "on fire  <-- wrong" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("trained")
+def test_errors_are_one_line(tmp_path, capsys):
+    assert "neither a folder nor a model" in fails(["inspect", tmp_path / "nothing"], capsys)
+    assert "not an empty folder" in fails(["merge", tmp_path / "adapter", tmp_path / "base"], capsys)
+    (tmp_path / "other").mkdir()
+    toy("gpt2").save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    error = fails(["merge", tmp_path / "adapter", tmp_path / "out", "--base", tmp_path / "other"], capsys)
+    assert "adapter_model.safetensors: key 'base_model.model.model.layers.0" in error
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert "adapter_model.safetensors: truncated: 'base_model" in fails(["inspect", tmp_path / "adapter"], capsys)
+    (tmp_path / "x.ckpt").write_bytes(b"x")
+    assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", tmp_path / "out"], capsys)
+    assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unnamed_base_is_asked_for(tmp_path, capsys):
+    lit = Lit(toy("llama"))
+    convert(lit, **ARGUMENTS)
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    assert "names no base model. Pass it: --base FOLDER" in fails(
+        ["merge", tmp_path / "adapter", tmp_path / "out"], capsys
+    )
+
+
+def test_help_names_types_and_defaults():
+    run = subprocess.run(
+        [sys.executable, "-m", "lightning_qlora.cli", "merge", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "{auto,bf16,fp16,fp32,4bit}" in run.stdout and "default: auto" in run.stdout

@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu_layer [--rounds 15] [--threads 2] [--rows 1 16 256 2048] [--write]
 
-Against bitsandbytes' own Linear4bit the adapter is left out on both sides (ours has rank 0): the 4-bit weight alone, and
-the gradient of its input. All calls alternate in one process. bf16.
+Against bitsandbytes' own Linear4bit the adapter is left out on both sides (ours has rank 0): the 4-bit weight alone,
+and the gradient of its input. All calls alternate in one process. bf16.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def _evaluate(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None
 
 
 def weight_alone(shape: tuple[int, int], m: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of training and evaluation calls with m rows: ours, bitsandbytes' (where it is there), and a dense layer."""
+    """Seconds of training and evaluation calls with m rows: ours, a dense layer's, bitsandbytes' where it is there."""
     dense = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16).requires_grad_(False)
     packed = quantize(dense.weight).to_bytes()
     lora_a, lora_b = torch.empty(0, shape[1]), torch.empty(shape[0], 0)

@@ -56,7 +56,7 @@ def load(source: Path, variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctyp
 
 def _built(source: Path, program: str, flags: tuple[str, ...]) -> Path:
     binary = Path(program).resolve()
-    facts = (source.read_text(), binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
+    facts = (_text(source), binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
     folder = cache_folder()
     library = folder / f"{source.stem}-{key}.so"
@@ -73,6 +73,11 @@ def _built(source: Path, program: str, flags: tuple[str, ...]) -> Path:
         _run([program, "-shared", str(made), *lookup, "-o", str(linked)])
         os.replace(linked, library)
     return library
+
+
+def _text(source: Path) -> str:
+    """The source and everything in its folder that it may include."""
+    return "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))
 
 
 def _run(command: list[str]) -> None:

@@ -1,12 +1,11 @@
 """The CPU backend: the C loops where they could be built, else torch alone; the latter on any other device as well.
 
 Compare `reference.py`: the same results. The weight is decoded into reused memory, or for a few rows of input not at
-all. The adapter's product adds itself to the big one: a product that adds (beta = 1) is 5% slower than one that does not,
-so the small one does.
+all. The adapter's product adds itself to the big one: a product that adds (beta = 1) is 5% slower than one that does
+not, so the small one does.
 """
 
 from functools import cache
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from lightning_qlora.kernels.native import Library
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantize.packed import PackedBytes
-
-FEW_ROWS = 32  # up to so many rows, multiplying from the cache beats decoding to memory and torch's matrix product
-SMALL = 1 << 14  # weights of a layer so small that two calls cost more than their work: one call for more rows
 
 
 def path() -> str:
@@ -50,10 +46,6 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """The decoded weight in fresh memory, [out, in]."""
     return dequantize_into(weight.packed.new_empty(weight.numel, dtype=dtype), weight).view(weight.shape)
-
-
-def _multiplies(library: Library | None, m: int, weight: PackedBytes) -> TypeGuard[Library]:
-    return library is not None and (m <= FEW_ROWS or (m <= native.MOST_ROWS and weight.numel <= SMALL))
 
 
 @cache
@@ -88,7 +80,7 @@ def linear(
     dtype, library = x.dtype, _library(x)
     xa = torch.nn.functional.linear(_dropped(x, p, seed), lora_a.to(dtype))
     b, bias = lora_b.to(dtype).T, None if bias is None else bias.to(dtype)
-    if _multiplies(library, len(x), weight):
+    if library is not None and library.multiplies(len(x), weight, dtype):
         nothing = _nothing(dtype, x.device)
         y = torch.addmm(nothing if bias is None else bias, xa, b, beta=bias is not None, alpha=scaling)
         return library.add_matmul(y, x.contiguous(), weight), xa
@@ -108,12 +100,12 @@ def linear_backward(
     if not needs_x:
         return None, grad_a, grad_b
     a, library = lora_a.to(grad.dtype), _library(x)
-    few = _multiplies(library, len(x), weight)
+    few = library is not None and library.multiplies(len(x), weight, grad.dtype, transposed=True)
     if few or seed is not None:
         grad_x = torch.mm(grad_xa, a)
         if seed is not None:
             _dropout(grad_x, grad_x, p, seed)
-        if few:
+        if few and library is not None:
             return library.add_matmul_transposed(grad_x, grad.contiguous(), weight), grad_a, grad_b
         return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
     return torch.mm(grad, _decoded(weight, grad.dtype)).addmm_(grad_xa, a), grad_a, grad_b

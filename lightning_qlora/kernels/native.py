@@ -1,4 +1,4 @@
-"""The C loops of cpu.c, called with tensors; `library()` is None where they could not be built."""
+"""The C loops of c/, called with tensors; `library()` is None where they could not be built."""
 
 import ctypes
 import logging
@@ -17,11 +17,12 @@ from lightning_qlora.quantize import blockwise
 from lightning_qlora.quantize.codebooks import codebook, dynamic_map
 from lightning_qlora.quantize.packed import PackedBytes
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCE = Path(__file__).parent / "c" / "loops.c"
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # set in the environment: build nothing, stay on the eager path
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STEP = 64  # cpu.c: rows of x are padded to a multiple of this
-MOST_ROWS = 64  # cpu.c: rows that `add_matmul` takes
+STEP = 64  # c/multiply.h: rows of x are padded to a multiple of this
+MOST_ROWS = 64  # c/multiply.h: rows that `add_matmul` takes
+MOST_ROWS_SLOW = 8  # rows up to which it pays for bf16 where weights cannot be looked up in registers
 SMALL = 1 << 15  # weights below which a second thread costs more than it saves
 
 _log = logging.getLogger("lightning_qlora")
@@ -47,11 +48,15 @@ class Library:
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
             "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
         }
+        self._multiplies = hasattr(loaded, "add_matmul")
         for name, arguments in signatures.items():
+            if name.startswith("add_matmul") and not self._multiplies:
+                continue
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, None
         loaded.form.restype = ctypes.c_char_p
         self.form = loaded.form().decode() + ("" if loaded.has_threads() else ", one thread")
+        self._bf16 = "bf16" in self.form
         self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
         self._loaded = loaded
 
@@ -60,6 +65,14 @@ class Library:
         described, _keep = _describe(weight)
         self._loaded.dequantize(ctypes.byref(described), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
         return out
+
+    def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype, transposed: bool = False) -> bool:
+        """Whether `add_matmul` (or the transposed one) beats decoding and torch's product for m rows (benchmarks)."""
+        if not self._multiplies or m > MOST_ROWS:
+            return False
+        if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
+            return True
+        return m <= MOST_ROWS_SLOW and not transposed
 
     def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
         """y += x W^T with up to `MOST_ROWS` rows, the weight decoded a tile at a time; contiguous [m, out], [m, in]."""

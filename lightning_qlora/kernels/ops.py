@@ -153,6 +153,8 @@ def lora_linear(
         seed: int64 [1] on the CPU: what the dropout mask is made from, and made again in backward; None: no dropout.
     """
     if _is_plain(x, lora_a):
+        if not torch.is_grad_enabled():
+            return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)[0]
         y = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
         return cast(Tensor, y)
     y, _ = torch.ops.lightning_qlora.lora_linear(

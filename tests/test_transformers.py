@@ -17,7 +17,7 @@ class HuggingFace(pl.LightningModule):
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model = toy(kind).to(dtype).eval()
-        self.losses = []
+        self.kind, self.losses = kind, []
 
     def training_step(self, batch, batch_idx):
         loss = self.model(**batch).loss
@@ -28,7 +28,7 @@ class HuggingFace(pl.LightningModule):
         self.log("val_loss", self.model(**batch).loss)
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=5e-3)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3 if self.kind == "bert" else 5e-3)
 
 
 def batches(kind: str) -> DataLoader:

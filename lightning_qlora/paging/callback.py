@@ -50,7 +50,7 @@ class PagedOptimizer(Callback):
         self._pager.attach(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"min_numel": self._pager._min_numel}  # pages belong to optimizers, a copy has none
+        return self._pager.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

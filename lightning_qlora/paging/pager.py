@@ -12,6 +12,7 @@ On a CPU it does nothing but watch.
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -53,6 +54,12 @@ class Pager:
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self._min_numel = min_numel
         self._pages: weakref.WeakKeyDictionary[Optimizer, OptimizerPages] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"min_numel": self._min_numel}  # pages belong to optimizers, a copy has none
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Page the state of a torch optimizer from now on; what it has already is paged at once.

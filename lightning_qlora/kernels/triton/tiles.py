@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-TABLE: dict[str, dict[str, list[dict[str, int]]]] = json.loads(Path(__file__).with_name("tiles.json").read_text())
+FILE = Path(__file__).with_name("tiles.json")
+TABLE: dict[str, dict[str, list[dict[str, int]]]] = json.loads(FILE.read_text())
 
 
 @cache

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, quantize, save_adapter
 from lightning_qlora.files import WeightFolder
 from lightning_qlora.linear import CheckpointMismatchError
 from lightning_qlora.loading import save_quantized
+from tests.conftest import Classifier, loader
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -305,7 +306,6 @@ def foreign_quant_type(folder):
     key = next(key for key in state if "bitsandbytes__nf4" in key)
     meta = json.loads(bytes(state[key].tolist()))
     state[key] = torch.tensor(list(json.dumps({**meta, "quant_type": "af4"}).encode()), dtype=torch.uint8)
-    from safetensors.torch import save_file
 
     save_file(state, path, metadata={"format": "pt"})
 
@@ -366,3 +366,28 @@ def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
     assert int(layers) == 84
     assert float(peak) * 2**20 <= 0.40 * size
+
+
+def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused(tmp_path, trainer):
+
+    save_file(Classifier().net.state_dict(), tmp_path / "net.safetensors")
+
+    class Later(Classifier):
+        """torch's own way: memory-mapped tensors take the place of the meta ones; conversion lets each go."""
+
+        def __init__(self, load=True):
+            with torch.device("meta"):
+                super().__init__()
+            self.load, self.made = load, False
+
+        def configure_model(self):
+            if self.load and not self.made:
+                self.net.load_state_dict(load_file(tmp_path / "net.safetensors"), assign=True)
+                self.made = True
+
+    lit, expected = Later(), Classifier()
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit, loader())
+    convert(expected, **ARGUMENTS)
+    same_bytes(packed(lit), packed(expected))
+    with pytest.raises(ValueError, match=r"net.0: its weight is on the meta device"):
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Later(load=False), loader())

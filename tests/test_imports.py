@@ -16,8 +16,8 @@ ORDER = [
     "config", "quantize", "bnb_layers", "kernels", "fingerprint", "decoded", "low_rank", "starts", "dora", "linear",
     "random_state", "loraplus", "since_start", "files", "adapter_folder", "base_model", "checkpointing", "choose",
     "seams", "rounding", "undisturbed", "input_sizes", "calibration", "adapters", "merge", "merge_folder",
-    "hf_quantizer", "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging", "memory",
-    "precision", "inspection", "doctor", "cli", "__init__",
+    "hf_quantizer", "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging",
+    "memory", "precision", "inspection", "doctor", "cli", "__init__",
 ]  # fmt: skip
 
 

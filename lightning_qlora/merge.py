@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_qlora.base_model import find_base, plain_name
 from lightning_qlora.config import check_choice
 from lightning_qlora.linear import DTYPES, QLoRALinear
+from lightning_qlora.rounding import round_at_random
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -16,8 +18,8 @@ MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     """Turn every QLoRALinear back into the dense layer it was, its adapter folded in, in place and layer by layer.
 
-    The new weight is the decoded 4-bit weight plus s B A, added in fp32 and rounded once: what the adapter was trained
-    on top of. It is frozen, as PEFT leaves it.
+    The new weight is the decoded 4-bit weight plus s B A: what the adapter was trained on top of, added in fp32 and
+    rounded once, at random (see `rounding`). It is frozen, as PEFT leaves it.
 
     Args:
         module: A converted module.
@@ -31,10 +33,11 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)]
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no QLoRALinear: there is nothing to merge.")
+    names = {layer: plain_name(name) for name, layer in find_base(module)[1].named_modules()}
     for name, layer in layers:
         if isinstance(layer.packed, DTensor):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
-        to_dense(layer, merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype]))
+        to_dense(layer, merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer]))
     if dtype != "auto":
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -42,9 +45,10 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     return module
 
 
-def merged_weight(layer: QLoRALinear, dtype: torch.dtype) -> Tensor:
+def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:
     """The weight a dense layer needs to do what base and adapter do, shaped as the dense layer's."""
-    return (layer.decode().float() + layer.delta()).to(dtype).contiguous()
+    total = layer._as_rows(layer.decode().float() + layer.delta())
+    return layer._as_rows(round_at_random(total, dtype, name)).contiguous()
 
 
 def to_dense(layer: QLoRALinear, weight: Tensor) -> None:

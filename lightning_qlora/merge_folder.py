@@ -17,6 +17,7 @@ from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.rounding import round_at_random
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 Onto = Literal["decoded", "float"]
@@ -150,8 +151,9 @@ class _Merging:
             entries = quantize(rows.to(dtype), **self._quantization()).bnb_state_dict(key)
             yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
             return
-        rows = rows.T if transposed else rows
-        yield key, self._cast(rows.to(dtype) if self.dtype == "auto" else rows)
+        wanted = dtype if self.dtype == "auto" else DTYPES[self.dtype]
+        rows = rows.to(wanted) if name is None else round_at_random(rows, wanted, name)
+        yield key, (rows.T if transposed else rows).contiguous()
 
     def _sum(self, rows: Tensor, name: str) -> Tensor:
         """W + s B A in fp32, with DoRA's magnitudes m as m / ||W + s B A|| times it; [out, in]."""

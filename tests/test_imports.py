@@ -15,9 +15,9 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 ORDER = [
     "config", "quantize", "bnb_layers", "kernels", "fingerprint", "decoded", "low_rank", "starts", "dora", "linear",
     "random_state", "loraplus", "since_start", "files", "adapter_folder", "base_model", "checkpointing", "choose",
-    "seams", "undisturbed", "input_sizes", "calibration", "adapters", "merge", "merge_folder", "hf_quantizer",
-    "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging", "memory",
-    "precision", "inspection", "doctor", "cli", "__init__",
+    "seams", "rounding", "undisturbed", "input_sizes", "calibration", "adapters", "merge", "merge_folder",
+    "hf_quantizer", "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging",
+    "memory", "precision", "inspection", "doctor", "cli", "__init__",
 ]  # fmt: skip
 
 

@@ -18,19 +18,21 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "outputs" / "benchmarks"
 
 
-def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call. The variants alternate, so what else the machine does falls on all of them.
+def clock() -> Callable[[], float]:
+    """Seconds passed; with one thread that thread's CPU time, which other programs do not lengthen."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
-    With one thread it is the thread's CPU time, which other programs do not lengthen.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call. The variants alternate, so what else the machine does falls on all of them."""
+    read = clock()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + rounds):
         for name, call in variants.items():
-            start = clock()
+            start = read()
             call()
             if turn >= warmup:
-                seconds[name].append(clock() - start)
+                seconds[name].append(read() - start)
     return seconds
 
 

@@ -31,7 +31,8 @@ def _quantize_kernel(
     i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(values), axis=1)
-    divisor = tl.maximum(largest, SMALLEST)
+    # As a tensor: Triton 3.4 takes a number this small (subnormal in fp32) for fp64.
+    divisor = tl.maximum(largest, tl.full((BLOCKS,), SMALLEST, tl.float32))
     scaled = values * tl.div_rn(1.0, divisor)[:, None]
     if not WHOLE:
         short = (block + 1) * BLOCK > n

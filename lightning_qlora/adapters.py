@@ -18,7 +18,7 @@ from lightning_qlora.adapter_folder import MAGNITUDE, PREFIX, Adapter, LayerAdap
 from lightning_qlora.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.calibration import calibration_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
 from lightning_qlora.since_start import belongs_to
 
 
@@ -36,7 +36,7 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: If there is no adapter, or PEFT has no words for what was trained.
     """
     adapter = adapter_of(module)
-    layer = next(layer for layer in module.modules() if isinstance(layer, QLoRALinear))
+    layer = next(iter(adapted_layers(module).values()))
     if need := belongs_to(layer.config):
         warnings.warn(need, stacklevel=2)
     rank_zero_only(write_adapter)(adapter, folder)
@@ -192,7 +192,7 @@ def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
 
 
 def _adapted_layers(base: nn.Module) -> dict[str, QLoRALinear]:
-    return {plain_name(name): layer for name, layer in base.named_modules() if isinstance(layer, QLoRALinear)}
+    return {plain_name(name): layer for name, layer in adapted_layers(base).items()}
 
 
 def _state(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

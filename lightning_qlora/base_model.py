@@ -8,7 +8,7 @@ from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.linear import QLoRAConv1D, QLoRALinear
+from lightning_qlora.linear import QLoRAConv1D, QLoRALinear, adapted_layers
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 TASKS = {  # class name ending -> PEFT's task type, where PEFT's class for it adds nothing to the model
@@ -25,7 +25,7 @@ def find_base(module: nn.Module) -> tuple[str, nn.Module]:
     """
     if isinstance(module, _FabricModule):
         module = module.module
-    adapted = {id(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)}
+    adapted = {id(layer) for layer in adapted_layers(module).values()}
     for name, part in module.named_modules():
         if is_transformers_model(part) and adapted <= {id(layer) for layer in part.modules()}:
             return name, part

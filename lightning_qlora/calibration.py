@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_qlora import seams, starts
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.input_sizes import InputSizes, world_size
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.input_sizes import InputSizes
+from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.random_state import world_size
 from lightning_qlora.undisturbed import undisturbed
 
 
@@ -69,14 +70,14 @@ class Calibration:
 
     def __init__(self, root: nn.Module, config: QLoRAConfig) -> None:
         self._config, self._looking, self._warned = config, False, False
-        layers = {n: m for n, m in root.named_modules() if isinstance(m, QLoRALinear) and m.dense_weight is not None}
+        layers = {name: layer for name, layer in adapted_layers(root).items() if layer.dense_weight is not None}
         sizes = (layer.dense_weight.nbytes for layer in layers.values() if layer.dense_weight is not None)
         self.report = CalibrationReport(list(layers), sum(sizes))
         self._layers = layers
         self._hooks = [
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             for module in root.modules()
-            if any(isinstance(part, QLoRALinear) for part in module.modules())
+            if adapted_layers(module)
         ]
         root._qlora_calibration = self  # type: ignore[assignment]
         root.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -206,6 +207,6 @@ def _after_load(root: nn.Module, _: Any) -> None:
     """Adapters that come from a checkpoint have started; those of a checkpoint from before any start still wait."""
     calibration = calibration_of(root)
     if calibration is not None and calibration.report.waiting:
-        layers = [layer for layer in root.modules() if isinstance(layer, QLoRALinear)]
+        layers = adapted_layers(root).values()
         if any(layer.input_rms is not None or bool(layer.lora_B.any()) for layer in layers):
             calibration.close()

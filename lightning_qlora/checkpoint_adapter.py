@@ -1,6 +1,5 @@
 """The adapter in a Lightning checkpoint, without the module it was saved from."""
 
-import math
 import os
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 from lightning_qlora import starts
 from lightning_qlora.adapter_folder import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters import target_words
-from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import FINGERPRINT
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.state import CONFIG, base_model_of, config_of
@@ -36,7 +34,7 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
         raise ValueError(f"{path}: {outside[0]!r} does not begin with {outer!r}." if names else f"{path}: no adapter.")
     layers = {
         name.removeprefix(outer): LayerAdapter(
-            state[f"{name}.lora_A"], state[f"{name}.lora_B"], _alpha(config, name), state.get(f"{name}.{MAGNITUDE}")
+            state[f"{name}.lora_A"], state[f"{name}.lora_B"], config.alpha_of(name), state.get(f"{name}.{MAGNITUDE}")
         )
         for name in names
     }
@@ -69,11 +67,6 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
         },
         source=str(path),
     )
-
-
-def _alpha(config: QLoRAConfig, name: str) -> float:
-    r = config.rank_of(name)
-    return config.scaling_of(name) * (math.sqrt(r) if config.use_rslora else r)
 
 
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:

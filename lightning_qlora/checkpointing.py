@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear import QLoRALinear, adapted_layers
 
 
 def enable_checkpointing(module: nn.Module) -> int:
@@ -94,4 +94,4 @@ def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_block(child: nn.Module) -> bool:
-    return not isinstance(child, QLoRALinear) and any(isinstance(layer, QLoRALinear) for layer in child.modules())
+    return not isinstance(child, QLoRALinear) and bool(adapted_layers(child))

@@ -123,10 +123,14 @@ class QLoRAConfig:
         """Rank of a layer's adapter: that of the first pattern which fits its name, else r."""
         return self._of(self.rank_pattern, name, self.r)
 
+    def alpha_of(self, name: str) -> float:
+        """lora_alpha of a layer's adapter, likewise."""
+        return self._of(self.alpha_pattern, name, self.lora_alpha)
+
     def scaling_of(self, name: str) -> float:
         """The factor s of a layer's adapter: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
         r = self.rank_of(name)
-        return self._of(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+        return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
 
     @staticmethod
     def _of(patterns: Mapping[str, T], name: str, otherwise: T) -> T:

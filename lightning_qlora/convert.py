@@ -19,7 +19,7 @@ from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.report import ConversionReport, count_parameters, dense_bytes
 from lightning_qlora.state import remember_base
 
@@ -51,7 +51,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     if adapter is not None:
         config = config_of_adapter(module, adapter, config)
     choice = choose_layers(module, config)
-    loaded = any(isinstance(layer, QLoRALinear) for layer in module.modules())  # in 4 bits, as they were loaded
+    loaded = bool(adapted_layers(module))  # in 4 bits, as they were loaded
     if not loaded:
         _check_any(choice, config)
     layers = choice.convert.items()
@@ -76,8 +76,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
 
 def is_converted(module: nn.Module) -> bool:
     """Whether a module, or the part of it with the adapters, went through `convert_module`."""
-    holds = any(isinstance(layer, QLoRALinear) for layer in module.modules())
-    return holds and any("_qlora_frozen" in vars(part) for part in module.modules())
+    return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
 
 
 def _is_rank_zero() -> bool:
@@ -109,9 +108,7 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
 def freeze(module: nn.Module, choice: Choice) -> None:
     """Let adapters, and what was chosen to train in full, train; nothing else."""
     trained = {id(p) for name in choice.train for p in module.get_submodule(name).parameters()}
-    adapters = {
-        id(p) for layer in module.modules() if isinstance(layer, QLoRALinear) for p in layer.adapter_parameters()
-    }
+    adapters = {id(p) for layer in adapted_layers(module).values() for p in layer.adapter_parameters()}
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(id(parameter) in adapters | trained)
@@ -151,7 +148,7 @@ def _warn_of_what_stayed(module: nn.Module) -> None:
 
 def _report(module: nn.Module, choice: Choice, bytes_before: int, start: float) -> ConversionReport:
     trainable, total, bytes_after = count_parameters(module)
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+    layers = adapted_layers(module)
     calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.random_state import world_size
 
 
 class InputSizes:
@@ -74,8 +75,3 @@ class InputSizes:
                 "the model would not train from them either. Look at the data and at compute_dtype (fp16 overflows)."
             )
         return result
-
-
-def world_size() -> int:
-    """Number of ranks; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

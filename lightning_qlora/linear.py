@@ -354,6 +354,11 @@ class QLoRAConv1D(QLoRALinear):
         return weight.T
 
 
+def adapted_layers(module: nn.Module) -> dict[str, QLoRALinear]:
+    """Name -> converted layer, each once, in the order of the module."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+
+
 @cache
 def _has_bf16(device: str) -> bool:
     if device == "cuda":

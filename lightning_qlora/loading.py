@@ -14,7 +14,7 @@ from lightning_qlora import seams
 from lightning_qlora.base_model import find_base, is_transformers_model
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig, check_choice
 from lightning_qlora.files import INDEX, WEIGHTS, WeightFolder, whole_folder
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.merge_folder import bnb_config
 
 BNB_META = ".quant_state.bitsandbytes__"
@@ -82,7 +82,7 @@ def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: If there is no such model, or bitsandbytes has no such quantization.
     """
     _, base = find_base(module)
-    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, QLoRALinear)}
+    layers = adapted_layers(base)
     if not is_transformers_model(base) or not layers:
         raise ValueError(f"{type(module).__name__} holds no converted transformers model, which this is for.")
     for name, layer in layers.items():

@@ -21,7 +21,7 @@ from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig, check_choice
 from lightning_qlora.convert import freeze
-from lightning_qlora.linear import BASE, QLoRALinear
+from lightning_qlora.linear import BASE, QLoRALinear, adapted_layers
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.report import count_parameters, size_text
@@ -187,7 +187,7 @@ def _convert(twin: nn.Module, config: QLoRAConfig) -> list[QLoRALinear]:
         packed = _packed(weight.T if turned else weight, config)
         QLoRALinear.from_packed(layer, packed, type(layer), config, name)
     freeze(twin, choice)
-    return [layer for layer in twin.modules() if isinstance(layer, QLoRALinear)]
+    return list(adapted_layers(twin).values())
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:

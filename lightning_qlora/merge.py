@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_qlora.base_model import find_base, plain_name
 from lightning_qlora.config import check_choice
-from lightning_qlora.linear import DTYPES, QLoRALinear
+from lightning_qlora.linear import DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.rounding import round_at_random
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -30,11 +30,11 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         ValueError: If the module holds no QLoRALinear, shards of one, or dtype is not among the allowed ones.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)]
+    layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no QLoRALinear: there is nothing to merge.")
     names = {layer: plain_name(name) for name, layer in find_base(module)[1].named_modules()}
-    for name, layer in layers:
+    for name, layer in layers.items():
         if isinstance(layer.packed, DTensor):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
         to_dense(layer, merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer]))

@@ -21,7 +21,7 @@ from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.convert import convert_module, is_converted
 from lightning_qlora.kernels import scratch
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.loading import quantize_while_loading
 from lightning_qlora.paging import Pager
 from lightning_qlora.random_state import random_state, set_random_state
@@ -153,7 +153,7 @@ class QLoRAPrecision(Precision):
         if not known or self.report is None:
             self.report = report
         self._module = weakref.ref(module)
-        self._layers = [weakref.ref(layer) for layer in module.modules() if isinstance(layer, QLoRALinear)]
+        self._layers = [weakref.ref(layer) for layer in adapted_layers(module).values()]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None and not self._evaluating:
             self._train_adapters(module)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_qlora.calibration import CalibrationReport
-from lightning_qlora.linear import BASE, QLoRALinear
+from lightning_qlora.linear import BASE, adapted_layers
 
 
 @dataclass
@@ -84,8 +84,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     """Parameters that train, all parameters, their bytes; a shared one counts once, a 4-bit weight by its weights."""
     packed = {
         id(parameter): layer.weight_bytes.numel if key == "packed" else 0
-        for layer in module.modules()
-        if isinstance(layer, QLoRALinear)
+        for layer in adapted_layers(module).values()
         for key, parameter in layer._parameters.items()
         if key in BASE
     }
@@ -96,7 +95,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int, int]:
 
 def dense_bytes(module: nn.Module) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in the type it came in."""
-    layers = [layer for layer in module.modules() if isinstance(layer, QLoRALinear)]
+    layers = adapted_layers(module).values()
     own = {id(p) for layer in layers for key, p in layer._parameters.items() if key != "bias" and p is not None}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
     return dense + sum(p.nbytes for p in module.parameters() if id(p) not in own)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qlora.base_model import describe_base
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
-from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear
+from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear, adapted_layers
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # what is said beside them of the model inside the module
@@ -28,7 +28,7 @@ class FrozenParameters:
 
     def __init__(self, module: nn.Module) -> None:
         self.known: dict[str, tuple[int, int]] = {}  # name -> version of the tensor, fingerprint
-        self.layers = _holds_layers(module)
+        self.layers = bool(adapted_layers(module))
         self.replaced = False  # whether the load under way brings a dense base of its own
         names: dict[int, str] = {}  # tied parameters are fingerprinted once
         for name, parameter in _dense_parameters(module):
@@ -119,7 +119,7 @@ def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     there = {key[len(prefix) :].rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "lora_A"}
-    here = {name for name, layer in root.named_modules() if isinstance(layer, QLoRALinear)}
+    here = adapted_layers(root).keys()
     if there and there != here:
         name = sorted(there ^ here)[0]
         raise CheckpointMismatchError(
@@ -150,11 +150,7 @@ def _take_as_base(root: nn.Module, _: Any) -> None:
 def _is_merged(root: nn.Module) -> bool:
     """Whether the root was merged, or its part with the adapters was: then its state dict is a dense module's."""
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
-    return frozen.layers and not _holds_layers(root)
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    return any(isinstance(layer, QLoRALinear) for layer in module.modules())
+    return frozen.layers and not adapted_layers(root)
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -109,8 +109,8 @@ class Library:
         nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
         nested[-1] = blockwise.mean_in_fixed_order(absmax)
         self._loaded.quantize_scales(
-            absmax.data_ptr(), absmax.numel(), nested[-1].item(), _code_of_grid().data_ptr(), codes.data_ptr(),
-            nested.data_ptr(),
+            absmax.data_ptr(), absmax.numel(), nested[-1].item(), blockwise.code_of_place().data_ptr(),
+            codes.data_ptr(), nested.data_ptr(),
         )  # fmt: skip
         return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
 
@@ -149,12 +149,6 @@ def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
 def _levels(quant_type: QuantType) -> tuple[int, int]:
     """Where the 16 levels of a type and the 256 of its scales lie (tensors that their caches keep)."""
     return codebook(quant_type).levels.data_ptr(), dynamic_map().data_ptr()
-
-
-@cache
-def _code_of_grid() -> Tensor:
-    """The 8-bit code of each of the 65,536 places a scale can fall on, uint8."""
-    return blockwise.codes_of_grid(torch.arange(65536, dtype=torch.int32, device="cpu")).to(torch.uint8)
 
 
 def _threads(numel: int) -> int:

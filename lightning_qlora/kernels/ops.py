@@ -14,6 +14,7 @@ test them.
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -121,11 +122,7 @@ def quantize(
     if double_quant and not torch.isfinite(nested.view(torch.float32)[-1]):
         raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
     as_rows = PackedBytes(packed, absmax, nested, (rows.shape[0], rows.shape[1]), quant_type, block_size)
-    value = PackedWeight.from_bytes(as_rows, weight.dtype)
-    return PackedWeight(
-        value.packed, value.absmax, value.nested_absmax, value.offset, tuple(weight.shape), quant_type, block_size,
-        weight.dtype,
-    )  # fmt: skip
+    return replace(PackedWeight.from_bytes(as_rows, weight.dtype), shape=tuple(weight.shape))
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor]:
     if not double_quant:
         return absmax.view(torch.uint8), absmax.new_empty(0, dtype=torch.uint8)
     codes, nested_absmax, offset = blockwise.double_quantize(absmax)
-    return codes, torch.cat([nested_absmax, nested_absmax.new_tensor([offset])]).view(torch.uint8)
+    return codes, blockwise.nested_bytes(nested_absmax, offset)
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,8 @@ Blocks run over the weight read row by row as one flat line, so a block may cros
 Every step rounds as bitsandbytes 0.50 does on the CPU (backends/default/ops.py, csrc/cpu_ops.cpp), bit for bit.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -85,10 +87,21 @@ def codes_of_grid(places: Tensor) -> Tensor:
     return torch.bucketize(-1.0 + 2.0 * places / 65535.0, (levels[:-1] + levels[1:]) * 0.5, out_int32=True)
 
 
-def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: float) -> Tensor:
+@cache
+def code_of_place(device: str = "cpu") -> Tensor:
+    """`codes_of_grid` of all places, uint8 [65536], for the loops and kernels that look it up."""
+    return codes_of_grid(torch.arange(65536, dtype=torch.int32, device=device)).to(torch.uint8)
+
+
+def nested_bytes(nested_absmax: Tensor, offset: float) -> Tensor:
+    """Second-level scales and the offset as a layer stores them: fp32 [n], float -> uint8 [4 (n + 1)]."""
+    return torch.cat([nested_absmax, nested_absmax.new_tensor([offset])]).view(torch.uint8)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: float | Tensor) -> Tensor:
     """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b]."""
     levels = dynamic_map(device=codes.device)[codes.int()]
-    return levels * nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()] + offset
+    return levels.mul_(nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]).add_(offset)
 
 
 def mean_in_fixed_order(values: Tensor) -> Tensor:

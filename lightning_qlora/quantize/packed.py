@@ -45,9 +45,7 @@ class PackedBytes(NamedTuple):
         if not self.nested.numel():
             return self.absmax.reshape(-1).view(torch.float32)
         nested = self.nested.reshape(-1).view(torch.float32)
-        codes = self.absmax.reshape(-1)
-        levels = dynamic_map(device=codes.device)[codes.int()]
-        return levels.mul_(nested[:-1].repeat_interleave(blockwise.NESTED_BLOCK_SIZE)[: codes.numel()]).add_(nested[-1])
+        return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1])
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class PackedWeight:
         shape = (math.prod(self.shape[:-1]), self.shape[-1])
         nested = torch.empty(0, dtype=torch.uint8, device=self.packed.device)
         if self.nested_absmax is not None:
-            offset = self.nested_absmax.new_tensor([self.offset])
-            nested = torch.cat([self.nested_absmax, offset]).view(torch.uint8)
+            nested = blockwise.nested_bytes(self.nested_absmax, self.offset)
         return PackedBytes(self.packed, self.absmax.view(torch.uint8), nested, shape, self.quant_type, self.block_size)
 
     @classmethod

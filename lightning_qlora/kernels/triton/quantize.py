@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
-from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, mean_in_fixed_order
-from lightning_qlora.quantize.codebooks import codebook, dynamic_map
+from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, code_of_place, mean_in_fixed_order
+from lightning_qlora.quantize.codebooks import codebook
 from lightning_qlora.quantize.packed import PackedBytes
 
 
@@ -68,15 +68,6 @@ def _nest_kernel(absmax, mean, codes, nested, code_at, n, BLOCK: tl.constexpr, B
 
 
 @cache
-def _code_at(device: str) -> Tensor:
-    """The 8-bit code of each of the 65,536 places between -1 and 1, uint8."""
-    levels = dynamic_map(device=device)
-    place = torch.arange(65536, device=levels.device)
-    bounds = (levels[:-1] + levels[1:]) * 0.5
-    return torch.bucketize(-1.0 + 2.0 * place / 65535.0, bounds, out_int32=True).to(torch.uint8)
-
-
-@cache
 def _is_sorted(quant_type: QuantType) -> bool:
     """Whether a code is the rank of its level (NF4), so that no table need be asked."""
     return codebook(quant_type).order.tolist() == list(range(16))
@@ -110,7 +101,7 @@ def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
     tile = launch_options("nest", device)
     with launching_on(device):
         _nest_kernel[(triton.cdiv(nested.numel() - 1, tile["BLOCKS"]),)](
-            absmax, nested[-1:], codes, nested, _code_at(str(device)), b,
+            absmax, nested[-1:], codes, nested, code_of_place(str(device)), b,
             BLOCK=NESTED_BLOCK_SIZE, enable_fp_fusion=False, **tile,
         )  # fmt: skip
     return codes, nested

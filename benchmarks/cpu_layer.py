@@ -2,13 +2,15 @@
 
     python -m benchmarks.cpu_layer [--rounds 15] [--threads 2] [--rows 1 16 256 2048] [--write]
 
-Against bitsandbytes' own Linear4bit the adapter is left out on both sides (ours has rank 0): the 4-bit weight alone,
-and the gradient of its input. All calls alternate in one process. bf16.
+Twice: the 4-bit weight alone, against bitsandbytes' Linear4bit (ours has rank 0), with the gradient of the input; and
+with an adapter of rank 16, against PEFT around that layer, with the gradients of the adapter as well. All calls take
+turns in one process; bf16.
 """
 
 import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
@@ -36,26 +38,44 @@ def _evaluate(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None
 
 
 def weight_alone(shape: tuple[int, int], m: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of training and evaluation calls with m rows: ours, a dense layer's, bitsandbytes' where it is there."""
+    """Seconds of calls with m rows: ours, a dense layer's, bitsandbytes' where it is there."""
     dense = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16).requires_grad_(False)
     packed = quantize(dense.weight).to_bytes()
     lora_a, lora_b = torch.empty(0, shape[1]), torch.empty(shape[0], 0)
-    layers: dict[str, Callable[[Tensor], Tensor]] = {
-        peers.OURS: lambda x: ops.lora_linear(x, packed, None, lora_a, lora_b, 1.0),
-        "dense": dense,
+    made: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+        peers.OURS: lambda: lambda x: ops.lora_linear(x, packed, None, lora_a, lora_b, 1.0),
+        "dense": lambda: dense,
     }
-    x, grad = torch.randn(m, shape[1]).bfloat16(), torch.randn(m, shape[0]).bfloat16()
-    training = {name: _train(layer, x.clone().requires_grad_(), grad) for name, layer in layers.items()}
-    evaluation = {name: _evaluate(layer, x) for name, layer in layers.items()}
     if find_spec("bitsandbytes") is not None:
-        # Two layers: after a pass in evaluation bitsandbytes has packed the weight anew and drops the input's gradient.
-        one, other = (peers.bnb_linear(_copy(dense)) for _ in range(2))
-        training["bitsandbytes"] = _train(one.train(), x.clone().requires_grad_(), grad)
-        evaluation["bitsandbytes"] = _evaluate(other.eval(), x)
+        made["bitsandbytes"] = lambda: peers.bnb_linear(_copy(dense))
+    return _both_modes(made, shape, m, rounds)
+
+
+def with_adapter(shape: tuple[int, int], m: int, rounds: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """The same of layers with an adapter of rank 16."""
+
+    def build(name: str) -> nn.Module:
+        layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+        return peers.build(name, nn.Sequential(layer), 16)
+
+    return _both_modes({name: (lambda name=name: build(name)) for name in names}, shape, m, rounds)
+
+
+def _both_modes(
+    made: dict[str, Callable[[], Callable[[Tensor], Tensor]]], shape: tuple[int, int], m: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Each layer is made twice: bitsandbytes packs its weight anew in evaluation, and drops the gradient afterwards."""
+    x, grad = torch.randn(m, shape[1]).bfloat16(), torch.randn(m, shape[0]).bfloat16()
+    training = {name: _train(_mode(make(), True), x.clone().requires_grad_(), grad) for name, make in made.items()}
+    evaluation = {name: _evaluate(_mode(make(), False), x) for name, make in made.items()}
     return {
         "training": measure.take_turns(training, rounds, WARMUP),
         "evaluation": measure.take_turns(evaluation, rounds, WARMUP),
     }
+
+
+def _mode(layer: Any, training: bool) -> Any:
+    return layer.train(training) if isinstance(layer, nn.Module) else layer
 
 
 def _copy(dense: nn.Linear) -> nn.Linear:
@@ -92,6 +112,10 @@ def cost_of_a_call(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     )
 
 
+def _mean_and_range(values: list[float]) -> str:
+    return f"{measure.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,28 +126,26 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {}
-    ratios: dict[tuple[int, str, str], list[float]] = {}
-    lines = []
-    for m in options.rows:
-        for shape in SHAPES:
-            # Quick calls are repeated more often; what is slow is steady.
-            seconds = weight_alone(shape, m, options.rounds * (4 if m <= 16 else 1))
-            found[f"{shape[0]} x {shape[1]}, {m} rows"] = seconds
+    ratios: dict[tuple[str, int, str], list[float]] = {}
+    adapted = [name for name in peers.installed() if name in (peers.OURS, peers.BNB, peers.BNB_BF16, peers.DENSE)]
+    for m, shape in product(options.rows, SHAPES):
+        # Quick calls are repeated more often; what is slow is steady.
+        rounds = options.rounds * (4 if m <= 16 else 1)
+        for what, seconds in (
+            ("alone", weight_alone(shape, m, rounds)),
+            ("with adapter", with_adapter(shape, m, rounds, adapted)),
+        ):
+            found[f"{what}: {shape[0]} x {shape[1]}, {m} rows"] = seconds
             for mode, calls in seconds.items():
-                median = {name: measure.median_ms(values) for name, values in calls.items()}
-                for name in calls:
-                    ratios.setdefault((m, mode, name), []).append(median[peers.OURS] / median[name])
-    for m in options.rows:
-        for mode in ("training", "evaluation"):
-            columns = [ratios.get((m, mode, name)) for name in ("bitsandbytes", "dense")]
-            lines.append(
-                [str(m), mode]
-                + [
-                    "" if each is None else f"{measure.geometric_mean(each):.2f} ({min(each):.2f} to {max(each):.2f})"
-                    for each in columns
-                ]
-            )
-    heads = ["rows", "mode", "ours / bitsandbytes", "ours / dense bf16"]
+                ours = measure.median_ms(calls[peers.OURS])
+                for name, values in calls.items():
+                    ratios.setdefault((name, m, mode), []).append(ours / measure.median_ms(values))
+    names = list(dict.fromkeys(name for name, _, _ in ratios if name != peers.OURS))
+    lines = [
+        [str(m), mode, *(_mean_and_range(ratios[name, m, mode]) for name in names)]
+        for m, mode in product(options.rows, ("training", "evaluation"))
+    ]
+    heads = ["rows", "mode", *(f"ours / {name}" for name in names)]
     calls_table = []
     for dtype in (torch.float32, torch.bfloat16):
         seconds = cost_of_a_call(dtype, 60 * options.rounds)
@@ -133,9 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
             [str(dtype).removeprefix("torch."), f"{ours * 1e3:.0f}", f"{plain * 1e3:.0f}", f"{ours / plain:.2f}"]
         )
     markdown = (
-        "Time of the 4-bit weight alone, geometric mean over "
+        "Ratios of times, geometric mean over "
         + ", ".join(f"{out} x {columns}" for out, columns in SHAPES)
-        + " (least and largest); training is a forward pass and the gradient of the input:\n\n"
+        + " (least and largest); against PEFT with adapters of rank 16, else without; training is forward and "
+        + "backward:\n\n"
         + measure.table(heads, lines)
         + "\n\nA call by itself, forward and backward at 64 x 64 with an adapter of rank 8, microseconds:\n\n"
         + measure.table(["type", "ours", "nn.Linear + two products", "ours / that"], calls_table)

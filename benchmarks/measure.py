@@ -76,7 +76,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def publish(name: str, result: dict[str, Any], markdown: str, write: bool) -> None:
     """Print; with `write`, also keep the JSON and put the text between the page's marks for this benchmark."""
-    text = f"`python -m benchmarks.{name}` on {machine()}\n\n{markdown}"
+    threads = f" --threads {torch.get_num_threads()}"
+    text = f"`python -m benchmarks.{name}{threads}` on {machine()}\n\n{markdown}"
     print(text, flush=True)
     if not write:
         return

@@ -85,7 +85,8 @@ def linear(
         y = torch.addmm(nothing if bias is None else bias, xa, b, beta=bias is not None, alpha=scaling)
         return library.add_matmul(y, x.contiguous(), weight), xa
     y = torch.nn.functional.linear(x, _decoded(weight, dtype), bias)
-    return y.addmm_(xa, b, alpha=scaling), xa
+    # With rank 0 torch would still pass over y, to multiply it by one.
+    return y.addmm_(xa, b, alpha=scaling) if b.numel() else y, xa
 
 
 def linear_backward(
@@ -108,4 +109,5 @@ def linear_backward(
         if few and library is not None:
             return library.add_matmul_transposed(grad_x, grad.contiguous(), weight), grad_a, grad_b
         return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
-    return torch.mm(grad, _decoded(weight, grad.dtype)).addmm_(grad_xa, a), grad_a, grad_b
+    grad_x = torch.mm(grad, _decoded(weight, grad.dtype))
+    return grad_x.addmm_(grad_xa, a) if a.numel() else grad_x, grad_a, grad_b

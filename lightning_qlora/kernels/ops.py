@@ -31,6 +31,7 @@ from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 
 
 class Backend(Protocol):
@@ -64,7 +65,7 @@ class Backend(Protocol):
 def backend(device: torch.device) -> Backend:
     """The backend module for a device: Triton's on a GPU or under TRITON_INTERPRET=1, else the eager one."""
     # ROCm's devices call themselves "cuda" as well.
-    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
         return _triton() or cpu
     return cpu
 

@@ -14,7 +14,7 @@ def forget():
 
 
 def test_a_gpu_gets_the_kernels_and_a_cpu_the_eager_path(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops, "INTERPRETED", False)
     pytest.importorskip("triton")
     assert ops.backend(CUDA).__name__ == "lightning_qlora.kernels.triton"
     assert ops.backend(torch.device("cpu")) is cpu

@@ -5,8 +5,14 @@ enum { TILE_ROWS = 4, TILE_BYTES = 4096, LANES = 16, STEP = 64, MOST_ROWS = 64 }
 #define TILE_COLUMNS(T) (TILE_BYTES / (int64_t)sizeof(T))
 #define TILE_STRIDE(T) (TILE_COLUMNS(T) + 64 / (int64_t)sizeof(T)) /* rows 4096 bytes apart would share cache lines */
 
-static inline float sum(Floats v) {
-    return _mm512_reduce_add_ps((__m512)v);
+/* The sum of each of four vectors, which takes a third of the instructions of four sums. */
+static inline __m128 sums_of_four(const Floats v[4]) {
+    __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); /* each four lanes: a b a b */
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)); /* a b c d */
+    __m128 low = _mm_add_ps(_mm512_castps512_ps128(all), _mm512_extractf32x4_ps(all, 1));
+    return _mm_add_ps(low, _mm_add_ps(_mm512_extractf32x4_ps(all, 2), _mm512_extractf32x4_ps(all, 3)));
 }
 
 static inline Floats step_fp32(Floats total, const float *x, const float *w) {
@@ -176,11 +182,14 @@ void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows,
         else if (splits(w, type)) tiles_bf16_split(w, in, stride, rows, first, n, sums);
 #endif
         else tiles_bf16(w, in, stride, rows, first, n, sums);
-        for (int64_t m = 0; m < rows; m++)
+        for (int64_t m = 0; m < rows; m++) {
+            float total[TILE_ROWS];
+            _mm_storeu_ps(total, sums_of_four(sums[m]));
             for (int64_t j = 0; j < n; j++) {
                 int64_t at = m * w->rows + first + j;
-                store(y, at, type, load(y, at, type) + sum(sums[m][j]));
+                store(y, at, type, load(y, at, type) + total[j]);
             }
+        }
     }
 }
 #endif

@@ -1,6 +1,6 @@
 """A whole training step of a small Llama on the CPU: time, and memory at its peak.
 
-    python -m benchmarks.cpu_step [--steps 7] [--threads 2] [--r 16] [--write]
+    python -m benchmarks.cpu_step [--steps 15] [--threads 2] [--r 16] [--write]
 
 One process for each variant, so that each has a peak of its own; they take turns, one step each, so that what else the
 machine does falls on all of them.
@@ -100,7 +100,7 @@ def report(found: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--write", action="store_true", help="keep the JSON and refresh docs/benchmarks.md")

@@ -43,8 +43,10 @@ def median_ms(seconds: Sequence[float]) -> float:
 
 def spread(seconds: Sequence[float]) -> str:
     """The median with its quartiles, in milliseconds."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return f"{1e3 * middle:.3g} ({1e3 * low:.3g} to {1e3 * high:.3g})"
+    low, middle, high = (
+        f"{1e3 * each:.0f}" if each > 0.1 else f"{1e3 * each:.3g}" for each in statistics.quantiles(seconds)
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

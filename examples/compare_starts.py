@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_qlora import QLoRAPrecision
 
 DENSE = "16-bit LoRA"
-STARTS = [DENSE, "default", "loftq", "loftq x5", "pissa_niter_16", "calibrated"]
+STARTS = [DENSE, "default", "loftq x5", "pissa", "pissa x5", "calibrated"]
 ADAPTER: dict[str, Any] = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.0}
 
 

@@ -51,7 +51,7 @@ class QLoRAPrecision(Precision):
         modules_to_save: Modules to train in full beside the adapters: a list of name endings.
         init_lora_weights: Where the adapters start: "default" (PEFT's: B = 0), "gaussian" (B = 0), "loftq", "pissa",
             "pissa_niter_16" (with 16 power iterations, faster), or "calibrated" on the first training batches.
-        loftq_config: For "loftq", as in PEFT: {"loftq_iter": 5} for 5 iterations instead of 1.
+        loftq_config: For "loftq", as in PEFT, and for "pissa": {"loftq_iter": 5} for 5 iterations instead of 1.
         calibration_batches: For "calibrated": batches to look at before the first step; None: those of the first step.
         use_rslora: Scale by lora_alpha / sqrt(r) instead.
         use_dora: Learn the magnitude of every output row as well (weight-decomposed LoRA).

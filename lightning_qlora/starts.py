@@ -2,10 +2,11 @@
 
     default, gaussian   A random, B = 0:  the model is the quantized one              base Q = quantize(W)
     loftq               s B A = SVD_r(W - Q), repeated                                 base Q = quantize(W - s B A)
-    pissa               s B A = SVD_r(W)                                               base Q = quantize(W - s B A)
+    pissa               s B A = SVD_r(W), repeated                                     base Q = quantize(W - s B A)
     calibrated          s B A = SVD_r((W - Q) diag(d)) diag(1 / d), d = input sizes    base Q = quantize(W)
 
-LoftQ: Li et al. 2023, algorithm 1. PiSSA: Meng et al. 2024, section 3.
+LoftQ: Li et al. 2023, algorithm 1. PiSSA: Meng et al. 2024, section 3, and for more than one iteration section 4, with
+scales that leave the least error (`clipping`).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora import low_rank
+from lightning_qlora.clipping import quantize_clipped
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantize.packed import PackedWeight
@@ -104,14 +106,18 @@ def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
-    dense, r = weight.float(), _rank(weight, config, name)
+    dense, r, scaling = weight.float(), _rank(weight, config, name), config.scaling_of(name)
     if config.pissa_iterations is None:
         factors = low_rank.exact(dense, r)
     else:
         factors = low_rank.sketched(dense, r, config.pissa_iterations, seed_of_layer(name))
     lora_a, lora_b = _adapter(factors, config, name)
-    rest = dense - config.scaling_of(name) * (lora_b @ lora_a)
-    return Start(replace(_quantize(rest, config), dtype=weight.dtype), lora_a, lora_b)
+    if config.loftq_iterations == 1:
+        base = _quantize(dense - scaling * (lora_b @ lora_a), config)
+    for _ in range(config.loftq_iterations - 1):
+        base = quantize_clipped(dense - scaling * (lora_b @ lora_a), config)
+        lora_a, lora_b = _adapter(low_rank.exact(dense - base.dequantize(torch.float32), r), config, name)
+    return Start(replace(base, dtype=weight.dtype), lora_a, lora_b)
 
 
 def _adapter(factors: low_rank.Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:

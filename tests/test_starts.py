@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
 
-from lightning_qlora import QLoRALinear, convert, low_rank, quantize
+from lightning_qlora import QLoRAConfig, QLoRALinear, convert, low_rank, quantize
+from lightning_qlora.clipping import quantize_clipped
 
 R = 8
 
@@ -181,6 +182,27 @@ def test_pissa_is_pefts_with_a_quantized_residual(start):
         compare(ours, peft, gradients=False)
     copy_adapter(ours, peft)
     compare(ours, peft)
+
+
+def test_pissa_leaves_a_smaller_error_with_every_iteration_and_loftq_none_smaller():
+    net, errors = Net(), {}
+    for start, iterations in (("loftq", 5), ("pissa", 1), ("pissa", 2), ("pissa", 5), ("pissa_niter_16", 5)):
+        ours = converted(net, init_lora_weights=start, loftq_config={"loftq_iter": iterations}, lora_alpha=R / 2)
+        errors[start, iterations] = sum(
+            (getattr(net, n).weight - w(ours, n)).square().sum().item() for n in ("up", "down")
+        )
+    assert errors["pissa", 1] > errors["pissa", 2] > errors["pissa", 5]
+    assert errors["pissa", 5] < errors["loftq", 5]
+    assert errors["pissa_niter_16", 5] < errors["loftq", 5]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"block_size": 32}, {"quant_type": "fp4"}, {"double_quant": False}])
+def test_clipped_scales_leave_less_error_in_the_plain_format(arguments):
+    weight, config = torch.distributions.StudentT(3).sample((40, 131)), QLoRAConfig(**arguments)
+    plain = quantize(weight, config.quant_type, config.block_size, config.double_quant)
+    clipped = quantize_clipped(weight, config)
+    assert (clipped.dequantize() - weight).square().sum() < (plain.dequantize() - weight).square().sum()
+    assert [part.shape for part in clipped.to_bytes()[:3]] == [part.shape for part in plain.to_bytes()[:3]]
 
 
 @pytest.mark.parametrize("start", ["default", "gaussian", "calibrated", "loftq"])

@@ -80,7 +80,7 @@ def test_few_rows_are_multiplied_by_the_rounded_weight(library, dtype, tolerance
         for block_size in (32, 64):
             weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, "nf4", block_size, True)
             dense = reference.dequantize(weight, dtype).double()
-            for m in (1, 3, 16, native.MOST_ROWS):
+            for m in (1, 2, 3, 4, 6, 16, native.MOST_ROWS):
                 x, y = torch.randn(m, shape[1]).to(dtype), torch.randn(m, shape[0]).to(dtype)
                 for ours, expected in [
                     (library.add_matmul(y.clone(), x, weight), y.double() + x.double() @ dense.T),

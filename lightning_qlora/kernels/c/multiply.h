@@ -20,8 +20,12 @@ static inline Floats step_fp32(Floats total, const float *x, const float *w) {
 }
 
 #ifdef __AVX512BF16__
+static inline __m512 products_bf16(__m512 total, const uint16_t *x, __m512i w) {
+    return _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)w);
+}
+
 static inline Floats step_bf16(Floats total, const uint16_t *x, const uint16_t *w) {
-    return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
+    return (Floats)products_bf16((__m512)total, x, _mm512_loadu_si512(w));
 }
 #endif
 
@@ -103,26 +107,43 @@ static inline void decode_bf16_split(const Weight *w, int64_t begin, int64_t end
     }
 }
 
-/* One row of x: no tile at all, the weights go from register to sum. */
-static void one_row_bf16_split(const Weight *w, const uint16_t *x, int64_t first, Floats *sums) {
-    __m512 a[TILE_ROWS] = {0}, b[TILE_ROWS] = {0};
+/* Up to four rows of x and `n` rows of W: no tile at all, the weights go from register to sum. */
+static inline __attribute__((always_inline)) void in_registers(const int rows, const int n, const Weight *w,
+                                                               const uint16_t *x, int64_t first, int j0,
+                                                               Floats (*sums)[TILE_ROWS]) {
+    __m512 total[4][TILE_ROWS][2] = {0}; /* of the even weights and of the odd ones */
     float scales[TILE_ROWS][GROUPS];
-    for (int64_t k = 0, n; k < w->columns; k += 64 * n) {
-        for (int64_t j = 0; j < TILE_ROWS; j++)
-            n = scales_of_groups(w, (first + j) * w->columns + k, (first + j + 1) * w->columns, scales[j]);
-        for (int64_t g = 0; g < n; g++) {
-            const uint8_t *bytes = w->packed + ((first * w->columns + k) >> 1) + 32 * g;
+    int64_t begin = (first + j0) * w->columns;
+    for (int64_t k = 0, groups; k < w->columns; k += 64 * groups) {
+        for (int j = 0; j < n; j++)
+            groups = scales_of_groups(w, begin + j * w->columns + k, begin + (j + 1) * w->columns, scales[j]);
+        for (int64_t g = 0; g < groups; g++) {
+            const uint8_t *bytes = w->packed + ((begin + k) >> 1) + 32 * g;
             const uint16_t *here = x + k + 64 * g;
-            __m512bh even_x = (__m512bh)_mm512_loadu_si512(here), odd_x = (__m512bh)_mm512_loadu_si512(here + 32);
-            for (int j = 0; j < TILE_ROWS; j++) {
+            for (int j = 0; j < n; j++) {
                 __m512i even, odd;
                 decode_64_split(w, bytes + j * w->columns / 2, scales[j][g], &even, &odd);
-                a[j] = _mm512_dpbf16_ps(a[j], even_x, (__m512bh)even);
-                b[j] = _mm512_dpbf16_ps(b[j], odd_x, (__m512bh)odd);
+                for (int m = 0; m < rows; m++) {
+                    const uint16_t *of_row = here + m * w->columns;
+                    total[m][j][0] = products_bf16(total[m][j][0], of_row, even);
+                    total[m][j][1] = products_bf16(total[m][j][1], of_row + 32, odd);
+                }
             }
         }
     }
-    for (int j = 0; j < TILE_ROWS; j++) sums[j] = (Floats)_mm512_add_ps(a[j], b[j]);
+    for (int m = 0; m < rows; m++)
+        for (int j = 0; j < n; j++) sums[m][j0 + j] = (Floats)_mm512_add_ps(total[m][j][0], total[m][j][1]);
+}
+
+/* The sums of up to four rows for the TILE_ROWS rows of W from `first` on; at most 16 sums are in registers at once. */
+static void few_rows_bf16_split(int64_t rows, const Weight *w, const uint16_t *x, int64_t first,
+                                Floats (*sums)[TILE_ROWS]) {
+    if (rows == 1) in_registers(1, 4, w, x, first, 0, sums);
+    else if (rows == 2) in_registers(2, 4, w, x, first, 0, sums);
+    else for (int j = 0; j < TILE_ROWS; j += 2) {
+        if (rows == 3) in_registers(3, 2, w, x, first, j, sums);
+        else in_registers(4, 2, w, x, first, j, sums);
+    }
 }
 
 static int splits(const Weight *w, int type) { return type == BF16 && w->columns % 64 == 0 && w->block_shift >= 6; }
@@ -178,7 +199,7 @@ void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows,
         if (type == FP32) tiles_fp32(w, in, stride, rows, first, n, sums);
         else if (type == FP16) tiles_fp16(w, in, stride, rows, first, n, sums);
 #ifdef __AVX512BF16__
-        else if (splits(w, type) && rows == 1 && n == TILE_ROWS) one_row_bf16_split(w, in, first, sums[0]);
+        else if (splits(w, type) && rows <= 4 && n == TILE_ROWS) few_rows_bf16_split(rows, w, in, first, sums);
         else if (splits(w, type)) tiles_bf16_split(w, in, stride, rows, first, n, sums);
 #endif
         else tiles_bf16(w, in, stride, rows, first, n, sums);

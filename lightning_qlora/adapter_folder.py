@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lightning_qlora.files import open_safetensors, read_json, replaced_files
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.since_start import Origin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -58,9 +60,10 @@ class Adapter:
         lora_dropout: Dropout in training.
         task_type: PEFT's word for what the model is for, or None.
         base_model: Folder or hub name of the base model, or None.
-        quantization: How the base was quantized in training (quant_type, block_size, double_quant), where known, and
-            whether its weights were moved by the start of the adapters (base_moved).
+        quantization: How the base was quantized in training and what the adapters started from, where known; see
+            `since_start.quantization_of`.
         bases: Layer name -> its 4-bit weight, where the adapters came with it.
+        origin: What the adapters' start can be made again from, where known.
         source: File the tensors came from, for messages.
     """
 
@@ -75,6 +78,7 @@ class Adapter:
     base_model: str | None = None
     quantization: dict[str, Any] | None = None
     bases: dict[str, PackedWeight] = field(default_factory=dict)
+    origin: Origin | None = None
     source: str = WEIGHTS
 
     @property
@@ -103,6 +107,11 @@ class Adapter:
         """The layers of another alpha."""
         usual = self.alpha
         return {name: _number(layer.alpha) for name, layer in self.layers.items() if _number(layer.alpha) != usual}
+
+    def is_transposed(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a layer's dense weight of this shape is [in, out], as Conv1D keeps it."""
+        inputs, outputs = self.layers[name].lora_A.shape[1], self.layers[name].lora_B.shape[0]
+        return tuple(shape) == (inputs, outputs) and (inputs != outputs or self.fan_in_fan_out)
 
     def scaling(self, name: str) -> float:
         """The factor of one layer's product."""

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -17,12 +17,18 @@ from lightning_qlora import starts
 from lightning_qlora.adapter_folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
 from lightning_qlora.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.calibration import calibration_of
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import Onto, QLoRAConfig, check_choice
+from lightning_qlora.float_base import for_float_base
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
-from lightning_qlora.since_start import belongs_to
+from lightning_qlora.since_start import Origin, belongs_to, quantization_of
 
 
-def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    onto: Onto = "decoded",
+    base: str | os.PathLike[str] | None = None,
+) -> None:
     """Write a module's adapters as `peft.PeftModel.from_pretrained(base, folder)` reads them.
 
     Names are those of the transformers model inside the module, so the folder fits the model without Lightning. Where
@@ -31,13 +37,18 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         module: A converted module, LightningModule or not.
         folder: Where to; files of the same names are replaced, each in one step.
+        onto: The base that the folder is for. "decoded": in 4 bits, as in training (an adapter that started at B = 0
+            does for both); "float": in 16 or 32 bit, which takes rank 2 r where the start was another.
+        base: For "float": folder or hub name of the base; None: what the transformers model was loaded from.
 
     Raises:
         ValueError: If there is no adapter, or PEFT has no words for what was trained.
     """
+    check_choice("onto", onto, get_args(Onto))
     adapter = adapter_of(module)
-    layer = next(iter(adapted_layers(module).values()))
-    if need := belongs_to(layer.config):
+    if onto == "float":
+        adapter = for_float_base(adapter, base)
+    elif need := belongs_to(adapter.quantization):
         warnings.warn(need, stacklevel=2)
     rank_zero_only(write_adapter)(adapter, folder)
 
@@ -91,12 +102,20 @@ def adapter_of(module: nn.Module) -> Adapter:
         lora_dropout=first.lora_dropout,
         task_type=about["task_type"],
         base_model=about["base_model"],
-        quantization={
+        quantization=quantization_of(first.config)
+        | {
             "quant_type": first.quant_type,
             "block_size": first.block_size,
             "double_quant": first.nested.numel() > 0,
-            "base_moved": starts.moves_base(first.config),
         },
+        bases={name: layer.packed_weight for name, layer in layers.items() if starts.moves_base(layer.config)},
+        origin=Origin(
+            first.config,
+            {name: layer.full_name for name, layer in layers.items()},
+            {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
+            {name: layer.base_fingerprint() for name, layer in layers.items()},
+        ),
+        source=type(module).__name__,
     )
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora import starts
 from lightning_qlora.adapter_folder import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters import target_words
-from lightning_qlora.linear import FINGERPRINT
+from lightning_qlora.linear import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.since_start import Origin, quantization_of
 from lightning_qlora.state import CONFIG, base_model_of, config_of
 
 
@@ -54,17 +54,22 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
         lora_dropout=config.lora_dropout,
         task_type=about["task_type"],
         base_model=about["base_model"],
-        quantization={
-            "quant_type": config.quant_type,
-            "block_size": config.block_size,
-            "double_quant": config.double_quant,
-            "base_moved": starts.moves_base(config),
-        },
+        quantization=quantization_of(config),
         bases={
             name.removeprefix(outer): PackedWeight.from_bnb_state_dict(state, f"{name}.weight")
             for name in names
             if f"{name}.weight.absmax" in state
         },
+        origin=Origin(
+            config,
+            {name.removeprefix(outer): name.removeprefix(root) for name in names},
+            {name.removeprefix(outer): rms for name in names if (rms := state.get(f"{name}.{INPUT_RMS}")) is not None},
+            {
+                name.removeprefix(outer): int(state[f"{name}.weight.{FINGERPRINT}"])
+                for name in names
+                if f"{name}.weight.{FINGERPRINT}" in state
+            },
+        ),
         source=str(path),
     )
 

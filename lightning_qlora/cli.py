@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from lightning_qlora.adapter_folder import Adapter, read_adapter, vllm_objections, write_adapter
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
-from lightning_qlora.config import QuantType
-from lightning_qlora.files import check_free
+from lightning_qlora.config import Onto, QuantType
+from lightning_qlora.files import check_free, resolve_model
+from lightning_qlora.float_base import for_float_base
 from lightning_qlora.linear import CheckpointMismatchError
 from lightning_qlora.memory import OptimizerName, estimate_memory
-from lightning_qlora.merge_folder import FolderDtype, Onto, merge_folder, resolve_model
+from lightning_qlora.merge_folder import FolderDtype, merge_folder
+from lightning_qlora.since_start import belongs_to
 
 # What a user can mend: shown as one line. Anything else is a mistake of ours and shows its trace.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)
@@ -104,20 +106,36 @@ def merge(
     source = base or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base FOLDER.")
+    if onto == "float":
+        found = for_float_base(found, source)
     merge_folder(resolve_model(source), found, output, dtype, onto)
     print(f"{output}: {source} with {adapter} folded in")
 
 
-def export(checkpoint: str, output: str, prefix: str | None = None, max_lora_rank: int = 512) -> None:
-    """Write the adapter of a Lightning checkpoint as a PEFT folder, and say whether vLLM takes it.
+def export(
+    checkpoint: str,
+    output: str,
+    onto: Onto = "decoded",
+    base: str | None = None,
+    prefix: str | None = None,
+    max_lora_rank: int = 512,
+) -> None:
+    """Write the adapter of a Lightning checkpoint as a PEFT folder, and say which base it is for and if vLLM takes it.
 
     Args:
         checkpoint: A checkpoint of the Trainer, ModelCheckpoint or Fabric.
         output: Folder to write adapter_config.json and adapter_model.safetensors to.
+        onto: The base it will be put on: in 4 bits, as in training, or "float", in 16 or 32 bit. They differ for
+            adapters that started from the error of quantization; for "float" those take twice the rank.
+        base: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
         prefix: Name of the base model in the LightningModule, where the checkpoint does not say it.
         max_lora_rank: What vLLM will be started with.
     """
     adapter = _adapter(checkpoint, prefix)
+    if onto == "float":
+        adapter = for_float_base(adapter, base)
+    elif need := belongs_to(adapter.quantization):
+        warnings.warn(need, stacklevel=2)
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     objections = vllm_objections(adapter, max_lora_rank)

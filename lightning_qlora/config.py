@@ -11,6 +11,7 @@ T = TypeVar("T")
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+Onto = Literal["decoded", "float"]  # the base that adapters are added to: as in training, or as it was before
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
 

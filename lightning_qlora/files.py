@@ -115,6 +115,13 @@ class WeightFolder:
         """The files, in order."""
         return sorted(set(self.file_of.values()))
 
+    def find(self, name: str) -> str | None:
+        """The key of a parameter; the files of a model with or without a head differ in the first part."""
+        longer = [key for key in self.entries if key.endswith("." + name)]
+        while name and name not in self.entries:
+            name = name.partition(".")[2]
+        return name or (longer[0] if len(longer) == 1 else None)
+
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Some tensors, on the CPU."""
         found: dict[str, Tensor] = {}
@@ -217,3 +224,22 @@ def replaced_files(target: Path) -> Iterator[Path]:
             path.replace(target / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def resolve_model(name: str) -> str:
+    """A model's folder: the name itself if it is one, else the hub's snapshot of that name.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    if os.path.isdir(name):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error

@@ -7,9 +7,9 @@ from pathlib import Path
 from lightning_qlora import adapter_folder
 from lightning_qlora.adapter_folder import Adapter, read_adapter, vllm_objections
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint, fingerprint_of_base, read_state
-from lightning_qlora.files import WeightFolder, read_json
-from lightning_qlora.merge_folder import resolve_model
+from lightning_qlora.files import WeightFolder, read_json, resolve_model
 from lightning_qlora.report import size_text
+from lightning_qlora.since_start import belongs_to
 
 
 def inspect_path(path: str) -> list[tuple[str, str]]:
@@ -42,6 +42,7 @@ def _of_adapter(adapter: Adapter) -> list[tuple[str, str]]:
     return [
         ("base", adapter.base_model or "not said"),
         ("quantization", _quantization(adapter)),
+        ("is for", belongs_to(adapter.quantization) or "the base in 4 bits, and in 16 or 32"),
         ("layers", f"{len(adapter.layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
         ("rank", _counts(ranks)),
         ("alpha", _counts(alphas)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapter_folder import PREFIX, Adapter
-from lightning_qlora.config import check_choice
+from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
@@ -20,7 +20,6 @@ from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.rounding import round_at_random
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
-Onto = Literal["decoded", "float"]
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -79,7 +78,7 @@ class _Merging:
         self.saved: dict[str, Tensor] = {}
         self.added: dict[str, Tensor] = {}
         for name, value in adapter.saved.items():
-            key = self._find(name)
+            key = self.folder.find(name)
             if key is not None:
                 self.saved[key] = value
             elif not self._is_tied_copy(name):
@@ -173,9 +172,7 @@ class _Merging:
         """Whether transformers wants the weight as [in, out], as its Conv1D keeps it (in 4 bits it is [out, in])."""
         if name is None or self._is_packed(key):
             return self.adapter.fan_in_fan_out and not key.endswith("lm_head.weight")
-        inputs, outputs = self.adapter.layers[name].lora_A.shape[1], self.adapter.layers[name].lora_B.shape[0]
-        turned = self.folder.entries[key].shape == (inputs, outputs)
-        return turned and (inputs != outputs or self.adapter.fan_in_fan_out)
+        return self.adapter.is_transposed(name, self.folder.entries[key].shape)
 
     def _is_packed(self, key: str) -> bool:
         return f"{key}.absmax" in self.folder.entries
@@ -204,20 +201,13 @@ class _Merging:
         return bool(dot) and self._is_packed(head + ".weight")
 
     def _key(self, name: str, part: str) -> str:
-        key = self._find(name)
+        key = self.folder.find(name)
         if key is None:
             raise CheckpointMismatchError(
                 f"{self.adapter.source}: key '{PREFIX}{name.removesuffix('weight')}{part}' does not fit: "
                 f"{self.folder.folder} has no tensor {name!r}. An adapter fits the model it was trained on."
             )
         return key
-
-    def _find(self, name: str) -> str | None:
-        """The file's key of a parameter; the files of a model with or without a head differ in the first part."""
-        longer = [key for key in self.folder.entries if key.endswith("." + name)]
-        while name and name not in self.folder.entries:
-            name = name.partition(".")[2]
-        return name or (longer[0] if len(longer) == 1 else None)
 
     def _is_tied_copy(self, name: str) -> bool:
         """Whether a trained tensor that the base's files lack is tied to one that they have and that was trained."""
@@ -236,22 +226,3 @@ def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str)
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": skip,
     }
-
-
-def resolve_model(name: str) -> str:
-    """A model's folder: the name itself if it is one, else the hub's snapshot of that name.
-
-    Raises:
-        FileNotFoundError: If it is neither.
-    """
-    if os.path.isdir(name):
-        return name
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
-    try:
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error

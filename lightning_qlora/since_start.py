@@ -1,60 +1,108 @@
-"""What training changed: an adapter less its start, for a base in 16 bit.
+"""What training changed: an adapter less its start.
 
 An adapter that starts from a quantization error, or from the weight itself (`starts`), belongs to the 4-bit base it was
 started with. On the dense weight W the trained layer is, but for what the start left of the error,
 
     W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]        an adapter of rank 2 r with the same s (PEFT does so for PiSSA)
 
-A0 and B0 are made again from W, so a checkpoint need not hold them.
+A0 and B0 are made again from W, so neither a module nor a checkpoint holds them.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_qlora import starts
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.fingerprint import fingerprint
+from lightning_qlora.quantize.packed import PackedWeight
 
 
-def belongs_to(config: QLoRAConfig) -> str | None:
-    """In a sentence, the base that adapters of this kind of start need; None where the dense one does as well."""
-    if config.start not in ("loftq", "pissa", "calibrated"):
+@dataclass(frozen=True)
+class Origin:
+    """What the starts of a module's adapters can be made again from.
+
+    Attributes:
+        config: The arguments of the conversion.
+        full_names: Layer's name in the base model -> its name in the module, which seeds a start.
+        input_rms: Layer's name in the base model -> input sizes that a "calibrated" start was made from.
+        fingerprints: Layer's name in the base model -> fingerprint of its 4-bit weight.
+    """
+
+    config: QLoRAConfig
+    full_names: dict[str, str]
+    input_rms: dict[str, Tensor] = field(default_factory=dict)
+    fingerprints: dict[str, int] = field(default_factory=dict)
+
+
+def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
+    """How the base of a module's adapters was quantized, and whether and how they started from it; plain values."""
+    return {
+        "quant_type": config.quant_type,
+        "block_size": config.block_size,
+        "double_quant": config.double_quant,
+        "init_lora_weights": config.init_lora_weights,
+        "base_moved": starts.moves_base(config),
+    }
+
+
+def belongs_to(quantization: Mapping[str, Any] | None) -> str | None:
+    """In a sentence, the base that adapters of such a start need; None where the dense one does as well."""
+    start = (quantization or {}).get("init_lora_weights", "default")
+    if quantization is None or start in ("default", "gaussian"):
         return None
-    kind = f"{config.quant_type}, block_size={config.block_size}, double_quant={config.double_quant}"
-    if starts.moves_base(config):
+    kind = ", ".join(f"{name}={quantization[name]}" for name in ("quant_type", "block_size", "double_quant"))
+    if quantization["base_moved"]:
         return (
-            f"These adapters started as {config.init_lora_weights!r}: they belong to the 4-bit weights ({kind}) of "
-            "this run alone, which are not the quantized model. Merge them, or export their difference to the start."
+            f"These adapters started as {start!r}: they belong to the 4-bit weights ({kind}) of this run alone, which "
+            "are not the quantized model. Merge them, or export their difference to the start (onto='float')."
         )
     return (
-        f"These adapters started as {config.init_lora_weights!r}, from the error of quantization: they belong to the "
-        f"model in 4 bits ({kind}). For a model in 16 bit export their difference to the start."
+        f"These adapters started as {start!r}, from the error of quantization: they belong to the model in 4 bits "
+        f"({kind}). For a model in 16 bit export their difference to the start (onto='float')."
     )
 
 
 @torch.no_grad()
-def since_start(layer: QLoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The adapter less its start: A [2 r, in] and B [out, 2 r] in fp32, for the same s; r where B started at zero.
+def start_again(origin: Origin, name: str, weight: Tensor, base: PackedWeight | None = None) -> tuple[Tensor, Tensor]:
+    """A0 and B0 that a layer's adapter started from, fp32.
 
     Args:
-        layer: A trained layer.
-        weight: The dense weight it was converted from, in the same type, shaped as the dense layer has it.
+        origin: What is known of the start.
+        name: The layer, as the base model names it.
+        weight: Its dense weight [out, in].
+        base: Its 4-bit weight, where the start moved it.
 
     Raises:
-        ValueError: If the layer has magnitudes (DoRA), whose product is no low-rank difference, or the start can't be
-            made again because the layer still waits for its first batch.
+        ValueError: If the start of this weight leaves another 4-bit base than the adapter was trained on.
     """
-    if layer.lora_magnitude_vector is not None:
-        raise ValueError(f"{layer.full_name}: DoRA's change is no adapter of rank 2 r. Merge the layer instead.")
-    if layer.dense_weight is not None:
-        raise ValueError(f"{layer.full_name}: has not started yet (init_lora_weights='calibrated' waits for training).")
-    a, b = layer.lora_A.detach().float(), layer.lora_B.detach().float()
-    rows = layer._as_rows(weight.detach()).to(a.device)
-    config, name = layer.config, layer.full_name
-    if config.start == "calibrated" and layer.input_rms is not None and bool(layer.input_rms.any()):
-        a0, b0 = starts.calibrated(rows, layer.packed_weight, layer.input_rms, config, name)
-    elif config.start in ("loftq", "pissa"):
-        _, a0, b0 = starts.start(rows, config, name)
-    else:
-        return a, b
-    return torch.cat([a, a0.to(a)]), torch.cat([b, -b0.to(b)], dim=1)
+    config, full_name, rms = origin.config, origin.full_names[name], origin.input_rms.get(name)
+    # The weight may have been converted in another type than it is stored in.
+    for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16)):
+        begin = starts.start(weight.to(dtype), config, full_name)
+        if _is_same(begin.base, origin.fingerprints.get(name), base):
+            if config.start == "calibrated" and rms is not None and bool(rms.any()):
+                return starts.calibrated(weight.to(dtype), begin.base, rms, config, full_name)
+            return begin.lora_a, begin.lora_b
+    raise ValueError(
+        f"{name}: its start can't be made again from this weight: what comes out is not the 4-bit base the adapter was "
+        "trained on. Pass the base model of the training, and the PL_GLOBAL_SEED of it for 'pissa_niter_N'."
+    )
+
+
+def _is_same(made: PackedWeight, known: int | None, base: PackedWeight | None) -> bool:
+    stored = made.to_bytes()
+    if base is not None:  # moved by an SVD, whose last bits differ between machines
+        return bool((stored.packed.view(-1) == base.packed.to(stored.packed).view(-1)).float().mean() > 0.99)
+    return known is None or fingerprint(stored.packed, stored.absmax, stored.nested) == known
+
+
+def less_start(lora_a: Tensor, lora_b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """A [2 r, in] and B [out, 2 r] for the same s, fp32; of rank r where the start was B = 0."""
+    lora_a, lora_b = lora_a.float(), lora_b.float()
+    if not b0.any():
+        return lora_a, lora_b
+    return torch.cat([lora_a, a0.to(lora_a)]), torch.cat([lora_b, -b0.to(lora_b)], dim=1)

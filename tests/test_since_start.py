@@ -1,59 +1,175 @@
 import copy
+import json
+import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from lightning_qlora import convert
+from lightning_qlora import QLoRAPrecision, convert, save_adapter
+from lightning_qlora.adapters import adapter_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.since_start import belongs_to, since_start
+from lightning_qlora.since_start import belongs_to, less_start, quantization_of, start_again
+from tests.toys import Lit, ids, logits, perturb, toy
+
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+STARTS = [
+    {"init_lora_weights": "loftq"},
+    {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa", "loftq_config": {"loftq_iter": 2}},
+    {"init_lora_weights": "pissa_niter_4"},
+    {"init_lora_weights": "calibrated"},
+]
 
 
-def trained(start, weight_layer, **arguments):
+def trained(dense, **arguments):
     """A layer whose adapter took one step from its start."""
-    net = nn.Sequential(copy.deepcopy(weight_layer))
-    convert(net, r=8, lora_alpha=4, lora_dropout=0.0, init_lora_weights=start, **arguments)
+    net = nn.Sequential(copy.deepcopy(dense))
+    convert(net, r=8, lora_alpha=4, lora_dropout=0.0, **arguments)
     net(torch.randn(32, 64))
     layer, before = net[0], copy.deepcopy(net[0])
     with torch.no_grad():
         for parameter in layer.adapter_parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    return layer, before
+    return net, layer, before
 
 
-@pytest.mark.parametrize("start", ["default", "gaussian", "loftq", "pissa", "pissa_niter_4", "calibrated"])
-def test_the_difference_is_what_training_added(start):
+def difference(net, layer, dense):
+    origin = adapter_of(net).origin
+    base = layer.packed_weight if quantization_of(layer.config)["base_moved"] else None
+    return less_start(layer.lora_A.detach(), layer.lora_B.detach(), *start_again(origin, "0", dense.weight, base))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"init_lora_weights": "gaussian"}, *STARTS])
+def test_the_difference_is_what_training_added(arguments):
     dense = nn.Linear(64, 96)
-    layer, before = trained(start, dense)
-    a, b = since_start(layer, dense.weight)
-    assert a.shape == ((8 if start in ("default", "gaussian") else 16), 64)
+    net, layer, before = trained(dense, **arguments)
+    a, b = difference(net, layer, dense)
+    assert a.shape == ((16 if arguments in STARTS else 8), 64)
     torch.testing.assert_close(layer.scaling * b @ a, layer.delta() - before.delta(), rtol=1e-3, atol=1e-4)
 
 
 def test_on_the_dense_weight_it_comes_close_to_the_trained_layer():
     dense = nn.Linear(64, 96)
-    layer, _ = trained("calibrated", dense)
-    a, b = since_start(layer, dense.weight)
+    net, layer, _ = trained(dense, init_lora_weights="calibrated")
+    a, b = difference(net, layer, dense)
     effective = layer.decode() + layer.delta()
     with_difference = (dense.weight + layer.scaling * b @ a - effective).norm()
     as_it_is = (dense.weight + layer.delta() - effective).norm()  # the start counted twice
     assert with_difference < 0.95 * as_it_is
 
 
-def test_what_has_no_such_difference_is_refused():
+@pytest.mark.parametrize("arguments", STARTS)
+def test_another_weight_is_refused(arguments):
     dense = nn.Linear(64, 96)
-    layer, _ = trained("pissa", dense, use_dora=True)
+    net, layer, _ = trained(dense, **arguments)
+    with pytest.raises(ValueError, match="0: its start can't be made again"):
+        difference(net, layer, nn.Linear(64, 96))
+
+
+def test_a_weight_converted_in_another_type_than_it_is_stored_in_is_found():
+    dense = nn.Linear(64, 96)
+    net, layer, before = trained(copy.deepcopy(dense).bfloat16().float(), init_lora_weights="calibrated")
+    a, b = difference(net, layer, dense)
+    torch.testing.assert_close(layer.scaling * b @ a, layer.delta() - before.delta(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def base(tmp_path):
+    toy("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def fitted(base, trainer, **arguments):
+    lit = Lit(type(toy("llama")).from_pretrained(base))
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, **arguments), max_steps=2)
+    run.fit(lit)
+    return lit, run
+
+
+@pytest.mark.parametrize("arguments", STARTS)
+def test_peft_on_the_float_base_does_what_training_added(arguments, base, tmp_path, trainer):
+    """Float base plus difference = float base plus what the layers changed by since the start."""
+    peft = pytest.importorskip("peft")
+    lit, run = fitted(base, trainer, **arguments)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    start = Lit(type(toy("llama")).from_pretrained(base))
+    convert(start, **ARGUMENTS, **arguments)
+    start.train().model(ids())  # where "calibrated" starts, on the batch that Lit trains on
+    expected = type(toy("llama")).from_pretrained(base)
+    for name, layer in start.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            change = lit.model.get_submodule(name).delta() - layer.delta()
+            assert change.norm() > 0
+            expected.get_submodule(name).weight.data += change
+    save_adapter(lit, tmp_path / "adapter", onto="float")
+    config = exported(tmp_path / "last.ckpt", tmp_path / "exported")
+    assert config["r"] == 8 and config["lora_alpha"] == 16
+    for folder in ("adapter", "exported"):
+        loaded = peft.PeftModel.from_pretrained(type(expected).from_pretrained(base), tmp_path / folder)
+        torch.testing.assert_close(logits(loaded), logits(expected.eval()), atol=1e-4, rtol=0)
+
+
+def exported(checkpoint, folder):
+    from lightning_qlora.cli import main
+
+    main(["export", str(checkpoint), str(folder), "--onto", "float"])
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_a_merge_onto_the_float_weights_takes_the_start_off(base, tmp_path, trainer, capsys):
+    from lightning_qlora.cli import main
+
+    lit, run = fitted(base, trainer, init_lora_weights="calibrated")
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    main(["merge", str(tmp_path / "last.ckpt"), str(tmp_path / "merged"), "--onto", "float"])
+    exported(tmp_path / "last.ckpt", tmp_path / "exported")
+    peft = pytest.importorskip("peft")
+    merged, dense = (type(lit.model).from_pretrained(path) for path in (tmp_path / "merged", base))
+    loaded = peft.PeftModel.from_pretrained(dense, tmp_path / "exported")
+    torch.testing.assert_close(logits(merged), logits(loaded), atol=1e-5, rtol=0)
+    with pytest.warns(UserWarning, match="belong to the model in 4 bits"):
+        save_adapter(lit, tmp_path / "plain")
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "plain"), str(tmp_path / "again"), "--onto", "float"])
+    assert "an adapter folder does not hold what its start was made from" in capsys.readouterr().err
+
+
+def test_a_plain_export_says_in_its_metadata_and_on_screen_what_it_is_for(base, tmp_path, trainer, capsys):
+    from lightning_qlora.cli import main
+
+    _, run = fitted(base, trainer, init_lora_weights="loftq")
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "exported")])
+    assert "started as 'loftq', from the error of quantization" in capsys.readouterr().err
+    with safe_open(tmp_path / "exported" / "adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lightning_qlora"])["init_lora_weights"] == "loftq"
+    for path in ("exported", "last.ckpt"):
+        main(["inspect", str(tmp_path / path)])
+        assert re.search(r"is for +These adapters started as 'loftq'", capsys.readouterr().out)
+
+
+def test_what_has_no_such_difference_is_refused(base, tmp_path):
+    lit = Lit(type(toy("llama")).from_pretrained(base))
+    convert(lit, **ARGUMENTS, init_lora_weights="pissa", use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
-        since_start(layer, dense.weight)
-    waiting = nn.Sequential(copy.deepcopy(dense))
-    convert(waiting, r=8, init_lora_weights="calibrated")
-    with pytest.raises(ValueError, match="has not started yet"):
-        since_start(waiting[0], dense.weight)
+        save_adapter(lit, tmp_path / "adapter", onto="float")
+    with pytest.raises(ValueError, match="onto='16bit': must be one of 'decoded', 'float'"):
+        save_adapter(lit, tmp_path / "adapter", onto="16bit")
+    lit = perturb(Lit(toy("llama")))
+    convert(lit, **ARGUMENTS, init_lora_weights="loftq")
+    with pytest.raises(ValueError, match="names no base model"):
+        save_adapter(lit, tmp_path / "adapter", onto="float")
 
 
 def test_the_base_an_adapter_belongs_to_is_said():
-    assert belongs_to(QLoRAConfig()) is None
-    assert "model in 4 bits (nf4, block_size=64" in belongs_to(QLoRAConfig(init_lora_weights="calibrated"))
-    assert "of this run alone" in belongs_to(QLoRAConfig(init_lora_weights="pissa_niter_4"))
-    iterated = QLoRAConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 5})
-    assert "of this run alone" in belongs_to(iterated)
+    def said(**arguments):
+        return belongs_to(quantization_of(QLoRAConfig(**arguments)))
+
+    assert said() is None
+    assert said(init_lora_weights="gaussian") is None
+    assert "model in 4 bits (quant_type=nf4, block_size=64" in said(init_lora_weights="calibrated")
+    assert "of this run alone" in said(init_lora_weights="pissa_niter_4")
+    assert "of this run alone" in said(init_lora_weights="loftq", loftq_config={"loftq_iter": 5})

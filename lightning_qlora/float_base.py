@@ -1,0 +1,51 @@
+"""Adapters for the base in 16 or 32 bit, whatever they started from."""
+
+import os
+from dataclasses import replace
+
+from lightning_qlora.adapter_folder import Adapter
+from lightning_qlora.files import WeightFolder, resolve_model
+from lightning_qlora.linear import CheckpointMismatchError
+from lightning_qlora.since_start import belongs_to, less_start, start_again
+
+
+def for_float_base(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> Adapter:
+    """The same adapter for the base in 16 or 32 bit: its difference to the start, of rank 2 r, layer by layer.
+
+    Args:
+        adapter: From a module or a checkpoint; one that started at B = 0 comes back as it is.
+        base: Folder of safetensors, or hub name, of the base it was trained on; None: what the adapter names.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such base, or the adapter has no such difference.
+        CheckpointMismatchError: If the base lacks one of its layers.
+    """
+    if belongs_to(adapter.quantization) is None:
+        return adapter
+    if adapter.origin is None:
+        raise ValueError(
+            f"{adapter.source}: an adapter folder does not hold what its start was made from. Export from the "
+            "Lightning checkpoint, or from the module."
+        )
+    if adapter.use_dora:
+        raise ValueError(
+            f"{adapter.source}: DoRA's change since the start is no adapter of rank 2 r. Merge the adapter instead."
+        )
+    source = base or adapter.base_model
+    if not source:
+        raise ValueError(f"{adapter.source}: names no base model, whose weights the start was made from: pass base=.")
+    folder = WeightFolder(resolve_model(os.fspath(source)))
+    layers = {}
+    for name, layer in adapter.layers.items():
+        key = folder.find(f"{name}.weight")
+        if key is None or f"{key}.absmax" in folder.entries:
+            what = "has no tensor" if key is None else "is in 4 bits, and has no float"
+            raise CheckpointMismatchError(f"{folder.folder}: {what} {name + '.weight'!r}.")
+        weight = folder.tensors([key])[key]
+        rows = weight.T.contiguous() if adapter.is_transposed(name, weight.shape) else weight
+        begin = start_again(adapter.origin, name, rows, adapter.bases.get(name))
+        lora_a, lora_b = less_start(layer.lora_A, layer.lora_B, *begin)
+        # The factor alpha / r, or alpha / sqrt(r), stays.
+        alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
+        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
+    return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)

@@ -6,6 +6,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.loading import save_quantized
 from lightning_qlora.loraplus import loraplus_groups
 from lightning_qlora.memory import MemoryEstimate, estimate_memory
 from lightning_qlora.merge import merge
@@ -34,4 +35,5 @@ __all__ = [
     "merge",
     "quantize",
     "save_adapter",
+    "save_quantized",
 ]

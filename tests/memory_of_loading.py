@@ -52,7 +52,7 @@ class Watch(threading.Thread):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     watch = Watch()
-    plugin = QLoRAPrecision(r=8)
+    plugin = QLoRAPrecision(r=int(sys.argv[2]))
     lit = Lit(sys.argv[1])
     make_trainer(sys.argv[1], plugins=plugin, enable_checkpointing=False).predict(lit)
     layers = sum(isinstance(layer, QLoRALinear) for layer in lit.modules())

@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 
-from lightning_qlora import QLoRAPrecision, convert, save_adapter
+from lightning_qlora import QLoRAPrecision, convert, save_adapter, save_quantized
 from lightning_qlora.cli import main
-from lightning_qlora.loading import save_quantized
 from tests.toys import Lit, logits, perturb, toy
 
 pytest.importorskip("transformers")

@@ -10,10 +10,17 @@ import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, quantize, save_adapter
+from lightning_qlora import (
+    QLoRALinear,
+    QLoRAPrecision,
+    convert,
+    load_from_checkpoint,
+    quantize,
+    save_adapter,
+    save_quantized,
+)
 from lightning_qlora.files import WeightFolder
 from lightning_qlora.linear import CheckpointMismatchError
-from lightning_qlora.loading import save_quantized
 from tests.conftest import Classifier, loader
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 

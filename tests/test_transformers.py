@@ -100,3 +100,22 @@ def test_gradients_flow_through_transformers_own_gradient_checkpointing():
     plain, recomputed = gradients(False), gradients(True)
     for name, grad in plain.items():
         torch.testing.assert_close(grad, recomputed[name])
+
+
+def test_a_model_loaded_in_configure_model_has_the_bytes_of_one_quantized_after_loading(trainer, tmp_path):
+    """With transformers 5 each weight is quantized as it is read, with transformers 4 when the model is converted."""
+    toy("llama").save_pretrained(tmp_path / "base")
+
+    class InConfigureModel(HuggingFace):
+        def configure_model(self):
+            if not self.losses:
+                self.model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    module = InConfigureModel("llama")
+    del module.model
+    trainer(plugins=QLoRAPrecision(r=4), max_steps=1).fit(module, batches("llama"))
+    expected = toy("llama")
+    convert(expected, r=4)
+    for name, layer in expected.named_modules():
+        if isinstance(layer, QLoRALinear):
+            assert torch.equal(module.model.get_submodule(name).packed, layer.packed), name

@@ -5,20 +5,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from lightning_qlora import convert
+from tests.toys import toy
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(folder: Path, epochs: int, ckpt: str = "", devices: int = 2) -> list[dict]:
-    folder.mkdir()
+def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.ddp_script", str(folder), str(epochs), ckpt, str(devices)]
+    command = [sys.executable, "-m", script, str(folder), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("parameters train") == 1, "the report is printed once, by rank 0"
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(devices)]
+
+
+def run(folder: Path, epochs: int, ckpt: str = "", devices: int = 2) -> list[dict]:
+    folder.mkdir()
+    return launch("tests.ddp_script", folder, epochs, ckpt, devices, devices=devices)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -41,3 +49,16 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
         assert resumed[rank]["losses"] == straight[rank]["losses"][8:]
         for key, state in straight[rank]["optimizer"].items():
             assert all(torch.equal(value, resumed[rank]["optimizer"][key][name]) for name, value in state.items())
+
+
+def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
+    pytest.importorskip("transformers")
+    model = toy("llama")
+    model.save_pretrained(tmp_path / "base")
+    convert(model, r=4)
+    first, second = launch("tests.ddp_loading", tmp_path)
+    assert same(first, second)
+    assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
+    for name, parameter in model.named_parameters():
+        if name.endswith((".packed", ".absmax", ".nested")):
+            assert torch.equal(first[f"model.{name}"], parameter)

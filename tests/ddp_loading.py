@@ -1,0 +1,30 @@
+"""Run by test_ddp: under strategy="ddp" every rank loads a transformers folder in `configure_model`, in 4 bits."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_qlora import QLoRAPrecision
+from tests.conftest import make_trainer
+from tests.toys import Lit
+
+
+class Loaded(Lit):
+    def __init__(self, folder: str):
+        super().__init__(None)
+        self.folder = folder
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
+
+
+if __name__ == "__main__":
+    root = sys.argv[1]
+    module = Loaded(f"{root}/base")
+    run = make_trainer(root, plugins=QLoRAPrecision(r=4), strategy="ddp", devices=2, max_steps=2)
+    run.fit(module)
+    parameters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    torch.save(parameters, Path(root) / f"rank{run.global_rank}.pt")

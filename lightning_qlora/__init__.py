@@ -9,7 +9,7 @@ from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from lightning_qlora.loading import save_quantized
 from lightning_qlora.loraplus import loraplus_groups
 from lightning_qlora.memory import MemoryEstimate, estimate_memory
-from lightning_qlora.merge import merge
+from lightning_qlora.merging import merge
 from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer
 from lightning_qlora.precision import QLoRAPrecision
 from lightning_qlora.quantize.packed import PackedWeight

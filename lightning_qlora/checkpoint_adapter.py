@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapter_folder import MAGNITUDE, Adapter, LayerAdapter
-from lightning_qlora.adapters import target_words
+from lightning_qlora.adapters.folder import MAGNITUDE, Adapter, LayerAdapter
+from lightning_qlora.adapters.module import target_words
 from lightning_qlora.linear import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.since_start import Origin, quantization_of
+from lightning_qlora.starts.since_start import Origin, quantization_of
 from lightning_qlora.state import CONFIG, base_model_of, config_of
 
 

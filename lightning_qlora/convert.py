@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lightning_qlora import seams
-from lightning_qlora.adapter_folder import read_adapter
-from lightning_qlora.adapters import config_of_adapter, put_adapter
-from lightning_qlora.base_model import forget_quantizer
+from lightning_qlora.adapters.base_model import forget_quantizer
+from lightning_qlora.adapters.folder import read_adapter
+from lightning_qlora.adapters.module import config_of_adapter, put_adapter
 from lightning_qlora.bnb_layers import decode_bnb_layer, is_bnb_linear, take_bnb_weight
 from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import enable_checkpointing

@@ -13,9 +13,9 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_qlora.adapter_folder import read_adapter
-from lightning_qlora.adapters import adapter_within, config_of_adapter
-from lightning_qlora.base_model import forget_quantizer
+from lightning_qlora.adapters.base_model import forget_quantizer
+from lightning_qlora.adapters.folder import read_adapter
+from lightning_qlora.adapters.module import adapter_within, config_of_adapter
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear

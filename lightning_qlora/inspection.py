@@ -4,12 +4,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from lightning_qlora import adapter_folder
-from lightning_qlora.adapter_folder import Adapter, read_adapter, vllm_objections
+from lightning_qlora.adapters.folder import CONFIG, Adapter, read_adapter, vllm_objections
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint, fingerprint_of_base, read_state
 from lightning_qlora.files import WeightFolder, read_json, resolve_model
 from lightning_qlora.report import size_text
-from lightning_qlora.since_start import belongs_to
+from lightning_qlora.starts.since_start import belongs_to
 
 
 def inspect_path(path: str) -> list[tuple[str, str]]:
@@ -25,7 +24,7 @@ def inspect_path(path: str) -> list[tuple[str, str]]:
         state, _ = read_state(path)
         lines = [("kind", "Lightning checkpoint of a converted module"), *_of_adapter(adapter_of_checkpoint(path))]
         return [*lines, ("base fingerprint", fingerprint_of_base(state) or "none: the base is in the checkpoint")]
-    if os.path.isfile(os.path.join(path, adapter_folder.CONFIG)):
+    if os.path.isfile(os.path.join(path, CONFIG)):
         return [("kind", "PEFT adapter"), *_of_adapter(read_adapter(path))]
     return _of_model(WeightFolder(resolve_model(path)))
 

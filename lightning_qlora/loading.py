@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qlora import seams
-from lightning_qlora.base_model import find_base, is_transformers_model
+from lightning_qlora.adapters.base_model import find_base, is_transformers_model
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig, check_choice
 from lightning_qlora.files import INDEX, WEIGHTS, WeightFolder, whole_folder
 from lightning_qlora.linear import QLoRALinear, adapted_layers
-from lightning_qlora.merge_folder import bnb_config
+from lightning_qlora.merging.folder import bnb_config
 
 BNB_META = ".quant_state.bitsandbytes__"
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_qlora.adapter_folder import read_adapter
-from lightning_qlora.adapters import config_of_adapter
-from lightning_qlora.base_model import find_base, is_transformers_model
+from lightning_qlora.adapters.base_model import find_base, is_transformers_model
+from lightning_qlora.adapters.folder import read_adapter
+from lightning_qlora.adapters.module import config_of_adapter
 from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig, check_choice

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.base_model import describe_base
+from lightning_qlora.adapters.base_model import describe_base
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear, adapted_layers

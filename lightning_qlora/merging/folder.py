@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapter_folder import PREFIX, Adapter
+from lightning_qlora.adapters.folder import PREFIX, Adapter
 from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
+from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.rounding import round_at_random
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")

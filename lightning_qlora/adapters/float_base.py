@@ -3,10 +3,10 @@
 import os
 from dataclasses import replace
 
-from lightning_qlora.adapter_folder import Adapter
+from lightning_qlora.adapters.folder import Adapter
 from lightning_qlora.files import WeightFolder, resolve_model
 from lightning_qlora.linear import CheckpointMismatchError
-from lightning_qlora.since_start import belongs_to, less_start, start_again
+from lightning_qlora.starts.since_start import belongs_to, less_start, start_again
 
 
 def for_float_base(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> Adapter:

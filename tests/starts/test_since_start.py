@@ -10,7 +10,7 @@ from torch import nn
 from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.adapters import adapter_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.since_start import belongs_to, less_start, quantization_of, start_again
+from lightning_qlora.starts.since_start import belongs_to, less_start, quantization_of, start_again
 from tests.toys import Lit, ids, logits, perturb, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qlora import low_rank
-from lightning_qlora.clipping import quantize_clipped
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.starts import low_rank
+from lightning_qlora.starts.clipping import quantize_clipped
 
 FLOOR = 1e-2  # of the mean input size: what the smallest channels count as, so that dividing by it stays harmless
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_qlora.files import open_safetensors, read_json, replaced_files
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.since_start import Origin
+from lightning_qlora.starts.since_start import Origin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.base_model import find_base, plain_name
+from lightning_qlora.adapters.base_model import find_base, plain_name
 from lightning_qlora.config import check_choice
 from lightning_qlora.linear import DTYPES, QLoRALinear, adapted_layers
-from lightning_qlora.rounding import round_at_random
+from lightning_qlora.merging.rounding import round_at_random
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]

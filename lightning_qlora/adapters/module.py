@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora import starts
-from lightning_qlora.adapter_folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
-from lightning_qlora.base_model import describe_base, find_base, plain_name, trained_in_full
-from lightning_qlora.calibration import calibration_of
+from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, trained_in_full
+from lightning_qlora.adapters.float_base import for_float_base
+from lightning_qlora.adapters.folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
+from lightning_qlora.calibration.calibration import calibration_of
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
-from lightning_qlora.float_base import for_float_base
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
-from lightning_qlora.since_start import Origin, belongs_to, quantization_of
+from lightning_qlora.starts.since_start import Origin, belongs_to, quantization_of
 
 
 def save_adapter(

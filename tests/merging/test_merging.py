@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, merge, quantize, save_adapter, save_quantized
-from lightning_qlora.adapter_folder import read_adapter, write_adapter
 from lightning_qlora.adapters import adapter_of
+from lightning_qlora.adapters.folder import read_adapter, write_adapter
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
 from lightning_qlora.linear import CheckpointMismatchError
-from lightning_qlora.merge_folder import merge_folder
-from lightning_qlora.rounding import round_at_random
+from lightning_qlora.merging.folder import merge_folder
+from lightning_qlora.merging.rounding import round_at_random
 from tests.toys import NAMES, Lit, logits, perturb, toy
 
 pytest.importorskip("transformers")
@@ -252,9 +252,9 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
 KILLED = """
 import os, signal, sys
 from lightning_qlora import files
-from lightning_qlora.adapter_folder import read_adapter
+from lightning_qlora.adapters.folder import read_adapter
 from lightning_qlora import save_quantized
-from lightning_qlora.merge_folder import merge_folder
+from lightning_qlora.merging.folder import merge_folder
 add, count = files.ShardWriter.add, []
 def killing(self, key, tensor):
     add(self, key, tensor)

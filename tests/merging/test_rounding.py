@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_qlora.rounding import round_at_random
+from lightning_qlora.merging.rounding import round_at_random
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

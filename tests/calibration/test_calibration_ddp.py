@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_all_ranks_start_alike_from_the_inputs_of_all(tmp_path):

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
 
-from lightning_qlora import QLoRAConfig, QLoRALinear, convert, low_rank, quantize
-from lightning_qlora.clipping import quantize_clipped
+from lightning_qlora import QLoRAConfig, QLoRALinear, convert, quantize
+from lightning_qlora.starts import low_rank
+from lightning_qlora.starts.clipping import quantize_clipped
 
 R = 8
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, save_adapter
-from lightning_qlora.adapter_folder import read_adapter, vllm_objections
+from lightning_qlora.adapters.folder import read_adapter, vllm_objections
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 
@@ -279,7 +279,7 @@ def test_a_killed_save_leaves_the_old_files(folder, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_qlora.adapter_folder.json.dumps", killed)
+    monkeypatch.setattr("lightning_qlora.adapters.folder.json.dumps", killed)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(converted("llama", seed=3), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora import starts
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.starts import formulas
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
         "block_size": config.block_size,
         "double_quant": config.double_quant,
         "init_lora_weights": config.init_lora_weights,
-        "base_moved": starts.moves_base(config),
+        "base_moved": formulas.moves_base(config),
     }
 
 
@@ -82,10 +82,10 @@ def start_again(origin: Origin, name: str, weight: Tensor, base: PackedWeight | 
     config, full_name, rms = origin.config, origin.full_names[name], origin.input_rms.get(name)
     # The weight may have been converted in another type than it is stored in.
     for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16)):
-        begin = starts.start(weight.to(dtype), config, full_name)
+        begin = formulas.start(weight.to(dtype), config, full_name)
         if _is_same(begin.base, origin.fingerprints.get(name), base):
             if config.start == "calibrated" and rms is not None and bool(rms.any()):
-                return starts.calibrated(weight.to(dtype), begin.base, rms, config, full_name)
+                return formulas.calibrated(weight.to(dtype), begin.base, rms, config, full_name)
             return begin.lora_a, begin.lora_b
     raise ValueError(
         f"{name}: its start can't be made again from this weight: what comes out is not the 4-bit base the adapter was "

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora import seams, starts
+from lightning_qlora.calibration.input_sizes import InputSizes
+from lightning_qlora.calibration.undisturbed import undisturbed
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.input_sizes import InputSizes
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.random_state import world_size
-from lightning_qlora.undisturbed import undisturbed
 
 
 @dataclass

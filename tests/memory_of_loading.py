@@ -1,4 +1,4 @@
-"""Run in a process of its own: load a folder in `configure_model`, print how far anonymous memory rises meanwhile."""
+"""Run in a process of its own: load FOLDER in `configure_model` with adapters of rank R, print how memory rises."""
 
 import gc
 import sys

@@ -367,7 +367,7 @@ def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     del model
     script = Path(__file__).with_name("memory_of_loading.py")
     run = subprocess.run(
-        [sys.executable, script, tmp_path], check=True, capture_output=True, text=True, cwd=script.parents[1],
+        [sys.executable, script, tmp_path, "8"], check=True, capture_output=True, text=True, cwd=script.parents[1],
         env={**os.environ, "PYTHONPATH": "."},
     )  # fmt: skip
     layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()

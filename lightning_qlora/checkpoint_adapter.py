@@ -32,11 +32,12 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
     outside = [name for name in names if not name.startswith(outer)]
     if outside or not names:
         raise ValueError(f"{path}: {outside[0]!r} does not begin with {outer!r}." if names else f"{path}: no adapter.")
+    keys = {name.removeprefix(outer): name for name in names}
     layers = {
-        name.removeprefix(outer): LayerAdapter(
-            state[f"{name}.lora_A"], state[f"{name}.lora_B"], config.alpha_of(name), state.get(f"{name}.{MAGNITUDE}")
+        name: LayerAdapter(
+            state[f"{key}.lora_A"], state[f"{key}.lora_B"], config.alpha_of(key), state.get(f"{key}.{MAGNITUDE}")
         )
-        for name in names
+        for name, key in keys.items()
     }
     owners = {outer + owner for owner in about["trained_in_full"]}
     saved = {
@@ -56,19 +57,15 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
         base_model=about["base_model"],
         quantization=quantization_of(config),
         bases={
-            name.removeprefix(outer): PackedWeight.from_bnb_state_dict(state, f"{name}.weight")
-            for name in names
-            if f"{name}.weight.absmax" in state
+            name: PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
+            for name, key in keys.items()
+            if f"{key}.weight.absmax" in state
         },
         origin=Origin(
             config,
-            {name.removeprefix(outer): name.removeprefix(root) for name in names},
-            {name.removeprefix(outer): rms for name in names if (rms := state.get(f"{name}.{INPUT_RMS}")) is not None},
-            {
-                name.removeprefix(outer): int(state[f"{name}.weight.{FINGERPRINT}"])
-                for name in names
-                if f"{name}.weight.{FINGERPRINT}" in state
-            },
+            {name: key.removeprefix(root) for name, key in keys.items()},
+            {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
+            lambda name: None if (known := state.get(f"{keys[name]}.weight.{FINGERPRINT}")) is None else int(known),
         ),
         source=str(path),
     )

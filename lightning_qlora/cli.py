@@ -106,9 +106,10 @@ def merge(
     source = base or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base FOLDER.")
+    folder = resolve_model(source)
     if onto == "float":
-        found = for_float_base(found, source)
-    merge_folder(resolve_model(source), found, output, dtype, onto)
+        found = for_float_base(found, folder)
+    merge_folder(folder, found, output, dtype, onto)
     print(f"{output}: {source} with {adapter} folded in")
 
 

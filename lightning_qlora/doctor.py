@@ -73,10 +73,8 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     reference = torch.autograd.grad((x @ dense.T).square().sum(), x)[0]
     off = ((gradient - reference).norm() / reference.norm()).item()
     yield f"{name}: gradient", f"within {off:.1e} of a dense layer's", off < 1e-2
-    target, optimizer = (
-        torch.randn(64, 512, generator=generator).to(device),
-        torch.optim.AdamW(layer.parameters(), 1e-2),
-    )
+    target = torch.randn(64, 512, generator=generator).to(device)
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()

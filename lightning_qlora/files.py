@@ -122,6 +122,10 @@ class WeightFolder:
             name = name.partition(".")[2]
         return name or (longer[0] if len(longer) == 1 else None)
 
+    def is_packed(self, key: str) -> bool:
+        """Whether a weight is in bitsandbytes' 4 bits."""
+        return f"{key}.absmax" in self.entries
+
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Some tensors, on the CPU."""
         found: dict[str, Tensor] = {}

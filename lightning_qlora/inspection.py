@@ -67,7 +67,7 @@ def _counts(counter: Counter[int] | Counter[float]) -> str:
 def _of_model(folder: WeightFolder) -> list[tuple[str, str]]:
     path = folder.folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    packed = {key for key in folder.entries if f"{key}.absmax" in folder.entries}
+    packed = {key for key in folder.entries if folder.is_packed(key)}
     types = Counter[str]()
     for key, entry in folder.entries.items():
         types["4-bit" if key.partition(".weight.")[0] + ".weight" in packed or key in packed else entry.dtype] += (

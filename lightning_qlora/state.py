@@ -15,12 +15,7 @@ from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALi
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # what is said beside them of the model inside the module
-SAME = (
-    "lora_alpha",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-)  # change the function, not a shape
+SAME = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")  # change the function, not a shape
 
 
 class FrozenParameters:

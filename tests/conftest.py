@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 # Set before torch is imported: two test processes share two cores, and results must not depend on threads anyway.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -14,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parent.parent
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -76,6 +81,16 @@ def make_trainer(root, **arguments) -> pl.Trainer:
         "default_root_dir": root,
     }
     return pl.Trainer(**{**defaults, **arguments})
+
+
+def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:
+    """Run a script whose Trainer starts its ranks itself: what it prints, and what each rank saved in the folder."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", script, str(folder), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(devices)]
 
 
 @pytest.fixture

@@ -1,32 +1,24 @@
 """strategy="ddp" on two CPU processes, started by Lightning's own launcher."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_qlora import convert
+from tests.conftest import launch
 from tests.toys import toy
 
-ROOT = Path(__file__).parent.parent
 
-
-def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", script, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("parameters train") == 1, "the report is printed once, by rank 0"
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(devices)]
+def reported(script: str, folder: Path, *arguments: object, devices: int = 2) -> list[dict]:
+    stdout, results = launch(script, folder, *arguments, devices=devices)
+    assert stdout.count("parameters train") == 1, "the report is printed once, by rank 0"
+    return results
 
 
 def run(folder: Path, epochs: int, ckpt: str = "", devices: int = 2) -> list[dict]:
     folder.mkdir()
-    return launch("tests.ddp_script", folder, epochs, ckpt, devices, devices=devices)
+    return reported("tests.ddp_script", folder, epochs, ckpt, devices, devices=devices)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -56,7 +48,7 @@ def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
     model = toy("llama")
     model.save_pretrained(tmp_path / "base")
     convert(model, r=4)
-    first, second = launch("tests.ddp_loading", tmp_path)
+    first, second = reported("tests.ddp_loading", tmp_path)
     assert same(first, second)
     assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
     for name, parameter in model.named_parameters():

@@ -38,7 +38,7 @@ def for_float_base(adapter: Adapter, base: str | os.PathLike[str] | None = None)
     layers = {}
     for name, layer in adapter.layers.items():
         key = folder.find(f"{name}.weight")
-        if key is None or f"{key}.absmax" in folder.entries:
+        if key is None or folder.is_packed(key):
             what = "has no tensor" if key is None else "is in 4 bits, and has no float"
             raise CheckpointMismatchError(f"{folder.folder}: {what} {name + '.weight'!r}.")
         weight = folder.tensors([key])[key]

@@ -17,7 +17,7 @@ from lightning_qlora import starts
 from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.adapters.float_base import for_float_base
 from lightning_qlora.adapters.folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
-from lightning_qlora.calibration.calibration import calibration_of
+from lightning_qlora.calibration import calibration_of
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
 from lightning_qlora.starts.since_start import Origin, belongs_to, quantization_of
@@ -113,7 +113,7 @@ def adapter_of(module: nn.Module) -> Adapter:
             first.config,
             {name: layer.full_name for name, layer in layers.items()},
             {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
-            {name: layer.base_fingerprint() for name, layer in layers.items()},
+            lambda name: layers[name].base_fingerprint(),
         ),
         source=type(module).__name__,
     )

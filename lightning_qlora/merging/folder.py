@@ -116,7 +116,7 @@ class _Merging:
 
     def _merged(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """What becomes of one weight of the base: its new entry, or several where it is in 4 bits."""
-        name, packed = self.layer_of.get(key), self._is_packed(key) and key not in self.saved
+        name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
         if name is None and not packed:
             tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
             if tensor.ndim == 2 and key.endswith(".weight"):
@@ -170,12 +170,9 @@ class _Merging:
 
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether transformers wants the weight as [in, out], as its Conv1D keeps it (in 4 bits it is [out, in])."""
-        if name is None or self._is_packed(key):
+        if name is None or self.folder.is_packed(key):
             return self.adapter.fan_in_fan_out and not key.endswith("lm_head.weight")
         return self.adapter.is_transposed(name, self.folder.entries[key].shape)
-
-    def _is_packed(self, key: str) -> bool:
-        return f"{key}.absmax" in self.folder.entries
 
     def _quantization(self) -> dict[str, Any]:
         """How the base was quantized in training; what the adapter does not say is the default."""
@@ -198,7 +195,7 @@ class _Merging:
     def _is_companion(self, key: str) -> bool:
         """Whether a tensor belongs to a 4-bit weight, as its scales do."""
         head, dot, _ = key.partition(".weight.")
-        return bool(dot) and self._is_packed(head + ".weight")
+        return bool(dot) and self.folder.is_packed(head + ".weight")
 
     def _key(self, name: str, part: str) -> str:
         key = self.folder.find(name)

@@ -12,6 +12,7 @@ scales that leave the least error (`clipping`).
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from lightning_qlora.starts import low_rank
 from lightning_qlora.starts.clipping import quantize_clipped
 
 FLOOR = 1e-2  # of the mean input size: what the smallest channels count as, so that dividing by it stays harmless
+
+
+Quantize = Callable[[Tensor, QLoRAConfig], PackedWeight]
 
 
 class Start(NamedTuple):
@@ -96,27 +100,31 @@ def seed_of_layer(name: str) -> int:
 
 
 def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
-    dense, rest = weight.float(), weight
-    for _ in range(config.loftq_iterations):
-        base = _quantize(rest, config)
-        error = dense - base.dequantize(torch.float32)
-        lora_a, lora_b = _adapter(low_rank.exact(error, _rank(weight, config, name)), config, name)
-        rest = dense - config.scaling_of(name) * (lora_b @ lora_a)
-    return Start(replace(base, dtype=weight.dtype), lora_a, lora_b)
+    return _alternate(weight, weight, config.loftq_iterations, _quantize, config, name)
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
-    dense, r, scaling = weight.float(), _rank(weight, config, name), config.scaling_of(name)
+    dense, r = weight.float(), _rank(weight, config, name)
     if config.pissa_iterations is None:
         factors = low_rank.exact(dense, r)
     else:
         factors = low_rank.sketched(dense, r, config.pissa_iterations, seed_of_layer(name))
     lora_a, lora_b = _adapter(factors, config, name)
-    if config.loftq_iterations == 1:
-        base = _quantize(dense - scaling * (lora_b @ lora_a), config)
-    for _ in range(config.loftq_iterations - 1):
-        base = quantize_clipped(dense - scaling * (lora_b @ lora_a), config)
+    rest = dense - config.scaling_of(name) * (lora_b @ lora_a)
+    if config.loftq_iterations > 1:
+        return _alternate(weight, rest, config.loftq_iterations - 1, quantize_clipped, config, name)
+    return Start(replace(_quantize(rest, config), dtype=weight.dtype), lora_a, lora_b)
+
+
+def _alternate(
+    weight: Tensor, rest: Tensor, iterations: int, quantize: Quantize, config: QLoRAConfig, name: str
+) -> Start:
+    """In turns: the base is what the adapter leaves (`rest` at first) in 4 bits, the adapter what the base leaves."""
+    dense, r = weight.float(), _rank(weight, config, name)
+    for _ in range(iterations):
+        base = quantize(rest, config)
         lora_a, lora_b = _adapter(low_rank.exact(dense - base.dequantize(torch.float32), r), config, name)
+        rest = dense - config.scaling_of(name) * (lora_b @ lora_a)
     return Start(replace(base, dtype=weight.dtype), lora_a, lora_b)
 
 

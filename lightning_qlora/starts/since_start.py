@@ -8,8 +8,8 @@ started with. On the dense weight W the trained layer is, but for what the start
 A0 and B0 are made again from W, so neither a module nor a checkpoint holds them.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +29,13 @@ class Origin:
         config: The arguments of the conversion.
         full_names: Layer's name in the base model -> its name in the module, which seeds a start.
         input_rms: Layer's name in the base model -> input sizes that a "calibrated" start was made from.
-        fingerprints: Layer's name in the base model -> fingerprint of its 4-bit weight.
+        fingerprint_of: Layer's name in the base model -> fingerprint of its 4-bit weight, where known.
     """
 
     config: QLoRAConfig
     full_names: dict[str, str]
-    input_rms: dict[str, Tensor] = field(default_factory=dict)
-    fingerprints: dict[str, int] = field(default_factory=dict)
+    input_rms: dict[str, Tensor]
+    fingerprint_of: Callable[[str], int | None]  # computing it reads the whole weight, and most saves don't ask
 
 
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def start_again(origin: Origin, name: str, weight: Tensor, base: PackedWeight | 
     # The weight may have been converted in another type than it is stored in.
     for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16)):
         begin = formulas.start(weight.to(dtype), config, full_name)
-        if _is_same(begin.base, origin.fingerprints.get(name), base):
+        if _is_moved_base(begin.base, base) if base is not None else _is_base(begin.base, origin.fingerprint_of(name)):
             if config.start == "calibrated" and rms is not None and bool(rms.any()):
                 return formulas.calibrated(weight.to(dtype), begin.base, rms, config, full_name)
             return begin.lora_a, begin.lora_b
@@ -93,10 +93,13 @@ def start_again(origin: Origin, name: str, weight: Tensor, base: PackedWeight | 
     )
 
 
-def _is_same(made: PackedWeight, known: int | None, base: PackedWeight | None) -> bool:
+def _is_moved_base(made: PackedWeight, base: PackedWeight) -> bool:
+    """Whether two bases are one but for the last bits of an SVD, which differ between machines."""
+    return bool((made.packed.view(-1) == base.packed.to(made.packed).view(-1)).float().mean() > 0.99)
+
+
+def _is_base(made: PackedWeight, known: int | None) -> bool:
     stored = made.to_bytes()
-    if base is not None:  # moved by an SVD, whose last bits differ between machines
-        return bool((stored.packed.view(-1) == base.packed.to(stored.packed).view(-1)).float().mean() > 0.99)
     return known is None or fingerprint(stored.packed, stored.absmax, stored.nested) == known
 
 

@@ -19,11 +19,11 @@ def fingerprint(*tensors: Tensor) -> int:
         per_word = 2 if flat.is_floating_point() else 8 // flat.element_size()
         for start in range(0, flat.numel(), _PIECE * per_word):
             piece = flat[start : start + _PIECE * per_word]
-            piece = piece.float() if piece.is_floating_point() else piece
-            padded = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
-            words = padded.clone().view(torch.int64)
-            place = torch.arange(1, words.numel() + 1, device=words.device) + start // per_word
-            words ^= place.mul_(_ODD_1)
+            if piece.numel() % per_word:
+                piece = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
+            words = piece.to(torch.float32 if piece.is_floating_point() else None, copy=True).view(torch.int64)
+            first = 1 + start // per_word
+            words ^= torch.arange(first, first + words.numel(), device=words.device).mul_(_ODD_1)
             words ^= words >> 29
             words *= _ODD_2
             words ^= words >> 32

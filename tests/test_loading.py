@@ -354,9 +354,8 @@ def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
         )
 
 
-@pytest.mark.slow
 def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
-    """Peak of anonymous memory above the start: at most 0.40 of the 16-bit size, adapters of rank 8 included."""
+    """Peak of anonymous memory above the start: at most 0.40 of the 16-bit size, adapters included."""
     config = transformers.LlamaConfig(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=8000,
         num_key_value_heads=12, tie_word_embeddings=False,
@@ -366,13 +365,14 @@ def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     del model
     script = Path(__file__).with_name("memory_of_loading.py")
-    run = subprocess.run(
-        [sys.executable, script, tmp_path, "8"], check=True, capture_output=True, text=True, cwd=script.parents[1],
-        env={**os.environ, "PYTHONPATH": "."},
-    )  # fmt: skip
-    layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
-    assert int(layers) == 84
-    assert float(peak) * 2**20 <= 0.40 * size
+    for r, share in ((8, 0.32), (64, 0.40)):
+        run = subprocess.run(
+            [sys.executable, script, tmp_path, str(r)], check=True, capture_output=True, text=True,
+            cwd=script.parents[1], env={**os.environ, "PYTHONPATH": "."},
+        )  # fmt: skip
+        layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
+        assert int(layers) == 84
+        assert float(peak) * 2**20 <= share * size, f"r={r}"
 
 
 def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused(tmp_path, trainer):

@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.starts import low_rank
+from lightning_qlora.starts import low_rank, unwritten
 from lightning_qlora.starts.clipping import quantize_clipped
 
 FLOOR = 1e-2  # of the mean input size: what the smallest channels count as, so that dividing by it stays harmless
@@ -69,7 +69,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
         lora_a.normal_(std=1 / r, generator=generator)
     else:
         lora_a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
-    return lora_a, torch.zeros(out_features, r)
+    return lora_a, unwritten.zeros(out_features, r)
 
 
 def calibrated(

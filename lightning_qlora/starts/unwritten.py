@@ -19,11 +19,12 @@ _used = 0
 
 
 def zeros(*shape: int) -> Tensor:
-    """Zeros in fp32 on the CPU, each tensor with a storage of its own."""
+    """Zeros in fp32 on the CPU, each tensor with a storage of its own; under a mode of torch's, what it makes instead."""
     global _arena, _used
     count = math.prod(shape)
     size = -(-count * 4 // 64) * 64  # torch's allocator aligns to 64 bytes too
-    if count == 0:
+    probe = torch.empty(0)
+    if count == 0 or type(probe) is not Tensor or probe.device.type != "cpu":  # FakeTensorMode, torch.device("meta")
         return torch.zeros(shape)
     with _lock:
         if _arena is None or _used + size > len(_arena):

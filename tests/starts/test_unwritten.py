@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.starts import unwritten
@@ -61,3 +62,10 @@ def test_an_adapter_of_the_default_start_is_not_written():
     net.lora_B.data.fill_(1)
     net(torch.ones(1, 2048)).sum().backward()
     assert net.lora_B.grad.shape == (2048, 64)
+
+
+def test_under_a_mode_of_torchs_they_are_what_it_makes():
+    with FakeTensorMode():
+        assert isinstance(unwritten.zeros(768, 64), FakeTensor)
+    with torch.device("meta"):
+        assert unwritten.zeros(768, 64).is_meta

@@ -36,10 +36,12 @@ class Choice:
 def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool = False) -> Choice:
     """Sort every linear layer of a module; layers that are in 4 bits with an adapter already are left out.
 
+    One that was quantized while it was loaded counts as the layer it was: only now is its full name known.
+
     Args:
         module: The module.
         config: The choices.
-        part_of_module: More modules will come, so a name that fits nothing here is no mistake.
+        part_of_module: More modules will come, and names will be longer: a name that does not fit is no mistake.
 
     Raises:
         ValueError: If a name of target_modules or modules_to_save fits nothing, or fits a layer that is not linear, or
@@ -55,7 +57,7 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
     everything = config.target_modules == "all-linear"
     targets = [n for n in layers if n and not everything and matches(n, config.target_modules)]
     for name, layer in layers.items():
-        if isinstance(layer, QLoRALinear) or not (is_linear(layer) or name in targets):
+        if _is_settled(layer) or not (is_linear(layer) or name in targets):
             continue
         if any(_inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
             continue
@@ -64,6 +66,8 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
         elif not everything and name not in targets:
             choice.skip[name] = "not in target_modules"
         elif not is_linear(layer):
+            if part_of_module:
+                continue
             raise ValueError(
                 f"target_modules={config.target_modules!r} names {name!r}, a {type(layer).__name__}: only linear "
                 "layers can be converted. Name it in modules_to_save to train it in full."
@@ -71,15 +75,14 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
         elif reason := facts.unable(name, layer) or (facts.unasked(name, layer, config) if everything else None):
             choice.skip[name] = reason
         elif everything and (small := _too_small(layer, config.rank_of(name))):
-            trains = layer.weight.requires_grad or is_bnb_linear(layer)  # bitsandbytes froze it, not the user
-            (choice.train if trains else choice.skip)[name] = small
+            (choice.train if _trains(layer) else choice.skip)[name] = small
         else:
             choice.convert[name] = layer
     if part_of_module:
         return choice
     if not everything:
         _check_found(config.target_modules, targets, "target_modules", layers)
-    converted = [*choice.convert, *(name for name, layer in layers.items() if isinstance(layer, QLoRALinear))]
+    converted = [*choice.convert, *(name for name, layer in layers.items() if _is_settled(layer))]
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
             if not any(fits(name, pattern) for name in converted):
@@ -106,6 +109,17 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
+def _is_settled(layer: nn.Module) -> bool:
+    return isinstance(layer, QLoRALinear) and layer.loaded is None
+
+
+def _trains(layer: nn.Module) -> bool:
+    """Whether the user has not frozen a layer; what froze its 4-bit weight was bitsandbytes, or loading."""
+    if isinstance(layer, QLoRALinear):
+        return layer.lora_A.requires_grad
+    return is_bnb_linear(layer) or layer.weight.requires_grad  # type: ignore[return-value]
+
+
 class _Facts:
     """What can be known of a layer only by looking at the rest of the module."""
 
@@ -124,7 +138,7 @@ class _Facts:
             for model in module.modules()
             if getattr(model, "is_loaded_in_4bit", False)
             for layer in model.modules()
-            if not is_bnb_linear(layer)
+            if not is_bnb_linear(layer) and not isinstance(layer, QLoRALinear)
         }
         self.parents = {
             f"{name}.{child}".lstrip("."): parent
@@ -134,6 +148,10 @@ class _Facts:
 
     def unable(self, name: str, layer: nn.Module) -> str | None:
         """Why a layer can't be converted even if it is asked for."""
+        if isinstance(self.parents.get(name), nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight and never calls it"
+        if isinstance(layer, QLoRALinear):
+            return None
         weight = layer._parameters.get("weight")
         if weight is None:
             return "its weight is computed (parametrized), not stored"
@@ -143,8 +161,6 @@ class _Facts:
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
         if id(weight) in self.shared:
             return f"its weight is tied to {self.name_of[id(weight)]}"
-        if isinstance(self.parents.get(name), nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight and never calls it"
         return None
 
     def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:

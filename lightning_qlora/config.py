@@ -143,6 +143,11 @@ class QLoRAConfig:
         return self.init_lora_weights.partition("_niter_")[0]
 
     @property
+    def starts_from_weight(self) -> bool:
+        """Whether an adapter starts from its layer's float weight."""
+        return self.start not in ("default", "gaussian")
+
+    @property
     def pissa_iterations(self) -> int | None:
         """Power iterations of PiSSA's SVD; None: an exact SVD."""
         number = self.init_lora_weights.partition("_niter_")[2]

@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.loaded import make_dense, settle
 from lightning_qlora.report import ConversionReport, count_parameters, dense_bytes
 from lightning_qlora.state import remember_base
 
@@ -51,15 +54,16 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     if adapter is not None:
         config = config_of_adapter(module, adapter, config)
     choice = choose_layers(module, config)
-    loaded = bool(adapted_layers(module))  # in 4 bits, as they were loaded
-    if not loaded:
-        _check_any(choice, config)
+    _check_any(choice, config)
     layers = choice.convert.items()
     for name, layer in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=not _is_rank_zero()):
         _convert_layer(name, layer, config, device)
-    for layer in module.modules():
-        if is_bnb_linear(layer):  # not among those to convert
+    for name, layer in module.named_modules():  # not among those to convert
+        if is_bnb_linear(layer):
             decode_bnb_layer(layer)
+        elif isinstance(layer, QLoRALinear) and layer.loaded is not None:
+            with _named(name, layer):
+                make_dense(layer)
     forget_quantizer(module)
     freeze(module, choice)
     if adapter is not None:
@@ -69,7 +73,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     seams.keep_encoder_layers_on_the_module_path(module)
     remember_base(module, config)
     _warn_of_what_stayed(module)
-    if config.start == "calibrated" and (choice.convert or loaded):
+    if config.start == "calibrated" and choice.convert:
         Calibration(module, config)
     return _report(module, choice, bytes_before, start)
 
@@ -84,6 +88,10 @@ def _is_rank_zero() -> bool:
 
 
 def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: torch.device | None) -> None:
+    if isinstance(layer, QLoRALinear):
+        with _named(name, layer):
+            settle(layer, config, name, device)
+        return
     weight = layer._parameters["weight"]
     where = name or type(layer).__name__
     if weight is not None and weight.is_meta:
@@ -96,13 +104,20 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
             f"{where}: its weight is sharded already (a DTensor), and a shard can't be quantized. Convert before "
             "fully_shard or parallelize_module: call lightning_qlora.convert(model) first."
         )
-    try:
+    with _named(name, layer):
         if is_bnb_linear(layer):
             QLoRALinear.from_packed(layer, *take_bnb_weight(layer), config, name)
         else:
             QLoRALinear.from_linear(layer, config, name, device)
+
+
+@contextmanager
+def _named(name: str, layer: nn.Module) -> Iterator[None]:
+    """Errors within this name the layer."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{name or type(layer).__name__}: {error}") from error
 
 
 def freeze(module: nn.Module, choice: Choice) -> None:

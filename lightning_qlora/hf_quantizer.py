@@ -5,6 +5,7 @@ Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and co
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lightning_qlora.adapters.base_model import forget_quantizer
 from lightning_qlora.adapters.folder import read_adapter
 from lightning_qlora.adapters.module import adapter_within, config_of_adapter
-from lightning_qlora.choose import choose_layers
+from lightning_qlora.choose import choose_layers, is_linear
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.files import read_header
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.loaded import Loaded, config_while_loading, may_need_weight
 from lightning_qlora.quantize.packed import PackedWeight
 
 METHOD = "lightning_qlora"
 
 
 class QLoRAQuantizer(HfQuantizer):
-    """Quantizes the layers that conversion would choose; everything else loads as it always does.
+    """Quantizes the layers that conversion would choose by the names they have now; all else loads as it always does.
+
+    What is in 4 bits in the files is taken over wherever it is: conversion decodes what is to be dense.
 
     Args:
         config: The choices.
@@ -38,14 +43,21 @@ class QLoRAQuantizer(HfQuantizer):
         super().__init__(QuantizationConfigMixin(METHOD), pre_quantized=pre_quantized)  # type: ignore[arg-type]
         self.config = config
         self.chosen: set[str] = set()
+        self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.errors: list[ValueError] = []  # transformers gathers those of a load and raises one of its own
+        self.misfits: list[ValueError] = []  # weights of another shape, which a call may allow
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
         """Itself: transformers copies its operations, and with them what they refer to."""
         return self
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         """Choose layers while the model is on the meta device."""
+        for path in checkpoint_files or []:
+            if str(path).endswith(".safetensors"):
+                self.file_of |= dict.fromkeys(read_header(Path(path))[0], Path(path))
         config: QLoRAConfig | None = self.config
         if self.config.adapter is not None:
             adapter = adapter_within(model, read_adapter(self.config.adapter))
@@ -55,7 +67,11 @@ class QLoRAQuantizer(HfQuantizer):
         self.config = config
         tied: Any = getattr(model, "all_tied_weights_keys", {})
         held_tied = {name.rpartition(".")[0] for name in [*tied, *tied.values()]}
-        self.chosen = set(choose_layers(model, config, part_of_module=True).convert) - held_tied
+        if self.pre_quantized:
+            chosen = {name for name, layer in model.named_modules() if is_linear(layer)}
+        else:
+            chosen = set(choose_layers(model, config, part_of_module=True).convert)
+        self.chosen = chosen - held_tied
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Leave a model that transformers takes for any other: `convert` does the rest."""
@@ -108,10 +124,32 @@ class _Op(ConversionOps):
         self.hf_quantizer.errors.append(error)
         return error
 
+    def where(self, key: str) -> str:
+        """The file of a key, for messages."""
+        path = self.hf_quantizer.file_of.get(key)
+        return "" if path is None else f"{path}: "
+
+    def left_dense(self, key: str, weight: Tensor, place: Tensor) -> dict[str, Tensor]:
+        """What makes transformers load a weight as it would any other."""
+        self.hf_quantizer.chosen.discard(key.removesuffix(".weight"))
+        return {key: weight.to(place.dtype)}
+
+    def misfit(self, source: str, key: str, weight: Tensor, place: Tensor) -> dict[str, Tensor]:
+        """Leave a weight of another shape to transformers: it refuses the load, or starts the layer anew."""
+        message = f"{self.where(source)}{key!r} has shape {list(weight.shape)}, and the model has {list(place.shape)}"
+        self.hf_quantizer.misfits.append(
+            ValueError(
+                f"{message} there. Load it with the config that belongs to the files, or pass "
+                "ignore_mismatched_sizes=True to from_pretrained to start this layer anew."
+            )
+        )
+        return self.left_dense(key, weight, place)
+
     @staticmethod
-    def loaded(layer: nn.Module, name: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
+    def loaded(layer: nn.Module, name: str, loaded: Loaded, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
         """What a loaded layer gives back to transformers: its parameters, none of which is to be initialized."""
         assert isinstance(layer, QLoRALinear)
+        layer.loaded = loaded
         layer._is_hf_initialized = True  # type: ignore[assignment]
         if missing_keys is not None:
             missing_keys.discard(f"{name}.weight")
@@ -123,18 +161,29 @@ class _Quantize(_Op):
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str] | None = None, **_: Any
-    ) -> dict[str, nn.Parameter]:
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
         """See ConversionOps; one weight in, [out, in] or a Conv1D's [in, out]."""
         ((key, value),) = input_dict.items()
         name, layer = key.removesuffix(".weight"), model.get_submodule(key.removesuffix(".weight"))
         weight: Tensor = value[0] if isinstance(value, list) else value
+        place, source, config = model.get_parameter(key), source_patterns[0], self.hf_quantizer.config
+        if weight.shape != place.shape:
+            return self.misfit(source, key, weight, place)
+        path = self.hf_quantizer.file_of.get(source) if len(source_patterns) == 1 else None
+        if path is None and may_need_weight(config):
+            return self.left_dense(key, weight, place)
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         try:
-            QLoRALinear.from_linear(layer, self.hf_quantizer.config, name)
+            QLoRALinear.from_linear(layer, config_while_loading(config), name)
         except ValueError as error:
-            raise self.kept(ValueError(f"{name}: {error}")) from error
-        return self.loaded(layer, name, missing_keys)
+            raise self.kept(ValueError(f"{self.where(source)}{name}: {error}")) from error
+        return self.loaded(layer, name, Loaded(weight.dtype, path=path, key=source), missing_keys)
 
 
 class _TakeOver(_Op):
@@ -151,21 +200,22 @@ class _TakeOver(_Op):
     ) -> dict[str, Any]:
         """See ConversionOps; also meets every weight that is not in 4 bits."""
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        name = full_layer_name.removesuffix(".weight")
-        place = model.get_parameter(full_layer_name)
+        name, place = full_layer_name.removesuffix(".weight"), model.get_parameter(full_layer_name)
         if set(state) == {"weight"}:
-            return {full_layer_name: state["weight"].to(place.dtype)}
-        layer = model.get_submodule(name)
+            return self.left_dense(full_layer_name, state["weight"], place)
+        layer, config = model.get_submodule(name), self.hf_quantizer.config
         try:
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:
-            raise self.kept(ValueError(f"{name}.{error}")) from error
-        if name not in self.hf_quantizer.chosen:  # stays dense, as conversion leaves it
+            raise self.kept(ValueError(f"{self.where(full_layer_name)}{name}.{error}")) from error
+        turned = not isinstance(layer, nn.Linear) and weight.shape == place.shape[::-1]
+        if weight.shape != place.shape and not turned:
+            return self.misfit(full_layer_name, full_layer_name, weight.dequantize(), place)
+        if name not in self.hf_quantizer.chosen:  # no linear layer, or a tied one
             dense = weight.dequantize(place.dtype)
-            return {full_layer_name: dense.T if dense.shape != place.shape else dense}
-        weight = replace(weight, dtype=place.dtype)
+            return {full_layer_name: dense.T if turned else dense}
         try:
-            QLoRALinear.from_packed(layer, weight, type(layer), self.hf_quantizer.config, name)
+            QLoRALinear.from_packed(layer, replace(weight, dtype=place.dtype), type(layer), config, name)
         except ValueError as error:
-            raise self.kept(ValueError(f"{name}: {error}")) from error
-        return self.loaded(layer, name, missing_keys)
+            raise self.kept(ValueError(f"{self.where(full_layer_name)}{name}: {error}")) from error
+        return self.loaded(layer, name, Loaded(place.dtype, packed=True), missing_keys)

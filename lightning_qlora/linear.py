@@ -41,6 +41,7 @@ class QLoRALinear(nn.Linear):
         lora_dropout: Probability of dropping an input of the adapter in training.
         dense_weight: The weight [out, in] as it came, in host memory, while a "calibrated" start waits for inputs.
         input_rms: The input sizes [in] that a "calibrated" start was made from.
+        loaded: How it was quantized while it was loaded (`loaded.Loaded`); None once conversion has settled the rest.
     """
 
     packed: nn.Parameter
@@ -55,6 +56,7 @@ class QLoRALinear(nn.Linear):
     full_name: str
     dense_weight: Tensor | None
     input_rms: Tensor | None
+    loaded: Any
     dense_class: type[nn.Module]
     weight_dtype: torch.dtype
     _fingerprint: int | None
@@ -91,11 +93,7 @@ class QLoRALinear(nn.Linear):
         Raises:
             ValueError: If the adapter is to start from the float weight.
         """
-        if config.start not in ("default", "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} starts from the float weight, and this one is in 4 "
-                "bits already. Use 'default' or 'gaussian', or load the model in 16 bits."
-            )
+        check_start_of_packed(config)
         layer._parameters.pop("weight", None)
         new = QLoRALinear._become(layer, dense_class, config, name)
         new.set_packed_weight(weight)
@@ -105,8 +103,9 @@ class QLoRALinear(nn.Linear):
     @staticmethod
     def _become(layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str) -> "QLoRALinear":
         layer.__dict__.update(
-            dense_class=dense_class, config=config, full_name=name, dense_weight=None, input_rms=None, _fingerprint=None
-        )
+            dense_class=dense_class, config=config, full_name=name, dense_weight=None, input_rms=None, loaded=None,
+            _fingerprint=None,
+        )  # fmt: skip
         layer.__class__ = QLoRALinear if issubclass(dense_class, nn.Linear) else QLoRAConv1D
         assert isinstance(layer, QLoRALinear)
         layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
@@ -125,16 +124,24 @@ class QLoRALinear(nn.Linear):
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Write values into the adapter; with DoRA the magnitudes become the rows' norms, which change nothing."""
-        self._write("lora_A", lora_a)
-        self._write("lora_B", lora_b)
+        self.write("lora_A", lora_a)
+        self.write("lora_B", lora_b)
+        self.set_magnitudes()
+
+    def set_magnitudes(self) -> None:
+        """With DoRA: make the magnitudes the rows' norms; without it, have none."""
         if self.config.use_dora:
-            self._write("lora_magnitude_vector", self.row_norm())
+            self.write("lora_magnitude_vector", self.row_norm())
         else:
             self.register_parameter("lora_magnitude_vector", None)
 
-    def _write(self, name: str, value: Tensor) -> None:
-        if self._parameters.get(name) is None:
+    def write(self, name: str, value: Tensor) -> None:
+        """Give a parameter of the adapter this value; it is made if there is none."""
+        held = self._parameters.get(name)
+        if held is None:
             self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
+        elif held.shape != value.shape:
+            held.data = value.to(self.packed.device)  # another rank; the same parameter, for what holds it
         else:
             with torch.no_grad():
                 getattr(self, name).copy_(value)
@@ -357,6 +364,15 @@ class QLoRAConv1D(QLoRALinear):
 def adapted_layers(module: nn.Module) -> dict[str, QLoRALinear]:
     """Name -> converted layer, each once, in the order of the module."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+
+
+def check_start_of_packed(config: QLoRAConfig) -> None:
+    """Raise ValueError if adapters are to start from a float weight, which a weight that came in 4 bits hasn't."""
+    if config.starts_from_weight:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} starts from the float weight, and this one is in 4 bits "
+            "already. Use 'default' or 'gaussian', or load the model in 16 bits."
+        )
 
 
 @cache

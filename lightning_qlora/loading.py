@@ -34,24 +34,37 @@ def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
         return
     from lightning_qlora.hf_quantizer import QLoRAQuantizer
 
-    quantizers: list[QLoRAQuantizer] = []
+    loads: list[list[QLoRAQuantizer]] = []  # quantizers of the calls under way: one may load another
 
     def quantizer_for(model_config: Any) -> Any:
         stored = getattr(model_config, "quantization_config", None)
         stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
         if stored is not None and not stored.get("load_in_4bit"):
             return None
-        quantizers.append(QLoRAQuantizer(config, pre_quantized=stored is not None))
-        return quantizers[-1]
+        loads[-1].append(QLoRAQuantizer(config, pre_quantized=stored is not None))
+        return loads[-1][-1]
 
-    try:
-        with seams.quantizer_of_transformers(quantizer_for, check_folder):
+    @contextmanager
+    def one_load(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+        if folder is not None:
+            check_folder(folder)
+        loads.append([])
+        try:
             yield
-    except RuntimeError as error:
-        errors = [kept for quantizer in quantizers for kept in quantizer.errors]
-        if not errors:
-            raise
-        raise errors[0] from error
+        except RuntimeError as error:
+            raise next(_reasons(loads[-1], error), error) from error
+        finally:
+            loads.pop()
+
+    # One call around all: a user's reference to `from_pretrained` may be older than this context.
+    with one_load(None), seams.quantizer_of_transformers(quantizer_for, one_load):
+        yield
+
+
+def _reasons(quantizers: list[Any], error: RuntimeError) -> Iterator[ValueError]:
+    """The errors behind one of transformers', which has gathered them and names none."""
+    for quantizer in quantizers:
+        yield from quantizer.misfits if "ignore_mismatched_sizes" in str(error) else quantizer.errors
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

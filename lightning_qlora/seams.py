@@ -7,7 +7,7 @@ a run without this package's plugin, callback or layers.
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -125,8 +125,10 @@ def rehearse(trainer: Any, batches: list[Any], first_index: int) -> None:
 
 
 @contextmanager
-def quantizer_of_transformers(quantizer_for: Callable[[Any], Any], check: Callable[[Any], None]) -> Iterator[None]:
-    """Let `from_pretrained` check its folder first, and ask for a quantizer where the call names none.
+def quantizer_of_transformers(
+    quantizer_for: Callable[[Any], Any], around: Callable[[Any], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Let each `from_pretrained` run within a context of its own, and ask for a quantizer where the call names none.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.from_pretrained, and in it the call of get_hf_quantizer
     (transformers/quantizers/auto.py): a quantizer comes from the call's own arguments or from the files, and a folder
@@ -136,7 +138,7 @@ def quantizer_of_transformers(quantizer_for: Callable[[Any], Any], check: Callab
 
     Args:
         quantizer_for: Model config -> an HfQuantizer, or None for transformers' own choice.
-        check: Called with the folder or name of what is to be loaded.
+        around: Folder or name of what is to be loaded -> what the call runs within.
     """
     upstream: Any = import_module("transformers.modeling_utils")
     get_hf_quantizer, from_pretrained = upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained.__func__
@@ -150,12 +152,11 @@ def quantizer_of_transformers(quantizer_for: Callable[[Any], Any], check: Callab
         return quantizer, config, device_map
 
     @wraps(from_pretrained)
-    def checking(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if pretrained_model_name_or_path is not None:
-            check(pretrained_model_name_or_path)
-        return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+    def within(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(pretrained_model_name_or_path):
+            return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
 
-    upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained = choosing, classmethod(checking)
+    upstream.get_hf_quantizer, upstream.PreTrainedModel.from_pretrained = choosing, classmethod(within)
     try:
         yield
     finally:

@@ -15,8 +15,8 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 ORDER = [
     "config", "quantize", "bnb_layers", "kernels", "fingerprint", "decoded", "starts", "dora", "linear",
     "random_state", "loraplus", "checkpointing", "choose", "seams", "calibration", "files", "adapters", "merging",
-    "hf_quantizer", "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint", "paging",
-    "memory", "precision", "inspection", "doctor", "cli", "__init__",
+    "loaded", "hf_quantizer", "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "checkpoint",
+    "paging", "memory", "precision", "inspection", "doctor", "cli", "__init__",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from lightning_qlora import (
     QLoRALinear,
     QLoRAPrecision,
     convert,
+    load_adapter,
     load_from_checkpoint,
     quantize,
     save_adapter,
@@ -74,6 +75,23 @@ def same_bytes(a, b):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def same_modules(streamed, loaded):
+    """Parameters and what they are for, equal to the bit."""
+    ours, theirs = dict(streamed.named_parameters()), dict(loaded.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        other = theirs[name]
+        assert parameter.dtype == other.dtype and torch.equal(parameter, other), name
+        assert parameter.requires_grad == other.requires_grad, name
+    layers = {n: layer for n, layer in streamed.named_modules() if isinstance(layer, QLoRALinear)}
+    for name, layer in layers.items():
+        other = loaded.get_submodule(name)
+        for word in ("r", "scaling", "lora_dropout", "config", "full_name", "quant_type", "weight_dtype", "loaded"):
+            assert getattr(layer, word) == getattr(other, word), (name, word)
+    kinds = {name: type(layer).__name__ for name, layer in loaded.named_modules() if name}
+    assert kinds == {name: type(layer).__name__ for name, layer in streamed.named_modules() if name}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_configure_model_equals_conversion_after_loading(name, folder, trainer):
     path = folder(name)
@@ -93,6 +111,7 @@ def test_configure_model_equals_conversion_after_loading(name, folder, trainer):
     assert plugin.report.bytes_before == report.bytes_before and plugin.report.bytes_after == report.bytes_after
     frozen = {n: p.requires_grad for n, p in streamed.named_parameters()}
     assert frozen == {n: p.requires_grad for n, p in loaded.named_parameters()}
+    same_modules(streamed, loaded)
     assert not streamed.model.__dict__.keys() & {"hf_quantizer", "is_quantized"}
     streamed.to(torch.bfloat16)
 
@@ -141,6 +160,152 @@ def test_names_apply_and_may_fit_another_part(folder):
     with QLoRAPrecision(**ARGUMENTS, target_modules=["q_proj", "query"], exclude_modules=excluded).init():
         model = transformers.AutoModelForCausalLM.from_pretrained(path)
     assert list(packed(model)) == ["model.layers.1.self_attn.q_proj"]
+
+
+Q = {"llama": "model.model.layers.0.self_attn.q_proj", "gpt2": "model.transformer.h.0.attn.c_attn"}
+BLOCK = {"llama": r"model\.model\.layers\.0\..*", "gpt2": r"model\.transformer\.h\.0\..*"}
+DEPENDING_ON_NAMES = {
+    "seed": lambda name: {},
+    "exclude an expression": lambda name: {"exclude_modules": BLOCK[name]},
+    "exclude what begins so": lambda name: {"exclude_modules": r"(?=model\.(model|transformer)\.).*\.0\..*"},
+    "exclude a name": lambda name: {"exclude_modules": [Q[name]]},
+    "rank": lambda name: {"rank_pattern": {Q[name]: 8}},
+    "rank too large for some": lambda name: {"rank_pattern": {BLOCK[name]: 40}},
+    "alpha": lambda name: {"alpha_pattern": {Q[name]: 32}},
+    "target an expression": lambda name: {"target_modules": BLOCK[name] + "proj"},
+    "target a name": lambda name: {"target_modules": [Q[name]]},
+    "save": lambda name: {"modules_to_save": [Q[name]]},
+    "save a block": lambda name: {"modules_to_save": [BLOCK[name].replace("\\", "")[:-3]]},
+    "dora": lambda name: {"use_dora": True, "rank_pattern": {Q[name]: 8}},
+    "gaussian": lambda name: {"init_lora_weights": "gaussian"},
+    "pissa": lambda name: {"init_lora_weights": "pissa", "rank_pattern": {Q[name]: 8}},
+    "sketch": lambda name: {"init_lora_weights": "pissa_niter_2", "alpha_pattern": {Q[name]: 32}},
+    "loftq": lambda name: {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_dora": True},
+    "calibrated": lambda name: {"init_lora_weights": "calibrated", "exclude_modules": [Q[name]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", DEPENDING_ON_NAMES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_full_names_decide_as_they_do_for_a_model_loaded_before(name, choice, folder, trainer):
+    path, arguments = folder(name), {**ARGUMENTS, **DEPENDING_ON_NAMES[choice](name)}
+    streamed, loaded = InConfigureModel(class_of(name), path), Lit(class_of(name).from_pretrained(path))
+    plugin = QLoRAPrecision(**arguments)
+    trainer(plugins=plugin).predict(streamed)
+    report = convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+    assert plugin.report.skipped == report.skipped and plugin.report.trained_in_full == report.trained_in_full
+
+
+class TeacherAndStudent(LightningModule):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.teacher, self.student = folder, None, None
+
+    def configure_model(self):
+        if self.teacher is None:
+            self.teacher = transformers.LlamaForCausalLM.from_pretrained(self.folder)
+            self.student = transformers.LlamaForCausalLM.from_pretrained(self.folder)
+
+    predict_step, predict_dataloader = InConfigureModel.predict_step, InConfigureModel.predict_dataloader
+
+
+def test_one_of_two_models_can_be_left_alone(folder, trainer):
+    path, arguments = folder("llama"), {**ARGUMENTS, "exclude_modules": r"teacher\..*"}
+    streamed, loaded = TeacherAndStudent(path), TeacherAndStudent(path)
+    loaded.configure_model()
+    trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
+    convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+    assert not packed(streamed.teacher) and len(packed(streamed.student)) == 14
+
+
+def test_an_adapter_for_one_of_two_models(folder, trainer, tmp_path):
+    path = folder("llama")
+    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"])
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    streamed, loaded = TeacherAndStudent(path), TeacherAndStudent(path)
+    loaded.configure_model()
+    trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter"))).predict(streamed)
+    convert(loaded, adapter=str(tmp_path / "adapter"))
+    same_modules(streamed, loaded)
+
+
+def test_other_arguments_and_types_at_conversion(folder):
+    path = folder("llama")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path)).to(torch.bfloat16)
+    loaded = Lit(transformers.LlamaForCausalLM.from_pretrained(path)).to(torch.bfloat16)
+    other = {"r": 2, "quant_type": "fp4", "lora_dropout": 0.5, "exclude_modules": ["v_proj"]}
+    convert(streamed, **other)
+    convert(loaded, **other)
+    same_modules(streamed, loaded)
+
+
+def test_an_adapter_that_was_loaded_in_between_stays(folder, tmp_path):
+    path = folder("llama")
+    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    convert(lit, **ARGUMENTS)
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    load_adapter(streamed, tmp_path / "adapter")
+    convert(streamed, **ARGUMENTS)
+    assert torch.equal(logits(streamed.model), logits(lit.model))
+
+
+def test_a_weight_that_is_needed_again_and_gone_is_named(folder):
+    path = folder("llama", max_shard_size="1GB")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    toy("llama", seed=1).save_pretrained(path)
+    message = r"^model.model.layers.0.self_attn.q_proj: .*model.safetensors: 'model.layers.0.*' is no longer the weight"
+    with pytest.raises(ValueError, match=message) as error:
+        convert(lit, **ARGUMENTS, exclude_modules=[Q["llama"]])
+    assert "\n" not in str(error.value)
+
+
+def test_weights_made_of_several_are_not_quantized_before_their_names_are_known(folder, monkeypatch):
+    path = folder("llama")
+    monkeypatch.setattr("lightning_qlora.hf_quantizer.read_header", lambda path: ({}, {}))
+    for arguments, before in (({"exclude_modules": [Q["llama"]]}, 0), ({}, 14)):
+        with QLoRAPrecision(**ARGUMENTS).init():
+            pass
+        plugin = QLoRAPrecision(**ARGUMENTS, **arguments)
+        with plugin.init():
+            streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+        assert len(packed(streamed)) == before
+        loaded = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+        plugin.convert_module(streamed)
+        convert(loaded, **ARGUMENTS, **arguments)
+        same_modules(streamed, loaded)
+
+
+@pytest.mark.parametrize("change", [{"intermediate_size": 256}, {"num_key_value_heads": 4}])
+def test_a_shape_that_is_not_the_models_is_refused(change, folder, trainer):
+    lit = InConfigureModel(transformers.LlamaForCausalLM, folder("llama"), **change)
+    message = (
+        r"model-0000.*safetensors: 'model.layers.0.*weight' has shape \[\d+, \d+\], and the model has \[\d+, \d+\]"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS)).predict(lit)
+    assert "\n" not in str(error.value)
+
+
+def test_layers_of_another_size_start_anew_where_that_is_asked_for(folder, trainer):
+    path = folder("bert", changes={"num_labels": 200})
+    kind = transformers.BertForSequenceClassification
+    lit = InConfigureModel(kind, path, num_labels=100, ignore_mismatched_sizes=True)
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS)).predict(lit)
+    assert logits(lit.model).shape == (2, 100)
+    assert isinstance(lit.model.classifier, QLoRALinear) and lit.model.classifier.weight.shape == (100, 64)
+    loaded = Lit(kind.from_pretrained(path, num_labels=100, ignore_mismatched_sizes=True))
+    convert(loaded, **ARGUMENTS)
+    ours, theirs = packed(lit.model), packed(loaded.model)
+    same_bytes(
+        {n: x for n, x in ours.items() if n != "classifier"}, {n: theirs[n] for n in theirs if n != "classifier"}
+    )
 
 
 def test_tied_weights_stay_tied(folder):
@@ -264,9 +429,32 @@ def test_layers_that_are_not_chosen_are_decoded(bnb_folder):
     path = bnb_folder("gpt2")
     with QLoRAPrecision(**ARGUMENTS, target_modules=["c_attn"]).init():
         model = transformers.GPT2LMHeadModel.from_pretrained(path)
+    convert(model, **ARGUMENTS, target_modules=["c_attn"])
     assert len(packed(model)) == 2
     expected = quantize(toy("gpt2").transformer.h[0].mlp.c_fc.weight.T.contiguous()).dequantize().T
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, expected)
+
+
+@pytest.mark.parametrize(
+    "choice", ["exclude an expression", "target a name", "rank", "rank too large for some", "save a block"]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_full_names_decide_for_bnb_folders_too(name, choice, bnb_folder, trainer):
+    path, arguments = bnb_folder(name), {**ARGUMENTS, **DEPENDING_ON_NAMES[choice](name)}
+    streamed = InConfigureModel(class_of(name), path)
+    loaded = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
+    trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
+    convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+
+
+def test_a_bnb_folder_of_another_shape_is_refused(bnb_folder):
+    path = bnb_folder("llama")
+    with (
+        pytest.raises(ValueError, match=r"model.safetensors: 'model.layers.*' has shape \[64, 128\], and the model"),
+        QLoRAPrecision(**ARGUMENTS).init(),
+    ):
+        transformers.LlamaForCausalLM.from_pretrained(path, intermediate_size=256)
 
 
 def test_starts_that_need_the_float_weight_are_refused(bnb_folder):
@@ -287,7 +475,7 @@ def test_nan_in_a_weight_is_named(tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     model.save_pretrained(tmp_path)
     with (
-        pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: weight: holds NaN"),
+        pytest.raises(ValueError, match=r"model.safetensors: model.layers.1.mlp.up_proj: weight: holds NaN"),
         QLoRAPrecision(**ARGUMENTS).init(),
     ):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path)

@@ -25,7 +25,8 @@ def find_base(module: nn.Module) -> tuple[str, nn.Module]:
     """
     if isinstance(module, _FabricModule):
         module = module.module
-    adapted = {id(layer) for layer in adapted_layers(module).values()}
+    # One that was quantized while it was loaded counts when conversion has settled what becomes of it.
+    adapted = {id(layer) for layer in adapted_layers(module).values() if layer.loaded is None}
     for name, part in module.named_modules():
         if is_transformers_model(part) and adapted <= {id(layer) for layer in part.modules()}:
             return name, part

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -26,6 +26,12 @@ from lightning_qlora.loaded import make_dense, settle
 from lightning_qlora.report import ConversionReport, count_parameters, dense_bytes
 from lightning_qlora.state import remember_base
 
+LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
+COMPUTE_IT = (
+    "No state dict holds it: its module computes it when it is built. Build the model within "
+    "accelerate.init_empty_weights() in place of torch.device('meta'), or a transformers model by "
+    "from_pretrained(None, config=..., state_dict=...)."
+)
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
@@ -50,6 +56,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     start, bytes_before = time.perf_counter(), dense_bytes(module)
     if is_converted(module):
         return _report(module, Choice(), bytes_before, start)
+    _check_has_data(module)
     adapter = read_adapter(config.adapter) if config.adapter else None
     if adapter is not None:
         config = config_of_adapter(module, adapter, config)
@@ -83,6 +90,24 @@ def is_converted(module: nn.Module) -> bool:
     return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
 
 
+def _check_has_data(module: nn.Module) -> None:
+    """Refuse a module that was built on the meta device and of which a part was never loaded."""
+    tensors: list[tuple[str, str, Tensor]] = [("parameter", *named) for named in module.named_parameters()]
+    tensors += [("buffer", *named) for named in module.named_buffers()]
+    for kind, name, tensor in tensors:
+        if tensor.is_meta:
+            owner, _, key = name.rpartition(".")
+            computed = key in module.get_submodule(owner)._non_persistent_buffers_set
+            raise ValueError(
+                f"{name}: this {kind} is on the meta device, so there is no data. {COMPUTE_IT if computed else LOAD_IT}"
+            )
+
+
+def has_meta(module: nn.Module) -> bool:
+    """Whether a parameter or buffer is on the meta device."""
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
 def _is_rank_zero() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
@@ -94,11 +119,6 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
         return
     weight = layer._parameters["weight"]
     where = name or type(layer).__name__
-    if weight is not None and weight.is_meta:
-        raise ValueError(
-            f"{where}: its weight is on the meta device, so there is no data to quantize. Load the weights before "
-            "the module reaches the Trainer or fabric.setup."
-        )
     if isinstance(weight, DTensor):
         raise ValueError(
             f"{where}: its weight is sharded already (a DTensor), and a shard can't be quantized. Convert before "

@@ -19,7 +19,7 @@ from lightning_qlora import guards, seams
 from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
-from lightning_qlora.convert import convert_module, is_converted
+from lightning_qlora.convert import convert_module, has_meta, is_converted
 from lightning_qlora.kernels import scratch
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.loading import quantize_while_loading
@@ -144,7 +144,7 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             guards.check_trainer(trainer, module)  # type: ignore[arg-type]
             device = trainer.strategy.root_device
-            if any(parameter.is_meta for parameter in module.parameters()):
+            if has_meta(module):
                 seams.let_teardown_pass_by(trainer)
         known = is_converted(module)
         report = convert_module(module, self.config, device)

@@ -108,7 +108,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_layer(bad):
 def test_weights_on_the_meta_device_are_refused_with_their_layer():
     with torch.device("meta"):
         model = mlp()
-    with pytest.raises(ValueError, match=r"^1: .*meta device.*Load the weights"):
+    with pytest.raises(ValueError, match=r"^0.weight: .*meta device.*Load it"):
         convert(model, r=8)
 
 

@@ -584,5 +584,47 @@ def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit, loader())
     convert(expected, **ARGUMENTS)
     same_bytes(packed(lit), packed(expected))
-    with pytest.raises(ValueError, match=r"net.0: its weight is on the meta device"):
+    with pytest.raises(ValueError, match=r"net.0.weight: this parameter is on the meta device"):
         trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Later(load=False), loader())
+
+
+class PartlyLoaded(Classifier):
+    """Built on the meta device; everything is loaded whose name does not begin with `missing`."""
+
+    def __init__(self, missing):
+        with torch.device("meta"):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(10, 64)
+            self.register_buffer("seen", torch.zeros(64))
+        state = {name: torch.zeros(value.shape) for name, value in self.state_dict().items()}
+        state = {name: value for name, value in state.items() if not name.startswith(missing)}
+        self.load_state_dict(state, strict=False, assign=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("embedding", "embedding.weight: this parameter is"),
+        ("net.2", "net.2.weight: this parameter"),
+        ("seen", "seen: this buffer is"),
+    ],
+)
+def test_what_stayed_on_the_meta_device_is_named(missing, message, trainer):
+    with pytest.raises(ValueError, match=f"^{message}.* on the meta device.* Load it") as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(PartlyLoaded(missing), loader())
+    assert "\n" not in str(error.value)
+
+
+def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
+    plain, state = toy("llama"), toy("llama").state_dict()
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+    model.load_state_dict(state, assign=True)
+    message = r"^model.model.rotary_emb.inv_freq: this buffer .* from_pretrained\(None, config=..., state_dict=...\)"
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Lit(model))
+    assert "\n" not in str(error.value)
+    model = type(plain).from_pretrained(None, config=plain.config, state_dict=state)
+    convert(plain, **ARGUMENTS)
+    convert(model, **ARGUMENTS)
+    assert torch.equal(logits(model), logits(plain))

@@ -12,11 +12,12 @@ from lightning_qlora.adapters.float_base import for_float_base
 from lightning_qlora.adapters.folder import Adapter, read_adapter, vllm_objections, write_adapter
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
 from lightning_qlora.config import Onto, QuantType
-from lightning_qlora.files import check_free, resolve_model
+from lightning_qlora.files import resolve_model
 from lightning_qlora.linear import CheckpointMismatchError
 from lightning_qlora.memory import OptimizerName, estimate_memory
 from lightning_qlora.merging.folder import FolderDtype, merge_folder
 from lightning_qlora.starts.since_start import belongs_to
+from lightning_qlora.writing import check_free
 
 # What a user can mend: shown as one line. Anything else is a mistake of ours and shows its trace.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)

@@ -1,8 +1,7 @@
-"""Reading folders of safetensors with errors that name the file and the key; writing folders whole or not at all."""
+"""Reading folders of safetensors, with errors that name the file and the key."""
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 2_000_000_000  # of a folder we write: what is held in memory at once
 
 
 @dataclass(frozen=True)
@@ -144,90 +141,6 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-class ShardWriter:
-    """Writes a model's safetensors into a folder, holding no more than one shard in memory."""
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.shards: list[dict[str, int]] = []  # key -> bytes
-        self.held: dict[str, Tensor] = {}
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Take a tensor; write a shard when it would grow too large."""
-        held = sum(value.nbytes for value in self.held.values())
-        if self.held and held + tensor.nbytes > self.shard_bytes:
-            self._write()
-        self.held[key] = tensor.contiguous()
-
-    def _write(self) -> None:
-        self.shards.append({key: tensor.nbytes for key, tensor in self.held.items()})
-        save_file(self.held, self._name(len(self.shards)), metadata={"format": "pt"})
-        self.held = {}
-
-    def _name(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.safetensors"
-
-    def finish(self) -> None:
-        """Write what is left; name the files, and write their index, as transformers does."""
-        self._write()
-        count = len(self.shards)
-        if count == 1:
-            self._name(1).rename(self.folder / WEIGHTS)
-            return
-        file_of: dict[str, str] = {}
-        for number, shard in enumerate(self.shards, 1):
-            name = f"model-{number:05}-of-{count:05}.safetensors"
-            self._name(number).rename(self.folder / name)
-            file_of |= dict.fromkeys(shard, name)
-        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": file_of}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `target` when the block ends without an error, and is gone if it doesn't.
-
-    What a killed process left behind lies beside the target under a name of its own and is removed by the next run.
-
-    Raises:
-        FileExistsError: If `target` exists and is not an empty folder.
-    """
-    check_free(target)
-    partial = target.parent / f".{target.name}.incomplete"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_free(target: Path) -> None:
-    """Raise FileExistsError unless `target` is absent or an empty folder."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target}: exists and is not an empty folder. Choose another name, or remove it first.")
-
-
-@contextmanager
-def replaced_files(target: Path) -> Iterator[Path]:
-    """A folder to write files to, each of which replaces the one of its name in `target` when the block ends.
-
-    Other files in `target` stay. Each file is renamed into place, so a reader sees the old one or the new one.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".incomplete-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        for path in sorted(partial.iterdir(), key=lambda p: p.suffix == ".json"):  # weights first, their config last
-            path.replace(target / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def resolve_model(name: str) -> str:

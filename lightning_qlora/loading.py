@@ -8,14 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_qlora import seams
 from lightning_qlora.adapters.base_model import find_base, is_transformers_model
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig, check_choice
-from lightning_qlora.files import INDEX, WEIGHTS, WeightFolder, whole_folder
+from lightning_qlora.files import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.merging.folder import bnb_config
+from lightning_qlora.writing import whole_folder
 
 BNB_META = ".quant_state.bitsandbytes__"
 
@@ -87,6 +89,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the frozen 4-bit base of a converted module as transformers with bitsandbytes loads it, adapters left out.
 
+    Rank 0 writes; call it on all ranks or on that one.
+
     Args:
         module: A converted module with one transformers model that holds all 4-bit layers.
         folder: A folder that does not exist yet, or is empty; it is there whole, or not at all.
@@ -101,10 +105,14 @@ def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         if layer.quant_type == "int4":
             raise ValueError(f"{name}: quant_type 'int4' is none of bitsandbytes'; only 'nf4' and 'fp4' can be saved.")
+    rank_zero_only(_write_quantized)(base, layers, Path(folder))
+
+
+def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Path) -> None:
     first = next(iter(layers.values()))
     model: Any = base
     dtype = str(first.weight_dtype).removeprefix("torch.")
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(folder) as partial:
         model.config.quantization_config = bnb_config(
             first.quant_type, first.nested.numel() > 0, _dense_layers(base), dtype
         )

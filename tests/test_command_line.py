@@ -127,6 +127,21 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("trained")
+def test_merge_refuses_a_place_that_can_not_be_taken_before_it_reads_anything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_qlora.cli.read_adapter", lambda path: pytest.fail("work was done"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    for place, reason in (
+        ("../link", "symbolic link"),
+        ("../dangling", "symbolic link"),
+        (".", "the folder this runs in"),
+    ):
+        assert reason in fails(["merge", tmp_path / "adapter", place], capsys)
+
+
 def test_an_unnamed_base_is_asked_for(tmp_path, capsys):
     lit = Lit(toy("llama"))
     convert(lit, **ARGUMENTS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 
@@ -489,6 +490,17 @@ def test_int4_cannot_be_saved_for_bitsandbytes(tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="holds no converted transformers model"):
         save_quantized(toy("llama"), tmp_path / "x")
+
+
+def test_only_rank_zero_writes(tmp_path, monkeypatch):
+    model = toy("llama")
+    convert(model, **ARGUMENTS)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    save_quantized(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    save_quantized(model, tmp_path / "x")
+    assert (tmp_path / "x").exists()
 
 
 def shard(folder, number=2):

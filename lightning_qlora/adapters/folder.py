@@ -16,9 +16,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_qlora.files import open_safetensors, read_json, replaced_files
+from lightning_qlora.files import open_safetensors, read_json
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import Origin
+from lightning_qlora.writing import replaced_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_qlora.adapters.folder import PREFIX, Adapter
 from lightning_qlora.config import Onto, check_choice
-from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
+from lightning_qlora.files import WeightFolder, read_json
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
 from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.writing import SHARD_BYTES, ShardWriter, check_free, whole_folder
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")

@@ -57,7 +57,8 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
     everything = config.target_modules == "all-linear"
     targets = [n for n in layers if n and not everything and matches(n, config.target_modules)]
     for name, layer in layers.items():
-        if _is_settled(layer) or not (is_linear(layer) or name in targets):
+        own = _own_forward(layer)
+        if _is_settled(layer) or not (is_linear(layer) or own or name in targets):
             continue
         if any(_inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
             continue
@@ -65,12 +66,15 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
             choice.skip[name] = "in exclude_modules"
         elif not everything and name not in targets:
             choice.skip[name] = "not in target_modules"
+        elif own and everything:
+            choice.skip[name] = own
         elif not is_linear(layer):
             if part_of_module:
                 continue
             raise ValueError(
-                f"target_modules={config.target_modules!r} names {name!r}, a {type(layer).__name__}: only linear "
-                "layers can be converted. Name it in modules_to_save to train it in full."
+                f"target_modules={config.target_modules!r} names {name!r}, a {type(layer).__name__}: "
+                + (own or "only linear layers can be converted")
+                + ". Name it in modules_to_save to train it in full."
             )
         elif reason := facts.unable(name, layer) or (facts.unasked(name, layer, config) if everything else None):
             choice.skip[name] = reason
@@ -107,6 +111,13 @@ def is_linear(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         return type(layer).forward in (nn.Linear.forward, QLoRALinear.forward)
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
+
+
+def _own_forward(layer: nn.Module) -> str | None:
+    """Why an nn.Linear of another class is not taken for one; None for what is taken, and for what is none."""
+    if not isinstance(layer, nn.Linear) or is_linear(layer):
+        return None
+    return f"{type(layer).__name__} has a forward of its own, which may compute something else than nn.Linear's"
 
 
 def _is_settled(layer: nn.Module) -> bool:

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert
-from lightning_qlora.choose import matches
+from lightning_qlora.choose import choose_layers, matches
+from lightning_qlora.config import QLoRAConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -171,3 +172,33 @@ def test_parametrized_lazy_and_overridden_layers_are_left_alone():
 def test_names_that_fit_nothing_are_refused_with_what_there_is(arguments, words):
     with pytest.raises(ValueError, match=words):
         convert(toy("llama"), r=2, **arguments)
+
+
+class Rounded(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return super().forward(x).round()
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes the same."""
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_listed():
+    module = nn.ModuleDict({"a": Rounded(64, 64), "b": Renamed(64, 64), "c": nn.Linear(64, 64)})
+    choice = choose_layers(module, QLoRAConfig(r=4))
+    reason = "Rounded has a forward of its own, which may compute something else than nn.Linear's"
+    assert list(choice.convert) == ["b", "c"] and choice.skip == {"a": reason}
+    with pytest.raises(ValueError, match=f"names 'a', a Rounded: {reason}. Name it in modules_to_save"):
+        choose_layers(module, QLoRAConfig(r=4, target_modules=["a"]))
+    assert choose_layers(module, QLoRAConfig(r=4, exclude_modules=["a"])).skip == {"a": "in exclude_modules"}
+    assert not choose_layers(module, QLoRAConfig(r=4, modules_to_save=["a"])).skip
+    with pytest.raises(ValueError, match=f"No layer was converted.*\n  0: {reason}"):
+        convert(nn.Sequential(Rounded(64, 64)), r=4)
+
+
+def test_why_a_falcon_is_not_converted_is_said():
+    config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
+    with pytest.raises(ValueError, match=r"query_key_value: FalconLinear has a forward of its own"):
+        convert(transformers.FalconForCausalLM(config), r=4)

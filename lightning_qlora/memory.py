@@ -5,6 +5,7 @@ autograd keeps for the backward pass is then counted, not guessed.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -101,16 +102,16 @@ def estimate_memory(
         **arguments: Those of `QLoRAPrecision`.
 
     Raises:
-        TypeError, ValueError: If an argument is wrong, or a forward pass with the example fails.
+        TypeError, ValueError: If an argument is wrong, no model can be made of a config, or a forward pass fails.
     """
     check_choice("optimizer", optimizer, get_args(OptimizerName))
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number of 1 or more.")
     config = QLoRAConfig(**arguments)
+    made = model if isinstance(model, nn.Module) else _made(model)
     with FakeTensorMode() as mode:
-        twin = _copied(model) if isinstance(model, nn.Module) else _made(model)
-        return _estimate(twin, batch_size, sequence_length, optimizer, _faked(example, mode), config)
+        return _estimate(_copied(made), batch_size, sequence_length, optimizer, _faked(example, mode), config)
 
 
 def _estimate(
@@ -124,7 +125,7 @@ def _estimate(
     )
     trained = [p for p in twin.parameters() if p.requires_grad]
     trained_bytes = sum(p.nbytes for p in trained)
-    run = _forward_of(twin, batch_size, sequence_length, example)
+    run = _told(_forward_of(twin, batch_size, sequence_length, example), twin, batch_size, sequence_length)
     state = trainable * STATE_8BIT if optimizer == "adamw8bit" else trained_bytes * STATE[optimizer]
     counts = (
         packed,
@@ -145,26 +146,44 @@ def _copied(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         shape = torch.empty(parameter.shape, dtype=parameter.dtype)
         tensors[id(parameter)] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        tensors[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    for part in module.modules():
+        for value in (*part._buffers.values(), *vars(part).values()):
+            if isinstance(value, Tensor):
+                tensors[id(value)] = torch.empty(value.shape, dtype=value.dtype)
     return copy.deepcopy(module, tensors)
 
 
 def _made(model: Any) -> nn.Module:
-    """A transformers model without data, from its config, folder or hub name."""
+    """A transformers model on the meta device, from its config, folder or hub name."""
     try:
         import transformers
     except ImportError as error:
         raise TypeError(
             f"model={model!r}: is no module, and transformers is not installed to make one of it."
         ) from error
-    config = model
-    if isinstance(model, (str, os.PathLike)):
-        config = transformers.AutoConfig.from_pretrained(model)
-    elif not isinstance(model, transformers.PretrainedConfig):
+    named = isinstance(model, (str, os.PathLike))
+    if not named and not isinstance(model, transformers.PretrainedConfig):
         raise TypeError(
             f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
         )
+    try:
+        config = transformers.AutoConfig.from_pretrained(model) if named else model
+        with torch.device("meta"):
+            return _of_config(config)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{model}: neither a folder with a config.json nor a model on the hub ({_in_a_line(error)})."
+        ) from error
+    except Exception as error:  # whatever a model's own code raises
+        where = f"{model}: its config.json" if named else f"model={type(model).__name__}: it"
+        raise ValueError(
+            f"{where} makes no model ({_in_a_line(error)}). Correct it, or pass estimate_memory a module instead."
+        ) from error
+
+
+def _of_config(config: Any) -> nn.Module:
+    import transformers
+
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     dtype = getattr(config, "dtype", None) or torch.bfloat16
@@ -230,6 +249,41 @@ def _forward_of(twin: nn.Module, batch_size: int, length: int, example: Any) -> 
     if base.get_output_embeddings() is not None:
         inputs["labels"] = ids
     return lambda: base(**inputs)
+
+
+def _told(run: Callable[[], Any] | None, twin: nn.Module, batch_size: int, length: int) -> Callable[[], Any] | None:
+    """`run` with errors that say in a line what was run and what can be changed."""
+
+    def told() -> Any:
+        assert run is not None
+        torchs = logging.getLogger("torch._subclasses.fake_tensor")  # it prints the trace of an error that is raised
+        before, torchs.disabled = torchs.disabled, True
+        try:
+            return run()
+        except Exception as error:  # whatever a module's own code raises
+            base = find_base(twin)[1]
+            raise ValueError(
+                f"{type(base).__name__}: can't be run with batch_size={batch_size}, sequence_length={length} on tensors "
+                f"without data ({_in_a_line(error)}). {_advice(getattr(base, 'config', None), length)}"
+            ) from error
+        finally:
+            torchs.disabled = before
+
+    return None if run is None else told
+
+
+def _advice(config: Any, length: int) -> str:
+    places, dtype = getattr(config, "max_position_embeddings", None), getattr(config, "dtype", None)
+    advice = []
+    if isinstance(places, int) and length > places:
+        advice.append(f"It has {places} positions: choose a sequence_length of at most that.")
+    if dtype not in (None, torch.bfloat16):
+        advice.append(f"Its config says {str(dtype).removeprefix('torch.')}: it may run in bfloat16.")
+    return " ".join([*advice, "Or call estimate_memory with an example= of its input."])
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
 
 
 def _faked(example: Any, mode: FakeTensorMode) -> Any:

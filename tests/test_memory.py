@@ -120,3 +120,41 @@ def test_a_converted_module_and_counts():
 def count_parameters_after(module):
     convert(module, **ARGUMENTS)
     return count_parameters(module)[1]
+
+
+def fails(capfd, *arguments, **choices):
+    capfd.readouterr()
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        estimate_memory(*arguments, **{**ARGUMENTS, **choices})
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # torch's log of the trace would be the first thing a user reads
+    return str(error.value)
+
+
+def test_a_model_that_can_not_be_planned_is_named_with_what_to_do(tmp_path, capfd):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    too_long = fails(capfd, toy("bert").config, sequence_length=1000)
+    assert too_long.startswith("BertLMHeadModel: can't be run with batch_size=1, sequence_length=1000")
+    assert "It has 64 positions: choose a sequence_length of at most that." in too_long
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 4}  # fmt: skip
+    # Its experts run in one product that takes bf16 alone.
+    mixture = fails(capfd, transformers.MixtralConfig(**small, dtype="float32"), sequence_length=16)
+    assert mixture.startswith("MixtralForCausalLM: can't be run") and "it may run in bfloat16" in mixture
+    assert estimate_memory(transformers.MixtralConfig(**small, dtype="bfloat16"), **ARGUMENTS).counted_activations
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "a"}')
+    wrong = fails(capfd, str(tmp_path))
+    assert wrong.startswith(f"{tmp_path}: its config.json makes no model") and "hidden_size" in wrong
+    assert "neither a folder with a config.json nor a model" in fails(capfd, str(tmp_path / "nothing"))
+
+
+def test_a_model_that_reads_values_while_it_is_built():
+    """ViT: `linspace(...).item()` in its constructor, which tensors without data refuse and transformers allows for."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    config = transformers.ViTConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    estimate = estimate_memory(config, **ARGUMENTS)
+    assert not estimate.counted_activations and estimate.parts["4-bit weights"] > 0
+    counted = estimate_memory(config, example={"pixel_values": torch.zeros(2, 3, 32, 32)}, **ARGUMENTS)
+    assert counted.parts["activations"] > 0

@@ -90,7 +90,7 @@ class WeightFolder:
         self.entries: dict[str, TensorEntry] = {}
         self.file_of: dict[str, Path] = {}
         index = self.folder / INDEX
-        promised: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        promised = _promised(index)
         if not promised and not (self.folder / WEIGHTS).is_file():
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
@@ -130,6 +130,20 @@ class WeightFolder:
             with open_safetensors(path) as file:
                 found |= {key: file.get_tensor(key) for key in keys if self.file_of[key] == path}
         return found
+
+
+def _promised(index: Path) -> dict[str, str]:
+    """The index's keys and the files they are in; empty if there is no index."""
+    if not index.is_file():
+        return {}
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        what = "has no 'weight_map'" if found is None else f"its 'weight_map' is {str(found)[:80]!r}"
+        raise ValueError(f"{index}: {what}; it must be an object of keys and the files they are in.")
+    for key, name in found.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{index}: {key!r} is said to be in {name!r}; it must be the name of a file.")
+    return found
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """`lightning-qlora`: what each command prints, its exit codes, and errors in one line."""
 
+import json
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_qlora import QLoRAPrecision, convert, save_adapter, save_quantized
 from lightning_qlora.cli import main
@@ -140,6 +143,81 @@ def test_merge_refuses_a_place_that_can_not_be_taken_before_it_reads_anything(tm
         (".", "the folder this runs in"),
     ):
         assert reason in fails(["merge", tmp_path / "adapter", place], capsys)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha_pattern": [1]}, "alpha_pattern=[1]: must be an object of names and numbers"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern='(': not a valid regular expression"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj']='x': must be a number"),
+        ({"lora_alpha": "abc"}, "lora_alpha='abc': must be a number"),
+        ({"lora_alpha": None}, "lora_alpha=None: must be a number"),
+        ({"lora_dropout": "x"}, "lora_dropout='x': must be a number"),
+        ({"modules_to_save": 5}, "modules_to_save=5: must be a list of names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of names"),
+        ({"target_modules": 5}, "target_modules=5: must be names or a regular expression"),
+        ({"use_rslora": "maybe"}, "use_rslora='maybe': must be true or false"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5: must be a string"),
+    ],
+)
+def test_wrong_values_of_an_adapter_config_are_named(values, message, tmp_path, capsys):
+    lit = Lit(toy("llama"))
+    convert(lit, **ARGUMENTS)
+    save_adapter(lit, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    assert f"{path}: {message}" in fails(["inspect", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ([1], "its 'weight_map' is '[1]'; it must be an object"),
+        ("x", "its 'weight_map' is 'x'; it must be an object"),
+        ({}, "its 'weight_map' is '{}'; it must be an object"),
+        (None, "has no 'weight_map'; it must be an object"),
+        ({"a": 5}, "'a' is said to be in 5; it must be the name of a file"),
+    ],
+)
+def test_wrong_indices_are_named(weight_map, message, tmp_path, capsys):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert f"{index}: {message}" in fails(["inspect", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.index_fill(0, torch.tensor([1]), float("inf")), "'{key}': weight: holds NaN or Inf"),
+        (lambda w: w.to(torch.int8), "'{key}' is I8 of shape [64, 64]: an adapter can be folded into a matrix of"),
+        (lambda w: w.double(), "'{key}' is F64 of shape [64, 64]: an adapter"),
+        (lambda w: w[0].clone(), "'{key}' is F32 of shape [64]: an adapter"),
+    ],
+)
+@pytest.mark.usefixtures("trained")
+def test_merge_names_the_weight_that_it_can_not_take(change, message, tmp_path, capsys):
+    key, path = "model.layers.0.self_attn.q_proj.weight", tmp_path / "base/model.safetensors"
+    state = load_file(path)
+    save_file({**state, key: change(state[key])}, path, metadata={"format": "pt"})
+    error = fails(["merge", tmp_path / "adapter", tmp_path / "out"], capsys)
+    assert f"{path}: {message.replace('{key}', key)}" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.usefixtures("trained")
+def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path):
+    before = sorted(tmp_path.iterdir())
+    for command, source in (("merge", "adapter"), ("export", "last.ckpt")):
+        run = subprocess.run(
+            f"ulimit -f 10; {sys.executable} -m lightning_qlora.cli {command} {tmp_path / source} {tmp_path / 'out'}",
+            shell=True, capture_output=True, text=True,
+        )  # fmt: skip
+        error = run.stderr.strip().splitlines()
+        assert run.returncode == 1 and len(error) == 1
+        assert error[0].startswith(f"lightning-qlora: error: {tmp_path / 'out'}: could not be written")
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_unnamed_base_is_asked_for(tmp_path, capsys):

@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_qlora.files import open_safetensors, read_json
+from lightning_qlora.adapters.config_file import read_config
+from lightning_qlora.files import open_safetensors
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import Origin
 from lightning_qlora.writing import replaced_files
@@ -25,11 +26,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
 METADATA = "lightning_qlora"  # our entry in the safetensors metadata, which PEFT leaves alone
 MAGNITUDE = "lora_magnitude_vector"
-# Choices of PEFT that change what an adapter computes and that QLoRALinear does not compute.
-UNSUPPORTED = (
-    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "target_parameters",
-    "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         ValueError: If a file is broken, or the adapter is of a kind that QLoRALinear does not compute.
     """
     config_path, path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-    config = read_json(config_path)
-    _check_config(config, config_path)
+    config = read_config(config_path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Save the adapter with safetensors (PEFT's default).")
     with open_safetensors(path) as file:
@@ -195,7 +190,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
-        quantization=json.loads(metadata[METADATA]) if METADATA in metadata else None,
+        quantization=_quantization(metadata, path),
         source=str(path),
     )
 
@@ -218,6 +213,19 @@ def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:
     if rank > max_lora_rank:
         reasons.append(f"rank {rank} is above vLLM's limit of {max_lora_rank}.")
     return reasons
+
+
+def _quantization(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
+    """What `write_adapter` said of the base, where it was that which wrote."""
+    if METADATA not in metadata:
+        return None
+    try:
+        found = json.loads(metadata[METADATA])
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {METADATA!r} is not valid JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: its metadata {METADATA!r} is {found!r}, not an object.")
+    return found
 
 
 def _split(key: str, path: Path) -> tuple[str, str | None]:
@@ -248,19 +256,8 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
     # As peft.utils.other.get_pattern_key: the first key that fits the end of the name.
     pattern = config.get("alpha_pattern") or {}
     own = next((alpha for key, alpha in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
-    alpha = config.get("lora_alpha", 8) if own is None else own
+    alpha = config["lora_alpha"] if own is None else own
     return LayerAdapter(parts["lora_A"], parts["lora_B"], float(alpha), parts.get(MAGNITUDE))
-
-
-def _check_config(config: dict[str, Any], path: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' can be read.")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={config['bias']!r}: adapters that train biases can't be read, only 'none'.")
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
 
 
 def _number(value: float) -> float | int:

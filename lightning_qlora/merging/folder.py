@@ -21,6 +21,7 @@ from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.writing import SHARD_BYTES, ShardWriter, check_free, whole_folder
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
+FLOATS = ("F32", "BF16", "F16")  # in the words of a safetensors header
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -76,6 +77,8 @@ class _Merging:
     def __init__(self, folder: WeightFolder, adapter: Adapter, dtype: FolderDtype, onto: Onto) -> None:
         self.folder, self.adapter, self.dtype, self.onto = folder, adapter, dtype, onto
         self.layer_of = {self._key(f"{name}.weight", "lora_A.weight"): name for name in adapter.layers}
+        for weight in self.layer_of:
+            self._check_type(weight)
         self.saved: dict[str, Tensor] = {}
         self.added: dict[str, Tensor] = {}
         for name, value in adapter.saved.items():
@@ -144,11 +147,11 @@ class _Merging:
                 )
             rows, dtype = state[key].T if transposed else state[key], state[key].dtype
             if self.onto == "decoded":
-                rows = quantize(rows, **self._quantization()).dequantize()
+                rows = self._quantized(rows, key).dequantize()
         if name is not None:
             rows = self._sum(rows, name)
         if self.dtype == "4bit":
-            entries = quantize(rows.to(dtype), **self._quantization()).bnb_state_dict(key)
+            entries = self._quantized(rows.to(dtype), key).bnb_state_dict(key)
             yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
             return
         wanted = dtype if self.dtype == "auto" else DTYPES[self.dtype]
@@ -181,6 +184,21 @@ class _Merging:
         return {"quant_type": "nf4", "block_size": 64, "double_quant": True} | {
             name: known[name] for name in ("quant_type", "block_size", "double_quant") if name in known
         }
+
+    def _quantized(self, rows: Tensor, key: str) -> PackedWeight:
+        try:
+            return quantize(rows, **self._quantization())
+        except ValueError as error:
+            raise ValueError(f"{self.folder.file_of[key]}: {key!r}: {error}") from error
+
+    def _check_type(self, key: str) -> None:
+        """Refuse a weight that no adapter can be for, before anything is written."""
+        entry = self.folder.entries[key]
+        if not self.folder.is_packed(key) and (entry.dtype not in FLOATS or len(entry.shape) != 2):
+            raise ValueError(
+                f"{self.folder.file_of[key]}: {key!r} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
+                f"folded into a matrix of type {', '.join(FLOATS)}, or of bitsandbytes' 4 bits."
+            )
 
     def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
         try:

@@ -251,17 +251,17 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from lightning_qlora import files
+from lightning_qlora import writing
 from lightning_qlora.adapters.folder import read_adapter
 from lightning_qlora import save_quantized
 from lightning_qlora.merging.folder import merge_folder
-add, count = files.ShardWriter.add, []
+add, count = writing.ShardWriter.add, []
 def killing(self, key, tensor):
     add(self, key, tensor)
     count.append(key)
     if len(count) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-files.ShardWriter.add = killing
+writing.ShardWriter.add = killing
 merge_folder(sys.argv[1], read_adapter(sys.argv[2]), sys.argv[3], shard_bytes=10_000)
 """
 

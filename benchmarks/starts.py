@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def windows(path: str, count: int) -> Tensor:
 
 
 @torch.no_grad()
+def feed(model: nn.Module, rows: Tensor) -> None:
+    for row in rows:
+        model(row[None])
+
+
+@torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor) -> float:
     model.eval()
     losses = [model(row[None], labels=row[None]).loss.double() for row in rows]
@@ -64,7 +71,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         calibration = calibration_of(model)
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
-            calibration.look(model, lambda rows=rows, model=model: [model(row[None]) for row in rows])
+            calibration.look(model, partial(feed, model, rows))
         seconds = time.perf_counter() - began
         yield name, perplexity(model, test), seconds
 

@@ -106,10 +106,10 @@ def matches(name: str, patterns: str | list[str]) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is an nn.Linear or a transformers Conv1D, and computes what those compute, in 4 bits or not."""
-    if is_bnb_linear(layer):
+    if is_bnb_linear(layer) or isinstance(layer, QLoRALinear):
         return True
     if isinstance(layer, nn.Linear):
-        return type(layer).forward in (nn.Linear.forward, QLoRALinear.forward)
+        return type(layer).forward is nn.Linear.forward
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 

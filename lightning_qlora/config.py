@@ -186,6 +186,16 @@ def _check_start(start: Any, loftq_config: Any, calibration_batches: Any) -> Non
             raise ValueError(f"loftq_config={loftq_config!r}: loftq_bits can only be 4 here.")
     if calibration_batches is not None and _integer("calibration_batches", calibration_batches) < 1:
         raise ValueError(f"calibration_batches={calibration_batches!r}: must be 1 or more, or None.")
+    if calibration_batches is not None and start != "calibrated":
+        raise ValueError(
+            f"calibration_batches={calibration_batches!r}: only init_lora_weights='calibrated' looks at batches, and "
+            f"it is {start!r}. Leave it out, or set init_lora_weights='calibrated'."
+        )
+    if loftq_config and not start.startswith(("loftq", "pissa")):
+        raise ValueError(
+            f"loftq_config={loftq_config!r}: only init_lora_weights='loftq' and 'pissa' iterate, and it is {start!r}. "
+            "Leave it out, or set init_lora_weights."
+        )
 
 
 def _patterns(name: str, value: Any) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.convert import convert
-from lightning_qlora.kernels import build, cpu, ops
+from lightning_qlora.kernels import backends, build, cpu, ops
 from lightning_qlora.linear import QLoRALinear
 from lightning_qlora.paging.cuda import why_not_managed
 from lightning_qlora.report import size_text
@@ -36,7 +36,7 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         facts = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
         yield str(device), f"{facts.name}, {size_text(free)} of {size_text(total)} free", True
-        yield f"{device} kernels", ops.backend(device).__name__.rpartition(".")[2], True  # type: ignore[attr-defined]
+        yield f"{device} kernels", backends.backend(device).__name__.rpartition(".")[2], True  # type: ignore[attr-defined]
         yield f"{device} paging", why_not_managed(device) or "unified memory", True
     if len(devices()) == 1:
         yield "GPU", "none that torch can use", True

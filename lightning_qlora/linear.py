@@ -238,8 +238,9 @@ class QLoRALinear(nn.Linear):
             return torch.bfloat16
         return self.weight_dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
+        x = input  # nn.Linear's own word, for those who call a layer with it
         dtype, given = self.compute_dtype(x), x.dtype
         p, seed = self.lora_dropout, None
         if p and self.training:
@@ -300,7 +301,8 @@ class QLoRALinear(nn.Linear):
                 "trained with."
             )
         self._check_rank(state_dict, prefix, name)
-        self.input_rms = state_dict.pop(prefix + INPUT_RMS, self.input_rms)
+        if prefix + "lora_A" in state_dict:  # an adapter comes with what it started from, or from nothing
+            self.input_rms = state_dict.pop(prefix + INPUT_RMS, None)
         loading = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         has_weight = self._load_weight(state_dict, prefix, with_adapter=bool(loading & set(ADAPTER)))
         optional = set(BASE)
@@ -355,6 +357,10 @@ class QLoRAConv1D(QLoRALinear):
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, fp32, [in, out]."""
         return super().delta().T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same, in Conv1D's words."""
+        return super().forward(x)
 
     @staticmethod
     def _as_rows(weight: Tensor) -> Tensor:

@@ -233,10 +233,17 @@ class QLoRAPrecision(Precision):
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         self._take(optimizer)
         if self._calibration is not None and closure is None:
-            self._calibration.check_started()
+            self._calibration.before_step(optimizer)
         if closure is not None:
             kwargs["closure"] = closure
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
+
+    @override
+    def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
+        """Between the Trainer's backward pass and its step: adapters that start from data must have started."""
+        if self._calibration is not None:
+            self._calibration.before_step(optimizer)
+        super()._after_closure(model, optimizer)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""The random generators of all ranks, for a checkpoint that resumes exactly."""
+"""The random generators: of all ranks, for a checkpoint that resumes exactly, and of this process."""
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 
 def world_size() -> int:
@@ -31,3 +33,22 @@ def set_random_state(states: list[dict[str, Any]]) -> None:
     torch.set_rng_state(states[rank]["cpu"].cpu())
     if "cuda" in states[rank] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
+
+
+def generators() -> dict[str, Any]:
+    """State of the global generators of torch, numpy and Python in this process."""
+    return _collect_rng_states()
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Put them back."""
+    _set_rng_states(states)
+
+
+def same_generators(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states of them, those on a GPU aside, would draw the same numbers."""
+    return (
+        torch.equal(one["torch"], other["torch"])
+        and one["python"] == other["python"]
+        and all(np.array_equal(a, b) for a, b in zip(one["numpy"], other["numpy"], strict=True))
+    )

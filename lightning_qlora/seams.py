@@ -4,15 +4,18 @@ One function each, with the upstream file, why, and what upstream change would r
 a run without this package's plugin, callback or layers.
 """
 
+import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from importlib import import_module
 from typing import Any
 
 from torch import nn
+
+from lightning_qlora.random_state import generators, same_generators, set_generators
 
 
 def keep_encoder_layers_on_the_module_path(module: nn.Module) -> None:
@@ -84,44 +87,112 @@ def announce_optimizers_to_fabric_callbacks() -> None:
     _FabricOptimizer.__init__ = init  # type: ignore[method-assign]
 
 
-def coming_batches(trainer: Any, count: int) -> list[Any]:
-    """The Trainer's next training batches, at most `count`, left in line: it will get each of them in its turn.
+def batches_from(trainer: Any, batch: Any, count: int) -> Iterator[Any]:
+    """The Trainer's batch at hand and those after it, `count` at most; it will get each of them in its turn.
+
+    A loader that draws random numbers, or says where it is for a checkpoint, does so as if nobody had looked ahead:
+    when a batch comes in its turn, the generators move as they moved when it was fetched, and the loader's state is
+    the one it had then.
 
     Upstream: lightning/pytorch/loops/fetchers.py, _DataFetcher: `__next__` takes from `batches`, filled ahead where the
-    length is unknown, and from `iterator`; nothing looks ahead. The counts of both stay as they are.
+    length is unknown, and from `iterator`; nothing looks ahead. CombinedLoader._state_dicts is what a checkpoint saves.
     Removed by: a fetcher with a method to peek.
     """
     fetcher = trainer.fit_loop._data_fetcher
-    ready = list(getattr(fetcher, "batches", []))[:count]
+    loader = fetcher.combined_loader
+    yield batch
+    ready = list(getattr(fetcher, "batches", []))[: count - 1]
+    yield from (ahead for ahead, _, _ in ready)
     rest = iter(fetcher.iterator.__next__, object())  # iter(CombinedLoader) itself would begin anew
-    taken = list(itertools.islice(rest, count - len(ready)))
-    fetcher.iterator = itertools.chain(taken, rest)
-    return [batch for batch, _, _ in (*ready, *taken)]
+    taken: list[tuple[Any, Any, Any]] = []
+    states = [copy.deepcopy(loader._state_dicts())]
+    try:
+        while 1 + len(ready) + len(taken) < count:
+            before = generators()
+            item = next(rest, None)
+            if item is None:
+                break
+            taken.append((item, before, generators()))
+            states.append(copy.deepcopy(loader._state_dicts()))
+            yield item[0]
+    finally:
+        if taken:
+            loader._state_dicts = lambda: states[0]
+            fetcher.iterator = itertools.chain(_in_turn(loader, taken, states), rest)
 
 
-def rehearse(trainer: Any, batches: list[Any], first_index: int) -> None:
-    """Run training_step on raw batches as the loop would, with nothing logged.
+def _in_turn(loader: Any, taken: list[tuple[Any, Any, Any]], states: list[Any]) -> Iterator[Any]:
+    """See `batches_from`.
+
+    Upstream: lightning/pytorch/utilities/combined_loader.py, as there. Removed by: as there.
+    """
+    for place, (item, before, after) in enumerate(taken, start=1):
+        if place < len(taken):
+            loader._state_dicts = lambda place=place: states[place]
+        else:
+            del loader._state_dicts  # its own state from here on
+        if same_generators(generators(), before):
+            set_generators(after)
+        yield item
+
+
+def rehearse(trainer: Any, batches: Iterable[Any], first_index: int) -> None:
+    """Run training_step on raw batches as the loop would.
 
     Upstream: lightning/pytorch/loops/training_epoch_loop.py, _TrainingEpochLoop.advance: the way from a batch of the
-    loader to training_step is part of the loop, and so is what it logs.
-    Removed by: that way as a function of its own, and a Trainer whose logging can be switched off.
+    loader to training_step is part of the loop.
+    Removed by: that way as a function of its own.
     """
-    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.trainer import call
 
-    module, loggers = trainer.lightning_module, trainer.loggers
-    module.log = module.log_dict = lambda *_, **__: None
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    module = trainer.lightning_module
+    for index, batch in enumerate(batches, start=first_index):
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index)
+        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
+        # Not the strategy's: DDP's forward pass waits for a backward pass that does not come.
+        with trainer.precision_plugin.train_step_context():
+            call._call_lightning_module_hook(trainer, "training_step", *arguments.values())
+
+
+@contextmanager
+def nothing_logged(module: nn.Module) -> Iterator[None]:
+    """Within this, what a LightningModule logs, itself or through its Trainer's loggers, is dropped.
+
+    Upstream: lightning/pytorch/core/module.py, LightningModule.log, and lightning/pytorch/trainer/trainer.py,
+    Trainer.loggers: a Trainer's logging can't be switched off.
+    Removed by: a switch for it.
+    """
+    from lightning.pytorch import LightningModule
+
+    modules: list[Any] = [part for part in module.modules() if isinstance(part, LightningModule)]
+    trainers = {id(part._trainer): part._trainer for part in modules if part._trainer is not None}.values()
+    loggers = [(trainer, trainer.loggers) for trainer in trainers]
+    own = [{name: vars(part)[name] for name in ("log", "log_dict") if name in vars(part)} for part in modules]
+    for part in modules:
+        part.log = part.log_dict = lambda *_, **__: None
+    for trainer, real in loggers:
+        trainer.loggers = [_muted(logger) for logger in real]
     try:
-        for index, batch in enumerate(batches, start=first_index):
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-            call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index)
-            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
-            call._call_strategy_hook(trainer, "training_step", *arguments.values())
+        yield
     finally:
-        del module.log, module.log_dict
-        trainer.loggers = loggers
+        for part, attributes in zip(modules, own, strict=True):
+            del part.log, part.log_dict
+            vars(part).update(attributes)
+        for trainer, real in loggers:
+            trainer.loggers = real
+
+
+def _muted(logger: Any) -> Any:
+    """A logger that says where and what it is as the real one does, and writes nothing.
+
+    Upstream: lightning/pytorch/loggers/logger.py, DummyLogger, whose name and folders are empty. Removed by: as there.
+    """
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    about = {name: getattr(logger, name, None) for name in ("name", "version", "save_dir", "log_dir", "root_dir")}
+    return type("MutedLogger", (DummyLogger,), about)()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What a state dict of a converted module holds: what trains, fingerprints of what is frozen, and the arguments."""
 
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -133,6 +134,26 @@ def _check_same_function(root: nn.Module, state_dict: dict[str, Any], prefix: st
                 f"{name} is {getattr(there, name)!r} in the checkpoint and {getattr(here, name)!r} here: the adapters "
                 "would be scaled otherwise than they were trained. Set it to the checkpoint's."
             )
+    if there is not None:
+        _keep_start_of(there, root)
+
+
+def _keep_start_of(there: QLoRAConfig, root: nn.Module) -> None:
+    """What the adapters started from stays what it was: it says which base they belong to."""
+    here: QLoRAConfig = root._qlora_config  # type: ignore[assignment]
+    start: dict[str, Any] = {"init_lora_weights": there.init_lora_weights, "loftq_config": there.loftq_config}
+    if all(getattr(here, name) == value for name, value in start.items()):
+        return
+    if not (here.start == there.start == "calibrated"):
+        start["calibration_batches"] = None
+    warnings.warn(
+        f"The checkpoint's adapters started as {there.init_lora_weights!r}, so init_lora_weights="
+        f"{here.init_lora_weights!r} is not used.",
+        stacklevel=2,
+    )
+    root._qlora_config = replace(here, **start)  # type: ignore[assignment]
+    for layer in adapted_layers(root).values():
+        layer.config = replace(layer.config, **start)
 
 
 def _take_as_base(root: nn.Module, _: Any) -> None:

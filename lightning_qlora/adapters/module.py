@@ -17,7 +17,7 @@ from lightning_qlora import starts
 from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.adapters.float_base import for_float_base
 from lightning_qlora.adapters.folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
-from lightning_qlora.calibration import calibration_of
+from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
 from lightning_qlora.starts.since_start import Origin, belongs_to, quantization_of
@@ -141,10 +141,8 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for key, value in adapter.saved.items():
             state[key].copy_(value)
+    close_calibrations(module)  # no adapter waits for data any more
     for part in module.modules():
-        calibration = calibration_of(part)
-        if calibration is not None:
-            calibration.close()  # no adapter waits for data any more
         config = getattr(part, "_qlora_config", None)
         if isinstance(config, QLoRAConfig):  # checkpoints say what the adapter is
             part._qlora_config = replace(config, **_words(part, adapter, layers))  # type: ignore[assignment]

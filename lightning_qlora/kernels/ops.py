@@ -1,4 +1,4 @@
-"""The op table: every op's schema, its checks, its fake, its gradient, and which backend computes it.
+"""The op table: every op's schema, its checks, its fake and its gradient; `backends` says who computes it.
 
     quantize          float weight -> 4-bit bytes
     dequantize        4-bit bytes -> float weight
@@ -11,75 +11,20 @@ The first four are `torch.library` ops: torch.compile sees each as one opaque no
 test them.
 """
 
-import os
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_qlora.config import BLOCK_SIZES, QuantType, check_bool, check_choice
-from lightning_qlora.kernels import cpu
 from lightning_qlora.kernels.adamw import AdamWStep
+from lightning_qlora.kernels.backends import backend
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
-
-
-class Backend(Protocol):
-    """What a backend module offers; the functions of `reference` say what each computes."""
-
-    @property
-    def quantize(self) -> Callable[[Tensor, QuantType, int, bool], PackedBytes]:
-        """See `reference.quantize`."""
-
-    @property
-    def dequantize(self) -> Callable[[PackedBytes, torch.dtype], Tensor]:
-        """See `reference.dequantize`."""
-
-    @property
-    def linear(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """See `reference.linear`."""
-
-    @property
-    def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
-        """See `reference.linear_backward`."""
-
-    @property
-    def adamw_step(self) -> Callable[..., None]:
-        """See `adamw.adamw_step`."""
-
-    @property
-    def adamw8bit_step(self) -> Callable[..., None]:
-        """See `adamw.adamw8bit_step`."""
-
-
-def backend(device: torch.device) -> Backend:
-    """The backend module for a device: Triton's on a GPU or under TRITON_INTERPRET=1, else the eager one."""
-    # ROCm's devices call themselves "cuda" as well.
-    if device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
-        return _triton() or cpu
-    return cpu
-
-
-@cache
-def _triton() -> Backend | None:
-    if find_spec("triton") is None:
-        warnings.warn(
-            "Triton is not installed, so the 4-bit layers run in eager PyTorch on this GPU: the results are right, but "
-            "each product costs several passes over memory. `pip install triton` (Linux) or `triton-windows` mends it.",
-            stacklevel=2,
-        )
-        return None
-    return cast(Backend, import_module("lightning_qlora.kernels.triton"))
 
 
 def quantize(

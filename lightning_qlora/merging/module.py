@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora.adapters.base_model import find_base, plain_name
+from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import check_choice
 from lightning_qlora.linear import DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.merging.rounding import round_at_random
@@ -33,6 +34,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no QLoRALinear: there is nothing to merge.")
+    close_calibrations(module)
     names = {layer: plain_name(name) for name, layer in find_base(module)[1].named_modules()}
     for name, layer in layers.items():
         if isinstance(layer.packed, DTensor):

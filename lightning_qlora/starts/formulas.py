@@ -48,6 +48,8 @@ def start(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
         return _pissa(weight, config, name)
     if config.start == "loftq":
         return _loftq(weight, config, name)
+    if config.start == "calibrated":
+        _rank(weight, config, name)  # now, not when the first batch comes
     lora_a, lora_b = random_adapter(weight.shape[1], weight.shape[0], config, name)
     return Start(_quantize(weight, config), lora_a, lora_b)
 
@@ -135,7 +137,7 @@ def _adapter(factors: low_rank.Factors, config: QLoRAConfig, name: str) -> tuple
     random_a, _ = random_adapter(v.shape[0], u.shape[0], config, name)
     # Where there is nothing to replace, A = B = 0 would have no gradient for ever: there A starts as by default.
     nothing = (sigma <= torch.finfo(torch.float32).eps * sigma.max()).unsqueeze(1)
-    return torch.where(nothing, random_a.to(v), (v * root).T), u * root
+    return torch.where(nothing, random_a.to(v), (v * root).T), (u * root).contiguous()
 
 
 def _quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:

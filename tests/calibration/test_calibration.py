@@ -6,10 +6,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_qlora import QLoRAPrecision, convert, quantize, starts
+from lightning_qlora import QLoRAPrecision, convert, merge, quantize, starts
+from lightning_qlora.adapters.module import adapter_of
 from tests.conftest import dataset, loader
 
 CALIBRATED = {
@@ -192,15 +194,41 @@ def test_a_layer_that_saw_no_input_keeps_its_start_and_is_named():
     assert (report.calibration.calibrated, report.calibration.unseen) == (["used"], ["unused"])
     assert torch.equal(net.unused.lora_A, before)
     assert not net.unused.lora_B.any()
-    assert "no input reached unused" in str(report)
+    assert "no input but zeros reached unused" in str(report)
     assert net.unused.dense_weight is None
 
 
-def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer():
+def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer_and_changes_nothing():
     net = Net()
-    convert(net, **CALIBRATED)
-    with pytest.raises(ValueError, match=r"layers\.0: NaN or Inf among its inputs"):
-        net(torch.full((2, 64), torch.inf))
+    report = convert(net, **CALIBRATED)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layers\.0: NaN or Inf in all its inputs"):
+            net(torch.full((2, 64), torch.inf))
+    assert report.calibration.waiting == ["layers.0", "layers.2"]
+    net(torch.randn(4, 64))
+    assert report.calibration.calibrated == ["layers.0", "layers.2"]
+
+
+def test_rows_that_are_not_finite_do_not_count():
+    nets, x = [Net(), Net()], torch.randn(6, 64)
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        convert(net, **CALIBRATED)
+    nets[0](x)
+    nets[1](torch.cat([x, torch.full((2, 64), torch.nan)]))
+    assert torch.equal(nets[0].layers[0].input_rms, nets[1].layers[0].input_rms)
+
+
+def test_a_rank_above_the_singular_values_is_refused_at_conversion():
+    with pytest.raises(ValueError, match=r"layers\.0: r=80: a 96x64 weight has only 64 singular values"):
+        convert(Net(), **{**CALIBRATED, "r": 30, "rank_pattern": {"layers.0": 80}})
+
+
+def test_inputs_of_zeros_leave_the_default_start():
+    net = nn.Sequential(nn.Linear(64, 64))
+    report = convert(net, r=4, init_lora_weights="calibrated")
+    net(torch.zeros(4, 64))
+    assert "no input but zeros reached 0: default start" in str(report)
 
 
 def test_a_copy_and_a_pickle_start_on_their_own():
@@ -380,8 +408,11 @@ def test_fabric_starts_in_its_first_forward_pass():
     module = fabric.setup_module(Net())
     optimizer = fabric.setup_optimizers(torch.optim.SGD(module.parameters(), lr=1e-3))
     module.eval()
-    with pytest.raises(RuntimeError, match=r"before any adapter has started.*model\.train\(\)"):
+    with pytest.warns(UserWarning, match="eval mode"):
+        fabric.backward(module(torch.randn(4, 64)).square().mean())
+    with pytest.raises(RuntimeError, match=r"before the adapter of layers\.\d has started.*model\.train\(\)"):
         optimizer.step()
+    optimizer.zero_grad()
     with torch.no_grad():
         module(torch.randn(4, 64))
     module.train()
@@ -437,3 +468,138 @@ def test_torchmetrics_count_once(trainer):
     )
     assert module.counts == [1, 2, 3, 4]
     assert torch.equal(module.meter.compute(), plain.meter.compute())
+
+
+class Alternating(Lit):
+    """A second head that only every other step calls."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.other = Net()
+
+    def training_step(self, batch, batch_idx):
+        return (self.net, self.other)[self.global_step % 2](batch[0]).square().mean()
+
+
+def test_what_no_step_has_called_yet_is_named_and_starts_when_one_does(trainer, tmp_path):
+    arguments = {"target_modules": ["layers.0", "layers.2"]}
+    saver = ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True, every_n_train_steps=1)
+    _, plugin, _ = fit(trainer, Alternating(), max_steps=1, callbacks=[saver], arguments=arguments)
+    assert plugin.report.calibration.waiting == ["other.layers.0", "other.layers.2"]
+    assert "other.layers.0, other.layers.2: no input yet" in str(plugin.report)
+    straight, _, _ = fit(trainer, Alternating(), max_steps=4, arguments=arguments)
+    assert straight.other.layers[0].input_rms.any()
+
+    class Same(DataLoader):
+        """Every batch the same, so that a resumed run sees what a straight one sees."""
+
+    data = Same(torch.utils.data.TensorDataset(dataset(8).tensors[0].repeat(4, 1)), batch_size=8)
+    saver = ModelCheckpoint(dirpath=tmp_path / "other", save_last=True, every_n_train_steps=1)
+    fit(trainer, Alternating(), max_steps=1, callbacks=[saver], arguments=arguments, data=data)
+    last = tmp_path / "other" / "last.ckpt"
+    resumed, _, _ = fit(trainer, Alternating(), max_steps=4, arguments=arguments, data=data, ckpt_path=last)
+    straight, _, _ = fit(trainer, Alternating(), max_steps=4, arguments=arguments, data=data)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_learning_rate_finder_leaves_the_start_and_an_exported_start_is_none(trainer):
+    module, plugin = Lit(), QLoRAPrecision(**CALIBRATED)
+    module.lr = 1e-3
+    runner = trainer(plugins=plugin, enable_checkpointing=False, limit_val_batches=0)
+    Tuner(runner).lr_find(module, loader(), num_training=3, update_attr=False)
+    fresh, _, _ = fit(trainer, max_steps=1)
+    for name, layer in dense_layers(fresh).items():
+        assert torch.equal(module.get_submodule(name).input_rms, layer.input_rms)
+        assert module.get_submodule(name).lora_B.any()
+    assert plugin.report.calibration.waiting == []
+
+
+def test_a_state_from_before_the_start_puts_back_the_start_or_says_that_it_cannot():
+    net, x = Net(), torch.randn(8, 64)
+    convert(net, **CALIBRATED)
+    before = copy.deepcopy(net.state_dict())
+    net(x)
+    start = adapters(net)
+    net.layers[0].lora_B.data += 1
+    net.load_state_dict(before)
+    assert all(torch.equal(start[name], value) for name, value in adapters(net).items())
+    net.state_dict()  # a checkpoint of what came of it: the start itself is let go
+    with pytest.warns(UserWarning, match=r"from before the start.*layers\.0 now starts as by default"):
+        net.load_state_dict(before)
+    assert not net.layers[0].lora_B.any()
+    assert net.layers[0].input_rms is None
+
+
+def test_an_adapter_that_trained_before_it_could_start_is_left_as_it_is():
+    net = Net()
+    convert(net, **CALIBRATED)
+    net.layers[0].lora_B.data += 1
+    with pytest.warns(UserWarning, match=r"layers\.0 was trained before it could start"):
+        net(torch.randn(4, 64))
+    assert (net.layers[0].lora_B == 1).all()
+    assert net.layers[2].input_rms is not None
+
+
+def test_the_trainer_refuses_to_step_adapters_that_have_not_started(trainer):
+    class Eval(Lit):
+        def on_train_epoch_start(self):
+            self.net.eval()
+
+    with (
+        pytest.warns(UserWarning, match="eval mode"),
+        pytest.raises(RuntimeError, match=r"the optimizer steps before the adapter of net\.layers\.0 has started"),
+    ):
+        fit(trainer, Eval())
+
+
+def test_a_merged_part_waits_for_nothing():
+    lit = Lit()
+    convert(lit, **CALIBRATED)
+    merge(lit.net)
+    lit(torch.randn(4, 64))
+    other = Net()
+    convert(other, **CALIBRATED)
+    merge(other)
+    other(torch.randn(4, 64))
+    assert not hasattr(other.layers[0], "dense_weight")
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [("calibrated", "default"), ("pissa", "default"), ("default", "calibrated")]
+)
+def test_a_checkpoint_keeps_what_its_adapters_started_from(saved, resumed):
+    first, second = Net(), Net()
+    second.load_state_dict(first.state_dict())
+    convert(first, **{**CALIBRATED, "init_lora_weights": saved})
+    first(torch.randn(8, 64))
+    first.layers[0].lora_B.data += 0.1
+    convert(second, **{**CALIBRATED, "init_lora_weights": resumed})
+    with pytest.warns(UserWarning, match=f"started as '{saved}', so init_lora_weights='{resumed}' is not used"):
+        second.load_state_dict(first.state_dict())
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items() if name != "qlora_config")
+    assert adapter_of(second).quantization["init_lora_weights"] == saved
+    x = torch.randn(4, 64)
+    assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_model_compiled_whole_looks_at_its_first_batch(trainer, how):
+    class Compiled(Lit):
+        def __init__(self):
+            super().__init__()
+            if how == "wrapped":
+                self.net = torch.compile(self.net, backend="eager", fullgraph=True)
+            else:
+                self.net.compile(backend="eager", fullgraph=True)
+
+    torch._dynamo.reset()
+    module, plugin, _ = fit(trainer, Compiled(), max_steps=2)
+    plain, _, _ = fit(trainer, max_steps=2)
+    assert len(plugin.report.calibration.calibrated) == 2
+    for one, other in zip(adapters(module).values(), adapters(plain).values(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -13,3 +13,9 @@ def test_all_ranks_start_alike_from_the_inputs_of_all(tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in state.items())
         inputs = dataset(64).tensors[0][:rows]
         torch.testing.assert_close(state["net.0.input_rms"], inputs.square().mean(0).sqrt())
+    (state, calibrated), (other, _) = first["experts"], second["experts"]
+    assert {"experts.0", "experts.1"} <= set(calibrated)
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+    for place in (0, 1):  # each saw the batch of one rank alone
+        inputs = dataset(64).tensors[0][place:8:2]
+        torch.testing.assert_close(state[f"experts.{place}.input_rms"], inputs.square().mean(0).sqrt())

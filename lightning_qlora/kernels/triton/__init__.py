@@ -1,4 +1,4 @@
-"""The ops on a GPU, in Triton: imported by `ops.backend` when the first tensor on such a device comes, never before."""
+"""The ops on a GPU, in Triton: imported by `backends` when the first tensor on such a device comes, never before."""
 
 from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels import backends, ops, reference
 from lightning_qlora.kernels.triton.dequantize import dequantize, dequantize_into
 from lightning_qlora.quantize.packed import PackedBytes
 
@@ -49,5 +49,5 @@ def test_bytes_that_begin_anywhere_and_have_any_shape():
 
 def test_through_the_op_table():
     packed = weight((33, 64))
-    assert ops.backend(torch.device("cpu")).__name__ == "lightning_qlora.kernels.triton"
+    assert backends.backend(torch.device("cpu")).__name__ == "lightning_qlora.kernels.triton"
     assert torch.equal(ops.dequantize(packed, torch.float16), reference.dequantize(packed, torch.float16))

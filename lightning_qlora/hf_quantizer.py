@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lightning_qlora.adapters.base_model import forget_quantizer
 from lightning_qlora.adapters.folder import read_adapter
 from lightning_qlora.adapters.module import adapter_within, config_of_adapter
+from lightning_qlora.bnb_layers import decoded_as_it_came
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear
@@ -161,8 +162,7 @@ class _TakeOver(_Op):
         except ValueError as error:
             raise self.kept(ValueError(f"{name}.{error}")) from error
         if name not in self.hf_quantizer.chosen:  # stays dense, as conversion leaves it
-            dense = weight.dequantize(place.dtype)
-            return {full_layer_name: dense.T if dense.shape != place.shape else dense}
+            return {full_layer_name: decoded_as_it_came(layer, weight, place.dtype)}
         weight = replace(weight, dtype=place.dtype)
         try:
             QLoRALinear.from_packed(layer, weight, type(layer), self.hf_quantizer.config, name)

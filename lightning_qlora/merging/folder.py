@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qlora.adapters.folder import PREFIX, Adapter
+from lightning_qlora.bnb_folder import bnb_config, empty_model, kept_dense, linear_layers, skip_words
 from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
 from lightning_qlora.kernels.ops import quantize
@@ -83,7 +84,11 @@ class _Merging:
                 self.saved[key] = value
             elif not self._is_tied_copy(name):
                 self.added[name] = value
-        self.dense: set[str] = set()  # layers of the output that stay dense, for quantization_config
+        self.packed: set[str] = set()  # layers of the output in 4 bits, for quantization_config
+        self.model: nn.Module | None = None  # without weights: what transformers will make of a folder in 4 bits
+        if dtype == "4bit" and (folder.folder / "config.json").is_file():
+            self.model = empty_model(folder.folder)
+        self.kept_dense = set() if self.model is None else kept_dense(self.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the output."""
@@ -103,10 +108,11 @@ class _Merging:
         config = read_json(path)
         found = config.pop("quantization_config", None)
         if self.dtype == "4bit":
-            choices = self._quantization()
-            config["quantization_config"] = found or bnb_config(
-                choices["quant_type"], choices["double_quant"], sorted(self.dense), config.get("dtype", "bfloat16")
-            )
+            choices, dtype = self._quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+            assert self.model is not None
+            skip = skip_words(linear_layers(self.model).keys() - self.packed, self.packed)
+            made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
+            config["quantization_config"] = {**made, **(found or {}), "llm_int8_skip_modules": skip}
         elif self.dtype != "auto":
             name = "dtype" if "dtype" in config else "torch_dtype"
             config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")
@@ -119,12 +125,12 @@ class _Merging:
         name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
         if name is None and not packed:
             tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
-            if tensor.ndim == 2 and key.endswith(".weight"):
-                self.dense.add(key.removesuffix(".weight"))
             yield key, self._cast(tensor)
             return
         state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
+        layer = self._layer_in_model(key)
         if name is None and self.dtype == "4bit":
+            self.packed.add(layer)
             yield from state.items()
             return
         transposed = self._is_transposed(key, name)
@@ -146,11 +152,12 @@ class _Merging:
                 rows = quantize(rows, **self._quantization()).dequantize()
         if name is not None:
             rows = self._sum(rows, name)
-        if self.dtype == "4bit":
+        if self.dtype == "4bit" and layer not in self.kept_dense:
+            self.packed.add(layer)
             entries = quantize(rows.to(dtype), **self._quantization()).bnb_state_dict(key)
             yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
             return
-        wanted = dtype if self.dtype == "auto" else DTYPES[self.dtype]
+        wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
         rows = rows.to(wanted) if name is None else round_at_random(rows, wanted, name)
         yield key, (rows.T if transposed else rows).contiguous()
 
@@ -167,6 +174,12 @@ class _Merging:
         if layer.magnitude is not None:
             total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
         return total
+
+    def _layer_in_model(self, key: str) -> str:
+        """The layer of a weight as the whole model names it; older files of it may lack the name of its body."""
+        layer, body = key.removesuffix(".weight"), getattr(self.model, "base_model_prefix", "")
+        names = () if self.model is None else linear_layers(self.model)
+        return next((n for n in (layer, f"{body}.{layer}", layer.removeprefix(f"{body}.")) if n in names), layer)
 
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether transformers wants the weight as [in, out], as its Conv1D keeps it (in 4 bits it is [out, in])."""
@@ -209,17 +222,3 @@ class _Merging:
     def _is_tied_copy(self, name: str) -> bool:
         """Whether a trained tensor that the base's files lack is tied to one that they have and that was trained."""
         return any(torch.equal(self.adapter.saved[name], value) for value in self.saved.values() if value.ndim == 2)
-
-
-def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str) -> dict[str, Any]:
-    """transformers' quantization_config of a folder in bitsandbytes' 4 bits."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skip,
-    }

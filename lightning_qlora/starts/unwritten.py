@@ -19,7 +19,7 @@ _used = 0
 
 
 def zeros(*shape: int) -> Tensor:
-    """Zeros in fp32 on the CPU, each tensor with a storage of its own; under a mode of torch's, what it makes instead."""
+    """Zeros in fp32 on the CPU, each tensor with a storage of its own; under a mode of torch's, what it makes."""
     global _arena, _used
     count = math.prod(shape)
     size = -(-count * 4 // 64) * 64  # torch's allocator aligns to 64 bytes too

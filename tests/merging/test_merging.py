@@ -156,6 +156,34 @@ def test_into_4_bits_warns_and_gives_bitsandbytes_entries(base, tmp_path):
     assert torch.equal(theirs.weight.data, quantize(layer.decode() + layer.delta()).packed)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_into_4_bits_transformers_loads_it(name, base, tmp_path):
+    """Tied output embeddings, and T5's `wo`, which transformers keeps dense, among them."""
+    pytest.importorskip("bitsandbytes")
+    lit, (_, folder) = converted(name), base(name)
+    merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="4bit")
+    theirs = load(name, tmp_path / "out", device_map="cpu")
+    in_4_bits = {key for key, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
+    merged = merge(lit).model
+    layers = [key for key in in_4_bits if not key.endswith(".wo")]
+    assert in_4_bits == set(layers) and len(layers) > 7
+    for key in layers:
+        layer = merged.get_submodule(key)
+        rows = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T.contiguous()
+        decoded = quantize(rows.detach()).dequantize()
+        layer.weight.data = decoded if isinstance(layer, nn.Linear) else decoded.T.contiguous()
+    torch.testing.assert_close(logits(theirs), logits(merged), atol=1e-5, rtol=0)
+
+
+def test_into_4_bits_without_knowing_the_model_is_refused(base, tmp_path):
+    _, folder = base("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OfNobody"]}))
+    with pytest.raises(ValueError, match=r"config.json: transformers can't make a model of it") as raised:
+        merge_folder(folder, adapter_of(converted("llama")), tmp_path / "out", dtype="4bit")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_4_bit_base(name, base, tmp_path):
     pytest.importorskip("bitsandbytes")

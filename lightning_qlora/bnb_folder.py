@@ -68,8 +68,12 @@ def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str)
     }
 
 
-def empty_model(folder: Path) -> nn.Module:
+def empty_model(folder: Path, what_for: str) -> nn.Module:
     """The transformers model that a folder's config.json names, on the meta device: its layers, and no weights.
+
+    Args:
+        folder: A model's folder.
+        what_for: What only such a model tells, for the message.
 
     Raises:
         ValueError: If transformers is not installed, or has no such model.
@@ -84,6 +88,6 @@ def empty_model(folder: Path) -> nn.Module:
     except (ImportError, AttributeError, TypeError, IndexError, ValueError, OSError) as error:
         raise ValueError(
             f"{folder / 'config.json'}: transformers can't make a model of it ({str(error).splitlines()[0]}), and only "
-            "that says which layers a 4-bit folder must leave dense. Merge to 'auto' or 'bf16'."
+            f"that says {what_for}."
         ) from error
     return model

@@ -72,6 +72,14 @@ def trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield plain_name(name), part
 
 
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several, as an embedding that is the output embedding too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return [group for group in names.values() if len(group) > 1]
+
+
 def describe_base(module: nn.Module) -> dict[str, Any]:
     """What a checkpoint must say so that its adapters can be put in PEFT's words without the module; plain values."""
     prefix, base = find_base(module)

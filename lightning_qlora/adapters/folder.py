@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,6 +109,14 @@ class Adapter:
         usual = self.alpha
         return {name: _number(layer.alpha) for name, layer in self.layers.items() if _number(layer.alpha) != usual}
 
+    def trained_apart(self, tied: Sequence[str]) -> bool:
+        """Whether it trained one name of a tied weight and not the others, or others to something else.
+
+        PEFT does so unless `ensure_weight_tying` is set: it trains a copy and leaves the weight itself as it was.
+        """
+        values = [self.saved[name] for name in tied if name in self.saved]
+        return bool(values) and not (len(values) == len(tied) and all(torch.equal(values[0], v) for v in values))
+
     def is_transposed(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a layer's dense weight of this shape is [in, out], as Conv1D keeps it."""
         inputs, outputs = self.layers[name].lora_A.shape[1], self.layers[name].lora_B.shape[0]
@@ -196,6 +205,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         base_model=config.get("base_model_name_or_path"),
         quantization=json.loads(metadata[METADATA]) if METADATA in metadata else None,
         source=str(path),
+    )
+
+
+def tie_broken(adapter: Adapter, tied: Sequence[str]) -> str:
+    """In a sentence, why an adapter that trained names of a tied weight apart can't be put on it."""
+    trained = next(name for name in tied if name in adapter.saved)
+    others = ", ".join(name for name in tied if name != trained)
+    return (
+        f"{adapter.source}: key '{PREFIX}{trained}' was trained apart from {others}, and in this base they are one "
+        "tied weight: trained together the model would be another. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
     )
 
 

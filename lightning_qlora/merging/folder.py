@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.folder import PREFIX, Adapter
+from lightning_qlora.adapters.base_model import tied_names
+from lightning_qlora.adapters.folder import PREFIX, Adapter, tie_broken
 from lightning_qlora.bnb_folder import bnb_config, empty_model, kept_dense, linear_layers, skip_words
 from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
@@ -21,6 +22,7 @@ from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
+OUTPUT = "lm_head.weight"  # the output embedding, which config.json says is tied or not
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -84,10 +86,11 @@ class _Merging:
                 self.saved[key] = value
             elif not self._is_tied_copy(name):
                 self.added[name] = value
+        self._check_ties()
         self.packed: set[str] = set()  # layers of the output in 4 bits, for quantization_config
         self.model: nn.Module | None = None  # without weights: what transformers will make of a folder in 4 bits
         if dtype == "4bit" and (folder.folder / "config.json").is_file():
-            self.model = empty_model(folder.folder)
+            self.model = empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
         self.kept_dense = set() if self.model is None else kept_dense(self.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -116,7 +119,7 @@ class _Merging:
         elif self.dtype != "auto":
             name = "dtype" if "dtype" in config else "torch_dtype"
             config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")
-        if any(name.endswith("lm_head.weight") for name in self.added):
+        if any(name.endswith(OUTPUT) for name in self.added):
             config["tie_word_embeddings"] = False
         return config
 
@@ -184,7 +187,7 @@ class _Merging:
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether transformers wants the weight as [in, out], as its Conv1D keeps it (in 4 bits it is [out, in])."""
         if name is None or self.folder.is_packed(key):
-            return self.adapter.fan_in_fan_out and not key.endswith("lm_head.weight")
+            return self.adapter.fan_in_fan_out and not key.endswith(OUTPUT)
         return self.adapter.is_transposed(name, self.folder.entries[key].shape)
 
     def _quantization(self) -> dict[str, Any]:
@@ -218,6 +221,18 @@ class _Merging:
                 f"{self.folder.folder} has no tensor {name!r}. An adapter fits the model it was trained on."
             )
         return key
+
+    def _check_ties(self) -> None:
+        """Refuse an embedding trained apart from what it is tied to: a folder can untie an output embedding alone."""
+        path = self.folder.folder / "config.json"
+        words = read_json(path) if self.adapter.saved and path.is_file() else {}
+        sizes = {config.get("vocab_size") for config in (words, words.get("text_config") or {})}
+        if not any(value.ndim == 2 and len(value) in sizes for value in self.adapter.saved.values()):
+            return
+        for tied in tied_names(empty_model(path.parent, "what the embedding that this adapter trained is tied to")):
+            untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
+            if self.adapter.trained_apart(tied) and not untied:
+                raise CheckpointMismatchError(tie_broken(self.adapter, tied))
 
     def _is_tied_copy(self, name: str) -> bool:
         """Whether a trained tensor that the base's files lack is tied to one that they have and that was trained."""

@@ -119,6 +119,44 @@ def test_tied_output_embedding_in_modules_to_save(name, tmp_path):
     torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
 
 
+TIED = [
+    ("llama", "q_proj", ["embed_tokens"]),
+    ("llama", "q_proj", ["lm_head"]),
+    ("llama", "q_proj", ["embed_tokens", "lm_head"]),
+    ("gpt2", "c_attn", ["wte"]),
+    ("t5", "q", ["shared"]),
+]
+
+
+def tied(name):
+    return toy(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
+
+
+@pytest.mark.parametrize(("name", "target", "modules"), TIED)
+def test_a_tied_weight_that_peft_trained_apart_is_refused(name, target, modules, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=[target], modules_to_save=modules, fan_in_fan_out=name == "gpt2")
+    perturb(peft.get_peft_model(tied(name), config)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointMismatchError, match=r"was trained apart from .*ensure_weight_tying=True") as error:
+        convert(Lit(tied(name)), adapter=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    perturb(peft.get_peft_model(tied("llama"), config)).save_pretrained(tmp_path)
+    lit = Lit(tied("llama"))
+    convert(lit, adapter=str(tmp_path))
+    assert lit.model.lm_head.weight is lit.model.model.embed_tokens.weight
+    base = tied("llama")
+    for key, layer in lit.model.named_modules():
+        if isinstance(layer, QLoRALinear):
+            base.get_submodule(key).weight.data = layer.decode()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(lit.model), logits(theirs), atol=1e-5, rtol=0)
+
+
 def test_the_names_are_the_models_and_the_words_are_short(tmp_path):
     lit = converted("llama")
     save_adapter(lit, tmp_path)

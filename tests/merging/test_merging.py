@@ -123,6 +123,24 @@ def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path):
     torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
+def test_a_tied_weight_that_peft_trained_apart(modules, tmp_path):
+    """A folder can have an output embedding of its own; an embedding whose output stays as it was it can't tell."""
+    peft = pytest.importorskip("peft")
+    model = toy("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules)
+    trained = perturb(peft.get_peft_model(model, config))
+    trained.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    if "lm_head" not in modules:
+        with pytest.raises(CheckpointMismatchError, match=r"was trained apart from lm_head\.weight"):
+            merge_folder(tmp_path / "base", adapter, tmp_path / "out")
+        return
+    merge_folder(tmp_path / "base", adapter, tmp_path / "out", onto="float")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(trained), atol=1e-5, rtol=0)
+
+
 def test_onto_the_float_base_and_another_type(base, tmp_path):
     lit, (model, folder) = converted("llama"), base("llama")
     merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="bf16", onto="float")

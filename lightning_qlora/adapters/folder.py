@@ -30,6 +30,9 @@ UNSUPPORTED = (
     "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "target_parameters",
     "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+# Starts of PEFT's that change the base's weights (peft/tuners/lora/layer.py, update_layer): those adapters belong to
+# weights that a folder does not hold. PEFT changes the base again when it loads most of them.
+MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def tie_broken(adapter: Adapter, tied: Sequence[str]) -> str:
     others = ", ".join(name for name in tied if name != trained)
     return (
         f"{adapter.source}: key '{PREFIX}{trained}' was trained apart from {others}, and in this base they are one "
-        "tied weight: trained together the model would be another. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
+        "tied weight: put on it the model would be another. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
     )
 
 
@@ -279,6 +282,13 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     for name in UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(MOVE_THE_BASE):
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r}: PEFT changed the base's weights for this start, and the adapter "
+            "belongs to those. Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
+            "which makes it a plain adapter; merge one of 'loftq' in PEFT."
+        )
 
 
 def _number(value: float) -> float | int:

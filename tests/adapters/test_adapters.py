@@ -278,6 +278,37 @@ def test_broken_folders_are_named_in_one_line(folder, harm, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_peft_starts_that_change_the_base_are_refused(start, folder):
+    change_config(folder, init_lora_weights=start)
+    with pytest.raises(ValueError, match=rf"adapter_config.json: init_lora_weights='{start}': PEFT changed") as error:
+        read_adapter(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_peft_starts_that_leave_the_base_are_read(start, folder):
+    change_config(folder, init_lora_weights=start)
+    assert read_adapter(folder).r == 4
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_peft_took_off_again_is_read(start, tmp_path):
+    theirs = peft.get_peft_model(
+        toy("llama"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=start)
+    )
+    theirs.peft_config["default"].init_lora_weights = True  # the start itself, as PEFT's documentation has it
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    perturb(theirs).save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    lit = Lit(toy("llama"))
+    convert(lit, adapter=str(tmp_path / "plain"))
+    expected = peft.PeftModel.from_pretrained(decoded_base("llama", lit), tmp_path / "plain")
+    torch.testing.assert_close(logits(lit.model), logits(expected), atol=1e-5, rtol=0)
+
+
 def test_a_truncated_file_names_the_key(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qlora.adapters.base_model import plain_name
 from lightning_qlora.adapters.folder import MAGNITUDE, Adapter, LayerAdapter
-from lightning_qlora.adapters.module import target_words
 from lightning_qlora.linear import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import Origin, quantization_of
@@ -27,12 +27,13 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
     state, root = read_state(path)
     config, about = config_of(state, root), base_model_of(state)
     assert config is not None  # read_state found it
-    outer = root + ("" if not (inner := about["prefix"] if prefix is None else prefix.strip(".")) else inner + ".")
+    inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
+    outer = plain_name(root) + (f"{inner}." if inner else "")
     names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
-    outside = [name for name in names if not name.startswith(outer)]
+    outside = [name for name in names if not plain_name(name).startswith(outer)]
     if outside or not names:
         raise ValueError(f"{path}: {outside[0]!r} does not begin with {outer!r}." if names else f"{path}: no adapter.")
-    keys = {name.removeprefix(outer): name for name in names}
+    keys = {plain_name(name).removeprefix(outer): name for name in names}  # without what torch.compile put into them
     layers = {
         name: LayerAdapter(
             state[f"{key}.lora_A"], state[f"{key}.lora_B"], config.alpha_of(key), state.get(f"{key}.{MAGNITUDE}")
@@ -41,15 +42,16 @@ def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = Non
     }
     owners = {outer + owner for owner in about["trained_in_full"]}
     saved = {
-        key.removeprefix(outer): value
+        plain_name(key).removeprefix(outer): value
         for key, value in state.items()
-        if key.rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
+        if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
     }
     return Adapter(
         layers=layers,
         saved=saved,
         modules_to_save=sorted(about["trained_in_full"]),
-        targets=target_words(list(layers), list(layers) + [key.rpartition(".")[0] for key in saved]),
+        # Older checkpoints don't say it: the end of a name may be that of a layer without an adapter too.
+        targets=(about.get("target_modules") if inner == about["prefix"] else None) or sorted(layers),
         use_rslora=config.use_rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=config.lora_dropout,

@@ -1,5 +1,6 @@
 """The base model inside a LightningModule: what PEFT and vLLM would load, and so where the names of adapters begin."""
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,21 @@ def tied_names(base: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
+def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
+    """PEFT's target_modules for exactly these layers: the ends of their names, else the names, else an expression."""
+    for words in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+        if {name for name in modules if any(end in words for end in _endings(name))} == set(layers):
+            return sorted(words)
+    return "|".join(re.escape(name) for name in layers)
+
+
+def _endings(name: str) -> Iterator[str]:
+    """A name, and it without its first part, without its first two, and so on."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
 def describe_base(module: nn.Module) -> dict[str, Any]:
     """What a checkpoint must say so that its adapters can be put in PEFT's words without the module; plain values."""
     prefix, base = find_base(module)
@@ -88,6 +104,9 @@ def describe_base(module: nn.Module) -> dict[str, Any]:
         "task_type": task_of(base),
         "base_model": source_of(base),
         "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
+        "target_modules": target_words(
+            [plain_name(name) for name in adapted_layers(base)], [plain_name(name) for name, _ in base.named_modules()]
+        ),
         "trained_in_full": [name for name, _ in trained_in_full(base)],
     }
 

@@ -104,7 +104,7 @@ def adapter_of(module: nn.Module) -> Adapter:
         },
         saved={f"{name}.{key}": value for name, state in saved.items() for key, value in state.items()},
         modules_to_save=_checked_endings(list(saved), base),
-        targets=target_words(list(layers), [plain_name(name) for name, _ in base.named_modules()]),
+        targets=about["target_modules"],
         use_rslora=rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=first.lora_dropout,
@@ -208,14 +208,6 @@ def _words(module: nn.Module, adapter: Adapter, others: dict[str, QLoRALinear]) 
         "rank_pattern": {full(name): r for name, r in ranks.items()},
         "alpha_pattern": {full(name): alpha for name, alpha in adapter.alpha_pattern.items()},
     }
-
-
-def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
-    """PEFT's target_modules for exactly these layers: the ends of their names, else the names, else an expression."""
-    for words in ({name.rpartition(".")[2] for name in layers}, set(layers)):
-        if {name for name in modules if name in words or any(name.endswith("." + w) for w in words)} == set(layers):
-            return sorted(words)
-    return "|".join(re.escape(name) for name in layers)
 
 
 def _adapted_layers(base: nn.Module) -> dict[str, QLoRALinear]:

@@ -183,9 +183,15 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     with open_safetensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
+    # PEFT writes the base's weight beside the adapter of an output embedding. It never trains it, and a resized one
+    # does not fit by its shape: the base brings its own.
+    adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     matrices: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
+        owner, base_layer, _ = key.partition(".base_layer.")
+        if base_layer and owner in adapted:
+            continue
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
         name, part = _split(key, path)

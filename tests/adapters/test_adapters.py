@@ -28,7 +28,7 @@ def decoded_base(name, lit):
     return base
 
 
-def bnb_base(name, folder):
+def bnb_base(name, folder, skip=("lm_head", "classifier")):
     """The toy loaded by transformers with bitsandbytes' 4 bits."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -37,7 +37,7 @@ def bnb_base(name, folder):
     model.save_pretrained(folder)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "classifier"],
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=list(skip),
     )  # fmt: skip
     return (
         type(model)
@@ -95,6 +95,18 @@ def test_ours_to_peft_to_ours(name, tmp_path):
     save_adapter(lit, tmp_path / "ours")
     peft.PeftModel.from_pretrained(toy(name), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     again = converted(name, seed=1)
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("on", ["float", "4 bits"])
+def test_an_adapted_output_embedding_beside_which_peft_saves_the_base(on, tmp_path):
+    lit = converted("llama", target_modules=["q_proj", "lm_head"])
+    save_adapter(lit, tmp_path / "ours")
+    base = toy("llama") if on == "float" else bnb_base("llama", tmp_path / "base", skip=[])
+    peft.PeftModel.from_pretrained(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert any(".base_layer." in key for key in load_file(tmp_path / "theirs/adapter_model.safetensors"))
+    again = converted("llama", seed=1, target_modules=["q_proj", "lm_head"])
     load_adapter(again, tmp_path / "theirs")
     torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
 
@@ -260,6 +272,10 @@ def change_tensors(folder, change):
         (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config.json: not valid JSON"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
+            r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A",
+        ),
         (lambda f: change_tensors(f, lambda t: t.pop(KEY)), r"model.safetensors: key '.*q_proj.lora_A.weight' is miss"),
         (
             lambda f: change_tensors(f, lambda t: t.update(other=t[KEY] + 1)),

@@ -1,6 +1,10 @@
 """The adapter in a Lightning checkpoint, without the module it was saved from."""
 
 import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +18,20 @@ from lightning_qlora.starts.since_start import Origin, quantization_of
 from lightning_qlora.state import CONFIG, base_model_of, config_of
 
 
-def adapter_of_checkpoint(path: str | os.PathLike[str], prefix: str | None = None) -> Adapter:
+def adapter_of_checkpoint(
+    path: str | os.PathLike[str], prefix: str | None = None, weights_only: bool = True
+) -> Adapter:
     """What `adapter_of` says of the module that a checkpoint was saved from.
 
     Args:
         path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file.
         prefix: Name of the base model in the module that was saved ("model", say); None: what the checkpoint says.
+        weights_only: As in `torch.load`: whether to refuse what is neither a tensor nor a plain value.
 
     Raises:
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
     """
-    state, root = read_state(path)
+    state, root = read_state(path, weights_only)
     config, about = config_of(state, root), base_model_of(state)
     assert config is not None  # read_state found it
     inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
@@ -82,18 +89,45 @@ def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     return f"{total:016x}" if prints else None
 
 
-def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
-    """The state dict of the converted module in a checkpoint, and what its keys begin with."""
+@contextmanager
+def errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within this, `torch.load` of a checkpoint that is broken, or holds other things than weights, says so in a line.
+
+    Raises:
+        ValueError: As above; names the file and the object.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({str(error).splitlines()[0]}).") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+) ", str(error))
+        if found is None:
+            raise ValueError(f"{path}: not a checkpoint, or truncated.") from error
+        raise ValueError(
+            f"{path}: holds a {found[1]}, a hyperparameter perhaps, which is no weight: reading it can run code of "
+            "whoever wrote the file. If you trust them, pass weights_only=False (--weights_only false)."
+        ) from error
+    except (AttributeError, ImportError) as error:
+        raise ValueError(f"{path}: holds an object whose class is not to be found here ({error}).") from error
+
+
+def read_state(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
+    """The state dict of the converted module in a checkpoint, and what its keys begin with.
+
+    Args:
+        path: A checkpoint in one file.
+        weights_only: As in `torch.load`: whether to refuse what is neither a tensor nor a plain value.
+    """
     if not os.path.isfile(path):
         what = "is a folder: consolidate a sharded checkpoint into one file first" if os.path.isdir(path) else "no file"
         raise FileNotFoundError(f"{path}: {what}.")
-    try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({str(error).splitlines()[0]}).") from error
-    # Fabric saves under whatever name the user gave the module.
-    for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
-        for key in state:
-            if str(key).rpartition(".")[2] == CONFIG:
-                return state, key[: -len(CONFIG)]
+    with errors_in_one_line(path):
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    if isinstance(checkpoint, dict):
+        # Fabric saves under whatever name the user gave the module.
+        for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
+            for key in state:
+                if str(key).rpartition(".")[2] == CONFIG:
+                    return state, key[: -len(CONFIG)]
     raise ValueError(f"{path}: holds no {CONFIG!r}: it was not saved from a converted module.")

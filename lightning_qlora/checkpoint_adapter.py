@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def adapter_of_checkpoint(
         )
         for name, key in keys.items()
     }
+    # What the arguments say, or where the folder that adapters came from says that they started.
+    quantization = about.get("quantization") or quantization_of(config)
     owners = {outer + owner for owner in about["trained_in_full"]}
     saved = {
         plain_name(key).removeprefix(outer): value
@@ -64,14 +67,18 @@ def adapter_of_checkpoint(
         lora_dropout=config.lora_dropout,
         task_type=about["task_type"],
         base_model=about["base_model"],
-        quantization=quantization_of(config),
+        quantization=quantization,
         bases={
             name: PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
             for name, key in keys.items()
             if f"{key}.weight.absmax" in state
         },
         origin=Origin(
-            config,
+            replace(
+                config,
+                init_lora_weights=quantization["init_lora_weights"],
+                loftq_config=quantization.get("loftq_config", {}),
+            ),
             {name: key.removeprefix(root) for name, key in keys.items()},
             {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
             lambda name: None if (known := state.get(f"{keys[name]}.weight.{FINGERPRINT}")) is None else int(known),

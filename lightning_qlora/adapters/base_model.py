@@ -9,6 +9,7 @@ from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_qlora.adapters.kept_start import quantization_of_layer
 from lightning_qlora.linear import QLoRAConv1D, QLoRALinear, adapted_layers
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
@@ -99,11 +100,13 @@ def _endings(name: str) -> Iterator[str]:
 def describe_base(module: nn.Module) -> dict[str, Any]:
     """What a checkpoint must say so that its adapters can be put in PEFT's words without the module; plain values."""
     prefix, base = find_base(module)
+    first = next(iter(adapted_layers(base).values()), None)
     return {
         "prefix": plain_name(prefix),
         "task_type": task_of(base),
         "base_model": source_of(base),
         "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
+        "quantization": None if first is None else quantization_of_layer(first),
         "target_modules": target_words(
             [plain_name(name) for name in adapted_layers(base)], [plain_name(name) for name, _ in base.named_modules()]
         ),

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from lightning_qlora.files import open_safetensors, read_json, replaced_files
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.starts.since_start import Origin
+from lightning_qlora.starts.since_start import Origin, fingerprint_of_weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
 METADATA = "lightning_qlora"  # our entry in the safetensors metadata, which PEFT leaves alone
+FINGERPRINTS = "lightning_qlora_base"  # and a second, of the weights that a start moved
 MAGNITUDE = "lora_magnitude_vector"
 # Choices of PEFT that change what an adapter computes and that QLoRALinear does not compute.
 UNSUPPORTED = (
@@ -67,6 +68,7 @@ class Adapter:
         quantization: How the base was quantized in training and what the adapters started from, where known; see
             `since_start.quantization_of`.
         bases: Layer name -> its 4-bit weight, where the adapters came with it.
+        base_fingerprints: Layer name -> fingerprint of the 4-bit weight, where the start moved it.
         origin: What the adapters' start can be made again from, where known.
         source: File the tensors came from, for messages.
     """
@@ -82,6 +84,7 @@ class Adapter:
     base_model: str | None = None
     quantization: dict[str, Any] | None = None
     bases: dict[str, PackedWeight] = field(default_factory=dict)
+    base_fingerprints: dict[str, int] = field(default_factory=dict)
     origin: Origin | None = None
     source: str = WEIGHTS
 
@@ -161,6 +164,9 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     metadata = {"format": "pt"}
     if adapter.quantization is not None:
         metadata[METADATA] = json.dumps(adapter.quantization)
+    if adapter.bases:
+        fingerprints = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
+        metadata[FINGERPRINTS] = json.dumps(fingerprints)
     # clone: safetensors refuses tensors that share memory, as two names of a tied weight do.
     whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     with replaced_files(Path(folder)) as partial:
@@ -213,6 +219,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
         quantization=json.loads(metadata[METADATA]) if METADATA in metadata else None,
+        base_fingerprints=json.loads(metadata.get(FINGERPRINTS, "{}")),
         source=str(path),
     )
 

@@ -25,10 +25,11 @@ from lightning_qlora.adapters.folder import (
     tie_broken,
     write_adapter,
 )
+from lightning_qlora.adapters.kept_start import check_start_fits, keep_start
 from lightning_qlora.calibration import calibration_of
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
-from lightning_qlora.starts.since_start import Origin, belongs_to, quantization_of
+from lightning_qlora.starts.since_start import Origin, belongs_to
 
 
 def save_adapter(
@@ -110,12 +111,7 @@ def adapter_of(module: nn.Module) -> Adapter:
         lora_dropout=first.lora_dropout,
         task_type=about["task_type"],
         base_model=about["base_model"],
-        quantization=quantization_of(first.config)
-        | {
-            "quant_type": first.quant_type,
-            "block_size": first.block_size,
-            "double_quant": first.nested.numel() > 0,
-        },
+        quantization=about["quantization"],
         bases={name: layer.packed_weight for name, layer in layers.items() if starts.moves_base(layer.config)},
         origin=Origin(
             first.config,
@@ -132,7 +128,10 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
     _, base = find_base(module)
     layers = _adapted_layers(base)
     _check_fits(base, layers, adapter)
+    check_start_fits(adapter, layers)
     for name, layer in layers.items():
+        layer.config, layer.input_rms = replace(layer.config, use_rslora=adapter.use_rslora), None
+        keep_start(layer, adapter.quantization)
         loaded = adapter.layers.get(name)
         if loaded is None:
             layer.lora_B.data.zero_()
@@ -143,8 +142,6 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
                 parameter: Tensor = getattr(layer, key)
                 parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
         layer.scaling = adapter.scaling(name)
-        if layer.config.use_rslora != adapter.use_rslora:
-            layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
     state = _named_state(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
 from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.starts.since_start import fingerprint_of_weight
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 OUTPUT = "lm_head.weight"  # the output embedding, which config.json says is tied or not
@@ -139,17 +140,16 @@ class _Merging:
         transposed = self._is_transposed(key, name)
         if packed:
             weight = self._read(state, key)
+            known = self.adapter.base_fingerprints.get(name or "")
+            if known not in (None, fingerprint_of_weight(weight)):
+                self._refuse_base()
             rows, dtype = weight.dequantize(), weight.dtype
         elif name in self.adapter.bases:
             weight = self.adapter.bases[name]
             rows, dtype = weight.dequantize(), weight.dtype
         else:
             if self.adapter.quantization is not None and self.adapter.quantization.get("base_moved"):
-                raise ValueError(
-                    f"{self.adapter.source}: the start of these adapters moved the weights they belong to, so they do "
-                    f"not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds those weights, or pass "
-                    "the folder that save_quantized wrote as the base."
-                )
+                self._refuse_base()
             rows, dtype = state[key].T if transposed else state[key], state[key].dtype
             if self.onto == "decoded":
                 rows = quantize(rows, **self._quantization()).dequantize()
@@ -163,6 +163,13 @@ class _Merging:
         wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
         rows = rows.to(wanted) if name is None else round_at_random(rows, wanted, name)
         yield key, (rows.T if transposed else rows).contiguous()
+
+    def _refuse_base(self) -> NoReturn:
+        raise ValueError(
+            f"{self.adapter.source}: the start of these adapters moved the weights they belong to, so they do not fit "
+            f"{self.folder.folder}. Merge the Lightning checkpoint, which holds those weights, or pass the folder that "
+            "save_quantized wrote as the base."
+        )
 
     def _sum(self, rows: Tensor, name: str) -> Tensor:
         """W + s B A in fp32, with DoRA's magnitudes m as m / ||W + s B A|| times it; [out, in]."""

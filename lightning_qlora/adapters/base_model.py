@@ -74,14 +74,6 @@ def trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield plain_name(name), part
 
 
-def tied_names(base: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several, as an embedding that is the output embedding too."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
-    return [group for group in names.values() if len(group) > 1]
-
-
 def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
     """PEFT's target_modules for exactly these layers: the ends of their names, else the names, else an expression."""
     for words in ({name.rpartition(".")[2] for name in layers}, set(layers)):

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_qlora.adapters.readable import check_readable
 from lightning_qlora.files import open_safetensors, read_json, replaced_files
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import Origin, fingerprint_of_weight
@@ -26,14 +26,6 @@ PREFIX = "base_model.model."  # what PEFT puts before every name
 METADATA = "lightning_qlora"  # our entry in the safetensors metadata, which PEFT leaves alone
 FINGERPRINTS = "lightning_qlora_base"  # and a second, of the weights that a start moved
 MAGNITUDE = "lora_magnitude_vector"
-# Choices of PEFT that change what an adapter computes and that QLoRALinear does not compute.
-UNSUPPORTED = (
-    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "target_parameters",
-    "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-# Starts of PEFT's that change the base's weights (peft/tuners/lora/layer.py, update_layer): those adapters belong to
-# weights that a folder does not hold. PEFT changes the base again when it loads most of them.
-MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -115,14 +107,6 @@ class Adapter:
         usual = self.alpha
         return {name: _number(layer.alpha) for name, layer in self.layers.items() if _number(layer.alpha) != usual}
 
-    def trained_apart(self, tied: Sequence[str]) -> bool:
-        """Whether it trained one name of a tied weight and not the others, or others to something else.
-
-        PEFT does so unless `ensure_weight_tying` is set: it trains a copy and leaves the weight itself as it was.
-        """
-        values = [self.saved[name] for name in tied if name in self.saved]
-        return bool(values) and not (len(values) == len(tied) and all(torch.equal(values[0], v) for v in values))
-
     def is_transposed(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a layer's dense weight of this shape is [in, out], as Conv1D keeps it."""
         inputs, outputs = self.layers[name].lora_A.shape[1], self.layers[name].lora_B.shape[0]
@@ -183,7 +167,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """
     config_path, path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     config = read_json(config_path)
-    _check_config(config, config_path)
+    check_readable(config, config_path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Save the adapter with safetensors (PEFT's default).")
     with open_safetensors(path) as file:
@@ -221,16 +205,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         quantization=json.loads(metadata[METADATA]) if METADATA in metadata else None,
         base_fingerprints=json.loads(metadata.get(FINGERPRINTS, "{}")),
         source=str(path),
-    )
-
-
-def tie_broken(adapter: Adapter, tied: Sequence[str]) -> str:
-    """In a sentence, why an adapter that trained names of a tied weight apart can't be put on it."""
-    trained = next(name for name in tied if name in adapter.saved)
-    others = ", ".join(name for name in tied if name != trained)
-    return (
-        f"{adapter.source}: key '{PREFIX}{trained}' was trained apart from {others}, and in this base they are one "
-        "tied weight: put on it the model would be another. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
     )
 
 
@@ -284,24 +258,6 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
     own = next((alpha for key, alpha in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
     alpha = config.get("lora_alpha", 8) if own is None else own
     return LayerAdapter(parts["lora_A"], parts["lora_B"], float(alpha), parts.get(MAGNITUDE))
-
-
-def _check_config(config: dict[str, Any], path: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' can be read.")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={config['bias']!r}: adapters that train biases can't be read, only 'none'.")
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MOVE_THE_BASE):
-        raise ValueError(
-            f"{path}: init_lora_weights={start!r}: PEFT changed the base's weights for this start, and the adapter "
-            "belongs to those. Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
-            "which makes it a plain adapter; merge one of 'loftq' in PEFT."
-        )
 
 
 def _number(value: float) -> float | int:

@@ -9,7 +9,7 @@ from lightning_qlora.adapters.folder import Adapter
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from lightning_qlora.starts.since_start import BITS, belongs_to, quantization_of
 
-ELSE = "Or export the checkpoint that it came from with onto='float', for a base in 16 bit or plain 4 bits."
+ELSE = "Or export the checkpoint that it came from with onto='float', for a base in 16 bit."
 
 
 def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:

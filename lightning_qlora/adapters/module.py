@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora import starts
-from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, tied_names, trained_in_full
+from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.adapters.float_base import for_float_base
 from lightning_qlora.adapters.folder import (
     MAGNITUDE,
@@ -22,10 +22,10 @@ from lightning_qlora.adapters.folder import (
     Adapter,
     LayerAdapter,
     read_adapter,
-    tie_broken,
     write_adapter,
 )
 from lightning_qlora.adapters.kept_start import check_start_fits, keep_start
+from lightning_qlora.adapters.ties import tie_broken, tied_names, trained_apart
 from lightning_qlora.calibration import calibration_of
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
@@ -256,7 +256,7 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
             with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
             _refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
     for tied in tied_names(base):
-        if adapter.trained_apart(tied):
+        if trained_apart(adapter, tied):
             raise CheckpointMismatchError(tie_broken(adapter, tied))
     state = _named_state(base)
     for key, value in adapter.saved.items():

@@ -11,8 +11,8 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.base_model import tied_names
-from lightning_qlora.adapters.folder import PREFIX, Adapter, tie_broken
+from lightning_qlora.adapters.folder import PREFIX, Adapter
+from lightning_qlora.adapters.ties import tie_broken, tied_names, trained_apart
 from lightning_qlora.bnb_folder import bnb_config, empty_model, kept_dense, linear_layers, skip_words
 from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import SHARD_BYTES, ShardWriter, WeightFolder, check_free, read_json, whole_folder
@@ -20,7 +20,7 @@ from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
 from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.starts.since_start import fingerprint_of_weight
+from lightning_qlora.starts.since_start import BITS, belongs_to, fingerprint_of_weight
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 OUTPUT = "lm_head.weight"  # the output embedding, which config.json says is tied or not
@@ -140,9 +140,8 @@ class _Merging:
         transposed = self._is_transposed(key, name)
         if packed:
             weight = self._read(state, key)
-            known = self.adapter.base_fingerprints.get(name or "")
-            if known not in (None, fingerprint_of_weight(weight)):
-                self._refuse_base()
+            if name is not None:
+                self._check_bits(name, weight)
             rows, dtype = weight.dequantize(), weight.dtype
         elif name in self.adapter.bases:
             weight = self.adapter.bases[name]
@@ -163,6 +162,16 @@ class _Merging:
         wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
         rows = rows.to(wanted) if name is None else round_at_random(rows, wanted, name)
         yield key, (rows.T if transposed else rows).contiguous()
+
+    def _check_bits(self, name: str, weight: PackedWeight) -> None:
+        """Refuse 4-bit weights that are not those an adapter started from."""
+        if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
+            self._refuse_base()
+        here = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
+        need = belongs_to(self.adapter.quantization)
+        if need is not None and here != tuple(self._quantization()[key] for key in BITS):
+            there = ", ".join(f"{key}={value}" for key, value in zip(BITS, here, strict=True))
+            raise ValueError(f"{self.adapter.source}: {self.folder.folder} has {name} in {there}. {need}")
 
     def _refuse_base(self) -> NoReturn:
         raise ValueError(
@@ -238,7 +247,7 @@ class _Merging:
             return
         for tied in tied_names(empty_model(path.parent, "what the embedding that this adapter trained is tied to")):
             untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
-            if self.adapter.trained_apart(tied) and not untied:
+            if trained_apart(self.adapter, tied) and not untied:
                 raise CheckpointMismatchError(tie_broken(self.adapter, tied))
 
     def _is_tied_copy(self, name: str) -> bool:

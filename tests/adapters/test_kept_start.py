@@ -81,6 +81,18 @@ def test_a_merge_into_other_4_bits_than_the_moved_ones_is_refused(trained, tmp_p
         merge_folder(tmp_path / "plain", read_adapter(tmp_path / "adapter"), tmp_path / "out")
 
 
+def test_a_merge_into_another_quantization_than_that_of_the_start_is_refused(trained, tmp_path):
+    trained(init_lora_weights="calibrated")
+    for quant_type in ("nf4", "fp4"):
+        plain = KIND.from_pretrained(tmp_path / "base")
+        convert(plain, **ARGUMENTS, quant_type=quant_type)
+        save_quantized(plain, tmp_path / quant_type)
+    adapter = read_adapter(tmp_path / "adapter")
+    merge_folder(tmp_path / "nf4", adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"down_proj in quant_type=fp4.*started as 'calibrated'.*quant_type=nf4"):
+        merge_folder(tmp_path / "fp4", adapter, tmp_path / "out2")
+
+
 def test_a_module_whose_own_start_moved_its_base_takes_no_other_adapter(trained, tmp_path):
     trained()
     lit = of(tmp_path / "base")

@@ -243,9 +243,18 @@ class _Merging:
         path = self.folder.folder / "config.json"
         words = read_json(path) if self.adapter.saved and path.is_file() else {}
         sizes = {config.get("vocab_size") for config in (words, words.get("text_config") or {})}
-        if not any(value.ndim == 2 and len(value) in sizes for value in self.adapter.saved.values()):
+        trained = [value.shape for value in self.adapter.saved.values() if value.ndim == 2 and len(value) in sizes]
+        if not trained:
             return
-        for tied in tied_names(empty_model(path.parent, "what the embedding that this adapter trained is tied to")):
+        names = {name for name, value in self.adapter.saved.items() if value.shape in trained}
+        names |= {name for name, entry in self.folder.entries.items() if entry.shape in trained}
+        try:
+            model = empty_model(path.parent, "what the embedding that this adapter trained is tied to")
+        except ValueError:
+            if len(names) > 1:  # an output embedding is there, or was trained
+                return
+            raise
+        for tied in tied_names(model):
             untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
             if trained_apart(self.adapter, tied) and not untied:
                 raise CheckpointMismatchError(tie_broken(self.adapter, tied))

@@ -141,6 +141,23 @@ def test_a_tied_weight_that_peft_trained_apart(modules, tmp_path):
     torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(trained), atol=1e-5, rtol=0)
 
 
+def test_an_embedding_that_may_be_tied_in_a_model_nobody_knows(tmp_path):
+    for ties in (True, False):
+        # 96 words: no other weight of this model has that many rows.
+        model, folder = toy("llama", tie_word_embeddings=ties, vocab_size=96), tmp_path / f"{ties}"
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OfNobody"]}))
+        lit = Lit(toy("llama", vocab_size=96))
+        convert(lit, **ARGUMENTS, modules_to_save=["embed_tokens"])
+        adapter = adapter_of(perturb(lit))
+        if ties:
+            with pytest.raises(ValueError, match=r"can't make a model of it .* is tied to\."):
+                merge_folder(folder, adapter, tmp_path / "out")
+        else:
+            merge_folder(folder, adapter, tmp_path / "out")
+
+
 def test_onto_the_float_base_and_another_type(base, tmp_path):
     lit, (model, folder) = converted("llama"), base("llama")
     merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="bf16", onto="float")

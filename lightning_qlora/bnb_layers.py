@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_qlora.quantize.packed import PackedWeight
 
@@ -14,6 +15,7 @@ OWN = (
     "support_avx512bf16_for_cpu",
     "source_cls",
 )
+CAME_AS = "_qlora_came_as"  # attribute of a dense layer: the 4-bit weight it was decoded from
 
 
 def is_bnb_linear(layer: nn.Module) -> bool:
@@ -49,5 +51,29 @@ def decode_bnb_layer(layer: nn.Module) -> None:
     """Make a Linear4bit the dense layer it was, in place."""
     weight, dense_class = take_bnb_weight(layer)
     layer.__class__ = dense_class
-    dense = weight.dequantize()
-    layer.weight = nn.Parameter(dense if issubclass(dense_class, nn.Linear) else dense.T.contiguous())
+    layer.weight = nn.Parameter(decoded_as_it_came(layer, weight, weight.dtype))
+
+
+def decoded_as_it_came(layer: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The dense weight of a layer that came in 4 bits, shaped as its class has it; the layer remembers the 4 bits."""
+    remember_packed(layer, weight)
+    return _as_stored(layer, weight.dequantize(dtype))
+
+
+def remember_packed(layer: nn.Module, weight: PackedWeight) -> None:
+    """Let a dense layer remember the 4-bit weight it was decoded from."""
+    # In host memory, a quarter of the dense weight: quantizing that again would not give the same bytes.
+    setattr(layer, CAME_AS, weight.to(torch.device("cpu")))
+
+
+def weight_as_it_came(layer: nn.Module) -> PackedWeight | None:
+    """The 4-bit weight a dense layer came in, as long as its dense weight is still what that decodes to."""
+    came, dense = vars(layer).get(CAME_AS), layer._parameters.get("weight")
+    if came is None or dense is None or dense.is_meta:
+        return None
+    return came if torch.equal(_as_stored(layer, came.dequantize(dense.dtype)), dense.detach().cpu()) else None
+
+
+def _as_stored(layer: nn.Module, rows: Tensor) -> Tensor:
+    """A weight [out, in] as a dense layer of this class keeps it: a transformers Conv1D has [in, out]."""
+    return rows if isinstance(layer, nn.Linear) else rows.T.contiguous()

@@ -73,15 +73,17 @@ def plan(
     print(estimate)
 
 
-def inspect(path: str) -> None:
+def inspect(path: str, weights_only: bool = True) -> None:
     """Say what is in a checkpoint, an adapter folder or a model folder.
 
     Args:
         path: A Lightning checkpoint, PEFT's adapter folder, or a model's folder or hub name.
+        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
+            code of whoever wrote the file.
     """
     from lightning_qlora.inspection import inspect_path
 
-    _show(inspect_path(path))
+    _show(inspect_path(path, weights_only))
 
 
 def merge(
@@ -91,6 +93,7 @@ def merge(
     dtype: FolderDtype = "auto",
     onto: Onto = "decoded",
     prefix: str | None = None,
+    weights_only: bool = True,
 ) -> None:
     """Fold an adapter into its base model and write that as a folder of safetensors, tensor by tensor.
 
@@ -101,9 +104,11 @@ def merge(
         dtype: Type of the written weights; "auto" is the base's. "4bit" loses quality.
         onto: The base's weights decoded from 4 bits, as they were in training, or the float weights as they are.
         prefix: Name of the base model in the LightningModule, where a checkpoint does not say it.
+        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
+            code of whoever wrote the file.
     """
     check_free(Path(output))
-    found = _adapter(adapter, prefix)
+    found = _adapter(adapter, prefix, weights_only)
     source = base or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base FOLDER.")
@@ -121,6 +126,7 @@ def export(
     base: str | None = None,
     prefix: str | None = None,
     max_lora_rank: int = 512,
+    weights_only: bool = True,
 ) -> None:
     """Write the adapter of a Lightning checkpoint as a PEFT folder, and say which base it is for and if vLLM takes it.
 
@@ -132,8 +138,10 @@ def export(
         base: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
         prefix: Name of the base model in the LightningModule, where the checkpoint does not say it.
         max_lora_rank: What vLLM will be started with.
+        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
+            code of whoever wrote the file.
     """
-    adapter = _adapter(checkpoint, prefix)
+    adapter = _adapter(checkpoint, prefix, weights_only)
     if onto == "float":
         adapter = for_float_base(adapter, base)
     elif need := belongs_to(adapter.quantization):
@@ -173,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _adapter(path: str, prefix: str | None) -> Adapter:
-    return read_adapter(path) if os.path.isdir(path) else adapter_of_checkpoint(path, prefix)
+def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:
+    return read_adapter(path) if os.path.isdir(path) else adapter_of_checkpoint(path, prefix, weights_only)
 
 
 def _show(lines: list[tuple[str, str]]) -> None:

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lightning_qlora.adapters.base_model import forget_quantizer
 from lightning_qlora.adapters.folder import read_adapter
 from lightning_qlora.adapters.module import adapter_within, config_of_adapter
+from lightning_qlora.bnb_layers import decoded_as_it_came
 from lightning_qlora.choose import choose_layers, is_linear
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files import read_header
@@ -212,10 +213,14 @@ class _TakeOver(_Op):
         if weight.shape != place.shape and not turned:
             return self.misfit(full_layer_name, full_layer_name, weight.dequantize(), place)
         if name not in self.hf_quantizer.chosen:  # no linear layer, or a tied one
-            dense = weight.dequantize(place.dtype)
-            return {full_layer_name: dense.T if turned else dense}
+            decoded = decoded_as_it_came if turned or isinstance(layer, nn.Linear) else _decoded
+            return {full_layer_name: decoded(layer, weight, place.dtype)}
         try:
             QLoRALinear.from_packed(layer, replace(weight, dtype=place.dtype), type(layer), config, name)
         except ValueError as error:
             raise self.kept(ValueError(f"{self.where(full_layer_name)}{name}: {error}")) from error
         return self.loaded(layer, name, Loaded(place.dtype, packed=True), missing_keys)
+
+
+def _decoded(_: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype)

@@ -11,18 +11,20 @@ from lightning_qlora.report import size_text
 from lightning_qlora.starts.since_start import belongs_to
 
 
-def inspect_path(path: str) -> list[tuple[str, str]]:
+def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     """Names and values of what is there.
 
     Args:
         path: A Lightning checkpoint, PEFT's adapter folder, or a model's folder or hub name.
+        weights_only: As in `torch.load`, for a checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: If there is nothing, or it is broken.
     """
     if os.path.isfile(path):
-        state, _ = read_state(path)
-        lines = [("kind", "Lightning checkpoint of a converted module"), *_of_adapter(adapter_of_checkpoint(path))]
+        state, _ = read_state(path, weights_only)
+        adapter = adapter_of_checkpoint(path, weights_only=weights_only)
+        lines = [("kind", "Lightning checkpoint of a converted module"), *_of_adapter(adapter)]
         return [*lines, ("base fingerprint", fingerprint_of_base(state) or "none: the base is in the checkpoint")]
     if os.path.isfile(os.path.join(path, CONFIG)):
         return [("kind", "PEFT adapter"), *_of_adapter(read_adapter(path))]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora import dora, starts
+from lightning_qlora.bnb_layers import CAME_AS
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.decoded import DecodedWeight
 from lightning_qlora.fingerprint import fingerprint
@@ -106,6 +107,7 @@ class QLoRALinear(nn.Linear):
             dense_class=dense_class, config=config, full_name=name, dense_weight=None, input_rms=None, loaded=None,
             _fingerprint=None,
         )  # fmt: skip
+        layer.__dict__.pop(CAME_AS, None)
         layer.__class__ = QLoRALinear if issubclass(dense_class, nn.Linear) else QLoRAConv1D
         assert isinstance(layer, QLoRALinear)
         layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout

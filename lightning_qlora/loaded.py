@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora import starts
+from lightning_qlora.bnb_layers import remember_packed
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files import open_safetensors
 from lightning_qlora.kernels import ops
@@ -85,7 +86,12 @@ def settle(layer: QLoRALinear, config: QLoRAConfig, name: str, device: torch.dev
 
 def make_dense(layer: QLoRALinear) -> None:
     """Make a loaded layer the dense one that it would be had loading not quantized it, in place."""
-    to_dense(layer, layer.decode().contiguous() if layer.loaded.packed else weight_again(layer))
+    if not layer.loaded.packed:
+        to_dense(layer, weight_again(layer))
+        return
+    came = layer.packed_weight
+    to_dense(layer, layer.decode().contiguous())
+    remember_packed(layer, came)
 
 
 def weight_again(layer: QLoRALinear) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,11 +13,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_qlora import seams
-from lightning_qlora.adapters.base_model import find_base, is_transformers_model
+from lightning_qlora.adapters.base_model import find_base, is_transformers_model, plain_name
+from lightning_qlora.bnb_folder import bnb_config, kept_dense, linear_layers, skip_words
+from lightning_qlora.bnb_layers import weight_as_it_came
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig, check_choice
 from lightning_qlora.files import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.linear import QLoRALinear, adapted_layers
-from lightning_qlora.merging.folder import bnb_config
+from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.writing import whole_folder
 
 BNB_META = ".quant_state.bitsandbytes__"
@@ -99,7 +102,7 @@ def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: If there is no such model, or bitsandbytes has no such quantization.
     """
     _, base = find_base(module)
-    layers = adapted_layers(base)
+    layers = {plain_name(name): layer for name, layer in adapted_layers(base).items()}
     if not is_transformers_model(base) or not layers:
         raise ValueError(f"{type(module).__name__} holds no converted transformers model, which this is for.")
     for name, layer in layers.items():
@@ -112,38 +115,50 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
     first = next(iter(layers.values()))
     model: Any = base
     dtype = str(first.weight_dtype).removeprefix("torch.")
+    packed, linear = _packed_weights(base), {plain_name(name) for name in linear_layers(base)}
+    dense_again = layers.keys() - packed.keys()
+    if dense_again:
+        warnings.warn(
+            f"transformers keeps {len(dense_again)} of the 4-bit layers dense in a {type(base).__name__} "
+            f"({min(dense_again)}, ...), so they are written decoded, as {dtype}.",
+            stacklevel=2,
+        )
     with whole_folder(folder) as partial:
         model.config.quantization_config = bnb_config(
-            first.quant_type, first.nested.numel() > 0, _dense_layers(base), dtype
+            first.quant_type, first.nested.numel() > 0, skip_words(linear - packed.keys(), packed), dtype
         )
         try:
-            model.save_pretrained(partial, state_dict=_bnb_state_dict(base, layers))
+            model.save_pretrained(partial, state_dict=_bnb_state_dict(base, packed))
         finally:
             del model.config.quantization_config
 
 
-def _bnb_state_dict(base: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Tensor]:
-    """The state dict that the model would have with bitsandbytes' layers in place of ours."""
+def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:
+    """Layer name -> 4-bit weight that goes out: the converted layers', and those that dense layers came in.
+
+    What transformers would keep dense all the same is left out.
+    """
+    kept, packed = kept_dense(base), {}
+    for name, layer in linear_layers(base).items():
+        weight = layer.packed_weight if isinstance(layer, QLoRALinear) else weight_as_it_came(layer)
+        if weight is not None and name not in kept:
+            packed[plain_name(name)] = weight
+    return packed
+
+
+def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
+    """The state dict that the model would have with bitsandbytes' layers in place of these."""
     state: dict[str, Tensor] = {}
     for name, part in base.named_modules(remove_duplicate=False):
-        layer, prefix = layers.get(name), f"{name}." if name else ""
-        if layer is not None:
-            state |= {
-                key: value.clone() for key, value in layer.packed_weight.bnb_state_dict(prefix + "weight").items()
-            }
-            if layer.bias is not None:
-                state[prefix + "bias"] = layer.bias.detach()
-            continue
-        for key, value in {**part._parameters, **part._buffers}.items():
+        prefix = f"{plain_name(name)}." if name else ""
+        own = {**part._parameters, **part._buffers}
+        if plain_name(name) in packed:
+            entries = packed[plain_name(name)].bnb_state_dict(prefix + "weight")
+            state |= {key: value.clone() for key, value in entries.items()}
+            own = {"bias": part._parameters["bias"]}
+        elif isinstance(part, QLoRALinear):
+            own = {"weight": part.decode().contiguous(), "bias": part._parameters["bias"]}
+        for key, value in own.items():
             if value is not None and key not in part._non_persistent_buffers_set:
                 state[prefix + key] = value.detach()
     return state
-
-
-def _dense_layers(base: nn.Module) -> list[str]:
-    """Names of the linear layers that stayed dense: transformers must not make 4-bit layers of them."""
-    return [
-        name
-        for name, layer in base.named_modules()
-        if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D") and not isinstance(layer, QLoRALinear)
-    ]

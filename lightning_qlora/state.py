@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import describe_base
+from lightning_qlora.adapters.kept_start import keep_start
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear, adapted_layers
+from lightning_qlora.starts.since_start import belongs_to
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # what is said beside them of the model inside the module
@@ -99,7 +101,9 @@ def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str,
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
     frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
+    about = base_model_of({key: value for key, value in state_dict.items() if key == prefix + CONFIG})
     _check_same_function(root, state_dict, prefix)
+    _keep_start(root, about.get("quantization"))
     for name, parameter in _dense_parameters(root):
         expected = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if expected is None:
@@ -123,6 +127,13 @@ def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str)
             f"{'has one' if name in here else 'has none'} here ({len(there ^ here)} of {len(there | here)} layers "
             "differ). Convert with the same target_modules, exclude_modules and r as the checkpoint's."
         )
+
+
+def _keep_start(root: nn.Module, quantization: dict[str, Any] | None) -> None:
+    """Adapters that a folder brought to the run before started where that says, not where the arguments say."""
+    if belongs_to(quantization):
+        for layer in adapted_layers(root).values():
+            keep_start(layer, quantization)
 
 
 def _check_same_function(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -120,9 +120,10 @@ def test_wrong_arguments_are_named():
 
 
 def test_peak_memory_is_the_module_plus_little():
-    """Sampled from a thread: the resident size during conversion of 256 MB of fp32 weights."""
+    """Sampled from a thread: the resident size during conversion of 302 MB of fp32 weights."""
     psutil = pytest.importorskip("psutil")
-    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)])
+    one_layer = 4 * 3072 * 3072  # above 32 MB the C library gives memory back to the system whatever went before
+    model = nn.Sequential(*[nn.Linear(3072, 3072, bias=False) for _ in range(8)])
     convert(nn.Linear(256, 256), r=4)  # lazily made tables are not this model's
     process, done, peak = psutil.Process(), threading.Event(), [0]
     start = process.memory_info().rss
@@ -137,9 +138,8 @@ def test_peak_memory_is_the_module_plus_little():
     convert(model, r=4)
     done.set()
     watcher.join()
-    one_layer = 4 * 2048 * 2048
     assert peak[0] - start < 2 * one_layer
-    assert process.memory_info().rss - start < -10 * one_layer
+    assert process.memory_info().rss - start < -6 * one_layer
 
 
 def test_the_encoder_layers_of_torch_use_their_adapters_in_evaluation():

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -389,7 +390,15 @@ def same_tensors(a, b):
         assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
-@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": False},
+        {"llm_int8_skip_modules": None},  # transformers' own choice: BERT's head is in 4 bits
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_bnb_folder_to_ours_to_folder_bytes_equal(name, changes, bnb_folder, tmp_path):
     path = bnb_folder(name, **changes)
@@ -417,6 +426,64 @@ def test_bnb_layers_in_init_are_taken_over(name, bnb_folder, trainer, tmp_path):
     same_tensors(frozen, {key: ours[key] for key in frozen})
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("init", [True, False])
+def test_layers_left_alone_go_out_in_the_4_bits_they_came_in(name, init, bnb_folder, tmp_path):
+    """An output embedding and a head in 4 bits, taken over by us or loaded by bitsandbytes; trained, they go dense."""
+    path = bnb_folder(name, llm_int8_skip_modules=[])
+    kind, head = class_of(name), {"llama": "lm_head", "bert": "classifier"}[name]
+    if init:
+        with QLoRAPrecision(**ARGUMENTS).init():
+            model = kind.from_pretrained(path)
+    else:
+        model = kind.from_pretrained(path, device_map="cpu")
+    convert(model, **ARGUMENTS)
+    assert type(model.get_submodule(head)) is torch.nn.Linear
+    save_quantized(model, tmp_path / "ours")
+    same_tensors(tensors(path), tensors(tmp_path / "ours"))
+    with torch.no_grad():
+        model.get_submodule(head).weight += 1
+    save_quantized(model, tmp_path / "trained")
+    assert tensors(tmp_path / "trained")[f"{head}.weight"].dtype == torch.float32
+    theirs = kind.from_pretrained(tmp_path / "trained", device_map="cpu")
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=0)
+
+
+def test_another_storage_type_holds_the_same_bytes(bnb_folder, tmp_path):
+    path = bnb_folder("llama", bnb_4bit_quant_storage="bfloat16")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        model = transformers.LlamaForCausalLM.from_pretrained(path)
+    convert(model, **ARGUMENTS)
+    save_quantized(model, tmp_path / "ours")
+    theirs, ours = tensors(path), tensors(tmp_path / "ours")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        same = value.dtype == ours[key].dtype
+        assert torch.equal(value if same else value.view(torch.uint8).view(-1, 1), ours[key]), key
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=4, vocab_size=128, num_labels=3)
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize(("make", "dense"), [(lambda: toy("t5"), ".wo"), (distilbert, "")])
+def test_what_transformers_must_be_told_to_leave_dense(make, dense, tmp_path):
+    """T5's `wo`, which transformers never takes in 4 bits; and a dense "classifier" beside a 4-bit "pre_classifier"."""
+    pytest.importorskip("bitsandbytes")
+    model = make()
+    convert(model, **ARGUMENTS)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_quantized(model, tmp_path / "ours")
+    told = [str(warning.message) for warning in said if "transformers keeps" in str(warning.message)]
+    assert len(told) == bool(dense) and all("4 of the 4-bit layers dense" in message for message in told)
+    theirs = type(model).from_pretrained(tmp_path / "ours", device_map="cpu").eval()
+    in_4_bits = {name for name, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert in_4_bits == {name for name in packed(model) if not dense or not name.endswith(dense)}
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
+
+
 def test_ours_is_what_bitsandbytes_writes(folder, bnb_folder, tmp_path):
     path = bnb_folder("llama")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -432,8 +499,10 @@ def test_layers_that_are_not_chosen_are_decoded(bnb_folder):
         model = transformers.GPT2LMHeadModel.from_pretrained(path)
     convert(model, **ARGUMENTS, target_modules=["c_attn"])
     assert len(packed(model)) == 2
-    expected = quantize(toy("gpt2").transformer.h[0].mlp.c_fc.weight.T.contiguous()).dequantize().T
-    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, expected)
+    for name in ("mlp.c_fc", "attn.c_proj"):  # the second is square
+        dense = toy("gpt2").transformer.h[0].get_submodule(name).weight
+        expected = quantize(dense.T.contiguous()).dequantize().T
+        assert torch.equal(model.transformer.h[0].get_submodule(name).weight, expected)
 
 
 @pytest.mark.parametrize(

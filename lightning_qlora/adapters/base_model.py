@@ -1,5 +1,6 @@
 """The base model inside a LightningModule: what PEFT and vLLM would load, and so where the names of adapters begin."""
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_qlora.adapters.kept_start import quantization_of_layer
 from lightning_qlora.linear import QLoRAConv1D, QLoRALinear, adapted_layers
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
@@ -73,14 +75,34 @@ def trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield plain_name(name), part
 
 
+def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
+    """PEFT's target_modules for exactly these layers: the ends of their names, else the names, else an expression."""
+    for words in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+        if {name for name in modules if any(end in words for end in _endings(name))} == set(layers):
+            return sorted(words)
+    return "|".join(re.escape(name) for name in layers)
+
+
+def _endings(name: str) -> Iterator[str]:
+    """A name, and it without its first part, without its first two, and so on."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
 def describe_base(module: nn.Module) -> dict[str, Any]:
     """What a checkpoint must say so that its adapters can be put in PEFT's words without the module; plain values."""
     prefix, base = find_base(module)
+    first = next(iter(adapted_layers(base).values()), None)
     return {
         "prefix": plain_name(prefix),
         "task_type": task_of(base),
         "base_model": source_of(base),
         "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
+        "quantization": None if first is None else quantization_of_layer(first),
+        "target_modules": target_words(
+            [plain_name(name) for name in adapted_layers(base)], [plain_name(name) for name, _ in base.named_modules()]
+        ),
         "trained_in_full": [name for name, _ in trained_in_full(base)],
     }
 

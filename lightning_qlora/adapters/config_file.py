@@ -13,6 +13,9 @@ UNSUPPORTED = (
     "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "target_parameters",
     "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+# Starts of PEFT's that change the base's weights (peft/tuners/lora/layer.py, update_layer): those adapters belong to
+# weights that a folder does not hold. PEFT changes the base again when it loads most of them.
+MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 ALPHA = 8  # PEFT's default
 
 
@@ -32,8 +35,18 @@ def read_config(path: Path) -> dict[str, Any]:
     for name in UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
+    _check_start(path, config.get("init_lora_weights"))
     _check_values(path, config)
     return config
+
+
+def _check_start(path: Path, start: Any) -> None:
+    if isinstance(start, str) and start.lower().startswith(MOVE_THE_BASE):
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r}: PEFT changed the base's weights for this start, and the adapter "
+            "belongs to those. Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
+            "which makes it a plain adapter; merge one of 'loftq' in PEFT."
+        )
 
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:

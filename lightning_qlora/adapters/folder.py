@@ -19,12 +19,13 @@ from torch import Tensor
 from lightning_qlora.adapters.config_file import read_config
 from lightning_qlora.files import open_safetensors
 from lightning_qlora.quantize.packed import PackedWeight
-from lightning_qlora.starts.since_start import Origin
+from lightning_qlora.starts.since_start import Origin, fingerprint_of_weight
 from lightning_qlora.writing import replaced_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
 METADATA = "lightning_qlora"  # our entry in the safetensors metadata, which PEFT leaves alone
+FINGERPRINTS = "lightning_qlora_base"  # and a second, of the weights that a start moved
 MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -60,6 +61,7 @@ class Adapter:
         quantization: How the base was quantized in training and what the adapters started from, where known; see
             `since_start.quantization_of`.
         bases: Layer name -> its 4-bit weight, where the adapters came with it.
+        base_fingerprints: Layer name -> fingerprint of the 4-bit weight, where the start moved it.
         origin: What the adapters' start can be made again from, where known.
         source: File the tensors came from, for messages.
     """
@@ -75,6 +77,7 @@ class Adapter:
     base_model: str | None = None
     quantization: dict[str, Any] | None = None
     bases: dict[str, PackedWeight] = field(default_factory=dict)
+    base_fingerprints: dict[str, int] = field(default_factory=dict)
     origin: Origin | None = None
     source: str = WEIGHTS
 
@@ -146,6 +149,9 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     metadata = {"format": "pt"}
     if adapter.quantization is not None:
         metadata[METADATA] = json.dumps(adapter.quantization)
+    if adapter.bases:
+        fingerprints = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
+        metadata[FINGERPRINTS] = json.dumps(fingerprints)
     # clone: safetensors refuses tensors that share memory, as two names of a tied weight do.
     whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     with replaced_files(Path(folder)) as partial:
@@ -167,9 +173,15 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     with open_safetensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
+    # PEFT writes the base's weight beside the adapter of an output embedding. It never trains it, and a resized one
+    # does not fit by its shape: the base brings its own.
+    adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     matrices: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
+        owner, base_layer, _ = key.partition(".base_layer.")
+        if base_layer and owner in adapted:
+            continue
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
         name, part = _split(key, path)
@@ -191,6 +203,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
         quantization=_quantization(metadata, path),
+        base_fingerprints=json.loads(metadata.get(FINGERPRINTS, "{}")),
         source=str(path),
     )
 

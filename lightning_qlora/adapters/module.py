@@ -17,10 +17,12 @@ from lightning_qlora import starts
 from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, trained_in_full
 from lightning_qlora.adapters.float_base import for_float_base
 from lightning_qlora.adapters.folder import MAGNITUDE, PREFIX, Adapter, LayerAdapter, read_adapter, write_adapter
+from lightning_qlora.adapters.kept_start import check_start_fits, keep_start
+from lightning_qlora.adapters.ties import tie_broken, tied_names, trained_apart
 from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
-from lightning_qlora.starts.since_start import Origin, belongs_to, quantization_of
+from lightning_qlora.starts.since_start import Origin, belongs_to
 
 
 def save_adapter(
@@ -96,18 +98,13 @@ def adapter_of(module: nn.Module) -> Adapter:
         },
         saved={f"{name}.{key}": value for name, state in saved.items() for key, value in state.items()},
         modules_to_save=_checked_endings(list(saved), base),
-        targets=target_words(list(layers), [plain_name(name) for name, _ in base.named_modules()]),
+        targets=about["target_modules"],
         use_rslora=rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=first.lora_dropout,
         task_type=about["task_type"],
         base_model=about["base_model"],
-        quantization=quantization_of(first.config)
-        | {
-            "quant_type": first.quant_type,
-            "block_size": first.block_size,
-            "double_quant": first.nested.numel() > 0,
-        },
+        quantization=about["quantization"],
         bases={name: layer.packed_weight for name, layer in layers.items() if starts.moves_base(layer.config)},
         origin=Origin(
             first.config,
@@ -124,7 +121,10 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
     _, base = find_base(module)
     layers = _adapted_layers(base)
     _check_fits(base, layers, adapter)
+    check_start_fits(adapter, layers)
     for name, layer in layers.items():
+        layer.config, layer.input_rms = replace(layer.config, use_rslora=adapter.use_rslora), None
+        keep_start(layer, adapter.quantization)
         loaded = adapter.layers.get(name)
         if loaded is None:
             layer.lora_B.data.zero_()
@@ -135,8 +135,6 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
                 parameter: Tensor = getattr(layer, key)
                 parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
         layer.scaling = adapter.scaling(name)
-        if layer.config.use_rslora != adapter.use_rslora:
-            layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
     state = _named_state(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
@@ -200,14 +198,6 @@ def _words(module: nn.Module, adapter: Adapter, others: dict[str, QLoRALinear]) 
     }
 
 
-def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
-    """PEFT's target_modules for exactly these layers: the ends of their names, else the names, else an expression."""
-    for words in ({name.rpartition(".")[2] for name in layers}, set(layers)):
-        if {name for name in modules if name in words or any(name.endswith("." + w) for w in words)} == set(layers):
-            return sorted(words)
-    return "|".join(re.escape(name) for name in layers)
-
-
 def _adapted_layers(base: nn.Module) -> dict[str, QLoRALinear]:
     return {plain_name(name): layer for name, layer in adapted_layers(base).items()}
 
@@ -256,6 +246,9 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
             with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
             _refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
+    for tied in tied_names(base):
+        if trained_apart(adapter, tied):
+            raise CheckpointMismatchError(tie_broken(adapter, tied))
     state = _named_state(base)
     for key, value in adapter.saved.items():
         if key not in state:

@@ -6,22 +6,26 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qlora.adapters.folder import PREFIX, Adapter
+from lightning_qlora.adapters.ties import tie_broken, tied_names, trained_apart
+from lightning_qlora.bnb_folder import bnb_config, empty_model, kept_dense, linear_layers, skip_words
 from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import WeightFolder, read_json
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.linear import DTYPES, CheckpointMismatchError
 from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
+from lightning_qlora.starts.since_start import BITS, belongs_to, fingerprint_of_weight
 from lightning_qlora.writing import SHARD_BYTES, ShardWriter, check_free, whole_folder
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 FLOATS = ("F32", "BF16", "F16")  # in the words of a safetensors header
+OUTPUT = "lm_head.weight"  # the output embedding, which config.json says is tied or not
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -87,7 +91,12 @@ class _Merging:
                 self.saved[key] = value
             elif not self._is_tied_copy(name):
                 self.added[name] = value
-        self.dense: set[str] = set()  # layers of the output that stay dense, for quantization_config
+        self._check_ties()
+        self.packed: set[str] = set()  # layers of the output in 4 bits, for quantization_config
+        self.model: nn.Module | None = None  # without weights: what transformers will make of a folder in 4 bits
+        if dtype == "4bit" and (folder.folder / "config.json").is_file():
+            self.model = empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
+        self.kept_dense = set() if self.model is None else kept_dense(self.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the output."""
@@ -107,14 +116,15 @@ class _Merging:
         config = read_json(path)
         found = config.pop("quantization_config", None)
         if self.dtype == "4bit":
-            choices = self._quantization()
-            config["quantization_config"] = found or bnb_config(
-                choices["quant_type"], choices["double_quant"], sorted(self.dense), config.get("dtype", "bfloat16")
-            )
+            choices, dtype = self._quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+            assert self.model is not None
+            skip = skip_words(linear_layers(self.model).keys() - self.packed, self.packed)
+            made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
+            config["quantization_config"] = {**made, **(found or {}), "llm_int8_skip_modules": skip}
         elif self.dtype != "auto":
             name = "dtype" if "dtype" in config else "torch_dtype"
             config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")
-        if any(name.endswith("lm_head.weight") for name in self.added):
+        if any(name.endswith(OUTPUT) for name in self.added):
             config["tie_word_embeddings"] = False
         return config
 
@@ -123,40 +133,56 @@ class _Merging:
         name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
         if name is None and not packed:
             tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
-            if tensor.ndim == 2 and key.endswith(".weight"):
-                self.dense.add(key.removesuffix(".weight"))
             yield key, self._cast(tensor)
             return
         state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
+        layer = self._layer_in_model(key)
         if name is None and self.dtype == "4bit":
+            self.packed.add(layer)
             yield from state.items()
             return
         transposed = self._is_transposed(key, name)
         if packed:
             weight = self._read(state, key)
+            if name is not None:
+                self._check_bits(name, weight)
             rows, dtype = weight.dequantize(), weight.dtype
         elif name in self.adapter.bases:
             weight = self.adapter.bases[name]
             rows, dtype = weight.dequantize(), weight.dtype
         else:
             if self.adapter.quantization is not None and self.adapter.quantization.get("base_moved"):
-                raise ValueError(
-                    f"{self.adapter.source}: the start of these adapters moved the weights they belong to, so they do "
-                    f"not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds those weights, or pass "
-                    "the folder that save_quantized wrote as the base."
-                )
+                self._refuse_base()
             rows, dtype = state[key].T if transposed else state[key], state[key].dtype
             if self.onto == "decoded":
                 rows = self._quantized(rows, key).dequantize()
         if name is not None:
             rows = self._sum(rows, name)
-        if self.dtype == "4bit":
+        if self.dtype == "4bit" and layer not in self.kept_dense:
+            self.packed.add(layer)
             entries = self._quantized(rows.to(dtype), key).bnb_state_dict(key)
             yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
             return
-        wanted = dtype if self.dtype == "auto" else DTYPES[self.dtype]
+        wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
         rows = rows.to(wanted) if name is None else round_at_random(rows, wanted, name)
         yield key, (rows.T if transposed else rows).contiguous()
+
+    def _check_bits(self, name: str, weight: PackedWeight) -> None:
+        """Refuse 4-bit weights that are not those an adapter started from."""
+        if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
+            self._refuse_base()
+        here = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
+        need = belongs_to(self.adapter.quantization)
+        if need is not None and here != tuple(self._quantization()[key] for key in BITS):
+            there = ", ".join(f"{key}={value}" for key, value in zip(BITS, here, strict=True))
+            raise ValueError(f"{self.adapter.source}: {self.folder.folder} has {name} in {there}. {need}")
+
+    def _refuse_base(self) -> NoReturn:
+        raise ValueError(
+            f"{self.adapter.source}: the start of these adapters moved the weights they belong to, so they do not fit "
+            f"{self.folder.folder}. Merge the Lightning checkpoint, which holds those weights, or pass the folder that "
+            "save_quantized wrote as the base."
+        )
 
     def _sum(self, rows: Tensor, name: str) -> Tensor:
         """W + s B A in fp32, with DoRA's magnitudes m as m / ||W + s B A|| times it; [out, in]."""
@@ -172,10 +198,16 @@ class _Merging:
             total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
         return total
 
+    def _layer_in_model(self, key: str) -> str:
+        """The layer of a weight as the whole model names it; older files of it may lack the name of its body."""
+        layer, body = key.removesuffix(".weight"), getattr(self.model, "base_model_prefix", "")
+        names = () if self.model is None else linear_layers(self.model)
+        return next((n for n in (layer, f"{body}.{layer}", layer.removeprefix(f"{body}.")) if n in names), layer)
+
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether transformers wants the weight as [in, out], as its Conv1D keeps it (in 4 bits it is [out, in])."""
         if name is None or self.folder.is_packed(key):
-            return self.adapter.fan_in_fan_out and not key.endswith("lm_head.weight")
+            return self.adapter.fan_in_fan_out and not key.endswith(OUTPUT)
         return self.adapter.is_transposed(name, self.folder.entries[key].shape)
 
     def _quantization(self) -> dict[str, Any]:
@@ -225,20 +257,27 @@ class _Merging:
             )
         return key
 
+    def _check_ties(self) -> None:
+        """Refuse an embedding trained apart from what it is tied to: a folder can untie an output embedding alone."""
+        path = self.folder.folder / "config.json"
+        words = read_json(path) if self.adapter.saved and path.is_file() else {}
+        sizes = {config.get("vocab_size") for config in (words, words.get("text_config") or {})}
+        trained = [value.shape for value in self.adapter.saved.values() if value.ndim == 2 and len(value) in sizes]
+        if not trained:
+            return
+        names = {name for name, value in self.adapter.saved.items() if value.shape in trained}
+        names |= {name for name, entry in self.folder.entries.items() if entry.shape in trained}
+        try:
+            model = empty_model(path.parent, "what the embedding that this adapter trained is tied to")
+        except ValueError:
+            if len(names) > 1:  # an output embedding is there, or was trained
+                return
+            raise
+        for tied in tied_names(model):
+            untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
+            if trained_apart(self.adapter, tied) and not untied:
+                raise CheckpointMismatchError(tie_broken(self.adapter, tied))
+
     def _is_tied_copy(self, name: str) -> bool:
         """Whether a trained tensor that the base's files lack is tied to one that they have and that was trained."""
         return any(torch.equal(self.adapter.saved[name], value) for value in self.saved.values() if value.ndim == 2)
-
-
-def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str) -> dict[str, Any]:
-    """transformers' quantization_config of a folder in bitsandbytes' 4 bits."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skip,
-    }

@@ -38,6 +38,9 @@ class Origin:
     fingerprint_of: Callable[[str], int | None]  # computing it reads the whole weight, and most saves don't ask
 
 
+BITS = ("quant_type", "block_size", "double_quant")
+
+
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     """How the base of a module's adapters was quantized, and whether and how they started from it; plain values."""
     return {
@@ -46,6 +49,7 @@ def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
         "double_quant": config.double_quant,
         "init_lora_weights": config.init_lora_weights,
         "base_moved": formulas.moves_base(config),
+        **({"loftq_config": dict(config.loftq_config)} if config.loftq_config else {}),
     }
 
 
@@ -54,7 +58,7 @@ def belongs_to(quantization: Mapping[str, Any] | None) -> str | None:
     start = (quantization or {}).get("init_lora_weights", "default")
     if quantization is None or start in ("default", "gaussian"):
         return None
-    kind = ", ".join(f"{name}={quantization[name]}" for name in ("quant_type", "block_size", "double_quant"))
+    kind = ", ".join(f"{name}={quantization[name]}" for name in BITS)
     if quantization["base_moved"]:
         return (
             f"These adapters started as {start!r}: they belong to the 4-bit weights ({kind}) of this run alone, which "
@@ -99,8 +103,13 @@ def _is_moved_base(made: PackedWeight, base: PackedWeight) -> bool:
 
 
 def _is_base(made: PackedWeight, known: int | None) -> bool:
-    stored = made.to_bytes()
-    return known is None or fingerprint(stored.packed, stored.absmax, stored.nested) == known
+    return known is None or fingerprint_of_weight(made) == known
+
+
+def fingerprint_of_weight(weight: PackedWeight) -> int:
+    """The fingerprint that a layer with this weight has."""
+    stored = weight.to_bytes()
+    return fingerprint(stored.packed, stored.absmax, stored.nested)
 
 
 def less_start(lora_a: Tensor, lora_b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def decoded_base(name, lit):
     return base
 
 
-def bnb_base(name, folder):
+def bnb_base(name, folder, skip=("lm_head", "classifier")):
     """The toy loaded by transformers with bitsandbytes' 4 bits."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -37,7 +37,7 @@ def bnb_base(name, folder):
     model.save_pretrained(folder)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "classifier"],
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=list(skip),
     )  # fmt: skip
     return (
         type(model)
@@ -99,6 +99,18 @@ def test_ours_to_peft_to_ours(name, tmp_path):
     torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("on", ["float", "4 bits"])
+def test_an_adapted_output_embedding_beside_which_peft_saves_the_base(on, tmp_path):
+    lit = converted("llama", target_modules=["q_proj", "lm_head"])
+    save_adapter(lit, tmp_path / "ours")
+    base = toy("llama") if on == "float" else bnb_base("llama", tmp_path / "base", skip=[])
+    peft.PeftModel.from_pretrained(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert any(".base_layer." in key for key in load_file(tmp_path / "theirs/adapter_model.safetensors"))
+    again = converted("llama", seed=1, target_modules=["q_proj", "lm_head"])
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
 def test_modules_to_save_and_small_heads(tmp_path):
     lit = converted("bert", modules_to_save=["pooler"])
     save_adapter(lit, tmp_path)
@@ -117,6 +129,44 @@ def test_tied_output_embedding_in_modules_to_save(name, tmp_path):
     again = converted(name, seed=1, modules_to_save=["lm_head"])
     load_adapter(again, tmp_path)
     torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+TIED = [
+    ("llama", "q_proj", ["embed_tokens"]),
+    ("llama", "q_proj", ["lm_head"]),
+    ("llama", "q_proj", ["embed_tokens", "lm_head"]),
+    ("gpt2", "c_attn", ["wte"]),
+    ("t5", "q", ["shared"]),
+]
+
+
+def tied(name):
+    return toy(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
+
+
+@pytest.mark.parametrize(("name", "target", "modules"), TIED)
+def test_a_tied_weight_that_peft_trained_apart_is_refused(name, target, modules, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=[target], modules_to_save=modules, fan_in_fan_out=name == "gpt2")
+    perturb(peft.get_peft_model(tied(name), config)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointMismatchError, match=r"was trained apart from .*ensure_weight_tying=True") as error:
+        convert(Lit(tied(name)), adapter=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    perturb(peft.get_peft_model(tied("llama"), config)).save_pretrained(tmp_path)
+    lit = Lit(tied("llama"))
+    convert(lit, adapter=str(tmp_path))
+    assert lit.model.lm_head.weight is lit.model.model.embed_tokens.weight
+    base = tied("llama")
+    for key, layer in lit.model.named_modules():
+        if isinstance(layer, QLoRALinear):
+            base.get_submodule(key).weight.data = layer.decode()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(lit.model), logits(theirs), atol=1e-5, rtol=0)
 
 
 def test_the_names_are_the_models_and_the_words_are_short(tmp_path):
@@ -222,6 +272,10 @@ def change_tensors(folder, change):
         (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config.json: not valid JSON"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
+            r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A",
+        ),
         (lambda f: change_tensors(f, lambda t: t.pop(KEY)), r"model.safetensors: key '.*q_proj.lora_A.weight' is miss"),
         (
             lambda f: change_tensors(f, lambda t: t.update(other=t[KEY] + 1)),
@@ -238,6 +292,37 @@ def test_broken_folders_are_named_in_one_line(folder, harm, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_adapter(converted("llama"), folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_peft_starts_that_change_the_base_are_refused(start, folder):
+    change_config(folder, init_lora_weights=start)
+    with pytest.raises(ValueError, match=rf"adapter_config.json: init_lora_weights='{start}': PEFT changed") as error:
+        read_adapter(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_peft_starts_that_leave_the_base_are_read(start, folder):
+    change_config(folder, init_lora_weights=start)
+    assert read_adapter(folder).r == 4
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_peft_took_off_again_is_read(start, tmp_path):
+    theirs = peft.get_peft_model(
+        toy("llama"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=start)
+    )
+    theirs.peft_config["default"].init_lora_weights = True  # the start itself, as PEFT's documentation has it
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    perturb(theirs).save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    lit = Lit(toy("llama"))
+    convert(lit, adapter=str(tmp_path / "plain"))
+    expected = peft.PeftModel.from_pretrained(decoded_base("llama", lit), tmp_path / "plain")
+    torch.testing.assert_close(logits(lit.model), logits(expected), atol=1e-5, rtol=0)
 
 
 def test_a_truncated_file_names_the_key(folder):

@@ -123,6 +123,41 @@ def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path):
     torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
+def test_a_tied_weight_that_peft_trained_apart(modules, tmp_path):
+    """A folder can have an output embedding of its own; an embedding whose output stays as it was it can't tell."""
+    peft = pytest.importorskip("peft")
+    model = toy("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules)
+    trained = perturb(peft.get_peft_model(model, config))
+    trained.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    if "lm_head" not in modules:
+        with pytest.raises(CheckpointMismatchError, match=r"was trained apart from lm_head\.weight"):
+            merge_folder(tmp_path / "base", adapter, tmp_path / "out")
+        return
+    merge_folder(tmp_path / "base", adapter, tmp_path / "out", onto="float")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(trained), atol=1e-5, rtol=0)
+
+
+def test_an_embedding_that_may_be_tied_in_a_model_nobody_knows(tmp_path):
+    for ties in (True, False):
+        # 96 words: no other weight of this model has that many rows.
+        model, folder = toy("llama", tie_word_embeddings=ties, vocab_size=96), tmp_path / f"{ties}"
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OfNobody"]}))
+        lit = Lit(toy("llama", vocab_size=96))
+        convert(lit, **ARGUMENTS, modules_to_save=["embed_tokens"])
+        adapter = adapter_of(perturb(lit))
+        if ties:
+            with pytest.raises(ValueError, match=r"can't make a model of it .* is tied to\."):
+                merge_folder(folder, adapter, tmp_path / "out")
+        else:
+            merge_folder(folder, adapter, tmp_path / "out")
+
+
 def test_onto_the_float_base_and_another_type(base, tmp_path):
     lit, (model, folder) = converted("llama"), base("llama")
     merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="bf16", onto="float")
@@ -154,6 +189,34 @@ def test_into_4_bits_warns_and_gives_bitsandbytes_entries(base, tmp_path):
     layer = lit.model.model.layers[0].mlp.up_proj
     assert type(theirs).__name__ == "Linear4bit"
     assert torch.equal(theirs.weight.data, quantize(layer.decode() + layer.delta()).packed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_into_4_bits_transformers_loads_it(name, base, tmp_path):
+    """Tied output embeddings, and T5's `wo`, which transformers keeps dense, among them."""
+    pytest.importorskip("bitsandbytes")
+    lit, (_, folder) = converted(name), base(name)
+    merge_folder(folder, adapter_of(lit), tmp_path / "out", dtype="4bit")
+    theirs = load(name, tmp_path / "out", device_map="cpu")
+    in_4_bits = {key for key, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
+    merged = merge(lit).model
+    layers = [key for key in in_4_bits if not key.endswith(".wo")]
+    assert in_4_bits == set(layers) and len(layers) > 7
+    for key in layers:
+        layer = merged.get_submodule(key)
+        rows = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T.contiguous()
+        decoded = quantize(rows.detach()).dequantize()
+        layer.weight.data = decoded if isinstance(layer, nn.Linear) else decoded.T.contiguous()
+    torch.testing.assert_close(logits(theirs), logits(merged), atol=1e-5, rtol=0)
+
+
+def test_into_4_bits_without_knowing_the_model_is_refused(base, tmp_path):
+    _, folder = base("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OfNobody"]}))
+    with pytest.raises(ValueError, match=r"config.json: transformers can't make a model of it") as raised:
+        merge_folder(folder, adapter_of(converted("llama")), tmp_path / "out", dtype="4bit")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

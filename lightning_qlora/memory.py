@@ -263,8 +263,8 @@ def _told(run: Callable[[], Any] | None, twin: nn.Module, batch_size: int, lengt
         except Exception as error:  # whatever a module's own code raises
             base = find_base(twin)[1]
             raise ValueError(
-                f"{type(base).__name__}: can't be run with batch_size={batch_size}, sequence_length={length} on tensors "
-                f"without data ({_in_a_line(error)}). {_advice(getattr(base, 'config', None), length)}"
+                f"{type(base).__name__}: can't be run with batch_size={batch_size}, sequence_length={length} on "
+                f"tensors without data ({_in_a_line(error)}). {_advice(getattr(base, 'config', None), length)}"
             ) from error
         finally:
             torchs.disabled = before

@@ -1,6 +1,6 @@
 """QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from lightning_qlora import dora, starts
 from lightning_qlora.bnb_layers import CAME_AS
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.decoded import DecodedWeight
-from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.kernels import ops
+from lightning_qlora.packed_linear import BASE, PackedLinear
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INPUT_RMS = "input_rms"  # key of what a "calibrated" start was made from
 REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
@@ -27,7 +25,7 @@ class CheckpointMismatchError(RuntimeError):
     """A checkpoint belongs to another base model, or to adapters of another shape or place."""
 
 
-class QLoRALinear(nn.Linear):
+class QLoRALinear(PackedLinear):
     """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
 
     An `nn.Linear` becomes one in place (`from_linear`), so whatever refers to the layer still does.
@@ -45,9 +43,6 @@ class QLoRALinear(nn.Linear):
         loaded: How it was quantized while it was loaded (`loaded.Loaded`); None once conversion has settled the rest.
     """
 
-    packed: nn.Parameter
-    absmax: nn.Parameter
-    nested: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter | None
@@ -59,9 +54,6 @@ class QLoRALinear(nn.Linear):
     input_rms: Tensor | None
     loaded: Any
     dense_class: type[nn.Module]
-    weight_dtype: torch.dtype
-    _fingerprint: int | None
-    _base_squares: Tensor | None
 
     @staticmethod
     def from_linear(layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None = None) -> None:
@@ -154,44 +146,6 @@ class QLoRALinear(nn.Linear):
         dense = self._as_rows(weight.detach()).to(device or weight.device)
         self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
 
-    def set_packed_weight(self, weight: PackedWeight) -> None:
-        """Hold a 4-bit weight, byte for byte, in place of the one before."""
-        stored = weight.to_bytes()
-        self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
-        self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
-        for name in BASE:
-            data: Tensor = getattr(stored, name).reshape(-1)
-            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
-            if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
-                data = data.view(stored.shape[0], -1)
-            if name in self._parameters:
-                getattr(self, name).data = data  # the same parameter, for an optimizer or a strategy that holds it
-            else:
-                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
-
-    @property
-    def weight_bytes(self) -> PackedBytes:
-        """The 4-bit weight as the ops take it."""
-        return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
-
-    @property
-    def packed_weight(self) -> PackedWeight:
-        """The 4-bit weight, [out, in], as a value."""
-        return PackedWeight.from_bytes(
-            self.weight_bytes._replace(packed=self.packed.data, absmax=self.absmax.data, nested=self.nested.data),
-            self.weight_dtype,
-        )
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The decoded base weight, read-only; its shape, dtype and device cost nothing, its values one decode."""
-        return DecodedWeight(self.decode, self.weight_shape, self.weight_dtype, self.packed.device)
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """Shape of `weight`."""
-        return self._shape
-
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""
         return [p for name in ADAPTER if (p := self._parameters.get(name)) is not None]
@@ -200,10 +154,6 @@ class QLoRALinear(nn.Linear):
     def r(self) -> int:
         """Rank of the adapter."""
         return self.lora_A.shape[0]
-
-    def decode(self) -> Tensor:
-        """The base weight in the type it came in, shaped as the dense layer had it."""
-        return ops.dequantize(self.weight_bytes, self.weight_dtype)
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: s B A, with DoRA g (W + s B A) - W; fp32, shaped as the dense weight."""
@@ -223,11 +173,6 @@ class QLoRALinear(nn.Linear):
         """DoRA's factor g of every output: the magnitude over the row's norm, which counts as a constant; [out]."""
         assert self.lora_magnitude_vector is not None
         return self.lora_magnitude_vector / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
-
-    @staticmethod
-    def _as_rows(weight: Tensor) -> Tensor:
-        """A dense weight of this kind of layer as [out, in]."""
-        return weight
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call computes in: autocast's, else the configured one, else that of the weight."""
@@ -264,17 +209,6 @@ class QLoRALinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.quant_type}, block_size={self.block_size}, r={self.r}, scaling={self.scaling:g}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRALinear":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
-        return self
-
-    def base_fingerprint(self) -> int:
-        """Fingerprint of the 4-bit weight, computed when first asked for."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
-        return self._fingerprint
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The adapter, the bias, and the base: its fingerprint, or with checkpoint="full" bitsandbytes' entries."""

@@ -22,7 +22,8 @@ from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig, check_choice
 from lightning_qlora.convert import freeze
-from lightning_qlora.linear import BASE, QLoRALinear, adapted_layers
+from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.packed_linear import BASE
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.report import count_parameters, size_text

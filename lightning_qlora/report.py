@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_qlora.calibration import CalibrationReport
-from lightning_qlora.linear import BASE, adapted_layers
+from lightning_qlora.linear import adapted_layers
+from lightning_qlora.packed_linear import BASE
 
 
 @dataclass

@@ -1,0 +1,92 @@
+"""PackedLinear: a linear layer whose weight is held in 4 bits, as frozen parameters."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QuantType
+from lightning_qlora.decoded import DecodedWeight
+from lightning_qlora.fingerprint import fingerprint
+from lightning_qlora.kernels import ops
+from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
+
+BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
+
+
+class PackedLinear(nn.Linear):
+    """Holds a 4-bit weight [out, in] in frozen uint8 parameters, and shows it as `weight`, decoded.
+
+    Attributes:
+        packed, absmax, nested: The weight's bytes, flat or with one row an output; see `packed_weight`.
+        quant_type, block_size: How it was quantized.
+        weight_dtype: The type it came in and decodes to.
+    """
+
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    nested: nn.Parameter
+    quant_type: QuantType
+    block_size: int
+    weight_dtype: torch.dtype
+    _shape: tuple[int, int]
+    _fingerprint: int | None  # computed when first asked for
+    _base_squares: Tensor | None  # sums of squares of the rows, likewise (DoRA)
+
+    def set_packed_weight(self, weight: PackedWeight) -> None:
+        """Hold a 4-bit weight, byte for byte, in place of the one before."""
+        stored = weight.to_bytes()
+        self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
+        self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
+        for name in BASE:
+            data: Tensor = getattr(stored, name).reshape(-1)
+            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
+            if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
+                data = data.view(stored.shape[0], -1)
+            if name in self._parameters:
+                getattr(self, name).data = data  # the same parameter, for an optimizer or a strategy that holds it
+            else:
+                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    @property
+    def weight_bytes(self) -> PackedBytes:
+        """The 4-bit weight as the ops take it."""
+        return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The 4-bit weight, [out, in], as a value."""
+        return PackedWeight.from_bytes(
+            self.weight_bytes._replace(packed=self.packed.data, absmax=self.absmax.data, nested=self.nested.data),
+            self.weight_dtype,
+        )
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded base weight, read-only; its shape, dtype and device cost nothing, its values one decode."""
+        return DecodedWeight(self.decode, self.weight_shape, self.weight_dtype, self.packed.device)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of `weight`."""
+        return self._shape
+
+    def decode(self) -> Tensor:
+        """The base weight in the type it came in, shaped as the dense layer had it."""
+        return ops.dequantize(self.weight_bytes, self.weight_dtype)
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        """A dense weight of this kind of layer as [out, in]."""
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
+        return self
+
+    def base_fingerprint(self) -> int:
+        """Fingerprint of the 4-bit weight, computed when first asked for."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
+        return self._fingerprint

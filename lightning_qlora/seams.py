@@ -28,6 +28,8 @@ def keep_encoder_layers_on_the_module_path(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             layer.activation_relu_or_gelu = 0
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.use_nested_tensor = False
 
 
 def let_teardown_pass_by(trainer: Any) -> None:

@@ -119,7 +119,8 @@ def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     there = {key[len(prefix) :].rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "lora_A"}
-    here = adapted_layers(root).keys()
+    # A layer that several modules share stands in a state dict under each of its names.
+    here = {name for name, layer in root.named_modules(remove_duplicate=False) if isinstance(layer, QLoRALinear)}
     if there and there != here:
         name = sorted(there ^ here)[0]
         raise CheckpointMismatchError(

@@ -159,3 +159,14 @@ def test_the_encoder_layers_of_torch_use_their_adapters_in_evaluation():
         if isinstance(layer, nn.Dropout | nn.MultiheadAttention):
             layer.p = layer.dropout = 0.0
     torch.testing.assert_close(encoder.train()(x), after, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_with_a_padding_mask_evaluates():
+    """Without gradients torch's encoder makes nested tensors of such an input, for a path that is closed here."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), 2)
+    convert(encoder, r=4, lora_dropout=0.0)
+    x, mask = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = encoder(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        result = encoder.eval()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(result[~mask], expected[~mask])

@@ -222,3 +222,30 @@ def test_evaluation_in_between_changes_no_gradient_and_no_byte():
         model.eval()(x)
     assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 5, 64), (0, 3, 64)])
+def test_what_comes_out_may_be_changed_in_place(shape):
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 64))
+    convert(net, r=4)
+    y = net(torch.randn(shape))
+    y += 1
+    y.square().sum().backward()
+    assert net[0].lora_B.grad.shape == (64, 4)
+
+
+def test_a_traced_module_computes_the_same():
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    convert(net, r=4)
+    net.eval()
+    x = torch.randn(3, 5, 64)
+    traced = torch.jit.trace(net, x)
+    assert torch.equal(traced(x[:1]), net(x[:1]))
+
+
+def test_forward_mode_derivatives_are_refused_instead_of_zero():
+    net = nn.Sequential(nn.Linear(64, 64))
+    convert(net, r=4)
+    x = torch.randn(3, 64)
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+        torch.func.jvp(net, (x,), (x,))

@@ -181,3 +181,21 @@ def test_the_fingerprint_sees_every_bit_and_the_order_and_ignores_the_float_type
         flipped = data.clone()
         flipped[place] ^= 1
         assert fingerprint(data) != fingerprint(flipped)
+
+
+def test_a_layer_that_stands_in_two_places_is_saved_and_loaded():
+    def shared():
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 64)
+        net = nn.Sequential(layer, nn.ReLU(), layer)
+        convert(net, r=4)
+        return net
+
+    first, second = shared(), shared()
+    first[0].lora_B.data += 1
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second[2].lora_B, first[0].lora_B)
+    other = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    convert(other, r=4)
+    with pytest.raises(CheckpointMismatchError, match=r"3: has no adapter in the checkpoint, has one here"):
+        other.load_state_dict(first.state_dict())

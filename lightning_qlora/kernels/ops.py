@@ -100,6 +100,7 @@ def lora_linear(
             return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)[0]
         y = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
         return cast(Tensor, y)
+    _refuse_forward_mode()
     y, _ = torch.ops.lightning_qlora.lora_linear(
         x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0], weight.quant_type,
         weight.block_size, scaling, p,
@@ -239,14 +240,28 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _is_plain(x: Tensor, lora_a: Tensor) -> bool:
-    """Whether nobody watches the ops: no compiler, no tensor subclass, no dispatch mode, no functorch transform."""
+    """Whether nobody watches the ops: no compiler, no tracer, no subclass, no dispatch mode, no functorch transform."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
         or (type(lora_a) is not torch.nn.Parameter and type(lora_a) is not Tensor)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def _refuse_forward_mode() -> None:
+    """Of an op without a formula for it torch.func.jvp makes zeros, in silence."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if any(
+        layer.key() == torch._C._functorch.TransformType.Jvp for layer in torch._C._functorch.get_interpreter_stack()
+    ):
+        raise NotImplementedError(
+            "torch.func.jvp, jacfwd and hessian need forward-mode derivatives, which 4-bit layers do not have. Use "
+            "backward(), torch.autograd.grad or torch.autograd.functional.vjp."
+        )
 
 
 def _forward(
@@ -257,7 +272,8 @@ def _forward(
     _check_linear(x, lora_a, lora_b, weight.shape[0], bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, xa = backend(x.device).linear(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), xa
+    # Not `view`, as in torch's own linear: a view made in an autograd.Function can't be changed in place later.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]]), xa
 
 
 def _backward(

@@ -70,6 +70,28 @@ def loader(samples: int = 32, batch_size: int = 8, shuffle: bool = False) -> Dat
     return DataLoader(dataset(samples), batch_size=batch_size, shuffle=shuffle)
 
 
+class ResumableLoader:
+    """A loader that knows where it is, as torchdata's StatefulDataLoader: Lightning repeats data from any other."""
+
+    def __init__(self, samples=64, batch_size=8):
+        self.batches, self.next = list(loader(samples, batch_size)), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
 def make_trainer(root, **arguments) -> pl.Trainer:
     defaults = {
         "accelerator": "cpu",

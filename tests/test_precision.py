@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, Model
 from torch import nn
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, quantize
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, ResumableLoader, loader
 
 
 def plugin(**arguments):
@@ -212,28 +212,6 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, path, tmp
     states = [run.optimizers[0].state_dict()["state"] for run in (whole, second)]
     for key, state in states[0].items():
         assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
-
-
-class ResumableLoader:
-    """A loader that knows where it is, as torchdata's StatefulDataLoader: Lightning repeats data from any other."""
-
-    def __init__(self, samples=64, batch_size=8):
-        self.batches, self.next = list(loader(samples, batch_size)), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.next < len(self.batches):
-            self.next += 1
-            yield self.batches[self.next - 1]
-        self.next = 0
-
-    def state_dict(self):
-        return {"next": self.next}
-
-    def load_state_dict(self, state):
-        self.next = state["next"]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 8, 11])

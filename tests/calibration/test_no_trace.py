@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from lightning_qlora import convert
 from lightning_qlora.calibration.undisturbed import undisturbed
 from tests.calibration.test_calibration import Lit, Net, fit
-from tests.conftest import loader
+from tests.conftest import ResumableLoader
 from tests.toys import ids, toy
 
 
@@ -152,35 +152,19 @@ def test_a_dataset_that_draws_random_numbers_draws_what_it_would_have_drawn(trai
         assert calibrated == plain
 
 
-class Stateful:
-    """A loader that says where it is, for a checkpoint."""
-
-    def __init__(self):
-        self.batches, self.place = list(loader(64)), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.place < len(self.batches):
-            self.place += 1
-            yield self.batches[self.place - 1]
-        self.place = 0
-
-    def state_dict(self):
-        return {"place": self.place}
-
-    def load_state_dict(self, state):
-        self.place = state["place"]
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_stateful_loader_resumes_after_the_batch_that_trained_last(trainer, tmp_path, steps):
     arguments = {"calibration_batches": 3}
 
     def run(module, steps, ckpt_path=None):
         return fit(
-            trainer, module, data=Stateful(), arguments=arguments, ckpt_path=ckpt_path, max_epochs=-1, max_steps=steps
+            trainer,
+            module,
+            data=ResumableLoader(),
+            arguments=arguments,
+            ckpt_path=ckpt_path,
+            max_epochs=-1,
+            max_steps=steps,
         )[0]
 
     class Seen(Lit):
@@ -188,7 +172,7 @@ def test_a_stateful_loader_resumes_after_the_batch_that_trained_last(trainer, tm
             self.places = [*getattr(self, "places", []), self.trainer.fit_loop._combined_loader._state_dicts()]
 
     straight = run(Seen(), 8)
-    assert straight.places == [[{"place": place}] for place in (1, 2, 3, 4, 5, 6, 7, 8)]
+    assert straight.places == [[{"next": place}] for place in (1, 2, 3, 4, 5, 6, 7, 8)]
     first = run(Lit(), steps)
     first.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     second = run(Lit(), 8, tmp_path / "stopped.ckpt")

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class PagedAdamW8bit(Optimizer):
         paged: Page the state to host memory when it is on a GPU.
 
     Raises:
-        ValueError: If a number is out of its range.
+        TypeError: If one of them, or of a parameter group's own, is no number (betas: no pair).
+        ValueError: If a number is out of its range, or betas are not two.
     """
 
     walks_in_windows = True
@@ -75,15 +77,17 @@ class PagedAdamW8bit(Optimizer):
         weight_decay: float = 0.0,
         paged: bool = True,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value!r}: must be 0 or more.")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas!r}: each must be from 0 up to, not including, 1.")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_numbers(defaults)
+        super().__init__(params, defaults)
         self._pager = Pager()
         if paged:
             self._pager.attach(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `Optimizer.add_param_group`; the group's own numbers are checked as the constructor's are."""
+        _check_numbers(param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,6 +131,11 @@ class PagedAdamW8bit(Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for param in params:
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise TypeError(
+                    "PagedAdamW8bit got a sparse gradient: use torch.optim.SparseAdam for that parameter, or make its "
+                    "embedding with sparse=False."
+                )
             if not self.state[param]:
                 self.state[param].update(_new_state(param))
         alike: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)  # of one step count and one kind of state
@@ -156,11 +165,32 @@ def blocks(param: Tensor) -> int:
     return -(-param.numel() // STATE_BLOCK_SIZE)
 
 
+def _check_numbers(numbers: dict[str, Any]) -> None:
+    """Refuse numbers of the constructor, or of a parameter group that has its own, which AdamW can't compute with."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = numbers.get(name, 0.0)
+        if not _is_number(value):
+            raise TypeError(f"{name}={value!r}: must be a number, 0 or more.")
+        if not value >= 0:
+            raise ValueError(f"{name}={value!r}: must be 0 or more.")
+    betas = numbers.get("betas", (0.0, 0.0))
+    if not isinstance(betas, list | tuple) or not all(_is_number(beta) for beta in betas):
+        raise TypeError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999).")
+    if len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999), not {len(betas)}.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas!r}: each must be from 0 up to, not including, 1.")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):  # as torch's optimizers take them
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _new_state(param: Tensor) -> dict[str, Tensor]:
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"PagedAdamW8bit got a parameter of {param.dtype}: it trains fp32, bf16 and fp16 parameters.")
-    if param.grad is not None and param.grad.layout != torch.strided:
-        raise TypeError("PagedAdamW8bit got a sparse gradient: use torch.optim.SparseAdam for that parameter.")
     in_8bit = param.numel() >= MIN_NUMEL
     state = {"step": torch.zeros((), dtype=torch.float32)}
     if in_8bit and shards(param) > 1:

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -158,6 +159,37 @@ def test_numbers_out_of_range_are_refused(arguments):
         PagedAdamW8bit([torch.nn.Parameter(torch.zeros(2))], **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"lr": "x"}, TypeError),
+        ({"lr": None}, TypeError),
+        ({"lr": True}, TypeError),
+        ({"eps": "1e-8"}, TypeError),
+        ({"weight_decay": [0.1]}, TypeError),
+        ({"betas": 0.9}, TypeError),
+        ({"betas": ("0.9", "0.999")}, TypeError),
+        ({"betas": (0.9,)}, ValueError),
+        ({"betas": (0.9, 0.99, 0.999)}, ValueError),
+    ],
+)
+def test_what_is_no_number_is_refused(arguments, error):
+    name, value = next(iter(arguments.items()))
+    message = rf"^{name}={re.escape(repr(value))}: must be (a number|two numbers)"
+    param = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(error, match=message):
+        PagedAdamW8bit([param], **arguments)
+    with pytest.raises(error, match=message):
+        PagedAdamW8bit([{"params": [param], **arguments}])
+
+
+def test_numbers_may_be_tensors_and_betas_a_list():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    PagedAdamW8bit([param], lr=torch.tensor(0.1), betas=[0.9, 0.99]).step()
+    assert torch.allclose(param.detach(), torch.full((2,), 0.9))
+
+
 def test_what_it_cannot_train_is_refused():
     param = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
     param.grad = torch.ones_like(param)
@@ -167,6 +199,18 @@ def test_what_it_cannot_train_is_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="SparseAdam"):
         PagedAdamW8bit(embedding.parameters()).step()
+
+
+def test_a_sparse_gradient_after_a_dense_one_is_refused():
+    embedding = torch.nn.Embedding(100, 64, sparse=True)
+    optimizer = PagedAdamW8bit(embedding.parameters())
+    embedding.weight.grad = torch.ones(100, 64)
+    optimizer.step()
+    optimizer.zero_grad()
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match=r"sparse gradient.*SparseAdam"):
+        optimizer.step()
+    assert optimizer.state[embedding.weight]["step"] == 1
 
 
 def test_frozen_integer_parameters_in_the_list_are_skipped():

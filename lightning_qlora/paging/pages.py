@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qlora.paging.choice import open_pool
+from lightning_qlora.paging.moments import in_32bit
 from lightning_qlora.paging.pool import Pool
 from lightning_qlora.paging.state import PagedState, tensors_in
 
@@ -148,7 +149,10 @@ class OptimizerPages:
         self._in_step = False
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Hold large tensors back from torch, which would put all of them on the device at once."""
+        """Hold large tensors back from torch, which would put all of them on the device at once.
+
+        8-bit moments are decoded: no optimizer but PagedAdamW8bit can read them, and that one loads its state itself.
+        """
         own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = dict(zip(saved, own, strict=False))  # torch checks the lengths, with a better message
@@ -158,6 +162,7 @@ class OptimizerPages:
             if index not in params or not isinstance(values, dict):
                 kept[index] = values
                 continue
+            values = in_32bit(values)
             held = [key for key, value in values.items() if self._holds_back(params[index], key, value)]
             self._held_back += [(params[index], key, values[key]) for key in held]
             kept[index] = {key: value for key, value in values.items() if key not in held}

@@ -1,9 +1,12 @@
 import copy
+import re
 
 import pytest
 import torch
 
-from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit
+from lightning_qlora.kernels.adamw import dequantize_state, quantize_state
+from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, Pager
+from lightning_qlora.paging.moments import in_32bit
 from tests.paging.stand_in import assert_all_paged
 from tests.paging.test_pages import assert_equal_parameters, model, train
 
@@ -70,7 +73,7 @@ def test_small_tensors_keep_32_bits():
         param.grad = torch.randn_like(param)
     optimizer.step()
     small, large = (optimizer.state[p] for p in params)
-    assert (small["exp_avg"].dtype, large["exp_avg"].dtype) == (torch.float32, torch.uint8)
+    assert (small["exp_avg"].dtype, large["exp_avg_codes"].dtype) == (torch.float32, torch.uint8)
     assert "exp_avg_absmax" not in small
     assert large["exp_avg_sq_absmax"].shape == (16,)
 
@@ -124,6 +127,101 @@ def test_32bit_state_of_adamw_loads_and_stays():
         assert torch.allclose(left, right, atol=1e-6)
 
 
+def trained_in_8bit():
+    """A model after five steps of PagedAdamW8bit, and the optimizer's state dict."""
+    net = model()
+    optimizer = PagedAdamW8bit(net.parameters(), lr=1e-2)
+    for step in range(5):
+        for param in net.parameters():
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    return net, copy.deepcopy(optimizer.state_dict())
+
+
+def decoded(state):
+    if "exp_avg" in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    return (
+        dequantize_state(state["exp_avg_codes"], state["exp_avg_absmax"], signed=True),
+        dequantize_state(state["exp_avg_sq_codes"], state["exp_avg_sq_absmax"], signed=False),
+    )
+
+
+def paged_adamw(params):
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+    Pager().attach(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW, paged_adamw])
+def test_8bit_state_loads_decoded_into_a_paged_adamw(stand_in, kind):
+    net, saved = trained_in_8bit()
+    optimizer = kind(net.parameters())
+    optimizer.load_state_dict(saved)
+    for param, state in zip(net.parameters(), saved["state"].values(), strict=True):
+        loaded = optimizer.state[param]
+        assert set(loaded) == {"step", "exp_avg", "exp_avg_sq"}
+        assert loaded["step"] == 5
+        for value, expected in zip((loaded["exp_avg"], loaded["exp_avg_sq"]), decoded(state), strict=True):
+            assert value.dtype == torch.float32
+            assert torch.equal(value, expected)
+    assert_all_paged(stand_in, optimizer, least=4)
+    train(net, optimizer, 1)
+
+
+def test_a_run_goes_on_in_32bit_as_if_it_had_been_decoded_by_hand():
+    net, saved = trained_in_8bit()
+    by_hand = copy.deepcopy(net)
+    reference = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.0)
+    for param, state in zip(by_hand.parameters(), saved["state"].values(), strict=True):
+        m, v = (moment.clone() for moment in decoded(state))
+        reference.state[param] = {"step": state["step"].clone(), "exp_avg": m, "exp_avg_sq": v}
+    optimizer = PagedAdamW(net.parameters(), lr=1e-2)
+    optimizer.load_state_dict(saved)
+    train(net, optimizer, 5)
+    train(by_hand, reference, 5)
+    assert_equal_parameters(by_hand, net)
+
+
+@pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}])
+def test_an_adamw_that_is_not_paged_does_not_train_on_codes(choice):
+    net, saved = trained_in_8bit()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, **choice)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(KeyError, match="exp_avg"):
+        train(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
+def test_codes_that_were_saved_under_torchs_names_load(kind):
+    net, saved = trained_in_8bit()
+    old = copy.deepcopy(saved)
+    for state in old["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if f"{name}_codes" in state:
+                state[name] = state.pop(f"{name}_codes")
+    loaded = []
+    for state_dict in (saved, old):
+        optimizer = kind(copy.deepcopy(net).parameters(), lr=1e-2)
+        optimizer.load_state_dict(state_dict)
+        loaded.append(optimizer.state_dict()["state"])
+    for new, renamed in zip(loaded[0].values(), loaded[1].values(), strict=True):
+        assert set(new) == set(renamed)
+        assert all(torch.equal(new[key], renamed[key]) for key in new)
+
+
+def test_gathered_shards_are_decoded_each_with_its_own_blocks():
+    values = torch.randn(5, 1000)
+    codes, scales = torch.zeros(5, 1000, dtype=torch.uint8), torch.zeros(2, 12)  # 3000 and 2000 elements, 12 blocks
+    for number, (part, of_part) in enumerate(zip(values.chunk(2), codes.chunk(2), strict=True)):
+        own = scales[number][: -(-part.numel() // 256)]
+        quantize_state(part, of_part, own, signed=True)
+    state = {"step": torch.tensor(1.0), "shards": torch.tensor(2)}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state |= {f"{name}_codes": codes, f"{name}_absmax": scales.view(-1)}
+    assert (in_32bit(state)["exp_avg"] - values).abs().max() < 0.1
+
+
 def test_loading_does_not_share_memory_with_the_state_dict():
     net = model()
     optimizer = PagedAdamW8bit(net.parameters())
@@ -136,7 +234,7 @@ def test_loading_does_not_share_memory_with_the_state_dict():
     for param in other.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
     other.step()
-    assert torch.equal(saved["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+    assert torch.equal(saved["state"][0]["exp_avg_codes"], before["state"][0]["exp_avg_codes"])
     assert saved["state"][0]["step"] == before["state"][0]["step"]
 
 
@@ -158,6 +256,37 @@ def test_numbers_out_of_range_are_refused(arguments):
         PagedAdamW8bit([torch.nn.Parameter(torch.zeros(2))], **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"lr": "x"}, TypeError),
+        ({"lr": None}, TypeError),
+        ({"lr": True}, TypeError),
+        ({"eps": "1e-8"}, TypeError),
+        ({"weight_decay": [0.1]}, TypeError),
+        ({"betas": 0.9}, TypeError),
+        ({"betas": ("0.9", "0.999")}, TypeError),
+        ({"betas": (0.9,)}, ValueError),
+        ({"betas": (0.9, 0.99, 0.999)}, ValueError),
+    ],
+)
+def test_what_is_no_number_is_refused(arguments, error):
+    name, value = next(iter(arguments.items()))
+    message = rf"^{name}={re.escape(repr(value))}: must be (a number|two numbers)"
+    param = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(error, match=message):
+        PagedAdamW8bit([param], **arguments)
+    with pytest.raises(error, match=message):
+        PagedAdamW8bit([{"params": [param], **arguments}])
+
+
+def test_numbers_may_be_tensors_and_betas_a_list():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    PagedAdamW8bit([param], lr=torch.tensor(0.1), betas=[0.9, 0.99]).step()
+    assert torch.allclose(param.detach(), torch.full((2,), 0.9))
+
+
 def test_what_it_cannot_train_is_refused():
     param = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
     param.grad = torch.ones_like(param)
@@ -167,6 +296,18 @@ def test_what_it_cannot_train_is_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="SparseAdam"):
         PagedAdamW8bit(embedding.parameters()).step()
+
+
+def test_a_sparse_gradient_after_a_dense_one_is_refused():
+    embedding = torch.nn.Embedding(100, 64, sparse=True)
+    optimizer = PagedAdamW8bit(embedding.parameters())
+    embedding.weight.grad = torch.ones(100, 64)
+    optimizer.step()
+    optimizer.zero_grad()
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match=r"sparse gradient.*SparseAdam"):
+        optimizer.step()
+    assert optimizer.state[embedding.weight]["step"] == 1
 
 
 def test_frozen_integer_parameters_in_the_list_are_skipped():

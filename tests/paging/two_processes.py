@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_qlora.paging import PagedAdamW8bit, PagedOptimizer, Pager, pages
+from lightning_qlora.kernels.adamw import dequantize_state
+from lightning_qlora.paging import PagedAdamW, PagedAdamW8bit, PagedOptimizer, Pager, pages
 from tests.paging.runs import Regression, data, fit, parameters
 from tests.paging.stand_in import StandIn
 
@@ -23,6 +24,12 @@ def ddp():
     fit(plain, **options)
     fit(paged, callbacks=PagedOptimizer(), **options)
     assert torch.equal(parameters(plain), parameters(paged))
+
+
+def moment(optimizer, net):
+    """The first moment of the first parameter, or its codes."""
+    state = optimizer.state[next(net.parameters())]
+    return state["exp_avg_codes"] if "exp_avg_codes" in state else state["exp_avg"]
 
 
 def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2)):
@@ -57,7 +64,7 @@ def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2
     pager = Pager()
     pager.attach(optimizer)
     train(paged, optimizer, batches[:10])
-    state = optimizer.state[next(paged.parameters())]["exp_avg"]
+    state = moment(optimizer, paged)
     assert isinstance(state, DTensor)
     assert stand_in.owns(state.to_local())
     saved = copy.deepcopy((paged.state_dict(), get_optimizer_state_dict(paged, optimizer)))
@@ -69,7 +76,7 @@ def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2
     second.attach(resumed)
     set_optimizer_state_dict(again, resumed, saved[1])
     train(again, resumed, batches[10:])
-    assert stand_in.owns(resumed.state[next(again.parameters())]["exp_avg"].to_local())
+    assert stand_in.owns(moment(resumed, again).to_local())
     for left, right in zip(plain.parameters(), again.parameters(), strict=True):
         assert torch.equal(left.to_local(), right.to_local())
     second.close()
@@ -81,6 +88,14 @@ def fsdp2_8bit():
     plain = PagedAdamW8bit(torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.Linear(160, 64)).parameters())
     with pytest.raises(ValueError, match="saved in 2 shards and the parameter has 1"):
         plain.load_state_dict(resumed.state_dict())
+    in_32bit = PagedAdamW(resumed.param_groups[0]["params"])
+    in_32bit.load_state_dict(resumed.state_dict())
+    for param, state in resumed.state.items():
+        if "exp_avg_codes" in state:
+            codes, scales = state["exp_avg_codes"].to_local(), state["exp_avg_absmax"].to_local()
+            loaded = in_32bit.state[param]["exp_avg"]
+            assert loaded.placements == param.placements
+            assert torch.equal(loaded.to_local(), dequantize_state(codes, scales, signed=True))
 
 
 {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[sys.argv[1]]()

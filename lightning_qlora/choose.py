@@ -188,6 +188,8 @@ class _Facts:
         weight = layer._parameters.get("weight")
         if weight is None:
             return "its weight is computed (parametrized), not stored"
+        if "bias" not in layer._parameters:
+            return "its bias is computed (parametrized), not stored"
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialized yet (lazy)"
         if weight.dtype not in FLOATS and not is_bnb_linear(layer):

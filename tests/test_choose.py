@@ -162,6 +162,16 @@ def test_parametrized_lazy_and_overridden_layers_are_left_alone():
     assert convert(model, r=2).converted == ["0", "2"]
 
 
+def test_a_parametrized_bias_leaves_its_layer_alone():
+    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Softplus())
+    before = layer(x)
+    report = convert(nn.Sequential(layer, nn.Linear(64, 64), nn.Linear(64, 64, bias=False)), r=2)
+    assert report.converted == ["1", "2"]
+    assert report.skipped == {"0": "its bias is computed (parametrized), not stored"}
+    assert torch.equal(layer(x), before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

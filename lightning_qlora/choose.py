@@ -87,6 +87,8 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
             choice.skip[name] = reason
         elif everything and (small := _too_small(layer, config.rank_of(name))):
             (choice.train if _trains(layer) else choice.skip)[name] = small
+        elif 0 in _weight_shape(layer):
+            choice.skip[name] = "its {}x{} weight is empty".format(*_weight_shape(layer))
         else:
             choice.convert[name] = layer
     if part_of_module:
@@ -221,9 +223,14 @@ def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
                 yield embedding
 
 
-def _too_small(layer: nn.Module, r: int) -> str | None:
+def _weight_shape(layer: nn.Module) -> tuple[int, int]:
     weight: Any = layer.weight
     rows, columns = weight.quant_state.shape if is_bnb_linear(layer) else weight.shape
+    return rows, columns
+
+
+def _too_small(layer: nn.Module, r: int) -> str | None:
+    rows, columns = _weight_shape(layer)
     if r * (rows + columns) < rows * columns:
         return None
     return f"an adapter of rank {r} would be larger than its {rows}x{columns} weights"

@@ -172,6 +172,16 @@ def test_a_parametrized_bias_leaves_its_layer_alone():
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
+def test_an_empty_layer_that_is_named_is_left_alone(shape):
+    report = convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(*shape)), r=2, target_modules=["0", "1"])
+    assert report.converted == ["0"]
+    assert report.skipped == {"1": f"its {shape[1]}x{shape[0]} weight is empty"}
+    with pytest.raises(ValueError, match=r"1: its .* weight is empty"):
+        convert(nn.Sequential(nn.ReLU(), nn.Linear(*shape)), r=2, target_modules=["1"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from lightning_qlora.bnb_layers import is_bnb_linear
 from lightning_qlora.config import QLoRAConfig, fits
@@ -192,8 +191,6 @@ class _Facts:
             return "its weight is computed (parametrized), not stored"
         if "bias" not in layer._parameters:
             return "its bias is computed (parametrized), not stored"
-        if isinstance(weight, UninitializedParameter):
-            return "its weight is not initialized yet (lazy)"
         if weight.dtype not in FLOATS and not is_bnb_linear(layer):
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
         if id(weight) in self.shared:

@@ -21,7 +21,7 @@ from lightning_qlora.adapters.module import config_of_adapter
 from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig, check_choice
-from lightning_qlora.convert import freeze
+from lightning_qlora.convert import check_initialized, freeze
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.packed_linear import BASE
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
@@ -111,6 +111,7 @@ def estimate_memory(
             raise ValueError(f"{name}={value!r}: must be a whole number of 1 or more.")
     config = QLoRAConfig(**arguments)
     made = model if isinstance(model, nn.Module) else _made(model)
+    check_initialized(made)
     with FakeTensorMode() as mode:
         return _estimate(_copied(made), batch_size, sequence_length, optimizer, _faked(example, mode), config)
 

@@ -148,7 +148,7 @@ def test_attention_that_reads_weights_without_calling_layers_is_left_alone():
     assert report.converted == ["linear1", "linear2"]
 
 
-def test_parametrized_lazy_and_overridden_layers_are_left_alone():
+def test_parametrized_and_overridden_layers_are_left_alone():
     class Scaled(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 2

@@ -183,7 +183,7 @@ class QLoRALinear(PackedLinear):
         return self.lora_magnitude_vector / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call computes in: autocast's, else the configured one, else that of the weight."""
+        """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
@@ -191,7 +191,7 @@ class QLoRALinear(PackedLinear):
             return DTYPES[self.config.compute_dtype]
         if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
             return torch.bfloat16
-        return self.weight_dtype
+        return torch.float32 if self.weight_dtype is torch.float64 else self.weight_dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""

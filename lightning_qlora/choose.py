@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from lightning_qlora.bnb_layers import is_bnb_linear
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.kernels.ops import FLOATS
 from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.packed_linear import PackedLinear
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # names of models that do not say it themselves
 ROUTERS = ("gate", "router")
+ATTRIBUTES = {*QLoRALinear.__annotations__, *PackedLinear.__annotations__}
+TAKEN = ATTRIBUTES | set(dir(QLoRALinear))  # names that mean something to a 4-bit layer
+HARMLESS = {
+    "__init__", "__new__", "__init_subclass__", "__class_getitem__", "__module__", "__doc__", "__dict__", "__weakref__",
+    "__annotations__", "__constants__", "extra_repr", "reset_parameters",
+}  # fmt: skip
 
 
 @dataclass
@@ -57,7 +63,7 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
     everything = config.target_modules == "all-linear"
     targets = [n for n in layers if n and not everything and matches(n, config.target_modules)]
     for name, layer in layers.items():
-        own = _own_forward(layer)
+        own = _own_behaviour(layer)
         if _is_settled(layer) or not (is_linear(layer) or own or name in targets):
             continue
         if any(_inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
@@ -68,7 +74,7 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
             choice.skip[name] = "not in target_modules"
         elif own and everything:
             choice.skip[name] = own
-        elif not is_linear(layer):
+        elif own or not is_linear(layer):
             if part_of_module:
                 continue
             raise ValueError(
@@ -80,6 +86,8 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
             choice.skip[name] = reason
         elif everything and (small := _too_small(layer, config.rank_of(name))):
             (choice.train if _trains(layer) else choice.skip)[name] = small
+        elif 0 in _weight_shape(layer):
+            choice.skip[name] = "its {}x{} weight is empty".format(*_weight_shape(layer))
         else:
             choice.convert[name] = layer
     if part_of_module:
@@ -113,11 +121,26 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
-def _own_forward(layer: nn.Module) -> str | None:
-    """Why an nn.Linear of another class is not taken for one; None for what is taken, and for what is none."""
-    if not isinstance(layer, nn.Linear) or is_linear(layer):
+def _own_behaviour(layer: nn.Module) -> str | None:
+    """Why an nn.Linear of another class can't become a QLoRALinear; None for what can, and for what is none."""
+    if not isinstance(layer, nn.Linear) or isinstance(layer, QLoRALinear) or is_bnb_linear(layer):
         return None
-    return f"{type(layer).__name__} has a forward of its own, which may compute something else than nn.Linear's"
+    kind = type(layer).__name__
+    named = _own_names(layer)
+    for name in ("forward", "__call__"):
+        if name in named or (name == "forward" and not is_linear(layer)):
+            return f"{kind} has a {name} of its own, which may compute something else than nn.Linear's"
+    clash = next((name for name in sorted(named) if name in TAKEN and name not in HARMLESS), None)
+    return clash and f"{kind} has a {clash} of its own, which a 4-bit layer would replace"
+
+
+def _own_names(layer: nn.Module) -> set[str]:
+    """What the user's classes define, and what the layer itself holds that an nn.Linear does not."""
+    kinds = [kind for kind in type(layer).__mro__ if kind not in nn.Linear.__mro__]
+    # torch's own: a parametrized or sharded layer, of which more is said elsewhere
+    defined = {name for kind in kinds if not kind.__module__.startswith("torch.") for name in vars(kind)}
+    held = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    return defined | (held & ATTRIBUTES)
 
 
 def _is_settled(layer: nn.Module) -> bool:
@@ -166,8 +189,8 @@ class _Facts:
         weight = layer._parameters.get("weight")
         if weight is None:
             return "its weight is computed (parametrized), not stored"
-        if isinstance(weight, UninitializedParameter):
-            return "its weight is not initialized yet (lazy)"
+        if "bias" not in layer._parameters:
+            return "its bias is computed (parametrized), not stored"
         if weight.dtype not in FLOATS and not is_bnb_linear(layer):
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
         if id(weight) in self.shared:
@@ -197,9 +220,14 @@ def _output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
                 yield embedding
 
 
-def _too_small(layer: nn.Module, r: int) -> str | None:
+def _weight_shape(layer: nn.Module) -> tuple[int, int]:
     weight: Any = layer.weight
     rows, columns = weight.quant_state.shape if is_bnb_linear(layer) else weight.shape
+    return rows, columns
+
+
+def _too_small(layer: nn.Module, r: int) -> str | None:
+    rows, columns = _weight_shape(layer)
     if r * (rows + columns) < rows * columns:
         return None
     return f"an adapter of rank {r} would be larger than its {rows}x{columns} weights"

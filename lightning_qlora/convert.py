@@ -1,5 +1,6 @@
 """Convert a module in place: choose its linear layers, quantize them one by one, freeze the rest, report."""
 
+import itertools
 import time
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lightning_qlora import seams
@@ -53,6 +55,7 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
 
 def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device | None = None) -> ConversionReport:
     """`convert` with a ready config; `device`: where to quantize (None: where each weight is)."""
+    check_initialized(module)
     start, bytes_before = time.perf_counter(), dense_bytes(module)
     if is_converted(module):
         return _report(module, Choice(), bytes_before, start)
@@ -88,6 +91,18 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
 def is_converted(module: nn.Module) -> bool:
     """Whether a module, or the part of it with the adapters, went through `convert_module`."""
     return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
+
+
+def check_initialized(module: nn.Module) -> None:
+    """Refuse a module with a lazy layer that has not run yet: what it will hold could not be frozen, or trained."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"{name}: belongs to a {owner} that has not run yet, so it has no shape and can be neither quantized "
+                "nor frozen. Run one batch through the module first (in __init__ or configure_model of a "
+                "LightningModule), or build the layer with its input size."
+            )
 
 
 def _check_has_data(module: nn.Module) -> None:

@@ -28,7 +28,8 @@ class CheckpointMismatchError(RuntimeError):
 class QLoRALinear(PackedLinear):
     """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
 
-    An `nn.Linear` becomes one in place (`from_linear`), so whatever refers to the layer still does.
+    An `nn.Linear` becomes one in place (`from_linear`), so whatever refers to the layer still does. A layer of a class
+    derived from it becomes one of both (`class_for`).
 
     Attributes:
         packed, absmax, nested: The 4-bit weight, frozen uint8 parameters; see `packed_weight`.
@@ -100,12 +101,19 @@ class QLoRALinear(PackedLinear):
             _fingerprint=None,
         )  # fmt: skip
         layer.__dict__.pop(CAME_AS, None)
-        layer.__class__ = QLoRALinear if issubclass(dense_class, nn.Linear) else QLoRAConv1D
+        layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)
         layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         return layer
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle a layer of a class made by `class_for`, which has no name that could be imported."""
+        made = super().__reduce_ex__(protocol)
+        if type(self) in (QLoRALinear, QLoRAConv1D) or type(self) is not class_for(self.dense_class):
+            return made
+        return _new, (self.dense_class,), *made[2:]
 
     def start(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a dense weight and put the adapter where it starts from that weight."""
@@ -175,7 +183,7 @@ class QLoRALinear(PackedLinear):
         return self.lora_magnitude_vector / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call computes in: autocast's, else the configured one, else that of the weight."""
+        """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
@@ -183,7 +191,7 @@ class QLoRALinear(PackedLinear):
             return DTYPES[self.config.compute_dtype]
         if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
             return torch.bfloat16
-        return self.weight_dtype
+        return torch.float32 if self.weight_dtype is torch.float64 else self.weight_dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., in] -> [..., out], in the input's type (under autocast, in autocast's)."""
@@ -301,6 +309,24 @@ class QLoRAConv1D(QLoRALinear):
     @staticmethod
     def _as_rows(weight: Tensor) -> Tensor:
         return weight.T
+
+
+def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
+    """What a dense layer of a class becomes: a subclass of nn.Linear stays one, with the methods it adds."""
+    if not issubclass(dense_class, nn.Linear):
+        return QLoRAConv1D
+    if dense_class not in _CLASSES:
+        members = {"__module__": dense_class.__module__}
+        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (QLoRALinear, dense_class), members)
+    return _CLASSES[dense_class]
+
+
+_CLASSES: dict[type[nn.Module], type[QLoRALinear]] = {nn.Linear: QLoRALinear}  # dense class -> its 4-bit class
+
+
+def _new(dense_class: type[nn.Module]) -> QLoRALinear:
+    kind = class_for(dense_class)
+    return kind.__new__(kind)
 
 
 def adapted_layers(module: nn.Module) -> dict[str, QLoRALinear]:

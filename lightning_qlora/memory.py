@@ -21,8 +21,9 @@ from lightning_qlora.adapters.module import config_of_adapter
 from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import choose_layers
 from lightning_qlora.config import QLoRAConfig, check_choice
-from lightning_qlora.convert import freeze
+from lightning_qlora.convert import check_initialized, freeze
 from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.loaded import config_while_loading
 from lightning_qlora.packed_linear import BASE
 from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantize.packed import PackedWeight
@@ -100,7 +101,8 @@ def estimate_memory(
         optimizer: "adamw", "adamw8bit" (PagedAdamW8bit), "sgd", or "momentum" (SGD with it).
         example: Input of the module's forward, for one that is no transformers model: a tensor, a tuple, or a dict of
             keyword arguments. batch_size and sequence_length have no effect then.
-        **arguments: Those of `QLoRAPrecision`.
+        **arguments: Those of `QLoRAPrecision`. Where an adapter starts changes nothing here; init_lora_weights=
+            "calibrated" takes as much host memory as the dense weights, until the first batches have been seen.
 
     Raises:
         TypeError, ValueError: If an argument is wrong, no model can be made of a config, or a forward pass fails.
@@ -111,8 +113,10 @@ def estimate_memory(
             raise ValueError(f"{name}={value!r}: must be a whole number of 1 or more.")
     config = QLoRAConfig(**arguments)
     made = model if isinstance(model, nn.Module) else _made(model)
+    check_initialized(made)
     with FakeTensorMode() as mode:
-        return _estimate(_copied(made), batch_size, sequence_length, optimizer, _faked(example, mode), config)
+        same_size = config_while_loading(config)  # a start computed from the weight makes an adapter of the same shape
+        return _estimate(_copied(made), batch_size, sequence_length, optimizer, _faked(example, mode), same_size)
 
 
 def _estimate(

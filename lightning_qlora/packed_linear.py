@@ -81,7 +81,12 @@ class PackedLinear(nn.Linear):
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        def keep_bytes(tensor: Tensor) -> Tensor:
+            """`module.type(dtype)` casts integers too, and bytes that are cast say nothing any more: they only move."""
+            applied = fn(tensor)
+            return applied if tensor.is_floating_point() or applied.dtype is tensor.dtype else tensor.to(applied.device)
+
+        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
         return self
 

@@ -1,8 +1,11 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRALinear, convert
+from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.choose import choose_layers, matches
 from lightning_qlora.config import QLoRAConfig
 
@@ -145,7 +148,7 @@ def test_attention_that_reads_weights_without_calling_layers_is_left_alone():
     assert report.converted == ["linear1", "linear2"]
 
 
-def test_parametrized_lazy_and_overridden_layers_are_left_alone():
+def test_parametrized_and_overridden_layers_are_left_alone():
     class Scaled(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 2
@@ -157,6 +160,26 @@ def test_parametrized_lazy_and_overridden_layers_are_left_alone():
         nn.Linear(64, 64), Scaled(64, 64), Plain(64, 64), nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
     )
     assert convert(model, r=2).converted == ["0", "2"]
+
+
+def test_a_parametrized_bias_leaves_its_layer_alone():
+    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Softplus())
+    before = layer(x)
+    report = convert(nn.Sequential(layer, nn.Linear(64, 64), nn.Linear(64, 64, bias=False)), r=2)
+    assert report.converted == ["1", "2"]
+    assert report.skipped == {"0": "its bias is computed (parametrized), not stored"}
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
+def test_an_empty_layer_that_is_named_is_left_alone(shape):
+    report = convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(*shape)), r=2, target_modules=["0", "1"])
+    assert report.converted == ["0"]
+    assert report.skipped == {"1": f"its {shape[1]}x{shape[0]} weight is empty"}
+    with pytest.raises(ValueError, match=r"1: its .* weight is empty"):
+        convert(nn.Sequential(nn.ReLU(), nn.Linear(*shape)), r=2, target_modules=["1"])
 
 
 @pytest.mark.parametrize(
@@ -196,6 +219,55 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_listed():
     assert not choose_layers(module, QLoRAConfig(r=4, modules_to_save=["a"])).skip
     with pytest.raises(ValueError, match=f"No layer was converted.*\n  0: {reason}"):
         convert(nn.Sequential(Rounded(64, 64)), r=4)
+
+
+class Penalized(nn.Linear):
+    """A subclass that computes the same, and can do more."""
+
+    def penalty(self):
+        return self.weight.square().sum()
+
+
+def test_a_subclass_keeps_its_methods_and_its_class():
+    layer = Penalized(64, 64).eval()
+    layer.note = "mine"
+    model = nn.Sequential(layer)
+    expected = layer.penalty()
+    assert convert(model, r=2).converted == ["0"]
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(2, 64)
+    for again in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(again, Penalized) and isinstance(again, QLoRALinear) and again.note == "mine"
+        torch.testing.assert_close(again.penalty(), expected, rtol=0.1, atol=0)
+        assert torch.equal(again(x), layer(x)) and type(again) is type(layer)
+    convert(other := Penalized(64, 64), r=2)
+    assert type(other) is type(layer)
+    merge(model)
+    assert type(model[0]) is Penalized
+
+
+def _called(self, x):
+    return nn.Linear.__call__(self, x) * 3
+
+
+@pytest.mark.parametrize("name", ["__call__", "scaling", "decode", "_apply"])
+def test_a_subclass_with_a_member_that_4_bits_would_replace_is_left_alone(name):
+    kind = type("Odd", (nn.Linear,), {name: _called if name == "__call__" else getattr(nn.Linear, name, 2)})
+    model, x = nn.Sequential(nn.Linear(64, 64), kind(64, 64)), torch.randn(2, 64)
+    before = model[1](x)
+    report = convert(model, r=2)
+    assert report.converted == ["0"] and f"Odd has a {name} of its own" in report.skipped["1"]
+    assert torch.equal(model[1](x), before)
+    with pytest.raises(ValueError, match=f"names '0', a Odd: Odd has a {name} of its own"):
+        convert(nn.Sequential(kind(64, 64)), r=2, target_modules=["0"])
+
+
+def test_an_attribute_that_4_bits_would_overwrite_leaves_a_layer_alone():
+    layer = nn.Linear(64, 64)
+    layer.scaling = 3.0
+    report = convert(nn.Sequential(nn.Linear(64, 64), layer), r=2)
+    assert "Linear has a scaling of its own" in report.skipped["1"] and layer.scaling == 3.0
 
 
 def test_why_a_falcon_is_not_converted_is_said():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRALinear, convert, quantize
+from lightning_qlora import QLoRALinear, convert, estimate_memory, quantize
 
 
 def mlp():
@@ -110,6 +110,17 @@ def test_weights_on_the_meta_device_are_refused_with_their_layer():
         model = mlp()
     with pytest.raises(ValueError, match=r"^0.weight: .*meta device.*Load it"):
         convert(model, r=8)
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(64), nn.LazyBatchNorm1d], ids=["linear", "norm"])
+@pytest.mark.parametrize("function", [convert, estimate_memory])
+def test_a_lazy_layer_that_has_not_run_is_refused_with_what_to_do(lazy, function):
+    model = nn.Sequential(nn.Linear(64, 64), lazy())
+    with pytest.raises(ValueError, match=r"^1\.\w+: belongs to a Lazy\w+ .*Run one batch through the module first"):
+        function(model, r=2)
+    assert type(model[0]) is nn.Linear
+    model(torch.randn(4, 64))
+    function(model, r=2)
 
 
 def test_wrong_arguments_are_named():

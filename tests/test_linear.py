@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, quantize
+from lightning_qlora.starts import random_adapter
 
 
 def converted(layer=None, **arguments):
@@ -160,6 +161,47 @@ def test_a_cast_changes_no_byte_of_the_base(cast):
     layer.to(torch.float32)
     assert all(torch.equal(getattr(layer, name), value) for name, value in stored.items())
     assert torch.equal(layer.weight, quantize(dense.weight).dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_type_casts_the_adapter_and_no_byte(dtype):
+    layer, _ = converted()
+    stored, expected = layer.packed_weight, layer.decode()
+    layer.type(dtype)
+    assert {p.dtype for n, p in layer.named_parameters() if n in ("packed", "absmax", "nested")} == {torch.uint8}
+    assert {p.dtype for n, p in layer.named_parameters() if n in ("lora_A", "lora_B", "bias")} == {dtype}
+    assert torch.equal(layer.packed_weight.packed, stored.packed)
+    torch.testing.assert_close(layer.weight.float(), expected, rtol=1e-3, atol=1e-3)
+    assert layer(torch.ones(2, 128, dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_module_in_double_computes_in_fp32(dora):
+    layer, _ = converted(use_dora=dora, lora_dropout=0.0)
+    x = torch.randn(3, 128)
+    randomize(layer)
+    expected = layer(x)
+    layer.double()
+    y = layer(x.double())
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y.float(), expected)
+    y.sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float64
+    assert layer.decode().dtype == torch.float64
+
+
+def test_a_default_type_of_float64_changes_no_adapter():
+    dense = nn.Linear(128, 96)
+    expected, _ = converted(copy.deepcopy(dense))
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, _ = converted(dense)
+        with torch.device("meta"):
+            assert random_adapter(128, 96, layer.config, "")[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(p, getattr(expected, name)) for name, p in layer.named_parameters())
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
 def test_adapters_start_like_pefts_and_alike_for_the_same_name():

@@ -85,6 +85,13 @@ def test_any_module_with_an_example_and_without():
     assert estimate_memory(Classifier(), example=example, **ARGUMENTS).counted_activations
 
 
+@pytest.mark.parametrize("start", ["loftq", "pissa", "calibrated", "gaussian"])
+def test_where_an_adapter_starts_changes_no_estimate(start):
+    model, example = nn.Sequential(nn.Linear(64, 64)), torch.zeros(4, 64)
+    planned = estimate_memory(model, example=example, r=4, init_lora_weights=start)
+    assert planned == estimate_memory(model, example=example, r=4)
+
+
 def test_70_billion_weights_are_planned_without_memory():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -38,14 +38,14 @@ def shards(param: Tensor) -> int:
 def zero_scales(param: Tensor, block_size: int) -> Tensor:
     """One zero for each block of a parameter: fp32 [ceil(n / block_size)], sharded as the parameter is."""
     if not hasattr(param, "to_local"):
-        return torch.zeros(-(-param.numel() // block_size), device=param.device)
+        return torch.zeros(-(-param.numel() // block_size), dtype=torch.float32, device=param.device)
     from torch.distributed.tensor import DTensor
 
     sharded: Any = param
     ranks = shards(param)
     rows = -(-sharded.shape[0] // ranks)  # of the largest shard; all ranks keep as many blocks
     blocks = -(-rows * (sharded.numel() // sharded.shape[0]) // block_size)
-    zeros = torch.zeros(blocks, device=local(param).device)
+    zeros = torch.zeros(blocks, dtype=torch.float32, device=local(param).device)
     return DTensor.from_local(
         zeros, sharded.device_mesh, sharded.placements, run_check=False, shape=torch.Size([blocks * ranks]), stride=(1,)
     )

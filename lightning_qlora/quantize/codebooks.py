@@ -55,25 +55,25 @@ def normal_float_levels() -> Tensor:
     (QLoRA paper, section 3 and appendix E; bitsandbytes functional.py, create_normal_map).
     """
     outermost = 0.9677083
-    above = torch.special.ndtri(torch.linspace(outermost, 0.5, 9)[:-1].double()).float()
-    below = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8)[:-1].double()).float()
-    levels = torch.cat([above, torch.zeros(1), below]).sort().values
+    above = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float32)[:-1].double()).float()
+    below = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float32)[:-1].double()).float()
+    levels = torch.cat([above, torch.zeros(1, dtype=torch.float32), below]).sort().values
     return levels / levels.max()
 
 
 def float4_levels() -> Tensor:
     """FP4: sign, two exponent bits, one mantissa bit, in bit-pattern order, divided by the largest; fp32 [16]."""
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)
     return torch.cat([positive, -positive]) / 12
 
 
 def integer4_levels() -> Tensor:
     """INT4: the whole numbers 7 to 0 and 0 to -7, divided by 7 (symmetric, so two codes mean zero); fp32 [16]."""
-    positive = torch.arange(7.0, -1, -1)
+    positive = torch.arange(7, -1, -1, dtype=torch.float32)
     return torch.cat([positive, -positive.flip(0)]) / 7
 
 
-_LEVELS = {"nf4": lambda: torch.tensor(NF4_LEVELS), "fp4": float4_levels, "int4": integer4_levels}
+_LEVELS = {"nf4": lambda: torch.tensor(NF4_LEVELS, dtype=torch.float32), "fp4": float4_levels, "int4": integer4_levels}
 
 
 @cache
@@ -87,7 +87,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
+        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1, dtype=torch.float32)
         means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += means.tolist() + ((-means).tolist() if signed else [])
-    return torch.tensor(sorted(levels), device=device)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

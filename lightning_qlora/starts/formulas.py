@@ -66,7 +66,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
     deviation 1 / r.
     """
     generator, r = torch.Generator().manual_seed(seed_of_layer(name)), config.rank_of(name)
-    lora_a = torch.empty(r, in_features)
+    lora_a = torch.empty(r, in_features, dtype=torch.float32)
     if config.start == "gaussian":
         lora_a.normal_(std=1 / r, generator=generator)
     else:

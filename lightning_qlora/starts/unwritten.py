@@ -25,7 +25,7 @@ def zeros(*shape: int) -> Tensor:
     size = -(-count * 4 // 64) * 64  # torch's allocator aligns to 64 bytes too
     probe = torch.empty(0)
     if count == 0 or type(probe) is not Tensor or probe.device.type != "cpu":  # FakeTensorMode, torch.device("meta")
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float32)
     with _lock:
         if _arena is None or _used + size > len(_arena):
             _arena, _used = _mapping(max(size, ARENA)), 0

@@ -331,3 +331,15 @@ def test_by_name_from_yaml():
     optimizer = instantiate(arguments).optimizer(model().parameters())
     assert isinstance(optimizer, PagedAdamW8bit)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_default_type_of_float64_changes_no_state():
+    parameter = torch.nn.Parameter(torch.randn(64, 128))
+    parameter.grad = torch.randn(64, 128)
+    optimizer = PagedAdamW8bit([parameter])
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in optimizer.state[parameter].values()} == {torch.float32, torch.uint8}

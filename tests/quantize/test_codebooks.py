@@ -28,3 +28,16 @@ def test_dynamic_map_is_that_of_bitsandbytes(signed):
 def test_an_unknown_type_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"quant_type='nf3'.*'nf4', 'fp4', 'int4'"):
         codebook("nf3")
+
+
+@pytest.mark.parametrize(
+    "table", [*(lambda t=t: codebook.__wrapped__(t).levels for t in ("nf4", "fp4", "int4")), dynamic_map.__wrapped__],
+    ids=["nf4", "fp4", "int4", "dynamic"],
+)  # fmt: skip
+def test_a_default_type_of_float64_changes_no_table(table):
+    expected = table()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert table().dtype == torch.float32 and torch.equal(table(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

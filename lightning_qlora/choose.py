@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,22 +53,29 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
         ValueError: If a name of target_modules or modules_to_save fits nothing, or fits a layer that is not linear, or
             a pattern of rank_pattern or alpha_pattern fits no layer to convert.
     """
-    choice, layers = Choice(), dict(module.named_modules())
+    choice, layers, places = Choice(), dict(module.named_modules()), _places(module)
+
+    def named(name: str, patterns: str | list[str]) -> bool:
+        return any(matches(place, patterns) for place in places[id(layers[name])])
+
+    def check_found(patterns: str | list[str], found: Iterable[str], argument: str) -> None:
+        _check_found(patterns, [p for name in found for p in places[id(layers[name])]], argument, layers)
+
     for name in layers:
-        if matches(name, config.modules_to_save):
+        if named(name, config.modules_to_save):
             choice.train[name] = "in modules_to_save"
     if not part_of_module:
-        _check_found(config.modules_to_save, choice.train, "modules_to_save", layers)
+        check_found(config.modules_to_save, choice.train, "modules_to_save")
     facts = _Facts(module)
     everything = config.target_modules == "all-linear"
-    targets = [n for n in layers if n and not everything and matches(n, config.target_modules)]
+    targets = [n for n in layers if n and not everything and named(n, config.target_modules)]
     for name, layer in layers.items():
         own = _own_behaviour(layer)
         if _is_settled(layer) or not (is_linear(layer) or own or name in targets):
             continue
         if any(_inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
             continue
-        if matches(name, config.exclude_modules):
+        if named(name, config.exclude_modules):
             choice.skip[name] = "in exclude_modules"
         elif not everything and name not in targets:
             choice.skip[name] = "not in target_modules"
@@ -93,7 +100,7 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
     if part_of_module:
         return choice
     if not everything:
-        _check_found(config.target_modules, targets, "target_modules", layers)
+        check_found(config.target_modules, targets, "target_modules")
     converted = [*choice.convert, *(name for name, layer in layers.items() if _is_settled(layer))]
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
@@ -237,8 +244,15 @@ def _inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(outer + ".")
 
 
-def _check_found(patterns: str | list[str], found: object, argument: str, layers: dict[str, nn.Module]) -> None:
-    names = list(found)  # type: ignore[call-overload]
+def _places(module: nn.Module) -> dict[int, list[str]]:
+    """Id of a module -> its names: one that several share has several, and is chosen by any of them."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, part in module.named_modules(remove_duplicate=False):
+        places[id(part)].append(name)
+    return places
+
+
+def _check_found(patterns: str | list[str], names: list[str], argument: str, layers: dict[str, nn.Module]) -> None:
     absent = [patterns] if isinstance(patterns, str) and not names else []
     if isinstance(patterns, list):
         absent = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]

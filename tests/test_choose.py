@@ -274,3 +274,23 @@ def test_why_a_falcon_is_not_converted_is_said():
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
     with pytest.raises(ValueError, match=r"query_key_value: FalconLinear has a forward of its own"):
         convert(transformers.FalconForCausalLM(config), r=4)
+
+
+class Shared(nn.Module):
+    """One block in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Sequential(nn.Linear(64, 64))
+        self.dec = self.enc
+        self.own = nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize("name", ["enc.0", "dec.0"])
+def test_a_layer_in_several_places_is_chosen_by_any_of_its_names(name):
+    choice = choose_layers(Shared(), QLoRAConfig(r=4, exclude_modules=[name]))
+    assert (list(choice.convert), choice.skip) == (["own"], {"enc.0": "in exclude_modules"})
+    assert list(choose_layers(Shared(), QLoRAConfig(r=4, target_modules=[name])).convert) == ["enc.0"]
+    assert list(choose_layers(Shared(), QLoRAConfig(r=4, target_modules=name.replace(".", "[.]"))).convert) == ["enc.0"]
+    block = name.partition(".")[0]
+    assert choose_layers(Shared(), QLoRAConfig(r=4, modules_to_save=[block])).train == {"enc": "in modules_to_save"}

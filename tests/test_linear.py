@@ -87,6 +87,37 @@ def test_weight_can_be_read_but_not_written():
         layer.weight = nn.Parameter(torch.zeros(96, 128))
 
 
+WRITES = {
+    "data": lambda w: w.data.normal_(),
+    "detach": lambda w: w.detach().zero_(),
+    "item": lambda w: w.__setitem__(0, 0.0),
+    "item of data": lambda w: w.data.__setitem__((0, slice(None)), 0.0),
+    "set data": lambda w: setattr(w, "data", torch.zeros(96, 128)),
+    "init": torch.nn.init.zeros_,
+    "augmented": lambda w: w.__iadd__(1),
+    "out": lambda w: torch.add(torch.ones(96, 128), 1, out=w),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@torch.no_grad()
+def test_no_write_to_the_weight_is_lost_in_silence(write):
+    layer, _ = converted()
+    before = layer.decode()
+    with pytest.raises(RuntimeError, match=r"read-only.*layer\.quantize_weight"):
+        write(layer.weight)
+    assert torch.equal(layer.decode(), before)
+
+
+def test_a_copy_of_the_weight_is_dense():
+    layer, _ = converted()
+    for dense in (copy.deepcopy(layer.weight), layer.weight.clone(), layer.weight.detach().clone()):
+        assert type(dense) is torch.Tensor and torch.equal(dense, layer.decode())
+        dense.zero_()
+    assert torch.equal(layer.weight.data, layer.decode())
+    assert torch.equal(layer.weight.data[3:5], layer.decode()[3:5])
+
+
 def test_reading_type_device_or_shape_of_the_weight_decodes_nothing(monkeypatch):
     layer, _ = converted()
     monkeypatch.setattr(QLoRALinear, "decode", lambda self: pytest.fail("decoded"))
@@ -97,6 +128,15 @@ def test_reading_type_device_or_shape_of_the_weight_decodes_nothing(monkeypatch)
 def test_output_has_the_type_of_the_input(dtype):
     layer, _ = converted()
     assert layer(torch.randn(2, 128, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
+    layer, _ = converted()
+    refused = pytest.raises(TypeError, match=f"x: must be float32, bfloat16 or float16.* not {dtype}")
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), refused:
+        layer(torch.ones(2, 128, dtype=dtype))
 
 
 def test_compute_type_follows_weight_argument_and_autocast():

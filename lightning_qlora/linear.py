@@ -204,9 +204,11 @@ class QLoRALinear(PackedLinear):
         held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
         packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
         weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
-        rows, bias, magnitude = x if given is dtype else x.to(dtype), held["bias"], held["lora_magnitude_vector"]
+        if given is not dtype:
+            x = _cast(x, dtype)
+        bias, magnitude = held["bias"], held["lora_magnitude_vector"]
         first = bias if magnitude is None else None
-        y = ops.lora_linear(rows, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        y = ops.lora_linear(x, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
         if magnitude is not None:
             y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
@@ -322,6 +324,14 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
 
 
 _CLASSES: dict[type[nn.Module], type[QLoRALinear]] = {nn.Linear: QLoRALinear}  # dense class -> its 4-bit class
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
+        )
+    return x.to(dtype)
 
 
 def _new(dense_class: type[nn.Module]) -> QLoRALinear:

@@ -99,6 +99,15 @@ def test_output_has_the_type_of_the_input(dtype):
     assert layer(torch.randn(2, 128, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
+    layer, _ = converted()
+    refused = pytest.raises(TypeError, match=f"x: must be float32, bfloat16 or float16.* not {dtype}")
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), refused:
+        layer(torch.ones(2, 128, dtype=dtype))
+
+
 def test_compute_type_follows_weight_argument_and_autocast():
     x = torch.randn(2, 128)
     assert converted()[0].compute_dtype(x) == torch.float32

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+READ_ONLY = (
+    "the weight of a QLoRALinear is read-only, since it is decoded from 4 bits at each use. "
+    "To replace it call layer.quantize_weight(new_weight)."
+)
+
 
 class DecodedWeight(Tensor):
     """A weight that is decoded when an operation reads its values; nothing can be written to it.
@@ -37,15 +42,28 @@ class DecodedWeight(Tensor):
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             if isinstance(value, DecodedWeight) and argument.alias_info and argument.alias_info.is_write:
-                raise RuntimeError(
-                    f"{func}: the weight of a QLoRALinear is read-only, since it is decoded from 4 bits at each use. "
-                    "To replace it call layer.quantize_weight(new_weight)."
-                )
+                raise RuntimeError(f"{func}: {READ_ONLY}")
 
         def decoded(value: Any) -> Any:
             return value._decode() if isinstance(value, DecodedWeight) else value
 
         return func(*tree_map(decoded, args), **tree_map(decoded, kwargs))
+
+    @property
+    def data(self) -> "DecodedWeight":
+        """The same, since it has no gradient: what is written to it is refused, not lost."""
+        return self
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise RuntimeError(f"weight.data = ...: {READ_ONLY}")
+
+    def __setitem__(self, *_: Any) -> None:
+        raise RuntimeError(f"weight[...] = ...: {READ_ONLY}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """The decoded weight, a dense tensor."""
+        return self._decode().clone()
 
     def numpy(self, *, force: bool = False) -> Any:
         """The decoded weight as an array."""

@@ -87,6 +87,36 @@ def test_weight_can_be_read_but_not_written():
         layer.weight = nn.Parameter(torch.zeros(96, 128))
 
 
+WRITES = {
+    "data": lambda w: w.data.normal_(),
+    "item": lambda w: w.__setitem__(0, 0.0),
+    "item of data": lambda w: w.data.__setitem__((0, slice(None)), 0.0),
+    "set data": lambda w: setattr(w, "data", torch.zeros(96, 128)),
+    "init": torch.nn.init.zeros_,
+    "augmented": lambda w: w.__iadd__(1),
+    "out": lambda w: torch.add(torch.ones(96, 128), 1, out=w),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@torch.no_grad()
+def test_no_write_to_the_weight_is_lost_in_silence(write):
+    layer, _ = converted()
+    before = layer.decode()
+    with pytest.raises(RuntimeError, match=r"read-only.*layer\.quantize_weight"):
+        write(layer.weight)
+    assert torch.equal(layer.decode(), before)
+
+
+def test_a_copy_of_the_weight_is_dense():
+    layer, _ = converted()
+    for dense in (copy.deepcopy(layer.weight), layer.weight.clone(), layer.weight.detach().clone()):
+        assert type(dense) is torch.Tensor and torch.equal(dense, layer.decode())
+        dense.zero_()
+    assert torch.equal(layer.weight.data, layer.decode())
+    assert torch.equal(layer.weight.data[3:5], layer.decode()[3:5])
+
+
 def test_reading_type_device_or_shape_of_the_weight_decodes_nothing(monkeypatch):
     layer, _ = converted()
     monkeypatch.setattr(QLoRALinear, "decode", lambda self: pytest.fail("decoded"))

@@ -23,7 +23,7 @@ from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import enable_checkpointing
 from lightning_qlora.choose import Choice, choose_layers
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.loaded import make_dense, settle
 from lightning_qlora.report import ConversionReport, count_parameters, dense_bytes
 from lightning_qlora.state import remember_base
@@ -141,6 +141,7 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
         )
     with _named(name, layer):
         if is_bnb_linear(layer):
+            setattr(weight, REPLACED, name)  # for an optimizer that was made too early
             QLoRALinear.from_packed(layer, *take_bnb_weight(layer), config, name)
         else:
             QLoRALinear.from_linear(layer, config, name, device)

@@ -58,10 +58,6 @@ class DecodedWeight(Tensor):
     def data(self, _: Tensor) -> None:
         raise RuntimeError(f"weight.data = ...: {READ_ONLY}")
 
-    def detach(self) -> "DecodedWeight":
-        """The same, likewise."""
-        return self
-
     def __setitem__(self, *_: Any) -> None:
         raise RuntimeError(f"weight[...] = ...: {READ_ONLY}")
 

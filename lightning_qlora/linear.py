@@ -329,7 +329,7 @@ _CLASSES: dict[type[nn.Module], type[QLoRALinear]] = {nn.Linear: QLoRALinear}  #
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(
-            f"x: must be float32, bfloat16 or float16 (float64 is computed in float32), not {x.dtype}; cast it."
+            f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
         )
     return x.to(dtype)
 

@@ -58,7 +58,7 @@ def test_weights_of_another_module_and_state_leave_it_as_it_is():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda params: torch.optim.SGD(params, lr=0.5),
+        lambda params: torch.optim.SGD(params, lr=0.1),
         lambda params: torch.optim.AdamW(params, lr=1e-2),
         lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=4),
     ],

@@ -48,7 +48,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"The {type(optimizer).__name__} was created before the module was converted: it holds the replaced "
             f"weights of {len(replaced)} layers ({replaced[0]}, ...) and none of their adapters, so nothing would "
             "train. Fabric: model = fabric.setup_module(model), then make the optimizer from model.parameters(), then "
-            "fabric.setup_optimizers(optimizer). Trainer: make it inside configure_optimizers."
+            "fabric.setup_optimizers(optimizer). Trainer: make it inside configure_optimizers; one that was made "
+            "earlier, as LightningCLI makes its own, gets the adapters only if it has no state yet."
         )
     if isinstance(optimizer, LBFGS) and not all(p.is_floating_point() for p in parameters):
         raise RuntimeError(

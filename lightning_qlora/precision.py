@@ -20,6 +20,7 @@ from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import transformers_layers
 from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.convert import convert_module, has_meta, is_converted
+from lightning_qlora.early_optimizer import give_adapters
 from lightning_qlora.kernels import scratch
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.loading import quantize_while_loading
@@ -196,7 +197,9 @@ class QLoRAPrecision(Precision):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Check the Trainer's optimizers and page their state, before that is restored."""
+        layers = {layer.full_name: layer for layer in self._held_layers()}
         for optimizer in optimizers:
+            give_adapters(optimizer, layers)
             self._take(optimizer)
         return super().connect(model, optimizers, lr_schedulers)
 

@@ -1,9 +1,13 @@
 """The plugin in a LightningCLI YAML file and on its command line."""
 
+import dataclasses
+
 import pytest
+import torch
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision
+from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision
+from lightning_qlora.linear import adapted_layers
 from tests.conftest import Classifier, loader
 
 TRAINER = """
@@ -54,6 +58,67 @@ def test_a_yaml_file_trains(tmp_path, form):
     cli.trainer.fit(cli.model, loader())
     assert isinstance(cli.model.net[0], QLoRALinear)
     assert cli.model.net[0].lora_B.abs().sum() > 0
+
+
+OPTIMIZERS = {
+    "AdamW": ("torch.optim.AdamW", torch.optim.AdamW),
+    "PagedAdamW8bit": ("lightning_qlora.PagedAdamW8bit", PagedAdamW8bit),
+}
+OPTIMIZER = """
+optimizer:
+  class_path: {}
+  init_args: {{lr: 0.01, weight_decay: 0.01}}
+lr_scheduler:
+  class_path: torch.optim.lr_scheduler.StepLR
+  init_args: {{step_size: 1, gamma: 0.5}}
+"""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trainer, name):
+    class_path, kind = OPTIMIZERS[name]
+    (tmp_path / "optimizer.yaml").write_text(OPTIMIZER.format(class_path))
+    arguments = ["--trainer.max_epochs=3", "--trainer.plugins.lora_dropout=0"]
+    cli = run(tmp_path, "single", "--config", str(tmp_path / "optimizer.yaml"), *arguments)
+    cli.trainer.fit(cli.model, loader())
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["lr"] == 0.01 / 8, "the scheduler's optimizer is the one that trains"
+    adapters = {id(p) for layer in adapted_layers(cli.model).values() for p in layer.adapter_parameters()}
+    assert {id(param) for param in optimizer.state} == adapters
+
+    by_hand = Classifier()
+    by_hand.configure_optimizers = lambda: scheduled(kind(by_hand.parameters(), lr=0.01, weight_decay=0.01))
+    plugin = QLoRAPrecision(**dataclasses.asdict(cli.trainer.precision_plugin.config))
+    trainer(plugins=plugin, max_epochs=3, enable_checkpointing=False).fit(by_hand, loader())
+    assert cli.model.losses[-1] < cli.model.losses[0]
+    assert cli.model.losses == by_hand.losses
+
+
+def scheduled(optimizer):
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path, name):
+    def fit(epochs, ckpt_path=None):
+        cli = run(
+            tmp_path,
+            "single",
+            "--optimizer",
+            OPTIMIZERS[name][0],
+            "--optimizer.lr=0.01",
+            f"--trainer.max_epochs={epochs}",
+            "--trainer.plugins.lora_dropout=0.1",
+            "--seed_everything=1",
+        )
+        cli.trainer.fit(cli.model, loader(), ckpt_path=ckpt_path)
+        return cli
+
+    whole = fit(4)
+    fit(2).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(4, tmp_path / "half.ckpt")
+    assert resumed.model.losses == whole.model.losses[8:]
 
 
 def test_a_bare_name_takes_the_defaults(tmp_path):

@@ -37,16 +37,22 @@ def test_callbacks_that_copied_the_module_before_are_refused(trainer, callback):
         run.fit(Classifier(), loader())
 
 
-def test_an_optimizer_made_in_init_is_refused(trainer):
+@pytest.mark.parametrize("kind", ["Adagrad", "stepped"])
+def test_an_optimizer_made_in_init_that_has_state_is_refused(trainer, kind):
     class Early(Classifier):
         def __init__(self):
             super().__init__()
+            if kind == "Adagrad":  # makes its state at once
+                self.early = torch.optim.Adagrad(self.parameters(), lr=1e-2)
+                return
             self.early = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            self(torch.randn(2, 64)).sum().backward()
+            self.early.step()
 
         def configure_optimizers(self):
             return self.early
 
-    with pytest.raises(RuntimeError, match=r"created before the module was converted.*configure_optimizers"):
+    with pytest.raises(RuntimeError, match=r"created before the module was converted.*configure_optimizers.*no state"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Early(), loader())
 
 

@@ -16,7 +16,8 @@ ORDER = [
     "config", "quantize", "bnb_layers", "kernels", "fingerprint", "decoded", "starts", "dora", "packed_linear",
     "linear", "random_state", "loraplus", "checkpointing", "choose", "seams", "calibration", "files", "writing",
     "bnb_folder", "adapters", "merging", "loaded", "hf_quantizer", "loading", "report", "state", "checkpoint_adapter",
-    "convert", "guards", "checkpoint", "paging", "memory", "precision", "inspection", "doctor", "cli", "__init__",
+    "convert", "guards", "early_optimizer", "checkpoint", "paging", "memory", "precision", "inspection", "doctor",
+    "cli", "__init__",
 ]  # fmt: skip
 
 

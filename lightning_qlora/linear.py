@@ -263,7 +263,8 @@ class QLoRALinear(PackedLinear):
         if lora_a is not None and lora_a.shape != self.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
-                f"layer's has rank {self.r} for {self.in_features}. Set r={lora_a.shape[0]} to load it."
+                f"layer's has rank {self.r} for {self.in_features}. Set r (or rank_pattern) so that it has "
+                f"rank {lora_a.shape[0]}."
             )
 
     def _load_weight(self, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:

@@ -35,7 +35,7 @@ class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
     The linear layers of the module are frozen in 4 bits and each gets a LoRA adapter, which alone trains (Dettmers et
-    al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). Every default is the paper's.
+    al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The defaults are the paper's recipe.
 
     Args:
         quant_type: 4-bit data type of the frozen weights.

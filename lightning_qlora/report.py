@@ -68,12 +68,17 @@ class ConversionReport:
         """Print a table where rich is installed, else plain lines."""
         try:
             from rich.console import Console
-            from rich.table import Table
+            from rich.table import Column, Table
         except ImportError:
             print(self)
             return
         table = Table(
-            "layer", "what became of it", "layers", title="QLoRA", title_justify="left", caption=self.summary()
+            Column("layer", overflow="fold"),
+            "what became of it",
+            "layers",
+            title="QLoRA",
+            title_justify="left",
+            caption=self.summary(),
         )
         table.caption_justify = "left"
         for row in self.rows():

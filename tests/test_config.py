@@ -1,5 +1,7 @@
 import dataclasses
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +86,10 @@ def test_the_plugin_takes_exactly_the_config_with_the_same_defaults():
 def test_the_scale_is_alpha_over_r_or_over_its_root():
     assert QLoRAConfig(r=16, lora_alpha=8).scaling == 0.5
     assert QLoRAConfig(r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+
+
+def test_the_page_of_arguments_says_what_the_plugin_takes():
+    page = (Path(__file__).parents[1] / "docs" / "arguments.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, re.MULTILINE)
+    parameters = inspect.signature(QLoRAPrecision).parameters
+    assert rows == [(name, repr(parameter.default)) for name, parameter in parameters.items()]

@@ -106,7 +106,9 @@ def test_another_frozen_parameter_is_refused_with_its_name(name):
 
 
 def test_another_rank_is_refused_with_layer_and_both_values():
-    with pytest.raises(CheckpointMismatchError, match=r"^1: .*rank 8 .*rank 4 .*Set r=8"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"^1: .*rank 8 .*rank 4 .*Set r .or rank_pattern. so that it has rank 8"
+    ):
         fresh(r=4).load_state_dict(trained().state_dict())
 
 

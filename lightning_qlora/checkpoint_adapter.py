@@ -5,7 +5,6 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,11 +73,7 @@ def adapter_of_checkpoint(
             if f"{key}.weight.absmax" in state
         },
         origin=Origin(
-            replace(
-                config,
-                init_lora_weights=quantization["init_lora_weights"],
-                loftq_config=quantization.get("loftq_config", {}),
-            ),
+            config.with_start(quantization["init_lora_weights"], quantization.get("loftq_config")),
             {name: key.removeprefix(root) for name, key in keys.items()},
             {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
             lambda name: None if (known := state.get(f"{keys[name]}.weight.{FINGERPRINT}")) is None else int(known),

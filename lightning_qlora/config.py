@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
 T = TypeVar("T")
@@ -152,6 +152,12 @@ class QLoRAConfig:
         """Power iterations of PiSSA's SVD; None: an exact SVD."""
         number = self.init_lora_weights.partition("_niter_")[2]
         return int(number) if number else None
+
+    def with_start(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
+        """The same choices with another start of the adapters, and none of the arguments of the one before."""
+        return replace(
+            self, init_lora_weights=init_lora_weights, loftq_config=loftq_config or {}, calibration_batches=None
+        )
 
     @property
     def loftq_iterations(self) -> int:

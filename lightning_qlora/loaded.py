@@ -5,7 +5,7 @@ rank, its scaling, the seed of its start) conversion decides, and makes good her
 that is to stay dense is read again from its file.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ def config_while_loading(config: QLoRAConfig) -> QLoRAConfig:
     """The choices with the default start: one that is computed from the weight is made at conversion, once."""
     if not config.starts_from_weight:
         return config
-    return replace(config, init_lora_weights="default", loftq_config={}, calibration_batches=None)
+    return config.with_start("default")
 
 
 def may_need_weight(config: QLoRAConfig) -> bool:

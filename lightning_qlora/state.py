@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -153,19 +153,16 @@ def _check_same_function(root: nn.Module, state_dict: dict[str, Any], prefix: st
 def _keep_start_of(there: QLoRAConfig, root: nn.Module) -> None:
     """What the adapters started from stays what it was: it says which base they belong to."""
     here: QLoRAConfig = root._qlora_config  # type: ignore[assignment]
-    start: dict[str, Any] = {"init_lora_weights": there.init_lora_weights, "loftq_config": there.loftq_config}
-    if all(getattr(here, name) == value for name, value in start.items()):
+    if (here.init_lora_weights, here.loftq_config) == (there.init_lora_weights, there.loftq_config):
         return
-    if not (here.start == there.start == "calibrated"):
-        start["calibration_batches"] = None
     warnings.warn(
         f"The checkpoint's adapters started as {there.init_lora_weights!r}, so init_lora_weights="
         f"{here.init_lora_weights!r} is not used.",
         stacklevel=2,
     )
-    root._qlora_config = replace(here, **start)  # type: ignore[assignment]
+    root._qlora_config = here.with_start(there.init_lora_weights, there.loftq_config)  # type: ignore[assignment]
     for layer in adapted_layers(root).values():
-        layer.config = replace(layer.config, **start)
+        layer.config = layer.config.with_start(there.init_lora_weights, there.loftq_config)
 
 
 def _take_as_base(root: nn.Module, _: Any) -> None:

@@ -1,7 +1,6 @@
 """The start of an adapter that comes from a folder or a checkpoint: which base it needs, and that it is said again."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning_qlora import starts
@@ -52,9 +51,4 @@ def check_start_fits(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> Non
 def keep_start(layer: QLoRALinear, quantization: Mapping[str, Any] | None) -> None:
     """Have a layer say of the adapter that it was given where that started: saving it again needs it."""
     said = quantization or {}
-    layer.config = replace(
-        layer.config,
-        init_lora_weights=said.get("init_lora_weights", "default"),
-        loftq_config=said.get("loftq_config", {}),
-        calibration_batches=None,
-    )
+    layer.config = layer.config.with_start(said.get("init_lora_weights", "default"), said.get("loftq_config"))

@@ -159,15 +159,12 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
         _refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
     owners = {key.rpartition(".")[0] for key in adapter.saved}
     return replace(
-        config,
+        config.with_start("default"),
         **_words(module, adapter, {}),
         use_dora=adapter.use_dora,
         target_modules="|".join(re.escape(names[name]) for name in adapter.layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
-        init_lora_weights="default",
-        loftq_config={},
-        calibration_batches=None,
         adapter=None,
     )
 

@@ -129,7 +129,9 @@ class Calibration:
         Raises:
             RuntimeError: As above.
         """
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]} if self.report.waiting else set()
+        if not self.report.waiting:
+            return
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self._waiting_in(None).items():
             if id(layer.lora_B) in mine and layer.lora_B.grad is not None and layer.lora_B.grad.any():
                 raise RuntimeError(
@@ -137,9 +139,7 @@ class Calibration:
                     "starts in the first forward pass in training mode: call model.train(), and run the model itself "
                     "(its forward)."
                 )
-        if self.report.waiting and self.report.calibrated and not self._said:
-            self._said = True
-            rank_zero_info(f"QLoRA: {self.report}")
+        self._say()
 
     def close(self) -> None:
         """Let go of the dense weights and the starts: nothing waits any more."""
@@ -179,11 +179,19 @@ class Calibration:
     def _let_go(self) -> None:
         """Remove the hooks of modules in which nothing waits, so that torch.compile traces through them."""
         waiting = {id(layer) for layer in self._waiting_in(None).values()}
+        kept = []
         for module, hook in self._hooks:
             if waiting.isdisjoint(map(id, module.modules())):
                 hook.remove()
-        self._hooks = [(m, hook) for m, hook in self._hooks if not waiting.isdisjoint(map(id, m.modules()))]
-        if not self.report.waiting and self.report.calibrated and not self._said:
+            else:
+                kept.append((module, hook))
+        self._hooks = kept
+        if not self.report.waiting:
+            self._say()
+
+    def _say(self) -> None:
+        """Tell, once, what has started and what has not."""
+        if self.report.calibrated and not self._said:
             self._said = True
             rank_zero_info(f"QLoRA: {self.report}")
 

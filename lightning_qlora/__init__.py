@@ -5,7 +5,8 @@ from lightning_qlora.checkpoint import load_from_checkpoint
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.convert import convert
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear_state import CheckpointMismatchError
 from lightning_qlora.loading import save_quantized
 from lightning_qlora.loraplus import loraplus_groups
 from lightning_qlora.memory import MemoryEstimate, estimate_memory

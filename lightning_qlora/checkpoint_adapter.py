@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.base_model import plain_name
 from lightning_qlora.adapters.folder import MAGNITUDE, Adapter, LayerAdapter
-from lightning_qlora.linear import FINGERPRINT, INPUT_RMS
+from lightning_qlora.linear_state import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import Origin, quantization_of
 from lightning_qlora.state import CONFIG, base_model_of, config_of

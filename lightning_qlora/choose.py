@@ -11,12 +11,10 @@ from torch import nn
 from lightning_qlora.bnb_layers import is_bnb_linear
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.kernels.ops import FLOATS
-from lightning_qlora.linear import QLoRALinear
-from lightning_qlora.packed_linear import PackedLinear
+from lightning_qlora.linear import ATTRIBUTES, QLoRALinear
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # names of models that do not say it themselves
 ROUTERS = ("gate", "router")
-ATTRIBUTES = {*QLoRALinear.__annotations__, *PackedLinear.__annotations__}
 TAKEN = ATTRIBUTES | set(dir(QLoRALinear))  # names that mean something to a 4-bit layer
 HARMLESS = {
     "__init__", "__new__", "__init_subclass__", "__class_getitem__", "__module__", "__doc__", "__dict__", "__weakref__",

@@ -13,7 +13,7 @@ from lightning_qlora.adapters.folder import Adapter, read_adapter, vllm_objectio
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
 from lightning_qlora.config import Onto, QuantType
 from lightning_qlora.files import resolve_model
-from lightning_qlora.linear import CheckpointMismatchError
+from lightning_qlora.linear_state import CheckpointMismatchError
 from lightning_qlora.memory import OptimizerName, estimate_memory
 from lightning_qlora.merging.folder import FolderDtype, merge_folder
 from lightning_qlora.starts.since_start import belongs_to

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.linear import ADAPTER, REPLACED, QLoRALinear
+from lightning_qlora.adapted_linear import ADAPTER
+from lightning_qlora.linear import REPLACED, QLoRALinear
 
 
 def give_adapters(optimizer: Optimizer, layers: Mapping[str, QLoRALinear]) -> None:

@@ -1,31 +1,24 @@
 """QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it."""
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora import dora, starts
+from lightning_qlora import linear_state, starts
+from lightning_qlora.adapted_linear import AdaptedLinear
 from lightning_qlora.bnb_layers import CAME_AS
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
-from lightning_qlora.packed_linear import BASE, PackedLinear
+from lightning_qlora.packed_linear import PackedLinear
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
-INPUT_RMS = "input_rms"  # key of what a "calibrated" start was made from
 REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
-FINGERPRINT = "fingerprint"  # a frozen parameter NAME is kept in a checkpoint as NAME.fingerprint alone
 
 
-class CheckpointMismatchError(RuntimeError):
-    """A checkpoint belongs to another base model, or to adapters of another shape or place."""
-
-
-class QLoRALinear(PackedLinear):
+class QLoRALinear(AdaptedLinear):
     """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
 
     An `nn.Linear` becomes one in place (`from_linear`), so whatever refers to the layer still does. A layer of a class
@@ -34,25 +27,13 @@ class QLoRALinear(PackedLinear):
     Attributes:
         packed, absmax, nested: The 4-bit weight, frozen uint8 parameters; see `packed_weight`.
         bias: Frozen, [out], or None.
-        lora_A: [r, in], fp32; computed in the compute type.
-        lora_B: [out, r], fp32.
-        lora_magnitude_vector: [out], fp32, with DoRA (see `dora`); None without.
-        scaling: The factor s.
+        lora_A, lora_B: The adapter, [r, in] and [out, r], fp32; see `AdaptedLinear` for the rest of it.
         lora_dropout: Probability of dropping an input of the adapter in training.
-        dense_weight: The weight [out, in] as it came, in host memory, while a "calibrated" start waits for inputs.
-        input_rms: The input sizes [in] that a "calibrated" start was made from.
         loaded: How it was quantized while it was loaded (`loaded.Loaded`); None once conversion has settled the rest.
+        dense_class: What the layer was, and is again when it is merged.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_magnitude_vector: nn.Parameter | None
-    scaling: float
     lora_dropout: float
-    config: QLoRAConfig
-    full_name: str
-    dense_weight: Tensor | None
-    input_rms: Tensor | None
     loaded: Any
     dense_class: type[nn.Module]
 
@@ -115,73 +96,6 @@ class QLoRALinear(PackedLinear):
             return made
         return _new, (self.dense_class,), *made[2:]
 
-    def start(self, weight: Tensor, device: torch.device | None = None) -> None:
-        """Quantize a dense weight and put the adapter where it starts from that weight."""
-        rows = self._as_rows(weight.detach())
-        begin = starts.start(rows.to(device or rows.device), self.config, self.full_name)
-        self.set_packed_weight(begin.base)
-        if self.config.start == "calibrated":
-            self.dense_weight = rows.cpu()
-        self.set_adapter(begin.lora_a, begin.lora_b)
-
-    def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Write values into the adapter; with DoRA the magnitudes become the rows' norms, which change nothing."""
-        self.write("lora_A", lora_a)
-        self.write("lora_B", lora_b)
-        self.set_magnitudes()
-
-    def set_magnitudes(self) -> None:
-        """With DoRA: make the magnitudes the rows' norms; without it, have none."""
-        if self.config.use_dora:
-            self.write("lora_magnitude_vector", self.row_norm())
-        else:
-            self.register_parameter("lora_magnitude_vector", None)
-
-    def write(self, name: str, value: Tensor) -> None:
-        """Give a parameter of the adapter this value; it is made if there is none."""
-        held = self._parameters.get(name)
-        if held is None:
-            self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
-        elif held.shape != value.shape:
-            held.data = value.to(self.packed.device)  # another rank; the same parameter, for what holds it
-        else:
-            with torch.no_grad():
-                getattr(self, name).copy_(value)
-
-    def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
-        """Quantize a dense weight, shaped as this layer's `weight` is, and hold it in place of the one before."""
-        config = self.config
-        dense = self._as_rows(weight.detach()).to(device or weight.device)
-        self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train."""
-        return [p for name in ADAPTER if (p := self._parameters.get(name)) is not None]
-
-    @property
-    def r(self) -> int:
-        """Rank of the adapter."""
-        return self.lora_A.shape[0]
-
-    def delta(self) -> Tensor:
-        """What the adapter adds to the weight: s B A, with DoRA g (W + s B A) - W; fp32, shaped as the dense weight."""
-        product = self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
-        if self.lora_magnitude_vector is None:
-            return product
-        base = ops.dequantize(self.weight_bytes, torch.float32)
-        return self.gain().detach().unsqueeze(1) * (base + product) - base
-
-    def row_norm(self) -> Tensor:
-        """||W + s B A|| of every row, [out], fp32."""
-        if self._base_squares is None or self._base_squares.device != self.packed.device:
-            self._base_squares = dora.row_squares(self.weight_bytes)
-        return dora.row_norm(self.weight_bytes, self._base_squares, self.lora_A, self.lora_B, self.scaling)
-
-    def gain(self) -> Tensor:
-        """DoRA's factor g of every output: the magnitude over the row's norm, which counts as a constant; [out]."""
-        assert self.lora_magnitude_vector is not None
-        return self.lora_magnitude_vector / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
-
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
         device = x.device.type
@@ -221,72 +135,15 @@ class QLoRALinear(PackedLinear):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The adapter, the bias, and the base: its fingerprint, or with checkpoint="full" bitsandbytes' entries."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None and name not in BASE:
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
-        if self.input_rms is not None:
-            destination[prefix + INPUT_RMS] = self.input_rms
-        # A base that depends on the last bits of an SVD can't be made again on another machine.
-        if self.config.checkpoint == "full" or starts.moves_base(self.config):
-            destination.update(self.packed_weight.bnb_state_dict(prefix + "weight"))
-        else:
-            destination[f"{prefix}weight.{FINGERPRINT}"] = torch.tensor(self.base_fingerprint())
+        linear_state.save(self, destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Load the adapter; check the base against a fingerprint, or take it from a dense or a packed weight."""
-        name = prefix.removesuffix(".") or "the layer itself"
-        expected = state_dict.pop(f"{prefix}weight.{FINGERPRINT}", None)
-        if expected is not None and int(expected) != self.base_fingerprint():
-            raise CheckpointMismatchError(
-                f"{name}: the checkpoint was trained on another base weight (fingerprint {int(expected):x} there, "
-                f"{self.base_fingerprint():x} here). Load the base model and the quantization arguments it was "
-                "trained with."
-            )
-        self._check_rank(state_dict, prefix, name)
-        if prefix + "lora_A" in state_dict:  # an adapter comes with what it started from, or from nothing
-            self.input_rms = state_dict.pop(prefix + INPUT_RMS, None)
-        loading = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        has_weight = self._load_weight(state_dict, prefix, with_adapter=bool(loading & set(ADAPTER)))
-        optional = set(BASE)
-        if has_weight and not loading & set(ADAPTER):
-            optional |= set(ADAPTER)  # a checkpoint of the dense module: the adapter keeps its start
-        missing: list[str] = []
+        optional, missing = linear_state.take_base(self, state_dict, prefix), list[str]()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
-
-    def _check_rank(self, state_dict: Mapping[str, Any], prefix: str, name: str) -> None:
-        lora_a = state_dict.get(prefix + "lora_A")
-        if lora_a is not None and lora_a.shape != self.lora_A.shape:
-            raise CheckpointMismatchError(
-                f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
-                f"layer's has rank {self.r} for {self.in_features}. Set r (or rank_pattern) so that it has "
-                f"rank {lora_a.shape[0]}."
-            )
-
-    def _load_weight(self, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
-        weight = state_dict.get(prefix + "weight")
-        if weight is None:
-            return False
-        if weight.is_floating_point() and f"{prefix}weight.absmax" not in state_dict:
-            if tuple(self._as_rows(weight).shape) != self._shape:
-                raise CheckpointMismatchError(
-                    f"{prefix}weight: has shape {list(weight.shape)} in the checkpoint, {list(self.weight.shape)} here."
-                )
-            depends = self.config.use_dora or self.config.start in ("loftq", "pissa") or self.dense_weight is not None
-            if depends and not with_adapter:
-                self.start(weight, self.packed.device)
-            else:
-                self.quantize_weight(weight.to(self.packed.device))
-        else:
-            loaded = PackedWeight.from_bnb_state_dict(state_dict, prefix + "weight")
-            self.set_packed_weight(loaded.to(self.packed.device))
-        for key in [key for key in state_dict if key == prefix + "weight" or key.startswith(prefix + "weight.")]:
-            del state_dict[key]
-        return True
 
 
 class QLoRAConv1D(QLoRALinear):
@@ -323,6 +180,9 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
         _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (QLoRALinear, dense_class), members)
     return _CLASSES[dense_class]
 
+
+# Attributes that a layer has as long as it is in 4 bits.
+ATTRIBUTES = {name for kind in (PackedLinear, AdaptedLinear, QLoRALinear) for name in kind.__annotations__}
 
 _CLASSES: dict[type[nn.Module], type[QLoRALinear]] = {nn.Linear: QLoRALinear}  # dense class -> its 4-bit class
 

@@ -13,7 +13,8 @@ from lightning_qlora.adapters.base_model import describe_base
 from lightning_qlora.adapters.kept_start import keep_start
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
-from lightning_qlora.linear import FINGERPRINT, CheckpointMismatchError, QLoRALinear, adapted_layers
+from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.linear_state import FINGERPRINT, CheckpointMismatchError
 from lightning_qlora.starts.since_start import belongs_to
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor

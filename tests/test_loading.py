@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import (
+    CheckpointMismatchError,
     QLoRALinear,
     QLoRAPrecision,
     convert,
@@ -23,7 +24,6 @@ from lightning_qlora import (
     save_quantized,
 )
 from lightning_qlora.files import WeightFolder
-from lightning_qlora.linear import CheckpointMismatchError
 from tests.conftest import Classifier, loader
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 

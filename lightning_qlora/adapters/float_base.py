@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lightning_qlora.adapters.folder import Adapter
 from lightning_qlora.files import WeightFolder, resolve_model
-from lightning_qlora.linear import CheckpointMismatchError
+from lightning_qlora.linear_state import CheckpointMismatchError
 from lightning_qlora.starts.since_start import Origin, belongs_to, less_start, start_again
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from lightning_qlora import starts
 from lightning_qlora.adapters.folder import Adapter
-from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
+from lightning_qlora.linear import QLoRALinear
+from lightning_qlora.linear_state import CheckpointMismatchError
 from lightning_qlora.starts.since_start import BITS, belongs_to, quantization_of
 
 ELSE = "Or export the checkpoint that it came from with onto='float', for a base in 16 bit."

@@ -21,7 +21,8 @@ from lightning_qlora.adapters.kept_start import check_start_fits, keep_start
 from lightning_qlora.adapters.ties import tie_broken, tied_names, trained_apart
 from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
-from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear, adapted_layers
+from lightning_qlora.linear import QLoRALinear, adapted_layers
+from lightning_qlora.linear_state import CheckpointMismatchError
 from lightning_qlora.starts.since_start import Origin, belongs_to
 
 

@@ -17,7 +17,8 @@ from lightning_qlora.bnb_folder import bnb_config, empty_model, kept_dense, line
 from lightning_qlora.config import Onto, check_choice
 from lightning_qlora.files import WeightFolder, read_json
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.linear import DTYPES, CheckpointMismatchError
+from lightning_qlora.linear import DTYPES
+from lightning_qlora.linear_state import CheckpointMismatchError
 from lightning_qlora.merging.rounding import round_at_random
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import BITS, belongs_to, fingerprint_of_weight

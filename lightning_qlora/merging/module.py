@@ -9,9 +9,8 @@ from torch.distributed.tensor import DTensor
 from lightning_qlora.adapters.base_model import find_base, plain_name
 from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import check_choice
-from lightning_qlora.linear import DTYPES, QLoRALinear, adapted_layers
+from lightning_qlora.linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.merging.rounding import round_at_random
-from lightning_qlora.packed_linear import PackedLinear
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -57,9 +56,7 @@ def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:
 def to_dense(layer: QLoRALinear, weight: Tensor) -> None:
     """Make a QLoRALinear the dense layer it was, with this weight, in place; its hooks and other attributes stay."""
     dense_class, bias = layer.dense_class, layer._parameters["bias"]
-    own = {*QLoRALinear.__annotations__, *PackedLinear.__annotations__}
-    if not issubclass(dense_class, nn.Linear):
-        own |= {"in_features", "out_features"}
+    own = ATTRIBUTES if issubclass(dense_class, nn.Linear) else ATTRIBUTES | {"in_features", "out_features"}
     for name in own & layer.__dict__.keys():
         del layer.__dict__[name]
     layer._parameters.clear()

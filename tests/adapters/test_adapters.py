@@ -4,9 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, save_adapter
+from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, load_adapter, save_adapter
 from lightning_qlora.adapters.folder import read_adapter, vllm_objections
-from lightning_qlora.linear import CheckpointMismatchError, QLoRALinear
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 
 peft = pytest.importorskip("peft")

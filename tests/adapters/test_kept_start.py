@@ -7,10 +7,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, save_adapter, save_quantized
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    save_quantized,
+)
 from lightning_qlora.adapters.folder import read_adapter, write_adapter
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
-from lightning_qlora.linear import CheckpointMismatchError
 from lightning_qlora.merging.folder import merge_folder
 from tests.toys import Lit, logits, perturb, toy
 

@@ -8,11 +8,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, merge, quantize, save_adapter, save_quantized
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRALinear,
+    QLoRAPrecision,
+    convert,
+    merge,
+    quantize,
+    save_adapter,
+    save_quantized,
+)
 from lightning_qlora.adapters import adapter_of
 from lightning_qlora.adapters.folder import read_adapter, write_adapter
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
-from lightning_qlora.linear import CheckpointMismatchError
 from lightning_qlora.merging.folder import merge_folder
 from lightning_qlora.merging.rounding import round_at_random
 from tests.toys import NAMES, Lit, logits, perturb, toy

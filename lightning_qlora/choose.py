@@ -71,7 +71,7 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
         own = _own_behaviour(layer)
         if _is_settled(layer) or not (is_linear(layer) or own or name in targets):
             continue
-        if any(_inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
+        if any(inside(name, saved) for saved in choice.train if choice.train[saved] == "in modules_to_save"):
             continue
         if named(name, config.exclude_modules):
             choice.skip[name] = "in exclude_modules"
@@ -238,8 +238,9 @@ def _too_small(layer: nn.Module, r: int) -> str | None:
     return f"an adapter of rank {r} would be larger than its {rows}x{columns} weights"
 
 
-def _inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(outer + ".")
+def inside(name: str, outer: str) -> bool:
+    """Whether a module's name is another's, or that of a part of it; all are parts of the root, ""."""
+    return outer in ("", name) or name.startswith(outer + ".")
 
 
 def _places(module: nn.Module) -> dict[int, list[str]]:

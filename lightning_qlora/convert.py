@@ -21,7 +21,7 @@ from lightning_qlora.adapters.module import config_of_adapter, put_adapter
 from lightning_qlora.bnb_layers import decode_bnb_layer, is_bnb_linear, take_bnb_weight
 from lightning_qlora.calibration import Calibration, calibration_of
 from lightning_qlora.checkpointing import enable_checkpointing
-from lightning_qlora.choose import Choice, choose_layers
+from lightning_qlora.choose import Choice, choose_layers, inside
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.loaded import make_dense, settle
@@ -58,6 +58,7 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
     check_initialized(module)
     start, bytes_before = time.perf_counter(), dense_bytes(module)
     if is_converted(module):
+        _warn_of_the_rest(module, config)
         return _report(module, Choice(), bytes_before, start)
     _check_has_data(module)
     adapter = read_adapter(config.adapter) if config.adapter else None
@@ -91,6 +92,21 @@ def convert_module(module: nn.Module, config: QLoRAConfig, device: torch.device 
 def is_converted(module: nn.Module) -> bool:
     """Whether a module, or the part of it with the adapters, went through `convert_module`."""
     return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
+
+
+def _warn_of_the_rest(module: nn.Module, config: QLoRAConfig) -> None:
+    """Name the linear layers beside a part that was converted by itself: nothing of them is in 4 bits or frozen."""
+    parts = [name for name, part in module.named_modules() if "_qlora_frozen" in vars(part)]
+    choice = choose_layers(module, config, part_of_module=True)
+    rest = [name for name in choice.convert if not any(inside(name, part) for part in parts)]
+    if rest:
+        warnings.warn(
+            f"{', '.join(parts)}: converted before, so the rest of the module is left as it is, and its linear layers "
+            f"({', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}) are neither in 4 bits nor frozen. To convert "
+            f"all of it, let the whole module be converted at once; if this is meant, exclude_modules={rest[:1]} says "
+            "so.",
+            stacklevel=2,
+        )
 
 
 def check_initialized(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
 
 seams.restore_checkpoint_after_conversion()
+seams.pass_weights_only_on()
 
 
 class QLoRAPrecision(Precision):

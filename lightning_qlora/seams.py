@@ -9,7 +9,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -61,6 +61,35 @@ def restore_checkpoint_after_conversion() -> None:
 
     fget.asks_the_plugin = True  # type: ignore[attr-defined]
     Strategy.restore_checkpoint_after_setup = property(fget)  # type: ignore[method-assign, assignment]
+
+
+def pass_weights_only_on() -> None:
+    """Let `fit(ckpt_path=..., weights_only=False)`, and the same of validate, test and predict, reach the file.
+
+    Upstream: lightning/pytorch/trainer/trainer.py, Trainer._run (2.6): where a checkpoint is restored after the
+    strategy is set up, as with the plugin, `_restore_modules_and_callbacks(ckpt_path)` lacks its second argument.
+    Removed by: upstream passing it there too.
+    """
+    from lightning.pytorch import Trainer
+
+    original: Any = Trainer._run
+    if getattr(original, "passes_weights_only_on", False):
+        return
+
+    @wraps(original)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        connector, weights_only = self._checkpoint_connector, kwargs.get("weights_only")
+        if weights_only is None or not getattr(self.precision_plugin, "restore_after_setup", False):
+            return original(self, *args, **kwargs)
+        restore = partial(connector._restore_modules_and_callbacks, weights_only=weights_only)
+        connector._restore_modules_and_callbacks = restore
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del connector._restore_modules_and_callbacks
+
+    run.passes_weights_only_on = True  # type: ignore[attr-defined]
+    Trainer._run = run  # type: ignore[method-assign]
 
 
 def announce_optimizers_to_fabric_callbacks() -> None:

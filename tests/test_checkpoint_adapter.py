@@ -1,12 +1,16 @@
 """Adapters taken from Lightning checkpoints, compared with those of the module that was saved."""
 
+import inspect
 import json
+import pickle
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
@@ -94,6 +98,17 @@ def test_hyperparameters_that_are_no_plain_values(value, saved, capsys, tmp_path
     again = load_from_checkpoint(WithHyperparameters, checkpoint, weights_only=False)
     assert again.hparams.value == value
     assert adapter_of_checkpoint(checkpoint, weights_only=False).r == 4
+
+
+@pytest.mark.skipif("weights_only" not in inspect.signature(Trainer.fit).parameters, reason="Lightning before 2.6")
+def test_lightnings_own_weights_only_reaches_the_file(saved, trainer):
+    checkpoint = saved(WithHyperparameters(Path("data")))
+    module, run = WithHyperparameters(Path("data")), trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=4)
+    for arguments in ({}, {"weights_only": False}, {}):  # and does so once
+        expected = nullcontext() if arguments else pytest.raises(pickle.UnpicklingError, match="PosixPath")
+        with expected:
+            run.fit(module, ckpt_path=checkpoint, **arguments)
+    assert run.global_step == 2  # restored
 
 
 @pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {"a": torch.ones(2)}, 3])

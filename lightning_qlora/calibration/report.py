@@ -33,5 +33,5 @@ class CalibrationReport:
         unseen = f"; no input but zeros reached {', '.join(self.unseen)}: default start" if self.unseen else ""
         return (
             f"{len(self.calibrated)} adapters started from {self.rows:,} rows of data in {self.seconds:.1f} s, "
-            f"{self.host_bytes:,} bytes released{unseen}{wait}"
+            f"{self.host_bytes:,} bytes of dense weights held until then{unseen}{wait}"
         )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -12,11 +13,11 @@ from lightning_qlora.linear import REPLACED
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse what would lose the adapters of a module that the Trainer is about to train.
+    """Refuse what would lose the adapters of a module that the Trainer is about to train, or not train what it should.
 
     Raises:
         RuntimeError: If the processes are spawned or forked from this one, or a callback holds a copy of the module
-            made before conversion.
+            made before conversion, or freezes and unfreezes its parameters.
     """
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
@@ -26,6 +27,12 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             "be dropped without a word. Use strategy='ddp' in a script, or torchrun."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            raise RuntimeError(
+                f"{type(callback).__name__} freezes parameters before the module is converted, which decides anew what "
+                "trains, and makes all parameters of a module trainable later, which 4-bit ones can't be. Remove the "
+                "callback: QLoRA freezes all but the adapters, and modules_to_save names what else is to train."
+            )
         copy = _copy_held_by(callback, module)
         if copy is not None:
             raise RuntimeError(

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
 from tests.conftest import Classifier, loader
@@ -35,6 +35,14 @@ def test_callbacks_that_copied_the_module_before_are_refused(trainer, callback):
     run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[callback], max_epochs=4)
     with pytest.raises(RuntimeError, match=rf"{type(callback).__name__} copied the module"):
         run.fit(Classifier(), loader())
+
+
+def test_callbacks_that_unfreeze_parameters_later_are_refused_at_once(trainer):
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[BackboneFinetuning(1)])
+    module = Classifier()
+    module.backbone = module.net
+    with pytest.raises(RuntimeError, match=r"BackboneFinetuning freezes parameters before.*modules_to_save"):
+        run.fit(module, loader())
 
 
 @pytest.mark.parametrize("kind", ["Adagrad", "stepped"])

@@ -7,6 +7,7 @@ from lightning_qlora import dora, starts
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.packed_linear import PackedLinear
+from lightning_qlora.sharded import like
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 
@@ -65,7 +66,7 @@ class AdaptedLinear(PackedLinear):
             held.data = value.to(self.packed.device)  # another rank; the same parameter, for what holds it
         else:
             with torch.no_grad():
-                getattr(self, name).copy_(value)
+                getattr(self, name).copy_(like(value, held))
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a dense weight, shaped as this layer's `weight` is, and hold it in place of the one before."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.loaded import make_dense, settle
 from lightning_qlora.report import ConversionReport, count_parameters, dense_bytes
+from lightning_qlora.sharded import is_sharded
 from lightning_qlora.state import remember_base
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
@@ -150,7 +150,7 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
         return
     weight = layer._parameters["weight"]
     where = name or type(layer).__name__
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
         raise ValueError(
             f"{where}: its weight is sharded already (a DTensor), and a shard can't be quantized. Convert before "
             "fully_shard or parallelize_module: call lightning_qlora.convert(model) first."

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_qlora.sharded import whole
+
 _PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
 _ODD_1, _ODD_2 = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
 
@@ -15,7 +17,7 @@ def fingerprint(*tensors: Tensor) -> int:
     """
     total = 0
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        flat = whole(tensor.detach()).reshape(-1)
         per_word = 2 if flat.is_floating_point() else 8 // flat.element_size()
         for start in range(0, flat.numel(), _PIECE * per_word):
             piece = flat[start : start + _PIECE * per_word]

@@ -10,6 +10,7 @@ from lightning_qlora.decoded import DecodedWeight
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
+from lightning_qlora.sharded import is_sharded, like, whole
 
 BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
 
@@ -43,10 +44,13 @@ class PackedLinear(nn.Linear):
             # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
             if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
                 data = data.view(stored.shape[0], -1)
-            if name in self._parameters:
-                getattr(self, name).data = data  # the same parameter, for an optimizer or a strategy that holds it
-            else:
+            held = self._parameters.get(name)
+            if held is None:
                 self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+            elif is_sharded(held):
+                held.data.copy_(like(data, held))
+            else:
+                held.data = data  # the same parameter, for an optimizer or a strategy that holds it
 
     @property
     def weight_bytes(self) -> PackedBytes:
@@ -55,11 +59,10 @@ class PackedLinear(nn.Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The 4-bit weight, [out, in], as a value."""
-        return PackedWeight.from_bytes(
-            self.weight_bytes._replace(packed=self.packed.data, absmax=self.absmax.data, nested=self.nested.data),
-            self.weight_dtype,
-        )
+        """The 4-bit weight, [out, in], as a value; of a sharded layer all ranks must ask for it together."""
+        packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
+        held = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        return PackedWeight.from_bytes(held, self.weight_dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -1,8 +1,8 @@
 """QLoRAPrecision: the plugin. Each hook is a few lines that call the room which does the work."""
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +30,8 @@ from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
 
 seams.restore_checkpoint_after_conversion()
-seams.pass_weights_only_on()
+seams.introduce_the_trainer()
+seams.load_whole_states_of_sharded_modules()
 
 
 class QLoRAPrecision(Precision):
@@ -125,15 +127,36 @@ class QLoRAPrecision(Precision):
         )
         self.report: ConversionReport | None = None
         self.pager = Pager()
+        self._trainer: weakref.ref[Trainer] | None = None
         self._module: weakref.ref[nn.Module] | None = None
         self._layers: list[weakref.ref[QLoRALinear]] = []
         self._mode_before: list[tuple[weakref.ref[nn.Module], bool]] = []
         self._evaluating = False
 
     @override
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        """Within `configure_model`, a transformers model is quantized while it is loaded."""
-        return quantize_while_loading(self.config)
+    @contextmanager
+    def module_init_context(self) -> Iterator[None]:
+        """Within `configure_model`, a transformers model is quantized while it is loaded, any before it is sharded."""
+        trainer = None if self._trainer is None else self._trainer()
+        shards = trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+        sharding = seams.before_sharding(self._convert_before_sharding) if shards else nullcontext()
+        with quantize_while_loading(self.config), sharding:
+            yield
+
+    def _convert_before_sharding(self) -> None:
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is None:
+            return
+        if self.config.start == "calibrated":
+            raise ValueError(
+                "init_lora_weights='calibrated' can't start adapters that are sharded before a batch comes. Use "
+                "'loftq' or 'pissa', which start before sharding."
+            )
+        self.convert_module(trainer.lightning_module)
+
+    def before_run(self, trainer: Trainer) -> None:
+        """Know the Trainer before `configure_model`; called by `seams.introduce_the_trainer`."""
+        self._trainer = weakref.ref(trainer)
 
     def init(self) -> AbstractContextManager[Any]:
         """The same around a constructor: `with plugin.init(): module = MyModule()`."""

@@ -6,6 +6,7 @@ a run without this package's plugin, callback or layers.
 
 import copy
 import itertools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -63,23 +64,27 @@ def restore_checkpoint_after_conversion() -> None:
     Strategy.restore_checkpoint_after_setup = property(fget)  # type: ignore[method-assign, assignment]
 
 
-def pass_weights_only_on() -> None:
-    """Let `fit(ckpt_path=..., weights_only=False)`, and the same of validate, test and predict, reach the file.
+def introduce_the_trainer() -> None:
+    """Tell a precision plugin that has `before_run(trainer)` of its Trainer, and let `weights_only` reach the file.
 
-    Upstream: lightning/pytorch/trainer/trainer.py, Trainer._run (2.6): where a checkpoint is restored after the
-    strategy is set up, as with the plugin, `_restore_modules_and_callbacks(ckpt_path)` lacks its second argument.
-    Removed by: upstream passing it there too.
+    Upstream: lightning/pytorch/trainer/trainer.py, Trainer._run: `configure_model` runs within the plugin's
+    `module_init_context`, which knows neither Trainer nor module; and where a checkpoint is restored after the strategy
+    is set up, as with the plugin, `_restore_modules_and_callbacks(ckpt_path)` lacks its second argument (2.6).
+    Removed by: upstream giving `module_init_context` the module, and passing `weights_only` there too.
     """
     from lightning.pytorch import Trainer
 
     original: Any = Trainer._run
-    if getattr(original, "passes_weights_only_on", False):
+    if getattr(original, "introduces", False):
         return
 
     @wraps(original)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         connector, weights_only = self._checkpoint_connector, kwargs.get("weights_only")
-        if weights_only is None or not getattr(self.precision_plugin, "restore_after_setup", False):
+        before_run = getattr(self.precision_plugin, "before_run", None)
+        if callable(before_run):
+            before_run(self)
+        if weights_only is None or before_run is None:
             return original(self, *args, **kwargs)
         restore = partial(connector._restore_modules_and_callbacks, weights_only=weights_only)
         connector._restore_modules_and_callbacks = restore
@@ -88,8 +93,85 @@ def pass_weights_only_on() -> None:
         finally:
             del connector._restore_modules_and_callbacks
 
-    run.passes_weights_only_on = True  # type: ignore[attr-defined]
+    run.introduces = True  # type: ignore[attr-defined]
     Trainer._run = run  # type: ignore[method-assign]
+
+
+@contextmanager
+def before_sharding(convert: Callable[[], None]) -> Iterator[None]:
+    """Within this, `convert` is called before `fully_shard` shards anything, under whatever name code knows it by.
+
+    Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py, fully_shard, which users call in `configure_model`
+    (lightning/pytorch/strategies/model_parallel.py): when `convert_module` comes, weights are in parts already. Inside
+    of it nothing can be converted, because its @contract checks that no parameter gets another name.
+    Removed by: a hook between building a model and sharding it.
+    """
+    original: Any = import_module("torch.distributed.fsdp").fully_shard
+
+    @wraps(original)
+    def sharded(*args: Any, **kwargs: Any) -> Any:
+        convert()
+        return original(*args, **kwargs)
+
+    holders = [vars(module) for name, module in list(sys.modules.items()) if not name.startswith("torch.distributed.")]
+    holders.append(vars(import_module("torch.distributed.fsdp")))
+    found = [(held, key) for held in holders for key, value in list(held.items()) if value is original]
+    for held, key in found:
+        held[key] = sharded
+    try:
+        yield
+    finally:
+        for held, key in found:
+            held[key] = original
+
+
+def load_whole_states_of_sharded_modules() -> None:
+    """Let a converted module that is sharded load the state of one file by itself, with all its checks.
+
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_raw_module_state: loads parameter by parameter, and
+    misses those that a checkpoint of adapters leaves out.
+    Removed by: upstream calling the module's own load_state_dict, which torch lets take whole tensors.
+    """
+    upstream: Any = import_module("lightning.fabric.strategies.model_parallel")
+    original = upstream._load_raw_module_state
+    if getattr(original, "asks_the_module", False):
+        return
+
+    @wraps(original)
+    def load(state_dict: Any, module: nn.Module, world_size: int = 1, strict: bool = True) -> None:
+        if any("_qlora_frozen" in vars(part) for part in module.modules()):
+            module.load_state_dict(state_dict, strict=strict)
+        else:
+            original(state_dict, module, world_size, strict)
+
+    load.asks_the_module = True  # type: ignore[attr-defined]
+    upstream._load_raw_module_state = load
+
+
+def let_keys_be_no_attributes() -> None:
+    """Let a converted module's state dict hold keys under which the module has no attribute, as fingerprints are.
+
+    Upstream: torch/distributed/checkpoint/state_dict.py, _get_fqns: strips the prefixes of wrappers from every key by
+    walking the module's attributes; keys of state dict hooks, which are written without them, end in AttributeError.
+    Removed by: upstream leaving keys alone that name no attribute.
+    """
+    upstream: Any = import_module("torch.distributed.checkpoint.state_dict")
+    original = upstream._get_fqns
+    if getattr(original, "takes_any_key", False):
+        return
+
+    @wraps(original)
+    def names(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> set[str]:
+        try:
+            found: set[str] = original(model, name, *args, **kwargs)
+        except AttributeError:
+            if not any("_qlora_frozen" in vars(part) for part in model.modules()):
+                raise
+            return {name}
+        return found
+
+    names.takes_any_key = True  # type: ignore[attr-defined]
+    upstream._get_fqns = names
 
 
 def announce_optimizers_to_fabric_callbacks() -> None:

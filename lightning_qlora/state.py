@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora import seams
 from lightning_qlora.adapters.base_model import describe_base
 from lightning_qlora.adapters.kept_start import keep_start
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.linear_state import FINGERPRINT, CheckpointMismatchError
+from lightning_qlora.sharded import is_sharded, like
 from lightning_qlora.starts.since_start import belongs_to
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
@@ -80,6 +82,8 @@ def base_model_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _complete(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     if _is_merged(root):
         return
+    if any(is_sharded(parameter) for parameter in root.parameters()):
+        seams.let_keys_be_no_attributes()
     config: QLoRAConfig = root._qlora_config  # type: ignore[assignment]
     if config.checkpoint == "adapter":
         _replace_by_fingerprints(root, state_dict, prefix)
@@ -116,6 +120,9 @@ def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str,
                 f"{int(expected):x} there, {known:x} here). Load the base model it was trained with."
             )
         state_dict[prefix + name] = parameter.detach()
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if prefix + name in state_dict:  # the whole of it, where every rank holds a part
+            state_dict[prefix + name] = like(state_dict[prefix + name], parameter)
 
 
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

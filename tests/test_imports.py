@@ -13,11 +13,11 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # From the bottom up; a file imports only from entries before its own (and, in a folder, from its own folder).
 ORDER = [
-    "config", "quantize", "bnb_layers", "kernels", "fingerprint", "decoded", "starts", "dora", "packed_linear",
-    "adapted_linear", "linear_state", "linear", "random_state", "loraplus", "checkpointing", "choose", "seams",
-    "calibration", "files", "writing", "bnb_folder", "adapters", "merging", "loaded", "hf_quantizer", "loading",
-    "report", "state", "checkpoint_adapter", "convert", "guards", "early_optimizer", "checkpoint", "paging",
-    "memory", "precision", "inspection", "doctor", "cli", "__init__",
+    "config", "quantize", "bnb_layers", "kernels", "sharded", "fingerprint", "decoded", "starts", "dora",
+    "packed_linear", "adapted_linear", "linear_state", "linear", "random_state", "loraplus", "checkpointing",
+    "choose", "seams", "calibration", "files", "writing", "bnb_folder", "adapters", "merging", "loaded",
+    "hf_quantizer", "loading", "report", "state", "checkpoint_adapter", "convert", "guards", "early_optimizer",
+    "checkpoint", "paging", "memory", "precision", "inspection", "doctor", "cli", "__init__",
 ]  # fmt: skip
 
 

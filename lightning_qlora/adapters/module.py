@@ -11,7 +11,6 @@ from typing import Any, NoReturn, get_args
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_qlora import starts
 from lightning_qlora.adapters.base_model import describe_base, find_base, plain_name, trained_in_full
@@ -23,6 +22,7 @@ from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.linear_state import CheckpointMismatchError
+from lightning_qlora.sharded import whole
 from lightning_qlora.starts.since_start import Origin, belongs_to
 
 
@@ -90,10 +90,10 @@ def adapter_of(module: nn.Module) -> Adapter:
     return Adapter(
         layers={
             name: LayerAdapter(
-                _whole(layer.lora_A),
-                _whole(layer.lora_B),
+                whole(layer.lora_A).detach(),
+                whole(layer.lora_B).detach(),
                 layer.scaling * (math.sqrt(layer.r) if rslora else layer.r),
-                None if layer.lora_magnitude_vector is None else _whole(layer.lora_magnitude_vector),
+                None if layer.lora_magnitude_vector is None else whole(layer.lora_magnitude_vector).detach(),
             )
             for name, layer in layers.items()
         },
@@ -204,7 +204,7 @@ def _state(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What PEFT saves of a module: its own parameters and persistent buffers."""
     for key, value in {**part._parameters, **part._buffers}.items():
         if value is not None and key not in part._non_persistent_buffers_set:
-            yield key, _whole(value)
+            yield key, whole(value).detach()
 
 
 def _named_state(base: nn.Module) -> dict[str, Tensor]:
@@ -260,8 +260,3 @@ def _refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
         f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {what}. An adapter fits the "
         "architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
     )
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that is not sharded; all ranks call this."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

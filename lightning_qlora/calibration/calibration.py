@@ -19,7 +19,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_qlora import seams, starts
@@ -29,6 +28,7 @@ from lightning_qlora.calibration.undisturbed import map_kept, undisturbed
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.random_state import world_size
+from lightning_qlora.sharded import is_sharded
 
 
 class Calibration:
@@ -218,7 +218,7 @@ def start_from(layer: QLoRALinear, input_rms: Tensor, source: int = 0) -> None:
     Raises:
         RuntimeError: If the adapter is sharded.
     """
-    if isinstance(layer.lora_A.data, DTensor):
+    if is_sharded(layer.lora_A):
         raise RuntimeError(
             f"{layer.full_name}: init_lora_weights='calibrated' can't start an adapter that is sharded already (FSDP2, "
             "tensor parallel). Use 'loftq' or 'pissa', which start before sharding."

@@ -4,13 +4,13 @@ from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_qlora.adapters.base_model import find_base, plain_name
 from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import check_choice
 from lightning_qlora.linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.merging.rounding import round_at_random
+from lightning_qlora.sharded import is_sharded
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -37,7 +37,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     close_calibrations(module)
     names = {layer: plain_name(name) for name, layer in find_base(module)[1].named_modules()}
     for name, layer in layers.items():
-        if isinstance(layer.packed, DTensor):
+        if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
         to_dense(layer, merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer]))
     if dtype != "auto":

@@ -42,6 +42,18 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_an_input_without_rows_has_an_output_without_rows(dtype, lead):
+    """As an expert of a mixture gets it that no token chose; columns of whole runs, for the fused products."""
+    weight, x, bias, lora_a, lora_b = make(columns=128, lead=lead, dtype=dtype)
+    y = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.1, torch.tensor([3]))
+    assert y.shape == (*lead, 48)
+    grads = torch.autograd.grad(y.sum(), [x, bias, lora_a, lora_b])
+    assert grads[0].shape == x.shape
+    assert all((grad == 0).all() for grad in grads[1:])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 9), st.integers(1, 8), st.sampled_from(DTYPES),

@@ -39,7 +39,7 @@ def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypat
     assert torch.equal(add_matmul_(torch.zeros_like(first), x, weight), first)
 
 
-def test_what_it_leaves_to_the_decoded_product():
+def test_what_it_leaves_to_the_decoded_product(monkeypatch):
     small, x, *_ = layer(32, 128, 4, torch.bfloat16, 4)
     assert can_add_matmul(x, small)
     assert not can_add_matmul(x.float(), small)
@@ -47,6 +47,9 @@ def test_what_it_leaves_to_the_decoded_product():
     assert not can_add_matmul(x[:0], small)
     ragged, x, *_ = layer(32, 100, 4, torch.bfloat16, 4)
     assert not can_add_matmul(x, ragged)
+    for target, is_fused in {"sm_70": False, "sm_75": False, "sm_80": True, "sm_121": True}.items():
+        monkeypatch.setattr(tiles, "target", lambda device, target=target: target)
+        assert can_add_matmul(x.new_zeros(4, 128), small) == is_fused
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -191,3 +191,5 @@ def _launch(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: Ad
         for tensor, copy in zip(column, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
+    # Torch does not see the kernels write, and autograd and checkpoints of what was once frozen ask who wrote.
+    torch.autograd.graph.increment_version(given[0])

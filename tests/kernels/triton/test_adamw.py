@@ -105,3 +105,18 @@ def test_parameters_and_state_that_are_not_contiguous(bits):
     assert not params[0].is_contiguous() and not states[0][0][0].is_contiguous()
     torch.testing.assert_close(params[0].detach(), expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_autograd_hears_that_a_parameter_was_written_to(bits):
+    """Checkpoints too: they leave out what conversion froze unless its version says that it was trained since."""
+    param = torch.ones(300, requires_grad=True)
+    loss = param.square().sum()
+    if bits == 32:
+        adamw_step([param], [torch.ones(300)], [torch.zeros(300)], [torch.zeros(300)], AdamWStep(1, **SCALARS))
+    else:
+        m, v = ([torch.zeros(300, dtype=torch.uint8)] for _ in range(2))
+        m_scales, v_scales = ([torch.zeros(2)] for _ in range(2))
+        adamw8bit_step([param], [torch.ones(300)], m, m_scales, v, v_scales, AdamWStep(1, **SCALARS))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -54,6 +54,18 @@ def test_an_input_without_rows_has_an_output_without_rows(dtype, lead):
     assert all((grad == 0).all() for grad in grads[1:])
 
 
+def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
+    """The fused products read by address, so they would read past the input or the weight."""
+    weight, x, _, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"weight \[48, 128\] and x \[2, 5, 64\] need A \[r, 128\]"):
+        ops.lora_linear(x[..., :64], weight, None, lora_a[:, :64], lora_b, 0.5)
+    wide, lora_a = torch.cat([x, x], -1), torch.cat([lora_a, lora_a], -1)
+    with pytest.raises(ValueError, match="has 6144 bytes of codes and 192 of scales; got 3072 and 96"):
+        torch.ops.lightning_qlora.lora_linear(wide, *weight[:3], None, lora_a, lora_b, None, 48, "nf4", 64, 0.5, 0.0)
+    with pytest.raises(ValueError, match="has 6144 bytes"):
+        torch.ops.lightning_qlora.dequantize(*weight[:3], [48, 256], "nf4", 64, torch.float32)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 9), st.integers(1, 8), st.sampled_from(DTYPES),

@@ -143,20 +143,28 @@ def _adamw_cases(target: str) -> Iterator[Case]:
 
 
 def _matmul_cases(target: str) -> Iterator[Case]:
+    halves = torch.bfloat16, torch.float16
     for tile, threads in _tiles("matmul", target):
-        halves = torch.bfloat16, torch.float16
+        rows = tile["up_to"]
         kinds = [*product(halves, (64,), (True, False)), *product(halves[:1], (32, 4096), (True,))]
         for dtype, block_size, double_quant in kinds:
             run = min(block_size, 64)
-            weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
-            x, y = torch.randn(tile["up_to"], 512).to(dtype), torch.zeros(tile["up_to"], 128).to(dtype)
             yield Case(
-                f"matmul {NAMES[dtype]}, {tile['up_to']} rows, block {block_size}"
-                f"{', double quantization' * double_quant}",
-                partial(add_matmul_, y, x, weight), run * tile["N"] / threads, 12 if run == 64 else 18, loop=True,
-                which=0,
-                short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
+                f"matmul {NAMES[dtype]}, {rows} rows, block {block_size}{', double quantization' * double_quant}",
+                _matmul(rows, dtype, block_size, double_quant), run * tile["N"] / threads, 12 if run == 64 else 18,
+                loop=True, which=0, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
+    for tile, _ in _tiles("matmul", target)[:1]:  # the second launch, whose size no tile sets: 1024 sums, four warps
+        for dtype in halves:
+            yield Case(
+                f"matmul {NAMES[dtype]}, adding the shares, per element", _matmul(tile["up_to"], dtype, 64, True),
+                1024 / 128, 40, short=dtype == torch.bfloat16,
+            )  # fmt: skip
+
+
+def _matmul(rows: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Callable[[], object]:
+    weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
+    return partial(add_matmul_, torch.zeros(rows, 128).to(dtype), torch.randn(rows, 512).to(dtype), weight)
 
 
 def check(case: Case, target: str) -> tuple[Report, float, list[str]]:

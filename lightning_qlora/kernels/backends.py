@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Protocol, cast
 
 import torch
@@ -56,11 +55,13 @@ def backend(device: torch.device) -> Backend:
 
 @cache
 def _triton() -> Backend | None:
-    if find_spec("triton") is None:
+    try:
+        return cast(Backend, import_module("lightning_qlora.kernels.triton"))
+    except ImportError as error:  # it is not installed, or it is broken: an importable name says nothing about either
         warnings.warn(
-            "Triton is not installed, so the 4-bit layers run in eager PyTorch on this GPU: the results are right, but "
-            "each product costs several passes over memory. `pip install triton` (Linux) or `triton-windows` mends it.",
+            f"Triton cannot be imported ({error}), so the 4-bit layers run in eager PyTorch on this GPU: the results "
+            "are right, but each product costs several passes over memory. `pip install triton` (Linux) or "
+            "`triton-windows` mends it.",
             stacklevel=2,
         )
         return None
-    return cast(Backend, import_module("lightning_qlora.kernels.triton"))

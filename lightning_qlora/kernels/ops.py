@@ -146,6 +146,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     weight = PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
+    _check_bytes(weight)
     return backend(packed.device).dequantize(weight, dtype)
 
 
@@ -269,7 +270,7 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """[..., in] -> [..., out] and drop(x) A^T, [m, r]."""
-    _check_linear(x, lora_a, lora_b, weight.shape[0], bias)
+    _check_linear(x, lora_a, lora_b, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, xa = backend(x.device).linear(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
     # Not `view`, as in torch's own linear: a view made in an autograd.Function can't be changed in place later.
@@ -293,14 +294,27 @@ def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 
-def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, out_features: int, bias: Tensor | None) -> None:
+def _check_bytes(weight: PackedBytes) -> None:
+    """The loops and kernels are given addresses: of a weight with too few bytes they would read what lies behind it."""
+    blocks = -(-weight.numel // weight.block_size)
+    needed = (weight.numel + 1) // 2, blocks if weight.nested.numel() else 4 * blocks
+    if (weight.packed.numel(), weight.absmax.numel()) != needed:
+        raise ValueError(
+            f"A 4-bit weight {list(weight.shape)} in blocks of {weight.block_size} has {needed[0]} bytes of codes and "
+            f"{needed[1]} of scales; got {weight.packed.numel()} and {weight.absmax.numel()}."
+        )
+
+
+def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
-    r, in_features = lora_a.shape
-    matches = x.shape[-1] == in_features and tuple(lora_b.shape) == (out_features, r)
+    (out_features, in_features), r = weight.shape, len(lora_a)
+    matches = x.shape[-1] == in_features and tuple(lora_a.shape) == (r, in_features)
+    matches = matches and tuple(lora_b.shape) == (out_features, r)
     if not matches or (bias is not None and tuple(bias.shape) != (out_features,)):
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]
         raise ValueError(
-            f"lora_linear: x {list(x.shape)} and a weight with {out_features} rows need A [r, {x.shape[-1]}], "
+            f"lora_linear: a weight [{out_features}, {in_features}] and x {list(x.shape)} need A [r, {in_features}], "
             f"B [{out_features}, r] and bias [{out_features}]; got {shapes}."
         )
+    _check_bytes(weight)

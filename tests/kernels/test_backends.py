@@ -20,8 +20,14 @@ def test_a_gpu_gets_the_kernels_and_a_cpu_the_eager_path(monkeypatch):
     assert backends.backend(torch.device("cpu")) is cpu
 
 
-def test_without_triton_a_gpu_gets_the_eager_path_and_the_user_hears_it_once(monkeypatch, recwarn):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+@pytest.mark.parametrize("reason", ["No module named 'triton'", "libtriton.so: undefined symbol: x"])
+def test_where_triton_cannot_be_imported_a_gpu_gets_the_eager_path_and_the_user_hears_why_once(
+    monkeypatch, recwarn, reason
+):
+    def fail(name):
+        raise ImportError(reason)
+
+    monkeypatch.setattr(backends, "import_module", fail)
     assert backends.backend(CUDA) is cpu
     assert backends.backend(CUDA) is cpu
-    assert ["Triton is not installed" in str(warning.message) for warning in recwarn] == [True]
+    assert [f"Triton cannot be imported ({reason})" in str(warning.message) for warning in recwarn] == [True]

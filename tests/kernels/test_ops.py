@@ -42,6 +42,30 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_an_input_without_rows_has_an_output_without_rows(dtype, lead):
+    """As an expert of a mixture gets it that no token chose; columns of whole runs, for the fused products."""
+    weight, x, bias, lora_a, lora_b = make(columns=128, lead=lead, dtype=dtype)
+    y = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.1, torch.tensor([3]))
+    assert y.shape == (*lead, 48)
+    grads = torch.autograd.grad(y.sum(), [x, bias, lora_a, lora_b])
+    assert grads[0].shape == x.shape
+    assert all((grad == 0).all() for grad in grads[1:])
+
+
+def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
+    """The fused products read by address, so they would read past the input or the weight."""
+    weight, x, _, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"weight \[48, 128\] and x \[2, 5, 64\] need A \[r, 128\]"):
+        ops.lora_linear(x[..., :64], weight, None, lora_a[:, :64], lora_b, 0.5)
+    wide, lora_a = torch.cat([x, x], -1), torch.cat([lora_a, lora_a], -1)
+    with pytest.raises(ValueError, match="has 6144 bytes of codes and 192 of scales; got 3072 and 96"):
+        torch.ops.lightning_qlora.lora_linear(wide, *weight[:3], None, lora_a, lora_b, None, 48, "nf4", 64, 0.5, 0.0)
+    with pytest.raises(ValueError, match="has 6144 bytes"):
+        torch.ops.lightning_qlora.dequantize(*weight[:3], [48, 256], "nf4", 64, torch.float32)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 9), st.integers(1, 8), st.sampled_from(DTYPES),

@@ -166,11 +166,11 @@ def adamw8bit_step(
     _launch(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
 
 
+@torch.no_grad()
 def _launch(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
     """One launch for each pair of types of parameter and gradient: mostly one."""
-    tensors[1] = [grad.contiguous() for grad in tensors[1]]
-    if not all(tensor.is_contiguous() for column in tensors for tensor in column):
-        raise ValueError("AdamW in Triton: parameters and their state must be contiguous.")
+    given = tensors
+    tensors = [[tensor.contiguous() for tensor in column] for column in given]  # most are, and then it copies nothing
     for kinds in {(param.dtype, grad.dtype) for param, grad in zip(*tensors[:2], strict=True)}:
         rows = [row for row in zip(*tensors, strict=True) if (row[0].dtype, row[1].dtype) == kinds]
         columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in zip(*rows, strict=True))
@@ -187,3 +187,9 @@ def _launch(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: Ad
                 ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
                 enable_fp_fusion=False, **tile,
             )  # fmt: skip
+    for column, copies in zip([given[0], *given[2:]], [tensors[0], *tensors[2:]], strict=True):  # all but gradients
+        for tensor, copy in zip(column, copies, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
+    # Torch does not see the kernels write, and autograd and checkpoints of what was once frozen ask who wrote.
+    torch.autograd.graph.increment_version(given[0])

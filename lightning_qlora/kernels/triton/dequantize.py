@@ -20,7 +20,7 @@ from lightning_qlora.quantize.packed import PackedBytes
 
 @triton.jit
 def load_scales(absmax, nested, n_nested, levels8, block, mask):
-    """The fp32 scale of each block, from its 8-bit code or from its four bytes."""
+    """The fp32 scale of each block, from its 8-bit code or from its four bytes; nested[n_nested] is the offset."""
     if absmax.dtype.element_ty == tl.uint8:
         level8 = tl.load(levels8 + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
         scales = level8 * tl.load(nested + block // 256, mask=mask, other=0.0) + tl.load(nested + n_nested)
@@ -51,6 +51,7 @@ def _dequantize_kernel(
     if packed.dtype.element_ty == tl.int32:
         mask = begins[:, None, None]
         words = tl.load(packed + first // 8 + word, mask=begins[:, None], other=0, eviction_policy="evict_first")
+        # A word's eight codes make 8 / UNIT units: the words again, one for each unit, its codes shifted to the bottom.
         words = words[:, :, None] >> (tl.arange(0, 8 // UNIT) * 4 * UNIT)[None, None, :]
         words = tl.reshape(words, (RUNS, RUN // UNIT, 1))
         codes = (words >> ((place * 4) ^ 4)[None, None, :]) & 15  # ^ 4: the first code is a byte's high half
@@ -74,7 +75,7 @@ def scale_arguments(weight: PackedBytes) -> tuple[Tensor, Tensor, int, Tensor]:
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
     device, n, packed = weight.packed.device, weight.numel, weight.packed.reshape(-1)
-    run = min(weight.block_size, 64)
+    run = min(weight.block_size, 64)  # longer blocks are several runs, so that one tile serves every block size
     if n % run == 0 and packed.data_ptr() % 4 == 0:
         packed = packed.view(torch.int32)
     tile = launch_options("dequantize", device)

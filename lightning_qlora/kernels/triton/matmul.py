@@ -59,7 +59,7 @@ def _add_kernel(sums, y, size, splits, SIZE: tl.constexpr):
 def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
     """Whether `add_matmul_` is right, and by the table of tiles fast, for x [m, k]."""
     whole_runs = weight.shape[1] % min(weight.block_size, 64) == 0
-    return x.dtype != torch.float32 and whole_runs and bool(launch_options("matmul", x.device, len(x)))
+    return len(x) > 0 and x.dtype != torch.float32 and whole_runs and bool(launch_options("matmul", x.device, len(x)))
 
 
 def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:

@@ -86,7 +86,37 @@ def test_state_that_begins_off_a_16_byte_border():
     torch.testing.assert_close(p, expected[0], rtol=1e-5, atol=1e-6)
 
 
-def test_state_that_is_not_contiguous_is_refused():
-    p = torch.randn(8, 8).T
-    with pytest.raises(ValueError, match="contiguous"):
-        adamw_step([p], [p.contiguous()], [torch.zeros(8, 8)], [torch.zeros(8, 8)], AdamWStep(1, **SCALARS))
+@pytest.mark.parametrize("bits", [32, 8])
+def test_parameters_and_state_that_are_not_contiguous(bits):
+    """As in a convolution in channels_last; state in the order of the elements, not of memory, as on a CPU."""
+    params, expected = ([torch.randn(30, 20, generator=torch.Generator().manual_seed(0)).T] for _ in range(2))
+    params[0].requires_grad_()
+    if bits == 32:
+        states = [[[torch.zeros(30, 20).T], [torch.zeros(30, 20).T]] for _ in range(2)]
+        steps = adamw_step, reference.adamw_step
+    else:
+        states = [[[torch.zeros(30, 20).byte().T], [torch.zeros(3)]] * 2 for _ in range(2)]
+        states = [[[tensor.clone() for tensor in column] for column in state] for state in states]
+        steps = adamw8bit_step, reference.adamw8bit_step
+    for step in range(1, 4):
+        grads = [torch.randn(30, generator=torch.Generator().manual_seed(step)).expand(20, 30)]
+        for update, tensors, state in zip(steps, (params, expected), states, strict=True):
+            update(tensors, grads, *state, AdamWStep(step, **SCALARS))
+    assert not params[0].is_contiguous() and not states[0][0][0].is_contiguous()
+    torch.testing.assert_close(params[0].detach(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_autograd_hears_that_a_parameter_was_written_to(bits):
+    """Checkpoints too: they leave out what conversion froze unless its version says that it was trained since."""
+    param = torch.ones(300, requires_grad=True)
+    loss = param.square().sum()
+    if bits == 32:
+        adamw_step([param], [torch.ones(300)], [torch.zeros(300)], [torch.zeros(300)], AdamWStep(1, **SCALARS))
+    else:
+        m, v = ([torch.zeros(300, dtype=torch.uint8)] for _ in range(2))
+        m_scales, v_scales = ([torch.zeros(2)] for _ in range(2))
+        adamw8bit_step([param], [torch.ones(300)], m, m_scales, v, v_scales, AdamWStep(1, **SCALARS))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,12 +1,16 @@
 """The short form of the compile gate (`make compile-kernels` runs all of it), and the gate's own tests."""
 
 import json
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 
 pytest.importorskip("triton")
 
 from benchmarks.compile_kernels import SHORT, cases, check, main
+from benchmarks.compiled import recorded
+from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
 
 
@@ -23,6 +27,16 @@ def table(tmp_path, monkeypatch):
 def test_a_launch_compiles_within_its_budget(target, case):
     _, _, wrong = check(case, target)
     assert not wrong
+
+
+def test_no_kernel_is_left_out():
+    modules = [import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__)]
+    compiled = set()
+    for case in cases("sm_90"):
+        with recorded("sm_90") as launches:
+            case.launch()
+        compiled.add(launches[case.which].kernel.__name__)
+    assert compiled == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 def test_a_spilling_tile_fails(table, capsys):

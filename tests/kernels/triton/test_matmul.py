@@ -39,13 +39,28 @@ def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypat
     assert torch.equal(add_matmul_(torch.zeros_like(first), x, weight), first)
 
 
-def test_what_it_leaves_to_the_decoded_product():
+def test_what_it_leaves_to_the_decoded_product(monkeypatch):
     small, x, *_ = layer(32, 128, 4, torch.bfloat16, 4)
     assert can_add_matmul(x, small)
     assert not can_add_matmul(x.float(), small)
     assert not can_add_matmul(x.new_zeros(64, 128), small)
+    assert not can_add_matmul(x[:0], small)
     ragged, x, *_ = layer(32, 100, 4, torch.bfloat16, 4)
     assert not can_add_matmul(x, ragged)
+    for target, is_fused in {"sm_70": False, "sm_75": False, "sm_80": True, "sm_121": True}.items():
+        monkeypatch.setattr(tiles, "target", lambda device, target=target: target)
+        assert can_add_matmul(x.new_zeros(4, 128), small) == is_fused
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_no_rows_at_all(dtype):
+    weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, dtype, m=0)
+    choices = (lora_a, lora_b, 0.7, 0.3, torch.tensor([5]))
+    y, xa = linear(x, weight, bias, *choices)
+    assert (y.shape, xa.shape) == ((0, 96), (0, 8))
+    grad_x, grad_a, grad_b = linear_backward(grad, x, xa, weight, *choices, True)
+    assert grad_x.shape == (0, 256)
+    assert not grad_a.any() and not grad_b.any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -68,7 +68,7 @@ class Library:
 
     def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype, transposed: bool = False) -> bool:
         """Whether `add_matmul` (or the transposed one) beats decoding and torch's product for m rows (benchmarks)."""
-        if not self._multiplies or m > MOST_ROWS:
+        if not self._multiplies or not 0 < m <= MOST_ROWS:
             return False
         if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
             return True
@@ -121,10 +121,15 @@ class Library:
         return out
 
 
+def is_off() -> bool:
+    """Whether the environment asks for the eager path."""
+    return os.environ.get(OFF, "") not in ("", "0")
+
+
 @cache
 def library() -> Library | None:
     """The library for this machine, built by the first call that needs it; None: no compiler, or it failed."""
-    if os.environ.get(OFF, "") not in ("", "0"):
+    if is_off():
         return None
     try:
         return Library(build.load(SOURCE))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.convert import convert
-from lightning_qlora.kernels import backends, build, cpu, ops
+from lightning_qlora.kernels import backends, build, cpu, native, ops
 from lightning_qlora.linear import QLoRALinear
 from lightning_qlora.paging.cuda import why_not_managed
 from lightning_qlora.report import size_text
@@ -89,5 +89,6 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
 
 def environment() -> dict[str, str]:
     """The environment variables that change what runs."""
-    names = ("TRITON_INTERPRET", "LIGHTNING_QLORA_CACHE", "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    ours = ("LIGHTNING_QLORA_CACHE", native.OFF)
+    names = ("TRITON_INTERPRET", *ours, "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,7 +1,8 @@
 """Builds a C source with the system's compiler when it is first needed, as Triton and Inductor build theirs.
 
 The library is kept under a name made of everything it depends on: source, compiler, flags and processor (a home folder
-can be shared by unlike machines). The next start finds it there; a changed source makes another one.
+can be shared by unlike machines). The next start finds it there; a changed source makes another one. The name ends with
+a hash of the file itself: to load half a library, left by a full disk or a crash, ends the process.
 """
 
 import ctypes
@@ -24,6 +25,10 @@ class BuildError(RuntimeError):
     """The library could not be built; the message says why."""
 
 
+class _VariantError(Exception):
+    """The compiler refuses a list of flags; another may do."""
+
+
 def compiler() -> str:
     """Path of the C compiler: the one that the environment variable CC names, else the first of `COMPILERS`."""
     for name in filter(None, (os.environ.get("CC"), *COMPILERS)):
@@ -35,8 +40,11 @@ def compiler() -> str:
 def cache_folder() -> Path:
     """Where libraries are kept: $LIGHTNING_QLORA_CACHE, else a folder of ours in the user's cache folder."""
     if chosen := os.environ.get("LIGHTNING_QLORA_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_qlora"
+        return Path(chosen).absolute()  # a name without a slash would be looked for among the system's libraries
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lightning_qlora"
+    except RuntimeError as error:  # a user without an entry, as in some containers
+        raise BuildError(f"{error} Set LIGHTNING_QLORA_CACHE to a folder that can be written to.") from error
 
 
 def load(source: Path, variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctypes.CDLL:
@@ -49,7 +57,7 @@ def load(source: Path, variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctyp
     for flags in variants:
         try:
             return ctypes.CDLL(str(_built(source, program, (*FLAGS, *flags))))
-        except (BuildError, OSError) as error:
+        except (_VariantError, OSError) as error:
             failures.append(f"{' '.join(flags) or 'no flags'}: {str(error).strip()}")
     raise BuildError(f"{program} failed; " + "; ".join(failures))
 
@@ -59,20 +67,29 @@ def _built(source: Path, program: str, flags: tuple[str, ...]) -> Path:
     facts = (_text(source), binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
     folder = cache_folder()
-    library = folder / f"{source.stem}-{key}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    for library in folder.glob(f"{source.stem}-{key}-*.so"):
+        if library.stem.endswith(_hash(library)):
+            return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made_in = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise BuildError(f"{error}. Set LIGHTNING_QLORA_CACHE to a folder that can be written to.") from error
     # Written beside and renamed: of several processes that start at once each sees no library or a whole one.
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with made_in as place:
         made, linked = Path(place) / "made.o", Path(place) / "made.so"
         _run([program, *flags, "-c", str(source), "-o", str(made)])
         # Linked without -fopenmp: its functions are then found in the OpenMP library that torch has loaded, so that
         # there is one pool of threads and not two.
         lookup = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         _run([program, "-shared", str(made), *lookup, "-o", str(linked)])
+        library = folder / f"{source.stem}-{key}-{_hash(linked)}.so"
         os.replace(linked, library)
     return library
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:20]
 
 
 def _text(source: Path) -> str:
@@ -82,11 +99,13 @@ def _text(source: Path) -> str:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"the compiler took more than {TIMEOUT} seconds") from error
     if done.returncode:
-        raise BuildError((done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}")
+        raise _VariantError((done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}")
 
 
 def _processor() -> str:

@@ -23,7 +23,9 @@ from lightning_qlora.quantize.packed import PackedBytes
 def path() -> str:
     """Which path the CPU takes, for people to read."""
     library = native.library()
-    return "torch alone (no compiled loops)" if library is None else f"compiled loops, {library.form}"
+    if library is not None:
+        return f"compiled loops, {library.form}"
+    return f"torch alone ({native.OFF} is set)" if native.is_off() else "torch alone (no compiled loops)"
 
 
 def _library(x: Tensor) -> Library | None:

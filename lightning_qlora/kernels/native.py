@@ -121,10 +121,15 @@ class Library:
         return out
 
 
+def is_off() -> bool:
+    """Whether the environment asks for the eager path."""
+    return os.environ.get(OFF, "") not in ("", "0")
+
+
 @cache
 def library() -> Library | None:
     """The library for this machine, built by the first call that needs it; None: no compiler, or it failed."""
-    if os.environ.get(OFF, "") not in ("", "0"):
+    if is_off():
         return None
     try:
         return Library(build.load(SOURCE))

@@ -270,6 +270,9 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """[..., in] -> [..., out] and drop(x) A^T, [m, r]."""
+    if _autocast_meddles(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
     _check_linear(x, lora_a, lora_b, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, xa = backend(x.device).linear(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
@@ -282,12 +285,21 @@ def _backward(
     seed: Tensor | None, needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, shaped as x, of A and of B."""
+    if _autocast_meddles(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     out_features, in_features = weight.shape
     rows, grad_rows = (x, grad) if x.dim() == 2 else (x.reshape(-1, in_features), grad.reshape(-1, out_features))
     grad_x, grad_a, grad_b = backend(x.device).linear_backward(
         grad_rows, rows, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
     )
     return grad_x if grad_x is None or x.dim() == 2 else grad_x.view(x.shape), grad_a, grad_b
+
+
+def _autocast_meddles(x: Tensor) -> bool:
+    """Whether autocast would make torch's products of another type than x, which the loops and kernels write to."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not x.dtype
 
 
 def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -119,7 +119,9 @@ def mean_in_fixed_order(values: Tensor) -> Tensor:
     first = _in_order([body[0], *vectors[rows * unrolled :]])
     per_lane = _in_order([first, *body[1:]])
     rest = _in_order([values.new_zeros(()), *values[n // lanes * lanes :]])
-    return _in_order([rest, *per_lane]) / n
+    # Not by the number: a GPU multiplies by a number's rounded reciprocal, which loses the last bit (torch's
+    # BinaryDivTrueKernel.cu).
+    return _in_order([rest, *per_lane]) / values.new_full((), n)
 
 
 def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:

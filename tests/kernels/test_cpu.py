@@ -227,3 +227,41 @@ def test_it_uses_the_threads_that_torch_has():
     )
     result = _python(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_half_a_library_is_built_again_and_not_loaded(tmp_path):
+    """Loading it would end the process with a bus error, at every start."""
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    code = "from lightning_qlora.kernels import cpu; print(cpu.path())"
+    first = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
+    (library,) = tmp_path.iterdir()
+    os.truncate(library, library.stat().st_size // 2)
+    second = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+
+
+def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(tmp_path, monkeypatch):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nprintf 'caf\\351' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path))
+    with pytest.raises(build.BuildError, match="caf"):
+        build.load(native.SOURCE)
+    monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home.")))
+    with pytest.raises(build.BuildError, match="Set LIGHTNING_QLORA_CACHE"):
+        build.load(native.SOURCE)
+
+
+def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", ".")
+    assert build.cache_folder() == tmp_path
+
+
+def test_the_path_says_when_the_environment_turned_the_loops_off():
+    result = _python("from lightning_qlora.kernels import cpu; print(cpu.path())", LIGHTNING_QLORA_NO_BUILD="1")
+    assert result.stdout == "torch alone (LIGHTNING_QLORA_NO_BUILD is set)\n"

@@ -202,3 +202,26 @@ def test_wrong_shapes_and_types_are_named():
         ops.lora_linear(x, weight, bias, lora_a[:, :-1], lora_b, 0.5)
     with pytest.raises((TypeError, RuntimeError), match="float64"):
         ops.lora_linear(x.double(), weight, bias, lora_a, lora_b, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_at_all(dtype):
+    """The C loops for few rows once read four where there were none."""
+    weight, _, _, lora_a, lora_b = make(rows=64, columns=128)
+    x = torch.empty(0, 128, dtype=dtype, requires_grad=True)
+    y = ops.lora_linear(x, weight, None, lora_a, lora_b, 0.5)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape, lora_a.grad.abs().sum()) == ((0, 64), (0, 128), 0)
+
+
+@pytest.mark.parametrize("m", [4, 100])
+def test_autocast_around_the_op_or_its_backward_changes_nothing(m):
+    """It made torch's products bf16, into which the loops then wrote fp32, past their end."""
+    weight, x, bias, lora_a, lora_b = make(lead=(m,))
+    y = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    expected = torch.autograd.grad(y.sum(), [x, lora_a, lora_b], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+        gradients = torch.autograd.grad(y.sum(), [x, lora_a, lora_b])
+    assert torch.equal(inside, y)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.checkpoint_adapter import errors_in_one_line
+from lightning_qlora.checkpoint_file import errors_in_one_line, is_shards, read_checkpoint
 from lightning_qlora.convert import convert_module
 from lightning_qlora.state import CONFIG, config_of
 
@@ -27,8 +27,8 @@ def load_from_checkpoint(
 
     Args:
         module_class: The class that was trained; it must load the base model itself, as it did for training.
-        checkpoint_path: A checkpoint of the Trainer or of ModelCheckpoint.
-        map_location: As in `torch.load`.
+        checkpoint_path: A checkpoint of the Trainer or of ModelCheckpoint, in one file or in shards.
+        map_location: As in `torch.load`; shards come to host memory.
         weights_only: As in `LightningModule.load_from_checkpoint`; False reads hyperparameters of any class, and can
             run code of whoever wrote the file.
         **hyperparameters: Arguments of the class, where the checkpoint's own do not do.
@@ -37,8 +37,11 @@ def load_from_checkpoint(
         ValueError: If the checkpoint was not saved from a converted module, or holds what weights_only refuses.
         CheckpointMismatchError: If the class builds another base than the one that was trained on.
     """
-    with errors_in_one_line(checkpoint_path):
-        checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
+    if is_shards(checkpoint_path):
+        checkpoint = read_checkpoint(checkpoint_path, weights_only is not False)
+    else:
+        with errors_in_one_line(checkpoint_path):
+            checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     config = config_of(state)
     if config is None:

@@ -1,17 +1,12 @@
 """The adapter in a Lightning checkpoint, without the module it was saved from."""
 
 import os
-import pickle
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.base_model import plain_name
 from lightning_qlora.adapters.folder import MAGNITUDE, Adapter, LayerAdapter
+from lightning_qlora.checkpoint_file import read_checkpoint
 from lightning_qlora.linear_state import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantize.packed import PackedWeight
 from lightning_qlora.starts.since_start import Origin, quantization_of
@@ -24,7 +19,7 @@ def adapter_of_checkpoint(
     """What `adapter_of` says of the module that a checkpoint was saved from.
 
     Args:
-        path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file.
+        path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file or in shards.
         prefix: Name of the base model in the module that was saved ("model", say); None: what the checkpoint says.
         weights_only: As in `torch.load`: whether to refuse what is neither a tensor nor a plain value.
 
@@ -91,41 +86,14 @@ def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     return f"{total:016x}" if prints else None
 
 
-@contextmanager
-def errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within this, `torch.load` of a checkpoint that is broken, or holds other things than weights, says so in a line.
-
-    Raises:
-        ValueError: As above; names the file and the object.
-    """
-    try:
-        yield
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({str(error).splitlines()[0]}).") from error
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+) ", str(error))
-        if found is None:
-            raise ValueError(f"{path}: not a checkpoint, or truncated.") from error
-        raise ValueError(
-            f"{path}: holds a {found[1]}, a hyperparameter perhaps, which is no weight: reading it can run code of "
-            "whoever wrote the file. If you trust them, pass weights_only=False (--weights_only false)."
-        ) from error
-    except (AttributeError, ImportError) as error:
-        raise ValueError(f"{path}: holds an object whose class is not to be found here ({error}).") from error
-
-
 def read_state(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
     """The state dict of the converted module in a checkpoint, and what its keys begin with.
 
     Args:
-        path: A checkpoint in one file.
+        path: A checkpoint, in one file or in shards.
         weights_only: As in `torch.load`: whether to refuse what is neither a tensor nor a plain value.
     """
-    if not os.path.isfile(path):
-        what = "is a folder: consolidate a sharded checkpoint into one file first" if os.path.isdir(path) else "no file"
-        raise FileNotFoundError(f"{path}: {what}.")
-    with errors_in_one_line(path):
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):
         # Fabric saves under whatever name the user gave the module.
         for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning_qlora.adapters.float_base import for_float_base
 from lightning_qlora.adapters.folder import Adapter, read_adapter, vllm_objections, write_adapter
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint
+from lightning_qlora.checkpoint_file import is_shards
 from lightning_qlora.config import Onto, QuantType
 from lightning_qlora.files import resolve_model
 from lightning_qlora.linear_state import CheckpointMismatchError
@@ -182,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:
-    return read_adapter(path) if os.path.isdir(path) else adapter_of_checkpoint(path, prefix, weights_only)
+    if os.path.isdir(path) and not is_shards(path):
+        return read_adapter(path)
+    return adapter_of_checkpoint(path, prefix, weights_only)
 
 
 def _show(lines: list[tuple[str, str]]) -> None:

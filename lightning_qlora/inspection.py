@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_qlora.adapters.folder import CONFIG, Adapter, read_adapter, vllm_objections
 from lightning_qlora.checkpoint_adapter import adapter_of_checkpoint, fingerprint_of_base, read_state
+from lightning_qlora.checkpoint_file import is_shards
 from lightning_qlora.files import WeightFolder, read_json, resolve_model
 from lightning_qlora.report import size_text
 from lightning_qlora.starts.since_start import belongs_to
@@ -21,7 +22,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     Raises:
         FileNotFoundError, ValueError: If there is nothing, or it is broken.
     """
-    if os.path.isfile(path):
+    if os.path.isfile(path) or is_shards(path):
         state, _ = read_state(path, weights_only)
         adapter = adapter_of_checkpoint(path, weights_only=weights_only)
         lines = [("kind", "Lightning checkpoint of a converted module"), *_of_adapter(adapter)]

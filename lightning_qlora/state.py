@@ -21,6 +21,7 @@ from lightning_qlora.starts.since_start import belongs_to
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # what is said beside them of the model inside the module
+PAGE = 4096  # bytes it fills up with spaces: a checkpoint of shards loads tensors of the same size only
 SAME = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")  # change the function, not a shape
 
 
@@ -89,7 +90,9 @@ def _complete(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) 
         _replace_by_fingerprints(root, state_dict, prefix)
     # adapter: a folder that was read once
     arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root)}
-    state_dict[prefix + CONFIG] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
+    text = json.dumps(arguments).encode()
+    text = text.ljust(-(-len(text) // PAGE) * PAGE)
+    state_dict[prefix + CONFIG] = torch.tensor(list(text), dtype=torch.uint8)
 
 
 def _replace_by_fingerprints(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

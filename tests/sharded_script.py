@@ -1,6 +1,7 @@
 """Run by test_sharded: trains under FSDP2, or on one device, with the Trainer or Fabric; writes each rank's results."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import LlamaForCausalLM
 
-from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, save_adapter
+from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
 from lightning_qlora.sharded import whole
 from tests.conftest import Classifier, loader, make_trainer
+from tests.toys import ids
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 POLICIES = {"fp32": MixedPrecisionPolicy(), "bf16": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
@@ -98,10 +101,60 @@ def with_fabric(root, devices, single_file, policy="fp32", **arguments):
     return fabric.global_rank, straight, train(again, batches[4:]), {}
 
 
+class Llama(pl.LightningModule):
+    """A transformers model that is loaded, and so quantized, and then sharded in configure_model."""
+
+    def __init__(self, folder, optimizer="AdamW"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.losses = None, []
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = LlamaForCausalLM.from_pretrained(self.hparams.folder)
+            if self._device_mesh is not None:
+                for layer in self.model.model.layers:
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(input_ids=ids(), labels=ids()).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(range(4))
+
+    def configure_optimizers(self):
+        kind = {"AdamW": torch.optim.AdamW, "PagedAdamW8bit": PagedAdamW8bit}[self.hparams.optimizer]
+        return kind(self.parameters(), lr=1e-2)
+
+
+def with_llama(root, devices, single_file, optimizer="AdamW", **arguments):
+    folder = Path(root).parent / "llama"
+
+    def fit(epochs, ckpt=None, **more):
+        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
+        module = Llama(str(folder), optimizer)
+        run = make_trainer(
+            root, plugins=QLoRAPrecision(**ARGUMENTS | arguments | more), strategy=strategy if devices > 1 else "auto",
+            devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
+            accumulate_grad_batches=2, gradient_clip_val=1.0,
+        )  # fmt: skip
+        run.fit(module, ckpt_path=ckpt)
+        return run, module
+
+    run, straight = fit(2, gradient_checkpointing=True)
+    checkpoint = str(Path(root) / "half.ckpt")
+    fit(1)[0].save_checkpoint(checkpoint)
+    _, resumed = fit(2, checkpoint, gradient_checkpointing=True)  # arguments that change no function may change
+    return run.global_rank, straight, resumed, {"losses": straight.losses}
+
+
 def main(root, loop, devices, single_file, *pairs):
     pl.seed_everything(1, verbose=False)
-    arguments = dict(pair.split("=") for pair in pairs)
-    run = {"trainer": with_trainer, "fabric": with_fabric}[loop]
+    arguments = {key: json.loads(value) for key, value in (pair.split("=") for pair in pairs)}
+    run = {"trainer": with_trainer, "fabric": with_fabric, "llama": with_llama}[loop]
     rank, straight, resumed, more = run(root, int(devices), single_file == "True", **arguments)
     save_adapter(straight, Path(root) / f"adapter{rank}")
     results = {"straight": adapters(straight), "resumed": adapters(resumed), **more}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import REPLACED
 
 
@@ -40,6 +41,19 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "averages or restores full weights that the module no longer has. Remove the callback; to average, "
                 "average the adapters of several checkpoints."
             )
+
+
+def check_start_before_sharding(config: QLoRAConfig) -> None:
+    """Refuse a start that needs a batch for adapters that are sharded before one comes.
+
+    Raises:
+        ValueError: As above.
+    """
+    if config.start == "calibrated":
+        raise ValueError(
+            "init_lora_weights='calibrated' can't start adapters that are sharded before a batch comes. Use 'loftq' or "
+            "'pissa', which start before sharding."
+        )
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

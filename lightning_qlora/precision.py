@@ -137,22 +137,20 @@ class QLoRAPrecision(Precision):
     @contextmanager
     def module_init_context(self) -> Iterator[None]:
         """Within `configure_model`, a transformers model is quantized while it is loaded, any before it is sharded."""
-        trainer = None if self._trainer is None else self._trainer()
-        shards = trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
-        sharding = seams.before_sharding(self._convert_before_sharding) if shards else nullcontext()
-        with quantize_while_loading(self.config), sharding:
+        with quantize_while_loading(self.config), self._before_sharding():
             yield
 
-    def _convert_before_sharding(self) -> None:
+    def _before_sharding(self) -> AbstractContextManager[Any]:
         trainer = None if self._trainer is None else self._trainer()
-        if trainer is None:
-            return
-        if self.config.start == "calibrated":
-            raise ValueError(
-                "init_lora_weights='calibrated' can't start adapters that are sharded before a batch comes. Use "
-                "'loftq' or 'pissa', which start before sharding."
-            )
-        self.convert_module(trainer.lightning_module)
+        if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
+            return nullcontext()
+        module = trainer.lightning_module
+
+        def convert() -> None:
+            guards.check_start_before_sharding(self.config)
+            self.convert_module(module)
+
+        return seams.before_sharding(convert)
 
     def before_run(self, trainer: Trainer) -> None:
         """Know the Trainer before `configure_model`; called by `seams.introduce_the_trainer`."""
@@ -286,7 +284,7 @@ class QLoRAPrecision(Precision):
     @override
     def teardown(self) -> None:
         """Leave the module in the mode it came in; free the pages of the optimizers and the decode buffers."""
-        for reference, mode in self._mode_before:
+        for reference, mode in reversed(self._mode_before):  # as it was before the first conversion of this run
             if (layer := reference()) is not None:
                 layer.training = mode
         self._mode_before = []

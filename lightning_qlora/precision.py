@@ -147,7 +147,7 @@ class QLoRAPrecision(Precision):
         module = trainer.lightning_module
 
         def convert() -> None:
-            guards.check_start_before_sharding(self.config)
+            guards.check_before_sharding(self.config)
             self.convert_module(module)
 
         return seams.before_sharding(convert)

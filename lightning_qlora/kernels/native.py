@@ -15,7 +15,7 @@ from lightning_qlora.kernels import build
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantize import blockwise
 from lightning_qlora.quantize.codebooks import codebook, dynamic_map
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.quantize.packed import PackedBytes, aligned
 
 SOURCE = Path(__file__).parent / "c" / "loops.c"
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # set in the environment: build nothing, stay on the eager path
@@ -140,7 +140,7 @@ def library() -> Library | None:
 
 def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
     """The weight as C sees it, and the tensors to hold on to while C reads them."""
-    packed, absmax, nested = weight.packed.contiguous(), weight.absmax.contiguous(), weight.nested.contiguous()
+    packed, absmax, nested = weight.packed.contiguous(), aligned(weight.absmax), aligned(weight.nested)
     scales, size = (nested.data_ptr(), nested.numel()) if nested.numel() else (None, 0)
     levels, dynamic = _levels(weight.quant_type)
     described = _Weight(

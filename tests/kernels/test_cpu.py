@@ -10,6 +10,7 @@ import torch
 
 from lightning_qlora.kernels import build, cpu, eager, native, reference
 from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.quantize import codebooks
 from lightning_qlora.quantize.packed import PackedBytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -135,6 +136,18 @@ def test_a_weight_given_as_views_is_read_right(library):
     assert torch.equal(
         library.quantize(transposed, "nf4", 64, True).packed, reference.quantize(transposed, "nf4", 64, True).packed
     )
+
+
+def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(library):
+    """Of threads that make a cached table at the same time the cache keeps one's: here, none's."""
+    made = library.quantize(torch.randn(64, 64), "nf4", 64, True)
+    native._levels.cache_clear()
+    native._levels("nf4")
+    codebooks.codebook.cache_clear()
+    codebooks.dynamic_map.cache_clear()
+    _others = [torch.full((size,), 7.0) for size in (16, 256) for _ in range(64)]  # in the memory that was freed
+    out = library.dequantize_into(torch.empty(64 * 64), made)
+    assert torch.equal(out, reference.dequantize(made, torch.float32).view(-1))
 
 
 def test_decoding_allocates_nothing():

@@ -4,18 +4,25 @@ A fresh tensor of 32 MB costs 15 ms of page faults on a CPU, ten times what fill
 """
 
 import threading
+import weakref
 
 import torch
 from torch import Tensor
 
 
+class _Held(dict[tuple[torch.device, torch.dtype, str], Tensor]):
+    """The buffers of one thread; unlike a dict it can be referred to weakly."""
+
+
 class _Buffers(threading.local):
-    """Buffers of one thread (autograd runs backward passes in threads of its own)."""
+    """Buffers of one thread (autograd runs a GPU's backward passes in threads of its own)."""
 
     def __init__(self) -> None:
-        self.held: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
+        self.held = _Held()
+        _of_all_threads[id(self.held)] = self.held
 
 
+_of_all_threads: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()
 _buffers = _Buffers()
 
 
@@ -31,5 +38,6 @@ def scratch(numel: int, dtype: torch.dtype, device: torch.device, purpose: str =
 
 
 def release() -> None:
-    """Let go of this thread's buffers."""
-    _buffers.held.clear()
+    """Let go of the buffers of all threads: autograd's live as long as the process."""
+    for held in [*_of_all_threads.values()]:
+        held.clear()

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 
 from lightning_qlora.kernels import build, cpu, eager, native, reference
-from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.scratch import _of_all_threads, release, scratch
 from lightning_qlora.quantize import codebooks
 from lightning_qlora.quantize.packed import PackedBytes
 
@@ -155,6 +156,31 @@ def test_decoding_allocates_nothing():
     first = cpu._decoded(weight, torch.bfloat16).data_ptr()
     assert cpu._decoded(weight, torch.bfloat16).data_ptr() == first
     assert scratch(1, torch.bfloat16, torch.device("cpu")).data_ptr() == first
+
+
+def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone():
+    """As autograd's threads have them, which do not end."""
+    made, released, buffers = threading.Event(), threading.Event(), []
+
+    def work():
+        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))._base))
+        made.set()
+        released.wait(60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert made.wait(60)
+        assert buffers[0]() is not None
+        release()
+        assert buffers[0]() is None
+    finally:
+        released.set()
+        thread.join()
+    ended = threading.Thread(target=lambda: scratch(1000, torch.float32, torch.device("cpu")))
+    ended.start()
+    ended.join()
+    assert len(_of_all_threads) <= threading.active_count()
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

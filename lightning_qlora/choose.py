@@ -103,7 +103,11 @@ def choose_layers(module: nn.Module, config: QLoRAConfig, part_of_module: bool =
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, argument):
             if not any(fits(name, pattern) for name in converted):
-                raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.")
+                left = {name: why for name, why in {**choice.train, **choice.skip}.items() if fits(name, pattern)}
+                raise ValueError(
+                    f"{argument}: {pattern!r} fits none of the layers to convert: {converted}."
+                    + "".join(f" {name}: {why}." for name, why in [*left.items()][:3])
+                )
     return choice
 
 

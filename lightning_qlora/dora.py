@@ -16,7 +16,7 @@ from lightning_qlora.quantize.packed import PackedBytes
 @torch.no_grad()
 def row_squares(weight: PackedBytes) -> Tensor:
     """||W||^2 of every row, fp32 [out]: constant, since W is."""
-    return ops.dequantize(weight, torch.float32).square().sum(1)
+    return ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ class QLoRALinear(AdaptedLinear):
         p, seed = self.lora_dropout, None
         if p and self.training:
             # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
-            seed = torch.randint(1 << 62, (1,))
+            seed = torch.randint(1 << 62, (1,), device="cpu")
         held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
         packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
         weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)

@@ -294,3 +294,9 @@ def test_a_layer_in_several_places_is_chosen_by_any_of_its_names(name):
     assert list(choose_layers(Shared(), QLoRAConfig(r=4, target_modules=name.replace(".", "[.]"))).convert) == ["enc.0"]
     block = name.partition(".")[0]
     assert choose_layers(Shared(), QLoRAConfig(r=4, modules_to_save=[block])).train == {"enc": "in modules_to_save"}
+
+
+def test_a_pattern_that_fits_only_a_layer_left_alone_says_why_it_is():
+    net = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
+    with pytest.raises(ValueError, match=r"rank_pattern: '0' fits none .* 0: .*an adapter of rank 70 would be"):
+        choose_layers(net, QLoRAConfig(r=4, rank_pattern={"0": 70}))

@@ -5,8 +5,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_qlora import QLoRALinear, convert, quantize
+from lightning_qlora import QLoRALinear, convert, dora, quantize
 from lightning_qlora.starts import random_adapter
 
 
@@ -214,9 +215,9 @@ def test_type_casts_the_adapter_and_no_byte(dtype):
     assert layer(torch.ones(2, 128, dtype=dtype)).isfinite().all()
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_module_in_double_computes_in_fp32(dora):
-    layer, _ = converted(use_dora=dora, lora_dropout=0.0)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_module_in_double_computes_in_fp32(use_dora):
+    layer, _ = converted(use_dora=use_dora, lora_dropout=0.0)
     x = torch.randn(3, 128)
     randomize(layer)
     expected = layer(x)
@@ -330,3 +331,38 @@ def test_forward_mode_derivatives_are_refused_instead_of_zero():
     x = torch.randn(3, 64)
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
         torch.func.jvp(net, (x,), (x,))
+
+
+def test_derivatives_of_torch_func_are_refused_by_what_can_be_used_instead():
+    net = nn.Sequential(nn.Linear(64, 64))
+    convert(net, r=4, lora_dropout=0.0)
+    x, func = torch.randn(3, 64), torch.func
+    adapter = {"0.lora_A": net[0].lora_A.detach()}
+    for differentiated in [
+        lambda: func.grad(lambda x: net(x).sum())(x),
+        lambda: func.vmap(func.grad(lambda x: net(x).sum()))(x),
+        lambda: func.grad(lambda x: func.vmap(net)(x).sum())(x),
+        lambda: func.grad(lambda adapter: func.functional_call(net, adapter, (x,)).sum())(adapter),
+    ]:
+        with pytest.raises(NotImplementedError, match="do not reach through 4-bit layers"):
+            differentiated()
+    # What passes by the layer, or through it without a gradient, still works.
+    assert torch.equal(func.grad(lambda factor: (factor * net(x)).sum())(torch.tensor(2.0)), net(x).sum())
+    assert func.grad(lambda x: (x * net(x.detach())).sum())(x).shape == x.shape
+    torch.testing.assert_close(func.vmap(net)(x), net(x))
+
+
+def test_dora_takes_one_dense_copy_of_a_weight_for_its_rows():
+    layer, _ = converted(use_dora=True)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == layer.weight.shape:
+                made.append(result)
+            return result
+
+    with Watch():
+        dora.row_squares(layer.weight_bytes)
+    assert len({each.data_ptr() for each in made}) == 1

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import PagedAdamW8bit, convert, estimate_memory
+from lightning_qlora.kernels import scratch
 from lightning_qlora.report import count_parameters
 from tests.conftest import Classifier
 from tests.test_checkpointing import Plain, saved_bytes
@@ -165,3 +166,16 @@ def test_a_model_that_reads_values_while_it_is_built():
     assert not estimate.counted_activations and estimate.parts["4-bit weights"] > 0
     counted = estimate_memory(config, example={"pixel_values": torch.zeros(2, 3, 32, 32)}, **ARGUMENTS)
     assert counted.parts["activations"] > 0
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_decode_buffer_is_what_a_step_holds_on_to(dora):
+    module = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 512)).bfloat16()
+    arguments = {**ARGUMENTS, "r": 100, "target_modules": ["0", "2"], "use_dora": dora}  # too many rows not to decode
+    x = torch.randn(100, 512, dtype=torch.bfloat16)
+    estimate = estimate_memory(module, example=x, **arguments)
+    convert(module, **arguments)
+    scratch.release()
+    module(x).sum().backward()
+    held = {key: buffer.nbytes for key, buffer in scratch._buffers.held.items() if key[2] == "weight"}
+    assert estimate.parts["decode buffer"] == sum(held.values())

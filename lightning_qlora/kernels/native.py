@@ -15,7 +15,7 @@ from lightning_qlora.kernels import build
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantize import blockwise
 from lightning_qlora.quantize.codebooks import codebook, dynamic_map
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.quantize.packed import PackedBytes, aligned
 
 SOURCE = Path(__file__).parent / "c" / "loops.c"
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # set in the environment: build nothing, stay on the eager path
@@ -107,9 +107,9 @@ class Library:
             return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
         codes = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
         nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
-        nested[-1] = blockwise.mean_in_fixed_order(absmax)
+        nested[-1], places = blockwise.mean_in_fixed_order(absmax), blockwise.code_of_place()
         self._loaded.quantize_scales(
-            absmax.data_ptr(), absmax.numel(), nested[-1].item(), blockwise.code_of_place().data_ptr(),
+            absmax.data_ptr(), absmax.numel(), nested[-1].item(), places.data_ptr(),
             codes.data_ptr(), nested.data_ptr(),
         )  # fmt: skip
         return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
@@ -140,20 +140,24 @@ def library() -> Library | None:
 
 def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
     """The weight as C sees it, and the tensors to hold on to while C reads them."""
-    packed, absmax, nested = weight.packed.contiguous(), weight.absmax.contiguous(), weight.nested.contiguous()
+    packed, absmax, nested = weight.packed.contiguous(), aligned(weight.absmax), aligned(weight.nested)
     scales, size = (nested.data_ptr(), nested.numel()) if nested.numel() else (None, 0)
-    levels, dynamic = _levels(weight.quant_type)
+    levels, dynamic, held = _levels(weight.quant_type)
     described = _Weight(
         packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, scales and scales + size - 4, *weight.shape,
         weight.block_size.bit_length() - 1,
     )  # fmt: skip
-    return described, [packed, absmax, nested]
+    return described, [packed, absmax, nested, *held]
 
 
 @cache
-def _levels(quant_type: QuantType) -> tuple[int, int]:
-    """Where the 16 levels of a type and the 256 of its scales lie (tensors that their caches keep)."""
-    return codebook(quant_type).levels.data_ptr(), dynamic_map().data_ptr()
+def _levels(quant_type: QuantType) -> tuple[int, int, list[Tensor]]:
+    """Where the 16 levels of a type and the 256 of its scales lie, and the tensors that lie there.
+
+    Their own caches may drop those: of several threads that ask first at the same time, a cache keeps the last one's.
+    """
+    levels, dynamic = codebook(quant_type).levels, dynamic_map()
+    return levels.data_ptr(), dynamic.data_ptr(), [levels, dynamic]
 
 
 def _threads(numel: int) -> int:

@@ -100,7 +100,7 @@ def lora_linear(
             return _forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)[0]
         y = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
         return cast(Tensor, y)
-    _refuse_forward_mode()
+    _refuse_transforms(x, bias, lora_a, lora_b)
     y, _ = torch.ops.lightning_qlora.lora_linear(
         x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0], weight.quant_type,
         weight.block_size, scaling, p,
@@ -252,17 +252,26 @@ def _is_plain(x: Tensor, lora_a: Tensor) -> bool:
     )
 
 
-def _refuse_forward_mode() -> None:
-    """Of an op without a formula for it torch.func.jvp makes zeros, in silence."""
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Of an op without a formula for it torch.func.jvp makes zeros, in silence; torch.func.grad's error misleads."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
+    use = "Use backward(), torch.autograd.grad or torch.autograd.functional.vjp."
     if any(
         layer.key() == torch._C._functorch.TransformType.Jvp for layer in torch._C._functorch.get_interpreter_stack()
     ):
         raise NotImplementedError(
-            "torch.func.jvp, jacfwd and hessian need forward-mode derivatives, which 4-bit layers do not have. Use "
-            "backward(), torch.autograd.grad or torch.autograd.functional.vjp."
+            "torch.func.jvp, jacfwd and hessian need forward-mode derivatives, which 4-bit layers do not have. " + use
         )
+    if torch.is_grad_enabled() and any(tensor is not None and _is_differentiated(tensor) for tensor in tensors):
+        raise NotImplementedError("torch.func.grad, vjp and jacrev do not reach through 4-bit layers. " + use)
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Whether torch.func.grad or one of its kin follows a tensor, inside of vmap or around it."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
 
 
 def _forward(

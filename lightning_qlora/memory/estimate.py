@@ -130,12 +130,20 @@ def _estimate(
         trained_bytes,
         trained_bytes,
         int(state),
-        max((layer.weight_bytes.numel * _compute_size(layer) for layer in converted), default=0),
+        _decode_buffers(converted),
         0 if run is None else activation_bytes(twin, run, config.gradient_checkpointing),
     )
     parts = dict(zip(PARTS, counts, strict=True))
     return MemoryEstimate(parts, bool(config.paged_optimizer), trainable, total, dense_bytes, run is not None)
 
 
-def _compute_size(layer: QLoRALinear) -> int:
-    return layer.compute_dtype(torch.empty(0, dtype=layer.weight_dtype)).itemsize
+def _decode_buffers(layers: list[QLoRALinear]) -> int:
+    """Bytes of the buffers that weights are decoded into: one for each type, as large as its largest weight."""
+    largest: dict[torch.dtype, int] = {}
+    for layer in layers:
+        types = {layer.compute_dtype(torch.empty(0, dtype=layer.weight_dtype))}
+        if layer.config.use_dora:
+            types.add(torch.float32)  # the norm of the rows
+        for dtype in types:
+            largest[dtype] = max(largest.get(dtype, 0), layer.weight_bytes.numel)
+    return sum(dtype.itemsize * numel for dtype, numel in largest.items())

@@ -87,7 +87,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1, dtype=torch.float32, device="cpu")
         means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += means.tolist() + ((-means).tolist() if signed else [])
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

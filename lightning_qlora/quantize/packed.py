@@ -43,9 +43,15 @@ class PackedBytes(NamedTuple):
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""
         if not self.nested.numel():
-            return self.absmax.reshape(-1).view(torch.float32)
-        nested = self.nested.reshape(-1).view(torch.float32)
+            return aligned(self.absmax).view(torch.float32)
+        nested = aligned(self.nested).view(torch.float32)
         return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1])
+
+
+def aligned(held: Tensor) -> Tensor:
+    """The bytes, flat, where fp32 numbers can be read: those cut out of a larger tensor may begin anywhere in it."""
+    flat = held.contiguous().view(-1)
+    return flat.clone() if flat.storage_offset() % 4 else flat
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,13 @@ class PackedWeight:
 
     @classmethod
     def from_bytes(cls, weight: PackedBytes, dtype: torch.dtype) -> "PackedWeight":
-        """The value behind a layer's uint8 tensors (no copy)."""
+        """The value behind a layer's uint8 tensors (no copy, but of scales that lie askew)."""
         absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
         if weight.nested.numel():
-            nested = weight.nested.reshape(-1).view(torch.float32)
+            nested = aligned(weight.nested).view(torch.float32)
             nested_absmax, offset = nested[:-1], nested[-1].item()
         else:
-            absmax = absmax.view(torch.float32)
+            absmax = aligned(absmax).view(torch.float32)
         return cls(
             weight.packed.reshape(-1, 1), absmax, nested_absmax, offset, weight.shape, weight.quant_type,
             weight.block_size, dtype,

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 
 from lightning_qlora.kernels import build, cpu, eager, native, reference
-from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.scratch import _of_all_threads, release, scratch
+from lightning_qlora.quantize import codebooks
 from lightning_qlora.quantize.packed import PackedBytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -137,11 +139,48 @@ def test_a_weight_given_as_views_is_read_right(library):
     )
 
 
+def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(library):
+    """Of threads that make a cached table at the same time the cache keeps one's: here, none's."""
+    made = library.quantize(torch.randn(64, 64), "nf4", 64, True)
+    native._levels.cache_clear()
+    native._levels("nf4")
+    codebooks.codebook.cache_clear()
+    codebooks.dynamic_map.cache_clear()
+    _others = [torch.full((size,), 7.0) for size in (16, 256) for _ in range(64)]  # in the memory that was freed
+    out = library.dequantize_into(torch.empty(64 * 64), made)
+    assert torch.equal(out, reference.dequantize(made, torch.float32).view(-1))
+
+
 def test_decoding_allocates_nothing():
     weight = reference.quantize(torch.randn(256, 256), "nf4", 64, True)
     first = cpu._decoded(weight, torch.bfloat16).data_ptr()
     assert cpu._decoded(weight, torch.bfloat16).data_ptr() == first
     assert scratch(1, torch.bfloat16, torch.device("cpu")).data_ptr() == first
+
+
+def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone():
+    """As autograd's threads have them, which do not end."""
+    made, released, buffers = threading.Event(), threading.Event(), []
+
+    def work():
+        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))._base))
+        made.set()
+        released.wait(60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert made.wait(60)
+        assert buffers[0]() is not None
+        release()
+        assert buffers[0]() is None
+    finally:
+        released.set()
+        thread.join()
+    ended = threading.Thread(target=lambda: scratch(1000, torch.float32, torch.device("cpu")))
+    ended.start()
+    ended.join()
+    assert len(_of_all_threads) <= threading.active_count()
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

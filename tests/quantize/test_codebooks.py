@@ -1,6 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
+from lightning_qlora import convert, quantize
+from lightning_qlora.quantize.blockwise import code_of_place
 from lightning_qlora.quantize.codebooks import codebook, dynamic_map, normal_float_levels
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -41,3 +44,15 @@ def test_a_default_type_of_float64_changes_no_table(table):
         assert table().dtype == torch.float32 and torch.equal(table(), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_tables_and_masks_do_not_follow_a_default_device():
+    """Tables are kept for good, and a GPU's linspace may round otherwise; a seed on a GPU would be waited for."""
+    layer, x = nn.Linear(64, 32), torch.randn(3, 64)
+    convert(layer, r=4, lora_dropout=0.5)
+    expected = quantize(x)
+    for table in (codebook, dynamic_map, code_of_place):
+        table.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(quantize(x).absmax, expected.absmax)
+        assert layer.train()(x).isfinite().all()

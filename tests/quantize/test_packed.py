@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from lightning_qlora import PackedWeight, quantize
+from lightning_qlora.kernels import eager, ops
+from lightning_qlora.quantize.packed import PackedBytes
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -57,3 +59,17 @@ def test_damaged_entries_are_refused_by_name():
         PackedWeight.from_bnb_state_dict({**entries, "fc.weight": entries["fc.weight"][:-1]}, "fc.weight")
     with pytest.raises(ValueError, match="not a bitsandbytes 4-bit weight"):
         PackedWeight.from_bnb_state_dict({"fc.weight": entries["fc.weight"]}, "fc.weight")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
+    value = quantize(torch.randn(96, 64), double_quant=double_quant)
+    held, x = value.to_bytes(), torch.randn(3, 64)
+    lora_a, lora_b = torch.randn(4, 64), torch.randn(96, 4)
+    expected = ops.lora_linear(x, held, None, lora_a, lora_b, 1.0)
+    for offset in range(1, 5):
+        moved = [torch.cat([part.new_zeros(offset), part.reshape(-1)])[offset:] for part in held[:3]]
+        askew = PackedBytes(*moved, *held[3:])
+        assert torch.equal(ops.lora_linear(x, askew, None, lora_a, lora_b, 1.0), expected)
+        assert torch.equal(PackedWeight.from_bytes(askew, torch.float32).dequantize(), value.dequantize())
+        assert torch.equal(eager.dequantize_into(torch.empty(96 * 64), askew), value.dequantize().view(-1))

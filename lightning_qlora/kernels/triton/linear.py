@@ -12,7 +12,6 @@ from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
 from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
-from lightning_qlora.kernels.triton.tiles import stream
 from lightning_qlora.quantize.packed import PackedBytes
 
 
@@ -50,11 +49,11 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if seed is None:
         return x
     x = x.contiguous()
-    return dropout(x, p, seed, out=scratch(x.numel(), x.dtype, x.device, f"dropped, {stream(x.device)}").view(x.shape))
+    return dropout(x, p, seed, out=scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape))
 
 
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """W in the buffer of the stream, valid until the stream decodes the next."""
     device = weight.packed.device
-    buffer = scratch(weight.numel, dtype, device, f"weight, {stream(device)}")
+    buffer = scratch(weight.numel, dtype, device)
     return dequantize_into(buffer, weight).view(weight.shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.dequantize import load_scales, scale_arguments
-from lightning_qlora.kernels.triton.tiles import launch_options, launching_on, stream
+from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
 from lightning_qlora.quantize.codebooks import codebook
 from lightning_qlora.quantize.packed import PackedBytes
 
@@ -70,7 +70,7 @@ def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
     grid = (triton.cdiv(n, tile["N"]), triton.cdiv(m, tile["M"]))
     # Enough programs to fill the card, but four runs for each, lest adding up the shares cost more than it saves.
     splits = max(1, min(programs // (grid[0] * grid[1]), k // (4 * run)))
-    sums = scratch(splits * m * n, torch.float32, device, f"sums, {stream(device)}")
+    sums = scratch(splits * m * n, torch.float32, device, "sums")
     with launching_on(device):
         _matmul_kernel[(*grid, splits)](
             x, weight.packed.reshape(-1), *scale_arguments(weight), codebook(weight.quant_type, str(device)).levels,

@@ -41,8 +41,3 @@ def launch_options(kernel: str, device: torch.device, size: int = 0) -> dict[str
 def launching_on(device: torch.device) -> AbstractContextManager[None]:
     """Triton launches on the current device, wherever the tensors are: make theirs the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def stream(device: torch.device) -> int:
-    """The stream that kernels of the device are queued on: two streams must not share a scratch buffer."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_qlora.choose import inside
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import REPLACED
 
@@ -54,6 +55,44 @@ def check_start_before_sharding(config: QLoRAConfig) -> None:
             "init_lora_weights='calibrated' can't start adapters that are sharded before a batch comes. Use 'loftq' or "
             "'pissa', which start before sharding."
         )
+
+
+def check_no_later_layers(module: nn.Module, at_conversion: set[nn.Module]) -> None:
+    """Refuse layers that came after the module was converted: they are neither in 4 bits nor frozen.
+
+    Raises:
+        ValueError: As above; names one.
+    """
+    later = [name for name, part in module.named_modules() if part._parameters and part not in at_conversion]
+    if later:
+        raise ValueError(
+            f"{later[0]}: was added after the first fully_shard, which the module was converted before, so "
+            f"{len(later)} layers ({later[0]}, ...) would train in full in 16 or 32 bit. Build the whole model in "
+            "configure_model before the first fully_shard."
+        )
+
+
+def check_shards(module: nn.Module) -> None:
+    """Refuse parameters of several types that train in one FSDP2 group, of which torch says only the types.
+
+    Raises:
+        ValueError: As above; names two.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    first: dict[str, tuple[str, Any]] = {}  # group -> name and type of its first parameter that trains
+    for name, parameter in module.named_parameters():
+        group = max((group for group in groups if inside(name, group)), key=len, default=None)
+        if group is None or not parameter.requires_grad:
+            continue
+        other, dtype = first.setdefault(group, (name, parameter.dtype))
+        if parameter.dtype is not dtype:
+            raise ValueError(
+                f"{name} ({parameter.dtype}) and {other} ({dtype}) train in one FSDP2 group ({group or 'the module'}), "
+                "which takes one type: adapters are fp32. Call fully_shard on the modules in modules_to_save by "
+                "themselves, or make them fp32."
+            )
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

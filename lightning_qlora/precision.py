@@ -140,17 +140,26 @@ class QLoRAPrecision(Precision):
         with quantize_while_loading(self.config), self._before_sharding():
             yield
 
-    def _before_sharding(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _before_sharding(self) -> Iterator[None]:
+        """Within this, the module is converted, whole and once, before a part of it is sharded."""
         trainer = None if self._trainer is None else self._trainer()
         if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
-            return nullcontext()
+            yield
+            return
         module = trainer.lightning_module
+        at_conversion: set[nn.Module] = set()
 
-        def convert() -> None:
-            guards.check_start_before_sharding(self.config)
-            self.convert_module(module)
+        def convert(to_shard: list[nn.Module]) -> None:
+            if not is_converted(module) and not set(module.modules()).isdisjoint(to_shard):
+                guards.check_start_before_sharding(self.config)
+                self.convert_module(module)
+                at_conversion.update(module.modules())
 
-        return seams.before_sharding(convert)
+        with seams.before_sharding(convert):
+            yield
+        if at_conversion:
+            guards.check_no_later_layers(module, at_conversion)
 
     def before_run(self, trainer: Trainer) -> None:
         """Know the Trainer before `configure_model`; called by `seams.introduce_the_trainer`."""
@@ -178,6 +187,8 @@ class QLoRAPrecision(Precision):
         self._module = weakref.ref(module)
         self._layers = [weakref.ref(layer) for layer in adapted_layers(module).values()]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        if trainer is not None:
+            guards.check_shards(module)
         if trainer is not None and not self._evaluating:
             self._train_adapters(module)
         return module

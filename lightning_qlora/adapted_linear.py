@@ -7,7 +7,7 @@ from lightning_qlora import dora, starts
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.packed_linear import PackedLinear
-from lightning_qlora.sharded import like
+from lightning_qlora.sharded import like, whole
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 
@@ -85,19 +85,20 @@ class AdaptedLinear(PackedLinear):
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: s B A, with DoRA g (W + s B A) - W; fp32, shaped as the dense weight."""
-        product = self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+        product = self.scaling * (whole(self.lora_B).detach().float() @ whole(self.lora_A).detach().float())
         if self.lora_magnitude_vector is None:
             return product
-        base = ops.dequantize(self.weight_bytes, torch.float32)
+        base = ops.dequantize(self.whole_bytes, torch.float32)
         return self.gain().detach().unsqueeze(1) * (base + product) - base
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| of every row, [out], fp32."""
         if self._base_squares is None or self._base_squares.device != self.packed.device:
-            self._base_squares = dora.row_squares(self.weight_bytes)
-        return dora.row_norm(self.weight_bytes, self._base_squares, self.lora_A, self.lora_B, self.scaling)
+            self._base_squares = dora.row_squares(self.whole_bytes)
+        a, b = whole(self.lora_A), whole(self.lora_B)
+        return dora.row_norm(self.whole_bytes, self._base_squares, a, b, self.scaling)
 
     def gain(self) -> Tensor:
         """DoRA's factor g of every output: the magnitude over the row's norm, which counts as a constant; [out]."""
         assert self.lora_magnitude_vector is not None
-        return self.lora_magnitude_vector / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
+        return whole(self.lora_magnitude_vector) / self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,6 +1,7 @@
 """load_from_checkpoint: a trained module from a checkpoint that holds the adapters alone."""
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.checkpoint_file import errors_in_one_line, is_shards, read_checkpoint
+from lightning_qlora.checkpoint_file import errors_in_one_line, read_checkpoint
 from lightning_qlora.convert import convert_module
 from lightning_qlora.state import CONFIG, config_of
 
@@ -37,7 +38,7 @@ def load_from_checkpoint(
         ValueError: If the checkpoint was not saved from a converted module, or holds what weights_only refuses.
         CheckpointMismatchError: If the class builds another base than the one that was trained on.
     """
-    if is_shards(checkpoint_path):
+    if os.path.isdir(checkpoint_path):
         checkpoint = read_checkpoint(checkpoint_path, weights_only is not False)
     else:
         with errors_in_one_line(checkpoint_path):

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 META = "meta.pt"  # what is not weights or optimizer state, beside the shards
+INDEX = ".metadata"  # what is in which shard
 
 
 def is_shards(path: str | os.PathLike[str]) -> bool:
     """Whether a path is that of a checkpoint in shards."""
-    return os.path.isfile(os.path.join(path, META))
+    return any(os.path.isfile(os.path.join(path, name)) for name in (META, INDEX))
 
 
 def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
@@ -23,7 +24,9 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
 
     Args:
         path: The file, or the folder of shards.
-        weights_only: As in `torch.load`: whether to refuse what is neither a tensor nor a plain value.
+        weights_only: As in `torch.load`: whether to refuse what is neither a tensor nor a plain value. The index
+            of shards is a pickle all the same, as torch.distributed.checkpoint writes and reads it: load only shards of
+            whom you trust.
 
     Raises:
         FileNotFoundError, ValueError: If there is none, it is broken, or holds what weights_only refuses.
@@ -41,14 +44,23 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
 
 def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     """As lightning/fabric/utilities/load.py, _load_distributed_checkpoint, which knows no `weights_only`."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+    for name in (INDEX, META):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: a checkpoint in shards that lacks its file {name}.")
     state: dict[str, Any] = {}
     reader, planner = FileSystemReader(folder), _EmptyStateDictLoadPlanner()  # type: ignore[no-untyped-call]
-    _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
-    return {**state, **torch.load(folder / META, map_location="cpu", weights_only=weights_only)}
+    try:
+        _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:  # no Exception, and its text is a traceback
+        cause = next(iter(error.failures.values()))[0]
+        line = next(iter(str(cause).splitlines()), "")
+        raise ValueError(f"{folder}: a shard is missing or broken ({type(cause).__name__}: {line}).") from cause
+    return {**state, **torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)}
 
 
 @contextmanager

@@ -153,7 +153,8 @@ def _convert_layer(name: str, layer: nn.Module, config: QLoRAConfig, device: tor
     if is_sharded(weight):
         raise ValueError(
             f"{where}: its weight is sharded already (a DTensor), and a shard can't be quantized. Convert before "
-            "fully_shard or parallelize_module: call lightning_qlora.convert(model) first."
+            "fully_shard or parallelize_module: call lightning_qlora.convert(model) first. The plugin does so itself "
+            "where configure_model calls fully_shard on a part of self (self.model = model comes first)."
         )
     with _named(name, layer):
         if is_bnb_linear(layer):

@@ -2,16 +2,13 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
-from torch.torch_version import TorchVersion
 
-from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.linear import REPLACED
 
 
@@ -43,24 +40,6 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "averages or restores full weights that the module no longer has. Remove the callback; to average, "
                 "average the adapters of several checkpoints."
             )
-
-
-def check_before_sharding(config: QLoRAConfig) -> None:
-    """Refuse a torch whose FSDP2 takes no bytes, and a start that needs a batch, which comes after sharding.
-
-    Raises:
-        RuntimeError, ValueError: As above.
-    """
-    if torch.__version__ < TorchVersion("2.12"):
-        raise RuntimeError(
-            f"torch {torch.__version__}: its fully_shard takes no 4-bit weights, since it wants every parameter to be "
-            "a float (pytorch issue 177844). FSDP2 with QLoRAPrecision needs torch 2.12 or newer."
-        )
-    if config.start == "calibrated":
-        raise ValueError(
-            "init_lora_weights='calibrated' can't start adapters that are sharded before a batch comes. Use 'loftq' or "
-            "'pissa', which start before sharding."
-        )
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

@@ -13,6 +13,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.packed_linear import PackedLinear
 from lightning_qlora.quantize.packed import PackedBytes, PackedWeight
+from lightning_qlora.sharded import is_sharded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
@@ -126,6 +127,15 @@ class QLoRALinear(AdaptedLinear):
         if magnitude is not None:
             y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, but for the parts of a weight that ColwiseParallel and RowwiseParallel register."""
+        if is_sharded(param):
+            raise ValueError(
+                f"{self.full_name}: is in 4 bits, and tensor parallelism (parallelize_module) can't split that. Leave "
+                "the layer out of the plan, or dense by exclude_modules; fully_shard splits 4-bit layers."
+            )
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""

@@ -58,11 +58,15 @@ class PackedLinear(nn.Linear):
         return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
 
     @property
-    def packed_weight(self) -> PackedWeight:
-        """The 4-bit weight, [out, in], as a value; of a sharded layer all ranks must ask for it together."""
+    def whole_bytes(self) -> PackedBytes:
+        """The same, of a sharded layer gathered, so all ranks must ask for it together."""
         packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
-        held = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
-        return PackedWeight.from_bytes(held, self.weight_dtype)
+        return self.weight_bytes._replace(packed=packed, absmax=absmax, nested=nested)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The 4-bit weight, [out, in], as a value; likewise."""
+        return PackedWeight.from_bytes(self.whole_bytes, self.weight_dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -76,7 +80,7 @@ class PackedLinear(nn.Linear):
 
     def decode(self) -> Tensor:
         """The base weight in the type it came in, shaped as the dense layer had it."""
-        return ops.dequantize(self.weight_bytes, self.weight_dtype)
+        return ops.dequantize(self.whole_bytes, self.weight_dtype)
 
     @staticmethod
     def _as_rows(weight: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,6 +27,7 @@ from lightning_qlora.loading import quantize_while_loading
 from lightning_qlora.paging import Pager
 from lightning_qlora.random_state import random_state, set_random_state
 from lightning_qlora.report import ConversionReport
+from lightning_qlora.sharding import check_shards, converted_before_sharding
 
 seams.restore_checkpoint_after_conversion()
 seams.introduce_the_trainer()
@@ -137,20 +137,10 @@ class QLoRAPrecision(Precision):
     @contextmanager
     def module_init_context(self) -> Iterator[None]:
         """Within `configure_model`, a transformers model is quantized while it is loaded, any before it is sharded."""
-        with quantize_while_loading(self.config), self._before_sharding():
-            yield
-
-    def _before_sharding(self) -> AbstractContextManager[Any]:
         trainer = None if self._trainer is None else self._trainer()
-        if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
-            return nullcontext()
-        module = trainer.lightning_module
-
-        def convert() -> None:
-            guards.check_before_sharding(self.config)
-            self.convert_module(module)
-
-        return seams.before_sharding(convert)
+        sharding = converted_before_sharding(trainer, self.config, self.convert_module)
+        with quantize_while_loading(self.config), sharding:
+            yield
 
     def before_run(self, trainer: Trainer) -> None:
         """Know the Trainer before `configure_model`; called by `seams.introduce_the_trainer`."""
@@ -178,6 +168,8 @@ class QLoRAPrecision(Precision):
         self._module = weakref.ref(module)
         self._layers = [weakref.ref(layer) for layer in adapted_layers(module).values()]
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        if trainer is not None:
+            check_shards(module)
         if trainer is not None and not self._evaluating:
             self._train_adapters(module)
         return module

@@ -98,8 +98,8 @@ def introduce_the_trainer() -> None:
 
 
 @contextmanager
-def before_sharding(convert: Callable[[], None]) -> Iterator[None]:
-    """Within this, `convert` is called before `fully_shard` shards anything, under whatever name code knows it by.
+def before_sharding(convert: Callable[[list[nn.Module]], None]) -> Iterator[None]:
+    """Within this, `convert` is called with what `fully_shard` is about to shard, whatever name modules know it by.
 
     Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py, fully_shard, which users call in `configure_model`
     (lightning/pytorch/strategies/model_parallel.py): when `convert_module` comes, weights are in parts already. Inside
@@ -107,22 +107,30 @@ def before_sharding(convert: Callable[[], None]) -> Iterator[None]:
     Removed by: a hook between building a model and sharding it.
     """
     original: Any = import_module("torch.distributed.fsdp").fully_shard
+    waiting = [convert]
 
     @wraps(original)
-    def sharded(*args: Any, **kwargs: Any) -> Any:
-        convert()
-        return original(*args, **kwargs)
+    def sharded(module: Any, *args: Any, **kwargs: Any) -> Any:
+        for step in waiting:
+            step([module] if isinstance(module, nn.Module) else list(module))
+        return original(module, *args, **kwargs)
 
-    holders = [vars(module) for name, module in list(sys.modules.items()) if not name.startswith("torch.distributed.")]
-    holders.append(vars(import_module("torch.distributed.fsdp")))
-    found = [(held, key) for held in holders for key, value in list(held.items()) if value is original]
-    for held, key in found:
-        held[key] = sharded
+    _put_in_place(original, sharded)
     try:
         yield
     finally:
-        for held, key in found:
-            held[key] = original
+        waiting.clear()  # for whoever keeps it elsewhere than in a module
+        _put_in_place(sharded, original)  # also in modules that were imported meanwhile
+
+
+def _put_in_place(old: Any, new: Any) -> None:
+    """Let every module that knows a function know another in its place.
+
+    Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py, as in `before_sharding`. Removed by: as there.
+    """
+    for held in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]:
+        for key in [key for key, value in list(held.items()) if value is old]:
+            held[key] = new
 
 
 def load_whole_states_of_sharded_modules() -> None:

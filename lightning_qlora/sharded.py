@@ -1,6 +1,6 @@
 """Tensors of which every rank holds a part (FSDP2's parameters): the whole of one, and the part of a whole."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -19,3 +19,12 @@ def like(value: Tensor, held: Tensor | None) -> Tensor:
     if not isinstance(held, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of whole parameters that an evaluation left, in the type it computed in: ranks hold their parts again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -16,7 +16,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.fingerprint import fingerprint
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.linear_state import FINGERPRINT, CheckpointMismatchError
-from lightning_qlora.sharded import is_sharded, like
+from lightning_qlora.sharded import is_sharded, like, reshard
 from lightning_qlora.starts.since_start import belongs_to
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
@@ -106,6 +106,7 @@ def _replace_by_fingerprints(root: nn.Module, state_dict: dict[str, Any], prefix
 def _check_and_fill_in(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if _is_merged(root):
         return
+    reshard(root)
     frozen: FrozenParameters = root._qlora_frozen  # type: ignore[assignment]
     frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)

@@ -17,7 +17,8 @@ ORDER = [
     "packed_linear", "adapted_linear", "linear_state", "linear", "random_state", "loraplus", "checkpointing",
     "choose", "seams", "calibration", "files", "writing", "bnb_folder", "adapters", "merging", "loaded",
     "hf_quantizer", "loading", "report", "state", "checkpoint_file", "checkpoint_adapter", "convert", "guards",
-    "early_optimizer", "checkpoint", "paging", "memory", "precision", "inspection", "doctor", "cli", "__init__",
+    "sharding", "early_optimizer", "checkpoint", "paging", "memory", "precision", "inspection", "doctor", "cli",
+    "__init__",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import Onto, QLoRAConfig, check_choice
 from lightning_qlora.linear import QLoRALinear, adapted_layers
 from lightning_qlora.linear_state import CheckpointMismatchError
-from lightning_qlora.sharded import whole
+from lightning_qlora.sharded import is_sharded, like, reshard, whole
 from lightning_qlora.starts.since_start import Origin, belongs_to
 
 
@@ -48,6 +48,7 @@ def save_adapter(
         ValueError: If there is no adapter, or PEFT has no words for what was trained.
     """
     check_choice("onto", onto, get_args(Onto))
+    reshard(module)
     adapter = adapter_of(module)
     if onto == "float":
         adapter = for_float_base(adapter, base)
@@ -66,6 +67,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         FileNotFoundError, ValueError: If a file is missing or broken.
         CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
     """
+    reshard(module)
     put_adapter(module, read_adapter(folder))
 
 
@@ -133,13 +135,12 @@ def put_adapter(module: nn.Module, adapter: Adapter) -> None:
         values = {"lora_A": loaded.lora_A, "lora_B": loaded.lora_B, MAGNITUDE: loaded.magnitude}
         for key, value in values.items():
             if value is not None:
-                parameter: Tensor = getattr(layer, key)
-                parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
+                layer.write(key, value.to(layer.lora_A.dtype).contiguous())
         layer.scaling = adapter.scaling(name)
     state = _named_state(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
-            state[key].copy_(value)
+            state[key].copy_(like(value, state[key]))
     close_calibrations(module)  # no adapter waits for data any more
     for part in module.modules():
         config = getattr(part, "_qlora_config", None)
@@ -241,6 +242,11 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
                 f"has a layer of {layer.in_features} inputs and {layer.out_features} outputs there, the adapter is for "
                 f"{loaded.lora_A.shape[1]} and {loaded.lora_B.shape[0]}",
             )  # fmt: skip
+        if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
+            raise CheckpointMismatchError(
+                f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "
+                f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which takes it before sharding."
+            )
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
             with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
             _refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")

@@ -10,7 +10,7 @@ from lightning_qlora.calibration import close_calibrations
 from lightning_qlora.config import check_choice
 from lightning_qlora.linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.merging.rounding import round_at_random
-from lightning_qlora.sharded import is_sharded
+from lightning_qlora.sharded import is_sharded, reshard
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -35,6 +35,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no QLoRALinear: there is nothing to merge.")
     close_calibrations(module)
+    reshard(module)
     names = {layer: plain_name(name) for name, layer in find_base(module)[1].named_modules()}
     for name, layer in layers.items():
         if is_sharded(layer.packed):

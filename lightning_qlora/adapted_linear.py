@@ -93,10 +93,10 @@ class AdaptedLinear(PackedLinear):
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| of every row, [out], fp32."""
-        if self._base_squares is None or self._base_squares.device != self.packed.device:
-            self._base_squares = dora.row_squares(self.whole_bytes)
-        a, b = whole(self.lora_A), whole(self.lora_B)
-        return dora.row_norm(self.whole_bytes, self._base_squares, a, b, self.scaling)
+        weight = self.whole_bytes
+        if self._base_squares is None or self._base_squares.device != weight.packed.device:
+            self._base_squares = dora.row_squares(weight)
+        return dora.row_norm(weight, self._base_squares, whole(self.lora_A), whole(self.lora_B), self.scaling)
 
     def gain(self) -> Tensor:
         """DoRA's factor g of every output: the magnitude over the row's norm, which counts as a constant; [out]."""

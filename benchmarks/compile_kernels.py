@@ -28,6 +28,7 @@ from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
 
@@ -46,7 +47,6 @@ class Case:
         weights: Weights that one thread of a warp of 32 handles in what is counted: the kernel, or its longest loop.
         budget: Most machine instructions per weight.
         loop: Count the longest loop alone.
-        which: Which of the launches that it makes.
         short: Part of the short form.
     """
 
@@ -55,13 +55,12 @@ class Case:
     weights: float
     budget: float
     loop: bool = False
-    which: int = -1
     short: bool = True
 
 
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
-    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _matmul_cases, _adamw_cases):
+    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _lora_cases, _matmul_cases, _adamw_cases):
         yield from make(target)
 
 
@@ -122,6 +121,30 @@ def _dropout_cases(target: str) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _lora_cases(target: str) -> Iterator[Case]:
+    # The hash of the dropout mask takes about 21 instructions per element.
+    budgets = {"lora_down": (22, 9), "lora_up": (50, 16), "lora_gradient": (9, 9)}
+    for kernel, (few, many) in budgets.items():
+        for tile, threads in _tiles(kernel, target):
+            m, elements = tile.get("up_to", 4096), tile["M"] * tile.get("K", tile.get("N", 0)) / threads
+            for dtype, r, p in product((torch.bfloat16, torch.float16), (16, 64), (0.0, 0.1)):
+                yield Case(
+                    f"{kernel} {NAMES[dtype]}, {m} rows, rank {r}{', dropout' * bool(p)}, per element",
+                    _lora(kernel, m, r, dtype, p), elements, (few if m <= 16 else many) + 24 * bool(p),
+                    loop=kernel != "lora_up", short=dtype == torch.bfloat16 and r == 64,
+                )  # fmt: skip
+
+
+def _lora(kernel: str, m: int, r: int, dtype: torch.dtype, p: float) -> Callable[[], object]:
+    x, h, seed = torch.zeros(m, 512, dtype=dtype), torch.zeros(m, r, dtype=dtype), torch.tensor([7]) if p else None
+    a = torch.zeros(r, 512)
+    if kernel == "lora_down":
+        return partial(lora_down, x, a, p=p, seed=seed)
+    if kernel == "lora_up":
+        return partial(lora_up, h, a.T, x, p=p, seed=seed)
+    return partial(lora_gradient, h, x, a, p=p, seed=seed)
+
+
 def _adamw_cases(target: str) -> Iterator[Case]:
     scalars = AdamWStep(step=1, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
     for tile, threads in _tiles("adamw", target):
@@ -151,14 +174,8 @@ def _matmul_cases(target: str) -> Iterator[Case]:
             run = min(block_size, 64)
             yield Case(
                 f"matmul {NAMES[dtype]}, {rows} rows, block {block_size}{', double quantization' * double_quant}",
-                _matmul(rows, dtype, block_size, double_quant), run * tile["N"] / threads, 12 if run == 64 else 18,
-                loop=True, which=0, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
-            )  # fmt: skip
-    for tile, _ in _tiles("matmul", target)[:1]:  # the second launch, whose size no tile sets: 1024 sums, four warps
-        for dtype in halves:
-            yield Case(
-                f"matmul {NAMES[dtype]}, adding the shares, per element", _matmul(tile["up_to"], dtype, 64, True),
-                1024 / 128, 40, short=dtype == torch.bfloat16,
+                _matmul(rows, dtype, block_size, double_quant), run * tile["N"] / threads, 13 if run == 64 else 24,
+                loop=True, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
 
 
@@ -171,7 +188,7 @@ def check(case: Case, target: str) -> tuple[Report, float, list[str]]:
     """The report of a case on a target, its instructions per weight, and what is wrong with it."""
     with recorded(target) as launches:
         case.launch()
-    report = compile_launch(launches[case.which], target)
+    report = compile_launch(launches[-1], target)
     counted = report.loop_instructions if case.loop else report.instructions
     # A wavefront of these AMD cards has 64 threads.
     per_weight = counted / case.weights * (2 if target.startswith("gfx") else 1)

@@ -1,14 +1,20 @@
-"""Models of the shapes of Llama with random weights, made on the device a layer at a time, so that none is ever dense.
+"""Llama models with random weights, built on the device layer by layer, so that no model is ever completely dense.
 
-Each maker gets a decoder layer in bf16 and turns it into what it measures: 4-bit layers of ours, of bitsandbytes with
-PEFT's adapters, or dense ones with PEFT's adapters.
+A variant defines how each decoder layer is quantized and how the finished model gets its adapters. All variants have
+the same base weights, so their losses can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from benchmarks import peers
+from benchmarks.timing import Function
 from lightning_qlora import convert
 
 LLAMA_8B = {
@@ -23,69 +29,126 @@ SMALL = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "vocab_size": 128,
 }  # fmt: skip
+ALPHA, DROPOUT = 16, 0.05  # the QLoRA paper's
+UNSLOTH = "Unsloth-style layer"
 
 
-def ours(layer: nn.Module, r: int) -> None:
-    """Our 4-bit layers with adapters."""
-    convert(layer, r=r, lora_alpha=16, lora_dropout=0.05)
+@dataclass(frozen=True)
+class Variant:
+    """One way to train adapters on a frozen base model.
+
+    Attributes:
+        packages: Packages it needs.
+        quantize: Quantizes one bf16 decoder layer in place; takes the layer and the rank.
+        adapt: Adds adapters to the finished model in place; takes the model and the rank.
+    """
+
+    packages: tuple[str, ...]
+    quantize: Callable[[nn.Module, int], None]
+    adapt: Callable[[nn.Module, int], None]
 
 
-def peft_bitsandbytes(layer: nn.Module, r: int) -> None:
-    """PEFT's adapters on the 4-bit layers of bitsandbytes."""
-    import bitsandbytes
-
-    for name, linear in list(layer.named_modules()):
-        if isinstance(linear, nn.Linear):
-            packed = bitsandbytes.nn.Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, True, "nf4"
-            )
-            packed.weight = bitsandbytes.nn.Params4bit(
-                linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
-            )
-            parent, _, child = name.rpartition(".")
-            setattr(layer.get_submodule(parent), child, packed.to(linear.weight.device))
-    peft_bf16(layer, r)
+def _ours(layer: nn.Module, r: int) -> None:
+    convert(layer, r=r, lora_alpha=ALPHA, lora_dropout=DROPOUT)
 
 
-def peft_bf16(layer: nn.Module, r: int) -> None:
-    """PEFT's adapters on dense layers in bf16."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    layer.requires_grad_(False)
-    linears = [name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(r=r, lora_alpha=16, lora_dropout=0.05, target_modules=sorted(set(linears)))
-    inject_adapter_in_model(config, layer)
+def _bnb(layer: nn.Module, r: int) -> None:
+    peers.with_bnb(layer)
 
 
-def build(shape: dict[str, int], make: Callable[[nn.Module, int], None], r: int, device: torch.device) -> nn.Module:
-    """The language model in training mode with gradient checkpointing; only its adapters train."""
+def _unsloth(layer: nn.Module, r: int) -> None:
+    from benchmarks.gpu_cells.unsloth import UnslothLinear
+
+    for parent, name, linear in peers.linears(layer):
+        setattr(parent, name, UnslothLinear(linear, r, ALPHA / r))
+
+
+def _peft(model: nn.Module, r: int, fp32: bool) -> None:
+    peers.with_peft(model, r, ALPHA, DROPOUT, fp32)
+
+
+def _nothing(module: nn.Module, r: int) -> None:
+    pass
+
+
+VARIANTS = {
+    peers.OURS: Variant((), _ours, _nothing),
+    peers.DENSE: Variant(("peft",), _nothing, partial(_peft, fp32=True)),
+    peers.BNB: Variant(("peft", "bitsandbytes"), _bnb, partial(_peft, fp32=True)),
+    peers.BNB_BF16: Variant(("peft", "bitsandbytes"), _bnb, partial(_peft, fp32=False)),
+    UNSLOTH: Variant(("bitsandbytes",), _unsloth, _nothing),
+}
+
+
+def build(
+    shape: dict[str, int], variant: Variant, r: int, device: torch.device, like: nn.Module | None = None
+) -> nn.Module:
+    """The language model in training mode with gradient checkpointing; only its adapters train.
+
+    Args:
+        shape: Sizes, as transformers' LlamaConfig names them.
+        variant: One of `VARIANTS`.
+        r: Rank of the adapters.
+        device: Where to build it.
+        like: A model whose frozen embedding weights are shared.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     config = LlamaConfig(**{**shape, "num_hidden_layers": 0}, use_cache=False)
-    with device:
-        model = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    torch.manual_seed(0)
+    with device, _default_dtype(torch.bfloat16):
+        model = LlamaForCausalLM(config).requires_grad_(False)
+    if like is not None:
+        model.get_input_embeddings().weight = like.get_input_embeddings().weight  # type: ignore[operator]
+        model.get_output_embeddings().weight = like.get_output_embeddings().weight  # type: ignore[operator]
     config.num_hidden_layers = shape["num_hidden_layers"]
     for index in range(config.num_hidden_layers):
-        with device:
-            layer = LlamaDecoderLayer(config, index).bfloat16()
+        torch.manual_seed(index)
+        with device, _default_dtype(torch.bfloat16):
+            layer = LlamaDecoderLayer(config, index).requires_grad_(False)
         for parameter in layer.parameters():
             if parameter.ndim == 2:
                 parameter.data.normal_(0, 0.02)
-        make(layer, r)
+        variant.quantize(layer, r)
         model.model.layers.append(layer)
+    with device:
+        variant.adapt(model, r)
+    # After `adapt`: if checkpointing were on, PEFT would compute the gradient of the first layer's input as well.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
-def trainer(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
-    """A function that takes one step of AdamW on the adapters."""
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=1e-4)
+def adapters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def step() -> None:
-        optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
+
+def adamw(model: nn.Module) -> Optimizer:
+    """torch's AdamW over the parameters that train."""
+    trained = adapters(model)
+    return torch.optim.AdamW(trained, lr=1e-4, fused=trained[0].is_cuda)
+
+
+def trainer(model: nn.Module, optimizer: Optimizer, tokens: Tensor) -> Function:
+    """A function that does one training step under autocast to bf16 and returns the loss."""
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

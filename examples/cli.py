@@ -1,9 +1,9 @@
-"""The same module from a YAML file.
+"""Train the same module from a YAML file.
 
     python examples/cli.py                                 # fit with quickstart.yaml
     python examples/cli.py --fast --trainer.plugins.r=8    # anything in the file can be overridden
 
-QLoRA is the `plugins` entry of the file; no line of Python knows of it.
+QLoRA is the `plugins` entry of the file; the Python code does not mention it.
 """
 
 import argparse
@@ -19,19 +19,20 @@ HERE = Path(__file__).parent
 
 
 class CLI(LightningCLI):
-    """LightningCLI that gives the data module the model's own tokenizer."""
+    """LightningCLI that passes the name of the model to the data module, which loads its tokenizer."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.base", "data.base")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*both args and command line arguments.*")  # args are made of those
+            # `main` builds args from the command line, so the warning is expected.
+            warnings.filterwarnings("ignore", ".*both args and command line arguments.*")
             super().parse_arguments(parser, args)
 
 
 def configs(fast: bool) -> list[str]:
-    """Name the YAML files to read, the later over the earlier."""
+    """List the YAML files to read; a later file overrides an earlier one."""
     return [f"--config={HERE / name}" for name in ("quickstart.yaml", "fast.yaml")[: 1 + fast]]
 
 

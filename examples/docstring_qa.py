@@ -1,4 +1,4 @@
-"""Questions about the Python standard library of this very machine, answered by its docstrings."""
+"""Questions about the Python standard library of this machine, answered with its docstrings."""
 
 import ast
 import hashlib
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100  # what cross entropy and torchmetrics leave out
-NOT_A_LIBRARY = {"idlelib", "lib2to3", "test", "turtledemo"}  # programs that come along with Python
+IGNORE = -100  # label that cross entropy and torchmetrics ignore
+NOT_A_LIBRARY = {"idlelib", "lib2to3", "test", "turtledemo"}  # programs that are installed with Python
 INSTRUCTION = "You are the documentation of Python's standard library. Answer in one short paragraph."
 
 
@@ -29,18 +29,18 @@ class Pair(NamedTuple):
     answer: str
 
     @property
-    def lot(self) -> int:
-        """Draw a number from the name, the same on every machine."""
+    def random_number(self) -> int:
+        """Make a number from the name: the same on every machine."""
         return int(hashlib.sha256(self.name.encode()).hexdigest(), 16)
 
     @property
     def held_out(self) -> bool:
-        """Put one name in ten aside, always the same ones."""
-        return self.lot % 10 == 0
+        """Whether the pair is for validation: always the same tenth of the names."""
+        return self.random_number % 10 == 0
 
 
 def source_files() -> Iterator[tuple[str, Path]]:
-    """Yield every public module of the standard library that is written in Python, with its file."""
+    """Yield name and file of every public module of the standard library that is written in Python."""
     root = Path(sysconfig.get_path("stdlib"))
     for top in sorted(sys.stdlib_module_names - NOT_A_LIBRARY):
         for file in [root / f"{top}.py", *sorted((root / top).rglob("*.py"))]:
@@ -65,13 +65,13 @@ def documented(node: ast.AST, name: str) -> Iterator[Pair]:
 
 
 def read_pairs() -> list[Pair]:
-    """Collect the pairs of this machine, each answer once, in the order of their names.
+    """Collect the pairs of this machine, sorted by name; an answer that occurs twice is used once.
 
-    The sources are parsed, never imported: no module of the standard library gets to run anything.
+    The source files are parsed and not imported, so no code of the standard library runs.
     """
     pairs: dict[str, Pair] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some old sources hold invalid escape sequences
+        warnings.simplefilter("ignore")  # some old files contain invalid escape sequences
         for module, file in source_files():
             for pair in documented(ast.parse(file.read_bytes()), module):
                 pairs.setdefault(pair.answer.lower(), pair)
@@ -79,20 +79,20 @@ def read_pairs() -> list[Pair]:
 
 
 def prompt_for(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the question as the model's chat template wants it, up to where the answer begins."""
+    """Format the question with the chat template of the model, up to the beginning of the answer."""
     turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokenize a pair; only the answer and the end of turn carry labels."""
+    """Tokenize a pair; only the answer and the end-of-turn token have labels."""
     prompt = tokenizer(prompt_for(pair.question, tokenizer), add_special_tokens=False).input_ids
     answer = tokenizer(pair.answer + tokenizer.eos_token, add_special_tokens=False).input_ids
     return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
 
 
 def pad(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Stack examples [batch, longest], padded on the right; padding has no attention and no label."""
+    """Stack examples to [batch, longest], padded on the right; padding is masked and has no label."""
     longest = max(len(example["input_ids"]) for example in examples)
 
     def stack(rows: list[list[int]], filler: int) -> Tensor:
@@ -109,10 +109,10 @@ class DocstringQA(LightningDataModule):
     """Question-answer pairs from the docstrings of the standard library.
 
     Args:
-        base: Hub id or folder of the model whose tokenizer is used. Default: SmolLM2-135M-Instruct.
+        base: Hub name or folder of the model whose tokenizer is used. Default: SmolLM2-135M-Instruct.
         batch_size: Pairs in a batch.
-        held_out: Pairs to validate on, at most.
-        seed: Orders the training pairs.
+        held_out: Largest number of pairs for validation.
+        seed: Seed of the order of the training pairs.
     """
 
     def __init__(self, base: str | None = None, batch_size: int = 16, held_out: int = 128, seed: int = 0) -> None:
@@ -127,7 +127,7 @@ class DocstringQA(LightningDataModule):
             return
         tokenizer = load_tokenizer(self.base)
         self.pairs = read_pairs()
-        held_out = sorted((pair for pair in self.pairs if pair.held_out), key=lambda pair: pair.lot)
+        held_out = sorted((pair for pair in self.pairs if pair.held_out), key=lambda pair: pair.random_number)
         self.train = [encode(pair, tokenizer) for pair in self.pairs if not pair.held_out]
         self.val = [encode(pair, tokenizer) for pair in held_out[: self.held_out]]
 

@@ -1,6 +1,6 @@
-"""Fine-tune in a loop of your own under Fabric: the same argument makes it QLoRA.
+"""Fine-tune with Fabric and your own training loop; the same argument turns it into QLoRA.
 
-python examples/fabric.py [--fast] [--base HUB_ID_OR_FOLDER]
+python examples/fabric.py [--fast] [--base HUB_NAME_OR_FOLDER]
 """
 
 import argparse
@@ -17,12 +17,12 @@ from lightning_qlora import QLoRAPrecision
 
 def main(args: list[str] | None = None) -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="take 4 steps instead of 40")
-    parser.add_argument("--base", help="hub id or folder of a causal language model")
+    parser.add_argument("--fast", action="store_true", help="4 steps instead of 40")
+    parser.add_argument("--base", help="hub name or folder of a causal language model")
     parser.add_argument("--output", default="outputs/fabric", help="folder for the checkpoint")
     options = parser.parse_args(args)
 
-    fabric = Fabric(devices=1, plugins=QLoRAPrecision(r=16, lora_alpha=16))  # the one argument
+    fabric = Fabric(devices=1, plugins=QLoRAPrecision(r=16, lora_alpha=16))  # the only line for QLoRA
     fabric.launch()
     fabric.seed_everything(0)
 
@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> tuple[float, float]:
     batches = fabric.setup_dataloaders(data.train_dataloader())
     held_out = next(iter(fabric.setup_dataloaders(data.val_dataloader())))
 
-    # The model first: setting it up makes the adapters, and the optimizer must hold those.
+    # The model comes first: setup_module creates the adapters, and the optimizer needs their parameters.
     model = fabric.setup_module(CausalLM(options.base))
     optimizer = fabric.setup_optimizers(model.configure_optimizers())
 
@@ -43,13 +43,13 @@ def main(args: list[str] | None = None) -> tuple[float, float]:
         optimizer.zero_grad()
         fabric.print(f"step {step:3d}  loss {loss.item():.3f}")
 
-    # The checkpoint holds the adapters and the optimizer's state; a fresh model loads it and is the trained one.
+    # The checkpoint holds the adapters and the optimizer state. A new model that loads it equals the trained one.
     path = Path(options.output) / "adapter.ckpt"
     fabric.save(path, {"model": model, "optimizer": optimizer})
-    fresh = fabric.setup_module(CausalLM(options.base))
-    fabric.load(path, {"model": fresh})
-    trained, restored = (held_out_loss(module, held_out) for module in (model, fresh))
-    fabric.print(f"held-out loss {trained:.4f}, from the checkpoint {restored:.4f}, in {path}")
+    new_model = fabric.setup_module(CausalLM(options.base))
+    fabric.load(path, {"model": new_model})
+    trained, restored = (held_out_loss(module, held_out) for module in (model, new_model))
+    fabric.print(f"held-out loss {trained:.4f}, after loading {path} into a new model {restored:.4f}")
     return trained, restored
 
 

@@ -1,4 +1,4 @@
-"""The quickstart's picture: the loss curve, and where the memory goes."""
+"""The picture of the quickstart: the loss curve and the memory of each part."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 
@@ -14,7 +14,7 @@ BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#9ca3af"
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Draw the figures of a run into a PNG file."""
+    """Draw the measurements of a run into a PNG file."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 
     losses = summary["losses"]

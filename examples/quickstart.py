@@ -1,8 +1,8 @@
 """Fine-tune SmolLM2-135M-Instruct in 4 bits on the docstrings of this machine's standard library.
 
-    python examples/quickstart.py [--fast] [--base HUB_ID_OR_FOLDER] [--output FOLDER] [--trainer.max_steps 100 ...]
+    python examples/quickstart.py [--fast] [--base HUB_NAME_OR_FOLDER] [--output FOLDER] [--trainer.max_steps 100 ...]
 
-The run itself is quickstart.yaml; what is here measures it. Writes summary.json and training.png to the output folder.
+quickstart.yaml defines the run; this file measures it. Writes summary.json and training.png to the output folder.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Threads that wait should sleep: spinning ones make a run several times longer on cores that are shared with others.
+# Waiting threads must sleep: threads that spin make a run several times slower on cores shared with other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -33,11 +33,11 @@ from smollm2 import load_tokenizer
 
 from lightning_qlora import QLoRALinear, __version__
 
-SAMPLES = ("shutil.move", "calendar.monthrange", "threading.main_thread")  # shown if they are held out
+SAMPLES = ("shutil.move", "calendar.monthrange", "threading.main_thread")  # questions to print, if they are held out
 
 
 class Recorder(Callback):
-    """Keep the loss and the seconds of every step, and the bytes of the optimizer's state."""
+    """Record the loss and the duration of every step, and the size of the optimizer state."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -48,7 +48,7 @@ class Recorder(Callback):
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: CausalLM, outputs: dict[str, Any], *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())  # waits for the device, so the clock below is right on a GPU too
+        self.losses.append(outputs["loss"].item())  # waits for the device, so that the time below is correct on a GPU
         self.seconds.append(time.perf_counter() - self.start)
 
     def on_train_end(self, trainer: Trainer, module: CausalLM) -> None:
@@ -60,8 +60,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     options, overrides = parse(args)
     output = Path(options.output)
     began = time.perf_counter()
-    for harmless in ("does not have many workers", "LeafSpec"):
-        warnings.filterwarnings("ignore", f".*{harmless}.*")
+    for message in ("does not have many workers", "LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{message}.*")
 
     if options.base:
         overrides.append(f"--model.base={options.base}")
@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     )
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
 
-    before = trainer.validate(model, data, verbose=False)[0]["perplexity"]  # in 4 bits already, adapters at zero
+    before = trainer.validate(model, data, verbose=False)[0]["perplexity"]  # in 4 bits already, with B = 0
     samples = [pair for pair in data.pairs if pair.held_out and pair.name in SAMPLES]
     questions = [pair.question for pair in samples]
     answers_before = ask(trainer, model, questions)
@@ -117,35 +117,35 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 def parse(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into our few options and LightningCLI's."""
+    """Split the command line into the options of this script and those of LightningCLI."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="four steps, to see that it runs")
-    parser.add_argument("--base", help="hub id or folder of a causal language model with a chat template")
-    parser.add_argument("--output", default="outputs/quickstart", help="folder to write to")
+    parser.add_argument("--fast", action="store_true", help="4 steps instead of 40")
+    parser.add_argument("--base", help="hub name or folder of a causal language model with a chat template")
+    parser.add_argument("--output", default="outputs/quickstart", help="folder for the results")
     return parser.parse_known_args(args)
 
 
 @torch.inference_mode()
 def ask(trainer: Trainer, model: CausalLM, questions: list[str]) -> list[str]:
-    """Answer the questions, each with the likeliest words."""
+    """Generate an answer to each question with greedy decoding."""
     tokenizer = load_tokenizer(model.hparams.base)
-    tokenizer.padding_side = "left"  # so that all answers begin at the same place
+    tokenizer.padding_side = "left"  # so that all answers begin at the same position
     prompts = [prompt_for(question, tokenizer) for question in questions]
     batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-    model.eval().to(trainer.strategy.root_device)  # the Trainer brings the model back to the CPU after every run
+    model.eval().to(trainer.strategy.root_device)  # the Trainer moves the model to the CPU after every run
     tokens = model.model.generate(**batch.to(model.device), max_new_tokens=40, do_sample=False)
     answers = tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    model.train()  # as it came
+    model.train()  # as before
     return [answer.strip() for answer in answers]
 
 
 def bytes_of(values: Iterable[Any]) -> int:
-    """Add up the bytes of the tensors among the values."""
+    """Return the size of all tensors among the values, in bytes."""
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Say what was used at most: the GPU's memory, else the resident memory of this process, libraries included."""
+    """Return the peak of GPU memory, or of the resident memory of this process, which includes libraries; in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -156,7 +156,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def machine(trainer: Trainer, model: CausalLM) -> dict[str, Any]:
-    """Describe what the figures were measured on."""
+    """Describe the machine and the versions of the measurement."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {package: version(package) for package in ("lightning", "torch", "transformers")}
@@ -168,15 +168,15 @@ def machine(trainer: Trainer, model: CausalLM) -> dict[str, Any]:
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file beside its place and rename it, so that nobody ever reads half of one."""
+    """Write a temporary file and rename it, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_stem(f".{path.stem}.{os.getpid()}")
-    save(beside)
-    beside.replace(path)
+    temporary = path.with_stem(f".{path.stem}.{os.getpid()}")
+    save(temporary)
+    temporary.replace(path)
 
 
 def show(summary: dict[str, Any], output: Path) -> None:
-    """Print the figures and the answers."""
+    """Print the measurements and the answers."""
     table = Table("", "before", "after", title="QLoRA quickstart", title_justify="left")
     table.add_row("held-out perplexity", *(f"{summary[f'perplexity_{when}']:.1f}" for when in ("before", "after")))
     table.add_row("linear layers", *(f"{summary[f'linear_bytes_{when}'] / 1e6:.1f} MB" for when in ("before", "after")))
@@ -187,8 +187,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
     console.print(table, markup=False)
     console.print(
         f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained, "
-        f"{summary['steps']} steps of {summary['seconds_per_step']:.2f} s, {summary['total_seconds']:.0f} s in all.\n"
-        f"Adapters: {summary['adapter_checkpoint']}\nFigures and picture: {output}",
+        f"{summary['steps']} steps of {summary['seconds_per_step']:.2f} s, {summary['total_seconds']:.0f} s in total.\n"
+        f"Adapters: {summary['adapter_checkpoint']}\nsummary.json and training.png: {output}",
         highlight=False,
         soft_wrap=True,
     )

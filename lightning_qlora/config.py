@@ -1,56 +1,72 @@
-"""QLoRAConfig: every choice a user can make, checked once, at construction."""
+"""QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is made."""
 
+import functools
+import inspect
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
+C = TypeVar("C")
+P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
-Onto = Literal["decoded", "float"]  # the base that adapters are added to: as in training, or as it was before
+Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+EMPTY = {  # arguments whose value None stands for
+    "exclude_modules": list, "modules_to_save": list, "loftq_config": dict, "rank_pattern": dict, "alpha_pattern": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class QLoRAConfig:
-    """The arguments of `QLoRAPrecision` and `convert`, with the paper's recipe as defaults.
+    """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.
 
     Args:
         quant_type: 4-bit data type of the frozen weights.
-        double_quant: Quantize the block scales again, to 8 bits (paper section 3: 0.37 bit a weight less).
-        block_size: Weights that share one scale: 32 to 4096, a power of two.
-        compute_dtype: Type the 4-bit weights are decoded to for each product. "auto": the type of the weight that was
-            replaced, and bf16 instead of fp32 on a GPU that has bf16.
+        double_quant: Quantize the block scales to 8 bits as well. This saves 0.37 bits per weight (QLoRA paper,
+            section 3).
+        block_size: Number of weights that share one scale: a power of two from 32 to 4096.
+        compute_dtype: Data type to which the 4-bit weights are decoded for each matrix product. "auto": the data type
+            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16.
         r: Rank of the adapters.
-        lora_alpha: The adapter's product is scaled by lora_alpha / r.
-        lora_dropout: Probability of dropping an input of an adapter in training.
-        target_modules: Layers to convert: "all-linear", one regular expression for the whole name, or a list of name
-            endings, as in PEFT.
-        exclude_modules: Layers to leave alone: a regular expression or a list of name endings.
-        modules_to_save: Modules to train in full beside the adapters: a list of name endings.
-        init_lora_weights: Where the adapters start: "default" (PEFT's: B = 0), "gaussian" (B = 0), "loftq", "pissa",
-            "pissa_niter_16" (with 16 power iterations, faster), or "calibrated" on the first training batches.
-        loftq_config: For "loftq", as in PEFT, and for "pissa": {"loftq_iter": 5} for 5 iterations instead of 1.
-        calibration_batches: For "calibrated": batches to look at before the first step; None: those of the first step.
-        use_rslora: Scale by lora_alpha / sqrt(r) instead.
-        use_dora: Learn the magnitude of every output row as well (weight-decomposed LoRA).
-        rank_pattern: Rank of single layers, {name ending or regular expression: r}, as in PEFT.
-        alpha_pattern: lora_alpha of single layers, likewise.
-        paged_optimizer: Page optimizer state to host memory: True, False, or "auto" (on for CUDA devices).
-        gradient_checkpointing: Recompute activations in the backward pass.
-        checkpoint: What a checkpoint holds: the "adapter" (and what else trains), or the packed base as well ("full").
+        lora_alpha: The output of an adapter is multiplied by lora_alpha / r.
+        lora_dropout: Dropout probability of the adapters' inputs during training.
+        target_modules: Layers to convert, as in PEFT: "all-linear", a regular expression that matches the full name,
+            or a list of name endings.
+        exclude_modules: Layers not to convert: a regular expression or a list of name endings.
+        modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
+        init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
+            "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
+            "calibrated" (computed from the first training batches).
+        loftq_config: For "loftq", as in PEFT, and for "pissa": {"loftq_iter": 5} runs 5 iterations instead of 1.
+        calibration_batches: For "calibrated": number of batches to collect statistics from before the first step.
+            None: the batches of the first step.
+        use_rslora: Multiply the output of an adapter by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).
+        use_dora: Also train the magnitude of every output row (weight-decomposed LoRA).
+        rank_pattern: Rank of single layers, as in PEFT: {name ending or regular expression: r}.
+        alpha_pattern: lora_alpha of single layers, as in PEFT: {name ending or regular expression: lora_alpha}.
+        paged_optimizer: Page optimizer state to host memory: True, False, or "auto" (True for CUDA devices).
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        checkpoint: Content of a checkpoint: "adapter" (the adapters and all other trained weights), or "full" (the
+            4-bit base as well).
         adapter: Folder of a PEFT adapter to start from.
+        deferred_logits: Compute the cross entropy of the output embedding in pieces, so that a training step never
+            holds the logits of all tokens; other code that reads the logits gets them. True, False, or "auto" (True
+            for output embeddings with at least four times as many outputs as inputs).
 
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a value is not among the allowed ones.
+        ValueError: If a value is not allowed.
     """
 
     quant_type: QuantType = "nf4"
@@ -61,90 +77,98 @@ class QLoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.05
     target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] = field(default_factory=list)
-    modules_to_save: list[str] = field(default_factory=list)
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
     init_lora_weights: InitLoRAWeights = "default"
-    loftq_config: dict[str, int] = field(default_factory=dict)
+    loftq_config: dict[str, int] | None = None
     calibration_batches: int | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
     paged_optimizer: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     checkpoint: Checkpoint = "adapter"
     adapter: str | None = None
+    deferred_logits: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        for name, empty in EMPTY.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, empty())
         check_choice("quant_type", self.quant_type, get_args(QuantType))
         check_choice("compute_dtype", self.compute_dtype, get_args(ComputeDtype))
-        _check_start(self.init_lora_weights, self.loftq_config, self.calibration_batches)
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
-        check_choice("block_size", _integer("block_size", self.block_size), BLOCK_SIZES)
+        check_integer("block_size", self.block_size)
+        check_choice("block_size", self.block_size, BLOCK_SIZES)
         for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
             check_bool(name, getattr(self, name))
-        if _integer("r", self.r) < 1:
-            raise ValueError(f"r={self.r!r}: the rank of the adapters must be 1 or more.")
-        _check_alpha("lora_alpha", self.lora_alpha)
-        for pattern, r in _patterns("rank_pattern", self.rank_pattern):
-            if _integer(f"rank_pattern[{pattern!r}]", r) < 1:
-                raise ValueError(f"rank_pattern[{pattern!r}]={r!r}: the rank of the adapters must be 1 or more.")
-        for pattern, alpha in _patterns("alpha_pattern", self.alpha_pattern):
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        if not 0 <= _number("lora_dropout", self.lora_dropout) < 1:
-            raise ValueError(
-                f"lora_dropout={self.lora_dropout!r}: must be a probability from 0 up to, not including, 1."
-            )
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            _check_names(name, getattr(self, name), regex_allowed=name != "modules_to_save")
-        if self.paged_optimizer != "auto":
-            if not isinstance(self.paged_optimizer, (bool, str)):
-                raise TypeError(f"paged_optimizer={self.paged_optimizer!r}: must be True, False or 'auto'.")
-            if isinstance(self.paged_optimizer, str):
-                raise ValueError(f"paged_optimizer={self.paged_optimizer!r}: must be True, False or 'auto'.")
-        if self.adapter is not None:
-            if not isinstance(self.adapter, str):
-                raise TypeError(f"adapter={self.adapter!r}: must be the path of a folder, or None.")
-            if not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
-                raise ValueError(
-                    f"adapter={self.adapter!r}: must be a folder that holds an adapter_config.json (PEFT's)."
-                )
+        check_integer("r", self.r, at_least=1)
+        check_number("lora_alpha", self.lora_alpha, above=0)
+        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1)
+        check_patterns("rank_pattern", self.rank_pattern, functools.partial(check_integer, at_least=1))
+        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0))
+        check_names("target_modules", self.target_modules, or_regex=True)
+        check_names("exclude_modules", self.exclude_modules, or_regex=True)
+        check_names("modules_to_save", self.modules_to_save)
         if self.target_modules in ("", []):
             raise ValueError(
-                f"target_modules={self.target_modules!r} chooses no layer: use 'all-linear', a regular expression, "
+                f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "
                 "or a list of name endings such as ['q_proj', 'v_proj']."
             )
+        self._check_initialization()
+        check_auto("paged_optimizer", self.paged_optimizer)
+        check_auto("deferred_logits", self.deferred_logits)
+        if self.adapter is not None:
+            check_string("adapter", self.adapter)
+            if not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
+                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's adapter_config.json.")
+
+    def _check_initialization(self) -> None:
+        start, loftq_config = self.init_lora_weights, self.loftq_config or {}
+        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", start)):
+            check_choice("init_lora_weights", start, (*get_args(get_args(InitLoRAWeights)[0]), "pissa_niter_16"))
+        check_dict("loftq_config", loftq_config)
+        for key, value in loftq_config.items():
+            check_choice("key of loftq_config", key, ("loftq_iter", "loftq_bits"))
+            check_integer(f"loftq_config[{key!r}]", value, at_least=1)
+            if key == "loftq_bits":
+                check_choice("loftq_config['loftq_bits']", value, (4,))
+        if loftq_config and not start.startswith(("loftq", "pissa")):
+            raise ValueError(
+                f"loftq_config={loftq_config!r}: is used only by init_lora_weights='loftq' and 'pissa', not by "
+                f"{start!r}. Leave it out, or set init_lora_weights."
+            )
+        if self.calibration_batches is not None:
+            check_integer("calibration_batches", self.calibration_batches, at_least=1)
+            if start != "calibrated":
+                raise ValueError(
+                    f"calibration_batches={self.calibration_batches!r}: is used only by "
+                    f"init_lora_weights='calibrated', not by {start!r}. Leave it out, or set init_lora_weights."
+                )
 
     @property
     def scaling(self) -> float:
-        """The factor s of an adapter whose layer no pattern names."""
+        """Factor of the output of an adapter: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def rank_of(self, name: str) -> int:
-        """Rank of a layer's adapter: that of the first pattern which fits its name, else r."""
-        return self._of(self.rank_pattern, name, self.r)
-
-    def alpha_of(self, name: str) -> float:
-        """lora_alpha of a layer's adapter, likewise."""
-        return self._of(self.alpha_pattern, name, self.lora_alpha)
-
-    def scaling_of(self, name: str) -> float:
-        """The factor s of a layer's adapter: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
-        r = self.rank_of(name)
-        return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
-
-    @staticmethod
-    def _of(patterns: Mapping[str, T], name: str, otherwise: T) -> T:
-        return next((value for pattern, value in patterns.items() if fits(name, pattern)), otherwise)
+    def for_layer(self, names: Iterable[str]) -> "QLoRAConfig":
+        """The arguments for one layer: r and lora_alpha from the first pattern that matches one of its names."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        names = list(names)
+        r = _first_match(self.rank_pattern, names, self.r)
+        alpha = _first_match(self.alpha_pattern, names, self.lora_alpha)
+        return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
     def start(self) -> str:
-        """Kind of start: init_lora_weights without its number of iterations."""
+        """`init_lora_weights` without the number of iterations."""
         return self.init_lora_weights.partition("_niter_")[0]
 
     @property
-    def starts_from_weight(self) -> bool:
-        """Whether an adapter starts from its layer's float weight."""
+    def initializes_from_weight(self) -> bool:
+        """Whether the initialization of an adapter is computed from the float weight of its layer."""
         return self.start not in ("default", "gaussian")
 
     @property
@@ -153,95 +177,103 @@ class QLoRAConfig:
         number = self.init_lora_weights.partition("_niter_")[2]
         return int(number) if number else None
 
-    def with_start(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
-        """The same choices with another start of the adapters, and none of the arguments of the one before."""
-        return replace(
-            self, init_lora_weights=init_lora_weights, loftq_config=loftq_config or {}, calibration_batches=None
-        )
-
     @property
     def loftq_iterations(self) -> int:
-        """How often LoftQ, or PiSSA, quantizes the weight less the adapter."""
-        return self.loftq_config.get("loftq_iter", 1)
+        """Number of times that LoftQ or PiSSA quantizes the weight minus the adapter's product."""
+        return (self.loftq_config or {}).get("loftq_iter", 1)
+
+    def with_initialization(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
+        """The same config with another initialization of the adapters."""
+        return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config, calibration_batches=None)
+
+
+def takes_arguments_of(
+    config_class: Callable[P, C],
+) -> Callable[[Callable[[S, C], None]], Callable[Concatenate[S, P], None]]:
+    """Decorate `__init__(self, config)` so that it is called with the arguments of `config_class` instead.
+
+    Type checkers and IDEs see the arguments through the ParamSpec; help(), inspect.signature and jsonargparse (and so
+    LightningCLI) through the copied signature and docstring. The arguments are written down in one place.
+    """
+
+    def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
+        @functools.wraps(init)
+        def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, config_class(*args, **kwargs))
+
+        signature = inspect.signature(config_class)
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = [itself, *signature.parameters.values()]
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__doc__ = config_class.__doc__
+        return wrapper
+
+    return decorate
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name fits a key of a pattern, as in PEFT: its possible ending, a regular expression allowed.
+    """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending, or a regular expression for it."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
-    The name counts with and without its first part, since the model stands under an attribute of the LightningModule.
-    """
-    return any(re.match(rf"(.*\.)?({pattern})$", form) for form in (name, name.partition(".")[2]))
+
+def _first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:
+    """The value of the first pattern that matches one of the names."""
+    found = (value for pattern, value in (patterns or {}).items() if any(fits(name, pattern) for name in names))
+    return next(found, default)
+
+
+# Checks of arguments, configs and files. TypeError: the wrong type; ValueError: a value that is not allowed. The
+# message has the argument's name, its value, and what is allowed.
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if isinstance(value, bool) or not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+    """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
-
-
-def _check_start(start: Any, loftq_config: Any, calibration_batches: Any) -> None:
-    if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", start)):
-        allowed = get_args(get_args(InitLoRAWeights)[0])
-        if start not in allowed:
-            names = ", ".join(map(repr, allowed))
-            raise ValueError(f"init_lora_weights={start!r}: must be one of {names}, or 'pissa_niter_16' (any number).")
-    for key, value in _patterns("loftq_config", loftq_config):
-        if _integer(f"loftq_config[{key!r}]", value) < 1 or key not in ("loftq_iter", "loftq_bits"):
-            raise ValueError(f"loftq_config={loftq_config!r}: takes 'loftq_iter', a whole number of 1 or more.")
-        if key == "loftq_bits" and value != 4:
-            raise ValueError(f"loftq_config={loftq_config!r}: loftq_bits can only be 4 here.")
-    if calibration_batches is not None and _integer("calibration_batches", calibration_batches) < 1:
-        raise ValueError(f"calibration_batches={calibration_batches!r}: must be 1 or more, or None.")
-    if calibration_batches is not None and start != "calibrated":
-        raise ValueError(
-            f"calibration_batches={calibration_batches!r}: only init_lora_weights='calibrated' looks at batches, and "
-            f"it is {start!r}. Leave it out, or set init_lora_weights='calibrated'."
-        )
-    if loftq_config and not start.startswith(("loftq", "pissa")):
-        raise ValueError(
-            f"loftq_config={loftq_config!r}: only init_lora_weights='loftq' and 'pissa' iterate, and it is {start!r}. "
-            "Leave it out, or set init_lora_weights."
-        )
-
-
-def _patterns(name: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
-        raise TypeError(f"{name}={value!r}: must be a dict whose keys are non-empty strings.")
-    if name != "loftq_config":
-        for key in value:
-            check_regex(name, key)
-    return list(value.items())
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if not (math.isfinite(_number(name, value)) and value > 0):
-        raise ValueError(f"{name}={value!r}: must be a finite number above 0.")
 
 
 def check_bool(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: must be True or False, not {type(value).__name__}.")
+    _check(isinstance(value, bool), name, value, "True or False")
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: must be a whole number, not {type(value).__name__}.")
-    return value
+def check_auto(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is True, False or "auto"."""
+    _check(isinstance(value, (bool, str)), name, value, "True, False or 'auto'")
+    check_choice(name, value, (True, False, "auto"))
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}.")
-    return value
+def check_string(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a string."""
+    _check(isinstance(value, str), name, value, "a string")
 
 
-def _check_names(name: str, value: Any, regex_allowed: bool) -> None:
-    if isinstance(value, str) and regex_allowed:
+def check_integer(name: str, value: Any, at_least: float = -math.inf) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer in the range; a bool is not."""
+    _check(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r}: must be an integer >= {at_least}.")
+
+
+def check_number(
+    name: str, value: Any, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number in the range; a bool is not."""
+    _check(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
+    if not (at_least <= value < below and value > above):  # also refuses NaN
+        limits = [
+            f"{sign} {limit}" for sign, limit in ((">=", at_least), (">", above), ("<", below)) if math.isfinite(limit)
+        ]
+        raise ValueError(f"{name}={value!r}: must be a finite number {' and '.join(limits)}".rstrip() + ".")
+
+
+def check_names(name: str, value: Any, or_regex: bool = False) -> None:
+    """Raise TypeError unless `value` is a list of non-empty strings; with `or_regex` a regular expression as well."""
+    if isinstance(value, str) and or_regex:
         check_regex(name, value)
-    elif not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        allowed = "a regular expression or a list of name endings" if regex_allowed else "a list of name endings"
-        raise TypeError(f"{name}={value!r}: must be {allowed}, each a non-empty string.")
+    else:
+        allowed = "a list of non-empty names" + (", or a regular expression" if or_regex else "")
+        _check(isinstance(value, list) and all(isinstance(i, str) and i for i in value), name, value, allowed)
 
 
 def check_regex(name: str, value: str) -> None:
@@ -250,3 +282,22 @@ def check_regex(name: str, value: str) -> None:
         re.compile(value)
     except re.error as error:
         raise ValueError(f"{name}={value!r}: not a valid regular expression ({error}).") from error
+
+
+def check_dict(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a dict whose keys are non-empty strings."""
+    is_dict = isinstance(value, dict) and all(isinstance(key, str) and key for key in value)
+    _check(is_dict, name, value, "a dict whose keys are non-empty strings")
+
+
+def check_patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
+    """Raise TypeError or ValueError unless `value` is a dict of regular expressions and of values that pass `check`."""
+    check_dict(name, value)
+    for pattern, item in value.items():
+        check_regex(name, pattern)
+        check(f"{name}[{pattern!r}]", item)
+
+
+def _check(good: bool, name: str, value: Any, allowed: str) -> None:
+    if not good:
+        raise TypeError(f"{name}={value!r}: must be {allowed}.")

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.plugins.precision import Precision
 
 from lightning_qlora import QLoRAPrecision
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import EMPTY, QLoRAConfig
+from lightning_qlora.tools.cli import main
 
 WRONG_VALUES = {
     "quant_type": ["nf5", "NF4", "", None],
@@ -21,6 +23,7 @@ WRONG_VALUES = {
     "checkpoint": ["both", "lora"],
     "adapter": ["no/such/folder"],
     "paged_optimizer": ["on", "never"],
+    "deferred_logits": ["on", "False"],
 }
 WRONG_TYPES = {
     "block_size": ["64", 64.0, True],
@@ -36,20 +39,19 @@ WRONG_TYPES = {
     "gradient_checkpointing": ["yes"],
     "adapter": [7],
     "paged_optimizer": [3, None],
+    "deferred_logits": [1, None],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG_VALUES.items() for v in values])
-def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
+def test_an_error_of_a_wrong_value_names_it(name, value):
     with pytest.raises(ValueError, match=rf"{name}=") as caught:
         QLoRAPrecision(**{name: value})
     assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG_TYPES.items() for v in values])
-def test_a_wrong_type_is_named_with_what_is_allowed(name, value):
-    if name in ("exclude_modules", "modules_to_save") and value is None:
-        pytest.skip("None means the default there")
+def test_an_error_of_a_wrong_type_names_the_value(name, value):
     with pytest.raises(TypeError, match=rf"{name}=") as caught:
         QLoRAPrecision(**{name: value})
     assert repr(value) in str(caught.value)
@@ -60,7 +62,7 @@ def test_an_unknown_argument_is_named():
         QLoRAPrecision(rank=4)
 
 
-def test_every_argument_alone_is_accepted_in_its_plain_form():
+def test_allowed_values_are_accepted():
     good = {
         "quant_type": ["nf4", "fp4", "int4"],
         "block_size": [32, 4096],
@@ -70,17 +72,75 @@ def test_every_argument_alone_is_accepted_in_its_plain_form():
         "target_modules": ["all-linear", r".*\.q_proj", ["q_proj"]],
         "exclude_modules": ["head", ["head"], []],
         "paged_optimizer": ["auto", True, False],
+        "deferred_logits": ["auto", True, False],
     }
     for name, values in good.items():
         for value in values:
             assert getattr(QLoRAPrecision(**{name: value}).config, name) == value
 
 
-def test_the_plugin_takes_exactly_the_config_with_the_same_defaults():
-    signature = inspect.signature(QLoRAPrecision.__init__).parameters
-    fields = {field.name for field in dataclasses.fields(QLoRAConfig)}
-    assert set(signature) - {"self"} == fields
+def test_the_signature_of_the_plugin_is_that_of_the_config():
+    config, plugin = inspect.signature(QLoRAConfig), inspect.signature(QLoRAPrecision)
+    assert list(plugin.parameters.values()) == list(config.parameters.values())
+    assert list(plugin.parameters) == [field.name for field in dataclasses.fields(QLoRAConfig)]
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in plugin.parameters.values())
+    assert QLoRAPrecision.__init__.__doc__ == QLoRAConfig.__doc__
     assert QLoRAPrecision().config == QLoRAConfig()
+    assert QLoRAPrecision("int4", False, 128).config == QLoRAConfig("int4", False, 128)
+
+
+def described():
+    """Argument -> its description in the docstring of QLoRAConfig, on one line."""
+    parser = pytest.importorskip("docstring_parser")
+    return {param.arg_name: " ".join(param.description.split()) for param in parser.parse(QLoRAConfig.__doc__).params}
+
+
+def help_of(command, capsys):
+    """Option -> what its entry in the help of a command says: description, type and default."""
+    with pytest.raises(SystemExit):
+        command()
+    text = capsys.readouterr().out.replace("--plugin.", "--")
+    return {block.split()[0]: " ".join(block.split()) for block in re.split(r"\n  --(?=\w)", text)[1:]}
+
+
+def test_the_help_of_the_plugin_and_of_plan_has_every_description_type_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside a description
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(Precision, "plugin")  # as LightningCLI does
+    plugin = help_of(lambda: parser.parse_args(["--plugin.help", "lightning_qlora.QLoRAPrecision"]), capsys)
+    plan = help_of(lambda: main(["plan", "--help"]), capsys)
+    assert set(plan) == {*plugin, "config", "print_config", "batch_size", "sequence_length", "optimizer"}
+    assert list(plugin) == list(described()) == [field.name for field in dataclasses.fields(QLoRAConfig)]
+    for field in dataclasses.fields(QLoRAConfig):
+        default = "null" if field.default is None else field.default
+        assert plugin[field.name] == plan[field.name]
+        assert re.search(rf"{re.escape(described()[field.name])} \(type: .*, default: {default}\)$", plan[field.name])
+
+
+class Subclass(QLoRAPrecision):
+    """A plugin of a user.
+
+    Args:
+        extra: An argument of its own.
+    """
+
+    def __init__(self, extra: int = 1, **kwargs):
+        super().__init__(**kwargs)
+
+
+def test_a_subclass_that_passes_arguments_on_has_them_in_its_help(capsys):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(Precision, "plugin")
+    options = help_of(lambda: parser.parse_args(["--plugin.help", f"{__name__}.Subclass"]), capsys)
+    assert list(options) == ["extra", *described()]
+    assert "Rank of the adapters. (type: int, default: 64)" in options["r"]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_none_stands_for_the_default(name):
+    assert getattr(QLoRAPrecision(**{name: None}).config, name) == EMPTY[name]()
 
 
 def test_the_scale_is_alpha_over_r_or_over_its_root():
@@ -88,8 +148,8 @@ def test_the_scale_is_alpha_over_r_or_over_its_root():
     assert QLoRAConfig(r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
 
 
-def test_the_page_of_arguments_says_what_the_plugin_takes():
+def test_the_page_of_arguments_is_what_the_config_says():
     page = (Path(__file__).parents[1] / "docs" / "arguments.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, re.MULTILINE)
-    parameters = inspect.signature(QLoRAPrecision).parameters
-    assert rows == [(name, repr(parameter.default)) for name, parameter in parameters.items()]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", page, re.MULTILINE)
+    defaults = {field.name: repr(field.default) for field in dataclasses.fields(QLoRAConfig)}
+    assert rows == [(name, defaults[name], text) for name, text in described().items()]

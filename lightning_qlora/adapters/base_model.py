@@ -1,125 +1,183 @@
-"""The base model inside a LightningModule: what PEFT and vLLM would load, and so where the names of adapters begin."""
+"""The base model inside a LightningModule: the one that PEFT and vLLM would load, so its names are used for adapters.
 
+Also its tied weights, as an embedding that is the output embedding too. PEFT trains a copy of a module in
+modules_to_save and leaves the weight that it was tied to unchanged, unless `ensure_weight_tying` is set.
+"""
+
+import math
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from statistics import mode
 from typing import Any
 
+import torch
 from lightning.fabric.wrappers import _FabricModule
-from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.kept_start import quantization_of_layer
-from lightning_qlora.linear import QLoRAConv1D, QLoRALinear, adapted_layers
+from lightning_qlora.adapters.adapter import PREFIX, Adapter, round_alpha
+from lightning_qlora.adapters.base_compatibility import quantization_of_layer
+from lightning_qlora.adapters.peft_experts import stacks_of
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
+from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
 
-COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
-TASKS = {  # class name ending -> PEFT's task type, where PEFT's class for it adds nothing to the model
+TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
 
-def find_base(module: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the base model: the transformers model that holds all adapters, where there is one.
+def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the base model: the transformers model that holds all adapters, if there is one.
 
-    Else the one child that holds all parameters of a LightningModule, else the module itself, whose name is "".
+    Else the only child with parameters of a LightningModule, else the module itself, whose name is "".
     """
     if isinstance(module, _FabricModule):
         module = module.module
-    # One that was quantized while it was loaded counts when conversion has settled what becomes of it.
-    adapted = {id(layer) for layer in adapted_layers(module).values() if layer.loaded is None}
+    adapted = {id(layer) for layer in adapted_layers(module).values()}
     for name, part in module.named_modules():
         if is_transformers_model(part) and adapted <= {id(layer) for layer in part.modules()}:
             return name, part
-    if isinstance(module, LightningModule):
-        holders = [(n, c) for n, c in module.named_children() if next(c.parameters(), None) is not None]
-        if len(holders) == 1 and not module._parameters:
-            name, child = holders[0]
-            inner = getattr(child, COMPILED, None)
-            return (name, child) if inner is None else (f"{name}.{COMPILED}", inner)
-    return "", module
+    name = only_child_of(module)
+    if name is None:
+        return "", module
+    inner = getattr(module.get_submodule(name), COMPILED, None)
+    return (name, module.get_submodule(name)) if inner is None else (f"{name}.{COMPILED}", inner)
 
 
-def is_transformers_model(module: nn.Module) -> bool:
-    """Whether a module is a transformers model; doesn't import transformers."""
-    transformers: Any = sys.modules.get("transformers.modeling_utils")
-    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+def describe_base(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must say of the base model to write a PEFT folder without the module; plain values."""
+    prefix, base = find_base_model(module)
+    layers = adapted_layers(base)
+    first = next(iter(layers.values()), None)
+    return {
+        "prefix": plain_name(prefix),
+        "task_type": _task_type(base),
+        "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
+        "quantization": None if first is None else quantization_of_layer(first),
+        "target_modules": target_modules_of(base),
+        **({"experts": {name: list(stack) for name, stack in stacks.items()}} if (stacks := stacks_of(base)) else {}),
+        "trained_in_full": [name for name, _ in trained_in_full(base)],
+        **_of_layers(base),
+    }
 
 
-def plain_name(name: str) -> str:
-    """A name without what torch.compile put into it."""
-    return ".".join(part for part in name.split(".") if part != COMPILED)
+def _of_layers(base: nn.Module) -> dict[str, Any]:
+    """Names that seeds were made from, if they are other names, and lora_alpha; under "" that of most layers."""
+    modules = base.named_modules(remove_duplicate=False)
+    layers = {plain_name(name): layer for name, layer in modules if isinstance(layer, QLoRALinear)}
+    alphas = {name: alpha_of_layer(layer) for name, layer in layers.items()}
+    usual = mode(alphas.values()) if alphas else 0.0
+    return {
+        "seed_names": {
+            name: layer.seed_name for name, layer in layers.items() if layer.seed_name != _usual_seed_name(name)
+        },
+        "lora_alphas": {"": usual, **{name: a for name, a in alphas.items() if a != usual}},
+    }
 
 
-def task_of(base: nn.Module) -> str | None:
-    """PEFT's task type for a base model; None where it has none, or one that would add modules."""
-    name = type(base).__name__
-    task = next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
-    config: Any = getattr(base, "config", None)
-    if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
-        return "CAUSAL_LM"  # models of several media
-    return task
+def seed_name_of(about: Mapping[str, Any], name: str, full_name: str) -> str:
+    """The name that the seed of a layer's adapter was made from.
+
+    Args:
+        about: What `describe_base` returned; older versions recorded no names, and made seeds from the full name.
+        name: The layer's name in the base model.
+        full_name: Its name in the converted module.
+    """
+    known = about.get("seed_names")
+    return full_name if known is None else known.get(name, _usual_seed_name(name))
 
 
-def source_of(base: nn.Module) -> str | None:
-    """Folder or hub name a transformers model was loaded from."""
-    return getattr(getattr(base, "config", None), "_name_or_path", None) or None
+def _usual_seed_name(name: str) -> str:
+    """The name that the seed of a layer's adapter is made from; for expert i of a parameter NAME it is NAME.i."""
+    return re.sub(rf"{SUFFIX}\.(\d+)$", r".\1", name)
+
+
+def alpha_of_layer(layer: QLoRALinear) -> float:
+    """lora_alpha of a layer, which an adapter folder may have changed."""
+    return round_alpha(layer.scaling * (math.sqrt(layer.r) if layer.config.use_rslora else layer.r))
+
+
+def alpha_of(about: Mapping[str, Any], name: str, full_name: str, config: QLoRAConfig) -> float:
+    """lora_alpha of a layer in a checkpoint.
+
+    Args:
+        about: What `describe_base` returned; older versions recorded no alphas, and there patterns matched the full
+            name, or the full name without its first part.
+        name: The layer's name in the base model.
+        full_name: Its name in the converted module.
+        config: The arguments in the checkpoint.
+    """
+    known: dict[str, float] | None = about.get("lora_alphas")
+    if known is None:
+        return config.for_layer([full_name, full_name.partition(".")[2]]).lora_alpha
+    return known.get(name, known[""])
 
 
 def trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with parameters of their own that train and are no adapters; under every name of a shared one."""
+    """Name and module of everything that trains and is no adapter; a shared module has several names."""
     for name, part in base.named_modules(remove_duplicate=False):
         trains = any(p is not None and p.requires_grad for p in part._parameters.values())
         if trains and not isinstance(part, QLoRALinear):
             yield plain_name(name), part
 
 
-def target_words(layers: list[str], modules: list[str]) -> str | list[str]:
-    """PEFT's target_modules for exactly these layers: the ends of their names, else the names, else an expression."""
-    for words in ({name.rpartition(".")[2] for name in layers}, set(layers)):
-        if {name for name in modules if any(end in words for end in _endings(name))} == set(layers):
-            return sorted(words)
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return [group for group in names.values() if len(group) > 1]
+
+
+def breaks_tie(adapter: Adapter, tied: Sequence[str]) -> bool:
+    """Whether an adapter has a value for some names of a tied weight only, or different values."""
+    values = [adapter.saved[name] for name in tied if name in adapter.saved]
+    return bool(values) and not (len(values) == len(tied) and all(torch.equal(values[0], v) for v in values))
+
+
+def tie_error(adapter: Adapter, tied: Sequence[str]) -> str:
+    """The error for an adapter that breaks a tie."""
+    trained = next(name for name in tied if name in adapter.saved)
+    others = ", ".join(name for name in tied if name != trained)
+    return (
+        f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
+        "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
+    )
+
+
+def _task_type(base: nn.Module) -> str | None:
+    """PEFT's task type of a base model; None if it has none, or one whose class would add modules."""
+    name = type(base).__name__
+    task = next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
+    config: Any = getattr(base, "config", None)
+    if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
+        return "CAUSAL_LM"  # multimodal models
+    return task
+
+
+def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | list[str]:
+    """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
+    stacks = [part for part in base.modules() if isinstance(part, QLoRAExperts)]
+    experts = {id(layer) for stack in stacks for layer in stack.layers}
+    names = [plain_name(name) for name, layer in adapted_layers(base).items() if id(layer) not in experts]
+    layers = [name for name in names if name not in without]
+    return _target_modules(layers, [plain_name(name) for name, _ in base.named_modules()])
+
+
+def _target_modules(layers: list[str], modules: list[str]) -> str | list[str]:
+    """Their last names, else their full names, else an expression."""
+    for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+        if {name for name in modules if any(end in names for end in _endings(name))} == set(layers):
+            return sorted(names)
     return "|".join(re.escape(name) for name in layers)
 
 
 def _endings(name: str) -> Iterator[str]:
-    """A name, and it without its first part, without its first two, and so on."""
+    """A name, the same without its first part, without its first two, and so on."""
     while name:
         yield name
         name = name.partition(".")[2]
-
-
-def describe_base(module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint must say so that its adapters can be put in PEFT's words without the module; plain values."""
-    prefix, base = find_base(module)
-    first = next(iter(adapted_layers(base).values()), None)
-    return {
-        "prefix": plain_name(prefix),
-        "task_type": task_of(base),
-        "base_model": source_of(base),
-        "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
-        "quantization": None if first is None else quantization_of_layer(first),
-        "target_modules": target_words(
-            [plain_name(name) for name in adapted_layers(base)], [plain_name(name) for name, _ in base.named_modules()]
-        ),
-        "trained_in_full": [name for name, _ in trained_in_full(base)],
-    }
-
-
-def forget_quantizer(module: nn.Module) -> None:
-    """Take off transformers' marks of a model that it loaded in 4 bits: it would refuse to move, cast or save it."""
-    for part in module.modules():
-        if is_transformers_model(part):
-            for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
-                vars(part).pop(name, None)
-            for name in ("quantization_config", "_is_quantized"):
-                vars(part.config).pop(name, None)
-            # What saving would have to reverse; the 4-bit entries are no part of it any more.
-            conversions = vars(part).get("_weight_conversions")
-            if conversions:
-                part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
-
-
-def _is_of_a_quantizer(conversion: Any) -> bool:
-    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))

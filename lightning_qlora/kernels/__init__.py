@@ -1,1 +1,1 @@
-"""The same arithmetic, fast: one op table (`ops`), and a backend for each kind of device."""
+"""The ops of 4-bit layers and of AdamW: the op table (`ops`), and one backend per kind of device (`backends`)."""

@@ -1,11 +1,11 @@
-"""One AdamW step over lists of tensors, with 32-bit or blockwise 8-bit state: the formula in plain torch, any device.
+"""One AdamW step over lists of tensors, with 32-bit or blockwise 8-bit state, in plain torch on any device.
 
     m = beta1 m + (1 - beta1) g                     v = beta2 v + (1 - beta2) g^2
     p = p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-In 8 bits m and v are codes into the 256 dynamic levels (signed for m, unsigned for v) with one scale per 256 elements,
-decoded, updated in fp32 and quantized again: bitsandbytes' 8-bit AdamW (backends/triton/kernels_optim.py; Dettmers et
-al. 2022, "8-bit optimizers via block-wise quantization").
+With 8-bit state, m and v are codes of the 256 dynamic levels (signed for m, unsigned for v) with one scale per 256
+elements. They are decoded, updated in fp32 and quantized again, as in bitsandbytes' 8-bit AdamW
+(backends/triton/kernels_optim.py; Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
 """
 
 import math
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_qlora.quantize.blockwise import block_absmax, normalize
-from lightning_qlora.quantize.codebooks import dynamic_map
+from lightning_qlora.quantization.blockwise import block_absmax, normalize
+from lightning_qlora.quantization.codebooks import dynamic_map
 
-STATE_BLOCK_SIZE = 256  # elements that share one scale, as in bitsandbytes
+STATE_BLOCK_SIZE = 256  # elements per scale, as in bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AdamWStep:
 def adamw_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
 ) -> None:
-    """One step with fp32 state, in place. Parameters and gradients fp32, bf16 or fp16; computed in fp32."""
+    """One step with fp32 state, in place. Parameters and gradients are fp32, bf16 or fp16; computed in fp32."""
     for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         _update(param, grad, exp_avg, exp_avg_sq, scalars)
 
@@ -62,8 +62,8 @@ def adamw8bit_step(
 ) -> None:
     """One step with 8-bit state, in place.
 
-    Codes are uint8 in the shape of the parameter, read as one flat line of n elements; absmaxes are fp32
-    [ceil(n / 256)]. New state is codes 0 with absmax 0: every moment zero.
+    Codes are uint8 with the shape of the parameter, which has n elements; absmaxes are fp32 [ceil(n / 256)]. Codes 0
+    with absmax 0 are the initial state (all moments zero).
     """
     moments = zip(exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, strict=True)
     for param, grad, (m_codes, m_absmax, v_codes, v_absmax) in zip(params, grads, moments, strict=True):
@@ -75,13 +75,13 @@ def adamw8bit_step(
 
 
 def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """level[code] * scale of its block: uint8 [...] and fp32 [blocks] -> fp32 [...]."""
+    """level[code] * scale of the block: uint8 [...] and fp32 [blocks] -> fp32 [...]."""
     scales = absmax.repeat_interleave(STATE_BLOCK_SIZE)[: codes.numel()]
     return dynamic_map(signed, device=codes.device)[codes.int()] * scales.view(codes.shape)
 
 
 def quantize_state(values: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
-    """Write the nearest codes and the scales of fp32 values into `codes` and `absmax`."""
+    """Quantize fp32 values: write the nearest codes into `codes` and the scales of the blocks into `absmax`."""
     flat = values.reshape(-1)
     absmax.copy_(block_absmax(flat, STATE_BLOCK_SIZE))
     levels = dynamic_map(signed, device=values.device)

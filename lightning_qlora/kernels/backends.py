@@ -1,4 +1,4 @@
-"""Which module computes the ops on a device, and what such a module offers."""
+"""Which module computes the ops on a device, and the functions that such a module must have."""
 
 import os
 import warnings
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels import cpu
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.kernels import eager
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 
 
 class Backend(Protocol):
-    """What a backend module offers; the functions of `reference` say what each computes."""
+    """The functions of a backend module; `reference` and `adamw` specify what they compute."""
 
     @property
     def quantize(self) -> Callable[[Tensor, QuantType, int, bool], PackedBytes]:
@@ -29,8 +29,12 @@ class Backend(Protocol):
         """See `reference.dequantize`."""
 
     @property
-    def linear(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """See `reference.linear`."""
+    def lora_project(self) -> Callable[[Tensor, Tensor, float, Tensor | None], Tensor]:
+        """See `reference.lora_project`."""
+
+    @property
+    def linear_into(self) -> Callable[[Tensor, Tensor, Tensor, PackedBytes, Tensor | None, Tensor, float], None]:
+        """See `reference.linear_into`."""
 
     @property
     def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
@@ -47,21 +51,24 @@ class Backend(Protocol):
 
 def backend(device: torch.device) -> Backend:
     """The backend module for a device: Triton's on a GPU or under TRITON_INTERPRET=1, else the eager one."""
-    # ROCm's devices call themselves "cuda" as well.
+    # ROCm devices are also named "cuda".
     if device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
-        return _triton() or cpu
-    return cpu
+        return _triton(device) or eager
+    return eager
 
 
 @cache
-def _triton() -> Backend | None:
+def _triton(device: torch.device) -> Backend | None:
+    """Triton's backend; None, with one warning, if a kernel does not run on the device."""
     try:
-        return cast(Backend, import_module("lightning_qlora.kernels.triton"))
-    except ImportError as error:  # it is not installed, or it is broken: an importable name says nothing about either
+        kernels = import_module("lightning_qlora.kernels.triton")
+        kernels.check_launch(device)
+        return cast(Backend, kernels)
+    except Exception as error:  # Triton, its compilers and the driver raise many types
         warnings.warn(
-            f"Triton cannot be imported ({error}), so the 4-bit layers run in eager PyTorch on this GPU: the results "
-            "are right, but each product costs several passes over memory. `pip install triton` (Linux) or "
-            "`triton-windows` mends it.",
+            f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "
+            "PyTorch there. The results are the same, but a product takes several passes over memory. Install Triton "
+            "(`pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
             stacklevel=2,
         )
         return None

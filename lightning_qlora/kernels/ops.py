@@ -1,24 +1,216 @@
-"""The op table; `backends` says who computes each on which device.
+"""The op table: schema, shape function (fake) and argument checks of every op; `backends` chooses who computes it.
 
-    quantize          float weight -> 4-bit bytes
-    dequantize        4-bit bytes -> float weight
-    lora_linear       y = x W^T + bias + s (drop(x) A^T) B^T, W in 4 bits; saves x and drop(x) A^T for the backward pass
-    lora_linear_backward
+    quantize                float weight -> 4-bit bytes
+    dequantize              4-bit bytes -> float weight
+    lora_linear             y = x W^T + bias + s (drop(x) A^T) B^T with W in 4 bits, and drop(x) A^T for its backward
+    lora_linear_backward    the gradients of x, A and B
+    adamw_step, adamw8bit_step      one optimizer step over many tensors
 
-    adamw_step, adamw8bit_step      one step of the optimizer over many tensors
-
-The first four are `torch.library` ops: torch.compile sees each as one opaque node, and `torch.library.opcheck` can
-test them.
+The first four are `torch.library` ops, so torch.compile sees each as one opaque node and `torch.library.opcheck` can
+test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import cast
+
+import torch
 from torch import Tensor
 
+from lightning_qlora.config import BLOCK_SIZES, QuantType, check_bool, check_choice
 from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.codec import FLOATS, dequantize, quantize
-from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
+from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, check_bytes
 
-__all__ = ["FLOATS", "adamw8bit_step", "adamw_step", "dequantize", "lora_linear", "quantize"]
+
+def quantize(
+    weight: Tensor, quant_type: QuantType = "nf4", block_size: int = 64, double_quant: bool = True
+) -> PackedWeight:
+    """Quantize a float weight to 4 bits, with bitsandbytes' bytes.
+
+    Each block of `block_size` weights is divided by its largest magnitude and every weight takes the code of the
+    nearest of 16 levels; with `double_quant` the block scales are quantized to 8 bits as well (QLoRA paper, section 3).
+
+    Args:
+        weight: Weight of any shape with at least one element; fp32, bf16 or fp16, on any device.
+        quant_type: "nf4", "fp4" or "int4".
+        block_size: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        double_quant: Quantize the scales again.
+
+    Returns:
+        The packed weight; `dequantize()` decodes it.
+
+    Raises:
+        TypeError: If the weight is not a tensor of one of the three float types.
+        ValueError: If an argument is not among the allowed values, or the weight holds NaN or Inf.
+    """
+    check_choice("quant_type", quant_type, ("nf4", "fp4", "int4"))
+    check_choice("block_size", block_size, BLOCK_SIZES)
+    check_bool("double_quant", double_quant)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        raise TypeError(
+            f"weight: a tensor of type float32, bfloat16 or float16 can be quantized, not "
+            f"{weight.dtype if isinstance(weight, Tensor) else type(weight).__name__}."
+        )
+    if weight.is_meta:
+        raise ValueError("weight: is on the meta device, so there is no data to quantize; load the weights first.")
+    if not weight.numel():
+        raise ValueError(f"weight: has shape {list(weight.shape)} and no element to quantize.")
+    low, high = torch.aminmax(weight.detach())
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
+    rows = weight.detach().reshape(-1, weight.shape[-1] if weight.ndim else 1)
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(rows, quant_type, block_size, double_quant)
+    if double_quant and not torch.isfinite(nested.view(torch.float32)[-1]):
+        raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
+    as_rows = PackedBytes(packed, absmax, nested, (rows.shape[0], rows.shape[1]), quant_type, block_size)
+    return replace(PackedWeight.from_bytes(as_rows, weight.dtype), shape=tuple(weight.shape))
+
+
+def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
+    """The float weight [out, in] behind 4-bit bytes."""
+    result: Tensor = torch.ops.lightning_qlora.dequantize(
+        weight.packed, weight.absmax, weight.nested, list(weight.shape), weight.quant_type, weight.block_size, dtype
+    )
+    return result
+
+
+# Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would use scratch buffers that were freed with
+# the graph's memory, and would repeat one dropout mask, because the seed is read on the host. torch 2.8 lacks the tag.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
+
+@torch.library.custom_op("lightning_qlora::quantize", mutates_args=(), tags=_TAGS)
+def _quantize(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    made = backend(weight.device).quantize(weight, cast(QuantType, quant_type), block_size, double_quant)
+    return made.packed, made.absmax, made.nested
+
+
+@_quantize.register_fake
+def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = -(-weight.numel() // block_size)
+    nested = 4 * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else 0
+    sizes = (weight.numel() + 1) // 2, blocks if double_quant else 4 * blocks, nested
+    packed, absmax, nested_bytes = (weight.new_empty(size, dtype=torch.uint8) for size in sizes)
+    return packed, absmax, nested_bytes
+
+
+@torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
+def _dequantize(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    weight = PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
+    check_bytes(weight)
+    return backend(packed.device).dequantize(weight, dtype)
+
+
+@_dequantize.register_fake
+def _(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
+def lora_linear_op(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
+    weight = PackedBytes(packed, absmax, nested, (out_features, x.shape[-1]), cast(QuantType, quant_type), block_size)
+    y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
+    linear_into(y, x, xa, weight, bias, lora_b, scaling)
+    return y, xa
+
+
+@lora_linear_op.register_fake
+def _(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1]).shape[0]
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows, lora_a.shape[0])
+
+
+@torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
+def lora_linear_backward_op(
+    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
+    lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x (empty if it is not needed), A and B."""
+    shape = (grad.shape[-1], x.shape[-1])
+    weight = PackedBytes(packed, absmax, nested, shape, cast(QuantType, quant_type), block_size)
+    grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+    return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
+
+
+@lora_linear_backward_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
+    lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+def lora_project(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """First part of the layer: an uninitialized y [..., out] for `linear_into`, and drop(x) A^T [m, r]."""
+    _check_linear(x, lora_a, lora_b, weight, bias)
+    with _no_autocast(x):
+        xa = backend(x.device).lora_project(_rows(x), lora_a, p, seed)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), xa
+
+
+def linear_into(
+    y: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
+) -> None:
+    """Second part, with the large product: writes x W^T + bias + s xa B^T to y."""
+    with _no_autocast(x):
+        backend(x.device).linear_into(_rows(y), _rows(x), xa, weight, bias, lora_b, scaling)
+
+
+def lora_linear_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
+    seed: Tensor | None, needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x (shaped like x; None if it is not needed), A and B."""
+    with _no_autocast(x):
+        grad_x, grad_a, grad_b = backend(x.device).linear_backward(
+            _rows(grad), _rows(x), xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
+        )
+    return grad_x if grad_x is None or x.dim() == 2 else grad_x.view(x.shape), grad_a, grad_b
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+_NO_CHANGE = nullcontext()
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Kernels write x's type by address, so autocast must not give torch's products another type."""
+    device = x.device.type
+    changes_type = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not x.dtype
+    return torch.autocast(device, enabled=False) if changes_type else _NO_CHANGE
+
+
+def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
+    (out_features, in_features), r = weight.shape, lora_a.shape[0]
+    matches = x.shape[-1] == in_features and lora_a.shape == (r, in_features) and lora_b.shape == (out_features, r)
+    if not matches or (bias is not None and bias.shape != (out_features,)):
+        shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]
+        raise ValueError(
+            f"lora_linear: a weight [{out_features}, {in_features}] and x {list(x.shape)} need A [r, {in_features}], "
+            f"B [{out_features}, r] and bias [{out_features}]; got {shapes}."
+        )
+    check_bytes(weight)
 
 
 def adamw_step(

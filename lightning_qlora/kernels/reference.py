@@ -1,12 +1,12 @@
-"""Each op in a few lines of torch: the specification, and the oracle every fast path is tested against."""
+"""Every op in a few lines of torch: the specification that all backends are tested against."""
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.quantize import blockwise
-from lightning_qlora.quantize.codebooks import codebook
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.quantization import blockwise
+from lightning_qlora.quantization.codebooks import codebook
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
@@ -31,9 +31,10 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x with each element kept with probability 1 - p, as the seed says, and divided by 1 - p.
+    """Dropout: each element of x is kept with probability 1 - p and then divided by 1 - p; without a seed, x itself.
 
-    Which are kept is a hash of the seed and the element's place, so that every device and any number of threads agree.
+    A hash of the seed and the element's index decides, so the mask is the same on all devices and for any number of
+    threads.
     """
     if seed is None:
         return x
@@ -43,45 +44,48 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def dropout_kept(start: int, stop: int, least_kept: int, seed: int, device: torch.device) -> Tensor:
-    """Which of the elements start to stop, counted along all rows, are kept: bool [stop - start]."""
-    places = torch.arange(start, stop, device=device).to(torch.int32)
-    return _mix(_mix(places + as_int32(seed)) ^ as_int32(seed >> 32)) >= least_kept
+    """Which of the elements start to stop (flat indices) are kept: bool [stop - start]."""
+    index = torch.arange(start, stop, device=device).to(torch.int32)
+    return _mix(_mix(index + as_int32(seed)) ^ as_int32(seed >> 32)) >= least_kept
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
-    """The least hash, an int32, of an element that is kept, and what it is multiplied by."""
+    """The smallest hash, an int32, of an element that is kept, and the factor 1 / (1 - p)."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p)
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A hash of 32 bits in which every input bit flips every output bit half of the time (Wellons, lowbias32)."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D  # the mask makes it a shift of unsigned numbers
+    """A 32-bit hash: each input bit changes each output bit with probability 1/2 (Wellons, lowbias32)."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D  # the mask turns it into an unsigned shift
     h = (h ^ ((h >> 15) & 0x1FFFF)) * as_int32(0x846CA68B)
     return h ^ ((h >> 16) & 0xFFFF)
 
 
 def as_int32(word: int) -> int:
-    """The low 32 bits of a number, read as int32."""
+    """The low 32 bits of an integer, as an int32."""
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
 
 
-def linear(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y = X W^T + bias + s (drop(X) A^T) B^T, and drop(X) A^T; X [m, in] -> [m, out], [m, r]."""
-    xa = dropout(x, p, seed) @ lora_a.to(x.dtype).T
+def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """drop(X) A^T: [m, in] -> [m, r], with A [r, in]."""
+    return dropout(x, p, seed) @ lora_a.to(x.dtype).T
+
+
+def linear_into(
+    out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
+) -> None:
+    """Y = X W^T + bias + s xa B^T, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
     y = x @ dequantize(weight, x.dtype).T + scaling * (xa @ lora_b.to(x.dtype).T)
-    return y if bias is None else y + bias.to(x.dtype), xa
+    out.copy_(y if bias is None else y + bias.to(x.dtype))
 
 
 def linear_backward(
     grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
     p: float, seed: Tensor | None, needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of X [m, in], A [r, in] and B [out, r] from that of Y [m, out].
+    """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
-    dB = s dY^T drop(X) A^T;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
+    dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
     """
     grad_xa = scaling * (grad @ lora_b.to(grad.dtype))
     grad_b = (scaling * (grad.T @ xa)).to(lora_b.dtype)

@@ -3,9 +3,9 @@
     m = beta1 m + (1 - beta1) g                     v = beta2 v + (1 - beta2) g^2
     p = p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-A LoRA model has hundreds of small tensors, so launches would cost more than arithmetic: the kernels get a table of
-addresses, a row for each tensor, and every program finds its row by a binary search for its number.
-The same in torch, and what the 8-bit state is: `kernels/adamw.py`.
+A LoRA model has hundreds of small tensors, so one launch per tensor would cost more than the arithmetic. The kernels
+get a table of addresses with one row per tensor, and every program finds its row by a binary search for its number.
+The same in torch, with a description of the 8-bit state: `kernels/adamw.py`.
 """
 
 import math
@@ -17,15 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
-from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
-from lightning_qlora.quantize.codebooks import dynamic_map
+from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.quantization.codebooks import dynamic_map
 
-COLUMNS = 8  # of the table: number of the first program, elements, addresses of p, g, m, v, scales of m, scales of v
+COLUMNS = 8  # of the table: first program, number of elements, addresses of p, g, m, v, scales of m, scales of v
 
 
 @triton.jit
 def _find(table, STEPS: tl.constexpr, WIDTH: tl.constexpr):
-    """The row of the table, 2^STEPS rows of WIDTH, whose programs include this one."""
+    """The row of this program's tensor; the table has 2^STEPS rows of WIDTH."""
     program, low = tl.program_id(0), 0
     for step in tl.static_range(STEPS):
         row = low + (1 << (STEPS - 1 - step))
@@ -67,7 +68,7 @@ def _adamw_kernel(
     table, p_like, g_like, beta1, rest1, beta2, rest2, eps, decay, rate, correction,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """State in fp32; a program treats BLOCKS x BLOCK elements."""
+    """State in fp32; a program updates BLOCKS x BLOCK elements."""
     row = _find(table, STEPS, WIDTH)
     i = (tl.program_id(0) - tl.load(row)) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK * BLOCKS)
     inside = i < _size(row, ALIGNED)
@@ -86,7 +87,7 @@ def _adamw_kernel(
 
 @triton.jit
 def _nearest(values, bounds):
-    """How many of the 255 ascending bounds lie below each value, by a binary search."""
+    """How many of the 255 ascending bounds are below each value, by a binary search."""
     rank = tl.zeros(values.shape, tl.int32)
     for step in tl.static_range(8):
         rank = tl.where(values > tl.load(bounds + rank + ((128 >> step) - 1)), rank + (128 >> step), rank)
@@ -107,7 +108,7 @@ def _adamw8bit_kernel(
     table, p_like, g_like, levels, beta1, rest1, beta2, rest2, eps, decay, rate, correction,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """State in 8 bits; `levels` holds those of m, of v, the bounds between those of m, and of v, fp32 [4, 256]."""
+    """State in 8 bits; `levels`, fp32 [4, 256]: the levels of m, of v, the bounds between those of m, and of v."""
     row = _find(table, STEPS, WIDTH)
     n = _size(row, ALIGNED)
     block = (tl.program_id(0) - tl.load(row)) * BLOCKS + tl.arange(0, BLOCKS)
@@ -127,7 +128,7 @@ def _adamw8bit_kernel(
     m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
     p = _moved(p, m, v, eps, decay, rate, correction)
     tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
-    # Past the end of a tensor the first level stood for m and v, which is not zero.
+    # Past the end of a tensor, m and v were read as the first level, which is not zero.
     _quantize_state(tl.where(inside, m, 0.0), m_codes, m_scales, levels + 512, i, block, inside, begins)
     _quantize_state(tl.where(inside, v, 0.0), v_codes, v_scales, levels + 768, i, block, inside, begins)
 
@@ -141,12 +142,12 @@ def _levels(device: str) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _table(sizes: tuple[int, ...], columns: tuple[tuple[int, ...], ...], per_program: int, device: str) -> Tensor:
-    """The table on the device, int64 [power of two, COLUMNS]: the same tensors in the next step find it ready."""
+    """The table on the device, int64 [power of two, COLUMNS]; cached, because the next step has the same tensors."""
     first, rows = 0, []
     for size, addresses in zip(sizes, zip(*columns, strict=True), strict=True):
         rows.append([first, size, *addresses, *[0] * (COLUMNS - 2 - len(addresses))])
-        first += triton.cdiv(size, per_program)
-    rows += [[first] * COLUMNS] * (triton.next_power_of_2(len(rows)) - len(rows))  # no program reaches these
+        first += -(-size // per_program)
+    rows += [[first] * COLUMNS] * (triton.next_power_of_2(len(rows)) - len(rows))  # rows that no program uses
     return torch.tensor(rows, device=device)
 
 
@@ -154,7 +155,7 @@ def adamw_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
 ) -> None:
     """See `kernels.adamw.adamw_step`."""
-    _launch(_adamw_kernel, [params, grads, exp_avgs, exp_avg_sqs], scalars)
+    _step(_adamw_kernel, [params, grads, exp_avgs, exp_avg_sqs], scalars)
 
 
 def adamw8bit_step(
@@ -163,33 +164,36 @@ def adamw8bit_step(
 ) -> None:  # fmt: skip
     """See `kernels.adamw.adamw8bit_step`."""
     tensors = [params, grads, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmaxes, exp_avg_sq_absmaxes]
-    _launch(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
+    _step(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
 
 
 @torch.no_grad()
-def _launch(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
-    """One launch for each pair of types of parameter and gradient: mostly one."""
+def _step(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
+    """One launch for each pair of parameter type and gradient type: usually one."""
     given = tensors
-    tensors = [[tensor.contiguous() for tensor in column] for column in given]  # most are, and then it copies nothing
+    tensors = [[tensor.contiguous() for tensor in column] for column in given]  # usually no copies
+    device = tensors[0][0].device
+    tile = find_tile("adamw", device)
+    per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
     for kinds in {(param.dtype, grad.dtype) for param, grad in zip(*tensors[:2], strict=True)}:
         rows = [row for row in zip(*tensors, strict=True) if (row[0].dtype, row[1].dtype) == kinds]
         columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in zip(*rows, strict=True))
-        device, tile = rows[0][0].device, launch_options("adamw", rows[0][0].device)
-        per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
         sizes = tuple(row[0].numel() for row in rows)
-        with launching_on(device):
-            kernel[(sum(triton.cdiv(size, per_program) for size in sizes),)](
-                _table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels,
-                scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
-                1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
-                math.sqrt(1 - scalars.beta2**scalars.step),
-                STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
-                ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
-                enable_fp_fusion=False, **tile,
-            )  # fmt: skip
+        floats = (
+            scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
+            1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
+            math.sqrt(1 - scalars.beta2**scalars.step),
+        )  # fmt: skip
+        launch(
+            kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1),
+            (_table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels), (), tile, floats,
+            STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
+            ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
+        )  # fmt: skip
     for column, copies in zip([given[0], *given[2:]], [tensors[0], *tensors[2:]], strict=True):  # all but gradients
         for tensor, copy in zip(column, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
-    # Torch does not see the kernels write, and autograd and checkpoints of what was once frozen ask who wrote.
+    # Torch does not see that the kernels write. Autograd must know it, and so must checkpoints: a frozen parameter is
+    # saved only if its version says that it was trained.
     torch.autograd.graph.increment_version(given[0])

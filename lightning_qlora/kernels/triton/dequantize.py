@@ -1,61 +1,70 @@
 """4-bit bytes to a float weight, in one launch.
 
     w[i] = level[code[i]] * scale[i // block_size]
-    scale[b] = level8[code8[b]] * nested[b // 256] + offset        (or read as it is, without double quantization)
+    scale[b] = level8[code8[b]] * nested[b // 256] + offset        (stored in fp32 without double quantization)
 
-The table of levels is data, so one kernel serves NF4, FP4 and INT4. Every product and sum is rounded to fp32 by itself,
-as bitsandbytes does, and only the result to the type asked for: hence `enable_fp_fusion=False` at the launch.
-Layout of the bytes: `quantize/blockwise.py`. The same in torch: `kernels/reference.py`.
+The table of levels is an argument, so one kernel serves NF4, FP4 and INT4. As in bitsandbytes, every product and sum is
+rounded to fp32 (no FMA: `fuse=False`, the default of `launch`), and the result once more to the output type.
+Layout of the bytes: `quantization/blockwise.py`. The same in torch: `kernels/reference.py`.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
-from lightning_qlora.quantize.codebooks import codebook, dynamic_map
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.config import QuantType
+from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.quantization.codebooks import codebook, dynamic_map
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 @triton.jit
-def load_scales(absmax, nested, n_nested, levels8, block, mask):
-    """The fp32 scale of each block, from its 8-bit code or from its four bytes; nested[n_nested] is the offset."""
-    if absmax.dtype.element_ty == tl.uint8:
+def load_scales(absmax, nested, n_nested, levels8, block, mask, DOUBLE_QUANT: tl.constexpr):
+    """The fp32 scales of blocks, from their 8-bit codes or their four bytes; the offset is at nested[n_nested]."""
+    if DOUBLE_QUANT:
+        nested = nested.to(tl.pointer_type(tl.float32))
         level8 = tl.load(levels8 + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
         scales = level8 * tl.load(nested + block // 256, mask=mask, other=0.0) + tl.load(nested + n_nested)
     else:
-        scales = tl.load(absmax + block, mask=mask, other=0.0)
+        scales = tl.load(absmax.to(tl.pointer_type(tl.float32)) + block, mask=mask, other=0.0)
     return scales
 
 
 @triton.jit
 def _dequantize_kernel(
-    packed, absmax, nested, n_nested, levels8, levels, out, n,
-    RUN: tl.constexpr, RUNS_PER_BLOCK: tl.constexpr, RUNS: tl.constexpr,
+    packed, absmax, nested, levels8, levels, out, n_nested, n,
+    RUN: tl.constexpr, RUNS_PER_BLOCK: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
 ):  # fmt: skip
-    """A program decodes RUNS runs of RUN weights that share one scale, eight codes to a 4-byte word.
+    """A program decodes RUNS runs of RUN weights with one scale per run, and reads eight codes at a time as an int32.
 
-    Threads load and store 16 bytes at a time, so what moves between them is the words, not the weights they become.
+    Threads load and store 16 bytes at a time. Between threads only the words are exchanged, which are smaller than the
+    decoded weights.
     """
-    UNIT: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # weights of one 16-byte store
-    first = tl.program_id(0).to(tl.int64) * RUNS * RUN  # the only 64-bit index: the rest count from here, in 32 bits
+    UNIT: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # weights per 16-byte store
+    first = tl.program_id(0).to(tl.int64) * RUNS * RUN  # the only 64-bit index: the others are offsets in 32 bits
     left = tl.minimum(n - first, RUNS * RUN).to(tl.int32)
     run = tl.arange(0, RUNS)
     begins = run * RUN < left
-    scales = load_scales(absmax, nested, n_nested, levels8, (first // RUN + run) // RUNS_PER_BLOCK, begins)
+    block = (first // RUN + run) // RUNS_PER_BLOCK
+    scales = load_scales(absmax, nested, n_nested, levels8, block, begins, DOUBLE_QUANT)
     word = run[:, None] * (RUN // 8) + tl.arange(0, RUN // 8)[None, :]
     place = tl.arange(0, UNIT)
     unit = run[:, None] * (RUN // UNIT) + tl.arange(0, RUN // UNIT)[None, :]
     weight = unit[:, :, None] * UNIT + place[None, None, :]
-    if packed.dtype.element_ty == tl.int32:
+    if WORDS:
         mask = begins[:, None, None]
-        words = tl.load(packed + first // 8 + word, mask=begins[:, None], other=0, eviction_policy="evict_first")
-        # A word's eight codes make 8 / UNIT units: the words again, one for each unit, its codes shifted to the bottom.
+        words = packed.to(tl.pointer_type(tl.int32)) + first // 8 + word
+        words = tl.load(words, mask=begins[:, None], other=0, eviction_policy="evict_first")
+        # Eight codes make 8 / UNIT units: repeat the word for each unit and shift the unit's codes to the low bits.
         words = words[:, :, None] >> (tl.arange(0, 8 // UNIT) * 4 * UNIT)[None, None, :]
         words = tl.reshape(words, (RUNS, RUN // UNIT, 1))
-        codes = (words >> ((place * 4) ^ 4)[None, None, :]) & 15  # ^ 4: the first code is a byte's high half
-    else:  # the last run is not whole, or the bytes begin off a 4-byte border
+        codes = (words >> ((place * 4) ^ 4)[None, None, :]) & 15  # ^ 4: the first code is the high half of a byte
+    else:  # the last run is not complete, or the address of the bytes is no multiple of 4
         mask = weight < left
         bytes = tl.load(packed + first // 2 + weight // 2, mask=mask, other=0).to(tl.int32)
         codes = (bytes >> ((place % 2 * 4) ^ 4)[None, None, :]) & 15
@@ -64,33 +73,48 @@ def _dequantize_kernel(
     tl.store(out + first + weight, weights.to(out.dtype.element_ty), mask=mask)
 
 
-def scale_arguments(weight: PackedBytes) -> tuple[Tensor, Tensor, int, Tensor]:
-    """What `load_scales` reads: absmax, nested, n_nested and levels8."""
-    absmax, nested = weight.absmax.reshape(-1), weight.nested.reshape(-1).view(torch.float32)
-    if not nested.numel():
-        absmax = absmax.view(torch.float32)
-    return absmax, nested, max(nested.numel() - 1, 0), dynamic_map(device=str(absmax.device))
+@cache
+def _levels(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The levels of 8-bit scales and of 4-bit codes, on the device."""
+    return dynamic_map(device=str(device)), codebook(quant_type, str(device)).levels
+
+
+def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], int]:
+    """What a kernel reads of a 4-bit weight: packed, absmax, nested, levels8, levels, and the place of the offset."""
+    packed, absmax, nested = weight.packed, weight.absmax, weight.nested
+    if not packed.is_contiguous():
+        packed = packed.contiguous()
+    n_nested = nested.numel() // 4 - 1
+    if n_nested >= 0:
+        nested = _aligned(nested)
+        absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
+    else:
+        absmax = _aligned(absmax)
+    return (packed, absmax, nested, *_levels(weight.quant_type, packed.device)), n_nested
+
+
+def _aligned(held: Tensor) -> Tensor:
+    """Bytes that a kernel can read as fp32: FSDP may cut them out of a larger tensor at any byte."""
+    return held if held.data_ptr() % 4 == 0 and held.is_contiguous() else held.reshape(-1).clone()
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
-    device, n, packed = weight.packed.device, weight.numel, weight.packed.reshape(-1)
-    run = min(weight.block_size, 64)  # longer blocks are several runs, so that one tile serves every block size
-    if n % run == 0 and packed.data_ptr() % 4 == 0:
-        packed = packed.view(torch.int32)
-    tile = launch_options("dequantize", device)
-    runs = tile.pop("WEIGHTS") // run
-    if packed.dtype == torch.uint8:
-        runs //= 4  # byte by byte takes more registers a weight
-    with launching_on(device):
-        _dequantize_kernel[(triton.cdiv(n, runs * run),)](
-            packed, *scale_arguments(weight), codebook(weight.quant_type, str(device)).levels, out, n,
-            RUN=run, RUNS_PER_BLOCK=weight.block_size // run, RUNS=runs, enable_fp_fusion=False, **tile,
-        )  # fmt: skip
+    (tensors, n_nested), n, device = weight_arguments(weight), weight.numel, out.device
+    run = min(weight.block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
+    words = n % run == 0 and tensors[0].data_ptr() % 4 == 0
+    tile = find_tile("dequantize", device)
+    runs = tile["WEIGHTS"] // run
+    if not words:
+        runs //= 4  # reading single bytes takes more registers per weight
+    launch(
+        _dequantize_kernel, device, (-(-n // (runs * run)), 1, 1), (*tensors, out), (n_nested, n), tile, RUN=run,
+        RUNS_PER_BLOCK=weight.block_size // run, RUNS=runs, WORDS=words, DOUBLE_QUANT=n_nested >= 0,
+    )  # fmt: skip
     return out
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """The decoded weight in fresh memory, [out, in]."""
+    """See `reference.dequantize`."""
     out = torch.empty(weight.numel, dtype=dtype, device=weight.packed.device)
     return dequantize_into(out, weight).view(weight.shape)

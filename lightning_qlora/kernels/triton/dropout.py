@@ -1,42 +1,58 @@
-"""Dropout whose mask is a function of the seed: the backward pass makes it again, nobody keeps it.
+"""Dropout whose mask is a function of the seed, so that the backward pass computes it again and nothing stores it.
 
-    out[i] = x[i] / (1 - p) where word[i] >= p * 2^32, else 0;       word[i] = mix(mix(i + seed_low) ^ seed_high)
+    out[i] = x[i] / (1 - p) if hash[i] >= p * 2^32 else 0;       hash[i] = mix(mix(i + seed_low) ^ seed_high)
 
-It is the mask of `reference.dropout`, bit for bit, so a run drops the same elements on every device.
+The mask equals that of `reference.dropout` bit for bit, so a run drops the same elements on every device.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.reference import as_int32, dropout_threshold
-from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
+from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.tiles import find_tile
 
 
 @triton.jit
 def _mix(h):
-    """The hash of 32 bits in `reference`."""
+    """The 32-bit hash of `reference`."""
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
 
 
+@triton.jit
+def is_kept(i, low, high, least_kept):
+    """Whether the elements with the flat indices i are kept; low and high are the halves of the seed."""
+    word = _mix(_mix(i.to(tl.uint32) + low.to(tl.uint32)) ^ high.to(tl.uint32))
+    return word.to(tl.int32, bitcast=True) >= least_kept
+
+
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr):
-    """A program treats SIZE elements."""
+    """A program computes SIZE elements."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    place = i.to(tl.uint32)
-    word = _mix(_mix(place + low.to(tl.uint32)) ^ high.to(tl.uint32)).to(tl.int32, bitcast=True)
     values = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32) * scale
-    tl.store(out + i, tl.where(word >= least_kept, values, 0.0).to(out.dtype.element_ty), mask=i < n)
+    tl.store(out + i, tl.where(is_kept(i, low, high, least_kept), values, 0.0).to(out.dtype.element_ty), mask=i < n)
+
+
+def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[int, int, int, float]:
+    """What the kernels take: the halves of the seed, the smallest hash of a kept element, the factor 1 / (1 - p)."""
+    if seed is None:
+        return 0, 0, 0, 1.0
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
+            "lora_dropout=0, or call eval() first."
+        )
+    number = int(seed)
+    return as_int32(number), as_int32(number >> 32), *dropout_threshold(p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
-    """Write dropped x, contiguous and of any shape, to `out` (may be x itself), and return it."""
-    n, tile, key = x.numel(), launch_options("dropout", x.device), int(seed)
-    least_kept, scale = dropout_threshold(p)
-    with launching_on(x.device):
-        _dropout_kernel[(triton.cdiv(n, tile["SIZE"]),)](
-            x, out, n, as_int32(key), as_int32(key >> 32), least_kept, scale, enable_fp_fusion=False, **tile
-        )
+    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`."""
+    n, tile, mask = x.numel(), find_tile("dropout", x.device), dropout_arguments(p, seed, x.device)
+    launch(_dropout_kernel, x.device, (-(-n // tile["SIZE"]), 1, 1), (x, out), (n,), tile, mask)
     return out

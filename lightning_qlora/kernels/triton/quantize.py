@@ -1,10 +1,11 @@
-"""Float weight to 4-bit bytes, in one launch, and its scales to 8-bit codes, in another.
+"""Float weight to 4-bit bytes in one launch, and the scales to 8-bit codes in another.
 
     absmax[b] = max |w| over block b          code[i] = nearest level of w[i] / absmax[b]
     code8[b] = nearest level8 of (absmax[b] - mean) / nested[b // 256],     nested = max |absmax - mean| of 256 blocks
 
-Bit for bit what `quantize/blockwise.py` computes: hence the exact divisions (div_rn), the reciprocal for whole blocks
-and the division for a short last one, the grid of 65,536 places for the 8-bit codes, and `enable_fp_fusion=False`.
+The results equal `quantization/blockwise.py` bit for bit. This needs exact division (div_rn), a reciprocal for whole
+blocks and a division for a short last one, the grid of 65,536 points for the 8-bit codes, and no FMA (the default of
+`launch`).
 """
 
 from functools import cache
@@ -15,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.triton.tiles import launch_options, launching_on
-from lightning_qlora.quantize.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, code_of_place, mean_in_fixed_order
-from lightning_qlora.quantize.codebooks import codebook
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, code_of_place, mean_in_fixed_order
+from lightning_qlora.quantization.codebooks import codebook
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 @triton.jit
@@ -26,12 +28,12 @@ def _quantize_kernel(
     weight, packed, absmax, bounds, order, n,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SMALLEST: tl.constexpr, SORTED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A program quantizes BLOCKS blocks of BLOCK weights; two neighbours make a byte, the first its high half."""
+    """A program quantizes BLOCKS blocks of BLOCK weights; two neighbours share a byte, the first in the high half."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(values), axis=1)
-    # As a tensor: Triton 3.4 takes a number this small (subnormal in fp32) for fp64.
+    # A tensor, because Triton 3.4 makes a number this small (subnormal in fp32) an fp64.
     divisor = tl.maximum(largest, tl.full((BLOCKS,), SMALLEST, tl.float32))
     scaled = values * tl.div_rn(1.0, divisor)[:, None]
     if not WHOLE:
@@ -69,39 +71,35 @@ def _nest_kernel(absmax, mean, codes, nested, code_at, n, BLOCK: tl.constexpr, B
 
 @cache
 def _is_sorted(quant_type: QuantType) -> bool:
-    """Whether a code is the rank of its level (NF4), so that no table need be asked."""
+    """Whether each code is the rank of its level (NF4), so that no table is needed."""
     return codebook(quant_type).order.tolist() == list(range(16))
 
 
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
-    """See `reference.quantize`; nothing waits for the device."""
+    """See `reference.quantize`; it does not wait for the device."""
     device, flat = weight.device, weight.detach().reshape(-1)
     n, book = flat.numel(), codebook(quant_type, str(device))
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
-    tile = launch_options("quantize", device, block_size)
-    blocks = tile.pop("WEIGHTS") // block_size
-    with launching_on(device):
-        _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
-            flat, packed, absmax, book.bounds, book.order, n,
-            BLOCK=block_size, BLOCKS=blocks, SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type),
-            WHOLE=n % block_size == 0, enable_fp_fusion=False, **tile,
-        )  # fmt: skip
+    tile = find_tile("quantize", device, block_size)
+    blocks = tile["WEIGHTS"] // block_size
+    launch(
+        _quantize_kernel, device, (-(-absmax.numel() // blocks), 1, 1),
+        (flat, packed, absmax, book.bounds, book.order), (n,), tile, BLOCK=block_size, BLOCKS=blocks,
+        SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type), WHOLE=n % block_size == 0,
+    )  # fmt: skip
     scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
     shape = (weight.shape[0], weight.shape[1])
     return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
 
 
 def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales fp32 [b] -> codes uint8 [b], and second-level scales and the mean last, fp32 [ceil(b / 256) + 1]."""
+    """Scales fp32 [b] -> codes uint8 [b], and second-level scales with the mean last, fp32 [ceil(b / 256) + 1]."""
     b, device = absmax.numel(), absmax.device
     codes = torch.empty(b, dtype=torch.uint8, device=device)
-    nested = torch.empty(triton.cdiv(b, NESTED_BLOCK_SIZE) + 1, dtype=torch.float32, device=device)
+    blocks = -(-b // NESTED_BLOCK_SIZE)
+    nested = torch.empty(blocks + 1, dtype=torch.float32, device=device)
     nested[-1] = mean_in_fixed_order(absmax)
-    tile = launch_options("nest", device)
-    with launching_on(device):
-        _nest_kernel[(triton.cdiv(nested.numel() - 1, tile["BLOCKS"]),)](
-            absmax, nested[-1:], codes, nested, code_of_place(str(device)), b,
-            BLOCK=NESTED_BLOCK_SIZE, enable_fp_fusion=False, **tile,
-        )  # fmt: skip
+    tile, tensors = find_tile("nest", device), (absmax, nested[-1:], codes, nested, code_of_place(str(device)))
+    launch(_nest_kernel, device, (-(-blocks // tile["BLOCKS"]), 1, 1), tensors, (b,), tile, BLOCK=NESTED_BLOCK_SIZE)
     return codes, nested

@@ -1,16 +1,14 @@
-"""Which tile a kernel runs with: read from `tiles.json`, by kernel, device and size.
+"""The tile sizes of the kernels, read from `tiles.json` by kernel, device and problem size.
 
 The file is data: nothing is timed while a model trains (`python -m benchmarks.tiles` measures the rows of `matmul`).
-It reads {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, the size being the number of
-rows of `matmul` and the block size of `quantize`. The first entry that reaches to the size counts, a size beyond the
-last has no tile, and a target without entries of its own takes those of "default".
+Its form is {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, where the size is the
+number of rows of x, and the block size for `quantize`. The first entry with size <= up_to is used. For a larger size
+there is no tile, and for a target without an entry "default" is used.
 """
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,15 +27,10 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def launch_options(kernel: str, device: torch.device, size: int = 0) -> dict[str, Any]:
-    """A fresh dict of the kernel's constants and launch options; empty if so large a size has no tile."""
+def find_tile(kernel: str, device: torch.device, size: int = 0) -> dict[str, int]:
+    """The entry of the table, not to be changed; empty if there is none for so large a size."""
     targets = TABLE[kernel]
     for tile in targets.get(target(device), targets["default"]):
         if size <= tile.get("up_to", size):
-            return {name: value for name, value in tile.items() if name != "up_to"}
+            return tile
     return {}
-
-
-def launching_on(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device, wherever the tensors are: make theirs the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -3,7 +3,8 @@ import torch
 
 from lightning_qlora.kernels import backends, ops, reference
 from lightning_qlora.kernels.triton.dequantize import dequantize, dequantize_into
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.kernels.triton.matmul import add_matmul_
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Whole runs, a program more and less, a tail inside a block, inside a word, inside a byte; a single weight.
@@ -38,13 +39,18 @@ def test_nothing_is_written_past_the_end():
         assert (memory[packed.numel :] == 7).all()
 
 
-def test_bytes_that_begin_anywhere_and_have_any_shape():
-    """FSDP cuts its flat buffers where it likes, and shapes parameters [out_features, ...]."""
-    packed = weight((64, 128))
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bytes_that_begin_anywhere_and_have_any_shape(double_quant):
+    """FSDP cuts its flat buffers at any byte, and parameters have the shape [out_features, ...]."""
+    packed = weight((64, 128), double_quant=double_quant)
+    expected = reference.dequantize(packed, torch.bfloat16)
     for offset in range(1, 5):
-        moved = torch.cat([packed.packed.new_zeros(offset), packed.packed.view(-1)])[offset:].view(64, 64)
-        shifted = packed._replace(packed=moved, absmax=packed.absmax.view(64, 2))
-        assert torch.equal(dequantize(shifted, torch.bfloat16), reference.dequantize(packed, torch.bfloat16))
+        parts = [torch.cat([part.new_zeros(offset), part.view(-1)])[offset:] for part in packed[:3]]
+        shifted = PackedBytes(parts[0].view(64, 64), parts[1].view(64, -1), parts[2], *packed[3:])
+        assert torch.equal(dequantize(shifted, torch.bfloat16), expected)
+        x = torch.randn(3, 128).bfloat16()
+        product = add_matmul_(torch.zeros(3, 64, dtype=x.dtype), x, packed)
+        assert torch.equal(add_matmul_(torch.zeros_like(product), x, shifted), product)
 
 
 def test_through_the_op_table():

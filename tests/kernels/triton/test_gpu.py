@@ -1,4 +1,7 @@
-"""Every op on the card against the reference on the CPU: `pytest -m gpu tests/kernels/triton`."""
+"""Every op on the GPU against the reference on the CPU: `pytest -m gpu tests/kernels/triton`, in a few minutes.
+
+With SANITIZER=1 in the environment, compute-sanitizer also watches the small shapes; that takes up to ten minutes more.
+"""
 
 import os
 import subprocess
@@ -9,8 +12,13 @@ from shutil import which
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from lightning_qlora.kernels import adamw, ops, reference
-from lightning_qlora.quantize.packed import PackedBytes
+from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.quantization.packed_weight import PackedBytes
+from tests.kernels.forward import forward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +26,8 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-SHAPES = [(4096, 4096), (1000, 4096), (257, 1001), (3, 5)]
+SANITIZED = bool(os.environ.get("UNDER_SANITIZER"))  # a hundred times slower
+SHAPES = [(257, 1001), (3, 5)] if SANITIZED else [(4096, 4096), (1000, 4096), (257, 1001), (3, 5)]
 
 
 def to_card(weight: PackedBytes) -> PackedBytes:
@@ -44,31 +53,60 @@ def test_quantize_and_dequantize_equal_the_reference_bit_for_bit(quant_type, dou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 16, 32, 100, 1024])
+@pytest.mark.parametrize("rows", [1, 16, 100] if SANITIZED else [1, 16, 32, 100, 1024])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_layer_forward_and_backward(dtype, rows, p):
     weight = reference.quantize(torch.randn(1000, 512) / 22, "nf4", 64, True)
     x, grad, bias = torch.randn(rows, 512).to(dtype), torch.randn(rows, 1000).to(dtype), torch.randn(1000)
     a, b = torch.randn(16, 512) / 22, torch.randn(1000, 16) / 4
     seed = torch.tensor([2**40 + 3]) if p else None
-    y, xa = reference.linear(x, weight, bias, a, b, 0.5, p, seed)
+    y, xa = forward(reference, x, weight, bias, a, b, 0.5, p, seed)
     expected = y, *reference.linear_backward(grad, x, xa, weight, a, b, 0.5, p, seed, True)
     inputs = [tensor.cuda().requires_grad_() for tensor in (x, a, b)]
-    mine = ops.lora_linear(inputs[0], to_card(weight), bias.cuda(), *inputs[1:], 0.5, p, seed)
+    mine = lora_linear(inputs[0], to_card(weight), bias.cuda(), *inputs[1:], 0.5, p, seed)
     for ours, theirs in zip([mine, *torch.autograd.grad(mine, inputs, grad.cuda())], expected, strict=True):
         assert_near(ours.detach(), theirs, dtype)
 
 
-def test_few_rows_give_the_same_bits_every_time():
+@pytest.mark.parametrize("rows", [7, 100, 2048])
+def test_forward_and_backward_give_the_same_bits_every_time(rows):
+    """Their sums are shared by programs that end in any order."""
     weight = ops.quantize(torch.randn(4096, 4096, device="cuda")).to_bytes()
-    x = torch.randn(7, 4096, device="cuda", dtype=torch.bfloat16)
-    a, b = torch.randn(8, 4096, device="cuda"), torch.randn(4096, 8, device="cuda")
-    first = ops.lora_linear(x, weight, None, a, b, 0.5)
-    assert all(torch.equal(ops.lora_linear(x, weight, None, a, b, 0.5), first) for _ in range(20))
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    a, b = (torch.randn(shape, device="cuda", requires_grad=True) for shape in ((64, 4096), (4096, 64)))
+    grad, seed = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16), torch.tensor([3])
+
+    def run():
+        y = lora_linear(x, weight, None, a, b, 0.5, 0.1, seed)
+        return y.detach(), *torch.autograd.grad(y, [x, a, b], grad)
+
+    first = run()
+    for _ in range(20):
+        assert all(torch.equal(one, other) for one, other in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "r"), [(8, 8), (512, 64), (4096, 16), (4096, 200)])
+def test_products_of_the_adapter_at_the_sizes_of_a_model(rows, r):
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    h = torch.randn(rows, r, device="cuda", dtype=torch.bfloat16)
+    w, seed = torch.randn(r, 4096, device="cuda"), torch.tensor([2**40 + 7])
+    dropped, rounded = reference.dropout(x.double(), 0.1, seed), w.bfloat16().double()
+    gradient = torch.empty_like(w)
+    lora_gradient(h, x, gradient, 0.5, 0.1, seed)
+    up = reference.dropout(0.5 * h.double() @ rounded, 0.1, seed)
+    for ours, exact, tolerance in [
+        (lora_down(x, w, 0.5, 0.1, seed), 0.5 * dropped @ rounded.T, 1e-2),
+        (lora_up(h, w.T, torch.empty_like(x), 0.5, None, 0.1, seed), up, 1e-2),
+        (gradient, 0.5 * h.double().T @ dropped, 1e-5),
+    ]:
+        assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 def test_a_training_step_keeps_no_dense_weight():
-    """Memory above the weights: the two buffers (one a thread) of the largest layer, and the activations."""
+    """Memory above the weights: the two buffers (one per thread) of the largest layer, and the activations.
+
+    Torch has one workspace of up to 32 MiB for cuBLAS per thread, and our sums take some MiB.
+    """
     weights = [ops.quantize(torch.randn(4096, 4096, device="cuda")).to_bytes() for _ in range(8)]
     adapters = [torch.randn(2, 4096, 16, device="cuda", requires_grad=True) for _ in weights]
     x = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -76,11 +114,11 @@ def test_a_training_step_keeps_no_dense_weight():
     before = torch.cuda.memory_allocated()
     hidden = x
     for weight, adapter in zip(weights, adapters, strict=True):
-        hidden = ops.lora_linear(hidden, weight, None, adapter[0].T, adapter[1], 0.01) / 64
+        hidden = lora_linear(hidden, weight, None, adapter[0].T, adapter[1], 0.01) / 64
     hidden.sum().backward()
     dense, activations = 4096 * 4096 * 2, 8 * 4 * x.nbytes
     gradients = 3 * sum(adapter.nbytes for adapter in adapters)
-    assert torch.cuda.max_memory_allocated() - before < 2 * dense + activations + gradients + 2**25
+    assert torch.cuda.max_memory_allocated() - before < 2 * dense + activations + gradients + 3 * 2**25
 
 
 def test_adamw_equals_the_reference():
@@ -95,23 +133,22 @@ def test_adamw_equals_the_reference():
         adamw.adamw8bit_step(params, grads, *state, adamw.AdamWStep(step, **scalars))
         on_gpu = [grad.cuda() for grad in grads]
         ops.adamw8bit_step(ours[0], on_gpu, *ours[1:], adamw.AdamWStep(step, **scalars))
-        for mine, yours in zip(ours[1], state[0], strict=True):
-            assert (mine.cpu() != yours).float().mean() < 1e-3  # fp32 of two devices on the border of two levels
+        # The fp32 results of two devices can lie on two sides of the border between two levels.
+        off = sum(int((mine.cpu() != yours).sum()) for mine, yours in zip(ours[1], state[0], strict=True))
+        assert off < 1e-3 * sum(param.numel() for param in params)
         for mine, yours in zip(ours, [params, *state], strict=True):
             for on_card, tensor in zip(mine, yours, strict=True):
                 on_card.copy_(tensor)
 
 
+@pytest.mark.skipif(not os.environ.get("SANITIZER"), reason="SANITIZER=1 runs it")
 @pytest.mark.skipif(which("compute-sanitizer") is None, reason="no compute-sanitizer")
-@pytest.mark.timeout(1800)
 def test_compute_sanitizer_finds_nothing():
-    if os.environ.get("UNDER_SANITIZER"):
-        pytest.skip("this is the run it watches")
-    tests = "quantize or layer or adamw or few_rows"
+    tests = "quantize or layer or adamw"
     run = subprocess.run(
         ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
          "-m", "gpu", "-k", tests, str(Path(__file__))],
-        env=os.environ | {"UNDER_SANITIZER": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True, text=True, check=False,
+        env=os.environ | {"SANITIZER": "", "UNDER_SANITIZER": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, check=False, timeout=590,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:]

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from lightning_qlora.kernels import reference
+from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton.dropout import dropout
-from lightning_qlora.kernels.triton.linear import linear, linear_backward
+from tests.kernels.forward import forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -44,12 +45,12 @@ def test_many_rows_forward_and_backward(dtype, p, has_bias):
     weight, x, grad, bias, lora_a, lora_b = layer(96, 160, 8, dtype, m=80)
     seed = torch.tensor([5]) if p else None
     choices = (lora_a, lora_b, 0.7, p, seed)
-    y, xa = linear(x, weight, bias if has_bias else None, *choices)
-    expected, expected_xa = reference.linear(x, weight, bias if has_bias else None, *choices)
+    y, xa = forward(kernels, x, weight, bias if has_bias else None, *choices)
+    expected, expected_xa = forward(reference, x, weight, bias if has_bias else None, *choices)
     assert_near(y, expected, dtype)
     assert_near(xa, expected_xa, dtype)
     for needs_x in (True, False):
-        ours = linear_backward(grad, x, xa, weight, *choices, needs_x)
+        ours = kernels.linear_backward(grad, x, xa, weight, *choices, needs_x)
         theirs = reference.linear_backward(grad, x, expected_xa, weight, *choices, needs_x)
         assert (ours[0] is None) == (not needs_x)
         for mine, yours in zip(ours, theirs, strict=True):
@@ -59,9 +60,9 @@ def test_many_rows_forward_and_backward(dtype, p, has_bias):
 
 def test_no_dense_weight_is_allocated_twice(monkeypatch):
     weight, x, _, _, lora_a, lora_b = layer(96, 160, 8, torch.float32, m=80)
-    linear(x, weight, None, lora_a, lora_b, 1.0, 0.0, None)
+    forward(kernels, x, weight, None, lora_a, lora_b, 1.0, 0.0, None)
     made = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: made.append(size) or empty(*size, **options))
-    linear(x, weight, None, lora_a, lora_b, 1.0, 0.0, None)
+    forward(kernels, x, weight, None, lora_a, lora_b, 1.0, 0.0, None)
     assert not made

@@ -1,0 +1,51 @@
+"""Versions, the card, and its two upper limits: copy bandwidth and the rate of a large bf16 matrix product."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from benchmarks.gpu_cells import Row
+from benchmarks.timing import seconds
+
+PACKAGES = ("torch", "triton", "lightning", "transformers", "peft", "bitsandbytes", "cuda-bindings")
+
+
+def measure(device: torch.device, small: bool) -> Iterator[Row]:
+    """Versions; GB/s of a copy (bytes read plus bytes written); TFLOP/s of an n x n x n product of random numbers."""
+    yield {"versions": versions(), **properties(device)}
+    size = 1 << 20 if small else 4 << 30
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    took = seconds({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"]
+    yield {"copy_gb_per_second": 2 * size / took / 1e9, "bytes": size}
+    n = 128 if small else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    took = seconds({"product": lambda: a @ b}, device, rounds=10)["product"]
+    yield {"bf16_tflop_per_second": 2 * n**3 / took / 1e12, "n": n}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the relevant packages, or "not installed"."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def properties(device: torch.device) -> Row:
+    """Name, multiprocessors, memory and CUDA version of a GPU."""
+    if device.type != "cuda":
+        return {"card": "CPU"}
+    card = torch.cuda.get_device_properties(device)
+    return {
+        "card": card.name,
+        "capability": f"{card.major}.{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "memory_gib": card.total_memory / 2**30,
+        "cuda": torch.version.cuda or torch.version.hip,
+    }

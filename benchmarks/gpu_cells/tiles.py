@@ -1,0 +1,27 @@
+"""The search for the tiles of the fused product (`benchmarks.tiles`), which writes the rows of this card."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu_cells import Row
+from benchmarks.measure import ROOT
+from lightning_qlora.kernels.triton import tiles
+
+
+def measure(device: torch.device, small: bool) -> Iterator[Row]:
+    """The lines that the search prints, and tiles.json, which `gpu_day` restores before a later run."""
+    if device.type != "cuda":
+        yield {"skipped": "tiles are measured on a GPU"}
+        return
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.tiles"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as search:
+        for line in search.stdout or ():
+            print(line, end="", flush=True)
+            yield {"line": line.strip()}
+    if search.returncode:
+        raise RuntimeError(f"the search ended with status {search.returncode}.")
+    yield {"target": tiles.target(device), "tiles_json": tiles.FILE.read_text()}

@@ -1,0 +1,151 @@
+"""Host time and launches of a layer on a GPU, measured on a CPU: `python -m benchmarks.host_overhead [--peers]`.
+
+Triton gets a driver that compiles for a card and launches nothing, and the layer is so small that torch's products take
+as long on the CPU as their launch takes on a GPU (2 to 5 us). What is left is the time that Python, autograd and the
+launches take, during which a fast GPU waits. Not included: `torch.cuda`'s own calls (device and stream, about 1 us per
+launch). Launches are counted: kernels of Triton, and ops of torch and bitsandbytes that run a kernel.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.autograd.profiler import profile
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.measure import table
+from lightning_qlora import convert
+from lightning_qlora.kernels import eager, ops
+from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.triton import tiles
+
+SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 15, 40
+# Ops that run one kernel on a GPU.
+KERNELS = {
+    "mm", "addmm", "addmm_", "copy_", "mul", "mul_", "add", "add_", "sum", "native_dropout", "bernoulli_", "div_",
+    "fill_", "dequantize_4bit", "dequantize_blockwise",
+}  # fmt: skip
+
+
+class Launcher:
+    """Takes a launch and counts it."""
+
+    launches = 0
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any) -> None:
+        Launcher.launches += 1
+
+
+class Driver:
+    """What Triton asks of a driver, for one H100 that is not there."""
+
+    launcher_cls = Launcher
+
+    class utils:
+        """Loads nothing."""
+
+        load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))
+        unload_module = staticmethod(lambda *_: None)
+        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 232448, "multiprocessor_count": 132})
+
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda _: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """CPU time of a call: the least of several means, because other programs only add to it."""
+    times = []
+    for _ in range(REPEATS + 1):  # the first one warms up
+        start = time.thread_time()
+        for _ in range(CALLS):
+            call()
+        times.append((time.thread_time() - start) / CALLS)
+    return 1e6 * min(times[1:])
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Kernels that a call would run on a GPU."""
+    call()
+    before = Launcher.launches
+    with profile(use_kineto=False) as profiler:
+        call()
+    ran = Launcher.launches - before
+    for event in profiler.function_events or []:
+        parent, name = event.cpu_parent, event.name.split("::")[-1]
+        while parent is not None and parent.name.split("::")[-1] not in KERNELS:
+            parent = parent.cpu_parent
+        if parent is None:  # an op inside of a counted one is that op's own kernel
+            ran += name in KERNELS
+    return ran
+
+
+def measure(layers: nn.Module) -> list[str]:
+    """Cells of the table: launches and microseconds of one layer of several, forward and backward."""
+    x = torch.randn(1, SIZE).bfloat16().requires_grad_()
+    trained = [x, *(parameter for parameter in layers.parameters() if parameter.requires_grad)]
+    grad = torch.randn_like(x)
+
+    def forward() -> Tensor:
+        return layers(x)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), trained, grad)
+
+    counted, took = [launches(forward), launches(both)], [microseconds(forward), microseconds(both)]
+    cells = counted[0], took[0], counted[1] - counted[0], took[1] - took[0]
+    return [f"{cell / LAYERS:.0f}" for cell in cells]
+
+
+def ours(dropout: float, few_rows: bool = False) -> nn.Module:
+    """Our layers on the Triton backend."""
+    layers = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS))).bfloat16()
+    vars(ops)["backend"] = lambda device: eager
+    convert(layers, r=RANK, lora_dropout=dropout)
+    vars(ops)["backend"] = lambda device: kernels
+    tile = {"M": 16, "N": 64, "PROGRAMS": 256, "num_warps": 4, "num_stages": 3}
+    tiles.TABLE["matmul"] = {"default": [tile] if few_rows else []}
+    return layers.train()
+
+
+def peft_with_bitsandbytes(dropout: float) -> nn.Module:
+    """PEFT's adapters on bitsandbytes' Linear4bit, on its CPU backend."""
+    import bitsandbytes
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base = (bitsandbytes.nn.Linear4bit(SIZE, SIZE, False, torch.bfloat16, True, "nf4") for _ in range(LAYERS))
+    model = nn.Sequential(*base).bfloat16().to("cpu")
+    names = [name for name, _ in model.named_children()]
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_dropout=dropout, target_modules=names), model)
+    return model.train()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="also PEFT + bitsandbytes")
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # the memory that no kernel writes holds any bits
+    triton.runtime.driver.set_active(Driver())
+    cases = {
+        "ours, dropout": lambda: ours(0.05),
+        "ours, no dropout": lambda: ours(0.0),
+        "ours, no dropout, few rows": lambda: ours(0.0, few_rows=True),
+    }
+    if parser.parse_args(arguments).peers:
+        cases["PEFT + bitsandbytes, dropout"] = lambda: peft_with_bitsandbytes(0.05)
+        cases["PEFT + bitsandbytes, no dropout"] = lambda: peft_with_bitsandbytes(0.0)
+    rows = [[name, *measure(make())] for name, make in cases.items()]
+    print(table(["", "launches forward", "us forward", "launches backward", "us backward"], rows))
+
+
+if __name__ == "__main__":
+    main()

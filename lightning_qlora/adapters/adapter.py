@@ -1,0 +1,152 @@
+"""Adapter: all adapters of a model as one value, with the names that PEFT uses."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_qlora.layers.experts import SUFFIX
+from lightning_qlora.layers.initialization.difference import Origin
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+PREFIX = "base_model.model."  # PEFT's, before the name of every parameter
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """The adapter of one layer: lora_A [r, in], lora_B [out, r], its alpha, and DoRA's magnitudes [out]."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+
+class ExpertStack(NamedTuple):
+    """The experts of one parameter, and how PEFT writes their adapters.
+
+    Attributes:
+        number: Number of experts.
+        wrappers: How many of PEFT's wrappers are around the one of this parameter.
+        transposed: The parameter is [experts, in, out].
+        exchanged: PEFT takes its inputs for outputs, so PEFT's lora_A is lora_B^T, and the reverse.
+        flat: The parameter is [experts * out, in].
+    """
+
+    number: int
+    wrappers: int
+    transposed: bool
+    exchanged: bool
+    flat: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapters of a model; names are those in the base model.
+
+    Attributes:
+        layers: Name of a layer -> its adapter. Expert i of a parameter NAME is `NAME_experts.i`.
+        experts: Name of a parameter of experts -> how PEFT writes the adapters of these.
+        packed: Name in a folder -> adapter of `target_parameters`; see `peft_experts.assign_parameters`.
+        peft_config: Content of that folder's adapter_config.json.
+        as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
+        saved: Name of a parameter or buffer -> value, of the modules that were trained in full.
+        modules_to_save: Names of those modules.
+        target_modules: PEFT's target_modules.
+        use_rslora: Whether the scaling is alpha / sqrt(r) instead of alpha / r.
+        fan_in_fan_out: Whether the layers are transformers' Conv1D, which stores its weight as [in, out].
+        lora_dropout: Dropout probability in training.
+        task_type: PEFT's task type, or None.
+        base_model: Folder or hub name of the base model, or None.
+        quantization: How the base was quantized and the adapters initialized (`base_compatibility.quantization_of`), if
+            known.
+        bases: Name of a layer -> its 4-bit weight, if it is stored with the adapters.
+        base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if the initialization changed it.
+        origin: What the initial values can be computed again from, if known.
+        source: The file that the tensors came from, for messages.
+    """
+
+    layers: dict[str, LayerAdapter]
+    experts: dict[str, ExpertStack] = field(default_factory=dict)
+    packed: dict[str, LayerAdapter] = field(default_factory=dict)
+    peft_config: dict[str, Any] = field(default_factory=dict)
+    as_parameters: frozenset[str] = frozenset()
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    target_modules: str | list[str] = field(default_factory=list)
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    task_type: str | None = None
+    base_model: str | None = None
+    quantization: dict[str, Any] | None = None
+    bases: dict[str, PackedWeight] = field(default_factory=dict)
+    base_fingerprints: dict[str, int] = field(default_factory=dict)
+    origin: Origin | None = None
+    source: str = "adapter_model.safetensors"
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the layers have DoRA's magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+    @property
+    def r(self) -> int:
+        """The rank of most layers."""
+        return Counter(layer.r for layer in self.layers.values()).most_common(1)[0][0]
+
+    @property
+    def alpha(self) -> float:
+        """The alpha of most layers."""
+        return Counter(round_alpha(layer.alpha) for layer in self.layers.values()).most_common(1)[0][0]
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Names (as PEFT's patterns name them) and ranks of the other layers."""
+        usual = self.r
+        return {self.name_in_peft(name): layer.r for name, layer in self.layers.items() if layer.r != usual}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """Names (as PEFT's patterns name them) and alphas of the other layers."""
+        usual, alphas = self.alpha, {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
+        return {self.name_in_peft(name): alpha for name, alpha in alphas.items() if alpha != usual}
+
+    def expert_parameter(self, name: str) -> str | None:
+        """Name of the parameter that a layer is an expert of; None if it is none."""
+        parameter = name.rpartition(".")[0].removesuffix(SUFFIX)
+        return parameter if parameter in self.experts else None
+
+    def name_in_peft(self, name: str) -> str:
+        """Name of the layer, or of the parameter, that PEFT adapts."""
+        return self.expert_parameter(name) or (f"{name}.weight" if name in self.as_parameters else name)
+
+    @property
+    def target_parameters(self) -> list[str]:
+        """PEFT's target_parameters."""
+        return sorted([*self.experts, *(f"{name}.weight" for name in self.as_parameters)])
+
+    def is_transposed(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a dense weight of this shape is [in, out], as in Conv1D."""
+        inputs, outputs = self.layers[name].lora_A.shape[1], self.layers[name].lora_B.shape[0]
+        return tuple(shape) == (inputs, outputs) and (inputs != outputs or self.fan_in_fan_out)
+
+    def scaling(self, name: str) -> float:
+        """The factor s of a layer's product B A."""
+        layer = self.layers[name]
+        return layer.alpha / (math.sqrt(layer.r) if self.use_rslora else layer.r)
+
+
+def round_alpha(alpha: float) -> float | int:
+    """An alpha that was computed back from a scaling, without the error of that; an int where it is one."""
+    rounded = round(alpha, 9)
+    return int(rounded) if rounded == int(rounded) else rounded

@@ -1,0 +1,166 @@
+"""Which base model an adapter fits, and the same adapter for the base in 16 or 32 bits.
+
+    default, gaussian     B = 0 at first: fits the base in 4, 16 or 32 bits
+    loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
+    pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
+
+Checkpoints and adapter folders store it as the dict that `quantization_of` returns. An adapter that is loaded from one
+keeps it (`record_initialization`), so that the module can be saved again.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.files.safetensors_folder import WeightFolder, resolve_model
+from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.initialization.difference import Origin, recompute_initial, subtract_initial
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+
+BITS = ("quant_type", "block_size", "double_quant")
+EXPORT_FLOAT = "Or export the checkpoint that it came from with base='float', for a base in 16 bits."
+
+
+def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
+    """How the base is quantized and how its adapters are initialized; plain values, stored in files."""
+    return {
+        **{name: getattr(config, name) for name in BITS},
+        "init_lora_weights": config.init_lora_weights,
+        "base_moved": methods.changes_base_weights(config),
+        **({"loftq_config": dict(config.loftq_config)} if config.loftq_config else {}),
+    }
+
+
+def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
+    """The same of a layer, with the quantization of its weight, which may have been loaded in 4 bits."""
+    return quantization_of(layer.config) | _bits_of(layer)
+
+
+def required_base(quantization: Mapping[str, Any] | None) -> str | None:
+    """In a sentence, the base that adapters initialized this way need; None if the float base fits too."""
+    method = (quantization or {}).get("init_lora_weights", "default")
+    if quantization is None or method in ("default", "gaussian"):
+        return None
+    bits = _in_words(quantization)
+    if quantization["base_moved"]:
+        return (
+            f"These adapters were initialized as {method!r}, which changed the base: they fit only the 4-bit weights "
+            f"({bits}) of this run, which are not those of the quantized model. Merge them, or export their difference "
+            "from the initial values (base='float')."
+        )
+    return (
+        f"These adapters were initialized as {method!r}, from the quantization error: they fit the model in 4 bits "
+        f"({bits}). For a model in 16 bits export their difference from the initial values (base='float')."
+    )
+
+
+def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> None:
+    """Refuse an adapter that needs other 4-bit weights than these layers have.
+
+    Raises:
+        CheckpointMismatchError: As above; says which base the adapter needs.
+    """
+    known = adapter.quantization or {}
+    for name, layer in layers.items():
+        if known.get("base_moved") or methods.changes_base_weights(layer.config):
+            if adapter.base_fingerprints.get(name) != layer.base_fingerprint():
+                whose = "of these adapters" if known.get("base_moved") else "of the adapters in this module"
+                raise CheckpointMismatchError(
+                    f"{adapter.source}: does not fit {name}: the initialization {whose} changed the 4-bit weights, so "
+                    f"the adapter needs others. Use the base that save_quantized wrote with the adapter. {EXPORT_FLOAT}"
+                )
+        elif required_base(known) and any(known.get(key) != value for key, value in _bits_of(layer).items()):
+            raise CheckpointMismatchError(
+                f"{adapter.source}: does not fit {name}: the adapter was initialized as {known['init_lora_weights']!r} "
+                f"from the error of quantization to {_in_words(known)}, and here it is {_in_words(_bits_of(layer))}. "
+                f"Convert with the same quantization. {EXPORT_FLOAT}"
+            )
+
+
+def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | None) -> None:
+    """Store in a layer how the adapter that it was given was initialized, for when it is saved again."""
+    known = quantization or {}
+    method, loftq_config = known.get("init_lora_weights", "default"), known.get("loftq_config")
+    layer.config = layer.config.with_initialization(method, loftq_config)
+
+
+def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] | None = None) -> Adapter:
+    """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
+
+    Args:
+        adapter: From a module or a checkpoint; one that was initialized with B = 0 is returned as it is.
+        base_model: Folder of safetensors, or hub name, of the base it was trained on; None: the one the adapter names.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such base, or the difference can't be computed.
+        CheckpointMismatchError: If the base lacks one of its layers.
+    """
+    if required_base(adapter.quantization) is None:
+        return adapter
+    origin = adapter.origin
+    if origin is None:
+        raise ValueError(
+            f"{adapter.source}: an adapter folder does not hold what the initial values were computed from. Export "
+            "from the Lightning checkpoint, or from the module."
+        )
+    _check_input_sizes(adapter, origin)
+    if adapter.use_dora:
+        raise ValueError(
+            f"{adapter.source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
+            "adapter instead."
+        )
+    source = base_model or adapter.base_model
+    if not source:
+        raise ValueError(
+            f"{adapter.source}: names no base model, whose weights the initial values are computed from. Pass "
+            "base_model=."
+        )
+    folder = WeightFolder(resolve_model(os.fspath(source)))
+    layers = {}
+    for name, layer in adapter.layers.items():
+        key = folder.find(f"{name}.weight")
+        if key is None or folder.is_packed(key):
+            what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
+            raise CheckpointMismatchError(f"{folder.folder}: {what} {name + '.weight'!r}.")
+        weight = folder.tensors([key])[key]
+        rows = weight.T.contiguous() if adapter.is_transposed(name, weight.shape) else weight
+        # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
+        config = replace(
+            origin.config, r=layer.r, lora_alpha=layer.alpha, use_rslora=adapter.use_rslora, rank_pattern={},
+            alpha_pattern={},
+        )  # fmt: skip
+        initial = recompute_initial(replace(origin, config=config), name, rows, adapter.bases.get(name))
+        lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
+        # so that alpha / r, or alpha / sqrt(r), stays the same
+        alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
+        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
+    return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
+
+
+def _check_input_sizes(adapter: Adapter, origin: Origin) -> None:
+    """Refuse a "calibrated" adapter that was loaded from a folder, which holds no input sizes."""
+    if origin.config.start != "calibrated":
+        return
+    for name, layer in adapter.layers.items():
+        if name not in origin.input_rms and bool(layer.lora_B.any()):
+            raise ValueError(
+                f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
+                "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
+                "checkpoint, or the module, that the adapter was calibrated in."
+            )
+
+
+def _bits_of(layer: QLoRALinear) -> dict[str, Any]:
+    return {
+        "quant_type": layer.quant_type,
+        "block_size": layer.block_size,
+        "double_quant": layer.nested.numel() > 0,
+    }
+
+
+def _in_words(quantization: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={quantization.get(name)}" for name in BITS)

@@ -1,0 +1,131 @@
+"""The adapters in a Lightning checkpoint, read without the module."""
+
+import os
+
+from torch import Tensor
+
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.base_compatibility import quantization_of
+from lightning_qlora.adapters.base_model import alpha_of, seed_name_of
+from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
+from lightning_qlora.files.lightning_checkpoint import read_checkpoint
+from lightning_qlora.layers.experts import SUFFIX
+from lightning_qlora.layers.initialization.difference import Origin
+from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.state_dict import FINGERPRINT, INPUT_RMS
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+
+def read_adapter_from_checkpoint(
+    path: str | os.PathLike[str], prefix: str | None = None, weights_only: bool = True
+) -> Adapter:
+    """The adapters that `get_adapter` would return for the module that was saved.
+
+    Args:
+        path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file or in shards.
+        prefix: Name of the base model in the module that was saved, for example "model"; None: as the checkpoint says.
+        weights_only: As in `torch.load`: whether to refuse objects other than tensors and plain values.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
+    """
+    state, root = read_converted_state_dict(path, weights_only)
+    config, about = config_of(state, root), base_model_of(state, root)
+    assert config is not None  # read_converted_state_dict found it
+    inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
+    outer = plain_name(root) + (f"{inner}." if inner else "")
+    names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
+    outside = [name for name in names if not plain_name(name).startswith(outer)]
+    if outside or not names:
+        raise ValueError(f"{path}: {outside[0]!r} does not begin with {outer!r}." if names else f"{path}: no adapter.")
+    keys = {plain_name(name).removeprefix(outer): name for name in names}
+    full_names = {name: key.removeprefix(root) for name, key in keys.items()}
+    in_base = {name: plain_name(full).removeprefix(f"{about['prefix']}.") for name, full in full_names.items()}
+    # Adapters from a folder may have been initialized in another way than the arguments say.
+    quantization = about.get("quantization") or quantization_of(config)
+    owners = {outer + owner for owner in about["trained_in_full"]}
+
+    known = about.get("experts", {})  # by names in the base model that the checkpoint says
+    experts = {
+        _parameter_of(name): ExpertStack(*known[_parameter_of(inside)])
+        for name, inside in in_base.items()
+        if _parameter_of(inside) in known
+    }
+
+    def base_fingerprint(name: str) -> int | None:
+        value = state.get(f"{keys[name]}.weight.{FINGERPRINT}")
+        return None if value is None else int(value)
+
+    return Adapter(
+        layers={
+            name: LayerAdapter(
+                state[f"{key}.lora_A"],
+                state[f"{key}.lora_B"],
+                alpha_of(about, in_base[name], full_names[name], config),
+                state.get(f"{key}.{MAGNITUDE}"),
+            )
+            for name, key in keys.items()
+        },
+        experts=experts,
+        saved={
+            plain_name(key).removeprefix(outer): value
+            for key, value in state.items()
+            if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
+        },
+        modules_to_save=sorted(about["trained_in_full"]),
+        # Older checkpoints don't hold it. Then full names, since the last part of a name may fit other layers too.
+        target_modules=(about.get("target_modules") if inner == about["prefix"] else None)
+        or sorted(name for name in keys if _parameter_of(name) not in experts),
+        use_rslora=config.use_rslora,
+        fan_in_fan_out=about["fan_in_fan_out"],
+        lora_dropout=config.lora_dropout,
+        task_type=about["task_type"],
+        base_model=about["base_model"],
+        quantization=quantization,
+        bases={
+            name: PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
+            for name, key in keys.items()
+            if f"{key}.weight.absmax" in state
+        },
+        origin=Origin(
+            config.with_initialization(quantization["init_lora_weights"], quantization.get("loftq_config")),
+            {name: seed_name_of(about, in_base[name], full) for name, full in full_names.items()},
+            {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
+            base_fingerprint,
+        ),
+        source=str(path),
+    )
+
+
+def _parameter_of(name: str) -> str:
+    """Name of the parameter that a layer of this name would be an expert of."""
+    return name.rpartition(".")[0].removesuffix(SUFFIX)
+
+
+def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
+    """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
+    prints = [int(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
+    total = 0
+    for number in prints:
+        total = (total * 0x100000001B3 + number) % (1 << 63)
+    return f"{total:016x}" if prints else None
+
+
+def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
+    """The state dict of the converted module in a checkpoint, and the prefix of that module's keys in it.
+
+    Args:
+        path: A checkpoint, in one file or in shards.
+        weights_only: As in `torch.load`: whether to refuse objects other than tensors and plain values.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
+    """
+    checkpoint = read_checkpoint(path, weights_only)
+    if isinstance(checkpoint, dict):
+        # Fabric saves the module under a name that the user chooses.
+        for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
+            for key in state:
+                if str(key).rpartition(".")[2] == CONFIG:
+                    return state, key[: -len(CONFIG)]
+    raise ValueError(f"{path}: holds no {CONFIG!r}: it was not saved from a converted module.")

@@ -1,0 +1,110 @@
+"""Merge adapters into the weights of a module: each QLoRALinear becomes the dense layer it was."""
+
+import hashlib
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.base_model import find_base_model
+from lightning_qlora.config import check_choice
+from lightning_qlora.layers.deferred_head import compute_logits
+from lightning_qlora.layers.dtensor import is_sharded, reshard
+from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.lora import ADAPTER, cancel_calibration
+from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
+
+Module = TypeVar("Module", bound=nn.Module)
+MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
+    """Turn every QLoRALinear into the dense layer it was, with its adapter merged, in place and layer by layer.
+
+    Experts become the parameter that they were, in the same way.
+
+    The new weight is the decoded 4-bit weight plus s B A, on which the adapter was trained. The sum is computed in fp32
+    and rounded once, stochastically (`round_stochastically`). It is frozen, as PEFT leaves it.
+
+    Args:
+        module: A converted module.
+        dtype: Type of the weights. "auto": of each layer the type it had before conversion; another type is given to
+            all floating-point parameters of the module.
+
+    Raises:
+        ValueError: If the module has no QLoRALinear, its layers are sharded, or dtype is not one of those above.
+    """
+    check_choice("dtype", dtype, get_args(MergeDtype))
+    layers = adapted_layers(module)
+    if not layers:
+        raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
+    cancel_calibration(module)
+    reshard(module)
+    stacks = list(expert_stacks(module))
+    names = {layer: plain_name(name) for name, layer in find_base_model(module)[1].named_modules()}
+    for name, layer in layers.items():
+        if is_sharded(layer.packed):
+            raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
+
+    def merged(layer: QLoRALinear) -> Tensor:
+        return merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer])
+
+    experts = {layer for _, _, _, stack in stacks for layer in stack.layers}
+    for layer in layers.values():
+        if layer not in experts:
+            to_dense(layer, merged(layer))
+    for _, owner, key, stack in stacks:
+        stack.restore(owner, key, stack.stack(merged))
+    compute_logits(module)
+    if dtype != "auto":
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[dtype])
+    return module
+
+
+def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:
+    """The decoded weight plus s B A (with DoRA g (W + s B A)), in `dtype` and in the shape of the dense layer."""
+    total = layer._as_rows(layer.decode().float() + layer.delta())
+    return layer._as_rows(round_stochastically(total, dtype, name)).contiguous()
+
+
+def to_dense(layer: QLoRALinear, weight: Tensor) -> None:
+    """Make a QLoRALinear the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
+    dense_class = layer.dense_class
+    kept = {key: value for key, value in layer._parameters.items() if key not in (*BASE, *ADAPTER)}
+    own = ATTRIBUTES if issubclass(dense_class, nn.Linear) else ATTRIBUTES | {"in_features", "out_features"}
+    for name in own & layer.__dict__.keys():
+        del layer.__dict__[name]
+    layer._parameters.clear()
+    layer.__class__ = dense_class  # type: ignore[assignment]
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    layer._parameters.update(kept)  # the bias, and parameters that a subclass of nn.Linear added
+
+
+def round_stochastically(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Round fp32 to bf16 or fp16, up or down at random, so that the mean stays; exact values do not change.
+
+    An adapter changes a weight by tenths of a percent, and the steps of bf16 are 0.4 to 0.8 percent: rounding to the
+    nearest returns most weights to their old value, which loses the adapter. Stochastic rounding keeps W x on average.
+    Measured on SmolLM2-135M, r=16, |s B A| = 0.16% of |W|, held-out perplexity: adapter 12.282, merged in fp32 12.279,
+    in bf16 to the nearest 12.432, in bf16 stochastically 12.287.
+
+    Args:
+        weight: fp32, of any shape.
+        dtype: Type to round to; fp32 returns the weight itself.
+        name: The layer's name, which the random numbers are made from: the same weight is always rounded the same way.
+    """
+    if dtype is torch.float32:
+        return weight
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
+    chance = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
+    nearest = weight.to(dtype)
+    # As integers, neighbours of one sign differ by 1, and the one of larger magnitude is the larger integer.
+    away = (weight.abs() > nearest.float().abs()).to(torch.int16).mul_(2).sub_(1)
+    other = (nearest.view(torch.int16) + away).view(dtype)
+    share = (weight - nearest.float()) / (other.float() - nearest.float())
+    return torch.where(chance < share, other, nearest)

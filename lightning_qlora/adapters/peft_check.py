@@ -1,0 +1,113 @@
+"""Whether PEFT would load an adapter folder as it is meant: PEFT loads it into a copy of the model without weights.
+
+PEFT turns the targets gate_proj, up_proj and down_proj of many mixtures of experts into their 3-D parameters, and then
+has no place for adapters of dense MLPs and of shared experts with these names (peft/utils/transformers_weight_
+conversion.py). It adapts those layers if `target_parameters` name their weights.
+"""
+
+import copy
+import importlib.util
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.adapter import PREFIX, Adapter
+from lightning_qlora.adapters.base_model import target_modules_of
+from lightning_qlora.adapters.merge import to_dense
+from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
+from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts
+from lightning_qlora.layers.names import COMPILED
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+
+
+def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
+    """The adapter in the form in which PEFT loads all of it; a warning names what PEFT would lose in any form.
+
+    Without PEFT installed the adapter is returned as it is.
+
+    Args:
+        adapter: What `get_adapter` returned.
+        base: The base model that it is of.
+
+    Raises:
+        ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
+    """
+    tensors = peft_tensors(adapter)
+    if importlib.util.find_spec("peft") is None:
+        return adapter
+    lost, error = lost_keys(adapter, base, tensors)
+    layers = frozenset(name for name in adapter.layers if f"{PREFIX}{name}.lora_A.weight" in lost)
+    if layers and not error and not adapter.use_dora:
+        other = replace(adapter, as_parameters=layers, target_modules=target_modules_of(base, layers))
+        lost_then, error_then = lost_keys(other, base, tensors)
+        if len(lost_then) < len(lost):
+            adapter, lost, error = other, lost_then, error_then
+    if lost:
+        names = ", ".join(sorted(key.removeprefix(PREFIX) for key in lost)[:3])
+        warnings.warn(
+            f"PEFT would not load {len(lost)} of the {len(tensors)} tensors of this adapter on a "
+            f"{type(base).__name__} ({names}{', ...' if len(lost) > 3 else ''})"
+            f"{f', because of this error: {error}' if error else ''}. Merge the adapter, or load the folder with "
+            "lightning_qlora (adapter=FOLDER).",
+            stacklevel=3,
+        )
+    return adapter
+
+
+def lost_keys(adapter: Adapter, base: nn.Module, tensors: dict[str, Tensor]) -> tuple[set[str], str | None]:
+    """Keys of an adapter's tensors that PEFT would not load into its model, and the error if PEFT stops with one."""
+    import peft
+
+    # Without dropout PEFT says which layers are lost; with it PEFT stops at the parameters that it puts in their place.
+    config = peft_config(adapter) | {"lora_dropout": 0.0}
+    arguments = {key: value for key, value in config.items() if value is not None and key != "peft_type"}
+    empty = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model: Any = peft.get_peft_model(_without_weights(base), peft.LoraConfig(**arguments))
+            found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+            lost = {key for key, value in empty.items() if key not in found or found[key].shape != value.shape}
+            if not lost:
+                result: Any = peft.set_peft_model_state_dict(model, empty)
+                lost = {key.replace(".default", "") for key in result.unexpected_keys}
+        except Exception as error:  # whatever PEFT raises, loading the folder will raise as well
+            return set(tensors), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return lost, None
+
+
+def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> Any:
+    """A copy of a module before conversion, its tensors on the meta device; nothing of the original changes."""
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    new: Any = object.__new__(type(module))
+    nn.Module.__init__(new)  # no hooks
+    kept = (key for key in vars(module) if key not in vars(new) and (key == PARAMETERS or not key.startswith("_qlora")))
+    own = {key: vars(module)[key] for key in kept}
+    new.__dict__.update(own, training=module.training)
+    if "config" in own:
+        new.__dict__["config"] = copy.copy(own["config"])  # PEFT sets attributes of it
+    made[id(module)] = new
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if key in module._parameters else empty
+    new._parameters.update({key: made.get(id(value)) for key, value in module._parameters.items()})
+    new._buffers.update({key: made.get(id(value)) for key, value in module._buffers.items()})
+    new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    if isinstance(module, QLoRALinear):
+        rows, columns = module._shape
+        weight = torch.empty(rows, columns, dtype=module.weight_dtype, device="meta")
+        to_dense(new, module._as_rows(weight))
+        return new
+    for key, part in module._modules.items():
+        new._modules[key] = None if part is None else _without_weights(part._modules.get(COMPILED) or part, made)
+    for key, part in module._modules.items():
+        if isinstance(part, QLoRAExperts):
+            stack = torch.empty(part.weight_shape, dtype=part.layers[0].weight_dtype, device="meta")
+            new._modules[key].restore(new, key.removesuffix(SUFFIX), stack)
+    return new

@@ -1,0 +1,194 @@
+"""Adapters of experts in PEFT's form: one pair of matrices for all experts of a parameter (`target_parameters`).
+
+    lora_A  [experts * r, in]     the r rows of expert 0, then those of expert 1, ...
+    lora_B  [out, r * experts]    the first column of every expert, then the second column of every expert, ...
+
+PEFT wraps the module that holds the parameters once for each, in the order in which the module registers them. The
+names of the inner wrappers get a `.base_layer`, so only the model says which parameter an adapter belongs to.
+Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tuners/tuners_utils.py (_inject_parameters).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts
+from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+
+BASE_LAYER = ".base_layer"
+DEFAULT_ALPHA = 8  # PEFT's
+
+
+def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
+    """Name of every expert parameter that was converted -> how PEFT writes its adapters."""
+    found = {}
+    for name, owner in base.named_modules():
+        keys = [key for key in _parameter_order(owner) if isinstance(owner._modules.get(key + SUFFIX), QLoRAExperts)]
+        for wrappers, key in enumerate(reversed(keys)):
+            found[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
+    return found
+
+
+def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
+    """PEFT's name and PEFT's matrices of the adapters of one expert parameter.
+
+    Raises:
+        ValueError: If PEFT has no such adapter; names the parameter.
+    """
+    stack = adapter.experts[name]
+    parts = [adapter.layers[f"{name}{SUFFIX}.{i}"] for i in range(stack.number)]
+    for refused, what in (
+        (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
+        (adapter.use_dora, "PEFT has no DoRA for expert parameters, nor beside them"),
+        (adapter.fan_in_fan_out, "PEFT has no expert parameters beside transformers' Conv1D"),
+        (len({(part.r, part.alpha) for part in parts}) > 1, "PEFT has one rank and one alpha for all experts"),
+        ("." not in name, "PEFT can't wrap a parameter of the model itself"),
+    ):
+        if refused:
+            raise ValueError(
+                f"{name}: the adapters of these experts have no place in a PEFT folder: {what}. Use a Lightning "
+                "checkpoint, or merge the adapters."
+            )
+    pairs = [(p.lora_B.T, p.lora_A.T) if stack.exchanged else (p.lora_A, p.lora_B) for p in parts]
+    lora_a = torch.cat([a for a, _ in pairs])
+    lora_b = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
+    return name.rpartition(".")[0] + BASE_LAYER * stack.wrappers, LayerAdapter(lora_a, lora_b, parts[0].alpha)
+
+
+def unpack(packed: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
+    """The adapter of each expert, from PEFT's matrices."""
+    r = packed.r // stack.number
+    a = packed.lora_A.view(stack.number, r, -1).unbind(0)
+    b = packed.lora_B.view(-1, r, stack.number).unbind(2)
+    pairs: Iterator[tuple[Tensor, Tensor]] = zip(a, b, strict=True)
+    return [LayerAdapter(*((b.T, a.T) if stack.exchanged else (a, b)), packed.alpha) for a, b in pairs]
+
+
+def unpack_known(adapter: Adapter) -> Adapter:
+    """The adapter with each expert's adapter in `layers`, if its folder says what the experts are, as ours do."""
+    if not adapter.packed or not adapter.experts:
+        return adapter
+    layers = dict(adapter.layers)
+    for name, stack in adapter.experts.items():
+        key = name.rpartition(".")[0] + BASE_LAYER * stack.wrappers
+        packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, name))
+        layers |= {f"{name}{SUFFIX}.{i}": part for i, part in enumerate(unpack(packed, stack))}
+    experts = {name.rpartition(".")[0] for name in adapter.experts}
+    for key, layer in adapter.packed.items():
+        if _outermost(key) not in experts:
+            layers[key] = replace(layer, alpha=alpha_of_name(adapter.peft_config, f"{key}.weight"))
+    return replace(adapter, layers=layers, packed={})
+
+
+def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
+    """The adapter with the names that the model has for its parameters; `packed` is empty then.
+
+    Args:
+        adapter: From a folder with `target_parameters`; another is returned as it is.
+        base: The base model, dense or converted.
+
+    Raises:
+        CheckpointMismatchError: If the adapter does not fit the model; names file and key.
+    """
+    if not adapter.packed:
+        return adapter
+    layers, experts = dict(adapter.layers), dict[str, ExpertStack]()
+    modules = {plain_name(name): part for name, part in base.named_modules()}
+    for owner in dict.fromkeys(key.removesuffix(BASE_LAYER) for key in map(_outermost, adapter.packed)):
+        keys = [key for key in adapter.packed if _outermost(key) == owner]
+        if owner not in modules:
+            _refuse(adapter, keys[0], base, "has no such module")
+        module = modules[owner]
+        names = [key for key in _parameter_order(module) if is_target(adapter.peft_config, f"{owner}.{key}")]
+        expected = [owner + BASE_LAYER * wrappers for wrappers in reversed(range(len(names)))]
+        if set(expected) != set(keys):
+            found = ", ".join(names) or "none"
+            _refuse(adapter, keys[0], base, f"has other parameters there that target_parameters names: {found}")
+        for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
+            full = f"{owner}.{name}"
+            packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, full))
+            if isinstance(module, QLoRALinear) or _dimensions(module, name) == 2:
+                layers[owner] = packed
+                continue
+            experts[full] = stack = _stack(module, name, wrappers)
+            _check_shape(adapter, packed, stack, key, base, _shape(module, name))
+            layers |= {f"{full}{SUFFIX}.{i}": part for i, part in enumerate(unpack(packed, stack))}
+    return replace(adapter, layers=layers, experts=experts, packed={})
+
+
+def modules_of(adapter: Adapter) -> set[str]:
+    """Names of the modules that a folder's adapter is for: linear layers, and modules that hold expert parameters."""
+    return {*adapter.layers, *map(_outermost, adapter.packed)}
+
+
+def is_target(config: dict[str, Any], name: str) -> bool:
+    """Whether PEFT's target_parameters name a parameter, in full or by the end of its name."""
+    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
+
+
+def may_be_target(config: dict[str, Any], key: str) -> bool:
+    """Whether target_parameters name a parameter of the module that an adapter's key names."""
+    ends = {target.rpartition(".")[2] for target in config.get("target_parameters") or []}
+    return any(is_target(config, f"{_outermost(key)}.{end}") for end in ends)
+
+
+def alpha_of_name(config: dict[str, Any], name: str) -> float:
+    """PEFT's alpha of a layer or parameter: as peft.utils.other.get_pattern_key, of the first pattern that matches."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    return float(next((a for key, a in patterns if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"]))
+
+
+def _outermost(key: str) -> str:
+    return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
+
+
+def _parameter_order(owner: nn.Module) -> list[str]:
+    """Names of a module's parameters in the order of its class, those in 4 bits as well."""
+    order: list[str] = vars(owner).get(PARAMETERS, list(owner._parameters))
+    return order
+
+
+def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
+    # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
+    as_transposed, held = bool(getattr(owner, "is_transposed", False)), owner._modules.get(key + SUFFIX)
+    if not isinstance(held, QLoRAExperts):
+        return ExpertStack(_shape(owner, key)[0], wrappers, as_transposed, exchanged=False, flat=False)
+    return ExpertStack(len(held), wrappers, held.transposed, held.transposed != as_transposed, held.flat)
+
+
+def _dimensions(owner: nn.Module, key: str) -> int:
+    return len(_shape(owner, key))
+
+
+def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
+    held = owner._modules.get(key + SUFFIX)
+    return held.weight_shape if isinstance(held, QLoRAExperts) else tuple(getattr(owner, key).shape)
+
+
+def _check_shape(
+    adapter: Adapter, packed: LayerAdapter, stack: ExpertStack, key: str, base: nn.Module, shape: tuple[int, ...]
+) -> None:
+    swapped = stack.transposed == stack.exchanged  # PEFT reads [experts, out, in]
+    outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
+    if stack.flat:
+        _refuse(adapter, key, base, "has all experts in one matrix there, with one adapter for each expert")
+    if packed.r % stack.number or (packed.lora_B.shape[0], packed.lora_A.shape[1]) != (outputs, inputs):
+        _refuse(
+            adapter, key, base,
+            f"has {stack.number} experts of {inputs} inputs and {outputs} outputs there (as PEFT counts them), the "
+            f"adapter has lora_A {list(packed.lora_A.shape)} and lora_B {list(packed.lora_B.shape)}",
+        )  # fmt: skip
+
+
+def _refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
+    raise CheckpointMismatchError(
+        f"{adapter.source}: key '{PREFIX}{key}.lora_A.weight' does not fit: the {type(base).__name__} {what}. An "
+        "adapter fits the architecture it was trained on."
+    )

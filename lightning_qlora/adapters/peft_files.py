@@ -1,0 +1,265 @@
+"""PEFT's adapter folder, `adapter_config.json` and `adapter_model.safetensors`: written, read and checked.
+
+Source of the format: peft/utils/save_and_load.py and peft/tuners/lora/config.py (0.17 to 0.21).
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, may_be_target, pack, unpack_known
+from lightning_qlora.config import check_bool, check_names, check_number, check_patterns, check_string
+from lightning_qlora.files.folder_writer import atomic_files
+from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
+from lightning_qlora.layers.fingerprint import fingerprint_of_weight
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Entries in the metadata of the weights' file, which PEFT ignores: how the base was quantized and the adapters were
+# initialized (`quantization_of`), and fingerprints of the 4-bit weights that the initialization changed.
+QUANTIZATION, FINGERPRINTS = "lightning_qlora", "lightning_qlora_base"
+EXPERTS = "lightning_qlora_experts"  # another: `Adapter.experts`
+# PEFT's arguments for adapters that QLoRALinear does not compute.
+UNSUPPORTED = (
+    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits these
+# weights alone, and its folder does not hold them.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
+    """Write PEFT's two files; each replaces an older one of its name in one step.
+
+    Raises:
+        ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
+    """
+    tensors, config = peft_tensors(adapter), peft_config(adapter)
+    metadata = {"format": "pt"}
+    if adapter.quantization is not None:
+        metadata[QUANTIZATION] = json.dumps(adapter.quantization)
+    if adapter.bases:
+        fingerprints = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
+        metadata[FINGERPRINTS] = json.dumps(fingerprints)
+    if adapter.experts:
+        metadata[EXPERTS] = json.dumps(adapter.experts)
+    # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
+    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    with atomic_files(Path(folder)) as partial:
+        save_file(whole, partial / WEIGHTS, metadata=metadata)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    adapter = unpack_known(adapter)
+    parameters = adapter.target_parameters
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0 if parameters else adapter.lora_dropout,  # PEFT refuses parameters with dropout
+        "target_modules": adapter.target_modules,
+        **({"target_parameters": parameters} if parameters else {}),
+        "modules_to_save": adapter.modules_to_save or None,
+        "rank_pattern": _exact(adapter.rank_pattern),
+        "alpha_pattern": _exact(adapter.alpha_pattern),
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "init_lora_weights": True,
+        "bias": "none",
+    }
+
+
+def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors."""
+    adapter = unpack_known(adapter)
+    if adapter.packed:
+        raise ValueError(
+            f"{adapter.source}: only its model says which parameters these adapters of experts belong to. Load the "
+            "adapter into the model (load_adapter) and save it from there."
+        )
+    tensors = {PREFIX + name: value for name, value in adapter.saved.items()}
+    layers = {name: layer for name, layer in adapter.layers.items() if adapter.expert_parameter(name) is None}
+    for name, layer in (layers | dict(pack(adapter, name) for name in adapter.experts)).items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = layer.magnitude
+    return tensors
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """Read a folder that PEFT or `write_adapter` wrote.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is broken, or QLoRALinear does not compute this kind of adapter; names file and key.
+    """
+    path = Path(folder) / WEIGHTS
+    config = _read_config(Path(folder) / CONFIG)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Save the adapter with safetensors (PEFT's default).")
+    with open_safetensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+        metadata = file.metadata() or {}
+    adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved = {}
+    for key, tensor in tensors.items():
+        # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
+        # another shape: the base has its own.
+        owner, base_layer, _ = key.partition(".base_layer.")
+        if base_layer and owner in adapted and ".lora_" not in key:
+            continue
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
+        name, part = _split(key, path)
+        if part is None:
+            saved[name] = tensor
+        else:
+            parts.setdefault(name, {})[part] = tensor
+    if not parts:
+        raise ValueError(f"{path}: holds no lora_A and lora_B.")
+    layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
+    packed = {name: layer for name, layer in layers.items() if may_be_target(config, name)}
+    return Adapter(
+        layers={name: layer for name, layer in layers.items() if name not in packed},
+        experts={name: ExpertStack(*stack) for name, stack in (_metadata_entry(metadata, EXPERTS, path) or {}).items()},
+        packed=packed,
+        peft_config=config,
+        saved=saved,
+        modules_to_save=list(config.get("modules_to_save") or []),
+        target_modules=config.get("target_modules") or sorted(parts.keys() - packed.keys()),
+        use_rslora=bool(config.get("use_rslora")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        lora_dropout=float(config.get("lora_dropout") or 0.0),
+        task_type=config.get("task_type"),
+        base_model=config.get("base_model_name_or_path"),
+        quantization=_metadata_entry(metadata, QUANTIZATION, path),
+        base_fingerprints=_metadata_entry(metadata, FINGERPRINTS, path) or {},
+        source=str(path),
+    )
+
+
+def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:
+    """Reasons why vLLM refuses an adapter, or computes something else with it; empty if it works.
+
+    Source: vllm/lora/peft_helper.py (validate_legal) and vllm/config/lora.py (ranks up to 512, `max_lora_rank`).
+    """
+    reasons = []
+    if adapter.saved:
+        modules = ", ".join(sorted({key.rpartition(".")[0] for key in adapter.saved})[:3])
+        reasons.append(f"it trains modules in full ({modules}): vLLM supports no modules_to_save. Merge it instead.")
+    if adapter.use_dora:
+        reasons.append("use_dora: vLLM does not support DoRA. Merge it instead.")
+    if adapter.rank_pattern or adapter.alpha_pattern:
+        name = next(iter(adapter.rank_pattern or adapter.alpha_pattern))
+        reasons.append(f"{name} has another rank or alpha: vLLM uses one scaling for all layers. Merge it instead.")
+    if adapter.experts or adapter.packed:
+        reasons.append("it adapts experts, which vLLM supports for a few models only. Merge it instead.")
+    rank = max((layer.r for layer in adapter.layers.values()), default=0)
+    if rank > max_lora_rank:
+        reasons.append(f"rank {rank} is above vLLM's limit of {max_lora_rank}.")
+    return reasons
+
+
+def _exact(pattern: dict[str, Any]) -> dict[str, Any]:
+    """PEFT matches a key of a pattern as a regular expression with the end of a name: here with one name only."""
+    return {f"^{re.escape(name)}": value for name, value in pattern.items()}
+
+
+def _metadata_entry(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any] | None:
+    """An object that `write_adapter` stored in the metadata; None if PEFT wrote the file."""
+    if key not in metadata:
+        return None
+    try:
+        found = json.loads(metadata[key])
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {key!r} is not valid JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: its metadata {key!r} is {found!r}, not an object.")
+    return found
+
+
+def _split(key: str, path: Path) -> tuple[str, str | None]:
+    """Layer and part ("lora_A", "lora_B", magnitude) of a key, or name of a parameter and None."""
+    name = key.removeprefix(PREFIX)
+    match = re.fullmatch(rf"(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
+    if match:
+        return match[1], match[2]
+    if ".lora_" in name or ".base_layer." in name:
+        raise ValueError(f"{path}: key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read.")
+    return name, None
+
+
+def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
+    for part in ("lora_A", "lora_B"):
+        if part not in parts:
+            raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' is missing.")
+        if parts[part].ndim != 2:
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' has shape {list(parts[part].shape)}: only adapters of "
+                "linear layers can be read."
+            )
+    if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
+        raise ValueError(
+            f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
+            f"{list(parts['lora_B'].shape)}, whose ranks differ."
+        )
+    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha_of_name(config, name), parts.get(MAGNITUDE))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The content of adapter_config.json, checked."""
+    config = {"lora_alpha": DEFAULT_ALPHA, **read_json(path)}
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read.")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias={config['bias']!r}: adapters that train biases can't be read, only 'none'.")
+    for name in UNSUPPORTED:
+        if config.get(name):
+            raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
+    method = config.get("init_lora_weights")
+    if isinstance(method, str) and method.lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{path}: init_lora_weights={method!r}: PEFT changed the base weights for this initialization, and the "
+            "adapter fits only those. Save it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain adapter. 'loftq' "
+            "can be merged in PEFT instead."
+        )
+    for name, check in CHECKS.items():
+        if config.get(name) is not None or name == "lora_alpha":
+            try:
+                check(name, config[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+# Checks of the values that are read from the file. A value that is null is PEFT's default.
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lora_alpha": check_number,
+    "use_rslora": check_bool,
+    "use_dora": check_bool,
+    "fan_in_fan_out": check_bool,
+    "task_type": check_string,
+    "base_model_name_or_path": check_string,
+    "lora_dropout": check_number,
+    "modules_to_save": check_names,
+    "target_parameters": check_names,
+    "target_modules": partial(check_names, or_regex=True),
+    "alpha_pattern": partial(check_patterns, check=check_number),
+}

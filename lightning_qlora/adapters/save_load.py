@@ -1,0 +1,292 @@
+"""Save the adapters of a module as a PEFT folder, and load such a folder into a module."""
+
+import os
+import re
+import warnings
+from dataclasses import replace
+from typing import Any, NoReturn, get_args
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.base_compatibility import (
+    check_required_base,
+    convert_to_float_base,
+    record_initialization,
+    required_base,
+)
+from lightning_qlora.adapters.base_model import (
+    alpha_of_layer,
+    breaks_tie,
+    describe_base,
+    find_base_model,
+    tie_error,
+    tied_names,
+    trained_in_full,
+)
+from lightning_qlora.adapters.peft_check import as_peft_loads_it
+from lightning_qlora.adapters.peft_experts import assign_parameters
+from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
+from lightning_qlora.config import Base, QLoRAConfig, check_choice
+from lightning_qlora.layers.dtensor import is_sharded, like, reshard, whole
+from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.initialization.difference import Origin
+from lightning_qlora.layers.lora import cancel_calibration
+from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+
+
+def save_adapter(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    base: Base = "quantized",
+    base_model: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a module's adapters as `peft.PeftModel.from_pretrained(base_model, folder)` reads them.
+
+    Names are those of the transformers model inside the module, so the folder works without Lightning. With sharded
+    parameters call it on all ranks; rank 0 writes. Adapters of experts are written as PEFT's `target_parameters`, with
+    lora_dropout=0, which PEFT requires. Where PEFT is installed, a warning names what it would not load.
+
+    Args:
+        module: A converted module, LightningModule or not.
+        folder: Where to write; files of the same names are replaced, each in one step.
+        base: The base model that the adapter will be used with: in 4 bits ("quantized"), as in training, or in 16 or 32
+            bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
+            error: for "float" the initial values are subtracted, which doubles the rank.
+        base_model: Folder or hub name of the base model, for "float"; None: the one the transformers model came from.
+
+    Raises:
+        ValueError: If there is no adapter, or PEFT's format has no place for what was trained.
+    """
+    check_choice("base", base, get_args(Base))
+    reshard(module)
+    adapter = get_adapter(module)
+    if base == "float":
+        adapter = convert_to_float_base(adapter, base_model)
+    elif needed := required_base(adapter.quantization):
+        warnings.warn(needed, stacklevel=2)
+    rank_zero_only(_write)(adapter, find_base_model(module)[1], folder)
+
+
+def _write(adapter: Adapter, base: nn.Module, folder: str | os.PathLike[str]) -> None:
+    write_adapter(as_peft_loads_it(adapter, base), folder)
+
+
+def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load an adapter folder of PEFT or `save_adapter` into a converted module.
+
+    Ranks and scalings become those of the folder; layers that are not in the folder get B = 0. To convert exactly the
+    layers of the folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
+
+    Raises:
+        FileNotFoundError, ValueError: If a file is missing or broken.
+        CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
+    """
+    reshard(module)
+    set_adapter_of_module(module, read_adapter(folder))
+
+
+def get_adapter(module: nn.Module) -> Adapter:
+    """The adapters of a module; names are those in the base model."""
+    _, base = find_base_model(module)
+    layers = _layers_by_plain_name(base)
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
+            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
+        )
+    first = next(iter(layers.values()))
+    about = describe_base(module)
+    experts = {name: ExpertStack(*stack) for name, stack in about.get("experts", {}).items()}
+    trained = dict(trained_in_full(base))
+    if "" in trained:
+        raise ValueError(
+            f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "
+            "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
+        )
+    return Adapter(
+        layers={
+            name: LayerAdapter(
+                whole(layer.lora_A).detach(),
+                whole(layer.lora_B).detach(),
+                alpha_of_layer(layer),
+                None if layer.lora_magnitude_vector is None else whole(layer.lora_magnitude_vector).detach(),
+            )
+            for name, layer in layers.items()
+        },
+        experts=experts,
+        saved={f"{name}.{key}": value for name, part in trained.items() for key, value in _state_of(part).items()},
+        modules_to_save=_checked_endings(list(trained), base),
+        target_modules=about["target_modules"],
+        use_rslora=first.config.use_rslora,
+        fan_in_fan_out=about["fan_in_fan_out"],
+        lora_dropout=first.lora_dropout,
+        task_type=about["task_type"],
+        base_model=about["base_model"],
+        quantization=about["quantization"],
+        bases={
+            name: layer.packed_weight for name, layer in layers.items() if methods.changes_base_weights(layer.config)
+        },
+        origin=Origin(
+            first.config,
+            {name: layer.seed_name for name, layer in layers.items()},
+            {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
+            lambda name: layers[name].base_fingerprint(),
+        ),
+        source=type(module).__name__,
+    )
+
+
+def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
+    """Set the adapters of a converted module, in place: the parameters stay the same objects.
+
+    Raises:
+        CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
+    """
+    _, base = find_base_model(module)
+    layers, adapter = _layers_by_plain_name(base), assign_parameters(adapter, base)
+    _check_fits(base, layers, adapter)
+    check_required_base(adapter, layers)
+    for name, layer in layers.items():
+        layer.config, layer.input_rms = replace(layer.config, use_rslora=adapter.use_rslora), None
+        record_initialization(layer, adapter.quantization)
+        loaded = adapter.layers.get(name)
+        if loaded is None:
+            layer.lora_B.data.zero_()
+            continue
+        values = {"lora_A": loaded.lora_A, "lora_B": loaded.lora_B, MAGNITUDE: loaded.magnitude}
+        for key, value in values.items():
+            if value is not None:
+                layer.write(key, value.to(layer.lora_A.dtype).contiguous())
+        layer.scaling = adapter.scaling(name)
+        layer.config = replace(layer.config, r=loaded.r, lora_alpha=loaded.alpha)
+    tensors = _tensors_by_plain_name(base)
+    with torch.no_grad():
+        for key, value in adapter.saved.items():
+            tensors[key].copy_(like(value, tensors[key]))
+    cancel_calibration(module)
+    for part in module.modules():
+        config = getattr(part, "_qlora_config", None)
+        if isinstance(config, QLoRAConfig):  # checkpoints hold it
+            part._qlora_config = replace(config, **_arguments(part, adapter, layers))  # type: ignore[assignment]
+
+
+def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
+    """`config` with the layers, ranks and scalings of the adapter.
+
+    Raises:
+        CheckpointMismatchError: If the module lacks a layer of the adapter.
+    """
+    prefix, base = find_base_model(module)
+    adapter = assign_parameters(adapter, base)
+    names = {plain_name(name): f"{prefix}.{name}".strip(".") for name, _ in base.named_modules()}
+    names |= {name: f"{prefix}.{name}".strip(".") for name in adapter.experts}
+    targets = list(dict.fromkeys(adapter.name_in_peft(name) for name in adapter.layers))
+    missing = [name for name in targets if name not in names]
+    if missing:
+        _refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
+    owners = {key.rpartition(".")[0] for key in adapter.saved}
+    return replace(
+        config.with_initialization("default"),
+        **_arguments(module, adapter, {}),
+        use_dora=adapter.use_dora,
+        target_modules="|".join(re.escape(names[name]) for name in targets),
+        exclude_modules=[],
+        modules_to_save=sorted(names[owner] for owner in owners if owner in names),
+        adapter=None,
+    )
+
+
+def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
+    """Ranks and scalings of an adapter, and of the layers that it does not have, as arguments of a QLoRAConfig."""
+    prefix = find_base_model(module)[0]
+    ranks, alphas = dict(adapter.rank_pattern), dict(adapter.alpha_pattern)
+    for name, layer in layers.items():
+        if name not in adapter.layers:
+            ranks |= {name: layer.r} if layer.r != adapter.r else {}
+            alphas |= {name: alpha_of_layer(layer)} if alpha_of_layer(layer) != adapter.alpha else {}
+
+    def exact(pattern: dict[str, Any]) -> dict[str, Any]:
+        return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}
+
+    return {
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
+        "rank_pattern": exact(ranks),
+        "alpha_pattern": exact(alphas),
+    }
+
+
+def _layers_by_plain_name(base: nn.Module) -> dict[str, QLoRALinear]:
+    return {plain_name(name): layer for name, layer in adapted_layers(base).items()}
+
+
+def _tensors_by_plain_name(base: nn.Module) -> dict[str, Tensor]:
+    named = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
+    return {plain_name(name): tensor for name, tensor in named}
+
+
+def _state_of(part: nn.Module) -> dict[str, Tensor]:
+    """What PEFT saves of a module: its own parameters and persistent buffers."""
+    return {
+        key: whole(value).detach()
+        for key, value in {**part._parameters, **part._buffers}.items()
+        if value is not None and key not in part._non_persistent_buffers_set
+    }
+
+
+def _checked_endings(names: list[str], base: nn.Module) -> list[str]:
+    """PEFT's modules_to_save: it selects every module whose name ends so, with or without a dot before the ending."""
+    for name in names:
+        also = [n for n, _ in base.named_modules() if plain_name(n).endswith(name) and plain_name(n) not in names]
+        if also:
+            raise ValueError(
+                f"{name!r} was trained in full, and PEFT would also select {also[0]!r}, whose name ends the same. "
+                "Rename one of them, or use a Lightning checkpoint instead of a PEFT folder."
+            )
+    return sorted(names)
+
+
+def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapter) -> None:
+    modules = {plain_name(name): part for name, part in base.named_modules()}
+    for name, loaded in adapter.layers.items():
+        layer, key = layers.get(name), f"{name}.lora_A.weight"
+        if layer is None:
+            part = modules.get(name)
+            what = "has no such layer" if part is None else f"has a {type(part).__name__} without an adapter there"
+            _refuse(adapter, key, base, what)
+        if loaded.lora_A.shape[1] != layer.in_features or loaded.lora_B.shape[0] != layer.out_features:
+            _refuse(
+                adapter, key, base,
+                f"has a layer of {layer.in_features} inputs and {layer.out_features} outputs there, the adapter is for "
+                f"{loaded.lora_A.shape[1]} and {loaded.lora_B.shape[0]}",
+            )  # fmt: skip
+        if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
+            raise CheckpointMismatchError(
+                f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "
+                f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
+            )
+        if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
+            with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
+            _refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
+    for tied in tied_names(base):
+        if breaks_tie(adapter, tied):
+            raise CheckpointMismatchError(tie_error(adapter, tied))
+    tensors = _tensors_by_plain_name(base)
+    for key, value in adapter.saved.items():
+        if key not in tensors:
+            _refuse(adapter, key, base, "has no such parameter")
+        if tensors[key].shape != value.shape:
+            _refuse(adapter, key, base, f"has shape {list(tensors[key].shape)} there, the adapter {list(value.shape)}")
+
+
+def _refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
+    raise CheckpointMismatchError(
+        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {what}. An adapter fits the "
+        "architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
+    )

@@ -1,0 +1,179 @@
+"""Folders that are written completely or not at all, by any number of processes at once."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS
+
+PREFIX = ".lightning_qlora-incomplete-"  # of the folders that are being written
+LOCK = ".lightning_qlora.lock"  # held while files are renamed into a folder
+LOCK_TIMEOUT = 10.0  # seconds
+SHARD_BYTES = 2_000_000_000  # size of the files we write, which is held in memory at once
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to write to. It is renamed to `target` when the block ends, and deleted if the block raises.
+
+    If several processes write the same target, the first one to finish succeeds and the others raise FileExistsError.
+    What a killed process left is deleted by the next writer.
+
+    Raises:
+        FileExistsError: If `target` exists and is not an empty folder, or cannot be replaced.
+        OSError: If it cannot be written.
+    """
+    check_free(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _new_folder(target.parent, target) as partial:
+        yield partial
+        _flush(*partial.rglob("*"), partial)
+        try:
+            if os.name == "nt" and target.is_dir():  # elsewhere a rename replaces an empty folder
+                target.rmdir()
+            partial.rename(target)
+        except OSError:
+            check_free(target)  # another process may have finished first
+            raise
+        _flush(target.parent)
+
+
+@contextmanager
+def atomic_files(target: Path) -> Iterator[Path]:
+    """Yield a folder to write files to. Each file replaces the file of that name in `target` when the block ends.
+
+    Other files in `target` stay. Each file is renamed, so a reader sees the old one or the new one. If several
+    processes write the same target, all files of the last one to finish remain.
+    """
+    existed = target.is_dir()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with _new_folder(target, target) as partial:
+            yield partial
+            _flush(*partial.iterdir())
+            with _lock(target / LOCK):
+                for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config
+                    path.replace(target / path.name)
+            _flush(target)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not empty: it has the files of another process
+                target.rmdir()
+        raise
+
+
+def check_free(target: Path) -> None:
+    """Raise FileExistsError unless `target` does not exist or is an empty folder that can be replaced."""
+    if target.is_symlink():
+        raise FileExistsError(
+            f"{target}: is a symbolic link, which a new folder cannot replace. Pass the folder it points to "
+            f"({os.path.realpath(target)}), or another name."
+        )
+    if not target.exists():
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise FileExistsError(f"{target}: exists and is not an empty folder. Choose another name, or remove it first.")
+    if target.samefile(Path.cwd()) or os.path.ismount(target):
+        what = "a mount point" if os.path.ismount(target) else "the current directory"
+        raise FileExistsError(f"{target}: is {what}, which a new folder cannot replace. Choose a folder inside it.")
+
+
+class ShardWriter:
+    """Writes the tensors of a model to safetensors files in a folder, with at most one file in memory."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[dict[str, int]] = []  # key -> bytes
+        self.held: dict[str, Tensor] = {}
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Add a tensor. The tensors before it are written first if the file would become larger than shard_bytes."""
+        held = sum(value.nbytes for value in self.held.values())
+        if self.held and held + tensor.nbytes > self.shard_bytes:
+            self._write()
+        self.held[key] = tensor.contiguous()
+
+    def _write(self) -> None:
+        self.shards.append({key: tensor.nbytes for key, tensor in self.held.items()})
+        save_file(self.held, self._name(len(self.shards)), metadata={"format": "pt"})
+        self.held = {}
+
+    def _name(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def finish(self) -> None:
+        """Write the last file and the index, with the names that transformers uses."""
+        self._write()
+        count = len(self.shards)
+        if count == 1:
+            self._name(1).rename(self.folder / WEIGHTS)
+            return
+        file_of: dict[str, str] = {}
+        for number, shard in enumerate(self.shards, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            self._name(number).rename(self.folder / name)
+            file_of |= dict.fromkeys(shard, name)
+        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": file_of}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
+    """A new folder in `parent`, deleted at the end; `target` is named in errors that name no file (a full disk).
+
+    A locked file beside it shows that its process is alive. That file exists before the folder, so whatever a killed
+    process leaves can be found and deleted.
+    """
+    for lock_file in parent.glob(f"{PREFIX}{'[0-9a-f]' * 32}.lock"):
+        with _lock(lock_file, timeout=0) as locked:
+            if locked:  # its process was killed
+                shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+    folder = parent / f"{PREFIX}{uuid4().hex}"  # not of `tempfile`: only its owner could read it
+    with _lock(folder.with_suffix(".lock")):
+        try:
+            folder.mkdir()
+            yield folder
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+                raise
+            raise OSError(f"{target}: could not be written ({error}).") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool]:
+    """Lock a file, and delete it at the end; yields False if it is not free, or the file system has no locks."""
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):  # filelock.Timeout is an OSError
+        lock.acquire(timeout=timeout)
+    locked = lock.is_locked
+    try:
+        yield locked
+    finally:
+        if locked:
+            with suppress(OSError):  # on Windows the release deletes it
+                path.unlink()  # before the release: filelock >= 3.21 never returns a lock on a deleted file
+        lock.release()
+
+
+def _flush(*paths: Path) -> None:
+    """Write files, and the entries of folders, to the disk, so that a rename cannot reach it before them."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # some file systems cannot do it for folders
+                raise
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,159 @@
+"""Reads a Lightning checkpoint: one file, or a folder of shards, which FSDP2 writes."""
+
+import io
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
+INDEX = ".metadata"  # the shard of every tensor
+OTHER = ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json")
+# All that torch.distributed.checkpoint writes into an index, except dtypes.
+INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+}  # fmt: skip
+
+
+def is_shards(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder of a checkpoint in shards, and not of a model or an adapter with such a file."""
+    return _has_file(path, (META, INDEX)) and not _has_file(path, OTHER)
+
+
+def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+
+def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
+    """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
+
+    Args:
+        path: The file, or the folder of shards.
+        weights_only: As in `torch.load`: refuse objects that are neither tensors nor plain values, and run no code of
+            the files. torch.distributed.checkpoint runs it in any case, when it unpickles the index of shards.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If it is broken, or contains objects that weights_only refuses.
+    """
+    if is_shards(path):
+        with one_line_errors(path):
+            return _read_shards(Path(path), weights_only)
+    if not os.path.isfile(path):
+        kind = "a folder of a model or an adapter, not of a checkpoint" if _has_file(path, OTHER) else "no file"
+        if os.path.isdir(path) and not _has_file(path, OTHER):
+            kind = f"no checkpoint (no {META} in it)"
+        raise FileNotFoundError(f"{path}: {kind}.")
+    with one_line_errors(path):
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+
+def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
+    """Lightning's _load_distributed_checkpoint (lightning/fabric/utilities/load.py), with `weights_only`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    class Reader(FileSystemReader):
+        """Without code of the index, which torch unpickles."""
+
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            assert index is not None
+            index.storage_meta = index.storage_meta or StorageMeta()
+            index.storage_meta.load_id = self.load_id
+            return index
+
+    class Planner(_EmptyStateDictLoadPlanner):
+        """Without code of the values that are no tensors, which torch unpickles."""
+
+        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+            plain = io.BytesIO()
+            torch.save(torch.load(value, weights_only=True), plain)  # now without classes that torch.load refuses
+            plain.seek(0)
+            super().load_bytes(read_item, plain)
+
+    for name in (INDEX, META):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: a checkpoint in shards that lacks its file {name}.")
+    state: dict[str, Any] = {}
+    index = read_index(folder / INDEX) if weights_only else None
+    reader: FileSystemReader = Reader(folder) if weights_only else FileSystemReader(folder)
+    planner = Planner() if weights_only else _EmptyStateDictLoadPlanner()  # type: ignore[no-untyped-call]
+    try:
+        _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:  # a BaseException; its text is a traceback
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, pickle.UnpicklingError):
+            raise cause from None
+        line = next(iter(str(cause).splitlines()), "")
+        raise ValueError(f"{folder}: a shard is missing or broken ({type(cause).__name__}: {line}).") from cause
+    return {**state, **torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)}
+
+
+def read_index(path: Path) -> Any:
+    """The index of shards (torch.distributed.checkpoint.metadata.Metadata), from a pickle whose code is not run.
+
+    Raises:
+        UnpicklingError: If the index holds anything but what torch.distributed.checkpoint writes into it.
+        ValueError: If it names a shard outside of its folder.
+    """
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        shards = {place.relative_path for place in index.storage_data.values()}
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise errors of any type
+        raise pickle.UnpicklingError(str(error)) from error
+    for shard in shards:
+        if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard:
+            raise ValueError(f"{path}: names the shard {shard!r}, which is not a file of this folder.")
+    return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in INDEX_CLASSES.get(module, ()) or (
+            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong into an index of shards")
+
+
+@contextmanager
+def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the errors of `torch.load` for a broken or refused checkpoint into ValueErrors of one line.
+
+    Raises:
+        ValueError: Names the file and, if it was refused, the object.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({str(error).splitlines()[0]}).") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+) ", str(error))
+        if found is None:
+            raise ValueError(f"{path}: not a checkpoint, or truncated.") from error
+        raise ValueError(
+            f"{path}: holds a {found[1]}, a hyperparameter for example. Loading it can run code of whoever wrote the "
+            "file. If you trust them, pass weights_only=False (--weights_only false)."
+        ) from error
+    except (AttributeError, ImportError) as error:
+        raise ValueError(f"{path}: holds an object whose class cannot be imported ({error}).") from error

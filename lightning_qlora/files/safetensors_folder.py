@@ -1,0 +1,183 @@
+"""Reads safetensors files and folders of them, with errors that name the file and the key."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str  # safetensors' name: "F32", "BF16", "U8", "BOOL", ...
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """`safetensors.safe_open` on the CPU, with errors that name the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file, or is truncated; names the first tensor that is incomplete.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        key = _incomplete_tensor(path)
+        what = f"truncated: {key!r} is incomplete" if key else f"not a safetensors file, or truncated ({error})"
+        raise ValueError(f"{path}: {what}. Copy or download it again.") from error
+    with file:
+        try:
+            yield file
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries and metadata of a safetensors file; raises as `open_safetensors` does."""
+    with open_safetensors(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, not a dict
+        entries = {key: TensorEntry(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        return entries, file.metadata() or {}
+
+
+def _incomplete_tensor(path: Path) -> str | None:
+    """Key of the first tensor that ends after the end of the file; None if the header cannot be read either."""
+    size = path.stat().st_size
+    with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, AttributeError):
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, size)))
+        ends = {key: entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"}
+        return next((key for key in sorted(ends, key=ends.__getitem__) if 8 + length + ends[key] > size), None)
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or it does not contain a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: contains a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+class WeightFolder:
+    """The safetensors files of a model's folder: one file, or several with an index. They are checked when opened.
+
+    Attributes:
+        entries: Key -> dtype and shape of the tensor.
+        file_of: Key -> file of the tensor.
+
+    Raises:
+        FileNotFoundError: If there is no safetensors file, or a file that the index lists is missing.
+        ValueError: If a file is truncated, or does not have a tensor that the index lists.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder.")
+        self.entries: dict[str, TensorEntry] = {}
+        self.file_of: dict[str, Path] = {}
+        index = self.folder / INDEX
+        indexed = _indexed(index)
+        if not indexed and not (self.folder / WEIGHTS).is_file():
+            others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
+            raise FileNotFoundError(
+                f"{self.folder}: has neither {WEIGHTS} nor {INDEX}, only {others[:5]}. Other formats cannot be read."
+            )
+        for name in sorted(set(indexed.values()) or {WEIGHTS}):
+            path = self.folder / name
+            if not path.is_file():
+                key = next(key for key, file in indexed.items() if file == name)
+                raise FileNotFoundError(f"{path}: this shard is missing; {INDEX} says it holds {key!r}.")
+            entries, _ = read_header(path)
+            self.entries |= entries
+            self.file_of |= dict.fromkeys(entries, path)
+        for key, name in indexed.items():
+            if self.file_of.get(key) != self.folder / name:
+                raise ValueError(f"{self.folder / name}: has no tensor {key!r}, though {INDEX} says so.")
+
+    def files(self) -> list[Path]:
+        """The files, in order."""
+        return sorted(set(self.file_of.values()))
+
+    def find(self, name: str) -> str | None:
+        """Key of a parameter. The first part of its name may be missing or added: models with a head have one more."""
+        longer = [key for key in self.entries if key.endswith("." + name)]
+        while name and name not in self.entries:
+            name = name.partition(".")[2]
+        return name or (longer[0] if len(longer) == 1 else None)
+
+    def is_packed(self, key: str) -> bool:
+        """Whether a weight is stored in bitsandbytes' 4-bit format."""
+        return f"{key}.absmax" in self.entries
+
+    def tensors(self, keys: list[str]) -> dict[str, Tensor]:
+        """Read tensors to the CPU."""
+        found: dict[str, Tensor] = {}
+        for path in {self.file_of[key] for key in keys}:
+            with open_safetensors(path) as file:
+                found |= {key: file.get_tensor(key) for key in keys if self.file_of[key] == path}
+        return found
+
+
+def _indexed(index: Path) -> dict[str, str]:
+    """Keys of the index and their files; empty if there is no index."""
+    if not index.is_file():
+        return {}
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        what = "has no 'weight_map'" if found is None else f"its 'weight_map' is {str(found)[:80]!r}"
+        raise ValueError(f"{index}: {what}; it must be an object: key -> file name.")
+    for key, name in found.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{index}: the file of {key!r} is {name!r}; it must be a file name.")
+    return found
+
+
+def resolve_model(name: str) -> str:
+    """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    if os.path.isdir(name):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error

@@ -1,0 +1,1 @@
+"""transformers models and bitsandbytes folders."""

@@ -1,0 +1,196 @@
+"""Folders in bitsandbytes' 4 bits: which layers transformers makes 4-bit ones when it loads them, and writing them.
+
+Source: transformers 5, quantizers/quantizers_utils.py (should_convert_module), quantizers/quantizer_bnb_4bit.py and
+integrations/bitsandbytes.py (replace_with_bnb_linear): every nn.Linear and Conv1D becomes a Linear4bit unless an entry
+of the folder's `llm_int8_skip_modules`, or of the model's own `_keep_in_fp32_modules`, matches its name.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.base_model import find_base_model
+from lightning_qlora.files.folder_writer import atomic_folder
+from lightning_qlora.files.safetensors_folder import read_json
+from lightning_qlora.layers.bnb_linear import original_packed_weight
+from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts, expert_stacks, is_expert
+from lightning_qlora.layers.names import is_transformers_model, plain_name
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer that is an nn.Linear or a transformers Conv1D, in 4 bits or not; not experts of a parameter."""
+    experts = {id(layer) for *_, stack in expert_stacks(model) for layer in stack.layers}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if (isinstance(layer, nn.Linear) and id(layer) not in experts) or type(layer).__name__ == "Conv1D"
+    }
+
+
+def always_dense_layers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that transformers keeps dense for every folder, such as T5's `wo`."""
+    words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
+
+    def is_replaced(layer: nn.Module) -> bool:
+        kind = getattr(layer, "dense_class", type(layer))  # the class before conversion
+        return kind is nn.Linear or kind.__name__ == "Conv1D"
+
+    return {
+        name
+        for name, layer in linear_layers(model).items()
+        if not is_replaced(layer) or any(_skips(word, name) for word in words)
+    }
+
+
+def skip_modules(dense: Iterable[str], packed: Collection[str]) -> list[str]:
+    """`llm_int8_skip_modules` that match these dense layers and none of the packed ones.
+
+    A plain name also matches every name that ends in it ("classifier" matches "pre_classifier"). Where that is a 4-bit
+    layer, the entry is a regular expression for the whole name: no name ends in "$".
+    """
+    return [
+        f"{re.escape(name)}$" if any(_skips(name, other) for other in packed) else name for name in sorted(set(dense))
+    ]
+
+
+def _skips(word: str, name: str) -> bool:
+    """Whether transformers leaves a layer of this name dense because of this entry."""
+    should_convert = getattr(import_module("transformers.quantizers.quantizers_utils"), "should_convert_module", None)
+    if should_convert is None:  # transformers 4: integrations/bitsandbytes.py, _replace_with_bnb_linear
+        return name == word or f"{word}." in name or name.rpartition(".")[2] == word
+    return not should_convert(name, [word])
+
+
+def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str) -> dict[str, Any]:
+    """transformers' quantization_config of a folder in bitsandbytes' 4 bits."""
+    config: Any = import_module("transformers").BitsAndBytesConfig(
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage="uint8",
+        llm_int8_skip_modules=skip,
+    )
+    config.load_in_4bit = True  # as an argument it makes transformers 4 ask for bitsandbytes
+    made: dict[str, Any] = config.to_dict()
+    return made
+
+
+def empty_model(folder: Path, what_for: str) -> nn.Module:
+    """The transformers model that a folder's config.json names, on the meta device: its layers without weights.
+
+    Args:
+        folder: A model's folder.
+        what_for: What the model is needed for, for the message.
+
+    Raises:
+        ValueError: If transformers is not installed, or has no such model.
+    """
+    try:
+        import transformers
+
+        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        kind: Any = getattr(transformers, config.architectures[0])
+        with torch.device("meta"):
+            model: nn.Module = kind._from_config(config)
+    except (ImportError, AttributeError, TypeError, IndexError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: transformers can't make a model of it ({str(error).splitlines()[0]}), and only "
+            f"that says {what_for}."
+        ) from error
+    return model
+
+
+def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the frozen 4-bit base of a converted module, without adapters, as transformers with bitsandbytes loads it.
+
+    Rank 0 writes; call it on all ranks or on that one. Experts that are one parameter are written decoded, with a
+    warning: bitsandbytes has no format for them.
+
+    Args:
+        module: A converted module with one transformers model that holds all 4-bit layers.
+        folder: A folder that does not exist yet, or is empty; it is complete or absent, at any moment.
+
+    Raises:
+        ValueError: If there is no such model, or bitsandbytes has no such quantization.
+    """
+    _, base = find_base_model(module)
+    layers = {plain_name(name): layer for name, layer in adapted_layers(base).items()}
+    if not is_transformers_model(base) or not layers:
+        raise ValueError(f"{type(module).__name__} holds no converted transformers model, which this is for.")
+    for name, layer in layers.items():
+        if layer.quant_type == "int4":
+            raise ValueError(f"{name}: bitsandbytes has no quant_type 'int4'; only 'nf4' and 'fp4' can be saved.")
+    rank_zero_only(_write_quantized)(base, layers, Path(folder))
+
+
+def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Path) -> None:
+    first = next(iter(layers.values()))
+    model: Any = base
+    dtype = str(first.weight_dtype).removeprefix("torch.")
+    packed, linear = _packed_weights(base), {plain_name(name) for name in linear_layers(base)}
+    if stacks := [plain_name(name) for name, *_ in expert_stacks(base)]:
+        warnings.warn(
+            f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...) "
+            f"are written decoded, as {dtype}.",
+            stacklevel=2,
+        )
+    dense_again = {name for name in layers if not is_expert(name)} - packed.keys()
+    if dense_again:
+        warnings.warn(
+            f"transformers keeps {len(dense_again)} of the 4-bit layers dense in a {type(base).__name__} "
+            f"({min(dense_again)}, ...), so they are written decoded, as {dtype}.",
+            stacklevel=2,
+        )
+    skip = skip_modules(linear - packed.keys(), packed)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial, state_dict=_bnb_state_dict(base, packed))
+        config = read_json(partial / "config.json")
+        config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:
+    """Layer name -> 4-bit weight to write, of converted layers and of dense ones that were decoded from 4 bits.
+
+    Without those layers that transformers keeps dense.
+    """
+    kept, packed = always_dense_layers(base), {}
+    for name, layer in linear_layers(base).items():
+        weight = layer.packed_weight if isinstance(layer, QLoRALinear) else original_packed_weight(layer)
+        if weight is not None and name not in kept:
+            packed[plain_name(name)] = weight
+    return packed
+
+
+def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
+    """The state dict that the model would have with bitsandbytes' layers in place of the packed ones."""
+    state: dict[str, Tensor] = {}
+    for name, part in base.named_modules(remove_duplicate=False):
+        prefix = f"{plain_name(name)}." if name else ""
+        if isinstance(part, QLoRAExperts) or is_expert(name):
+            continue  # written with the module that held the parameter
+        own = {**part._parameters, **part._buffers}
+        for key, stack in part._modules.items():
+            if isinstance(stack, QLoRAExperts):
+                own[key.removesuffix(SUFFIX)] = stack.decode()
+        if plain_name(name) in packed:
+            entries = packed[plain_name(name)].bnb_state_dict(prefix + "weight")
+            state |= {key: value.clone() for key, value in entries.items()}
+            own = {"bias": part._parameters["bias"]}
+        elif isinstance(part, QLoRALinear):
+            own = {"weight": part.decode().contiguous(), "bias": part._parameters["bias"]}
+        for key, value in own.items():
+            if value is not None and key not in part._non_persistent_buffers_set:
+                state[prefix + key] = value.detach()
+    return state

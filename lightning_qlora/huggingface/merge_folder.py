@@ -1,0 +1,308 @@
+"""Merge an adapter into a model's folder, tensor by tensor: no model is built, and memory holds one file at a time."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.adapter import PREFIX, Adapter
+from lightning_qlora.adapters.base_compatibility import BITS, required_base
+from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
+from lightning_qlora.adapters.merge import round_stochastically
+from lightning_qlora.config import Base, check_choice
+from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
+from lightning_qlora.files.safetensors_folder import WeightFolder, read_json
+from lightning_qlora.huggingface.bnb_checkpoint import (
+    always_dense_layers,
+    bnb_config,
+    empty_model,
+    linear_layers,
+    skip_modules,
+)
+from lightning_qlora.huggingface.merge_experts import assign_to_folder, find_experts
+from lightning_qlora.kernels.ops import quantize
+from lightning_qlora.layers.experts import SUFFIX
+from lightning_qlora.layers.fingerprint import fingerprint_of_weight
+from lightning_qlora.layers.qlora_linear import DTYPES
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
+FLOATS = ("F32", "BF16", "F16")  # names of types in a safetensors header
+OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
+
+
+def merge_folder(
+    base_model: str | os.PathLike[str],
+    adapter: Adapter,
+    output: str | os.PathLike[str],
+    dtype: FolderDtype = "auto",
+    base: Base = "quantized",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the base model's folder with the adapter merged; after an error there is no output.
+
+    Args:
+        base_model: Folder of safetensors, in 16 or 32 bits or in bitsandbytes' 4 bits.
+        adapter: The adapter.
+        output: A folder that does not exist yet, or is empty.
+        dtype: Type of the written weights; "auto": that of the base. "4bit" quantizes the sum, which loses quality.
+        base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are
+            ("float").
+        shard_bytes: Largest size of a file, and so of the memory for weights.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output exists.
+        CheckpointMismatchError: If the adapter does not fit the base; names file and key.
+    """
+    check_choice("dtype", dtype, get_args(FolderDtype))
+    check_choice("base", base, get_args(Base))
+    output = Path(output)
+    check_free(output)
+    merging = _FolderMerge(WeightFolder(base_model), adapter, dtype, base)
+    if dtype == "4bit":
+        warnings.warn(
+            "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "
+            "larger than many adapters. Merge to bf16, or use the adapter with the 4-bit base.",
+            stacklevel=2,
+        )
+    with atomic_folder(output) as partial:
+        writer = ShardWriter(partial, shard_bytes)
+        for key, tensor in merging.tensors():
+            writer.add(key, tensor)
+        writer.finish()
+        for path in merging.folder.folder.iterdir():
+            if path.is_file() and not path.name.endswith(NOT_COPIED) and path.name != "config.json":
+                shutil.copy2(path, partial / path.name)
+        config = merging.config()
+        if config is not None:
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class _FolderMerge:
+    """A base folder and an adapter, with their names matched."""
+
+    def __init__(self, folder: WeightFolder, adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
+        adapter = assign_to_folder(adapter, folder)
+        self.folder, self.adapter, self.dtype, self.base = folder, adapter, dtype, base
+        self.experts = find_experts(adapter, folder, FLOATS)
+        linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
+        self.layer_of = {self._key_of(name): name for name in linear}
+        keys = {name: folder.find(name) for name in adapter.saved}
+        self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
+        # Trained tensors that the base lacks, except those that are tied to one that it has.
+        self.added = {
+            name: value
+            for name, value in adapter.saved.items()
+            if keys[name] is None and not any(v.ndim == 2 and torch.equal(value, v) for v in self.saved.values())
+        }
+        self._check_ties()
+        self.packed: set[str] = set()  # layers that the output has in 4 bits, for quantization_config
+        self.model: nn.Module | None = None  # without weights: the model that transformers makes of a 4-bit folder
+        if dtype == "4bit" and (folder.folder / "config.json").is_file():
+            self.model = empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
+        self.always_dense_layers = set() if self.model is None else always_dense_layers(self.model)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the output."""
+        for path in self.folder.files():
+            for key in [key for key, file in self.folder.file_of.items() if file == path]:
+                head, _, companion = key.partition(".weight.")  # such as the scales of a 4-bit weight
+                if not (companion and self.folder.is_packed(head + ".weight")):
+                    yield from self._merged(key)
+        for name, value in self.added.items():
+            yield name, self._cast(value)
+
+    def config(self) -> dict[str, Any] | None:
+        """The base's config.json, changed so that it describes the output."""
+        path = self.folder.folder / "config.json"
+        if not path.is_file():
+            return None
+        config = read_json(path)
+        found = config.pop("quantization_config", None)
+        if self.dtype == "4bit":
+            choices, dtype = self._quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+            assert self.model is not None
+            skip = skip_modules(linear_layers(self.model).keys() - self.packed, self.packed)
+            made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
+            config["quantization_config"] = {**made, **(found or {}), "llm_int8_skip_modules": skip}
+        elif self.dtype != "auto":
+            name = "dtype" if "dtype" in config else "torch_dtype"
+            config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")
+        if any(name.endswith(OUTPUT) for name in self.added):
+            config["tie_word_embeddings"] = False
+        return config
+
+    def _merged(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """The entries of the output for one weight of the base: several if it is in 4 bits."""
+        if key in self.experts:
+            yield key, self._merged_experts(key)
+            return
+        name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
+        if name is None and not packed:
+            tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
+            yield key, self._cast(tensor)
+            return
+        state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
+        layer = self._layer_in_model(key)
+        if name is None and self.dtype == "4bit":
+            self.packed.add(layer)
+            yield from state.items()
+            return
+        transposed = self._is_transposed(key, name)
+        if packed:
+            weight = self._read(state, key)
+            if name is not None:
+                self._check_bits(name, weight)
+            rows, dtype = weight.dequantize(), weight.dtype
+        else:
+            rows, dtype = self._base_rows(state[key].T if transposed else state[key], name, key)
+        if name is not None:
+            rows = self._sum(rows, name, key)
+        if self.dtype == "4bit" and layer not in self.always_dense_layers:
+            self.packed.add(layer)
+            entries = self._quantized(rows.to(dtype), key).bnb_state_dict(key)
+            yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
+            return
+        wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
+        rows = rows.to(wanted) if name is None else round_stochastically(rows, wanted, name)
+        yield key, (rows.T if transposed else rows).contiguous()
+
+    def _base_rows(self, dense: Tensor, name: str | None, key: str) -> tuple[Tensor, torch.dtype]:
+        """The weight that the adapter was trained on, [out, in], and the type of the base, from the dense weight."""
+        if name in self.adapter.bases:
+            weight = self.adapter.bases[name]
+            return weight.dequantize(), weight.dtype
+        if (self.adapter.quantization or {}).get("base_moved"):
+            self._refuse_base()
+        return self._quantized(dense, key).dequantize() if self.base == "quantized" else dense, dense.dtype
+
+    def _merged_experts(self, key: str) -> Tensor:
+        """A tensor of experts, each merged; dense in every case, since bitsandbytes has no experts in 4 bits."""
+        found = self.experts[key]
+        stack, tensors = self.adapter.experts[found.parameter], self.folder.tensors(found.parts)
+        if found.number is not None:  # in training the parts were quantized as one matrix
+            weights = [tensors[part] for part in found.parts]
+            merged = self._merged_expert(torch.cat(weights), f"{found.parameter}{SUFFIX}.{found.number}", key)
+            start = sum(len(weight) for weight in weights[: found.parts.index(key)])
+            return merged[start : start + len(tensors[key])].contiguous()
+        made = []
+        for number, weight in enumerate(tensors[key].view(stack.number, -1, tensors[key].shape[-1])):
+            rows = weight.T.contiguous() if stack.transposed else weight
+            rows = self._merged_expert(rows, f"{found.parameter}{SUFFIX}.{number}", key)
+            made.append(rows.T if stack.transposed else rows)
+        return torch.stack(made).view(tensors[key].shape)
+
+    def _merged_expert(self, dense: Tensor, name: str, key: str) -> Tensor:
+        rows, dtype = self._base_rows(dense, name, key)
+        wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
+        return round_stochastically(self._sum(rows, name, key), wanted, name)
+
+    def _check_bits(self, name: str, weight: PackedWeight) -> None:
+        """Refuse 4-bit weights on which the adapter was not trained."""
+        if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
+            self._refuse_base()
+        here = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
+        need = required_base(self.adapter.quantization)
+        if need is not None and here != tuple(self._quantization()[key] for key in BITS):
+            there = ", ".join(f"{key}={value}" for key, value in zip(BITS, here, strict=True))
+            raise ValueError(f"{self.adapter.source}: {self.folder.folder} has {name} in {there}. {need}")
+
+    def _refuse_base(self) -> NoReturn:
+        raise ValueError(
+            f"{self.adapter.source}: the initialization of these adapters changed the 4-bit weights that they fit, so "
+            f"they do not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds these weights, or pass "
+            "the folder that save_quantized wrote as base_model."
+        )
+
+    def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
+        """W + s B A in fp32, [out, in]; with DoRA m / ||W + s B A|| times that, m the magnitudes."""
+        layer = self.adapter.layers[name]
+        if tuple(rows.shape) != (layer.lora_B.shape[0], layer.lora_A.shape[1]):
+            raise CheckpointMismatchError(
+                f"{self.folder.file_of[key]}: {key!r} has {rows.shape[0]} outputs and {rows.shape[1]} inputs, the "
+                f"adapter {self.adapter.source} is for {layer.lora_B.shape[0]} and {layer.lora_A.shape[1]}."
+            )
+        total = rows.float() + self.adapter.scaling(name) * (layer.lora_B.float() @ layer.lora_A.float())
+        if layer.magnitude is not None:
+            total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
+        return total
+
+    def _layer_in_model(self, key: str) -> str:
+        """The name in the model of a weight's layer; older files may lack the prefix of the model's body."""
+        layer, body = key.removesuffix(".weight"), getattr(self.model, "base_model_prefix", "")
+        names = () if self.model is None else linear_layers(self.model)
+        return next((n for n in (layer, f"{body}.{layer}", layer.removeprefix(f"{body}.")) if n in names), layer)
+
+    def _is_transposed(self, key: str, name: str | None) -> bool:
+        """Whether the weight is [in, out] in the output, as in transformers' Conv1D (in 4 bits it is [out, in])."""
+        if name is None or self.folder.is_packed(key):
+            return self.adapter.fan_in_fan_out and not key.endswith(OUTPUT)
+        return self.adapter.is_transposed(name, self.folder.entries[key].shape)
+
+    def _quantization(self) -> dict[str, Any]:
+        """How the base was quantized in training; the defaults if the adapter does not say."""
+        known = self.adapter.quantization or {}
+        defaults = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+        return {name: known.get(name, default) for name, default in defaults.items()}
+
+    def _quantized(self, rows: Tensor, key: str) -> PackedWeight:
+        try:
+            return quantize(rows, **self._quantization())
+        except ValueError as error:
+            raise ValueError(f"{self.folder.file_of[key]}: {key!r}: {error}") from error
+
+    def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
+        try:
+            return PackedWeight.from_bnb_state_dict(state, key)
+        except ValueError as error:
+            raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or self.dtype in ("auto", "4bit"):
+            return tensor.contiguous()
+        return tensor.to(DTYPES[self.dtype]).contiguous()
+
+    def _key_of(self, name: str) -> str:
+        """The key of a layer's weight; refuses one that can have no adapter before anything is written."""
+        key = self.folder.find(f"{name}.weight")
+        if key is None:
+            raise CheckpointMismatchError(
+                f"{self.adapter.source}: key '{PREFIX}{name}.lora_A.weight' does not fit: {self.folder.folder} has no "
+                f"tensor '{name}.weight'. An adapter fits the model it was trained on."
+            )
+        entry = self.folder.entries[key]
+        if not self.folder.is_packed(key) and (entry.dtype not in FLOATS or len(entry.shape) != 2):
+            raise ValueError(
+                f"{self.folder.file_of[key]}: {key!r} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
+                f"merged into a matrix of type {', '.join(FLOATS)}, or in bitsandbytes' 4 bits."
+            )
+        return key
+
+    def _check_ties(self) -> None:
+        """Refuse an embedding that breaks a tie: in a folder only an output embedding can be untied."""
+        path = self.folder.folder / "config.json"
+        content = read_json(path) if self.adapter.saved and path.is_file() else {}
+        sizes = {config.get("vocab_size") for config in (content, content.get("text_config") or {})}
+        trained = [value.shape for value in self.adapter.saved.values() if value.ndim == 2 and len(value) in sizes]
+        if not trained:
+            return
+        names = {name for name, value in self.adapter.saved.items() if value.shape in trained}
+        names |= {name for name, entry in self.folder.entries.items() if entry.shape in trained}
+        try:
+            model = empty_model(path.parent, "what the embedding that this adapter trained is tied to")
+        except ValueError:
+            if len(names) > 1:  # an output embedding is there, or was trained
+                return
+            raise
+        for tied in tied_names(model):
+            untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
+            if breaks_tie(self.adapter, tied) and not untied:
+                raise CheckpointMismatchError(tie_error(self.adapter, tied))

@@ -1,0 +1,83 @@
+"""Changes to transformers' code and objects, each with the upstream file, the reason, and what would remove it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from lightning_qlora.layers.names import is_transformers_model
+from lightning_qlora.layers.selection import LOADED
+
+QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
+
+_quantizer_for: ContextVar[QuantizerFor | None] = ContextVar("lightning_qlora_quantizer_for", default=None)
+_lock = threading.Lock()
+
+
+@contextmanager
+def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
+    """Within this, in this thread or task, `from_pretrained` uses the quantizer of `quantizer_for` if it names none.
+
+    Upstream: transformers/quantizers/auto.py, get_hf_quantizer, as transformers/modeling_utils.py calls it. A quantizer
+    of `register_quantizer` is used only if the caller of from_pretrained passes its quantization_config, and then not
+    for a folder in bitsandbytes' 4 bits, whose own quantization_config takes precedence.
+    Removed by: a context in transformers that sets the quantization_config of the models loaded within it.
+    """
+    _install()
+    token = _quantizer_for.set(quantizer_for)
+    try:
+        yield
+    finally:
+        _quantizer_for.reset(token)
+
+
+def _install() -> None:
+    """Replace get_hf_quantizer, once; outside of `default_quantizer` the new one only calls the original.
+
+    Upstream: transformers/quantizers/auto.py, as in `default_quantizer`. Removed by: as there.
+    """
+    upstream: Any = import_module("transformers.modeling_utils")
+    with _lock:
+        original = upstream.get_hf_quantizer
+        if getattr(original, "asks_the_context", False):
+            return
+
+        @wraps(original)
+        def get_hf_quantizer(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
+            quantizer_for = _quantizer_for.get()
+            named = quantization_config is not None or kwargs.get("gguf_file") is not None
+            quantizer = None if named or quantizer_for is None else quantizer_for(config)
+            if quantizer is None:
+                return original(config, quantization_config, device_map, *args, **kwargs)
+            return quantizer, config, device_map
+
+        get_hf_quantizer.asks_the_context = True  # type: ignore[attr-defined]
+        upstream.get_hf_quantizer = get_hf_quantizer
+
+
+def forget_quantizer(module: nn.Module) -> None:
+    """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on the models in a module.
+
+    Upstream: transformers/modeling_utils.py (from_pretrained, to, half, save_pretrained) and quantizers/base.py
+    (postprocess_model): a model with these marks refuses to move, to be cast and to be saved. Its saving would reverse
+    the conversions of 4-bit entries, which are gone.
+    Removed by: a quantizer in transformers being able to hand over a model that it is done with.
+    """
+    for part in module.modules():
+        if is_transformers_model(part):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", LOADED):
+                vars(part).pop(name, None)
+            for name in ("quantization_config", "_is_quantized"):
+                vars(part.config).pop(name, None)
+            conversions = vars(part).get("_weight_conversions")
+            if conversions:
+                part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
+
+
+def _is_of_a_quantizer(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))

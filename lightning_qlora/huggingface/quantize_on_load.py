@@ -1,0 +1,33 @@
+"""Models larger than memory: transformers' `from_pretrained` quantizes each weight as it reads it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.huggingface.patches import default_quantizer
+
+
+@contextmanager
+def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
+    """Within this, in this thread or task, every transformers `from_pretrained` quantizes each weight as it reads it.
+
+    The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
+    bitsandbytes' 4 bits are loaded without requantizing. Calls with a `quantization_config` of their own, and models in
+    another quantized format, load as without this. Without transformers 5 this does nothing: weights are quantized when
+    the loaded model is converted.
+    """
+    if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
+        yield
+        return
+    from lightning_qlora.huggingface.quantizer import Quantizers
+
+    quantizers = Quantizers(config)
+    with default_quantizer(quantizers.quantizer_for):
+        try:
+            yield
+        except RuntimeError as error:
+            # transformers names neither file nor shapes in this one
+            if quantizers.mismatches and "ignore_mismatched_sizes" in str(error):
+                raise quantizers.mismatches[0] from error
+            raise

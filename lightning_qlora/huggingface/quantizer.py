@@ -1,0 +1,252 @@
+"""A transformers quantizer that makes QLoRALinears of a model's layers while its weights are read, one at a time.
+
+Imports transformers: `quantize_while_loading` imports this file when there is a transformers to load models with.
+Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.peft_experts import modules_of
+from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.save_load import config_of_adapter
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
+from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.layers.bnb_linear import decode_and_store_original
+from lightning_qlora.layers.names import named
+from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
+from lightning_qlora.layers.selection import LOADED, ToConvert, select_in_part
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+
+class Quantizers:
+    """Makes the quantizers of the models that are loaded within one `quantize_while_loading`.
+
+    Attributes:
+        config: The arguments.
+        adapter: The adapter to start from, until the first model that has its layers gets it.
+        mismatches: Errors of weights of another shape in the load that began last, which may allow them.
+    """
+
+    def __init__(self, config: QLoRAConfig) -> None:
+        self.config, self.mismatches = config, list[ValueError]()
+        self.adapter: Adapter | None = None if config.adapter is None else read_adapter(config.adapter)
+
+    def quantizer_for(self, model_config: Any) -> "QLoRAQuantizer | None":
+        """The quantizer of a model; None for a model in another quantized format."""
+        stored = getattr(model_config, "quantization_config", None)
+        stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+        if stored is not None and not stored.get("load_in_4bit"):
+            return None
+        self.mismatches.clear()
+        return QLoRAQuantizer(self, pre_quantized=stored is not None)
+
+    def config_for(self, model: nn.Module) -> QLoRAConfig | None:
+        """The arguments for a model; None if the adapter to start from belongs to another one."""
+        if self.config.adapter is None:
+            return self.config
+        names = {name for name, _ in model.named_modules()}
+        if self.adapter is None or not names.issuperset(modules_of(self.adapter)):
+            return None
+        adapter, self.adapter = self.adapter, None
+        return config_of_adapter(model, adapter, self.config)
+
+
+class QLoRAQuantizer(HfQuantizer):
+    """Quantizes the layers that conversion would choose, by their names in the model; all else loads as usual.
+
+    Args:
+        quantizers: What it has in common with other loads.
+        pre_quantized: Whether the files hold bitsandbytes' 4-bit weights, to be loaded without requantizing.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantizers: Quantizers, pre_quantized: bool) -> None:
+        super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=pre_quantized)  # type: ignore[arg-type]
+        self.quantizers = quantizers
+        self.chosen: dict[str, ToConvert] = {}
+        self.file_of: dict[str, Path] = {}  # key in the files -> file
+        self.errors: list[ValueError] = []
+
+    def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
+        """Itself: transformers copies its operations, and with them what they refer to."""
+        return self
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        """Check the files by their headers, and choose layers, while the model is on the meta device."""
+        paths = [Path(path) for path in checkpoint_files or [] if str(path).endswith(".safetensors")]
+        if paths and all(re.fullmatch(r"model-\d+-of-\d+", path.stem) for path in paths):
+            self.file_of = WeightFolder(paths[0].parent).file_of  # checks the index too
+        else:
+            self.file_of = {key: path for path in paths for key in read_header(path)[0]}
+        config = self.quantizers.config_for(model)
+        if config is None:
+            return
+        self.chosen = select_in_part(model, config).convert
+        keys: Any = getattr(model, "all_tied_weights_keys", {})
+        for key in (*keys, *keys.values()):  # will be tied when they are loaded
+            self.chosen.pop(key.rpartition(".")[0], None)
+        for name in self.chosen if self.pre_quantized else ():
+            with named(name):
+                check_packed_initialization(config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
+        if self.errors:
+            raise self.errors[0]
+        forget_quantizer(model)
+        setattr(model, LOADED, self.pre_quantized)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter of the files is the weight of a chosen layer."""
+        layer, _, key = param_name.rpartition(".")
+        return key == "weight" and layer in self.chosen
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that turns a float weight of the files into a 4-bit layer."""
+        return _Quantize(self)
+
+    serialized_names: Any = {  # noqa: RUF012, as upstream declares it
+        "weight": [
+            "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
+            "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight",
+        ]
+    }  # fmt: skip
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """The operation that loads 4-bit weights of the files."""
+        return {"deserialize": _LoadPacked}
+
+    def is_serializable(self) -> bool:
+        """Not through transformers; see `save_quantized`."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train."""
+        return True
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a quantized weight, for transformers' reservation of GPU memory."""
+        return 0.5
+
+
+class _Op(ConversionOps):
+    def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # upstream looks for this name
+
+    def dense(self, key: str, weight: Tensor) -> dict[str, Tensor]:
+        """Let transformers load a weight as usual."""
+        self.hf_quantizer.chosen.pop(key.removesuffix(".weight"), None)
+        return {key: weight}
+
+    def mismatch(self, source: str, key: str, shape: tuple[int, ...], place: Tensor) -> dict[str, Tensor]:
+        """Let transformers see a weight of another shape: it refuses the load, or initializes the layer."""
+        message = (
+            f"{key!r} has shape {list(shape)}, and the model has {list(place.shape)} there. Load it with the config "
+            "that belongs to the files, or pass ignore_mismatched_sizes=True to from_pretrained to initialize this "
+            "layer anew."
+        )
+        return self._without_values(source, key, shape, place, message, self.hf_quantizer.quantizers.mismatches)
+
+    def failed(self, source: str, key: str, place: Tensor, message: str) -> dict[str, Tensor]:
+        """Keep an error until all weights are read: transformers would only log what is raised before."""
+        return self._without_values(source, key, place.shape, place, message, self.hf_quantizer.errors)
+
+    def _without_values(
+        self, source: str, key: str, shape: tuple[int, ...], place: Tensor, message: str, errors: list[ValueError]
+    ) -> dict[str, Tensor]:
+        path = self.hf_quantizer.file_of.get(source)
+        errors.append(ValueError(message if path is None else f"{path}: {message}"))
+        return self.dense(key, torch.zeros((), dtype=place.dtype, device="cpu").expand(shape))  # takes no memory
+
+    @staticmethod
+    def quantized(layer: nn.Module, key: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
+        """The parameters of a layer that is in 4 bits now, for transformers, which initializes none of them."""
+        assert isinstance(layer, QLoRALinear)
+        layer.loaded = True
+        layer._is_hf_initialized = True  # type: ignore[assignment]
+        if missing_keys is not None:
+            missing_keys.discard(key)
+        prefix = key.removesuffix("weight")
+        return {prefix + name: p for name, p in layer._parameters.items() if p is not None and name != "bias"}
+
+
+class _Quantize(_Op):
+    """The float weight of one layer -> the parameters of a QLoRALinear."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """See ConversionOps; one weight in, [out, in] or a Conv1D's [in, out]."""
+        ((key, value),) = input_dict.items()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        name, place, source = key.removesuffix(".weight"), model.get_parameter(key), source_patterns[0]
+        if weight.shape != place.shape:
+            return self.mismatch(source, key, weight.shape, place)
+        layer, config, seed_name = self.hf_quantizer.chosen[name]
+        dense_class = type(layer)
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        try:
+            QLoRALinear.from_linear(layer, config, name, seed_name=seed_name)
+        except ValueError as error:
+            layer.__class__, layer._parameters["weight"] = dense_class, place
+            return self.failed(source, key, place, f"{name}: {error}")
+        return self.quantized(layer, key, missing_keys)
+
+
+class _LoadPacked(_Op):
+    """bitsandbytes' entries of one layer -> the parameters of a QLoRALinear, with the same bytes."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """See ConversionOps; is also called for each weight that is not in 4 bits."""
+        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        key, place = full_layer_name, model.get_parameter(full_layer_name)
+        if set(state) == {"weight"}:
+            return self.dense(key, state["weight"].to(place.dtype))
+        name = key.removesuffix(".weight")
+        layer = model.get_submodule(name)
+        try:
+            weight = PackedWeight.from_bnb_state_dict(state)
+        except ValueError as error:
+            return self.failed(key, key, place, f"{name}.{error}")
+        transposed = not isinstance(layer, nn.Linear) and weight.shape == place.shape[::-1]
+        if weight.shape != place.shape and not transposed:
+            return self.mismatch(key, key, weight.shape, place)
+        weight = replace(weight, dtype=place.dtype)
+        chosen = self.hf_quantizer.chosen.get(name)
+        if chosen is not None:
+            QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
+            return self.quantized(layer, key, missing_keys)
+        if transposed or isinstance(layer, nn.Linear):
+            return {key: decode_and_store_original(layer, weight)}
+        return {key: weight.dequantize(place.dtype)}

@@ -1,0 +1,165 @@
+"""Call the C kernels of `c/` with tensors; `compiled_library()` is None if they could not be compiled."""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import QuantType
+from lightning_qlora.kernels.cpu import build
+from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.quantization import blockwise
+from lightning_qlora.quantization.codebooks import codebook, dynamic_map
+from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
+
+SOURCE = Path(__file__).parent / "c" / "kernels.c"
+OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STEP = 64  # c/matmul.h: rows of x are padded to a multiple of this
+MOST_ROWS = 64  # c/matmul.h: rows that `add_matmul` takes
+MOST_ROWS_SLOW = 8  # rows up to which it is faster for bf16 if weights cannot be looked up in registers
+SMALL = 1 << 15  # number of weights up to which one thread is faster than two
+
+_log = logging.getLogger("lightning_qlora")
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("packed", _pointer), ("absmax", _pointer), ("nested", _pointer), ("levels", _pointer), ("dynamic", _pointer),
+        ("offset", _pointer), ("rows", _long), ("columns", _long), ("block_shift", _long),
+    )  # fmt: skip
+
+
+class Library:
+    """The functions of a compiled library."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        signatures = {
+            "dequantize": (_pointer, _pointer, _int, _int),
+            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
+            "add_matmul_transposed": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
+            "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
+            "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
+            "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
+        }
+        self._multiplies = hasattr(loaded, "add_matmul")
+        for name, arguments in signatures.items():
+            if name.startswith("add_matmul") and not self._multiplies:
+                continue
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+        loaded.form.restype = ctypes.c_char_p
+        self.form = loaded.form().decode() + ("" if loaded.has_threads() else ", one thread")
+        self._bf16 = "bf16" in self.form
+        self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
+        self._loaded = loaded
+
+    def dequantize_into(self, out: Tensor, weight: PackedBytes) -> Tensor:
+        """See `eager.dequantize_into`."""
+        described, _keep = _describe(weight)
+        self._loaded.dequantize(ctypes.byref(described), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
+        return out
+
+    def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype, transposed: bool = False) -> bool:
+        """Whether `add_matmul` (or the transposed one) was measured to be faster than decoding and torch's product."""
+        if not self._multiplies or not 0 < m <= MOST_ROWS:
+            return False
+        if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
+            return True
+        return m <= MOST_ROWS_SLOW and not transposed
+
+    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
+        """y += x W^T, decoding W tile by tile; y [m, out] and x [m, in] contiguous, m <= `MOST_ROWS`."""
+        return self._add(self._loaded.add_matmul, y, x, weight)
+
+    def add_matmul_transposed(self, x: Tensor, y: Tensor, weight: PackedBytes) -> Tensor:
+        """x += y W, with the same conditions."""
+        return self._add(self._loaded.add_matmul_transposed, x, y, weight)
+
+    @staticmethod
+    def _add(function: Any, total: Tensor, factor: Tensor, weight: PackedBytes) -> Tensor:
+        described, _keep = _describe(weight)
+        m, width = factor.shape
+        workspace = scratch(m * (width + STEP), torch.float32, factor.device, "rows")
+        function(
+            ctypes.byref(described), factor.data_ptr(), total.data_ptr(), TYPES[factor.dtype], m, workspace.data_ptr(),
+            _threads(weight.numel),
+        )  # fmt: skip
+        return total
+
+    def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
+        """See `reference.quantize`."""
+        book, flat = codebook(quant_type), weight.detach().reshape(-1).contiguous()
+        packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+        absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
+        self._loaded.quantize(
+            flat.data_ptr(), TYPES[flat.dtype], flat.numel(), block_size.bit_length() - 1, book.bounds.data_ptr(),
+            book.order.data_ptr(), packed.data_ptr(), absmax.data_ptr(), _threads(flat.numel()),
+        )  # fmt: skip
+        shape = (weight.shape[0], weight.shape[1])
+        if not double_quant:
+            return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
+        codes = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
+        nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
+        nested[-1], places = blockwise.mean_in_fixed_order(absmax), blockwise.code_of_place()
+        self._loaded.quantize_scales(
+            absmax.data_ptr(), absmax.numel(), nested[-1].item(), places.data_ptr(),
+            codes.data_ptr(), nested.data_ptr(),
+        )  # fmt: skip
+        return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
+
+    def dropout_into(self, out: Tensor, x: Tensor, least_kept: int, scale: float, seed: int) -> Tensor:
+        """See `reference.dropout`; `out` may be `x`, both contiguous."""
+        n = x.numel()
+        self._loaded.dropout(x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, seed, least_kept, scale, _threads(n))
+        return out
+
+
+def is_off() -> bool:
+    """Whether the environment variable turns the C kernels off."""
+    return os.environ.get(OFF, "") not in ("", "0")
+
+
+@cache
+def compiled_library() -> Library | None:
+    """The library for this machine, compiled by the first call; None if there is no compiler or it failed."""
+    if is_off():
+        return None
+    try:
+        return Library(build.load(SOURCE))
+    except (build.BuildError, OSError) as error:
+        _log.warning("C kernels not compiled, so 4-bit layers run in plain torch, which is slower: %s", error)
+        return None
+
+
+def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
+    """The weight as a C struct, and the tensors that must stay alive while C reads them."""
+    packed, absmax, nested = weight.packed.contiguous(), aligned(weight.absmax), aligned(weight.nested)
+    scales, size = (nested.data_ptr(), nested.numel()) if nested.numel() else (None, 0)
+    levels, dynamic, held = _levels(weight.quant_type)
+    described = _Weight(
+        packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, scales and scales + size - 4, *weight.shape,
+        weight.block_size.bit_length() - 1,
+    )  # fmt: skip
+    return described, [packed, absmax, nested, *held]
+
+
+@cache
+def _levels(quant_type: QuantType) -> tuple[int, int, list[Tensor]]:
+    """Addresses of the 16 levels of a type and of the 256 levels of scales, and the tensors at these addresses.
+
+    The tensors are kept here because their own caches may drop them: if several threads make the first call at the same
+    time, `functools.cache` keeps only the last result.
+    """
+    levels, dynamic = codebook(quant_type).levels, dynamic_map()
+    return levels.data_ptr(), dynamic.data_ptr(), [levels, dynamic]
+
+
+def _threads(numel: int) -> int:
+    return torch.get_num_threads() if numel > SMALL else 1

@@ -1,0 +1,183 @@
+"""The products with the matrices of an adapter, one launch each, with dropout inside.
+
+    lora_down       out[m, r] = s sum_k drop(x)[m, k] w[r, k]                   x A^T, and dY B in the backward pass
+    lora_up         out[m, n] = s sum_r h[m, r] w[n, r]  (+ bias, or dropout)   (x A^T) B^T, and (dY B) A
+    lora_gradient   out[r, n] = s sum_m h[m, r] drop(x)[m, n]                   dA, and dB transposed
+
+One side of these products is the rank, so they are bound by memory: x is read once, an fp32 adapter is rounded to x's
+type inside, a gradient is written in the adapter's type. The dropout mask is that of `reference.dropout`, bit for bit,
+made from the seed each time. fp32 inputs, and cards for which `tiles.json` has no tile, use torch's products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.triton.dropout import dropout, dropout_arguments, is_kept
+from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, share_memory
+from lightning_qlora.kernels.triton.tiles import find_tile
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _down_kernel(
+    x, w, out, memory, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A program computes M x R sums over its share of the columns of x."""
+    row, rank = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
+    share = tl.program_id(2)
+    total = tl.zeros((M, R), tl.float32)
+    steps = tl.cdiv(k, K)
+    per_share = tl.cdiv(steps, shares)
+    for step in tl.range(share * per_share, tl.minimum((share + 1) * per_share, steps)):
+        column = step * K + tl.arange(0, K)
+        place = row.to(tl.int64)[:, None] * k + column[None, :]
+        inputs = tl.load(x + place, mask=(row < m)[:, None] & (column < k)[None, :], other=0.0)
+        if DROPOUT:
+            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
+        at = w + column[:, None] * w_stride + rank[None, :] * w_rank_stride
+        weights = tl.load(at, mask=(column < k)[:, None] & (rank < r)[None, :], other=0.0)
+        total += tl.dot(inputs, weights.to(x.dtype.element_ty))
+    write = (row < m)[:, None] & (rank < r)[None, :]
+    if SPLIT:
+        total, is_last = add_shares(total, memory, share, shares, M, R)
+        write &= is_last
+    place = row.to(tl.int64)[:, None] * r + rank[None, :]
+    tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _up_kernel(
+    h, w, bias, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program computes M x N elements of the output."""
+    row, column = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
+    total = tl.zeros((M, N), tl.float32)
+    for first in tl.range(0, r, R):
+        rank = first + tl.arange(0, R)
+        at = h + row.to(tl.int64)[:, None] * r + rank[None, :]
+        inputs = tl.load(at, mask=(row < m)[:, None] & (rank < r)[None, :], other=0.0)
+        at = w + rank[:, None] * w_rank_stride + column[None, :] * w_stride
+        weights = tl.load(at, mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0)
+        total += tl.dot(inputs, weights.to(h.dtype.element_ty))
+    total *= s
+    place = row.to(tl.int64)[:, None] * n + column[None, :]
+    if DROPOUT:
+        total = tl.where(is_kept(place, low, high, least_kept), total, 0.0)
+    if BIAS:
+        total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _gradient_kernel(
+    h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program computes R x N sums over its share of the rows of x."""
+    column, rank = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
+    share = tl.program_id(2)
+    total = tl.zeros((R, N), tl.float32)
+    steps = tl.cdiv(m, M)
+    per_share = tl.cdiv(steps, shares)
+    for step in tl.range(share * per_share, tl.minimum((share + 1) * per_share, steps)):
+        row = step * M + tl.arange(0, M)
+        at = h + row.to(tl.int64)[None, :] * r + rank[:, None]
+        factors = tl.load(at, mask=(row < m)[None, :] & (rank < r)[:, None], other=0.0)
+        place = row.to(tl.int64)[:, None] * n + column[None, :]
+        inputs = tl.load(x + place, mask=(row < m)[:, None] & (column < n)[None, :], other=0.0)
+        if DROPOUT:
+            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
+        total += tl.dot(factors, inputs)
+    write = (rank < r)[:, None] & (column < n)[None, :]
+    if SPLIT:
+        total, is_last = add_shares(total, memory, share, shares, R, N)
+        write &= is_last
+    place = rank.to(tl.int64)[:, None] * out_rank_stride + column[None, :].to(tl.int64) * out_stride
+    tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
+
+
+def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r] in x's type."""
+    (m, k), r, device = x.shape, w.shape[0], x.device
+    tile = _tile("lora_down", x, m, r)
+    if not tile:
+        return torch.addmm(_unread(x), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
+    x, rank = x.contiguous(), _rank_tile(r)
+    grid = -(-m // tile["M"]), -(-r // rank)
+    shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
+    *mask, scale = dropout_arguments(p, seed, device)
+    out = x.new_empty(m, r)
+    memory = share_memory(shares, grid[0] * grid[1] * tile["M"] * rank, out)
+    launch(
+        _down_kernel, device, (*grid, shares), (x, w, out, memory), (m, k, r, *w.stride(), shares), tile,
+        (*mask, s * scale), fuse=True, DROPOUT=seed is not None, SPLIT=shares > 1, R=rank,
+    )  # fmt: skip
+    return out
+
+
+def lora_up(
+    h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, bias: Tensor | None = None, p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Write s h w^T + bias, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
+    (m, n), r, device = out.shape, w.shape[1], h.device
+    tile = _tile("lora_up", h, m, r)
+    if not tile:
+        first = _unread(h) if bias is None else bias.to(h.dtype)
+        torch.addmm(first, h, w.to(h.dtype).T, beta=bias is not None, alpha=s, out=out)
+        return out if seed is None else dropout(out, p, seed, out=out)
+    grid, first = (-(-n // tile["N"]), -(-m // tile["M"]), 1), h if bias is None else bias.contiguous()
+    *mask, scale = dropout_arguments(p, seed, device)
+    launch(
+        _up_kernel, device, grid, (h, w, first, out), (m, n, r, w.stride(1), w.stride(0)), tile, (*mask, s * scale),
+        fuse=True, DROPOUT=seed is not None, BIAS=bias is not None, R=_rank_tile(r),
+    )  # fmt: skip
+    return out
+
+
+def lora_gradient(
+    h: Tensor, x: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None
+) -> None:
+    """Write s h^T drop(x) to `out`: h [m, r], x [m, n], out [r, n] of any strides and float type."""
+    (m, n), r, device = x.shape, h.shape[1], x.device
+    tile = _tile("lora_gradient", x, m, r)
+    if not tile:
+        out.copy_(torch.addmm(_unread(x), h.T, _dropped(x, p, seed), beta=0, alpha=s))
+        return
+    x, rank = x.contiguous(), _rank_tile(r)
+    grid = -(-n // tile["N"]), -(-r // rank)
+    shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
+    memory = share_memory(shares, grid[0] * grid[1] * rank * tile["N"], out)
+    *mask, scale = dropout_arguments(p, seed, device)
+    launch(
+        _gradient_kernel, device, (*grid, shares), (h, x, out, memory), (m, n, r, *out.stride(), shares), tile,
+        (*mask, s * scale), fuse=True, DROPOUT=seed is not None, SPLIT=shares > 1, R=rank,
+    )  # fmt: skip
+
+
+def _tile(kernel: str, x: Tensor, m: int, r: int) -> dict[str, int]:
+    """The tile for m rows of x; empty if torch computes the product."""
+    return find_tile(kernel, x.device, m) if m and r and x.dtype != torch.float32 else {}
+
+
+def _rank_tile(r: int) -> int:
+    """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
+    return 16 if r <= 16 else 32 if r <= 32 else 64
+
+
+def _unread(x: Tensor) -> Tensor:
+    """The first argument of `addmm` if beta is 0."""
+    return x.new_empty(())
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """drop(x) in a buffer of the stream, or x itself without a seed."""
+    if seed is None:
+        return x
+    x = x.contiguous()
+    return dropout(x, p, seed, out=scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape))

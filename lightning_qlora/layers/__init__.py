@@ -1,0 +1,1 @@
+"""QLoRALinear and what it is made of."""

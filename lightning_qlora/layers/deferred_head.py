@@ -1,0 +1,168 @@
+"""Output embeddings that return deferred logits in training: which layers they are, and how their class changes."""
+
+import re
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lightning_qlora.layers.bnb_linear import is_bnb_linear
+from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
+from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for
+from lightning_qlora.layers.selection import OUTPUT_EMBEDDINGS, get_output_embeddings
+
+# For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
+# transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
+# times in_features, that is more than a tenth of a step for up to 12 layers, or for any number with checkpointing.
+# Vocabularies of language models have 8 to 80 times their width.
+LARGE = 4
+
+
+class DeferredHead:
+    """What `defer_logits` adds to the class of an output embedding."""
+
+    plain_class: type[nn.Module]  # the class without this one
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Deferred logits where autograd records, else the real ones."""
+        head: Any = self
+        if torch.compiler.is_compiling() or not _can_defer(head, input):
+            logits: Tensor = head.plain_forward(input)
+            return logits
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        return DeferredLogits(input, Source(input, head), dtype).attached()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle an instance of a class that has no name which could be imported."""
+        made = object.__reduce_ex__(self, protocol)
+        packed = isinstance(self, QLoRALinear)
+        return _new, (self.dense_class if packed else self.plain_class, packed), *made[2:]  # type: ignore[attr-defined]
+
+
+def _can_defer(head: Any, input: Tensor) -> bool:
+    """Whether autograd alone watches a call in which something trains, and the head has its parameters afterwards."""
+    if not torch.is_grad_enabled() or type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
+        return False
+    # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the forward pass.
+    if "_is_fsdp_managed_module" in head.__dict__ or "forward" in head.__dict__:
+        return False
+    # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
+    if not all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values()):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    return input.requires_grad or any(p.requires_grad for p in head.parameters())
+
+
+def _new(kind: type[nn.Module], packed: bool) -> nn.Module:
+    made = _class_for(class_for(kind) if packed else kind)
+    return made.__new__(made)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class of a head -> the same with deferred logits
+
+
+def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _CLASSES:
+        members = {"__module__": kind.__module__, "plain_class": kind, "plain_forward": kind.forward}
+        if not issubclass(kind, QLoRALinear):
+            members["dense_class"] = kind  # as a QLoRALinear says which class it was
+        _CLASSES[kind] = type(f"Deferred{kind.__name__}", (DeferredHead, kind), members)
+    return _CLASSES[kind]
+
+
+def defer_logits(head: nn.Module) -> None:
+    """Make an output embedding (an nn.Linear, in 4 bits or not) return deferred logits in training, in place."""
+    if not isinstance(head, DeferredHead):
+        head.__class__ = _class_for(type(head))
+
+
+def compute_logits(module: nn.Module) -> None:
+    """Undo `defer_logits` for all output embeddings in a module, in place."""
+    for head in module.modules():
+        if isinstance(head, DeferredHead):
+            head.__class__ = head.plain_class  # type: ignore[assignment]
+
+
+def output_embeddings(module: nn.Module) -> dict[str, Any]:
+    """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary.
+
+    These are what `get_output_embeddings` of a model in the module returns, layers with a name in OUTPUT_EMBEDDINGS,
+    and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows. Layers whose names
+    differ only in a number are repeated blocks, and not found by their shape.
+    """
+    found = {id(layer) for layer in get_output_embeddings(module)}
+    models = [part for part in module.modules() if callable(getattr(part, "get_output_embeddings", None))]
+    in_models = {id(part) for model in models for part in model.modules()} if found else set()
+    own = {name: layer for name, layer in module.named_modules() if id(layer) not in in_models}
+    sizes = {layer.num_embeddings for layer in own.values() if isinstance(layer, nn.Embedding)}
+    fitting = {name: layer for name, layer in own.items() if _is_plain(layer) and layer.out_features in sizes}
+    repeated = Counter(re.sub(r"\d+", "*", name) for name in fitting)
+    found |= {id(layer) for name, layer in fitting.items() if repeated[re.sub(r"\d+", "*", name)] == 1}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if _is_plain(layer) and (id(layer) in found or name.rpartition(".")[2] in OUTPUT_EMBEDDINGS)
+    }
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
+    return type(layer) in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_bnb_linear(layer)
+
+
+def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:
+    """Refuse deferred_logits=True for a module without an output embedding.
+
+    Raises:
+        ValueError: As above.
+    """
+    if setting is True and not output_embeddings(module):
+        raise ValueError(
+            f"deferred_logits=True: {type(module).__name__} has no output embedding: no get_output_embeddings() that "
+            f"returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many outputs "
+            "as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or False."
+        )
+
+
+def defer_output_embeddings(
+    module: nn.Module, setting: bool | Literal["auto"], sharded: bool = False
+) -> dict[str, int]:
+    """Make the output embeddings of a module return deferred logits in training, in place.
+
+    Args:
+        module: The module, after its layers were converted.
+        setting: The argument `deferred_logits`; "auto": embeddings with `LARGE` * inputs outputs or more.
+        sharded: Whether a strategy shards the parameters. Then nothing is deferred.
+
+    Returns:
+        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if the logits are not deferred
+        because of `sharded`.
+    """
+    heads = output_embeddings(module) if setting else {}
+    chosen = {
+        name: head for name, head in heads.items() if setting is True or head.out_features >= LARGE * head.in_features
+    }
+    if sharded:
+        return dict.fromkeys(chosen, 0)
+    for head in chosen.values():
+        defer_logits(head)
+    return deferred_heads(module)
+
+
+def deferred_heads(module: nn.Module) -> dict[str, int]:
+    """Name of each output embedding whose logits are deferred -> bytes saved for each 1,000 tokens."""
+    return {name: saved_bytes(head) for name, head in module.named_modules() if isinstance(head, DeferredHead)}
+
+
+def saved_bytes(head: Any) -> int:
+    """Bytes of 1,000 rows of logits, of their log-softmax in fp32, and of its gradient in fp32.
+
+    Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
+    """
+    dtype = head.weight_dtype if isinstance(head, QLoRALinear) else head.weight.dtype
+    elements: int = 1000 * head.out_features
+    return elements * (dtype.itemsize + 8)

@@ -1,0 +1,309 @@
+"""DeferredLogits: the output of an output embedding that is not computed until something needs it.
+
+    logits = lm_head(hidden)                        DeferredLogits: knows hidden [..., h] and the head
+    logits.float().view(-1, v), logits[:, :-1],     still deferred: shapes, rows, types, and functions of each
+    logits / 30, torch.tanh(logits)                 element with a number
+    F.cross_entropy(logits, labels, ...)            computed in pieces of rows; see piecewise_cross_entropy.py
+    any other function                              gets the real logits, computed once, with their gradient
+
+In training, the logits of a large vocabulary take more memory than a 4-bit model: they are made, copied to fp32 and
+differentiated to give one number. Sources of the idea: Liger Kernel (Hsu et al. 2024), "Cut Your Losses in
+Large-Vocabulary Language Models" (Wijmans et al. 2024); both need a changed model or loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
+
+from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
+from lightning_qlora.layers.readable_weight import Readable
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Source:
+    """One call of a head: its input, its parameters as they were, and autocast.
+
+    Attributes:
+        head: The output embedding, a `DeferredHead`.
+        trained: Those of its parameters that train.
+    """
+
+    def __init__(self, hidden: Tensor, head: Any) -> None:
+        self.head, device = head, hidden.device.type
+        self.trained = [p for p in head.parameters() if p.requires_grad]
+        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """The logits of some rows of hidden states.
+
+        Raises:
+            RuntimeError: If the head or its input changed since the call.
+        """
+        now = [self._tensors[0][0], *self.head.parameters()]
+        for (tensor, version), held in zip(self._tensors, now, strict=True):
+            if tensor is not held or tensor._version != version:
+                raise RuntimeError(
+                    "These logits were not computed yet, and they can't be computed any more: the weight of the output "
+                    "embedding or its input changed since (an optimizer step, an operation in place). Read the logits "
+                    "before that, for example by logits.detach(), or pass deferred_logits=False."
+                )
+        enabled, dtype = self._autocast
+        with torch.autocast(hidden.device.type, dtype, enabled=enabled):
+            logits: Tensor = self.head.plain_forward(hidden)
+        return logits
+
+
+class DeferredLogits(Readable):
+    """Logits [..., vocabulary] of hidden states [..., h] that are not computed yet; see the top of this file.
+
+    Attributes:
+        hidden: The input of the head.
+        source: The call of the head; all views of the logits have the same.
+        functions: Functions of single elements that were called on the logits, in order.
+    """
+
+    hidden: Tensor
+    source: Source
+    functions: tuple[Function, ...]
+    _parent: "DeferredLogits | None"  # what these logits are a view or a function of
+    _of_parent: Function
+    _real: Tensor | None
+
+    @staticmethod
+    def __new__(cls, hidden: Tensor, source: Source, dtype: torch.dtype) -> "DeferredLogits":
+        """A tensor with the shape, type and device of the logits, and no memory."""
+        made: DeferredLogits = Tensor._make_wrapper_subclass(
+            cls, (*hidden.shape[:-1], source.head.out_features), dtype=dtype, device=hidden.device
+        )
+        made.hidden, made.source, made.functions, made._parent, made._real = hidden, source, (), None, None
+        return made
+
+    def derived(
+        self, of_parent: Function, hidden: Tensor, functions: tuple[Function, ...], dtype: torch.dtype
+    ) -> "DeferredLogits":
+        """Deferred logits that are a view or a function of these, without a gradient."""
+        made = DeferredLogits(hidden, self.source, dtype)
+        made.functions, made._parent, made._of_parent = functions, self, of_parent
+        return made
+
+    def rows(self, of_parent: Function, hidden: Tensor) -> Tensor:
+        """Deferred logits of other rows, or of the same in another shape."""
+        return self.derived(of_parent, hidden, self.functions, self.dtype).attached()
+
+    def elementwise(self, function: Function, dtype: torch.dtype) -> Tensor:
+        """Deferred logits that are a function of each element of these."""
+        return self.derived(function, self.hidden, (*self.functions, function), dtype).attached()
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """The logits of some rows of hidden states."""
+        logits = self.source.compute(hidden)
+        for function in self.functions:
+            logits = function(logits)
+        return logits
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether something has read the logits; from then on everything uses the real ones."""
+        return self._real is not None or (self._parent is not None and self._parent.is_computed)
+
+    def computed(self, keep: bool = False) -> Tensor:
+        """The real logits: a plain tensor, computed once for all their views, differentiable.
+
+        Args:
+            keep: Whether to keep them within activation checkpointing as well, because something writes to them.
+        """
+        if self._real is not None:
+            return self._real
+        with torch.enable_grad():  # later readers may need the gradient
+            if self._parent is None:
+                real = self.compute(self.hidden)
+            else:
+                real = self._of_parent(self._parent.computed(keep))
+        # Within activation checkpointing the recomputation must save the same tensors as the forward pass.
+        in_checkpoint = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if (keep or not in_checkpoint) and not torch.is_inference_mode_enabled():
+            self._real = real
+        return real
+
+    def values(self) -> Tensor:
+        """The real logits, for an operation below autograd."""
+        return self.computed().detach()
+
+    def detached(self) -> "DeferredLogits":
+        """The same without a gradient."""
+        return self.derived(_same, self.hidden, self.functions, self.dtype)
+
+    def parameters(self) -> list[Any]:
+        """The tensors that the logits depend on: the hidden states and what trains in the head."""
+        return [self.hidden, *self.source.trained]
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of `parameters()` from that of the logits."""
+        with torch.enable_grad():
+            hidden = self.hidden.detach().requires_grad_()
+            return torch.autograd.grad(self.compute(hidden), [hidden, *self.source.trained], grad, allow_unused=True)
+
+    @property
+    def data(self) -> Tensor:
+        """The real logits without a gradient."""
+        return self.computed(keep=True).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.computed(keep=True).data = value
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.computed(keep=True)[index] = _real(value)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.cross_entropy:
+            result = _cross_entropy(*args, **kwargs)
+        else:
+            logits = args[0] if args else None
+            defers = isinstance(logits, DeferredLogits) and not logits.is_computed
+            result = _deferred(func, logits, args[1:], kwargs) if defers else None
+        if result is not None:
+            return result
+        real = partial(_real, keep=_writes(func))
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "is_leaf", "grad_fn",
+        "is_sparse", "is_nested", "is_quantized",
+    )
+} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
+    Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
+}  # fmt: skip
+TYPES = {Tensor.float: torch.float32, Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16}
+UNARY = {torch.tanh, Tensor.tanh}
+BINARY = {Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__, torch.mul, torch.div}
+
+
+def _real(value: Any, keep: bool = False) -> Any:
+    return value.computed(keep) if isinstance(value, DeferredLogits) else value
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function works in place: `masked_fill_`, `__imul__`."""
+    name: str = getattr(func, "__name__", "")
+    return name.startswith("__i") if name.endswith("__") else name.endswith("_")
+
+
+def _same(real: Tensor) -> Tensor:
+    return real
+
+
+def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The result of a function that needs no real logits; None for any other."""
+    if func is Tensor.to:
+        return _to(logits, *args, **kwargs)
+    if func in (Tensor.flatten, torch.flatten):
+        return _flatten(logits, *args, **kwargs)
+    if kwargs:
+        return None
+    if func in TYPES and not args:
+        return _to(logits, TYPES[func])
+    if func is Tensor.contiguous and not args:
+        return logits  # type: ignore[no-any-return]
+    if func in UNARY and not args:
+        return logits.elementwise(func, logits.dtype)  # type: ignore[no-any-return]
+    if func in BINARY and len(args) == 1 and type(args[0]) in (int, float):
+        return logits.elementwise(partial(_with_number, func, args[0]), logits.dtype)  # type: ignore[no-any-return]
+    if func in (Tensor.view, Tensor.reshape, torch.reshape) and not isinstance(args[0], torch.dtype):
+        shape = tuple(args if isinstance(args[0], int) else args[0])
+        return _reshape(logits, shape)
+    if func is Tensor.__getitem__:
+        return _getitem(logits, args[0] if isinstance(args[0], tuple) else (args[0],))
+    return None
+
+
+def _with_number(func: Any, number: float, real: Tensor) -> Tensor:
+    result: Tensor = func(real, number)
+    return result
+
+
+def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
+    """`to` of a float type, or of the device that the logits have."""
+    given = [*args, *kwargs.values()]
+    if len(given) != 1:
+        return None
+    if isinstance(given[0], torch.dtype):
+        return _cast(logits, given[0])
+    same_device = isinstance(given[0], (str, torch.device)) and torch.device(given[0]) == logits.device
+    return logits if same_device else None
+
+
+def _cast(logits: DeferredLogits, dtype: torch.dtype) -> Tensor | None:
+    if dtype is logits.dtype:
+        return logits
+    return logits.elementwise(lambda real: real.to(dtype), dtype) if dtype.is_floating_point else None
+
+
+def _reshape(logits: DeferredLogits, shape: tuple[int, ...]) -> Tensor | None:
+    width, rows = logits.shape[-1], logits.numel() // max(logits.shape[-1], 1)
+    known = prod(size for size in shape[:-1] if size != -1)
+    whole = shape[-1] == width and (-1 in shape[:-1] or known == rows)
+    if not whole and not (shape[-1] == -1 and known == rows and -1 not in shape[:-1]):
+        return None
+    hidden = logits.hidden.reshape(*shape[:-1], logits.hidden.shape[-1])
+    return logits.rows(lambda real: real.reshape(shape), hidden)
+
+
+def _flatten(logits: DeferredLogits, start_dim: int = 0, end_dim: int = -1) -> Tensor | None:
+    start, end = start_dim % logits.dim(), end_dim % logits.dim()
+    if end == logits.dim() - 1:
+        return logits if start == end else None
+    return logits.rows(lambda real: real.flatten(start, end), logits.hidden.flatten(start, end))
+
+
+def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:
+    """An index that chooses among rows alone, so that the vocabulary stays whole and last."""
+    spans = 0  # dimensions that the index takes
+    for part in index:
+        if isinstance(part, Tensor) and part.dtype is torch.bool:
+            spans += part.ndim
+        elif part is Ellipsis or (isinstance(part, (int, slice, Tensor)) and not isinstance(part, bool)):
+            spans += part is not Ellipsis
+        else:
+            return None
+        if isinstance(part, Tensor) and part.dtype is torch.uint8:
+            return None
+    has_ellipsis = any(part is Ellipsis for part in index)
+    takes_last = spans == logits.dim() or (has_ellipsis and index[-1] is not Ellipsis)
+    if takes_last and not (isinstance(index[-1], slice) and index[-1] == slice(None)):
+        return None
+    return logits.rows(lambda real: real[index], logits.hidden[index])
+
+
+def _cross_entropy(
+    input: Any, target: Any, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
+    reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor | None:  # fmt: skip
+    """`F.cross_entropy` in pieces of rows; None where the input is no deferred matrix or targets are probabilities."""
+    if not isinstance(input, DeferredLogits) or input.is_computed or input.dim() != 2:
+        return None
+    is_index = type(target) in (Tensor, FakeTensor) and not target.is_floating_point()
+    if not is_index or target.shape != input.shape[:1]:
+        return None
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
+        return None
+    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return piecewise_cross_entropy(input.detached(), target, options, reduction)

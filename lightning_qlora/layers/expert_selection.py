@@ -1,0 +1,108 @@
+"""Which parameters are stacks of experts, and which linear layers are routers to experts.
+
+A stack is recognized by the number of experts that its module knows, so no list of architectures is needed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
+DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
+
+
+class ExpertParameter(NamedTuple):
+    """A parameter with the weights of all experts.
+
+    Attributes:
+        owner: The module that holds it.
+        key: Its name there.
+        experts: Number of experts.
+        transposed: Whether one expert is [in, out].
+    """
+
+    owner: nn.Module
+    key: str
+    experts: int
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of one expert, [out, in]."""
+        stack: Any = self.owner._parameters[self.key]
+        rows, columns = stack.numel() // self.experts // stack.shape[-1], stack.shape[-1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
+    """The stacks that a module holds itself.
+
+    A stack is [experts, out, in] or [experts, in, out], where an attribute of the module whose name contains "experts"
+    is that number; or flat, [experts * width, in], where two attributes are these numbers (DBRX).
+    """
+    found = []
+    for key, parameter in owner._parameters.items():
+        count = None if parameter is None or isinstance(owner, nn.Linear) else _number_of_experts(owner, parameter)
+        if parameter is not None and count is not None:
+            found.append(ExpertParameter(owner, key, count, _is_transposed(owner, key, parameter, count)))
+    return found
+
+
+def _number_of_experts(owner: nn.Module, parameter: Tensor) -> int | None:
+    numbers = {key: value for key, value in vars(owner).items() if type(value) is int and value > 0}
+    if parameter.ndim == 3:
+        known = {value for key, value in numbers.items() if "experts" in key and "per_tok" not in key}
+        return parameter.shape[0] if parameter.shape[0] in known else None
+    if parameter.ndim == 2:
+        widths = {value for key, value in numbers.items() if key.endswith(("_size", "_dim")) and value > 1}
+        counts = [numbers[key] for key in COUNTS if key in numbers]
+        return next((count for count in counts if parameter.shape[0] in {count * width for width in widths}), None)
+    return None
+
+
+def _is_transposed(owner: Any, key: str, parameter: Tensor, experts: int) -> bool:
+    """Whether one expert is [in, out]: transformers' decorator says it, else the width of the model does.
+
+    A wrong answer would cost speed and memory, not correctness.
+    """
+    if isinstance(getattr(owner, "is_transposed", None), bool):
+        return bool(owner.is_transposed)
+    hidden = getattr(owner, "hidden_size", getattr(owner, "hidden_dim", None))
+    pairs = {key: (parameter.numel() // experts // parameter.shape[-1], parameter.shape[-1])}
+    if pairs[key][0] == pairs[key][1]:  # then the other stacks of the module decide
+        pairs = {k: (p.shape[1], p.shape[2]) for k, p in owner._parameters.items() if p is not None and p.ndim == 3}
+    return any(
+        rows != columns and hidden == (columns if any(word in name for word in DOWN) else rows)
+        for name, (rows, columns) in pairs.items()
+    )
+
+
+def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the outputs of a linear layer are the experts of the block around it.
+
+    The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as in
+    most router classes.
+
+    Args:
+        name: Name of the layer.
+        layer: The layer; of Conv1D the outputs are the last dimension of the weight.
+        modules: Name -> module of all modules.
+    """
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "nf", None)
+    outer = name.rpartition(".")[0]
+    blocks = [modules[outer]] if name else []
+    if blocks and outer and sum(isinstance(part, nn.Linear) for part in blocks[0].modules()) == 1:
+        blocks.append(modules[outer.rpartition(".")[0]])
+    return any(outputs in _experts_in(block) for block in blocks)
+
+
+def _experts_in(block: nn.Module) -> set[int]:
+    """The numbers of experts in a block: as its attributes say, and as its children hold."""
+    counts = {value for key in COUNTS if type(value := getattr(block, key, None)) is int}
+    for name, child in block.named_children():
+        if "expert" in name and isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            counts.add(len(child))
+        for part in (child, *child.children()):
+            counts |= {value for key in COUNTS if type(value := getattr(part, key, None)) is int}
+    return counts - {1}

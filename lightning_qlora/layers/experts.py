@@ -1,0 +1,325 @@
+"""Experts in 4 bits: a stack of expert weights, one 3-D parameter, becomes a list of QLoRALinear layers.
+
+    mlp.gate_up_proj                nn.Parameter [experts, out, in] -> QLoRAExperts `mlp.gate_up_proj_experts`
+    mlp.gate_up_proj_experts.3      the QLoRALinear of one expert, [out, in]
+    mlp.gate_up_proj[3]             its readable weight: `F.linear` on it runs the fused op of that layer
+    mlp.forward(...)                of transformers' experts: each expert that tokens reached runs once, on its tokens
+
+Each expert is quantized separately and has its own adapter. Only the experts that tokens reached are decoded, one at a
+time, into the buffer that all layers share; the stack is never decoded, except for code that reads all of it in another
+way than those above. The module that held the parameter becomes an instance of a subclass of its class.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.readable_weight import Readable, readable_weight
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+
+SUFFIX = "_experts"  # a parameter NAME becomes the module NAME_experts
+PARAMETERS = "_qlora_parameters"  # attribute of a module with such parameters: names of all, in the order of its class
+
+
+class QLoRAExperts(nn.ModuleList):
+    """The experts of one parameter, in 4 bits, each with an adapter.
+
+    Attributes:
+        transposed: One expert of the parameter was [in, out].
+        flat: The parameter was [experts * width, in] (DBRX).
+    """
+
+    transposed: bool
+    flat: bool
+
+    @staticmethod
+    def from_parameter(
+        owner: nn.Module, key: str, config: QLoRAConfig, name: str, experts: int, transposed: bool,
+        device: torch.device | None = None, seed_name: str | None = None,
+    ) -> "QLoRAExperts":  # fmt: skip
+        """Replace a parameter of a module by 4-bit layers with adapters, in place.
+
+        Args:
+            owner: The module that holds the parameter.
+            key: Name of the parameter in it: [experts, out, in], [experts, in, out] or [experts * width, in].
+            config: The arguments of the conversion.
+            name: Full name of the parameter; that of expert i is `name_experts.i`.
+            experts: Number of experts.
+            transposed: Whether one expert is [in, out].
+            device: Where to quantize; None: where the parameter is.
+            seed_name: The name that seeds are made from, `seed_name.i` for expert i; None: `name`.
+        """
+
+        def convert(layer: nn.Linear, number: int) -> None:
+            seed = f"{name if seed_name is None else seed_name}.{number}"
+            QLoRALinear.from_linear(layer, config, f"{name}{SUFFIX}.{number}", device, seed)
+
+        setattr(owner._parameters[key], REPLACED, name + SUFFIX)  # for an optimizer that was made too early
+        return QLoRAExperts.from_slices(owner, key, experts, transposed, convert)
+
+    @staticmethod
+    def from_slices(
+        owner: nn.Module, key: str, experts: int, transposed: bool, convert: Callable[[nn.Linear, int], None]
+    ) -> "QLoRAExperts":
+        """The same with a function that turns the dense layer of one expert into a QLoRALinear, in place."""
+        vars(owner).setdefault(PARAMETERS, list(owner._parameters))
+        stack: Tensor = owner._parameters.pop(key)  # type: ignore[assignment]
+        made = QLoRAExperts()
+        made.flat, made.transposed = stack.ndim == 2, transposed
+        for number, weight in enumerate(stack.detach().view(experts, -1, stack.shape[-1])):
+            rows = (weight.T if transposed else weight).contiguous()
+            layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+            layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+            convert(layer, number)
+            made.append(layer)
+        made.train(owner.training)
+        owner.register_module(key + SUFFIX, made)
+        owner.__class__ = class_with_experts(type(owner))
+        return made
+
+    @property
+    def layers(self) -> list[QLoRALinear]:
+        """The experts."""
+        return cast(list[QLoRALinear], list(self._modules.values()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The stack for code that reads it; see the top of this file."""
+        return ReadableStack(self)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        rows, columns = self.expert_shape
+        return (len(self) * rows, columns) if self.flat else (len(self), rows, columns)
+
+    @property
+    def expert_shape(self) -> tuple[int, int]:
+        """Shape of one expert in the parameter."""
+        rows, columns = self.layers[0]._shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def stack(self, of_layer: Callable[[QLoRALinear], Tensor]) -> Tensor:
+        """A tensor of the parameter's shape from one [out, in] of every expert."""
+        parts = [of_layer(layer) for layer in self.layers]
+        return torch.stack([part.T if self.transposed else part for part in parts]).view(self.weight_shape)
+
+    def effective_weight(self) -> Tensor:
+        """W + s B A of all experts, in the parameter's shape; differentiable in the adapters."""
+        return self.stack(QLoRALinear.effective_weight)
+
+    def decode(self) -> Tensor:
+        """W of all experts, in the parameter's shape."""
+        return self.stack(QLoRALinear.decode)
+
+    def restore(self, owner: nn.Module, key: str, stack: Tensor) -> None:
+        """Replace these layers by a dense, frozen parameter, in place; without others the owner has its class again."""
+        del owner._modules[key + SUFFIX]
+        owner.register_parameter(key, nn.Parameter(stack, requires_grad=False))
+        for name in vars(owner).get(PARAMETERS, []):  # PEFT names adapters by the order of the parameters
+            if name in owner._parameters:
+                owner._parameters[name] = owner._parameters.pop(name)
+        if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
+            owner.__class__ = type(owner).dense_class  # type: ignore[attr-defined]
+
+
+class ReadableStack(Readable):
+    """The weights of all experts, in the parameter's shape; see the top of this file."""
+
+    _experts: QLoRAExperts
+
+    @staticmethod
+    def __new__(cls, experts: QLoRAExperts, shape: tuple[int, ...] | None = None) -> "ReadableStack":
+        """A tensor with the shape, type and device of the parameter, and no memory."""
+        first = experts.layers[0]
+        made: ReadableStack = Tensor._make_wrapper_subclass(
+            cls, shape or experts.weight_shape, dtype=first.weight_dtype, device=first.packed.device
+        )
+        made._experts = experts
+        return made
+
+    def values(self) -> Tensor:
+        """The effective weights."""
+        return self._experts.effective_weight().view(self.shape)
+
+    def detached(self) -> "ReadableStack":
+        """The same without a gradient."""
+        return ReadableStack(self._experts, tuple(self.shape))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapters of all experts."""
+        return [parameter for layer in self._experts.layers for parameter in layer.adapter_parameters()]
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Those of the adapters of all experts."""
+        parts = grad.reshape(len(self._experts), *self._experts.expert_shape)
+        rows = (part.T if self._experts.transposed else part for part in parts)
+        pairs = zip(self._experts.layers, rows, strict=True)
+        return tuple(of for layer, part in pairs for of in layer.effective_weight_backward(part))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        stack: Any = args[0] if args else None
+        if isinstance(stack, ReadableStack):
+            experts = stack._experts
+            count, (rows, columns) = len(experts), experts.expert_shape
+            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
+                return readable_weight(experts.layers[int(args[1])], experts.transposed)
+            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
+                weights = [readable_weight(layer, experts.transposed) for layer in experts.layers]
+                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
+            if func in (Tensor.view, Tensor.reshape) and experts.flat:
+                shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
+                if shape in ((-1, rows, columns), (count, rows, columns)):
+                    return ReadableStack(experts, (count, rows, columns))
+        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts.transposed:
+            return torch.stack([layer(x) for layer, x in zip(args[1]._experts.layers, stack.unbind(), strict=True)])
+        if func not in METADATA:
+            args, kwargs = tree_map(_attached, args), tree_map(_attached, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+METADATA = {
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "grad", "is_leaf")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__}
+
+
+def _attached(value: Any) -> Any:
+    return value.attached() if isinstance(value, ReadableStack) else value
+
+
+def _is_number(index: Any) -> bool:
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and not index.dtype.is_floating_point and index.dtype is not torch.bool
+    return isinstance(index, int)
+
+
+def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of transformers' experts, expert by expert over the tokens that chose it.
+
+    The same as `grouped_mm_experts_forward` (transformers/integrations/moe.py), with one host synchronization for the
+    number of tokens of each expert.
+
+    Args:
+        self: A module that transformers' `use_experts_implementation` decorated, its stacks in 4 bits.
+        hidden_states: [tokens, hidden].
+        top_k_index: The experts of each token, [tokens, k]; a number beyond the experts means none.
+        top_k_weights: Their weights, [tokens, k].
+    """
+    tokens, k = top_k_index.shape
+    ids, order = top_k_index.reshape(-1).sort(stable=True)
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    up, down = _weights_of(self, up_name), _weights_of(self, "down_proj")
+    counts = _tokens_of_experts(ids, len(up))
+    reached = sum(counts)
+    rows = hidden_states[order[:reached] // k]
+    outputs = []
+    for number, part in enumerate(torch.split(rows, counts)):
+        if not len(part):
+            continue
+        hidden = _product(self, up[number], part, f"{up_name}_bias", number)
+        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+        hidden = _product(self, down[number], hidden, "down_proj_bias", number)
+        outputs.append(self.post_expert_norm(hidden) if self.has_post_expert_norm else hidden)
+    if not outputs:
+        return torch.zeros_like(hidden_states)
+    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order[:reached], None]
+    result = weighted.new_zeros(tokens * k, weighted.shape[1]).index_copy(0, order[:reached], weighted)
+    return result.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:
+    if isinstance(ids, FakeTensor):  # the memory planner runs models on tensors without data: one expert gets all
+        return [len(ids)] + [0] * (experts - 1)
+    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
+    return counts
+
+
+def _weights_of(owner: Any, key: str) -> Any:
+    """The experts of a stack: layers in 4 bits, or the matrices of a dense parameter."""
+    stack = owner._modules.get(key + SUFFIX)
+    return getattr(owner, key) if stack is None else stack.layers
+
+
+def _product(owner: Any, weight: Any, x: Tensor, bias_name: str, number: int) -> Tensor:
+    if isinstance(weight, QLoRALinear):
+        y: Tensor = weight(x)
+    else:
+        y = x @ weight if owner.is_transposed else nn.functional.linear(x, weight)
+    return y + getattr(owner, bias_name)[number] if owner.has_bias else y
+
+
+class _WithExperts:
+    """What `class_with_experts` adds to a class."""
+
+    def __getattr__(self, name: str) -> Any:
+        stack = self.__dict__["_modules"].get(name + SUFFIX)
+        return stack.weight if isinstance(stack, QLoRAExperts) else super().__getattr__(name)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As in nn.Module; a dense parameter in the state becomes the weights of the experts."""
+        for name, stack in self.__dict__["_modules"].items():
+            key = prefix + name.removesuffix(SUFFIX)
+            if isinstance(stack, QLoRAExperts) and key in state_dict:
+                dense = state_dict.pop(key).contiguous()
+                if tuple(dense.shape) != stack.weight_shape:
+                    raise CheckpointMismatchError(
+                        f"{key}: has shape {list(dense.shape)} in the checkpoint, {list(stack.weight_shape)} here."
+                    )
+                for number, weight in enumerate(dense.view(len(stack), *stack.expert_shape)):
+                    state_dict[f"{prefix}{name}.{number}.weight"] = weight.T if stack.transposed else weight
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle an instance of a class that has no name which could be imported."""
+        made = super().__reduce_ex__(protocol)
+        return _new, (type(self).dense_class,), *made[2:]  # type: ignore[attr-defined]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class -> the same with experts in 4 bits
+
+
+def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass in which a parameter that became a QLoRAExperts reads as `QLoRAExperts.weight`."""
+    if issubclass(dense_class, _WithExperts):
+        return dense_class
+    if dense_class not in _CLASSES:
+        members: dict[str, Any] = {"__module__": dense_class.__module__, "dense_class": dense_class}
+        if is_routed(dense_class):
+            members["forward"] = routed_forward
+        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
+    return _CLASSES[dense_class]
+
+
+def is_routed(kind: type[nn.Module]) -> bool:
+    """Whether transformers' decorator `use_experts_implementation` made this class's forward."""
+    return hasattr(kind, "_apply_gate") and "experts_interface" in kind.forward.__code__.co_freevars
+
+
+def _new(dense_class: type[nn.Module]) -> nn.Module:
+    kind = class_with_experts(dense_class)
+    return kind.__new__(kind)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a 4-bit layer of this name is an expert of a parameter."""
+    stack, _, number = name.rpartition(".")
+    return stack.endswith(SUFFIX) and number.isdigit()
+
+
+def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:
+    """Full name, owner, key and experts of every stack in a module."""
+    for name, owner in module.named_modules():
+        for key, part in owner._modules.items():
+            if isinstance(part, QLoRAExperts):
+                key = key.removesuffix(SUFFIX)
+                yield f"{name}.{key}".lstrip("."), owner, key, part

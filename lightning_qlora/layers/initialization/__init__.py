@@ -1,0 +1,1 @@
+"""Initial values of LoRA adapters, and the 4-bit base that belongs to them."""

@@ -1,0 +1,157 @@
+"""Initial values of a LoRA adapter, and the 4-bit base that belongs to them (`init_lora_weights`).
+
+    default, gaussian   A random, B = 0: the model is unchanged                        base Q = quantize(W)
+    loftq               s B A = SVD_r(W - Q), repeated                                 base Q = quantize(W - s B A)
+    pissa               s B A = SVD_r(W), repeated                                     base Q = quantize(W - s B A)
+    calibrated          s B A = SVD_r((W - Q) diag(d)) diag(1 / d)                     base Q = quantize(W)
+
+W is the weight [out, in], s the scaling of the adapter, SVD_r the best approximation of rank r, d the root mean square
+of each input channel. Sources: "default" is PEFT's kaiming_uniform_(a=sqrt(5)). LoftQ: Li et al. 2023, algorithm 1.
+PiSSA: Meng et al. 2024, section 3; with more than one iteration section 4, and block scales of least squared error
+(`clipping`). "calibrated": the approximate form of QERA (Zhang et al., ICLR 2025), with d measured on the first batch.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.kernels import ops
+from lightning_qlora.layers.initialization import low_rank, unwritten
+from lightning_qlora.layers.initialization.clipping import quantize_clipped
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
+
+
+class Initialization(NamedTuple):
+    """A layer before its first step: the 4-bit base [out, in], A [r, in] and B [out, r] in fp32."""
+
+    base: PackedWeight
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+    """The 4-bit base and the initial adapter of a layer, computed on the weight's device.
+
+    "calibrated" gives the values of "default": `calibrated_adapter` replaces them when the inputs are known.
+
+    Args:
+        weight: The float weight [out, in].
+        config: The arguments of the conversion.
+        name: The layer's name: its rank, its scaling and the seed of its random numbers depend on it.
+
+    Raises:
+        ValueError: If the rank is larger than the number of singular values.
+    """
+    if config.start == "pissa":
+        return _pissa(weight, config, name)
+    if config.start == "loftq":
+        return _alternate(weight, weight, config.loftq_iterations, _quantize, config, name)
+    if config.start == "calibrated":
+        _checked_rank(weight, config, name)  # an error at conversion, not at the first batch
+    return Initialization(_quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
+
+
+def changes_base_weights(config: QLoRAConfig) -> bool:
+    """Whether the base is not quantize(W): then the last bits of an SVD, which differ between machines, decide it."""
+    return config.start == "pissa" or (config.start == "loftq" and config.loftq_iterations > 1)
+
+
+def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
+    """A [r, in] random and B [out, r] = 0, fp32, on the CPU.
+
+    "default": A is uniform in +-1 / sqrt(in). "gaussian": A is normal with standard deviation 1 / r.
+    """
+    generator, r = torch.Generator("cpu").manual_seed(seed_of_layer(name)), config.r
+    lora_a = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
+    if config.start == "gaussian":
+        lora_a.normal_(std=1 / r, generator=generator)
+    else:
+        lora_a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
+    return lora_a, unwritten.zeros(out_features, r)
+
+
+def calibrated_adapter(
+    weight: Tensor, base: PackedWeight, input_rms: Tensor, config: QLoRAConfig, name: str
+) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r], fp32, that best replace the quantization error on inputs of the given size.
+
+    Formula: the minimum over A and B of E ||(W - Q - s B A) x||^2, with E[x x^T] taken as diag(d^2).
+
+    Args:
+        weight: The float weight W, [out, in].
+        base: Its 4-bit value Q.
+        input_rms: d, the root mean square of each input channel, [in].
+        config: The arguments of the conversion.
+        name: The layer's name.
+    """
+    size = input_rms.to(weight.device, torch.float32)
+    size = (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)
+    error = (weight.float() - base.dequantize(torch.float32)) * size
+    lora_a, lora_b = _split(low_rank.exact(error, _checked_rank(weight, config, name)), config, name)
+    return lora_a / size, lora_b
+
+
+def seed_of_layer(name: str) -> int:
+    """A seed from a layer's name and the seed of `seed_everything`: the same on every rank."""
+    key = f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{name}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+
+
+def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+    dense, r = weight.float(), _checked_rank(weight, config, name)
+    if config.pissa_iterations is None:
+        factors = low_rank.exact(dense, r)
+    else:
+        factors = low_rank.sketched(dense, r, config.pissa_iterations, seed_of_layer(name))
+    lora_a, lora_b = _split(factors, config, name)
+    residual = dense - config.scaling * (lora_b @ lora_a)
+    if config.loftq_iterations > 1:
+        return _alternate(weight, residual, config.loftq_iterations - 1, quantize_clipped, config, name)
+    return Initialization(replace(_quantize(residual, config), dtype=weight.dtype), lora_a, lora_b)
+
+
+def _alternate(
+    weight: Tensor, residual: Tensor, iterations: int, quantize: Callable[[Tensor, QLoRAConfig], PackedWeight],
+    config: QLoRAConfig, name: str,
+) -> Initialization:  # fmt: skip
+    """Repeat: Q = quantize(residual), s B A = SVD_r(W - Q), residual = W - s B A."""
+    dense, r = weight.float(), _checked_rank(weight, config, name)
+    for _ in range(iterations):
+        base = quantize(residual, config)
+        lora_a, lora_b = _split(low_rank.exact(dense - base.dequantize(torch.float32), r), config, name)
+        residual = dense - config.scaling * (lora_b @ lora_a)
+    return Initialization(replace(base, dtype=weight.dtype), lora_a, lora_b)
+
+
+def _split(factors: low_rank.Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with s B A = u diag(sigma) v^T; each gets the square roots of the singular values."""
+    u, sigma, v = factors
+    root = (sigma / config.scaling).sqrt()
+    random_a, _ = random_adapter(v.shape[0], u.shape[0], config, name)
+    # Where sigma is 0, A = B = 0 would never get a gradient: A is random there.
+    zero = (sigma <= torch.finfo(torch.float32).eps * sigma.max()).unsqueeze(1)
+    return torch.where(zero, random_a.to(v), (v * root).T), (u * root).contiguous()
+
+
+def _quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
+    return ops.quantize(weight, config.quant_type, config.block_size, config.double_quant)
+
+
+def _checked_rank(weight: Tensor, config: QLoRAConfig, name: str) -> int:
+    r = config.r
+    if r > min(weight.shape):
+        raise ValueError(
+            f"r={r}: a {weight.shape[0]}x{weight.shape[1]} weight has only {min(weight.shape)} singular values, and "
+            f"init_lora_weights={config.init_lora_weights!r} needs r of them. Use a smaller r (rank_pattern sets the "
+            "rank of single layers) or init_lora_weights='default'."
+        )
+    return r

@@ -1,0 +1,176 @@
+"""LoRALayer: a 4-bit weight with a LoRA adapter (Hu et al. 2021), and DoRA's magnitudes (Liu et al. 2024).
+
+    LoRA    y = x W^T + s (drop(x) A^T) B^T
+    DoRA    y = m / ||W + s B A|| * (x W^T + s (drop(x) A^T) B^T)      equation 5; ||.|| is the norm of each row
+
+DoRA's norm counts as a constant in the gradient (section 4.3). Dropout acts on the input of the adapter alone. PEFT
+computes g x W^T, with g = m / ||W + s B A||, as x W^T + (g - 1) drop(x) W^T: equal on average, with a second product
+with W.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.layers.dtensor import like, whole
+from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
+
+
+class LoRALayer(PackedLinear):
+    """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
+
+    Attributes:
+        lora_A: [r, in], fp32; computed in the compute type.
+        lora_B: [out, r], fp32.
+        lora_magnitude_vector: [out], fp32, with DoRA; None without.
+        scaling: The factor s.
+        config: The arguments of the conversion, with this layer's r and lora_alpha and without patterns.
+        full_name: The layer's name in the converted module.
+        seed_name: Its name in the model that holds it; the seed of its adapter is made from it.
+        dense_weight: With a "calibrated" initialization: the float weight [out, in], in host memory until inputs come.
+        input_rms: With a "calibrated" initialization: the root mean square of each input, [in], that it used.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+    scaling: float
+    config: QLoRAConfig
+    full_name: str
+    seed_name: str
+    dense_weight: Tensor | None
+    input_rms: Tensor | None
+    was_called = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
+    weight_was_read = False
+
+    def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
+        """Quantize a float weight and initialize the adapter; both are computed on `device`."""
+        rows = self._as_rows(weight.detach())
+        made = methods.initialize(rows.to(device or rows.device), self.config, self.seed_name)
+        self.set_packed_weight(made.base)
+        if self.config.start == "calibrated":
+            self.dense_weight = rows.cpu()
+        self.set_adapter(made.lora_a, made.lora_b)
+
+    def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
+        self.write("lora_A", lora_a)
+        self.write("lora_B", lora_b)
+        self.set_magnitudes()
+
+    def set_magnitudes(self) -> None:
+        """Set DoRA's magnitudes to the norms of the rows; without DoRA there are none."""
+        if self.config.use_dora:
+            self.write("lora_magnitude_vector", self.row_norm())
+        else:
+            self.register_parameter("lora_magnitude_vector", None)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Set a parameter of the adapter, and create it if it does not exist."""
+        held = self._parameters.get(name)
+        if held is None:
+            self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
+        elif held.shape != value.shape:
+            held.data = value.to(self.packed.device)  # another rank: an optimizer keeps the same parameter
+        else:
+            with torch.no_grad():
+                getattr(self, name).copy_(like(value, held))
+
+    def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
+        """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
+        config = self.config
+        dense = self._as_rows(weight.detach()).to(device or weight.device)
+        self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [p for name in ADAPTER if (p := self._parameters.get(name)) is not None]
+
+    @property
+    def r(self) -> int:
+        """Rank of the adapter."""
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32 [out, in]."""
+        product = self._product(whole(self.lora_A).detach(), whole(self.lora_B).detach())
+        if self.lora_magnitude_vector is None:
+            return product
+        base = ops.dequantize(self.whole_bytes, torch.float32)
+        return self.gain().detach().unsqueeze(1) * (base + product) - base
+
+    def _product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        return self.scaling * (lora_b.float() @ lora_a.float())
+
+    def effective_weight(self) -> Tensor:
+        """W + s B A, with DoRA g (W + s B A), in the weight's type; [out, in], differentiable in the adapter."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["weight_was_read"] = True
+        with torch.autocast(self.packed.device.type, enabled=False):
+            product = self._product(whole(self.lora_A), whole(self.lora_B))
+        total = ops.dequantize(self.whole_bytes, torch.float32) + product
+        if self.lora_magnitude_vector is not None:
+            total = self.gain().unsqueeze(1) * total
+        return total.to(self.weight_dtype)
+
+    @torch.no_grad()
+    def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of A, B (and the magnitudes) from that of the effective weight, [out, in].
+
+        dA = s B^T G,  dB = s G A^T,  with G = dW; with DoRA G = g dW, and dm = sum over in of dW (W + s B A) / norm.
+        """
+        grad, a, b = grad.float(), whole(self.lora_A).float(), whole(self.lora_B).float()
+        magnitudes: tuple[Tensor, ...] = ()
+        if self.lora_magnitude_vector is not None:
+            base = ops.dequantize(self.whole_bytes, torch.float32) + self._product(a, b)
+            magnitudes = ((grad * base).sum(1) / self._safe_row_norm(),)
+            grad = self.gain().unsqueeze(1) * grad
+        grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
+        return grad_a.to(self.lora_A.dtype), grad_b.to(self.lora_B.dtype), *magnitudes
+
+    def row_norm(self) -> Tensor:
+        """||W + s B A|| of every row, [out], fp32."""
+        weight = self.whole_bytes
+        if self._base_squares is None or self._base_squares.device != weight.packed.device:
+            self._base_squares = row_squares(weight)
+        return row_norm(weight, self._base_squares, whole(self.lora_A), whole(self.lora_B), self.scaling)
+
+    def _safe_row_norm(self) -> Tensor:
+        return self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def gain(self) -> Tensor:
+        """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
+        assert self.lora_magnitude_vector is not None
+        return whole(self.lora_magnitude_vector) / self._safe_row_norm()
+
+
+@torch.no_grad()
+def row_squares(weight: PackedBytes) -> Tensor:
+    """||W||^2 of every row, fp32 [out]; constant, since W is frozen."""
+    return ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
+
+
+@torch.no_grad()
+def row_norm(weight: PackedBytes, squares: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """||W + s B A|| of every row, fp32 [out], computed without that matrix.
+
+    Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is the
+    bracket.
+    """
+    a, b = lora_a.float(), lora_b.float()
+    bracket = lora_linear(a, weight, None, a, b, scaling / 2)  # [r, out]
+    return (squares + 2 * scaling * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
+
+
+def cancel_calibration(module: nn.Module) -> None:
+    """Stop adapters that wait for data ("calibrated"): their values come from elsewhere now."""
+    for part in module.modules():
+        waiting = vars(part).get("_qlora_calibration")
+        if waiting is not None:
+            waiting.cancel()

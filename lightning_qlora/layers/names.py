@@ -1,0 +1,90 @@
+"""Names of layers: from the module that is converted, and from the model that holds the layer (as in PEFT)."""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+
+COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
+
+
+class LayerNames(NamedTuple):
+    """Names of one module.
+
+    Attributes:
+        forms: Every name that a pattern may match: from the root, from the child of a LightningModule, and from the
+            transformers model that holds the module. A module that is used in several places has several of each.
+        seed_name: The name from the model that holds the module; the seed of a layer's adapter is made from it.
+    """
+
+    forms: list[str]
+    seed_name: str
+
+
+def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
+    """Id of each module in `root` -> its names.
+
+    A transformers model has the same names in it before and after it becomes a part of a LightningModule, so a layer
+    gets the same adapter whether it is converted while its model loads or later.
+    """
+    names: dict[int, LayerNames] = {}
+    is_lightning, only_child, model = isinstance(root, LightningModule), only_child_of(root), None
+    for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
+        if model is None or not inside(name, model):
+            model = name if is_transformers_model(part) else None
+        in_child = name.partition(".")[2] if is_lightning else ""
+        in_model = "" if model is None else name[len(model) :].lstrip(".")
+        if isinstance(part, QLoRALinear):
+            seed_name = part.seed_name  # from the model that was loaded, which may be a part of another one now
+        else:
+            seed_name = plain_name(in_model or (only_child and in_child) or name)
+        found = names.setdefault(id(part), LayerNames([], seed_name))
+        forms = [form for form in (name, in_child, in_model, seed_name) if form or not name]
+        found.forms.extend(dict.fromkeys(forms + [plain_name(form) for form in forms]))
+    return names
+
+
+def only_child_of(module: nn.Module) -> str | None:
+    """Name of the child that holds all parameters of a LightningModule; None if there is no such child."""
+    if not isinstance(module, LightningModule) or module._parameters:
+        return None
+    holders = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    return holders[0] if len(holders) == 1 else None
+
+
+def matches(name: str, patterns: str | list[str]) -> bool:
+    """Whether a module's name matches, as in PEFT: a regular expression for all of it, or a list of name endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in patterns)
+
+
+def inside(name: str, outer: str) -> bool:
+    """Whether a module's name is another's, or that of a part of it; all are parts of the root, ""."""
+    return outer in ("", name) or name.startswith(outer + ".")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors within this begin with a layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def plain_name(name: str) -> str:
+    """A name without what torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether a module is a transformers model; doesn't import transformers."""
+    transformers: Any = sys.modules.get("transformers.modeling_utils")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)

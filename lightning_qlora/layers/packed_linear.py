@@ -1,0 +1,93 @@
+"""PackedLinear: a linear layer whose weight is held in 4 bits, as frozen parameters."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QuantType
+from lightning_qlora.kernels import ops
+from lightning_qlora.layers.dtensor import is_sharded, like, whole
+from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
+
+BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
+
+
+class PackedLinear(nn.Linear):
+    """Stores a 4-bit weight [out, in] in frozen uint8 parameters.
+
+    Attributes:
+        packed, absmax, nested: The bytes of the weight, flat or with one row an output; see `packed_weight`.
+        quant_type, block_size: How the weight was quantized.
+        weight_dtype: Type of the float weight, which it decodes to.
+    """
+
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    nested: nn.Parameter
+    quant_type: QuantType
+    block_size: int
+    weight_dtype: torch.dtype
+    _shape: tuple[int, int]
+    _fingerprint: int | None  # computed at the first use
+    _base_squares: Tensor | None  # DoRA: sums of squares of the rows, computed at the first use
+
+    def set_packed_weight(self, weight: PackedWeight) -> None:
+        """Replace the 4-bit weight; the bytes are stored as they are."""
+        stored = weight.to_bytes()
+        self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
+        self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
+        for name in BASE:
+            data: Tensor = getattr(stored, name).reshape(-1)
+            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
+            if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
+                data = data.view(stored.shape[0], -1)
+            held = self._parameters.get(name)
+            if held is None:
+                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+            elif is_sharded(held):
+                held.data.copy_(like(data, held))
+            else:
+                held.data = data  # an optimizer or a strategy keeps the same parameter
+
+    @property
+    def weight_bytes(self) -> PackedBytes:
+        """The 4-bit weight in the form that the ops take."""
+        return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
+
+    @property
+    def whole_bytes(self) -> PackedBytes:
+        """The same; of a sharded layer it is gathered, so all ranks must read it together."""
+        packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
+        return self.weight_bytes._replace(packed=packed, absmax=absmax, nested=nested)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The 4-bit weight, [out, in]; of a sharded layer it is gathered too."""
+        return PackedWeight.from_bytes(self.whole_bytes, self.weight_dtype)
+
+    def decode(self) -> Tensor:
+        """The base weight in its original type and shape."""
+        return ops.dequantize(self.whole_bytes, self.weight_dtype)
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        """A dense weight of this class of layer as [out, in]."""
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        def keep_bytes(tensor: Tensor) -> Tensor:
+            """`module.type(dtype)` casts integers too, which would destroy the bytes: they only change device."""
+            applied = fn(tensor)
+            return applied if tensor.is_floating_point() or applied.dtype is tensor.dtype else tensor.to(applied.device)
+
+        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
+        return self
+
+    def base_fingerprint(self) -> int:
+        """Fingerprint of the 4-bit weight, computed at the first use."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
+        return self._fingerprint

@@ -1,0 +1,278 @@
+"""QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.layers.bnb_linear import ORIGINAL_PACKED
+from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.lora import ADAPTER, LoRALayer
+from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.readable_weight import readable_weight
+from lightning_qlora.layers.state_dict import load_base, save_base
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
+
+
+class QLoRALinear(LoRALayer):
+    """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
+
+    An `nn.Linear` becomes one in place (`from_linear`), so every reference to the layer stays valid. A layer of a
+    subclass of nn.Linear becomes an instance of that subclass and of this class (`class_for`).
+
+    Attributes:
+        packed, absmax, nested: The 4-bit weight, frozen uint8 parameters; see `packed_weight`.
+        bias: Frozen, [out], or None.
+        lora_A, lora_B: The adapter, [r, in] and [out, r], fp32; see `LoRALayer` for the rest of it.
+        lora_dropout: Probability of dropping an input of the adapter in training.
+        loaded: Whether it was quantized while its model loaded, and is not yet part of a converted module.
+        dense_class: Class of the layer before conversion, and again after `merge`.
+    """
+
+    lora_dropout: float
+    loaded: bool
+    dense_class: type[nn.Module]
+
+    @staticmethod
+    def from_linear(
+        layer: nn.Module,
+        config: QLoRAConfig,
+        name: str,
+        device: torch.device | None = None,
+        seed_name: str | None = None,
+    ) -> None:
+        """Turn a dense layer into a QLoRALinear, in place.
+
+        Args:
+            layer: An nn.Linear, or a transformers Conv1D (whose weight is [in, out]).
+            config: The arguments of the conversion for this layer (`QLoRAConfig.for_layer`).
+            name: The layer's name.
+            device: Where to quantize; None: where the weight is.
+            seed_name: The name that the seed of its adapter is made from, the same on every rank; None: `name`.
+        """
+        weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
+        setattr(weight, REPLACED, name)
+        QLoRALinear._become(layer, type(layer), config, name, seed_name).initialize(weight, device)
+        layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
+
+    @staticmethod
+    def from_packed(
+        layer: nn.Module,
+        weight: PackedWeight,
+        dense_class: type[nn.Module],
+        config: QLoRAConfig,
+        name: str,
+        seed_name: str | None = None,
+    ) -> None:
+        """Turn a layer into a QLoRALinear, in place, with a weight that is in 4 bits already; its bytes do not change.
+
+        Args:
+            layer: Any linear layer, Conv1D or Linear4bit; a weight that it has is removed.
+            weight: The 4-bit weight, [out, in].
+            dense_class: nn.Linear or Conv1D: the class of the layer after `merge`.
+            config: The arguments of the conversion for this layer; those of the quantization are ignored.
+            name: The layer's name.
+            seed_name: As in `from_linear`.
+
+        Raises:
+            ValueError: If the adapter is to be initialized from the float weight.
+        """
+        check_packed_initialization(config)
+        layer._parameters.pop("weight", None)
+        new = QLoRALinear._become(layer, dense_class, config, name, seed_name)
+        new.set_packed_weight(weight)
+        new.out_features, new.in_features = new._shape
+        new.set_adapter(*methods.random_adapter(new.in_features, new.out_features, config, new.seed_name))
+
+    @staticmethod
+    def _become(
+        layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str | None
+    ) -> "QLoRALinear":
+        layer.__dict__.update(
+            dense_class=dense_class, config=config, full_name=name, seed_name=name if seed_name is None else seed_name,
+            scaling=config.scaling, lora_dropout=config.lora_dropout, dense_weight=None, input_rms=None, loaded=False,
+            _fingerprint=None,
+        )  # fmt: skip
+        layer.__dict__.pop(ORIGINAL_PACKED, None)
+        layer.__class__ = class_for(dense_class)
+        assert isinstance(layer, QLoRALinear)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W + s B A for code that reads it, read-only; see `readable_weight`. `decode()` gives W alone."""
+        return readable_weight(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRALinear":
+        """As in nn.Module; a cast between loading and conversion leaves the adapter in fp32."""
+        adapter = {key: p.data for key in ADAPTER if self.loaded and (p := self._parameters.get(key)) is not None}
+        super()._apply(fn, recurse)
+        for key, value in adapter.items():
+            parameter: nn.Parameter = getattr(self, key)
+            parameter.data = value.to(parameter.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle a layer of a class made by `class_for`, which has no name that could be imported."""
+        made = super().__reduce_ex__(protocol)
+        if type(self) in (QLoRALinear, QLoRAConv1D) or type(self) is not class_for(self.dense_class):
+            return made
+        return _new, (self.dense_class,), *made[2:]
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        if self.config.compute_dtype != "auto":
+            return DTYPES[self.config.compute_dtype]
+        if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
+            return torch.bfloat16
+        return torch.float32 if self.weight_dtype is torch.float64 else self.weight_dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [..., in] -> [..., out], in the type of the input (under autocast, in autocast's)."""
+        return self.linear(input, self._parameters["bias"])
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a bias of the caller's: what `F.linear(x, layer.weight, bias)` computes."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+        dtype, given = self.compute_dtype(x), x.dtype
+        p, seed = self.lora_dropout, None
+        if p and self.training:
+            # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
+            seed = torch.randint(1 << 62, (1,), device="cpu")
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
+        weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        if given is not dtype:
+            x = _cast(x, dtype)
+        magnitude = held["lora_magnitude_vector"]
+        first = bias if magnitude is None else None
+        y = lora_linear(x, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        if magnitude is not None:
+            y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
+        return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module; refuses the parts of a weight that ColwiseParallel and RowwiseParallel register."""
+        if is_sharded(param):
+            raise ValueError(
+                f"{self.full_name}: tensor parallelism (parallelize_module) can't split a 4-bit layer. Remove it from "
+                "the plan, or name it in exclude_modules; fully_shard can split 4-bit layers."
+            )
+        super().register_parameter(name, param)
+
+    def extra_repr(self) -> str:
+        """The line `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.quant_type}, block_size={self.block_size}, r={self.r}, scaling={self.scaling:g}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_base(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        optional, missing = load_base(self, state_dict, prefix), list[str]()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
+
+
+class QLoRAConv1D(QLoRALinear):
+    """The same for transformers' Conv1D (GPT-2), which stores its weight as [in, out]."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """See `QLoRALinear.weight`; [in, out]."""
+        return readable_weight(self, transposed=True)
+
+    def decode(self) -> Tensor:
+        """The base weight in its original type, [in, out]."""
+        return super().decode().T
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight, fp32, [in, out]."""
+        return super().delta().T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `QLoRALinear.forward`; Conv1D calls its argument x."""
+        return super().forward(x)
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        return weight.T
+
+
+def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
+    """The 4-bit class for a dense class; that for a subclass of nn.Linear keeps its methods, a forward included."""
+    if not issubclass(dense_class, nn.Linear):
+        return QLoRAConv1D
+    if dense_class not in _CLASSES:
+        members: dict[str, Any] = {"__module__": dense_class.__module__}
+        if dense_class.forward is not nn.Linear.forward:
+            members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
+        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (QLoRALinear, dense_class), members)
+    return _CLASSES[dense_class]
+
+
+# Attributes that a layer has while it is in 4 bits, and the same with the methods and properties that nn.Linear lacks.
+_KINDS = (PackedLinear, LoRALayer, QLoRALinear)
+ATTRIBUTES = {name for kind in _KINDS for name in kind.__annotations__}
+MEMBERS = ATTRIBUTES | {name for kind in _KINDS for name in vars(kind) if not hasattr(nn.Linear, name)}
+
+_CLASSES: dict[type[nn.Module], type[QLoRALinear]] = {nn.Linear: QLoRALinear}  # dense class -> its 4-bit class
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
+        )
+    return x.to(dtype)
+
+
+def _new(dense_class: type[nn.Module]) -> QLoRALinear:
+    kind = class_for(dense_class)
+    return kind.__new__(kind)
+
+
+def adapted_layers(module: nn.Module) -> dict[str, QLoRALinear]:
+    """Name -> converted layer, each once, in the order of the module."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+
+
+def check_packed_initialization(config: QLoRAConfig) -> None:
+    """Raise ValueError if adapters are to be initialized from the float weight of a layer that is in 4 bits already."""
+    if config.initializes_from_weight:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} needs the float weight, and this one is in 4 bits. "
+            "Use 'default' or 'gaussian', or load the model in 16 bits."
+        )
+
+
+@cache
+def _has_bf16(device: str) -> bool:
+    """Whether the card computes in bf16. A Turing card (T4) emulates it, slower than fp32, so fp32 models stay in fp32.
+
+    They do not get fp16, which would use its tensor cores: fp16 training diverges in one of five runs according to the
+    authors of QLoRA. `compute_dtype="fp16"` chooses it.
+    """
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device == "xpu"

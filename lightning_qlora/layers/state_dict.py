@@ -1,0 +1,95 @@
+"""What a state dict holds of one layer: its adapter, and its frozen base or the fingerprint of that."""
+
+from typing import Any
+
+import torch
+
+from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.lora import ADAPTER, LoRALayer
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+INPUT_RMS = "input_rms"  # key of the input sizes that a "calibrated" adapter was computed from
+FINGERPRINT = "fingerprint"  # of a frozen parameter NAME a checkpoint holds NAME.fingerprint only
+
+
+class CheckpointMismatchError(RuntimeError):
+    """A checkpoint or adapter belongs to another base model, or to layers of another shape or name."""
+
+
+def save_base(layer: LoRALayer, destination: dict[str, Any], prefix: str) -> None:
+    """Replace the bytes of the base by its fingerprint, or with checkpoint="full" by bitsandbytes' entries."""
+    for name in BASE:
+        del destination[prefix + name]
+    if layer.input_rms is not None:
+        destination[prefix + INPUT_RMS] = layer.input_rms
+    # A base that depends on the last bits of an SVD can't be computed again on another machine.
+    if layer.config.checkpoint == "full" or methods.changes_base_weights(layer.config):
+        destination.update(layer.packed_weight.bnb_state_dict(prefix + "weight"))
+    else:
+        destination[f"{prefix}weight.{FINGERPRINT}"] = torch.tensor(layer.base_fingerprint(), device="cpu")
+
+
+def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[str]:
+    """Check the base against its fingerprint, or replace it by a dense or 4-bit weight; the adapter is loaded later.
+
+    Values may be loaded lazily (Lightning's `_lazy_load`); `contiguous()` loads them.
+
+    Args:
+        layer: The layer.
+        state_dict: The state to load; the entries of the base are removed from it.
+        prefix: The layer's name in it, with a dot at the end.
+
+    Returns:
+        Names of the layer's parameters that the state may lack.
+
+    Raises:
+        CheckpointMismatchError: If the state belongs to another base, or has an adapter of another rank.
+    """
+    name = prefix.removesuffix(".") or "the layer itself"
+    saved = state_dict.pop(f"{prefix}weight.{FINGERPRINT}", None)
+    expected = None if saved is None else int(saved.contiguous())
+    if expected is not None and expected != layer.base_fingerprint():
+        raise CheckpointMismatchError(
+            f"{name}: the checkpoint was trained on another base weight (fingerprint {expected:x} there, "
+            f"{layer.base_fingerprint():x} here). Load the base model, and use the quantization arguments, of the "
+            "training."
+        )
+    lora_a = state_dict.get(prefix + "lora_A")
+    if lora_a is not None:
+        if lora_a.shape != layer.lora_A.shape:
+            raise CheckpointMismatchError(
+                f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
+                f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
+                f"rank {lora_a.shape[0]}."
+            )
+        rms = state_dict.pop(prefix + INPUT_RMS, None)
+        layer.input_rms = None if rms is None else rms.contiguous()
+    with_adapter = any(prefix + key in state_dict for key in ADAPTER)
+    if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
+        return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
+    return {*BASE}
+
+
+def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
+    """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none."""
+    key = prefix + "weight"
+    if key not in state_dict:
+        return False
+    names = [name for name in state_dict if name == key or name.startswith(key + ".")]
+    entries = {name: state_dict.pop(name).contiguous() for name in names}
+    weight = entries[key]
+    if weight.is_floating_point() and f"{key}.absmax" not in entries:
+        if tuple(layer._as_rows(weight).shape) != layer._shape:
+            raise CheckpointMismatchError(
+                f"{key}: has shape {list(weight.shape)} in the checkpoint, {list(layer.weight.shape)} here."
+            )
+        depends = layer.config.use_dora or layer.config.start in ("loftq", "pissa") or layer.dense_weight is not None
+        if depends and not with_adapter:
+            layer.initialize(weight, layer.packed.device)
+        else:
+            layer.quantize_weight(weight.to(layer.packed.device))
+    else:
+        loaded = PackedWeight.from_bnb_state_dict(entries, key)
+        layer.set_packed_weight(loaded.to(layer.packed.device))
+    return True

@@ -1,0 +1,205 @@
+"""PagedAdamW and PagedAdamW8bit: AdamW that pages its own state, in any training loop."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_qlora.config import check_bool, check_number
+from lightning_qlora.kernels.adamw import AdamWStep
+from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
+from lightning_qlora.optim.paging.optimizer_pages import windows
+from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
+from lightning_qlora.optim.state_8bit import (
+    MOMENTS,
+    block_count,
+    is_8bit,
+    local_part,
+    rename_codes,
+    shard_count,
+    zero_absmax,
+)
+
+WINDOW_NUMEL = 16 * 2**20  # elements whose state is prefetched together: 32 MiB in 8 bits
+
+
+class PagedAdamW(torch.optim.AdamW):
+    """torch's AdamW with paged 32-bit state; the defaults are the QLoRA paper's (appendix B.2).
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate; the paper keeps it constant: 2e-4 up to 13B parameters, 1e-4 above.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        **kwargs: Other arguments of `torch.optim.AdamW`: foreach, fused, amsgrad, ...
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs)
+        Pager().attach(self)
+
+
+class PagedAdamW8bit(Optimizer):
+    """AdamW with paged, blockwise 8-bit state: a quarter of AdamW's bytes, with bitsandbytes' levels and blocks.
+
+    Formula: `kernels/adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"). Tensors of fewer
+    than 4096 elements have 32-bit state. A state dict has for each parameter `step` and either `exp_avg`, `exp_avg_sq`
+    in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`, `exp_avg_sq_codes`,
+    `exp_avg_sq_absmax`. It loads bit for bit with and without paging, on the CPU and on a GPU. State of
+    `torch.optim.AdamW` loads too and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any optimizer with
+    the plugin) decodes 8-bit state when it loads it.
+
+    Args:
+        params: Parameters or parameter groups; fp32, bf16 or fp16.
+        lr: Learning rate.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        paged: Page the state to host memory when it is on a GPU.
+
+    Raises:
+        TypeError: If one of them, or of a parameter group's own, is not a number (betas: a pair; paged: a bool).
+        ValueError: If a number is out of its range, or betas are not two.
+    """
+
+    steps_in_windows = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        paged: bool = True,
+    ) -> None:
+        check_bool("paged", paged)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_numbers(defaults)
+        super().__init__(params, defaults)
+        if paged:
+            Pager().attach(self)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_numbers(param_group)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once; `closure` computes the loss and the gradients and is called first.
+
+        Raises:
+            TypeError: If a parameter is not fp32, bf16 or fp16, or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            for window in windows(self, params, WINDOW_NUMEL):
+                self._update(window, group)
+        return loss
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; every tensor keeps its type.
+
+        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16.
+
+        Raises:
+            ValueError: If 8-bit state was saved on another number of FSDP ranks.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, own, strict=True):
+            state = rename_codes(state_dict["state"].get(index, {}))
+            saved_shards = int(state.get("shards", 1))
+            if is_8bit(state) and saved_shards != shard_count(param):
+                raise ValueError(
+                    f"8-bit optimizer state was saved in {saved_shards} shards, and the parameter has "
+                    f"{shard_count(param)}: each shard has blocks of its own. Resume on as many ranks, or with "
+                    "PagedAdamW, which decodes the state."
+                )
+            for key, value in state.items():
+                value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+                self.state[param][key] = value.detach().to("cpu" if key == "step" else param.device, copy=True)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for param in params:
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise TypeError(
+                    "PagedAdamW8bit got a sparse gradient: use torch.optim.SparseAdam for that parameter, or make its "
+                    "embedding with sparse=False."
+                )
+            if not self.state[param]:
+                self.state[param].update(_new_state(param))
+        groups: dict[tuple[int, bool, torch.device], list[Tensor]] = defaultdict(list)  # one kernel launch each
+        for param in params:
+            state = self.state[param]
+            state["step"] += 1
+            if local_part(param).numel():  # the last ranks may have no rows of a small sharded parameter
+                groups[int(state["step"]), is_8bit(state), param.device].append(param)
+        beta1, beta2 = group["betas"]
+        for (step, in_8bit, _), members in groups.items():
+            scalars = AdamWStep(step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
+            params = [local_part(param) for param in members]
+            grads = [local_part(param.grad) for param in members if param.grad is not None]
+            if in_8bit:
+                (m, v), scales = self._local_state(members, "_codes"), self._local_state(members, "_absmax")
+                blocks = [block_count(param.numel()) for param in params]  # a shard's scales can be longer
+                m_scales, v_scales = ([t[:n] for t, n in zip(each, blocks, strict=True)] for each in scales)
+                adamw8bit_step(params, grads, m, m_scales, v, v_scales, scalars)
+            else:
+                m, v = self._local_state(members, "")
+                adamw_step(params, grads, m, v, scalars)
+
+    def _local_state(self, params: list[Tensor], suffix: str) -> list[list[Tensor]]:
+        return [[local_part(self.state[param][moment + suffix]) for param in params] for moment in MOMENTS]
+
+
+def _check_numbers(numbers: dict[str, Any]) -> None:
+    """Check the numbers of the constructor, or of a parameter group; like torch's, they may be one-element tensors."""
+    for name in ("lr", "eps", "weight_decay"):
+        check_number(name, _plain(numbers.get(name, 0.0)), at_least=0)
+    betas = numbers.get("betas", (0.0, 0.0))
+    if not isinstance(betas, list | tuple):
+        raise TypeError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999).")
+    if len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999), not {len(betas)}.")
+    for index, beta in enumerate(betas):
+        check_number(f"betas[{index}]", _plain(beta), at_least=0, below=1)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _new_state(param: Tensor) -> dict[str, Tensor]:
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"PagedAdamW8bit got a parameter of {param.dtype}: it trains fp32, bf16 and fp16 parameters.")
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    if param.numel() < MIN_NUMEL:
+        return {**state, **{moment: torch.zeros_like(param, dtype=torch.float32) for moment in MOMENTS}}
+    if shard_count(param) > 1:
+        state["shards"] = torch.tensor(shard_count(param), device="cpu")
+    for moment in MOMENTS:
+        state[f"{moment}_codes"] = torch.zeros_like(param, dtype=torch.uint8)
+        state[f"{moment}_absmax"] = zero_absmax(param)
+    return state

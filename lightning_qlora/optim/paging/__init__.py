@@ -1,0 +1,1 @@
+"""Optimizer state that moves between host and device memory."""

@@ -1,0 +1,255 @@
+"""OptimizerPages: pages the state of one optimizer, and decides when it moves.
+
+    forward, backward      the state is in host memory (unified memory: where the driver has it)
+    optimizer.step         1. the closure, if there is one: forward, backward
+                           2. prefetch the state
+                           3. the update; new state is paged as soon as it is made
+                           4. evict the state
+
+It uses the public hooks of `torch.optim.Optimizer`. The step pre-hook runs before the closure, so before backward: it
+replaces the closure with one that prefetches when the gradients are ready.
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_qlora.optim.paging.paged_state import PagedState, tensors_in
+from lightning_qlora.optim.paging.pinned_memory import PinnedPool
+from lightning_qlora.optim.paging.pool import Pool
+from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
+from lightning_qlora.optim.state_8bit import to_32bit
+
+
+class OptimizerPages:
+    """Pages the state of one optimizer, from construction to `close`.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`. State that exists already is paged now.
+        min_numel: Tensors with fewer elements are not paged.
+    """
+
+    def __init__(self, optimizer: Optimizer, min_numel: int) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._min_numel = max(min_numel, 1)
+        self._pools: dict[torch.device, Pool | None] = {}
+        self._in_update = False
+        self._deferred: list[tuple[Tensor, str, Tensor]] = []
+        optimizer.state = self._observe(optimizer.state)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(lambda optimizer: self._synchronize()),
+            optimizer.register_state_dict_post_hook(_to_plain_dicts),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools in use, one per device."""
+        return [pool for pool in self._pools.values() if pool is not None]
+
+    def page(self, param: Any, value: Any) -> None:
+        """Page the tensors in `value`, in place: dense CUDA tensors of the minimal size or more.
+
+        A view of the parameter, of its gradient or of a larger tensor is not paged.
+        """
+        for tensor in tensors_in(value):
+            pool = self._pool(tensor.device) if self._can_page(param, tensor) else None
+            if pool is not None and not pool.owns(tensor):
+                pool.move_in(tensor)
+                if not self._in_update:
+                    pool.evict([tensor])
+
+    def paged(self) -> Iterator[tuple[Pool, list[Tensor]]]:
+        """Yield each pool with the state tensors in it."""
+        tensors = self._tensors()
+        for pool in self.pools:
+            yield pool, [tensor for tensor in tensors if pool.owns(tensor)]
+
+    def prefetch(self, params: list[Tensor] | None = None) -> None:
+        """Start to move paged state, of these parameters or of all, to the device."""
+        tensors = self._tensors(params)
+        for pool in self.pools:
+            pool.prefetch(tensors)
+
+    def wait_prefetch(self) -> None:
+        """Make kernels that are launched from now on wait for the prefetched state."""
+        for pool in self.pools:
+            pool.wait_prefetch()
+
+    def evict(self, params: list[Tensor] | None = None) -> None:
+        """Start to move paged state, of these parameters or of all, to the host."""
+        tensors = self._tensors(params)
+        for pool in self.pools:
+            pool.evict(tensors)
+
+    def _tensors(self, params: list[Tensor] | None = None) -> list[Tensor]:
+        if (optimizer := self._optimizer()) is None:
+            return []
+        states = optimizer.state.values() if params is None else [optimizer.state.get(param) for param in params]
+        return [tensor for tensor in tensors_in(list(states)) if tensor.numel() >= self._min_numel]
+
+    def close(self) -> None:
+        """Stop paging: move the state to plain host memory, free the pools, remove the hooks."""
+        optimizer = self._optimizer()
+        if optimizer is not None and isinstance(optimizer.state, PagedState):
+            for pool, tensors in self.paged():
+                for tensor in tensors:
+                    pool.move_out(tensor)
+            optimizer.state = optimizer.state.plain()
+        if optimizer is not None:
+            _PAGES.pop(optimizer, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._pools.clear()
+
+    def _observe(self, state: Mapping[Any, Any]) -> PagedState:
+        return PagedState(self.page, self._before_read, state)
+
+    def _before_read(self) -> None:
+        if not self._in_update:  # in an update the optimizer launches kernels, which wait for the prefetch
+            self._synchronize()
+
+    def _synchronize(self) -> None:
+        for pool in self.pools:
+            pool.synchronize()
+
+    def _pool(self, device: torch.device) -> Pool | None:
+        if device not in self._pools:
+            self._pools[device] = open_pool(device)
+        return self._pools[device]
+
+    def _can_page(self, param: Any, tensor: Tensor) -> bool:
+        if tensor.layout != torch.strided or tensor.numel() < self._min_numel:
+            return False
+        memory = tensor.untyped_storage()
+        others = [t.data for t in (param, getattr(param, "grad", None)) if isinstance(t, Tensor)]
+        used = {other.untyped_storage().data_ptr() for other in tensors_in(others)}
+        return memory.nbytes() == tensor.numel() * tensor.element_size() and memory.data_ptr() not in used
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._in_update = False  # the step before may have raised
+        if not isinstance(optimizer.state, PagedState):  # replaced by the optimizer's own load_state_dict
+            optimizer.state = self._observe(optimizer.state)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._begin_update(optimizer)
+            return None
+
+        def closure_and_prefetch() -> Any:
+            loss = closure()
+            self._begin_update(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_and_prefetch, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_and_prefetch}
+
+    def _begin_update(self, optimizer: Optimizer) -> None:
+        self._in_update = True
+        if not getattr(optimizer, "steps_in_windows", False):  # else its `step` calls `windows`
+            self.prefetch()
+            self.wait_prefetch()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for param, state in optimizer.state.items():
+            for value in state.values() if isinstance(state, dict) else [state]:
+                if not isinstance(value, Tensor):  # a list in the state may have grown since it was set
+                    self.page(param, value)
+        self.evict()
+        self._in_update = False
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Remove large tensors from the state dict: torch would put all of them on the device at once.
+
+        8-bit moments are decoded: only PagedAdamW8bit can use them, and it loads its state itself.
+        """
+        own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = dict(zip(saved, own, strict=False))  # torch checks the lengths, with a better message
+        kept: dict[Any, Any] = {}
+        self._deferred = []
+        for index, values in state_dict["state"].items():
+            if index in params and isinstance(values, dict):
+                values = to_32bit(values)
+                deferred = {key for key, value in values.items() if self._defers(params[index], key, value)}
+                self._deferred += [(params[index], key, values[key]) for key in deferred]
+                values = {key: value for key, value in values.items() if key not in deferred}
+            kept[index] = values
+        return {**state_dict, "state": kept}
+
+    def _defers(self, param: Tensor, key: Any, value: Any) -> bool:
+        large = type(value) is Tensor and value.layout == torch.strided and value.numel() >= self._min_numel
+        return key != "step" and large and self._pool(param.device) is not None
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        optimizer.state = self._observe(optimizer.state)
+        for param, key, value in self._deferred:
+            # torch's rule: state of a floating-point parameter gets its type (Optimizer.load_state_dict)
+            dtype = param.dtype if param.is_floating_point() else value.dtype
+            if (pool := self._pool(param.device)) is not None:
+                optimizer.state[param][key] = pool.new_tensor(value, dtype)
+        self._deferred = []
+
+
+_PAGES: weakref.WeakKeyDictionary[Optimizer, OptimizerPages] = weakref.WeakKeyDictionary()
+
+
+def page_optimizer(optimizer: Optimizer, min_numel: int) -> OptimizerPages:
+    """Page the state of an optimizer; one that is paged already keeps its pages."""
+    if optimizer not in _PAGES:
+        _PAGES[optimizer] = OptimizerPages(optimizer, min_numel)
+    return _PAGES[optimizer]
+
+
+def _to_plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Remove our types from a state dict: checkpoints are the same with and without paging."""
+    state = {k: dict(value) if isinstance(value, dict) else value for k, value in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
+def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[list[Tensor]]:
+    """Yield the parameters in windows of about `numel` elements, each while its state is on the device.
+
+    The state of the next window is copied while the present one is updated: two windows are on the device at most.
+    """
+    parts: list[list[Tensor]] = []
+    size = numel
+    for param in params:
+        if size >= numel:
+            parts.append([])
+            size = 0
+        parts[-1].append(param)
+        size += param.numel()
+    pages = _PAGES.get(optimizer)
+    if pages is None:
+        yield from parts
+        return
+    pages.prefetch(parts[0] if parts else [])
+    for part, following in zip(parts, [*parts[1:], []], strict=False):
+        pages.wait_prefetch()
+        pages.prefetch(following)
+        yield part
+        pages.evict(part)
+
+
+def open_pool(device: torch.device) -> Pool | None:
+    """Return a pool for the optimizer state of a device: unified memory where it pages, else pinned memory.
+
+    None for the CPU: its state is in host memory already.
+    """
+    if device.type != "cuda":
+        return None
+    reason = why_not_managed(device)
+    if reason is None:
+        return ManagedPool(device)
+    rank_zero_info(f"Optimizer state on {device} is paged through pinned memory and explicit copies: {reason}.")
+    return PinnedPool(device, reason)

@@ -1,0 +1,114 @@
+"""PagedState: an `optimizer.state` that pages every tensor as soon as it is set.
+
+An optimizer makes its state in the first step, one `state["exp_avg"] = torch.zeros_like(param)` after the other. Paging
+at the assignment works with any optimizer, and only one unpaged tensor is in device memory at a time.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+class _ObservedDict(dict[Any, Any]):
+    """A dict that reads and writes every value through `__getitem__` and `__setitem__`; dict's own methods do not."""
+
+    on_write: Callable[[Any, Any], None]
+    on_read: Callable[[], None]
+    items, values, update = Mapping.items, Mapping.values, MutableMapping.update  # type: ignore[assignment]
+
+    def __getitem__(self, key: Any) -> Any:
+        self.on_read()
+        return super().__getitem__(key)
+
+    def __ior__(self, other: Any) -> "_ObservedDict":  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    @override
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.on_read()
+        return super().get(key, default)
+
+    @override
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+
+class PagedState(_ObservedDict, defaultdict[Any, Any]):
+    """The state of one optimizer: parameter -> `ParamState`. A copy or a pickle of it is a plain defaultdict.
+
+    Args:
+        on_write: Called with a parameter and a value before the value becomes state; pages the tensors in it.
+        on_read: Called before a value is read; waits for copies to the host.
+        state: The entries.
+    """
+
+    def __init__(
+        self, on_write: Callable[[Any, Any], None], on_read: Callable[[], None], state: Mapping[Any, Any]
+    ) -> None:
+        super().__init__(dict)
+        self.on_write, self.on_read = on_write, on_read
+        self.update(state)
+
+    def __missing__(self, param: Any) -> "ParamState":
+        self[param] = {}
+        value: ParamState = self[param]
+        return value
+
+    def __setitem__(self, param: Any, value: Any) -> None:
+        if type(value) is dict:
+            value = ParamState(self, param, value)
+        else:
+            self.on_write(param, value)
+        super().__setitem__(param, value)
+
+    def __reduce__(self) -> Any:
+        return defaultdict, (dict, dict(self.plain()))
+
+    def __copy__(self) -> Any:
+        return self.plain()
+
+    def plain(self) -> defaultdict[Any, Any]:
+        """Return the same entries in the types that torch's optimizers use."""
+        return defaultdict(dict, {p: dict(v) if isinstance(v, ParamState) else v for p, v in self.items()})
+
+
+class ParamState(_ObservedDict):
+    """The state of one parameter: name -> value. A copy or a pickle of it is a plain dict."""
+
+    def __init__(self, state: PagedState, param: Any, values: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self.on_write, self.on_read, self._param = state.on_write, state.on_read, param
+        self.update(values)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key != "step":  # optimizers choose the device of the step counter (pytorch issue 74424)
+            self.on_write(self._param, value)
+        super().__setitem__(key, value)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self.items()),)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the plain tensors in a state value: in containers, in DTensors (the local part), in tensor subclasses.
+
+    Parameters are not state and are skipped.
+    """
+    if type(value) is Tensor:
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__tensor_flatten__") and not isinstance(value, torch.nn.Parameter):
+        for name in value.__tensor_flatten__()[0]:
+            yield from tensors_in(getattr(value, name))

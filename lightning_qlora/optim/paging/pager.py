@@ -1,0 +1,99 @@
+"""Pager: pages the state of torch optimizers to host memory.
+
+    pager = Pager()
+    pager.attach(optimizer)     # before training, before loading a checkpoint; a second call does nothing
+    ...                         # step(), step(closure), state_dict, load_state_dict: as without paging
+    print(pager.report())
+    pager.close()               # the state moves to plain host memory, all pages are freed
+
+On a CPU it moves nothing.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_qlora.optim.paging.optimizer_pages import OptimizerPages, page_optimizer
+from lightning_qlora.optim.paging.pool import MIB
+
+MIN_NUMEL = 4096  # below it the bookkeeping costs more than the memory; bitsandbytes' limit for 8-bit state
+
+
+@dataclass(frozen=True)
+class PagingReport:
+    """What a pager pages.
+
+    Attributes:
+        kind: "managed" (CUDA unified memory), "pinned" (pinned memory and copies), "plain" (no GPU, nothing to page).
+        reason: Why it is not "managed"; empty if it is.
+        tensors: Number of paged state tensors.
+        nbytes: Their bytes.
+        allocated: Bytes of host memory that are allocated for them.
+    """
+
+    kind: str
+    reason: str
+    tensors: int
+    nbytes: int
+    allocated: int
+
+    def __str__(self) -> str:
+        if self.kind == "plain":
+            return "Optimizer state is not paged: it is in host memory already, or does not exist yet."
+        how = "CUDA unified memory" if self.kind == "managed" else f"pinned memory and copies, because {self.reason}"
+        sizes = f"{self.nbytes / MIB:,.1f} MiB ({self.allocated / MIB:,.1f} MiB allocated)"
+        return f"Optimizer state paged: {self.tensors} tensors, {sizes}, through {how}."
+
+
+class Pager:
+    """Pages the state of the optimizers attached to it.
+
+    Args:
+        min_numel: State tensors with fewer elements stay in device memory.
+    """
+
+    def __init__(self, min_numel: int = MIN_NUMEL) -> None:
+        self._min_numel = min_numel
+        self._pages: weakref.WeakKeyDictionary[Optimizer, OptimizerPages] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"min_numel": self._min_numel}  # optimizers and their pages are not copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Page the state of a torch optimizer from now on, state that exists already included.
+
+        An optimizer that is paged already, by another pager or by itself (PagedAdamW), keeps its pages; this pager's
+        `close` frees them too.
+
+        Raises:
+            TypeError: If it is not a `torch.optim.Optimizer`.
+            MemoryError: If memory for the existing state is refused.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"Paging works with torch.optim.Optimizer, not with {type(optimizer).__name__}. "
+                "Pass paged_optimizer=False to train without it."
+            )
+        self._pages[optimizer] = page_optimizer(optimizer, self._min_numel)
+
+    def report(self) -> PagingReport:
+        """Return what is paged now, and how."""
+        paged = [item for pages in self._pages.values() for item in pages.paged()]
+        if not paged:
+            return PagingReport("plain", "no state on a GPU", 0, 0, 0)
+        pool, sizes = paged[0][0], [t.numel() * t.element_size() for _, tensors in paged for t in tensors]
+        return PagingReport(pool.kind, pool.reason, len(sizes), sum(sizes), sum(pool.nbytes for pool, _ in paged))
+
+    def close(self) -> None:
+        """Stop paging: all state moves to plain host memory, as in Lightning's own teardown; all pages are freed.
+
+        The optimizers can still be read and saved. Before another step, move their state to the device.
+        """
+        for pages in list(self._pages.values()):
+            pages.close()
+        self._pages.clear()

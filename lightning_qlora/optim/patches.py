@@ -1,0 +1,27 @@
+"""Changes to Lightning's code for paging, each with the upstream file, the reason, and what would remove it."""
+
+from typing import Any
+
+from lightning_qlora.layers.patches import wrap_once
+
+
+def call_on_setup_optimizer() -> None:
+    """Call `on_setup_optimizer(optimizer)` of Fabric callbacks that have it, for every optimizer that is set up.
+
+    Upstream: lightning/fabric/wrappers.py, _FabricOptimizer.__init__. No supported hook gets the optimizers of one
+    Fabric before they have state: `on_after_setup` gets none, and `setup_optimizers` does not call it;
+    `on_after_optimizer_step` is called after the first step, which puts all state in device memory;
+    `torch.optim.optimizer.register_optimizer_step_pre_hook` is called for the optimizers of other runs too, and only
+    after `fabric.load`, which puts all loaded state in device memory.
+    Removed by: a Fabric callback hook that gets the optimizers when they are set up.
+    """
+    from lightning.fabric.wrappers import _FabricOptimizer
+
+    def init(original: Any, self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
+        original(self, optimizer, strategy, callbacks)
+        for callback in callbacks or []:
+            hook = getattr(callback, "on_setup_optimizer", None)
+            if callable(hook):
+                hook(optimizer)
+
+    wrap_once(_FabricOptimizer, "__init__", init)

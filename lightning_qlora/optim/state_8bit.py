@@ -1,0 +1,98 @@
+"""8-bit AdamW state: its keys, its blocks (also of sharded parameters), and how it is decoded to 32 bits.
+
+For each moment, the state of a parameter has uint8 codes in the parameter's shape (`exp_avg_codes`) and an fp32 scale
+per block (`exp_avg_absmax`). Under torch's key `exp_avg`, AdamW would load codes as floats and train with them.
+
+Sharded parameters (FSDP2): each rank quantizes its shard in blocks of its own. Codes and scales are DTensors like the
+parameter, so torch's distributed checkpoints save every rank's part. No block spans two shards, so the state loads on
+as many ranks as it was saved on: `shards` is saved with it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, dequantize_state
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
+
+
+def is_8bit(state: Mapping[Any, Any]) -> bool:
+    """Return whether the state of a parameter is in 8 bits."""
+    return f"{MOMENTS[0]}_absmax" in state
+
+
+def rename_codes(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the state of a parameter; codes under torch's keys, as early versions saved them, get their own keys."""
+    keys = {moment: f"{moment}_codes" for moment in MOMENTS if is_8bit(state)}
+    return {keys.get(key, key): value for key, value in state.items()}
+
+
+def to_32bit(state: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the state of a parameter as torch's AdamW has it: 8-bit moments decoded to fp32, other state unchanged."""
+    if not is_8bit(state):
+        return state
+    state = rename_codes(state)
+    shards = int(state.pop("shards", 1))
+    for moment in MOMENTS:
+        codes, absmax = state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax")
+        state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
+    return state
+
+
+@torch.no_grad()
+def _decode(codes: Tensor, absmax: Tensor, shards: int, signed: bool) -> Tensor:
+    """Decode this rank's part of DTensors, or all shards of plain tensors."""
+    if isinstance(codes, DTensor):
+        values = dequantize_state(local_part(codes), local_part(absmax), signed)
+        return _dtensor(values, codes, codes.shape, codes.stride())
+    if shards == 1:
+        return dequantize_state(codes, absmax, signed)
+    parts = zip(codes.chunk(shards), absmax.chunk(shards), strict=False)  # the last ranks may have no rows
+    return torch.cat([dequantize_state(part, scales, signed) for part, scales in parts])
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor; any other tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_count(param: Tensor) -> int:
+    """Return the number of shards of a parameter; 1 for a plain tensor.
+
+    Raises:
+        ValueError: If it is not sharded along its first dimension alone, as `fully_shard` does.
+    """
+    if not isinstance(param, DTensor):
+        return 1
+    sharded = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]
+    if len(sharded) != 1 or not param.placements[sharded[0]].is_shard(0):
+        raise ValueError(
+            f"PagedAdamW8bit got a parameter with placements {tuple(param.placements)}: it supports parameters that "
+            "are sharded along their first dimension, as fully_shard does. Use PagedAdamW for others."
+        )
+    return int(param.device_mesh.size(sharded[0]))
+
+
+def block_count(numel: int) -> int:
+    """Return the number of blocks of a tensor of `numel` elements."""
+    return -(-numel // STATE_BLOCK_SIZE)
+
+
+def zero_absmax(param: Tensor) -> Tensor:
+    """Return a zero per block of a parameter: fp32 [blocks], or a DTensor [ranks * blocks of a shard]."""
+    if not isinstance(param, DTensor):
+        return torch.zeros(block_count(param.numel()), dtype=torch.float32, device=param.device)
+    ranks = shard_count(param)
+    rows = -(-param.shape[0] // ranks)  # of the largest shard: DTensor needs the same number of blocks on all ranks
+    blocks = block_count(rows * (param.numel() // param.shape[0]))
+    zeros = torch.zeros(blocks, dtype=torch.float32, device=local_part(param).device)
+    return _dtensor(zeros, param, torch.Size([blocks * ranks]), (1,))
+
+
+def _dtensor(part: Tensor, like: DTensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """Return this rank's part of a whole tensor as a DTensor that is sharded as `like`."""
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)

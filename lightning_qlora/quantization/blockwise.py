@@ -1,0 +1,141 @@
+"""Blockwise 4-bit quantization: one scale per block, the nearest level, two codes per byte; then 8-bit scales.
+
+The weight is flattened row by row and cut into blocks, so a block may cross rows and only the last block may be short.
+Every step rounds like bitsandbytes 0.50 on the CPU (backends/default/ops.py, csrc/cpu_ops.cpp), bit for bit.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.quantization.codebooks import Codebook, dynamic_map
+
+NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale (paper, section 3)
+SMALLEST_SCALE = 1e-38  # divisor of a block of zeros
+
+
+def block_absmax(flat: Tensor, block_size: int) -> Tensor:
+    """The largest magnitude of each block: fp32 [n] -> fp32 [ceil(n / block_size)]."""
+    full = flat.numel() - flat.numel() % block_size
+    absmax = flat[:full].view(-1, block_size).abs().amax(1)
+    if full < flat.numel():
+        absmax = torch.cat([absmax, flat[full:].abs().amax().clamp(min=SMALLEST_SCALE)[None]])
+    return absmax
+
+
+def normalize(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """Each value divided by its block's scale, in [-1, 1]: fp32 [n] -> fp32 [n]."""
+    full = flat.numel() - flat.numel() % block_size
+    whole_blocks = flat[:full].view(-1, block_size)
+    # As in bitsandbytes: whole blocks are multiplied by the reciprocal, a short last block is divided.
+    inverse = 1.0 / absmax[: len(whole_blocks)].clamp(min=SMALLEST_SCALE)
+    scaled = (whole_blocks * inverse[:, None]).clamp(-1, 1).view(-1)
+    return torch.cat([scaled, (flat[full:] / absmax[-1:]).clamp(-1, 1)]) if full < flat.numel() else scaled
+
+
+def nearest_codes(values: Tensor, codebook: Codebook) -> Tensor:
+    """The code of the nearest level, the lower one on a tie: fp32 [n] -> uint8 [n]."""
+    rank = torch.bucketize(values, codebook.bounds, out_int32=True)
+    return codebook.order[rank]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes per byte, the first in the high half: uint8 [n] -> uint8 [n / 2]; n even (the caller pads a zero)."""
+    return (codes[::2] << 4) | codes[1::2]
+
+
+def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
+    """Float weight of n values -> packed codes uint8 [ceil(n / 2)] and scales fp32 [ceil(n / block_size)]."""
+    flat = weight.detach().reshape(-1).float()
+    absmax = block_absmax(flat, block_size)
+    values = normalize(flat, absmax, block_size)
+    if values.numel() % 2:
+        values = torch.cat([values, values.new_zeros(1)])
+    return pack(nearest_codes(values, codebook)), absmax
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, numel: int, codebook: Codebook, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """w = level[code] * scale, the product rounded to fp32 and then to `dtype`; flat [numel]."""
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:numel]
+    scales = absmax.repeat_interleave(block_size)[:numel]
+    return (codebook.levels[codes.int()] * scales).to(dtype)
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Scales fp32 [b] -> 8-bit codes uint8 [b], second-level scales fp32 [ceil(b / 256)], and the subtracted mean.
+
+    The value is first rounded to a grid of 65,536 points, then to the nearest level (bitsandbytes csrc/cpu_ops.cpp).
+    The result can therefore be the neighbour of the nearest level.
+    """
+    offset = mean_in_fixed_order(absmax)
+    centred = absmax - offset
+    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    nested_absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
+    grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).int().clamp(0, 65535)
+    codes = codes_of_grid(grid)
+    codes[nested_absmax == 0] = 0
+    return codes.view(-1)[: absmax.numel()].to(torch.uint8), nested_absmax, offset.item()
+
+
+def codes_of_grid(places: Tensor) -> Tensor:
+    """The code of the dynamic level nearest to each grid point: int32, 0 to 65,535 -> int32."""
+    levels = dynamic_map(device=places.device)
+    return torch.bucketize(-1.0 + 2.0 * places / 65535.0, (levels[:-1] + levels[1:]) * 0.5, out_int32=True)
+
+
+@cache
+def code_of_place(device: str = "cpu") -> Tensor:
+    """`codes_of_grid` of all grid points, uint8 [65536]: the lookup table of the C and Triton kernels."""
+    return codes_of_grid(torch.arange(65536, dtype=torch.int32, device=device)).to(torch.uint8)
+
+
+def nested_bytes(nested_absmax: Tensor, offset: float) -> Tensor:
+    """Second-level scales and the offset as a layer stores them: fp32 [n] and a float -> uint8 [4 (n + 1)]."""
+    return torch.cat([nested_absmax, nested_absmax.new_tensor([offset])]).view(torch.uint8)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: float | Tensor) -> Tensor:
+    """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b]."""
+    levels = dynamic_map(device=codes.device)[codes.int()]
+    return levels.mul_(nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]).add_(offset)
+
+
+def mean_in_fixed_order(values: Tensor) -> Tensor:
+    """The mean of fp32 [n], with the same order of additions on every device and for any number of threads.
+
+    The order is that of `torch.sum` on one x86 core (aten/native/cpu/SumKernel.cpp, cascade_sum). The result equals
+    bitsandbytes' if bitsandbytes ran on one core or had fewer than 32,768 scales; otherwise the last bit may differ.
+    """
+    n, lanes, unrolled = values.numel(), 8 if values.numel() >= 8 else 1, 4
+    rows = n // (lanes * unrolled)
+    step = 1 << max(4, max(rows - 1, 0).bit_length() // 4)
+    vectors = values[: n // lanes * lanes].view(-1, lanes)
+    body = _cascade(vectors[: rows * unrolled].view(rows, unrolled, lanes), step)
+    first = _in_order([body[0], *vectors[rows * unrolled :]])
+    per_lane = _in_order([first, *body[1:]])
+    rest = _in_order([values.new_zeros(()), *values[n // lanes * lanes :]])
+    # Divide by a tensor: for a Python number, a GPU multiplies by the rounded reciprocal, which can change the last bit
+    # (torch's BinaryDivTrueKernel.cu).
+    return _in_order([rest, *per_lane]) / values.new_full((), n)
+
+
+def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:
+    """Sum over dim 0 in groups of `step`, then over groups of groups; the rest of each level is added at the end."""
+    parts = []
+    for _ in range(levels - 1):
+        groups = len(rows) // step
+        parts.append(_in_order([torch.zeros_like(rows[:1].sum(0)), *rows[groups * step :]]))
+        rows = _in_order(list(rows[: groups * step].view(groups, step, *rows.shape[1:]).unbind(1)))
+    parts.append(_in_order([torch.zeros_like(parts[0]), *rows]))
+    return _in_order(parts)
+
+
+def _in_order(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

@@ -1,0 +1,99 @@
+"""Code to value: the 16 levels of NF4, FP4 and INT4 for weights, and the 256 dynamic levels for their scales."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import QuantType, check_choice
+
+# QLoRA paper, appendix E. Written out, because math libraries differ in the last bit; see `normal_float_levels`.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Sixteen levels in [-1, 1], and what is needed to find the nearest one.
+
+    Attributes:
+        levels: Level of each 4-bit code, fp32 [16].
+        order: The codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first.
+        bounds: Midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level.
+    """
+
+    levels: Tensor
+    order: Tensor
+    bounds: Tensor
+
+    def to(self, device: torch.device) -> "Codebook":
+        """The same codebook on another device."""
+        return Codebook(self.levels.to(device), self.order.to(device), self.bounds.to(device))
+
+
+@cache
+def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codebook:
+    """The codebook of a 4-bit type, on a device; codes as in bitsandbytes (functional.py, get_4bit_type)."""
+    if device != "cpu":
+        return codebook(quant_type).to(torch.device(device))
+    check_choice("quant_type", quant_type, tuple(_LEVELS))
+    levels = _LEVELS[quant_type]()
+    order = torch.argsort(levels, stable=True)
+    ascending = levels[order]
+    return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2)
+
+
+def normal_float_levels() -> Tensor:
+    """NF4: quantiles of the standard normal distribution, eight above zero, seven below, and zero itself; fp32 [16].
+
+    Formula: levels = Phi^-1(p) / max, p evenly spaced in probability from 1/2 to 1 - (1/30 + 1/32) / 2
+    (QLoRA paper, section 3 and appendix E; bitsandbytes functional.py, create_normal_map).
+    """
+    outermost = 0.9677083
+    above = torch.special.ndtri(
+        torch.linspace(outermost, 0.5, 9, dtype=torch.float32, device="cpu")[:-1].double()
+    ).float()
+    below = -torch.special.ndtri(
+        torch.linspace(outermost, 0.5, 8, dtype=torch.float32, device="cpu")[:-1].double()
+    ).float()
+    levels = torch.cat([above, torch.zeros(1, dtype=torch.float32, device="cpu"), below]).sort().values
+    return levels / levels.max()
+
+
+def float4_levels() -> Tensor:
+    """FP4: one sign, two exponent and one mantissa bit, in the order of the bits, divided by the largest; fp32 [16]."""
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32, device="cpu")
+    return torch.cat([positive, -positive]) / 12
+
+
+def integer4_levels() -> Tensor:
+    """INT4: the integers 7 to 0 and 0 to -7, divided by 7 (symmetric, so two codes mean zero); fp32 [16]."""
+    positive = torch.arange(7, -1, -1, dtype=torch.float32, device="cpu")
+    return torch.cat([positive, -positive.flip(0)]) / 7
+
+
+_LEVELS = {
+    "nf4": lambda: torch.tensor(NF4_LEVELS, dtype=torch.float32, device="cpu"),
+    "fp4": float4_levels,
+    "int4": integer4_levels,
+}
+
+
+@cache
+def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
+    """The 256 ascending levels of dynamic 8-bit quantization, fp32.
+
+    Seven decades; smaller values have fewer levels. Decade i, from 10^(i-6) / 10 to 10^(i-6), holds the midpoints of
+    2^i equal steps for each sign (unsigned: of 2^(i+1) steps). Zero and one are added (Dettmers et al. 2022, "8-bit
+    optimizers via block-wise quantization", section 1.3; bitsandbytes functional.py, create_dynamic_map).
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1, dtype=torch.float32, device="cpu")
+        means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += means.tolist() + ((-means).tolist() if signed else [])
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

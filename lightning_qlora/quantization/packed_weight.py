@@ -1,0 +1,254 @@
+"""PackedWeight, a 4-bit weight as users see it, and PackedBytes, the same weight as the uint8 tensors of a layer."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.config import BLOCK_SIZES, QuantType, check_choice, check_number
+from lightning_qlora.quantization import blockwise
+from lightning_qlora.quantization.codebooks import codebook, dynamic_map
+
+_BNB_META = "quant_state.bitsandbytes__"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be quantized and decoded to
+
+
+class PackedBytes(NamedTuple):
+    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change.
+
+    Attributes:
+        packed: Two codes per byte, ceil(n / 2) bytes in any shape.
+        absmax: The 8-bit code of each block's scale, or the bytes of fp32 scales without double quantization.
+        nested: The bytes of the fp32 second-level scales and, last, of the offset; empty without double quantization.
+        shape: [out_features, in_features] of the weight, n = out_features * in_features.
+        quant_type: "nf4", "fp4" or "int4".
+        block_size: Weights that share one scale.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested: Tensor
+    shape: tuple[int, int]
+    quant_type: QuantType
+    block_size: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    def scales(self) -> Tensor:
+        """Scale of every block, fp32 [ceil(n / block_size)]."""
+        if not self.nested.numel():
+            return aligned(self.absmax).view(torch.float32)
+        nested = aligned(self.nested).view(torch.float32)
+        return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1])
+
+
+def check_bytes(weight: PackedBytes) -> None:
+    """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
+    parts = weight.packed, weight.absmax, weight.nested
+    check_choice("block_size", weight.block_size, BLOCK_SIZES)
+    blocks = -(-weight.numel // weight.block_size)
+    found = tuple(part.numel() for part in parts)
+    needed = (weight.numel + 1) // 2, 4 * blocks, 0
+    if found[2]:
+        needed = needed[0], blocks, 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
+    if found != needed or any(part.dtype is not torch.uint8 for part in parts):
+        raise ValueError(
+            f"A 4-bit weight {list(weight.shape)} in blocks of {weight.block_size} has {needed[0]} bytes of codes, "
+            f"{needed[1]} of scales and {needed[2]} of second-level scales, all uint8; got "
+            f"{', '.join(f'{part.numel()} {part.dtype}' for part in parts)}."
+        )
+
+
+def aligned(held: Tensor) -> Tensor:
+    """Flat bytes that can be viewed as fp32: a copy if they start inside a larger tensor at no multiple of 4."""
+    flat = held.contiguous().view(-1)
+    return flat.clone() if flat.storage_offset() % 4 else flat
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A 4-bit weight with the same bytes as in bitsandbytes.
+
+    Attributes:
+        packed: Codes, two per byte, the first in the high half; uint8 [ceil(n / 2), 1].
+        absmax: Scale of each block of the flat weight; uint8 codes, or fp32 without double quantization;
+            [ceil(n / block_size)].
+        nested_absmax: Second-level scale of every 256 scales, fp32; None without double quantization.
+        offset: Mean of the scales, subtracted before they were quantized; 0.0 without double quantization.
+        shape: Shape of the float weight.
+        quant_type: "nf4", "fp4" or "int4".
+        block_size: Weights that share one scale.
+        dtype: Type of the float weight.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: float
+    shape: tuple[int, ...]
+    quant_type: QuantType
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, second-level scales and offset."""
+        nested = 0 if self.nested_absmax is None else self.nested_absmax.nbytes + 4
+        return self.packed.nbytes + self.absmax.nbytes + nested
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight: level * scale in fp32, rounded once to `dtype` (default: the type of the original)."""
+        scales = self.absmax
+        if self.nested_absmax is not None:
+            scales = blockwise.dequantize_absmax(self.absmax, self.nested_absmax, self.offset)
+        book = codebook(self.quant_type, str(self.packed.device))
+        flat = blockwise.dequantize_4bit(
+            self.packed.view(-1), scales, math.prod(self.shape), book, self.block_size, dtype or self.dtype
+        )
+        return flat.view(self.shape)
+
+    def to(self, device: torch.device) -> "PackedWeight":
+        """The same weight on another device."""
+        nested = self.nested_absmax
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            nested_absmax=None if nested is None else nested.to(device),
+        )
+
+    def to_bytes(self) -> PackedBytes:
+        """The uint8 tensors that a layer stores; a weight of one dimension becomes one row."""
+        shape = (math.prod(self.shape[:-1]), self.shape[-1])
+        nested = torch.empty(0, dtype=torch.uint8, device=self.packed.device)
+        if self.nested_absmax is not None:
+            nested = blockwise.nested_bytes(self.nested_absmax, self.offset)
+        return PackedBytes(self.packed, self.absmax.view(torch.uint8), nested, shape, self.quant_type, self.block_size)
+
+    @classmethod
+    def from_bytes(cls, weight: PackedBytes, dtype: torch.dtype) -> "PackedWeight":
+        """The weight that a layer stores as uint8 tensors; without a copy, unless its scales are misaligned."""
+        absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
+        if weight.nested.numel():
+            nested = aligned(weight.nested).view(torch.float32)
+            nested_absmax, offset = nested[:-1], nested[-1].item()
+        else:
+            absmax = aligned(absmax).view(torch.float32)
+        return cls(
+            weight.packed.reshape(-1, 1), absmax, nested_absmax, offset, weight.shape, weight.quant_type,
+            weight.block_size, dtype,
+        )  # fmt: skip
+
+    def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
+        meta: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        entries = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).levels.to(self.packed.device)}
+        if self.nested_absmax is not None:
+            meta |= {
+                "nested_blocksize": blockwise.NESTED_BLOCK_SIZE,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset,
+            }
+            entries["nested_absmax"] = self.nested_absmax
+            entries["nested_quant_map"] = dynamic_map(device=self.packed.device)
+        entries[_BNB_META + self.quant_type] = torch.tensor(
+            list(json.dumps(meta).encode()), dtype=torch.uint8, device="cpu"
+        )
+        return {prefix: self.packed, **{f"{prefix}.{name}": value for name, value in entries.items()}}
+
+    @classmethod
+    def from_bnb_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> "PackedWeight":
+        """Read entries that `bnb_state_dict` or bitsandbytes wrote, without requantizing.
+
+        Raises:
+            TypeError, ValueError: If an entry is missing, has the wrong size or type, contradicts another or holds NaN
+                or Inf, or if the type or block size is not supported.
+        """
+        found = [key for key in state if key.startswith(f"{prefix}.{_BNB_META}")]
+        if len(found) != 1 or prefix not in state or f"{prefix}.absmax" not in state:
+            raise ValueError(
+                f"{prefix}: not a bitsandbytes 4-bit weight; expected {prefix!r}, '{prefix}.absmax' and one "
+                f"'{prefix}.{_BNB_META}*' entry, got {sorted(key for key in state if key.startswith(prefix))}."
+            )
+        meta = _read_meta(prefix, found[0], state[found[0]])
+        numel, block_size, has_nested = math.prod(meta["shape"]), meta["blocksize"], "nested_offset" in meta
+        # bitsandbytes may store the same bytes with another dtype (its option quant_storage).
+        packed = state[prefix].contiguous().view(torch.uint8).reshape(-1, 1)
+        absmax, nested = state[f"{prefix}.absmax"], state.get(f"{prefix}.nested_absmax")
+        blocks = -(-numel // block_size)
+        if packed.numel() != (numel + 1) // 2 or absmax.numel() != blocks:
+            raise ValueError(
+                f"{prefix}: a weight of shape {meta['shape']} in blocks of {block_size} has {(numel + 1) // 2} "
+                f"bytes and {blocks} scales; got {packed.numel()} and {absmax.numel()}."
+            )
+        if (nested is not None) is not has_nested:
+            raise ValueError(
+                f"{prefix}: {found[0]!r} {'has a' if has_nested else 'has no'} nested_offset, but "
+                f"'{prefix}.nested_absmax' is {'missing' if nested is None else 'there'}. Write the file again."
+            )
+        _check_scales(f"{prefix}.absmax", absmax, blocks, torch.uint8 if has_nested else torch.float32)
+        _check_levels(f"{prefix}.quant_map", state, codebook(meta["quant_type"]).levels)
+        if nested is not None:
+            _check_scales(f"{prefix}.nested_absmax", nested, -(-blocks // blockwise.NESTED_BLOCK_SIZE), torch.float32)
+            _check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
+            nested = nested.reshape(-1)
+        return cls(
+            packed,
+            absmax.reshape(-1),
+            nested,
+            meta["nested_offset"] if has_nested else 0.0,
+            tuple(meta["shape"]),
+            cast(QuantType, meta["quant_type"]),
+            block_size,
+            getattr(torch, meta["dtype"]),
+        )
+
+
+def _read_meta(prefix: str, key: str, held: Tensor) -> dict[str, Any]:
+    """The JSON object in bitsandbytes' `quant_state` entry, its values checked."""
+    try:
+        meta = json.loads(bytes(held.tolist()))
+        quant_type, block_size, dtype, shape = (meta[name] for name in ("quant_type", "blocksize", "dtype", "shape"))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{key}: must be the bytes of a JSON object with quant_type, blocksize, dtype and shape "
+            f"({type(error).__name__}: {error}). The file is damaged: copy or write it again."
+        ) from error
+    check_choice(f"{prefix}: quant_type", quant_type, ("nf4", "fp4", "int4"))
+    if not key.endswith(_BNB_META + quant_type):
+        raise ValueError(f"{key}: has quant_type={quant_type!r}, which is not the one in its name.")
+    check_choice(f"{prefix}: blocksize", block_size, BLOCK_SIZES)
+    check_choice(f"{prefix}: dtype", dtype, tuple(str(kind).removeprefix("torch.") for kind in FLOATS))
+    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"{prefix}: shape={shape!r}: must be a list of positive integers.")
+    if "nested_offset" in meta:
+        check_choice(f"{prefix}: nested_blocksize", meta.get("nested_blocksize"), (blockwise.NESTED_BLOCK_SIZE,))
+        check_choice(f"{prefix}: nested_dtype", meta.get("nested_dtype"), ("float32",))
+        check_number(f"{prefix}: nested_offset", meta["nested_offset"])
+    return cast(dict[str, Any], meta)
+
+
+def _check_scales(key: str, scales: Tensor, count: int, dtype: torch.dtype) -> None:
+    if scales.numel() != count or scales.dtype is not dtype:
+        raise ValueError(f"{key}: must hold {count} scales of {dtype}; got {scales.numel()} of {scales.dtype}.")
+    if dtype.is_floating_point and not torch.isfinite(scales).all():
+        raise ValueError(f"{key}: holds NaN or Inf. The file is damaged: copy or write it again.")
+
+
+def _check_levels(key: str, state: Mapping[str, Tensor], levels: Tensor) -> None:
+    """Refuse a table of levels that is not the one that this package decodes with."""
+    held = state.get(key)
+    if held is not None and not (held.shape == levels.shape and torch.allclose(held.float().cpu(), levels, atol=1e-6)):
+        raise ValueError(f"{key}: is not the table of levels of this type. The file is damaged, or of another format.")

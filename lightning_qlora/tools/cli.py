@@ -1,0 +1,172 @@
+"""`lightning-qlora`: plan, inspect, merge, export, doctor."""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections, write_adapter
+from lightning_qlora.config import Base
+from lightning_qlora.files.folder_writer import check_free
+from lightning_qlora.files.lightning_checkpoint import is_shards
+from lightning_qlora.files.safetensors_folder import resolve_model
+from lightning_qlora.huggingface.merge_folder import FolderDtype, merge_folder
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
+from lightning_qlora.tools.patches import print_warnings_in_one_line
+
+# Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)
+
+
+def plan(
+    model: str,
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    optimizer: OptimizerName = "adamw",
+    **arguments: Any,
+) -> None:
+    """Estimate the memory of a training run without loading the model.
+
+    Args:
+        model: Folder or hub name of a transformers model; only its config.json is read.
+        batch_size: Sequences per step.
+        sequence_length: Tokens per sequence.
+        optimizer: Optimizer whose state is counted.
+        **arguments: The arguments of `QLoRAPrecision`; jsonargparse finds them through this call.
+    """
+    print(estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments))
+
+
+def inspect(path: str, weights_only: bool = True) -> None:
+    """Show the content of a checkpoint, an adapter folder or a model folder.
+
+    Args:
+        path: A Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model.
+        weights_only: As in torch.load. False also reads checkpoints whose hyperparameters are not plain values, which
+            can run code of whoever wrote the file.
+    """
+    from lightning_qlora.tools.inspect_path import inspect_path
+
+    _show(inspect_path(path, weights_only))
+
+
+def merge(
+    adapter: str,
+    output: str,
+    base_model: str | None = None,
+    dtype: FolderDtype = "auto",
+    base: Base = "quantized",
+    prefix: str | None = None,
+    weights_only: bool = True,
+) -> None:
+    """Merge an adapter into its base model and write the result as a folder of safetensors, tensor by tensor.
+
+    Args:
+        adapter: PEFT's adapter folder, or a Lightning checkpoint.
+        output: A folder that does not exist yet, or is empty.
+        base_model: Folder or hub name of the base model; by default what the adapter names.
+        dtype: Type of the written weights; "auto" is the base's. "4bit" loses quality.
+        base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are.
+        prefix: Name of the base model in the LightningModule, where a checkpoint does not say it.
+        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
+            code of whoever wrote the file.
+    """
+    check_free(Path(output))
+    found = _adapter(adapter, prefix, weights_only)
+    source = base_model or found.base_model
+    if not source:
+        raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
+    folder = resolve_model(source)
+    if base == "float":
+        found = convert_to_float_base(found, folder)
+    merge_folder(folder, found, output, dtype, base)
+    print(f"{output}: {source} with {adapter} merged")
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    base: Base = "quantized",
+    base_model: str | None = None,
+    prefix: str | None = None,
+    max_lora_rank: int = 512,
+    weights_only: bool = True,
+) -> None:
+    """Write the adapter of a Lightning checkpoint as a PEFT folder, and say which base it is for and if vLLM takes it.
+
+    Args:
+        checkpoint: A checkpoint of the Trainer, ModelCheckpoint or Fabric.
+        output: Folder to write adapter_config.json and adapter_model.safetensors to.
+        base: The base model that the adapter will be used with: in 4 bits ("quantized"), as in training, or in 16 or 32
+            bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
+            error: for "float" the initial values are subtracted, which doubles the rank.
+        base_model: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
+        prefix: Name of the base model in the LightningModule, where the checkpoint does not say it.
+        max_lora_rank: What vLLM will be started with.
+        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
+            code of whoever wrote the file.
+    """
+    adapter = _adapter(checkpoint, prefix, weights_only)
+    if base == "float":
+        adapter = convert_to_float_base(adapter, base_model)
+    elif need := required_base(adapter.quantization):
+        warnings.warn(need, stacklevel=2)
+    write_adapter(adapter, output)
+    print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
+    objections = vllm_objections(adapter, max_lora_rank)
+    print("vLLM can load it" if not objections else "vLLM cannot load it: " + " ".join(objections))
+
+
+def doctor() -> None:
+    """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong."""
+    from lightning_qlora.tools.doctor import environment, examine
+
+    all_good = True
+    for name, found, good in examine():
+        _show([(name, found if good else f"{found}  <-- wrong")])
+        all_good = all_good and good
+    _show(list(environment().items()))
+    if not all_good:
+        raise SystemExit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 success, 1 error, 2 wrong arguments."""
+    try:
+        from jsonargparse import auto_cli
+    except ImportError:
+        raise SystemExit("lightning-qlora: jsonargparse is missing: pip install 'lightning-qlora[cli]'") from None
+    signal.signal(signal.SIGTERM, _exit)
+    print_warnings_in_one_line()
+    commands: list[Any] = [plan, inspect, merge, export, doctor]
+    try:
+        auto_cli(commands, args=None if arguments is None else list(arguments), prog="lightning-qlora")
+    except EXPECTED as error:
+        print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:
+    if os.path.isdir(path) and not is_shards(path):
+        return read_adapter(path)
+    return read_adapter_from_checkpoint(path, prefix, weights_only)
+
+
+def _show(lines: list[tuple[str, str]]) -> None:
+    for name, value in lines:
+        print(f"{name:30} {value}")
+
+
+def _exit(*_: Any) -> None:
+    raise SystemExit(143)  # an exception, so that incomplete folders are deleted
+
+
+if __name__ == "__main__":
+    main()

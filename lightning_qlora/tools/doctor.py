@@ -1,0 +1,95 @@
+"""Checks of this machine: versions, devices, kernels, paging, and a self-test of two seconds."""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import nn
+
+from lightning_qlora.kernels import backends, eager, ops
+from lightning_qlora.kernels.cpu import build, library
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.optim.paging.unified_memory import why_not_managed
+from lightning_qlora.training.convert import convert
+from lightning_qlora.training.report import size_text
+
+PACKAGES = ("torch", "lightning", "safetensors", "triton", "transformers", "peft", "bitsandbytes", "cuda-bindings")
+
+
+def examine() -> Iterator[tuple[str, str, bool]]:
+    """Yield the name of each check, what was found, and whether that is good."""
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
+    for name in PACKAGES:
+        try:
+            yield name, version(name), True
+        except PackageNotFoundError:
+            yield name, "not installed", name not in ("torch", "lightning", "safetensors")
+    yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {eager.path()}", True
+    try:
+        yield "C compiler", build.compiler(), True
+    except build.BuildError as error:
+        yield "C compiler", f"{error}; the CPU path is slower without one", True
+    for device in devices()[1:]:
+        facts = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        yield str(device), f"{facts.name}, {size_text(free)} of {size_text(total)} free", True
+        yield f"{device} kernels", backends.backend(device).__name__.rpartition(".")[2], True  # type: ignore[attr-defined]
+        yield f"{device} paging", why_not_managed(device) or "unified memory", True
+    if len(devices()) == 1:
+        yield "GPU", "none that torch supports", True
+    for device in devices():
+        yield from _self_test(device)
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every CUDA or ROCm device."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
+
+
+def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
+    """Compare quantization with the reference and gradients with those of a dense layer, and train for 20 steps."""
+    start, name = time.perf_counter(), f"self-test on {device}"
+    generator = torch.Generator("cpu").manual_seed(0)
+    weight = torch.randn(512, 768, generator=generator, device="cpu")
+    made, expected = ops.quantize(weight.to(device)), ops.quantize(weight)
+    same = torch.equal(made.packed.cpu(), expected.packed) and torch.equal(made.absmax.cpu(), expected.absmax)
+    decoded = ops.dequantize(made.to_bytes(), torch.float32).cpu()
+    error = (decoded - made.to(torch.device("cpu")).dequantize(torch.float32)).abs().max().item()
+    codes = "the CPU's codes" if same else "codes that differ from the CPU's in rounding"
+    yield f"{name}: format", f"{codes}, decoded within {error:.1e} of the reference", error < 1e-5
+    layer = nn.Sequential(nn.Linear(768, 512, bias=False, device="cpu"))
+    layer[0].weight.data = weight
+    convert(layer, r=8, lora_dropout=0.0, compute_dtype="fp32")
+    linear = layer.to(device)[0]
+    assert isinstance(linear, QLoRALinear)
+    linear.lora_B.data.normal_(std=0.02)
+    x = torch.randn(64, 768, generator=generator, device="cpu").to(device).requires_grad_()
+    y, dense = linear(x), linear.decode() + linear.delta()
+    gradient = torch.autograd.grad(y.square().sum(), x)[0]
+    reference = torch.autograd.grad((x @ dense.T).square().sum(), x)[0]
+    off = ((gradient - reference).norm() / reference.norm()).item()
+    yield f"{name}: gradient", f"within {off:.1e} of a dense layer's", off < 1e-2
+    target = torch.randn(64, 512, generator=generator, device="cpu").to(device)
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (layer(x.detach()) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    good = losses[-1] < losses[0] and math.isfinite(losses[-1])
+    seconds = time.perf_counter() - start
+    yield f"{name}: training", f"loss {losses[0]:.4g} to {losses[-1]:.4g} in 20 steps; {seconds:.1f} s in total", good
+
+
+def environment() -> dict[str, str]:
+    """The environment variables that change what runs."""
+    ours = ("LIGHTNING_QLORA_CACHE", library.OFF)
+    names = ("TRITON_INTERPRET", *ours, "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,113 @@
+"""Models whose tensors have no data, and their conversion."""
+
+import copy
+import os
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.save_load import config_of_adapter
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings
+from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.selection import select_layers
+from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
+from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.training.convert import freeze
+
+
+def fake_copy(module: nn.Module) -> nn.Module:
+    """Copy a module; the parameters and buffers of the copy have no data."""
+    tensors: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        tensors[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for part in module.modules():
+        for value in (*part._buffers.values(), *vars(part).values()):
+            if isinstance(value, Tensor):
+                tensors[id(value)] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    return copy.deepcopy(module, tensors)
+
+
+def meta_model(model: Any) -> nn.Module:
+    """Build a transformers model on the meta device, from its config, folder or hub name."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise TypeError(f"model={model!r}: is not a module, and transformers is not installed.") from error
+    named = isinstance(model, (str, os.PathLike))
+    if not named and not isinstance(model, transformers.PretrainedConfig):
+        raise TypeError(
+            f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(model) if named else model
+        with torch.device("meta"):
+            return _model_of_config(config)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{model}: neither a folder with a config.json nor a model on the hub ({one_line(error)})."
+        ) from error
+    except Exception as error:  # any error of the model's own code
+        where = f"{model}: its config.json" if named else f"model={type(model).__name__}: it"
+        raise ValueError(
+            f"{where} makes no model ({one_line(error)}). Correct it, or pass a module to estimate_memory."
+        ) from error
+
+
+def _model_of_config(config: Any) -> nn.Module:
+    import transformers
+
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    name = next(iter(getattr(config, "architectures", None) or []), "")
+    causal_models: Any = transformers.AutoModelForCausalLM._model_mapping
+    model_class = getattr(transformers, name, None) or causal_models.get(type(config), None)
+    if model_class is None:
+        return cast(nn.Module, transformers.AutoModel.from_config(config, dtype=dtype))  # type: ignore[no-untyped-call]
+    return cast(nn.Module, model_class._from_config(config, dtype=dtype))
+
+
+def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> list[QLoRALinear]:
+    """Convert a model without data as `convert_module` converts one with data; returns its 4-bit layers."""
+    if config.adapter is not None:
+        config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
+    check_output_embeddings(fake_model, config.deferred_logits)
+    choice = select_layers(fake_model, config)
+    for name, (layer, of_layer, seed_name) in choice.convert.items():
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        turned = not isinstance(layer, nn.Linear)
+        packed = _packed(weight.T if turned else weight, config)
+        QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
+    for name, (stack, of_stack, _) in choice.stacks.items():
+
+        def convert(layer: nn.Linear, number: int, name: str = name, config: QLoRAConfig = of_stack) -> None:
+            packed = _packed(layer.weight, config)
+            QLoRALinear.from_packed(layer, packed, nn.Linear, config, f"{name}{SUFFIX}.{number}")
+
+        QLoRAExperts.from_slices(*stack, convert)
+    freeze(fake_model, choice)
+    defer_output_embeddings(fake_model, config.deferred_logits)
+    return list(adapted_layers(fake_model).values())
+
+
+def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
+    blocks = -(-weight.numel() // config.block_size)
+    nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
+    return PackedWeight(
+        torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="cpu"),
+        torch.empty(blocks, dtype=torch.uint8 if config.double_quant else torch.float32, device="cpu"),
+        torch.empty(nested_blocks, device="cpu") if config.double_quant else None,
+        0.0,
+        tuple(weight.shape),
+        config.quant_type,
+        config.block_size,
+        weight.dtype,
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Type and message of an error, on one line and shortened."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"

@@ -1,0 +1,104 @@
+"""The content of a checkpoint, an adapter folder or a model folder, as lines for a person to read."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import required_base
+from lightning_qlora.adapters.from_checkpoint import (
+    fingerprint_of_base,
+    read_adapter_from_checkpoint,
+    read_converted_state_dict,
+)
+from lightning_qlora.adapters.peft_files import CONFIG, read_adapter, vllm_objections
+from lightning_qlora.files.lightning_checkpoint import is_shards
+from lightning_qlora.files.safetensors_folder import WeightFolder, read_json, resolve_model
+from lightning_qlora.training.report import size_text
+
+
+def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
+    """Describe a file or folder by names and values.
+
+    Args:
+        path: A Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model.
+        weights_only: As in `torch.load`, for a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: If it does not exist or is broken.
+    """
+    if os.path.isfile(path) or is_shards(path):
+        state, _ = read_converted_state_dict(path, weights_only)
+        adapter = read_adapter_from_checkpoint(path, weights_only=weights_only)
+        lines = [("kind", "Lightning checkpoint of a converted module"), *_adapter_lines(adapter)]
+        return [*lines, ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base")]
+    if os.path.isfile(os.path.join(path, CONFIG)):
+        return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
+    return _model_lines(WeightFolder(resolve_model(path)))
+
+
+def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
+    layers = adapter.layers | adapter.packed
+    parameters = {adapter.peft_config.get("r", 0): len(adapter.packed)} if adapter.packed else {}  # of many experts
+    ranks = Counter(layer.r for layer in adapter.layers.values()) + Counter(parameters)
+    alphas = Counter(layer.alpha for layer in layers.values())
+    endings = Counter(name.rpartition(".")[2] for name in layers)
+    matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]
+    tensors = [t for t in [*matrices, *adapter.saved.values()] if t is not None]
+    kinds = [kind for kind, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if used]
+    objections = vllm_objections(adapter)
+    return [
+        ("base", adapter.base_model or "unknown"),
+        ("quantization", _quantization(adapter)),
+        ("is for", required_base(adapter.quantization) or "the base in 4 bits, and in 16 or 32 bits"),
+        ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
+        ("rank", _counts(ranks)),
+        ("alpha", _counts(alphas)),
+        ("kind of LoRA", ", ".join(kinds) or "plain"),
+        ("modules_to_save", ", ".join(sorted({key.rpartition(".")[0] for key in adapter.saved})) or "nothing"),
+        ("weights", f"{sum(t.numel() for t in tensors):,}"),
+        ("size", size_text(sum(t.nbytes for t in tensors))),
+        ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more)"),
+    ]
+
+
+def _quantization(adapter: Adapter) -> str:
+    found = adapter.quantization
+    return "unknown" if found is None else ", ".join(f"{name}={value}" for name, value in found.items())
+
+
+def _counts(counter: Counter[int] | Counter[float]) -> str:
+    if len(counter) == 1:
+        return f"{next(iter(counter)):g}"
+    return ", ".join(f"{value:g} (x{count})" for value, count in counter.most_common())
+
+
+def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
+    path = folder.folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    packed = {key for key in folder.entries if folder.is_packed(key)}
+    types = Counter[str]()
+    for key, entry in folder.entries.items():
+        weight = key.partition(".weight.")[0] + ".weight" if ".weight." in key else key  # or its scales
+        types["4-bit" if weight in packed else entry.dtype] += entry.nbytes
+    stored = config.get("quantization_config") or {}
+    return [
+        ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
+        ("architecture", ", ".join(config.get("architectures") or ["unknown"])),
+        ("quantization", f"{stored['quant_method']}, {_quant_type(folder, packed)}" if stored and packed else "none"),
+        ("4-bit layers", str(len(packed))),
+        ("tensors", str(len(folder.entries))),
+        ("files", f"{len(folder.files())}: {_names(folder.files())}"),
+        ("size", ", ".join(f"{kind} {size_text(count)}" for kind, count in types.most_common())),
+    ]
+
+
+def _quant_type(folder: WeightFolder, packed: set[str]) -> str:
+    first = min(packed)
+    key = next(key for key in folder.entries if key.startswith(first + ".quant_state."))
+    nested = f"{first}.nested_absmax" in folder.entries
+    return key.rpartition("__")[2] + (", double quantization" if nested else "")
+
+
+def _names(files: list[Path]) -> str:
+    return files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name}"

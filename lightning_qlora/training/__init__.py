@@ -1,0 +1,1 @@
+"""What a run adds to a module: the Lightning plugin and conversion."""

@@ -1,0 +1,94 @@
+"""Before an optimizer's first step: which adapters got no gradient, and why; which blocks were not recomputed.
+
+An adapter without a gradient never trains, and nothing else would say so: its layer may be used only by code that is
+not differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
+from lightning_qlora.training.report import group
+from lightning_qlora.training.rng_state import world_size
+
+AUDITED = "_qlora_audited"  # mark of an optimizer
+UNUSED = "not used in the loss"
+READ = "its weight was read, but no gradient came back"
+
+
+def adapters_without_gradient(layers: Mapping[str, QLoRALinear]) -> dict[str, str]:
+    """Name of each layer whose adapter has no gradient -> the reason.
+
+    Args:
+        layers: Name -> converted layer, after a backward pass and before the gradients are cleared.
+    """
+    found = {}
+    for name, layer in layers.items():
+        trains = [p for p in layer.adapter_parameters() if p.requires_grad]
+        if trains and all(p.grad is None for p in trains):
+            found[name] = READ if layer.weight_was_read and not layer.was_called else UNUSED
+    return found
+
+
+def audit_first_step(optimizer: Optimizer, module: nn.Module, found: dict[str, str]) -> None:
+    """Check once, after the first backward pass of an optimizer's parameters, that the adapters in it got a gradient.
+
+    Weights that are read without a gradient are a warning, as are blocks that gradient checkpointing did not recompute;
+    unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
+
+    Args:
+        optimizer: It steps next; later calls with it do nothing.
+        module: The converted module.
+        found: Name -> reason, of the layers that are known to get no gradient; what is found is added to it.
+    """
+    if hasattr(optimizer, AUDITED):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(p.grad is None for p in parameters):
+        return
+    setattr(optimizer, AUDITED, True)
+    held = {id(p) for p in parameters}
+    layers = {
+        name: layer
+        for name, layer in adapted_layers(module).items()
+        if any(id(p) in held for p in layer.adapter_parameters())
+    }
+    new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in found}
+    found.update(new)
+    _show(new, blocks_not_recomputed(module, layers.values()))
+
+
+@rank_zero_only
+def _show(found: Mapping[str, str], not_recomputed: list[str]) -> None:
+    read = [name for name, reason in found.items() if reason == READ]
+    if read:
+        warnings.warn(
+            f"The adapters of {len(read)} layers got no gradient, so they do not train: {groups(read)}. Some code "
+            "reads the weight of these layers and returns no gradient for it. Name them in exclude_modules, or call "
+            "the layers.",
+            stacklevel=2,
+        )
+    unused = [name for name, reason in found.items() if reason == UNUSED]
+    if unused:
+        message = f"QLoRA: {len(unused)} adapters got no gradient in the first step: {groups(unused)}."
+        if world_size() > 1:
+            message += " DistributedDataParallel needs strategy='ddp_find_unused_parameters_true' for this."
+        print(message)
+    if not_recomputed:
+        warnings.warn(
+            f"gradient_checkpointing=True saves no memory in {groups(not_recomputed)}: in the first step the forward "
+            "method of these modules was not called, so nothing was recomputed.",
+            stacklevel=2,
+        )
+
+
+def groups(names: Iterable[str]) -> str:
+    """Names that differ by numbers alone as one."""
+    counts = Counter(map(group, names))
+    return ", ".join(f"{name} (x{count})" if count > 1 else name for name, count in counts.items())

@@ -1,0 +1,1 @@
+"""Adapters initialized from the first training batch."""

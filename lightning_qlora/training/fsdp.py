@@ -1,0 +1,110 @@
+"""FSDP2 under the Trainer: the whole module is converted once, before `configure_model` shards a part of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.torch_version import TorchVersion
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.names import inside
+from lightning_qlora.training import patches
+from lightning_qlora.training.convert import is_converted
+
+
+def shards_module(trainer: Trainer | None) -> bool:
+    """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
+    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+@contextmanager
+def convert_before_sharding(
+    trainer: Trainer | None, config: QLoRAConfig, convert: Callable[[LightningModule], Any]
+) -> Iterator[None]:
+    """Within this, `convert` is called with the Trainer's module before `fully_shard` shards a part of it.
+
+    Args:
+        trainer: The Trainer; None, or a strategy other than ModelParallelStrategy, does nothing.
+        config: The arguments of the conversion.
+        convert: Converts the module.
+
+    Raises:
+        RuntimeError, ValueError: If this torch version can't shard 4-bit weights, the adapters are initialized from
+            a batch, or layers are added after the first call of `fully_shard`.
+    """
+    if trainer is None or not shards_module(trainer):
+        yield
+        return
+    module = trainer.lightning_module
+    at_conversion: set[nn.Module] = set()
+
+    def before(to_shard: list[nn.Module]) -> None:
+        if not is_converted(module) and not set(module.modules()).isdisjoint(to_shard):
+            _check_can_shard(config)
+            convert(module)
+            at_conversion.update(module.modules())
+
+    with patches.before_sharding(before):
+        yield
+    if at_conversion:
+        _check_no_later_layers(module, at_conversion)
+
+
+def _check_can_shard(config: QLoRAConfig) -> None:
+    """Refuse a torch version whose FSDP2 can't shard bytes, and an initialization that needs a batch.
+
+    Raises:
+        RuntimeError, ValueError: As above.
+    """
+    if torch.__version__ < TorchVersion("2.12"):
+        raise RuntimeError(
+            f"torch {torch.__version__}: its fully_shard refuses 4-bit weights, because it accepts only parameters of "
+            "a floating-point type (pytorch issue 177844). FSDP2 with QLoRAPrecision needs torch 2.12 or newer."
+        )
+    if config.start == "calibrated":
+        raise ValueError(
+            "init_lora_weights='calibrated' can't be used with fully_shard: it needs a batch, and adapters are sharded "
+            "before the first batch. Use 'loftq' or 'pissa', which are computed before sharding."
+        )
+
+
+def _check_no_later_layers(module: nn.Module, at_conversion: set[nn.Module]) -> None:
+    """Refuse layers that were added after the module was converted: they are neither 4-bit nor frozen.
+
+    Raises:
+        ValueError: As above; names one.
+    """
+    later = [name for name, part in module.named_modules() if part._parameters and part not in at_conversion]
+    if later:
+        raise ValueError(
+            f"{later[0]}: was added after the first fully_shard, and the module is converted before that, so "
+            f"{len(later)} layers ({later[0]}, ...) would train in full in 16 or 32 bit. Build the whole model in "
+            "configure_model before the first fully_shard."
+        )
+
+
+def check_fsdp_groups(module: nn.Module) -> None:
+    """Refuse trainable parameters of several dtypes in one FSDP2 group; torch's own error does not name them.
+
+    Raises:
+        ValueError: As above; names two.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    first: dict[str, tuple[str, Any]] = {}  # group -> name and dtype of its first trainable parameter
+    for name, parameter in module.named_parameters():
+        group = max((group for group in groups if inside(name, group)), key=len, default=None)
+        if group is None or not parameter.requires_grad:
+            continue
+        other, dtype = first.setdefault(group, (name, parameter.dtype))
+        if parameter.dtype is not dtype:
+            raise ValueError(
+                f"{name} ({parameter.dtype}) and {other} ({dtype}) train in one FSDP2 group ({group or 'the module'}), "
+                "which allows one dtype; adapters are fp32. Call fully_shard on each module in modules_to_save, or "
+                "convert these modules to fp32."
+            )

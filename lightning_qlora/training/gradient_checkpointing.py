@@ -1,0 +1,148 @@
+"""Gradient checkpointing: recompute the repeated blocks of a model in the backward pass instead of keeping activations.
+
+In transformers models the layers checkpoint themselves, and do not use the cache of keys and values while they do. In
+any other module the repeated blocks run in `torch.utils.checkpoint`.
+"""
+
+import inspect
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.training import patches
+from lightning_qlora.training.report import group
+
+RECOMPUTED = "_qlora_recomputed"  # attribute of a block: whether it ran, to be recomputed in the backward pass
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> int:
+    """Recompute the repeated blocks of a converted module in its backward pass; the number of blocks.
+
+    Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
+    Sequential with two or more children of one class that hold converted layers.
+    """
+    layers = list(transformers_checkpointing_layers(module))
+    _disable_cache(module)
+    for layer in layers:
+        setattr(layer, RECOMPUTED, False)
+        patches.recompute_transformers_layer(layer, _RecomputeInOwnMode(layer))
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    blocks = [block for block in _repeated_blocks(module) if id(block) not in inside]
+    for block in blocks:
+        setattr(block, RECOMPUTED, False)
+        patches.recompute_block(block, partial(_recomputed_forward, block))
+    if not layers and not blocks:
+        warnings.warn(
+            f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
+            "class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
+            stacklevel=2,
+        )
+    return len(layers) + len(blocks)
+
+
+def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers inside a module that transformers recomputes while their `training` is true."""
+    layers: Any = sys.modules.get("transformers.modeling_layers")
+    if layers is not None:
+        yield from (layer for layer in module.modules() if isinstance(layer, layers.GradientCheckpointingLayer))
+
+
+def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
+    """Names of the blocks that hold one of these layers, where no block of the group ran with gradients."""
+    wanted = {id(layer) for layer in layers}
+    ran: dict[str, bool] = {}
+    names: dict[str, list[str]] = {}
+    for name, block in module.named_modules():
+        if RECOMPUTED in vars(block) and any(id(part) in wanted for part in block.modules()):
+            ran[group(name)] = ran.get(group(name), False) or getattr(block, RECOMPUTED)
+            names.setdefault(group(name), []).append(name)
+    return [name for key, of_group in names.items() if not ran[key] for name in of_group]
+
+
+def _disable_cache(module: nn.Module) -> None:
+    """Let transformers models run without the cache of keys and values while autograd records.
+
+    A recomputed layer would write to the cache twice. transformers sets `use_cache=False` itself only in training mode.
+    """
+    for model in module.modules():
+        if hasattr(model, "gradient_checkpointing_enable"):
+            parameters = list(inspect.signature(model.forward).parameters)
+            if "use_cache" in parameters:
+                hook = partial(_pass_no_cache, parameters.index("use_cache"))
+                model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _pass_no_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if torch.is_grad_enabled() and len(args) <= position:
+        kwargs["use_cache"] = False
+    return args, kwargs
+
+
+class _RecomputeInOwnMode:
+    """The function with which a transformers layer recomputes itself.
+
+    Lightning keeps these models in eval mode, where their layers recompute nothing, so the plugin sets `training` of
+    the layer, but not of the modules inside it. A layer's own dropout (OPT, BART) must be the same as without
+    recomputation, so while it runs, the layer has the mode of the modules inside it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if not getattr(self.layer, RECOMPUTED):
+            setattr(self.layer, RECOMPUTED, True)
+        return checkpoint(partial(self._run, function), *args, use_reentrant=False)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        inside = (part for part in self.layer.modules() if part is not self.layer and not isinstance(part, QLoRALinear))
+        mode, part = self.layer.training, next(inside, self.layer)
+        self.layer.training = part.training
+        try:
+            return function(*args)
+        finally:
+            self.layer.training = mode
+
+
+def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a block, recomputed in the backward pass; hooks of the block run once, outside of it."""
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if not getattr(block, RECOMPUTED):
+        setattr(block, RECOMPUTED, True)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Two or more children of one class in the outermost containers; recomputing a single layer saves no memory."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        blocks = [child for child in _flat(module) if _is_block(child)]
+        classes = Counter(type(block) for block in blocks)
+        repeated = [block for block in blocks if classes[type(block)] > 1]
+        if repeated:
+            yield from repeated
+            return
+    for child in module.children():
+        yield from _repeated_blocks(child)
+
+
+def _flat(container: nn.ModuleList | nn.Sequential) -> Iterator[nn.Module]:
+    """The children; of an nn.ModuleList inside, its children, because nobody calls the list. It may hold None."""
+    for child in container:
+        if isinstance(child, nn.ModuleList):
+            yield from _flat(child)
+        elif child is not None:
+            yield child
+
+
+def _is_block(child: nn.Module) -> bool:
+    return not isinstance(child, QLoRALinear) and bool(adapted_layers(child))

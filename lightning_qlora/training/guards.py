@@ -1,0 +1,85 @@
+"""Errors where Lightning would train the wrong parameters or lose the adapters without an error of its own."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_qlora.layers.qlora_linear import REPLACED
+
+
+def check_trainer(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a launcher that loses the adapters, and callbacks that work on weights which conversion replaces.
+
+    Raises:
+        RuntimeError: If the processes are spawned or forked from this one, or a callback holds a copy of the module
+            made before conversion, prunes weights, or freezes and unfreezes parameters.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher):
+        raise RuntimeError(
+            f"strategy={_strategy_name(trainer)!r} trains in processes spawned or forked from this one. When they end, "
+            "Lightning copies back only the weights that the module in this process has, and it has no adapters: they "
+            "would be lost without an error. Use strategy='ddp' in a script, or torchrun."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, BaseFinetuning):
+            raise RuntimeError(
+                f"{name} freezes parameters before the module is converted, and conversion decides again which "
+                "parameters train; later it makes all parameters trainable, which 4-bit ones can't be. Remove the "
+                "callback: QLoRA trains the adapters, and in full the modules named in modules_to_save."
+            )
+        if isinstance(callback, ModelPruning):
+            raise RuntimeError(
+                f"{name} sets entries of float weights to zero, and the weights of converted layers are 4-bit and "
+                "frozen. Remove the callback; to prune, merge the adapters first (lightning_qlora.merge) and prune "
+                "the dense module."
+            )
+        copy = _copy_held_by(callback, module)
+        if copy is not None:
+            raise RuntimeError(
+                f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
+                "full weights that the module no longer has. Remove the callback; to average, average the adapters of "
+                "several checkpoints."
+            )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that holds weights which conversion replaced, or that can't skip frozen 4-bit parameters.
+
+    Raises:
+        RuntimeError: As above.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
+    if replaced:
+        raise RuntimeError(
+            f"The {type(optimizer).__name__} was created before the module was converted: it holds the replaced "
+            f"weights of {len(replaced)} layers ({replaced[0]}, ...) and not their adapters, so nothing would train. "
+            "Fabric: model = fabric.setup_module(model), then make the optimizer from model.parameters(), then "
+            "fabric.setup_optimizers(optimizer). Trainer: make it in configure_optimizers; an optimizer that was made "
+            "earlier, as LightningCLI does, gets the adapters only if it has no state yet."
+        )
+    if isinstance(optimizer, LBFGS) and not all(p.is_floating_point() for p in parameters):
+        raise RuntimeError(
+            "LBFGS flattens all its parameters into one tensor, which frozen 4-bit ones can't be part of. Pass only "
+            "the parameters that train: LBFGS([p for p in self.parameters() if p.requires_grad])."
+        )
+
+
+def _copy_held_by(callback: Callback, module: nn.Module) -> str | None:
+    for name, value in vars(callback).items():
+        if isinstance(value, AveragedModel) or (type(value) is type(module) and value is not module):
+            return name
+    return None
+
+
+def _strategy_name(trainer: Trainer) -> str:
+    strategy: Any = trainer.strategy
+    method = getattr(strategy, "_start_method", None)
+    return f"ddp_{method}" if method else type(strategy).__name__

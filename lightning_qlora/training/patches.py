@@ -1,0 +1,193 @@
+"""Changes to code and objects of Lightning, torch and transformers that training needs, where they offer no hook.
+
+One function for each change, with the upstream file, the reason, the supported ways that were tried, and the upstream
+change that would remove it. None of them has an effect on a run without this package's plugin or layers.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from lightning_qlora.layers.patches import wrap_once
+from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
+
+
+def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Replace the forward pass of a module by one that is recomputed in the backward pass.
+
+    Upstream: torch/utils/checkpoint.py, checkpoint: the code that calls a module has to call it instead.
+    Supported ways tried: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py puts a module around the block,
+    which renames its parameters in state dicts, patterns and reports.
+    Removed by: a switch of nn.Module for gradient checkpointing.
+    """
+    block.forward = forward
+
+
+def recompute_transformers_layer(layer: nn.Module, function: Callable[..., Any]) -> None:
+    """Let a transformers layer recompute itself by `function(forward, *args)` while its `training` is true.
+
+    Upstream: transformers/modeling_layers.py, GradientCheckpointingLayer.__call__.
+    Supported ways tried: `gradient_checkpointing_enable` of a model takes arguments of torch's checkpoint, but not
+    another function, and torch's alone can't run the layer in its own mode (Lightning keeps these models in eval mode).
+    Removed by: gradient checkpointing in eval mode, in transformers.
+    """
+    layer.gradient_checkpointing = True  # type: ignore[assignment]
+    layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
+    """Keep the Trainer's teardown from moving a module whose weights are on the meta device to the CPU.
+
+    Upstream: lightning/pytorch/strategies/strategy.py, Strategy.teardown, calls `lightning_module.cpu()` after any
+    error; that raises "Cannot copy out of meta tensor" and hides our error, which names the layer.
+    Supported ways tried: none; every strategy calls Strategy.teardown.
+    Removed by: upstream raising the first error when teardown fails too.
+    """
+    trainer.strategy._lightning_module = None
+
+
+def convert_before_checkpoint_is_restored() -> None:
+    """Give the plugin the Trainer during `configure_model`, and convert the module right after it.
+
+    Upstream: lightning/pytorch/trainer/call.py, _call_configure_model. Next, Trainer._run restores the checkpoint (on
+    one device and under DDP), and later, in Strategy.setup, calls `convert_module`; but adapters can only be loaded
+    into a converted module. `module_init_context`, entered for `configure_model`, gets neither Trainer nor module.
+    Supported ways tried: a callback of the entry point `lightning.pytorch.callbacks_factory` gets the Trainer in its
+    `setup`, but no hook of a callback runs between `configure_model` and the restore, and it would be added to every
+    Trainer of the environment; Strategy.restore_checkpoint_after_setup also delays callbacks and `on_load_checkpoint`.
+    Removed by: a hook of Precision between `configure_model` and the restore.
+    """
+    from lightning.pytorch.trainer import call
+
+    def convert(original: Any, trainer: Any) -> None:
+        with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):
+            original(trainer)
+
+    wrap_once(call, "_call_configure_model", convert)
+
+
+@contextmanager
+def before_sharding(convert: Callable[[list[nn.Module]], None]) -> Iterator[None]:
+    """Within this, `convert` is called with the modules that `fully_shard` is about to shard.
+
+    Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py, fully_shard, which users call in `configure_model`
+    (lightning/pytorch/strategies/model_parallel.py): at `convert_module` the weights are sharded already. It is
+    replaced in every module that imported it. A module can't be converted inside fully_shard: its @contract checks
+    that no parameter gets another name.
+    Supported ways tried: none; fully_shard calls no hook.
+    Removed by: a hook between building a model and sharding it.
+    """
+    original: Any = import_module("torch.distributed.fsdp").fully_shard
+    steps = [convert]
+
+    @wraps(original)
+    def converting(module: Any, *args: Any, **kwargs: Any) -> Any:
+        for step in steps:
+            step([module] if isinstance(module, nn.Module) else list(module))
+        return original(module, *args, **kwargs)
+
+    _replace_in_all_modules(original, converting)
+    try:
+        yield
+    finally:
+        steps.clear()  # some object other than a module may still refer to it
+        _replace_in_all_modules(converting, original)
+
+
+def _replace_in_all_modules(old: Any, new: Any) -> None:
+    """Replace a function in the namespace of every imported module; see `before_sharding`."""
+    for namespace in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]:
+        for key in [key for key, value in list(namespace.items()) if value is old]:
+            namespace[key] = new
+
+
+def load_full_state_dicts_into_sharded_modules() -> None:
+    """Load a checkpoint in one file into a converted module that is sharded by the module's own load_state_dict.
+
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_raw_module_state, loads parameter by parameter and
+    fails on those that a checkpoint of adapters does not contain.
+    Supported ways tried: `strict_loading=False` of the LightningModule; it would also accept missing adapters.
+    Removed by: upstream calling load_state_dict of the module, which accepts whole tensors.
+    """
+
+    def load(original: Any, state_dict: Any, module: nn.Module, world_size: int = 1, strict: bool = True) -> None:
+        if _is_converted(module):
+            module.load_state_dict(state_dict, strict=strict)
+        else:
+            original(state_dict, module, world_size, strict)
+
+    wrap_once(import_module("lightning.fabric.strategies.model_parallel"), "_load_raw_module_state", load)
+
+
+def allow_keys_without_attributes() -> None:
+    """Accept keys in the state dict of a converted module that are not names of its attributes, such as fingerprints.
+
+    Upstream: torch/distributed/checkpoint/state_dict.py, _get_fqns, follows the module's attributes to remove the
+    prefixes of wrappers from every key; a key that a state dict hook added raises AttributeError.
+    Supported ways tried: `_extra_state`, whose key upstream accepts; torch saves it only for classes that define
+    `get_extra_state`, and the root, which holds the configuration and a fingerprint, is the user's module.
+    Removed by: upstream keeping keys that name no attribute.
+    """
+
+    def names(original: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(model, name, *args, **kwargs)
+        except AttributeError:
+            if not _is_converted(model):
+                raise
+            return {name}
+
+    wrap_once(import_module("torch.distributed.checkpoint.state_dict"), "_get_fqns", names)
+
+
+def count_weights_in_model_summary() -> None:
+    """Let Lightning's ModelSummary count the weights of 4-bit layers, and the bytes that all parameters really take.
+
+    Upstream: lightning/pytorch/utilities/model_summary/model_summary.py: LayerSummary.num_parameters and
+    ModelSummary.total_parameters count the elements of the packed tensors; ModelSummary.model_size multiplies them by
+    the bytes of the Trainer's precision.
+    Supported ways tried: none; the callback chooses its summary class by the strategy (DeepSpeedSummary).
+    Removed by: ModelSummary asking a module for its number of parameters and bytes.
+    """
+    summary: Any = import_module("lightning.pytorch.utilities.model_summary.model_summary")
+
+    def layer_parameters(original: Any, layer: Any) -> Any:
+        return original(layer) + weights_minus_elements(layer._module)
+
+    def all_parameters(original: Any, model: Any) -> Any:
+        return original(model) + weights_minus_elements(model._model)
+
+    def megabytes(original: Any, model: Any) -> Any:
+        return parameter_bytes(model._model) / 1e6 if _is_converted(model._model) else original(model)
+
+    wrap_once(summary.LayerSummary, "num_parameters", layer_parameters)
+    wrap_once(summary.ModelSummary, "total_parameters", all_parameters)
+    wrap_once(summary.ModelSummary, "model_size", megabytes)
+
+
+def count_weights_in_transformers() -> None:
+    """Let `num_parameters()` of a transformers model count the weights of 4-bit layers, if transformers is loaded.
+
+    Upstream: transformers/modeling_utils.py, PreTrainedModel.num_parameters, which counts elements; it knows 4-bit
+    weights only as bitsandbytes' Params4bit.
+    Supported ways tried: none; an HfQuantizer is not asked.
+    Removed by: num_parameters asking the quantizer, or the module, for the number of weights.
+    """
+    upstream: Any = sys.modules.get("transformers.modeling_utils")
+    if upstream is None:
+        return
+
+    def count(original: Any, model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> Any:
+        more = 0 if only_trainable else weights_minus_elements(model)
+        return original(model, only_trainable, exclude_embeddings) + more
+
+    wrap_once(upstream.PreTrainedModel, "num_parameters", count)
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return any("_qlora_frozen" in vars(part) for part in module.modules())

@@ -1,0 +1,243 @@
+"""QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision.precision import Precision as FabricPrecision
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_qlora.config import QLoRAConfig, takes_arguments_of
+from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
+from lightning_qlora.kernels import scratch
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.training import guards, patches
+from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
+from lightning_qlora.training.convert import convert_module, has_meta, is_converted
+from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
+from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
+from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.training.report import ConversionReport
+from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
+
+patches.convert_before_checkpoint_is_restored()
+patches.load_full_state_dicts_into_sharded_modules()
+patches.allow_keys_without_attributes()
+patches.count_weights_in_model_summary()
+
+
+class QLoRAPrecision(Precision):
+    """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
+
+    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter, and only the adapters are trained
+    (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
+    `QLoRAConfig`; `__init__` has their descriptions.
+
+    Attributes:
+        config: The arguments, checked.
+        pager: Pages the optimizers' state; `pager.report()` lists the pages and how they are moved.
+        report: The report of the last conversion; None before the first one.
+
+    Raises:
+        TypeError, ValueError: If an argument is wrong; the message names it, its value, and what is allowed.
+    """
+
+    precision = "32-true"
+
+    @takes_arguments_of(QLoRAConfig)
+    def __init__(self, config: QLoRAConfig) -> None:
+        self.config = config
+        self.report: ConversionReport | None = None
+        self.pager = Pager()
+        self._trainer: Trainer | None = None  # only within configure_model
+        self._module: weakref.ref[nn.Module] | None = None
+        self._mode_before: dict[nn.Module, bool] = {}
+        self._evaluating = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
+        return {**vars(self), "_module": None}
+
+    @override
+    @contextmanager
+    def module_init_context(self) -> Iterator[None]:
+        """Within this (`configure_model`), transformers models are quantized while loading, others before sharding."""
+        sharding = convert_before_sharding(self._trainer, self.config, self.convert_module)
+        with quantize_while_loading(self.config), sharding:
+            yield
+
+    @contextmanager
+    def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:
+        """Within this (`configure_model`), the Trainer is known; then convert, if a checkpoint is restored next.
+
+        `patches.convert_before_checkpoint_is_restored` calls it.
+        """
+        self._trainer = trainer
+        try:
+            yield
+        finally:
+            self._trainer = None
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self.convert_module(trainer.lightning_module)
+
+    def init(self) -> AbstractContextManager[Any]:
+        """The context of `configure_model`, for a constructor: `with plugin.init(): module = MyModule()`."""
+        return self.module_init_context()
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert the module in place; of a converted module only the training mode is set."""
+        trainer, device = _trainer_of(module), None
+        if trainer is not None:
+            guards.check_trainer(trainer, module)  # type: ignore[arg-type]
+            device = trainer.strategy.root_device
+            if has_meta(module):
+                patches.skip_moving_meta_module_at_teardown(trainer)
+        converted_before = is_converted(module)
+        report = convert_module(module, self.config, device, sharded=shards_module(trainer))
+        if not converted_before:
+            rank_zero_only(report.show)()
+        if not converted_before or self.report is None:
+            self.report = report
+        self._module = weakref.ref(module)
+        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        if trainer is not None:
+            check_fsdp_groups(module)
+            if not self._evaluating:
+                self._set_training_mode(module)
+        return module
+
+    def _set_training_mode(self, module: nn.Module) -> None:
+        """Set the adapters to training mode: transformers loads in eval mode, and Lightning does not change that."""
+        recomputed = transformers_checkpointing_layers(module) if self.config.gradient_checkpointing else ()
+        for layer in (*adapted_layers(module).values(), *recomputed):
+            self._mode_before.setdefault(layer, layer.training)
+            layer.training = True
+
+    def _layers(self) -> Iterator[QLoRALinear]:
+        module = None if self._module is None else self._module()
+        return (part for part in (() if module is None else module.modules()) if isinstance(part, QLoRALinear))
+
+    @property
+    def _calibration(self) -> Calibration | None:
+        return None if self._module is None else calibration_of(self._module())
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Calibrate the adapters on the Trainer's batch before training on it, if they are initialized from data."""
+        if self._calibration is not None and self._module is not None:
+            trainer = _trainer_of(self._module())
+            if trainer is not None:
+                self._calibration.before_batch(trainer, data)
+        return super().convert_input(data)
+
+    @override
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast, if fp32 weights are computed in 16 bit, so that all layers compute in 16 bit."""
+        layer = next(self._layers(), None)
+        if layer is None or layer.weight_dtype is not torch.float32:
+            return nullcontext()
+        dtype = layer.compute_dtype(layer.packed)
+        return nullcontext() if dtype is torch.float32 else torch.autocast(layer.packed.device.type, dtype)
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Check the Trainer's optimizers and page their state; a checkpoint restores the state after this."""
+        layers = {layer.full_name: layer for layer in self._layers()}
+        for optimizer in optimizers:
+            replace_parameters_by_adapters(optimizer, layers)
+            self._set_up_optimizer(optimizer)
+        return super().connect(model, optimizers, lr_schedulers)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Check, between a backward pass and the step, that adapters are calibrated and have gradients."""
+        if self._calibration is not None:
+            self._calibration.before_step(optimizer)
+        module = None if self._module is None else self._module()
+        if module is not None and self.report is not None:
+            audit_first_step(optimizer, module, self.report.unused)
+
+    def _set_up_optimizer(self, optimizer: Optimizer) -> None:
+        guards.check_optimizer(optimizer)
+        if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
+            self.pager.attach(optimizer)
+
+    @override
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        return _precision_class(module).pre_backward(self, tensor, module)
+
+    @override
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        _precision_class(model).backward(self, tensor, model, *args, **kwargs)
+
+    @override
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        return _precision_class(module).post_backward(self, tensor, module)
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        closure: Callable[[], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
+        if model is not None:
+            return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
+        self._set_up_optimizer(optimizer)
+        if closure is None:
+            self._before_step(optimizer)
+        else:
+            kwargs["closure"] = closure
+        return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
+
+    @override
+    def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
+        """See `_before_step`; the Trainer calls this between its backward pass and its step."""
+        self._before_step(optimizer)
+        super()._after_closure(model, optimizer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The states of torch's random generators, which dropout masks are drawn from."""
+        return {"random_state": gather_torch_rng_states()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the random generators, so that a resumed run draws the same dropout masks."""
+        if not self._evaluating:
+            set_torch_rng_state_of_rank(state_dict["random_state"])
+
+    @override
+    def teardown(self) -> None:
+        """Restore the training mode of the layers; free the pages of the optimizers and the decode buffers."""
+        for layer, mode in self._mode_before.items():
+            layer.training = mode
+        self._mode_before.clear()
+        self.pager.close()
+        scratch.release()
+
+
+def _trainer_of(module: nn.Module | None) -> Trainer | None:
+    """The Trainer a module is attached to; None in Fabric."""
+    return module._trainer if isinstance(module, LightningModule) else None
+
+
+def _precision_class(module: nn.Module | None) -> type[Any]:
+    return FabricPrecision if _trainer_of(module) is None else Precision

@@ -1,0 +1,146 @@
+"""ConversionReport: the status of every layer after conversion, and the numbers of parameters and bytes."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_qlora.layers.experts import SUFFIX, is_expert
+from lightning_qlora.layers.lora import ADAPTER
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.calibration.report import CalibrationReport
+
+
+@dataclass
+class ConversionReport:
+    """The status of every layer after conversion, and the numbers of parameters and bytes.
+
+    Attributes:
+        converted: Names of the layers that are 4-bit with an adapter; `NAME_experts.i` for an expert of a parameter.
+        trained_in_full: Name -> reason, of modules that train without 4 bits and without an adapter.
+        skipped: Name -> reason, of linear layers that are not converted and frozen.
+        trainable_parameters: Number of parameters that train.
+        total_parameters: Number of all parameters, adapters included; a 4-bit weight counts as its weights.
+        bytes_before: Bytes of the parameters before conversion.
+        bytes_after: Bytes of the parameters now, adapters included.
+        seconds: Time of the conversion.
+        shapes: Name -> (out_features, in_features) of the converted layers.
+        deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
+            1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
+        calibration: Status of adapters that are initialized from the first training batch; None if none are.
+        unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
+    """
+
+    converted: list[str]
+    trained_in_full: dict[str, str]
+    skipped: dict[str, str]
+    trainable_parameters: int
+    total_parameters: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    deferred_logits: dict[str, int] = field(default_factory=dict)
+    calibration: CalibrationReport | None = None
+    unused: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, status and number of layers (or parameters of experts) whose names differ only in a number."""
+        groups: Counter[tuple[str, str]] = Counter()
+        stacks = Counter(name.rpartition(".")[0] for name in self.converted if is_expert(name))
+        for stack, experts in stacks.items():
+            rows, columns = self.shapes[f"{stack}.0"]
+            name = stack.removesuffix(SUFFIX)
+            groups[group(name), f"4-bit + adapter, {experts} experts of {rows}x{columns}"] += 1
+        for name in self.converted:
+            if is_expert(name):
+                continue
+            rows, columns = self.shapes[name]
+            groups[group(name), f"4-bit + adapter, {rows}x{columns}"] += 1
+        for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
+            for name, reason in kept.items():
+                groups[group(name), f"{verb}: {reason}"] += 1
+        return [(name, status, str(count)) for (name, status), count in groups.items()]
+
+    def summary(self) -> str:
+        """Parameters, bytes, time, deferred logits, and the calibration."""
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        return (
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)\n"
+            f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
+            f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
+            + "".join(
+                f"\nlogits of {name or 'the module itself'}: "
+                + (f"deferred, saves {size_text(saved)} for each 1,000 tokens" if saved else "not deferred (sharded)")
+                for name, saved in self.deferred_logits.items()
+            )
+            + (f"\n{self.calibration}" if self.calibration else "")
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{name}  x{count}  {status}" for name, status, count in self.rows()]
+        return "\n".join(["QLoRA", *lines, self.summary()])
+
+    def show(self) -> None:
+        """Print a table if rich is installed, else plain lines."""
+        try:
+            from rich.console import Console
+            from rich.table import Column, Table
+        except ImportError:
+            print(self)
+            return
+        table = Table(
+            Column("layer", overflow="fold"),
+            "status",
+            "layers",
+            title="QLoRA",
+            title_justify="left",
+            caption=self.summary(),
+            caption_justify="left",
+        )
+        for row in self.rows():
+            table.add_row(*row)
+        Console().print(table)
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int, int]:
+    """Parameters that train, all parameters, and their bytes; shared ones count once, a 4-bit weight as its weights."""
+    parameters = list(module.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return trainable, sum(p.numel() for p in parameters) + weights_minus_elements(module), parameter_bytes(module)
+
+
+def weights_minus_elements(module: nn.Module) -> int:
+    """Number of weights in the 4-bit layers of a module, minus the number of elements that store them."""
+    layers = adapted_layers(module).values()
+    stored = [p for layer in layers for key, p in layer._parameters.items() if key in BASE and p is not None]
+    return sum(layer.weight_bytes.numel for layer in layers) - sum(p.numel() for p in stored)
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(p.nbytes for p in module.parameters())
+
+
+def dense_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
+    layers = adapted_layers(module).values()
+    own = {id(p) for layer in layers for key in (*BASE, *ADAPTER) if (p := layer._parameters.get(key)) is not None}
+    dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
+    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in own)
+
+
+def group(name: str) -> str:
+    """A name with * for every number between dots; layers of one group have the same."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(the module itself)"
+
+
+def size_text(count: float) -> str:
+    """A number of bytes with a decimal unit: 1.5 MB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

@@ -1,0 +1,208 @@
+"""Adapters read from Lightning checkpoints, compared with those of the module that was saved."""
+
+import inspect
+import json
+import pickle
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import load_file
+
+from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from lightning_qlora.adapters.base_compatibility import convert_to_float_base
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.layers.names import names_of_modules
+from lightning_qlora.tools.cli import main
+from tests.conftest import elsewhere
+from tests.toys import Lit, logits, toy
+
+pytest.importorskip("transformers")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.fixture
+def saved(tmp_path, trainer):
+    """Trains a module with some arguments; its checkpoint."""
+
+    def train(lit, **arguments):
+        run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, **arguments), max_steps=2)
+        run.fit(lit)
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        return tmp_path / "x.ckpt"
+
+    return train
+
+
+def same_folders(lit, checkpoint, folder):
+    """The folder that the checkpoint gives is the one that the module gives; its config."""
+    save_adapter(lit, folder / "a")
+    write_adapter(read_adapter_from_checkpoint(checkpoint), folder / "b")
+    a, b = (load_file(folder / f"{x}/adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (json.loads((folder / f"{x}/adapter_config.json").read_text()) for x in "ab")
+    assert a == b
+    return b
+
+
+@pytest.mark.parametrize("part", ["whole", "block"])
+def test_compiled_parts_have_plain_names(part, saved, tmp_path):
+    lit = Lit(toy("llama"))
+    if part == "whole":
+        lit.model = torch.compile(lit.model, backend="eager")
+    else:
+        lit.model.model.layers[1] = torch.compile(lit.model.model.layers[1], backend="eager")
+    checkpoint = saved(lit, modules_to_save=["norm"], rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})
+    same_folders(lit, checkpoint, tmp_path)
+    adapter = read_adapter_from_checkpoint(checkpoint)
+    assert adapter.layers["model.layers.1.self_attn.v_proj"].alpha == 3
+    assert list(adapter.saved) == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("targets", ["q_proj", r".*layers\.1.*q_proj", r".*layers\.1\..*proj"])
+def test_target_modules_select_only_the_adapted_layers(targets, saved, tmp_path):
+    """Some layers of the same name have no adapter: the module knows them, so its checkpoint does."""
+    peft = pytest.importorskip("peft")
+    lit = Lit(toy("llama"))
+    checkpoint = saved(lit, target_modules=[targets] if targets == "q_proj" else targets)
+    same_folders(lit, checkpoint, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(toy("llama"), tmp_path / "b")
+    found = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert found == read_adapter_from_checkpoint(checkpoint).layers.keys()
+
+
+class WithHyperparameters(Lit):
+    def __init__(self, value):
+        super().__init__(toy("llama"))
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("value", [Path("data"), np.float64(0.1), torch.optim.AdamW], ids=["path", "numpy", "class"])
+def test_hyperparameters_that_are_not_plain_values(value, saved, capsys, tmp_path):
+    """One line that says what to do, and weights_only=False, everywhere a checkpoint is read."""
+    checkpoint = str(saved(WithHyperparameters(value)))
+    message = r"x.ckpt: holds a \S+, .* If you trust them, pass weights_only=False"
+    for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(WithHyperparameters, path)):
+        with pytest.raises(ValueError, match=message) as error:
+            read(checkpoint)
+        assert "\n" not in str(error.value)
+    commands = (["inspect", checkpoint], ["export", checkpoint, str(tmp_path / "out")])
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert re.search(message, capsys.readouterr().err)
+        main([*command, "--weights_only", "false"])
+    again = load_from_checkpoint(WithHyperparameters, checkpoint, weights_only=False)
+    assert again.hparams.value == value
+    assert read_adapter_from_checkpoint(checkpoint, weights_only=False).r == 4
+
+
+@pytest.mark.skipif("weights_only" not in inspect.signature(Trainer.fit).parameters, reason="Lightning before 2.6")
+def test_weights_only_of_the_trainer_is_used(saved, trainer):
+    checkpoint = saved(WithHyperparameters(Path("data")))
+    module, run = WithHyperparameters(Path("data")), trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=4)
+    for arguments in ({}, {"weights_only": False}, {}):  # and does so once
+        expected = nullcontext() if arguments else pytest.raises(pickle.UnpicklingError, match="PosixPath")
+        with expected:
+            run.fit(module, ckpt_path=checkpoint, **arguments)
+    assert run.global_step == 2  # restored
+
+
+@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {"a": torch.ones(2)}, 3])
+def test_files_that_are_no_checkpoints(content, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt: holds no 'qlora_config'"):
+        read_adapter_from_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt' holds no 'qlora_config'"):
+        load_from_checkpoint(Lit, tmp_path / "x.pt")
+    (tmp_path / "y.pt").write_bytes(b"nothing")
+    for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(Lit, path)):
+        with pytest.raises(ValueError, match=r"y.pt: not a checkpoint, or truncated"):
+            read(tmp_path / "y.pt")
+
+
+def test_older_checkpoints_give_full_names_as_target_modules(saved):
+    checkpoint = saved(Lit(toy("llama")), target_modules=r".*layers\.1.*q_proj")
+    content = torch.load(checkpoint, weights_only=True)
+    arguments = json.loads(bytes(content["state_dict"][CONFIG].tolist()))
+    del arguments["base_model"]["target_modules"]
+    content["state_dict"][CONFIG] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
+    torch.save(content, checkpoint)
+    assert read_adapter_from_checkpoint(checkpoint).target_modules == ["model.layers.1.self_attn.q_proj"]
+
+
+class Llama(Lit):
+    def __init__(self):
+        with torch.device("cpu"):
+            super().__init__(toy("llama"))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
+def test_the_default_device_has_no_effect(arguments, saved, tmp_path):
+    checkpoint = saved(lit := Llama(), **arguments)
+    expected = read_adapter_from_checkpoint(checkpoint)
+    with elsewhere():
+        adapter, module = read_adapter_from_checkpoint(checkpoint), load_from_checkpoint(Llama, checkpoint)
+    assert torch.equal(logits(module.model), logits(lit.model))
+    for name, layer in adapter.layers.items():
+        assert torch.equal(layer.lora_A, expected.layers[name].lora_A)
+
+
+class Heads(LightningModule):
+    """Layers whose names end the same, beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.ModuleDict({"head": torch.nn.Linear(64, 64)})
+        self.decoder = torch.nn.ModuleDict({"head": torch.nn.Linear(64, 64)})
+
+    def training_step(self, batch, batch_idx):
+        return self.decoder["head"](self.model["head"](torch.ones(2, 64))).square().mean()
+
+    train_dataloader, configure_optimizers = Lit.train_dataloader, Lit.configure_optimizers
+
+
+@pytest.mark.parametrize("pattern", ["model.head", r"^model\.head", "^head", "head"])
+def test_a_checkpoint_gives_each_layer_the_scaling_that_it_had(pattern, saved):
+    lit = Heads()
+    adapter = read_adapter_from_checkpoint(saved(lit, alpha_pattern={pattern: 32}))
+    assert (lit.model["head"].scaling, lit.decoder["head"].scaling) == (8, 2 if "model" in pattern else 8)
+    for name, layer in lit.named_children():
+        assert adapter.scaling(f"{name}.head") == layer["head"].scaling
+
+
+def test_a_checkpoint_of_the_version_before_keeps_its_seeds_and_scalings(saved, tmp_path, monkeypatch):
+    """It recorded neither: seeds were made from full names, and a pattern matched with and without the first part."""
+    toy("llama").save_pretrained(tmp_path / "base")
+    arguments = {"init_lora_weights": "pissa_niter_1", "alpha_pattern": {r"model\.layers\.0\..*q_proj": 3}}
+
+    def by_full_names(root):
+        return {key: names._replace(seed_name=names.forms[0]) for key, names in names_of_modules(root).items()}
+
+    with monkeypatch.context() as before:
+        before.setattr("lightning_qlora.layers.selection.names_of_modules", by_full_names)
+        lit = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
+        path = saved(lit, **arguments)
+    expected = convert_to_float_base(get_adapter(lit))
+    checkpoint = torch.load(path, weights_only=False)
+    words = json.loads(bytes(checkpoint["state_dict"][CONFIG].tolist()))
+    assert words["base_model"].pop("seed_names") and words["base_model"].pop("lora_alphas")
+    checkpoint["state_dict"][CONFIG] = torch.tensor(list(json.dumps(words).encode()), dtype=torch.uint8)
+    torch.save(checkpoint, path)
+    resumed = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
+    convert(resumed, **ARGUMENTS, **arguments)
+    resumed.load_state_dict(checkpoint["state_dict"])
+    for adapter in (read_adapter_from_checkpoint(path), get_adapter(resumed)):
+        made = convert_to_float_base(adapter, tmp_path / "base")
+        assert made.layers.keys() == expected.layers.keys()
+        for name, layer in made.layers.items():
+            other = expected.layers[name]
+            assert torch.equal(layer.lora_A, other.lora_A) and torch.equal(layer.lora_B, other.lora_B)
+            assert layer.alpha == other.alpha and adapter.layers[name].alpha == (3 if ".0.self_attn.q" in name else 8)

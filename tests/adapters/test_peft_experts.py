@@ -1,0 +1,209 @@
+"""Adapters of experts: PEFT computes our logits from our folders, and we PEFT's from PEFT's."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections, write_adapter
+from lightning_qlora.adapters.save_load import config_of_adapter
+from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.names import matches
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tools.inspect_path import inspect_path
+from tests.layers import test_experts as toys
+
+peft = pytest.importorskip("peft", minversion="0.21")
+transformers = pytest.importorskip("transformers", minversion="5")
+
+
+def mixtral():
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    return transformers.MixtralForCausalLM, transformers.MixtralConfig(**{**toys.SMALL, **more})
+
+
+def deepseek_v3():
+    more = {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+        "n_shared_experts": 1,
+    }  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config(**{**toys.SMALL, **more})
+
+
+def olmoe():
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    return transformers.OlmoeForCausalLM, transformers.OlmoeConfig(**{**toys.SMALL, **more})
+
+
+FAMILIES = (toys.qwen3_moe, mixtral, toys.gpt_oss, deepseek_v3, olmoe, toys.llama4, toys.nemotron_h, toys.jetmoe)
+
+
+def converted(build, seed=0, **arguments):
+    """A model with its experts and linear layers in 4 bits, and adapters that are not 0."""
+    model = toys.made(build).eval()
+    toys.convert_stacks(model)
+    convert(model, r=2, lora_alpha=4, lora_dropout=0.1, **arguments)
+    torch.manual_seed(seed)
+    for layer in adapted_layers(model).values():
+        with torch.no_grad():
+            layer.lora_A.normal_(std=0.1)
+            layer.lora_B.normal_(std=0.1)
+    return model.eval()
+
+
+def decoded_base(build, model):
+    """The dense model with the decoded 4-bit weights, without adapters."""
+    dense, weights = toys.made(build).eval(), {}
+    for name, _, _, stack in expert_stacks(model):
+        weights[name] = stack.stack(lambda layer: layer.decode()).detach()
+    for name, layer in adapted_layers(model).items():
+        if "proj_experts." not in name and "weight_experts." not in name:
+            weights[f"{name}.weight"] = layer.decode()
+    _, unexpected = dense.load_state_dict(weights, strict=False)
+    assert weights and not unexpected
+    return dense
+
+
+def logits(model):
+    return toys.outputs(model).logits.detach()
+
+
+def assert_same_folders(first, second):
+    """Safetensors writes metadata in no fixed order, so the bytes of the files may differ."""
+    assert (first / "adapter_config.json").read_text() == (second / "adapter_config.json").read_text()
+    a, b = load_file(first / "adapter_model.safetensors"), load_file(second / "adapter_model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("build", FAMILIES)
+def test_peft_reads_ours(build, tmp_path):
+    model = converted(build)
+    save_adapter(model, tmp_path)
+    base = decoded_base(build, model)
+    assert (logits(base) - logits(model)).abs().max() > 1e-3
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("build", FAMILIES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_read_pefts(build, rslora, tmp_path):
+    model = converted(build)
+    names = [name for name, _, _, _ in expert_stacks(model)]
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, target_modules=["q_proj"],
+        alpha_pattern={names[0].replace(".", r"\."): 7},
+        rank_pattern={names[0].replace(".", r"\."): 2},
+        target_parameters=sorted({".".join(name.split(".")[-2:]) for name in names}),
+    )  # fmt: skip
+    if build in (deepseek_v3, toys.jetmoe):
+        config.target_modules = ["o_proj"]
+    theirs = peft.get_peft_model(decoded_base(build, model), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    save_adapter(model, tmp_path / "ours")
+    before = load_file(tmp_path / "theirs/adapter_model.safetensors")
+    after = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_what_is_written_of_experts(tmp_path):
+    model = converted(toys.gpt_oss, target_modules=["q_proj"])
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"] and config["lora_dropout"] == 0
+    assert config["target_parameters"] == [
+        f"model.layers.{i}.mlp.experts.{key}" for i in (0, 1) for key in ("down_proj", "gate_up_proj")
+    ]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_"
+    layer = model.model.layers[1].mlp.experts.gate_up_proj_experts[3]
+    assert torch.equal(tensors[f"{key}A.weight"][6:], layer.lora_A)  # rank 2: rows 6 and 7 are expert 3
+    assert torch.equal(tensors[f"{key}B.weight"][:, 3::4], layer.lora_B)  # 4 experts: columns 3 and 7
+
+
+def test_what_peft_has_no_place_for_is_refused_and_nothing_is_written(tmp_path):
+    flat = toys.made(toys.dbrx)
+    toys.convert_stacks(flat)
+    ranks = converted(toys.qwen3_moe)
+    layer = ranks.model.layers[0].mlp.experts.down_proj_experts[1]
+    layer.set_adapter(layer.lora_A.detach()[:1], layer.lora_B.detach()[:, :1])
+    dora = converted(toys.qwen3_moe, use_dora=True, target_modules=["q_proj"])
+    for model, name, why in (
+        (flat, "transformer.blocks.0.ffn.experts.mlp.w2", "one matrix"),
+        (ranks, "model.layers.0.mlp.experts.down_proj", "one rank"),
+        (dora, "model.layers.0.mlp.experts.", "no DoRA"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*no place in a PEFT folder.*{why}"):
+            save_adapter(model, tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+
+
+def test_errors_name_file_and_key(tmp_path):
+    save_adapter(converted(toys.qwen3_moe, target_modules=["q_proj"]), tmp_path)
+    key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
+
+    def refused(model, match):
+        with pytest.raises(CheckpointMismatchError, match=match) as error:
+            load_adapter(model, tmp_path)
+        assert str(tmp_path / "adapter_model.safetensors") in str(error.value)
+
+    refused(converted(lambda: toys.qwen3_moe(num_experts=5)), "layers.0.mlp.experts.*has 5 experts of 32 inputs and 64")
+    refused(converted(lambda: toys.qwen3_moe(num_hidden_layers=1)), "layers.1.mlp.experts.*has no such module")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors[key], tensors[key.replace("lora_A", "lora_B")]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    refused(converted(toys.qwen3_moe), "layers.1.mlp.experts.lora_A.*target_parameters names: gate_up_proj, down_proj")
+
+
+def test_the_order_of_conversion_does_not_matter(tmp_path):
+    model, reverse = converted(toys.qwen3_moe), toys.made(toys.qwen3_moe).eval()
+    for name, owner in list(reverse.named_modules()):
+        for key in ("down_proj", "gate_up_proj"):
+            if key in owner._parameters and owner._parameters[key].ndim == 3:
+                toys.QLoRAExperts.from_parameter(owner, key, toys.CONFIG, f"{name}.{key}", 6, False)
+    convert(reverse, r=2, lora_alpha=4)
+    save_adapter(model, tmp_path)
+    load_adapter(reverse, tmp_path)
+    torch.testing.assert_close(logits(reverse), logits(model))
+
+
+def test_an_adapter_of_experts_in_a_checkpoint(tmp_path):
+    model = converted(toys.qwen3_moe, target_modules=["q_proj"])
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    found = read_adapter_from_checkpoint(tmp_path / "x.ckpt")
+    write_adapter(found, tmp_path / "a")
+    save_adapter(model, tmp_path / "b")
+    assert_same_folders(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_arguments_that_convert_the_layers_of_a_folder(tmp_path):
+    model = converted(toys.qwen3_moe, target_modules=["q_proj"])
+    save_adapter(model, tmp_path)
+    dense = toys.made(toys.qwen3_moe)
+    config = config_of_adapter(dense, read_adapter(tmp_path), toys.CONFIG)
+    names = {name for name, _, _, _ in expert_stacks(model)} | {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    everything = [*(name for name, _ in dense.named_modules()), *(name for name, _ in dense.named_parameters())]
+    assert {name for name in everything if matches(name, config.target_modules)} == names
+    assert config.r == 2 and config.lora_alpha == 4
+
+
+def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
+    save_adapter(converted(toys.qwen3_moe, target_modules=["q_proj"]), tmp_path / "a")
+    assert any("x2" in value and value.startswith("6:") for _, value in inspect_path(tmp_path / "a"))
+    write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
+    assert_same_folders(tmp_path / "a", tmp_path / "b")
+    assert "experts" in vllm_objections(read_adapter(tmp_path / "a"))[0]
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")  # as PEFT writes it: without our metadata
+    with pytest.raises(ValueError, match="only its model says which parameters"):
+        write_adapter(read_adapter(tmp_path / "a"), tmp_path / "c")

@@ -1,0 +1,471 @@
+"""Adapter folders: PEFT reads ours, we read PEFT's, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRALinear,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
+from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections
+from tests.conftest import Classifier, elsewhere
+from tests.toys import NAMES, Lit, ids, logits, perturb, toy
+
+peft = pytest.importorskip("peft")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def converted(name, seed=0, **arguments):
+    lit = Lit(toy(name))
+    convert(lit, **{**ARGUMENTS, **arguments})
+    return perturb(lit, seed=seed)
+
+
+def decoded_base(name, lit):
+    """A float model with the decoded 4-bit weights, on which the adapter was trained."""
+    base = toy(name)
+    for key, layer in lit.model.named_modules():
+        if isinstance(layer, QLoRALinear):
+            base.get_submodule(key).weight.data = layer.decode().contiguous()
+    return base
+
+
+def bnb_base(name, folder, skip=("lm_head", "classifier")):
+    """The toy loaded by transformers with bitsandbytes' 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    model = toy(name)
+    model.save_pretrained(folder)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=list(skip),
+    )  # fmt: skip
+    return (
+        type(model)
+        .from_pretrained(folder, quantization_config=quantization, dtype=torch.float32, device_map="cpu")
+        .eval()
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_reads_ours_on_the_float_base(name, tmp_path):
+    lit = converted(name)
+    save_adapter(lit, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(decoded_base(name, lit), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_reads_ours_on_the_4_bit_base(name, tmp_path):
+    lit = converted(name, exclude_modules=["wo"])  # transformers keeps T5's in fp32, so bitsandbytes gets none
+    save_adapter(lit, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(bnb_base(name, tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_to_ours_to_peft(name, rslora, tmp_path):
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query"], "t5": ["q", "wo"]}
+    theirs = peft.get_peft_model(
+        toy(name),
+        peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=targets[name], use_rslora=rslora, fan_in_fan_out=name == "gpt2",
+            rank_pattern={next(iter(targets[name])): 8}, alpha_pattern={targets[name][-1]: 3},
+            modules_to_save=["classifier"] if name == "bert" else None,
+        ),
+    )  # fmt: skip
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    lit = Lit(toy(name))
+    convert(lit, adapter=str(tmp_path / "theirs"))
+    save_adapter(lit, tmp_path / "ours")
+    before, after = (
+        load_file(tmp_path / "theirs/adapter_model.safetensors"),
+        load_file(tmp_path / "ours/adapter_model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    again = peft.PeftModel.from_pretrained(decoded_base(name, lit), tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(lit.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ours_to_peft_to_ours(name, tmp_path):
+    lit = converted(name)
+    save_adapter(lit, tmp_path / "ours")
+    peft.PeftModel.from_pretrained(toy(name), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = converted(name, seed=1)
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("on", ["float", "4 bits"])
+def test_an_adapted_output_embedding_whose_base_weight_peft_saves_too(on, tmp_path):
+    lit = converted("llama", target_modules=["q_proj", "lm_head"])
+    save_adapter(lit, tmp_path / "ours")
+    base = toy("llama") if on == "float" else bnb_base("llama", tmp_path / "base", skip=[])
+    peft.PeftModel.from_pretrained(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert any(".base_layer." in key for key in load_file(tmp_path / "theirs/adapter_model.safetensors"))
+    again = converted("llama", seed=1, target_modules=["q_proj", "lm_head"])
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+def test_modules_to_save_and_small_heads(tmp_path):
+    lit = converted("bert", modules_to_save=["pooler"])
+    save_adapter(lit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]  # the head is smaller than an adapter
+    theirs = peft.PeftModel.from_pretrained(decoded_base("bert", lit), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_tied_output_embedding_in_modules_to_save(name, tmp_path):
+    lit = converted(name, modules_to_save=["lm_head"])
+    save_adapter(lit, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(decoded_base(name, lit), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+    again = converted(name, seed=1, modules_to_save=["lm_head"])
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+TIED = [
+    ("llama", "q_proj", ["embed_tokens"]),
+    ("llama", "q_proj", ["lm_head"]),
+    ("llama", "q_proj", ["embed_tokens", "lm_head"]),
+    ("gpt2", "c_attn", ["wte"]),
+    ("t5", "q", ["shared"]),
+]
+
+
+def tied(name):
+    return toy(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
+
+
+@pytest.mark.parametrize(("name", "target", "modules"), TIED)
+def test_a_tied_weight_that_peft_trained_separately_is_refused(name, target, modules, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=[target], modules_to_save=modules, fan_in_fan_out=name == "gpt2")
+    perturb(peft.get_peft_model(tied(name), config)).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"was trained separately from .*ensure_weight_tying=True"
+    ) as error:
+        convert(Lit(tied(name)), adapter=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    perturb(peft.get_peft_model(tied("llama"), config)).save_pretrained(tmp_path)
+    lit = Lit(tied("llama"))
+    convert(lit, adapter=str(tmp_path))
+    assert lit.model.lm_head.weight is lit.model.model.embed_tokens.weight
+    base = tied("llama")
+    for key, layer in lit.model.named_modules():
+        if isinstance(layer, QLoRALinear):
+            base.get_submodule(key).weight.data = layer.decode()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(lit.model), logits(theirs), atol=1e-5, rtol=0)
+
+
+def test_names_are_those_of_the_model_and_target_modules_are_short(tmp_path):
+    lit = converted("llama")
+    save_adapter(lit, tmp_path)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
+
+
+def test_only_some_of_the_layers_of_a_name_are_adapted(tmp_path):
+    lit = converted("llama", target_modules=r".*layers\.1\..*proj")
+    save_adapter(lit, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(decoded_base("llama", lit), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+
+
+def test_a_compiled_model_has_the_same_names(tmp_path):
+    lit = converted("llama")
+    save_adapter(lit, tmp_path / "a")
+    lit.model = torch.compile(lit.model)
+    save_adapter(lit, tmp_path / "b")
+    a, b = (load_file(tmp_path / f"{x}/adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys()
+
+
+def test_a_module_without_transformers(tmp_path, trainer):
+    lit = Classifier()
+    convert(lit, **ARGUMENTS)
+    perturb(lit)
+    save_adapter(lit, tmp_path)
+    theirs = Classifier().net
+    for number in (0, 4):
+        theirs[number].weight.data = lit.net[number].decode()
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(theirs(x), lit(x), atol=1e-5, rtol=0)
+
+
+def test_the_plugin_loads_a_folder(tmp_path, trainer):
+    lit = converted("llama", target_modules=["q_proj", "v_proj"])
+    save_adapter(lit, tmp_path / "adapter")
+    plugin = QLoRAPrecision(adapter=str(tmp_path / "adapter"), lora_dropout=0.0)
+    again = Lit(toy("llama"))
+    with torch.no_grad():
+        trainer(plugins=plugin, max_steps=0).fit(again)
+    assert len(plugin.report.converted) == 4
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+def test_a_trained_adapter_generates_the_same_tokens_in_peft(tmp_path, trainer):
+    lit = Lit(toy("llama"))
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=3).fit(lit)
+    save_adapter(lit, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(decoded_base("llama", lit), tmp_path / "adapter")
+    arguments = {"input_ids": ids(1, 5), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(theirs.generate(**arguments), lit.model.generate(**arguments))
+
+
+def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_adapter(converted("llama"), tmp_path)
+    save_adapter(lit := converted("llama", seed=1), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    load_adapter(again := converted("llama"), tmp_path)
+    assert torch.equal(logits(again.model), logits(lit.model))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_adapter(converted("llama"), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type is 'IA3'"),
+        (lambda f: change_config(f, bias="all"), r"adapter_config.json: bias='all'"),
+        (lambda f: change_config(f, use_qalora=True), r"adapter_config.json: use_qalora=True"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config.json: not valid JSON"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
+            r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A",
+        ),
+        (lambda f: change_tensors(f, lambda t: t.pop(KEY)), r"model.safetensors: key '.*q_proj.lora_A.weight' is miss"),
+        (
+            lambda f: change_tensors(f, lambda t: t.update(other=t[KEY] + 1)),
+            r"model.safetensors: key 'other' does not beg",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({KEY: torch.ones(9, 64)})),
+            r"model.safetensors: 'base.*q_proj' has lora_A \[9, 64\]",
+        ),
+    ],
+)
+def test_broken_folders_are_named_in_one_line(folder, harm, message):
+    harm(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load_adapter(converted("llama"), folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_initializations_of_peft_that_change_the_base_are_refused(method, folder):
+    change_config(folder, init_lora_weights=method)
+    with pytest.raises(ValueError, match=rf"adapter_config.json: init_lora_weights='{method}': PEFT changed") as error:
+        read_adapter(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_other_initializations_of_peft_are_read(method, folder):
+    change_config(folder, init_lora_weights=method)
+    assert read_adapter(folder).r == 4
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_an_adapter_whose_initial_values_peft_subtracted_is_read(method, tmp_path):
+    theirs = peft.get_peft_model(
+        toy("llama"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=method)
+    )
+    theirs.peft_config["default"].init_lora_weights = True  # as in PEFT's documentation
+    theirs.save_pretrained(tmp_path / "initial")
+    theirs.peft_config["default"].init_lora_weights = method
+    perturb(theirs).save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    lit = Lit(toy("llama"))
+    convert(lit, adapter=str(tmp_path / "plain"))
+    expected = peft.PeftModel.from_pretrained(decoded_base("llama", lit), tmp_path / "plain")
+    torch.testing.assert_close(logits(lit.model), logits(expected), atol=1e-5, rtol=0)
+
+
+def test_a_truncated_file_names_the_key(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: truncated: 'base_model.model.*lora_B.weight'"):
+        read_adapter(folder)
+
+
+def test_another_architecture_is_refused_with_file_and_key(folder):
+    message = r"adapter_model.safetensors: key 'base_model.model.model.layers.0.*has no such layer"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        load_adapter(converted("gpt2"), folder)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        convert(toy("gpt2"), adapter=str(folder))
+    with pytest.raises(CheckpointMismatchError, match=r"has a Linear without an adapter there"):
+        load_adapter(converted("llama", target_modules=["q_proj"]), folder)
+    wider = toy("llama", intermediate_size=256)
+    convert(wider, **ARGUMENTS)
+    with pytest.raises(CheckpointMismatchError, match=r"a layer of 256 inputs and 64 outputs there.* 128 and 64"):
+        load_adapter(wider, folder)
+
+
+def test_a_module_without_adapters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapter\. Convert it first"):
+        save_adapter(toy("llama"), tmp_path)
+
+
+def test_vllm(folder, tmp_path):
+    assert vllm_objections(read_adapter(folder)) == []
+    assert "rank 4 is above vLLM's limit of 2" in vllm_objections(read_adapter(folder), max_lora_rank=2)[0]
+    save_adapter(converted("bert"), tmp_path / "bert")
+    assert "modules in full (classifier)" in vllm_objections(read_adapter(tmp_path / "bert"))[0]
+
+
+def test_a_killed_save_leaves_the_old_files(folder, monkeypatch):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_qlora.adapters.peft_files.json.dumps", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(converted("llama", seed=3), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_and_patterns_in_peft(name, tmp_path):
+    first = {"llama": "q_proj", "gpt2": "c_attn"}[name]
+    lit = converted(name, use_dora=True, rank_pattern={first: 8}, alpha_pattern={first: 3})
+    save_adapter(lit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_dora"] and set(config["rank_pattern"].values()) == {8} and len(config["alpha_pattern"]) == 2
+    theirs = peft.PeftModel.from_pretrained(decoded_base(name, lit), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = Lit(toy(name))
+    convert(again, adapter=str(tmp_path / "theirs"))
+    torch.testing.assert_close(logits(again.model), logits(lit.model), atol=1e-6, rtol=0)
+    assert "DoRA" in vllm_objections(read_adapter(tmp_path))[0]
+
+
+def test_a_checkpoint_saved_after_load_adapter_loads(tmp_path, trainer):
+    save_adapter(converted("llama", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}), tmp_path / "a")
+
+    class OfToy(Lit):
+        def __init__(self):
+            super().__init__(toy("llama"))
+
+    lit = OfToy()
+    fit = trainer(plugins=QLoRAPrecision(r=6, lora_alpha=3), max_steps=1)
+    fit.fit(lit)
+    load_adapter(lit, tmp_path / "a")
+    assert float(lit.model.model.layers[0].mlp.up_proj.lora_B.abs().max()) == 0
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    again = load_from_checkpoint(OfToy, tmp_path / "x.ckpt")
+    assert torch.equal(logits(again.model), logits(lit.model))
+    layers = [layer for layer in lit.modules() if isinstance(layer, QLoRALinear)]
+    made = [layer for layer in again.modules() if isinstance(layer, QLoRALinear)]
+    assert [(layer.r, layer.scaling) for layer in made] == [(layer.r, layer.scaling) for layer in layers]
+
+
+def test_saving_warns_that_the_initialization_changed_the_base(tmp_path):
+    with pytest.warns(
+        UserWarning, match="initialized as 'pissa', which changed the base: they fit only the 4-bit weights"
+    ):
+        save_adapter(converted("llama", init_lora_weights="pissa"), tmp_path)
+
+
+class Repeated(nn.Module):
+    """The name of one layer is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(64, 64) for _ in range(2))})
+        self.layers = nn.ModuleList([nn.Linear(64, 64)])
+        self.config = {}  # for PEFT
+
+    def forward(self, x):
+        for layer in (*self.decoder["layers"], *self.layers):
+            x = layer(x).tanh()
+        return x
+
+
+def test_a_rank_or_alpha_of_one_layer_reaches_no_other_in_peft(tmp_path):
+    net = Repeated()
+    patterns = {"rank_pattern": {r"decoder\.layers.*": 4}, "alpha_pattern": {r"decoder\.layers.*": 2}}
+    convert(net, r=8, lora_alpha=3, lora_dropout=0.0, **patterns)
+    assert (net.decoder["layers"][0].r, net.layers[0].r) == (4, 8)
+    save_adapter(perturb(net), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {r"^layers\.0": 8}
+    base = Repeated()
+    for name, layer in net.named_modules():
+        if isinstance(layer, QLoRALinear):
+            base.get_submodule(name).load_state_dict({"weight": layer.decode(), "bias": layer.bias})
+    theirs, x = peft.PeftModel.from_pretrained(base, tmp_path), torch.randn(3, 64)
+    torch.testing.assert_close(theirs(x), net(x), atol=1e-5, rtol=0)
+    again = Repeated()
+    convert(again, adapter=str(tmp_path))
+    assert again.layers[0].r == 8 and again.layers[0].scaling == net.layers[0].scaling
+    assert again.decoder["layers"][0].scaling == net.decoder["layers"][0].scaling
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}], ids=str)
+def test_the_default_device_has_no_effect(arguments, tmp_path):
+    lit, again = converted("llama", **arguments), converted("llama", seed=1, **arguments)
+    third = Lit(toy("llama"))
+    with elsewhere():
+        save_adapter(lit, tmp_path)
+        load_adapter(again, tmp_path)
+        convert(third, adapter=str(tmp_path))
+    for module in (again, third):
+        assert torch.equal(logits(module.model), logits(lit.model))

@@ -1,0 +1,331 @@
+"""The state dict of a converted module: what it holds, what loads, what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lightning.fabric.utilities.load import _lazy_load
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from lightning_qlora import CheckpointMismatchError, QLoRALinear, convert, merge
+from lightning_qlora.layers.fingerprint import fingerprint
+from tests.conftest import elsewhere
+
+
+def mlp(scale=1.0):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(10, 128), nn.Linear(128, 256), nn.BatchNorm1d(256), nn.Linear(256, 128), nn.Linear(128, 2)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    return model
+
+
+def trained(**arguments):
+    model = mlp()
+    convert(model, **{"r": 8, **arguments})
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, QLoRALinear):
+                layer.lora_B.normal_()
+        model[4].weight.normal_()
+        model[2].running_mean.normal_()
+    return model
+
+
+def fresh(scale=1.0, **arguments):
+    model = mlp(scale)
+    convert(model, **{"r": 8, **arguments})
+    return model
+
+
+def same_output(one, other):
+    x = torch.arange(10)
+    return torch.equal(one.eval()(x), other.eval()(x))
+
+
+def test_a_checkpoint_holds_what_trains_and_fingerprints():
+    state = trained().state_dict()
+    tensors = {name for name in state if not name.endswith("fingerprint")}
+    assert tensors == {
+        "1.lora_A", "1.lora_B", "3.lora_A", "3.lora_B", "4.weight", "4.bias", "2.running_mean", "2.running_var",
+        "2.num_batches_tracked", "qlora_config",
+    }  # fmt: skip
+    assert {name for name in state if name.endswith("fingerprint")} == {
+        f"{name}.fingerprint" for name in ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias")
+    }
+
+
+def test_it_loads_strictly_on_the_same_base():
+    source, target = trained(), fresh()
+    missing, unexpected = target.load_state_dict(source.state_dict())
+    assert not missing
+    assert not unexpected
+    assert same_output(source, target)
+
+
+def test_a_full_checkpoint_brings_its_base_along():
+    source, target = trained(checkpoint="full"), fresh(scale=2.0, checkpoint="full")
+    target.load_state_dict(source.state_dict())
+    assert same_output(source, target)
+    assert torch.equal(source[1].packed, target[1].packed)
+
+
+def test_a_dense_checkpoint_of_the_module_is_quantized_on_load():
+    other = mlp(scale=1.7)
+    target = fresh()
+    start = target[1].lora_A.clone()
+    target.load_state_dict(other.state_dict())
+    expected = copy.deepcopy(other)
+    convert(expected, r=8)
+    assert torch.equal(target[1].packed, expected[1].packed)
+    assert torch.equal(target[1].lora_A, start)
+    assert same_output(target, expected)
+    # its weights are the base now
+    expected.load_state_dict(target.state_dict())
+    with pytest.raises(CheckpointMismatchError):
+        fresh().load_state_dict(target.state_dict())
+
+
+@pytest.mark.parametrize("change", [lambda m: m[1].weight.mul_(1.5), lambda m: m[1].weight[0].neg_()])
+def test_another_quantized_base_is_refused_with_the_layer(change):
+    other = mlp()
+    with torch.no_grad():
+        change(other)
+    convert(other, r=8)
+    with pytest.raises(CheckpointMismatchError, match=r"^1: .*fingerprint [0-9a-f]+ there, [0-9a-f]+ here"):
+        other.load_state_dict(trained().state_dict())
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.bias", "3.bias"])
+def test_another_frozen_parameter_is_refused_with_its_name(name):
+    other = mlp()
+    with torch.no_grad():
+        other.get_parameter(name).add_(1)
+    convert(other, r=8)
+    with pytest.raises(CheckpointMismatchError, match=rf"^{name}: .*another base"):
+        other.load_state_dict(trained().state_dict())
+
+
+def test_another_rank_is_refused_with_layer_and_both_values():
+    with pytest.raises(
+        CheckpointMismatchError, match=r"^1: .*rank 8 .*rank 4 .*Set r .or rank_pattern. so that it has rank 8"
+    ):
+        fresh(r=4).load_state_dict(trained().state_dict())
+
+
+def test_other_target_layers_are_refused_with_the_layer():
+    with pytest.raises(CheckpointMismatchError, match=r"^3: has adapter in the checkpoint, has none here"):
+        fresh(target_modules=["1"], modules_to_save=["4"]).load_state_dict(trained().state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"^3: has no adapter in the checkpoint, has one here"):
+        fresh().load_state_dict(trained(target_modules=["1"], modules_to_save=["4"]).state_dict())
+
+
+def test_another_scale_or_quantization_is_refused():
+    with pytest.raises(CheckpointMismatchError, match=r"lora_alpha is 16 in the checkpoint and 32 here"):
+        fresh(lora_alpha=32).load_state_dict(trained().state_dict())
+    with pytest.raises(CheckpointMismatchError, match="fingerprint"):
+        fresh(quant_type="fp4").load_state_dict(trained().state_dict())
+
+
+def test_a_missing_adapter_is_still_missing():
+    state = trained().state_dict()
+    del state["3.lora_B"]
+    with pytest.raises(RuntimeError, match=r"3\.lora_B"):
+        fresh().load_state_dict(state)
+
+
+@pytest.mark.parametrize("write", [lambda p: p.mul_(2), lambda p: p.data.mul_(2)], ids=["parameter", "data"])
+@pytest.mark.parametrize("name", ["0.weight", "3.bias"])
+def test_a_base_that_changed_since_its_conversion_is_refused(name, write):
+    """The state of a module loads into this module, and no longer once a frozen parameter has changed."""
+    model = fresh()
+    state = model.state_dict()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        write(model.get_parameter(name))
+    with pytest.raises(CheckpointMismatchError, match=rf"^{name}: .*another base"):
+        model.load_state_dict(state)
+
+
+def test_a_base_that_was_cast_since_its_conversion_is_the_same_base():
+    state = trained().state_dict()
+    fresh().bfloat16().load_state_dict(state)
+
+
+def test_parameters_trained_for_a_while_and_frozen_again_are_kept():
+    source = trained()
+    source[2].weight.requires_grad_(True)
+    with torch.no_grad():
+        source[2].weight.add_(1.0)
+    source[2].weight.requires_grad_(False)
+    state = source.state_dict()
+    assert "2.weight" in state
+    target = fresh()
+    target.load_state_dict(state)
+    assert torch.equal(target[2].weight, source[2].weight)
+
+
+def test_a_frozen_parameter_that_was_overwritten_with_its_own_value_is_left_out():
+    """DDP does so when it broadcasts."""
+    source = trained()
+    with torch.no_grad():
+        source[0].weight.copy_(source[0].weight.clone())
+    assert "0.weight" not in source.state_dict()
+
+
+def test_copies_and_pickles_keep_the_small_checkpoint():
+    source = trained()
+    for again in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        assert again.state_dict().keys() == source.state_dict().keys()
+
+
+def test_state_dict_of_a_larger_module_keeps_the_small_checkpoint():
+    outer, other = nn.ModuleDict({"inner": trained()}), nn.ModuleDict({"inner": fresh()})
+    assert "inner.0.weight" not in outer.state_dict()
+    other.load_state_dict(outer.state_dict())
+    assert same_output(outer["inner"], other["inner"])
+
+
+def test_the_fingerprint_sees_every_bit_and_the_order_and_ignores_the_float_type():
+    x = torch.randn(1000).bfloat16()
+    assert fingerprint(x) == fingerprint(x.float())
+    changed = x.clone()
+    changed[777] = changed[777] * 1.01
+    assert fingerprint(x) != fingerprint(changed)
+    assert fingerprint(x) != fingerprint(x.flip(0))
+    assert fingerprint(x, x) != fingerprint(torch.cat([x, x]))
+    data = torch.randint(0, 256, (3_000_001,), dtype=torch.uint8)
+    assert fingerprint(data) == fingerprint(data.clone())
+    for place in (0, 1_234_567, 3_000_000):
+        flipped = data.clone()
+        flipped[place] ^= 1
+        assert fingerprint(data) != fingerprint(flipped)
+
+
+def test_a_shared_layer_is_saved_and_loaded():
+    def shared():
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 64)
+        net = nn.Sequential(layer, nn.ReLU(), layer)
+        convert(net, r=4)
+        return net
+
+    first, second = shared(), shared()
+    first[0].lora_B.data += 1
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second[2].lora_B, first[0].lora_B)
+    other = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    convert(other, r=4)
+    with pytest.raises(CheckpointMismatchError, match=r"3: has no adapter in the checkpoint, has one here"):
+        other.load_state_dict(first.state_dict())
+
+
+ARGUMENTS = [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_a_lazily_loaded_checkpoint(arguments, tmp_path):
+    """Lightning's `_lazy_load` returns objects that load their tensor at the first use."""
+    source, target = trained(**arguments), fresh(**arguments)
+    torch.save(source.state_dict(), tmp_path / "x.ckpt")
+    target.load_state_dict(_lazy_load(tmp_path / "x.ckpt"))
+    assert same_output(source, target)
+
+
+def test_a_lazily_loaded_checkpoint_of_the_dense_module(tmp_path):
+    other, target = mlp(scale=1.7), fresh()
+    torch.save(other.state_dict(), tmp_path / "x.ckpt")
+    target.load_state_dict(_lazy_load(tmp_path / "x.ckpt"))
+    convert(other, r=8)
+    assert same_output(other, target)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["root", "part"])
+def test_the_distributed_checkpoint_api_on_one_device(nested, arguments):
+    source, target = trained(**arguments), fresh(**arguments)
+    if nested:
+        source, target = nn.ModuleDict({"part": source}), nn.ModuleDict({"part": target})
+    state = get_model_state_dict(source)
+    assert state.keys() == source.state_dict().keys()
+    set_model_state_dict(target, state)
+    if nested:
+        source, target = source["part"], target["part"]
+    assert same_output(source, target)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_the_default_device_has_no_effect(arguments):
+    source, target = trained(**arguments), fresh(**arguments)
+    with elsewhere():
+        target.load_state_dict(source.state_dict())
+    assert same_output(source, target)
+
+
+class Counting(nn.Linear):
+    """A subclass with a persistent buffer and a parameter of its own."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.register_buffer("seen", torch.zeros(()))
+        self.gate = nn.Parameter(torch.linspace(0, 1, width))
+
+    def forward(self, x):
+        self.seen += 1
+        return super().forward(x) * self.gate
+
+
+@pytest.mark.parametrize("arguments", [{}, {"checkpoint": "full"}])
+def test_buffers_and_parameters_of_a_subclass_are_saved_loaded_and_merged(arguments):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(Counting(64))
+
+    model = build()
+    convert(model, r=4, **arguments)
+    assert not model[0].gate.requires_grad
+    with torch.no_grad():
+        model[0].lora_B.normal_()
+    x = torch.randn(2, 64)
+    expected = model.eval()(x)
+    state = model.state_dict()
+    assert state["0.seen"] == 1 and ("0.gate" if arguments else "0.gate.fingerprint") in state
+    convert(other := build(), r=4, **arguments)
+    other.load_state_dict(state)
+    assert torch.equal(other.eval()(x), expected) and other[0].seen == 2
+    changed = build()
+    with torch.no_grad():
+        changed[0].gate += 1
+    convert(changed, r=4, **arguments)
+    if arguments:
+        changed.load_state_dict(state)
+        assert torch.equal(changed.eval()(x), expected)
+    else:
+        with pytest.raises(CheckpointMismatchError, match=r"0\.gate"):
+            changed.load_state_dict(state)
+    merge(model)
+    assert model.state_dict().keys() == build().state_dict().keys() and type(model[0]) is Counting
+    torch.testing.assert_close(model(x), expected)
+    build().load_state_dict(model.state_dict())
+
+
+def test_a_buffer_on_a_linear_layer_is_saved_and_loaded():
+    model = mlp()
+    model[1].register_buffer("seen", torch.tensor(3))
+    convert(model, r=8)
+    other = mlp()
+    other[1].register_buffer("seen", torch.tensor(0))
+    convert(other, r=8)
+    other.load_state_dict(model.state_dict())
+    assert other[1].seen == 3
+
+
+def test_an_extra_parameter_trains_if_its_layer_is_in_modules_to_save():
+    model = nn.Sequential(Counting(64), nn.Linear(64, 64))
+    convert(model, r=4, modules_to_save=["0"])
+    assert type(model[0]) is Counting and model[0].gate.requires_grad

@@ -1,0 +1,140 @@
+"""Reading a checkpoint runs no code of its files, unless the user says weights_only=False."""
+
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities import cloud_io
+
+from lightning_qlora import convert, load_from_checkpoint, save_adapter
+from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
+from lightning_qlora.tools.cli import main
+from tests.conftest import Classifier
+
+ran = []
+
+
+def run(what):
+    ran.append(what)
+
+
+class Code:
+    """A pickle that calls `run`."""
+
+    def __reduce__(self):
+        return run, ("code",)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ran():
+    ran.clear()
+
+
+STATE = {
+    "state_dict": {"w": torch.arange(12.0).view(3, 4).to(torch.bfloat16), "u": torch.ones(2, dtype=torch.uint8)},
+    "groups": [{"lr": 0.1, "betas": (0.9, 0.99), "name": "a"}],
+}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    def save(state=STATE, meta=None):
+        folder = tmp_path / "shards.ckpt"
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        torch.save(meta or {"epoch": 3}, folder / "meta.pt")
+        return folder
+
+    return save
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_shards_come_back(weights_only, shards):
+    found = read_checkpoint(shards(), weights_only)
+    for key, value in STATE["state_dict"].items():
+        assert torch.equal(found["state_dict"][key], value) and found["state_dict"][key].dtype == value.dtype
+    assert (found["groups"], found["epoch"]) == (STATE["groups"], 3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("place", ["index", "value", "meta"])
+def test_code_in_shards_runs_only_if_asked(place, shards):
+    state = {**STATE, "hyper": Code()} if place == "value" else STATE
+    folder = shards(state, {"hyper": Code()} if place == "meta" else None)
+    if place == "index":
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        index.planner_data["hyper"] = Code()
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=r"tests\.files\.test_lightning_checkpoint\.run.*weights_only=False") as error:
+        read_checkpoint(folder)
+    assert "\n" not in str(error.value)
+    assert not ran
+    read_checkpoint(folder, weights_only=False)
+    assert ran
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["../a.distcp", "/a.distcp", "b/a.distcp", ".."])
+def test_a_shard_outside_of_the_folder_is_refused(name, shards):
+    folder = shards()
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(index.storage_data.values())).relative_path = name
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match="not a file of this folder"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("planted", [".metadata", "meta.pt"])
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_planted_file_beside_an_adapter_or_a_model_is_not_read(kind, planted, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    if kind == "adapter":
+        module = Classifier()
+        convert(module, r=4)
+        save_adapter(module, folder)
+    else:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    if planted == "meta.pt":
+        torch.save({"a": Code()}, folder / planted)
+    else:
+        (folder / planted).write_bytes(pickle.dumps(Code()))
+    assert not is_shards(folder)
+    for flag in ([], ["--weights_only", "false"]):
+        if kind == "adapter":
+            main(["inspect", str(folder), *flag])
+            assert "PEFT adapter" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit):
+                main(["inspect", str(folder), *flag])
+            assert "has neither model.safetensors nor" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="not of a checkpoint"):
+        load_from_checkpoint(Classifier, folder)
+    assert not ran
+
+
+def test_code_in_a_checkpoint_from_the_network_is_not_run(monkeypatch):
+    held = io.BytesIO()
+    torch.save({"state_dict": {}, "hyper": Code()}, held)
+
+    def download(url, map_location, weights_only):
+        held.seek(0)
+        return torch.load(held, map_location, weights_only=weights_only)
+
+    monkeypatch.setattr(cloud_io.torch.hub, "load_state_dict_from_url", download)
+    with pytest.raises(ValueError, match="weights_only=False"):
+        load_from_checkpoint(Classifier, "https://example.org/a.ckpt")
+    assert not ran
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_truncated_index_is_one_line(shards):
+    folder = shards()
+    good = (folder / ".metadata").read_bytes()
+    for position in range(0, len(good), 97):
+        (folder / ".metadata").write_bytes(good[:position])
+        with pytest.raises(ValueError, match="not a checkpoint, or truncated") as error:
+            read_checkpoint(folder)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)

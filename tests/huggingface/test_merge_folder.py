@@ -1,0 +1,338 @@
+"""Merging into a folder: the same weights as merging in memory, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRAPrecision,
+    convert,
+    merge,
+    quantize,
+    save_adapter,
+    save_quantized,
+)
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.merge import round_stochastically
+from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
+from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.huggingface.merge_folder import merge_folder
+from tests.conftest import elsewhere
+from tests.toys import NAMES, Lit, logits, perturb, toy
+
+pytest.importorskip("transformers")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def converted(name, **arguments):
+    lit = Lit(toy(name))
+    convert(lit, **{**ARGUMENTS, **arguments})
+    return perturb(lit)
+
+
+@pytest.fixture
+def base(tmp_path):
+    def save(name, **arguments):
+        model = toy(name)
+        model.save_pretrained(tmp_path / "base", **arguments)
+        (tmp_path / "base/tokenizer.json").write_text("{}")
+        return model, tmp_path / "base"
+
+    return save
+
+
+def load(name, folder, **arguments):
+    return type(toy(name)).from_pretrained(folder, **arguments).eval()
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "50KB"}])
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_folder_is_the_merged_module(name, shards, base, tmp_path):
+    lit, (_, folder) = converted(name), base(name, **shards)
+    merge_folder(folder, get_adapter(lit), tmp_path / "out", shard_bytes=60_000 if shards else 10**9)
+    assert (tmp_path / "out/model.safetensors.index.json").is_file() == bool(shards)
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    merged = load(name, tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(lit.model), atol=1e-5, rtol=0)
+    expected = merge(lit).model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["auto", "fp16"])
+def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path):
+    model = toy(name).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    lit = Lit(model)
+    convert(lit, **ARGUMENTS)
+    perturb(lit)
+    merge_folder(tmp_path / "base", get_adapter(lit), tmp_path / "out", dtype=dtype)
+    merged, expected = load(name, tmp_path / "out").state_dict(), merge(lit, dtype=dtype).model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in merged.items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path):
+    lit, (_, folder) = converted(name, modules_to_save=["lm_head"]), base(name)
+    save_adapter(lit, tmp_path / "adapter")
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out")
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
+def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path):
+    """In a folder an output embedding can be untied; a changed embedding with an unchanged output can't be stored."""
+    peft = pytest.importorskip("peft")
+    model = toy("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules)
+    trained = perturb(peft.get_peft_model(model, config))
+    trained.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    if "lm_head" not in modules:
+        with pytest.raises(CheckpointMismatchError, match=r"was trained separately from lm_head\.weight"):
+            merge_folder(tmp_path / "base", adapter, tmp_path / "out")
+        return
+    merge_folder(tmp_path / "base", adapter, tmp_path / "out", base="float")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(trained), atol=1e-5, rtol=0)
+
+
+def test_an_embedding_that_may_be_tied_in_an_unknown_model(tmp_path):
+    for ties in (True, False):
+        # 96 words: no other weight of this model has that many rows.
+        model, folder = toy("llama", tie_word_embeddings=ties, vocab_size=96), tmp_path / f"{ties}"
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["UnknownModel"]}))
+        lit = Lit(toy("llama", vocab_size=96))
+        convert(lit, **ARGUMENTS, modules_to_save=["embed_tokens"])
+        adapter = get_adapter(perturb(lit))
+        if ties:
+            with pytest.raises(ValueError, match=r"can't make a model of it .* is tied to\."):
+                merge_folder(folder, adapter, tmp_path / "out")
+        else:
+            merge_folder(folder, adapter, tmp_path / "out")
+
+
+def test_on_the_float_base_and_in_another_type(base, tmp_path):
+    lit, (model, folder) = converted("llama"), base("llama")
+    merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="bf16", base="float")
+    key = "model.layers.0.self_attn.q_proj"
+    expected = (model.get_submodule(key).weight + lit.model.get_submodule(key).delta()).detach()
+    merged = load("llama", tmp_path / "out")
+    assert torch.equal(merged.get_submodule(key).weight, round_stochastically(expected, torch.bfloat16, key))
+    assert merged.config.dtype == torch.bfloat16
+
+
+def test_an_adapter_of_a_headless_model(base, tmp_path):
+    from transformers import LlamaModel
+
+    _, folder = base("llama")
+    body = LlamaModel.from_pretrained(folder)
+    convert(body, **ARGUMENTS)
+    perturb(body)
+    merge_folder(folder, get_adapter(body), tmp_path / "out")
+    ours, merged = body.layers[0].mlp.up_proj, load("llama", tmp_path / "out").model.layers[0].mlp.up_proj
+    assert torch.equal(merged.weight, ours.decode() + ours.delta())
+
+
+def test_into_4_bits_warns_and_gives_bitsandbytes_entries(base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    lit, (_, folder) = converted("llama"), base("llama")
+    with pytest.warns(UserWarning, match="Merging into 4 bits loses quality"):
+        merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="4bit")
+    theirs = load("llama", tmp_path / "out", device_map="cpu").model.layers[0].mlp.up_proj
+    layer = lit.model.model.layers[0].mlp.up_proj
+    assert type(theirs).__name__ == "Linear4bit"
+    assert torch.equal(theirs.weight.data, quantize(layer.decode() + layer.delta()).packed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_loads_the_output_in_4_bits(name, base, tmp_path):
+    """Tied output embeddings, and T5's `wo`, which transformers keeps dense, among them."""
+    pytest.importorskip("bitsandbytes")
+    lit, (_, folder) = converted(name), base(name)
+    merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="4bit")
+    theirs = load(name, tmp_path / "out", device_map="cpu")
+    in_4_bits = {key for key, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
+    merged = merge(lit).model
+    layers = [key for key in in_4_bits if not key.endswith(".wo")]
+    assert in_4_bits == set(layers) and len(layers) > 7
+    for key in layers:
+        layer = merged.get_submodule(key)
+        rows = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T.contiguous()
+        decoded = quantize(rows.detach()).dequantize()
+        layer.weight.data = decoded if isinstance(layer, nn.Linear) else decoded.T.contiguous()
+    torch.testing.assert_close(logits(theirs), logits(merged), atol=1e-5, rtol=0)
+
+
+def test_4_bits_of_an_unknown_model_are_refused(base, tmp_path):
+    _, folder = base("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["UnknownModel"]}))
+    with pytest.raises(ValueError, match=r"config.json: transformers can't make a model of it") as raised:
+        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out", dtype="4bit")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_4_bit_base(name, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    lit, (_, folder) = converted(name), base(name)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    load(name, folder, quantization_config=quantization, device_map="cpu").save_pretrained(tmp_path / "bnb")
+    merge_folder(tmp_path / "bnb", get_adapter(lit), tmp_path / "out", dtype="fp32")
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    # Layers without an adapter are decoded too.
+    few = converted(name, target_modules=["down_proj", "c_fc"][name == "gpt2" :][:1])
+    merge_folder(tmp_path / "bnb", get_adapter(few), tmp_path / "out2", dtype="fp32")
+    assert load(name, tmp_path / "out2").dtype == torch.float32
+
+
+def test_from_a_lightning_checkpoint(base, tmp_path, trainer):
+    _, folder = base("llama")
+    lit = Lit(load("llama", folder))
+    fit = trainer(plugins=QLoRAPrecision(**ARGUMENTS, modules_to_save=["norm"]), max_steps=2)
+    fit.fit(lit)
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    adapter = read_adapter_from_checkpoint(tmp_path / "last.ckpt")
+    assert (adapter.base_model, adapter.task_type) == (str(folder), "CAUSAL_LM")
+    ours = get_adapter(lit)
+    write_adapter(adapter, tmp_path / "a"), write_adapter(ours, tmp_path / "b")
+    a, b = (load_file(tmp_path / f"{x}/adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    merge_folder(folder, adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"x.ckpt: not a checkpoint, or truncated"):
+        read_adapter_from_checkpoint(tmp_path / "x.ckpt")
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "y.ckpt")
+    with pytest.raises(ValueError, match=r"y.ckpt: holds no 'qlora_config'"):
+        read_adapter_from_checkpoint(tmp_path / "y.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message"),
+    [
+        (lambda f: shard(f, 2).unlink(), FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;"),
+        (
+            lambda f: shard(f, 2).write_bytes(shard(f, 2).read_bytes()[:-10]),
+            ValueError,
+            r"model-00002-of-\d+.safetensors: truncated: 'model\.layers",
+        ),
+        (lambda f: change_index(f), ValueError, r"model-00001-of-\d+.safetensors: has no tensor 'no.such', though"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), FileNotFoundError, r"has neither model.safetensors"),
+    ],
+)
+def test_a_broken_base_is_named_in_one_line(harm, error, message, base, tmp_path):
+    _, folder = base("llama", max_shard_size="50KB")
+    harm(folder)
+    with pytest.raises(error, match=message) as raised:
+        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def shard(folder: Path, number: int) -> Path:
+    return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
+
+
+def change_index(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["no.such"] = shard(folder, 1).name
+    path.write_text(json.dumps(index))
+
+
+def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
+    _, folder = base("llama")
+    with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
+        merge_folder(folder, get_adapter(converted("gpt2")), tmp_path / "out")
+    wider = toy("llama", intermediate_size=256)
+    convert(wider, **ARGUMENTS)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"model.safetensors: 'model.layers.0.mlp.down_proj.weight' has 64"
+    ):
+        merge_folder(folder, get_adapter(wider), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        merge_folder(folder, get_adapter(converted("llama")), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+KILLED = """
+import os, signal, sys
+from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.files import folder_writer
+from lightning_qlora.huggingface.merge_folder import merge_folder
+add, count = folder_writer.ShardWriter.add, []
+def killing(self, key, tensor):
+    add(self, key, tensor)
+    count.append(key)
+    if len(count) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+folder_writer.ShardWriter.add = killing
+merge_folder(sys.argv[1], read_adapter(sys.argv[2]), sys.argv[3], shard_bytes=10_000)
+"""
+
+
+def test_a_killed_merge_leaves_nothing_and_can_be_run_again(base, tmp_path):
+    lit, (_, folder) = converted("llama"), base("llama")
+    save_adapter(lit, tmp_path / "adapter")
+    out = tmp_path / "out"
+    run = subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "adapter", out], check=False)
+    assert run.returncode == -9
+    assert not out.exists()
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_and_patterns(name, base, tmp_path):
+    first = {"llama": "q_proj", "gpt2": "c_attn"}[name]
+    lit = converted(name, use_dora=True, rank_pattern={first: 8}, alpha_pattern={first: 3})
+    _, folder = base(name)
+    merge_folder(folder, get_adapter(lit), tmp_path / "out")
+    before = logits(lit.model)
+    torch.testing.assert_close(logits(merge(lit).model), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load(name, tmp_path / "out")), before, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_whose_initialization_changed_the_base(base, tmp_path, trainer):
+    _, folder = base("llama")
+    lit = Lit(load("llama", folder))
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, init_lora_weights="pissa"), max_steps=2)
+    run.fit(lit)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), tmp_path / "out")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    write_adapter(get_adapter(lit), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="the initialization of these adapters changed the 4-bit weights"):
+        merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
+    save_quantized(lit, tmp_path / "4-bit")
+    merge_folder(tmp_path / "4-bit", read_adapter(tmp_path / "adapter"), tmp_path / "out2")
+    torch.testing.assert_close(logits(load("llama", tmp_path / "out2")), logits(lit.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "bf16", "base": "float"}, {"dtype": "4bit"}], ids=str)
+def test_the_default_device_has_no_effect(arguments, base, tmp_path):
+    adapter, (_, folder) = get_adapter(converted("llama")), base("llama")
+    merge_folder(folder, adapter, tmp_path / "expected", **arguments)
+    with elsewhere():
+        merge_folder(folder, adapter, tmp_path / "out", **arguments)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()

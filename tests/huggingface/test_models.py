@@ -1,0 +1,121 @@
+"""Hugging Face models in an ordinary LightningModule."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
+from tests.layers.test_selection import toy
+
+transformers = pytest.importorskip("transformers")
+
+
+class HuggingFace(pl.LightningModule):
+    """Any transformers model that returns a loss; it comes in evaluation mode, as `from_pretrained` gives it."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.model = toy(kind).to(dtype).eval()
+        self.kind, self.losses = kind, []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3 if self.kind == "bert" else 5e-3)
+
+
+def batches(kind: str) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (16, 12), generator=generator)
+    labels = ids[:, 0] % 2 if kind == "bert" else ids
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    return DataLoader(rows, batch_size=4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_trains_validates_and_resumes(trainer, kind, dtype):
+    module, run = HuggingFace(kind, dtype), trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=12)
+    run.fit(module, batches(kind), batches(kind))
+    assert sum(module.losses[-4:]) < 0.9 * sum(module.losses[:4])
+    again = HuggingFace(kind, dtype)
+    second = trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=13)
+    second.fit(again, batches(kind), batches(kind), ckpt_path=run.checkpoint_callback.best_model_path)
+    assert len(again.losses) == 4
+    assert sum(again.losses) < sum(module.losses[:4])
+
+
+def test_generation_uses_the_adapters_and_drops_nothing(trainer):
+    module = HuggingFace("llama")
+    trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.5), max_epochs=2).fit(module, batches("llama"))
+    ids = torch.tensor([[5, 6, 7]])
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    first = module.model.generate(ids, **arguments)
+    assert torch.equal(first, module.model.generate(ids, **arguments))
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, QLoRALinear):
+                layer.lora_B.normal_()
+    assert not torch.equal(first, module.model.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_logits_are_those_of_the_model_with_decoded_weights(kind):
+    """The dense model, each converted weight replaced by its decoded value."""
+    model, dense = toy(kind).eval(), toy(kind).eval()
+    convert(model, r=4)
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, QLoRALinear):
+                dense.get_submodule(name).weight.copy_(layer.weight)
+    ids = torch.arange(3, 15)[None]
+    extra = {"decoder_input_ids": ids} if kind == "t5" else {}
+    torch.testing.assert_close(
+        model(input_ids=ids, **extra).logits, dense(input_ids=ids, **extra).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gradients_flow_through_transformers_own_gradient_checkpointing():
+    def gradients(checkpointing):
+        model = toy("llama").train()
+        convert(model, r=4, lora_dropout=0.3)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, QLoRALinear):
+                    layer.lora_B.normal_(std=0.1)
+        ids = torch.arange(3, 15)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, recomputed = gradients(False), gradients(True)
+    for name, grad in plain.items():
+        torch.testing.assert_close(grad, recomputed[name])
+
+
+def test_a_model_loaded_in_configure_model_has_the_bytes_of_one_quantized_after_loading(trainer, tmp_path):
+    """With transformers 5 each weight is quantized as it is read, with transformers 4 when the model is converted."""
+    toy("llama").save_pretrained(tmp_path / "base")
+
+    class InConfigureModel(HuggingFace):
+        def configure_model(self):
+            if not self.losses:
+                self.model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    module = InConfigureModel("llama")
+    del module.model
+    trainer(plugins=QLoRAPrecision(r=4), max_steps=1).fit(module, batches("llama"))
+    expected = toy("llama")
+    convert(expected, r=4)
+    for name, layer in expected.named_modules():
+        if isinstance(layer, QLoRALinear):
+            assert torch.equal(module.model.get_submodule(name).packed, layer.packed), name

@@ -1,0 +1,143 @@
+"""Quantizing while loading is a matter of one thread or task: what others load at the same time is as without it."""
+
+import ast
+import asyncio
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision
+from lightning_qlora.huggingface import patches
+from tests.toys import toy
+
+transformers = pytest.importorskip("transformers", minversion="5")
+from transformers import modeling_utils  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    toy("llama").save_pretrained(path)
+    return path
+
+
+def layers_of_loaded(folder):
+    """Number of 4-bit layers of a model that is loaded now."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    return sum(isinstance(layer, QLoRALinear) for layer in model.modules())
+
+
+def test_a_load_in_another_thread_is_not_quantized(folder):
+    with ThreadPoolExecutor(1) as pool, QLoRAPrecision(r=4).init():
+        for _ in range(5):
+            assert pool.submit(layers_of_loaded, folder).result() == 0
+            assert layers_of_loaded(folder) == 14
+    assert layers_of_loaded(folder) == 0
+
+
+def test_contexts_that_overlap_in_two_threads_leave_nothing_behind(folder):
+    """The first one to begin is the first one to end."""
+    both, first_left, found = threading.Barrier(2), threading.Event(), {}
+
+    def first():
+        with QLoRAPrecision(r=4, target_modules=["q_proj"]).init():
+            both.wait()
+            found["first"] = layers_of_loaded(folder)
+        found["after first"] = layers_of_loaded(folder)
+        first_left.set()
+
+    def second():
+        with QLoRAPrecision(r=4).init():
+            both.wait()
+            first_left.wait()
+            found["second"] = layers_of_loaded(folder)
+        found["after second"] = layers_of_loaded(folder)
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {"first": 2, "after first": 0, "second": 14, "after second": 0}
+    assert layers_of_loaded(folder) == 0
+
+
+def test_many_threads_load_at_once(folder):
+    def load(number):
+        if number % 2:
+            return layers_of_loaded(folder)
+        with QLoRAPrecision(r=4).init():
+            return layers_of_loaded(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(load, range(12))) == [14, 0] * 6
+
+
+def test_tasks_of_asyncio_do_not_share_a_context(folder):
+    async def quantizing(entered, leave):
+        with QLoRAPrecision(r=4).init():
+            entered.set()
+            await leave.wait()
+            return (
+                layers_of_loaded(folder),
+                await asyncio.create_task(inner()),
+                await asyncio.to_thread(layers_of_loaded, folder),
+            )
+
+    async def inner():
+        return layers_of_loaded(folder)
+
+    async def plain(entered, leave):
+        await entered.wait()
+        found = layers_of_loaded(folder)
+        leave.set()
+        return found
+
+    async def both():
+        entered, leave = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(quantizing(entered, leave), plain(entered, leave))
+
+    # A task, and a thread of asyncio's, that is started within the context is a part of it.
+    assert asyncio.run(both()) == [(14, 14, 14), 0]
+
+
+def test_a_copied_context_quantizes_where_it_runs(folder):
+    with QLoRAPrecision(r=4).init():
+        context = contextvars.copy_context()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(context.run, layers_of_loaded, folder).result() == 14
+            assert pool.submit(layers_of_loaded, folder).result() == 0
+
+
+def test_contexts_inside_each_other_and_errors_end_as_they_should(folder):
+    outer, inner = QLoRAPrecision(r=4), QLoRAPrecision(r=4, target_modules=["q_proj"])
+    with outer.init():
+        with inner.init():
+            assert layers_of_loaded(folder) == 2
+        assert layers_of_loaded(folder) == 14
+        with pytest.raises(KeyError), inner.init():
+            raise KeyError
+        assert layers_of_loaded(folder) == 14
+    assert layers_of_loaded(folder) == 0
+
+
+def test_transformers_function_is_replaced_once_whatever_refers_to_it(folder):
+    from_pretrained = transformers.LlamaForCausalLM.from_pretrained
+    with QLoRAPrecision(r=4).init():
+        replaced = modeling_utils.get_hf_quantizer
+        assert any(isinstance(layer, QLoRALinear) for layer in from_pretrained(folder).modules())
+    with QLoRAPrecision(r=4).init():
+        assert modeling_utils.get_hf_quantizer is replaced
+    assert replaced.__wrapped__.__module__ == "transformers.quantizers.auto"
+
+
+def test_every_change_names_its_upstream_file_and_what_would_remove_it():
+    functions = [n for n in ast.parse(Path(patches.__file__).read_text()).body if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        text = ast.get_docstring(function)
+        if function.name != "_is_of_a_quantizer":
+            assert "Upstream: transformers/" in text and ".py" in text and "Removed by:" in text, function.name
+    assert len(functions) >= 3

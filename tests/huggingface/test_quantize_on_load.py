@@ -1,0 +1,843 @@
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file, save_file
+
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRALinear,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    quantize,
+    save_adapter,
+    save_quantized,
+)
+from lightning_qlora.files.safetensors_folder import WeightFolder
+from lightning_qlora.huggingface.bnb_checkpoint import bnb_config as quantization_config
+from lightning_qlora.huggingface.bnb_checkpoint import skip_modules
+from tests.conftest import Classifier, loader
+from tests.toys import NAMES, Lit, ids, logits, perturb, toy
+
+transformers = pytest.importorskip("transformers", minversion="5")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def save(name, **arguments):
+        changes = arguments.pop("changes", {})
+        toy(name, **changes).save_pretrained(tmp_path / "base", **{"max_shard_size": "60KB", **arguments})
+        return tmp_path / "base"
+
+    return save
+
+
+def class_of(name):
+    return type(toy(name))
+
+
+class InConfigureModel(LightningModule):
+    """As Lightning's documentation has it for large models."""
+
+    def __init__(self, kind, folder, **arguments):
+        super().__init__()
+        self.kind, self.folder, self.arguments, self.model = kind, folder, arguments, None
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = self.kind.from_pretrained(self.folder, **self.arguments)
+
+    training_step, train_dataloader, configure_optimizers = (
+        Lit.training_step, Lit.train_dataloader, Lit.configure_optimizers,
+    )  # fmt: skip
+
+    def predict_step(self, batch, batch_idx):
+        return None
+
+    predict_dataloader = train_dataloader
+
+
+def packed(model):
+    return {name: layer.packed_weight for name, layer in model.named_modules() if isinstance(layer, QLoRALinear)}
+
+
+def same_bytes(a, b):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        ours, theirs = a[name].bnb_state_dict(), b[name].bnb_state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def same_modules(streamed, loaded):
+    """Parameters and what they are for, equal to the bit."""
+    ours, theirs = dict(streamed.named_parameters()), dict(loaded.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        other = theirs[name]
+        assert parameter.dtype == other.dtype and torch.equal(parameter, other), name
+        assert parameter.requires_grad == other.requires_grad, name
+    layers = {n: layer for n, layer in streamed.named_modules() if isinstance(layer, QLoRALinear)}
+    for name, layer in layers.items():
+        other = loaded.get_submodule(name)
+        for word in (
+            "r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded",
+        ):  # fmt: skip
+            assert getattr(layer, word) == getattr(other, word), (name, word)
+    kinds = {name: type(layer).__name__ for name, layer in loaded.named_modules() if name}
+    assert kinds == {name: type(layer).__name__ for name, layer in streamed.named_modules() if name}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configure_model_equals_conversion_after_loading(name, folder, trainer):
+    path = folder(name)
+    plugin = QLoRAPrecision(**ARGUMENTS)
+    streamed = InConfigureModel(class_of(name), path)
+    seen = []
+    kind = class_of(name)
+    original = kind.from_pretrained
+    streamed.kind = type("Kind", (), {"from_pretrained": lambda f: seen.append(original(f)) or seen[0]})
+    trainer(plugins=plugin).predict(streamed)
+    loaded = Lit(kind.from_pretrained(path))
+    report = convert(loaded, **ARGUMENTS)
+    same_bytes(packed(streamed.model), packed(loaded.model))
+    assert torch.equal(logits(streamed.model), logits(loaded.model))
+    assert plugin.report.converted == report.converted and plugin.report.skipped == report.skipped
+    assert plugin.report.trained_in_full == report.trained_in_full
+    assert plugin.report.bytes_before == report.bytes_before and plugin.report.bytes_after == report.bytes_after
+    frozen = {n: p.requires_grad for n, p in streamed.named_parameters()}
+    assert frozen == {n: p.requires_grad for n, p in loaded.named_parameters()}
+    same_modules(streamed, loaded)
+    assert not streamed.model.__dict__.keys() & {"hf_quantizer", "is_quantized"}
+    streamed.to(torch.bfloat16)
+
+
+def test_weights_are_quantized_before_from_pretrained_returns(folder, trainer):
+    class Looking(InConfigureModel):
+        def configure_model(self):
+            super().configure_model()
+            self.found = len(packed(self.model))
+
+    lit = Looking(transformers.AutoModelForCausalLM, folder("llama"))
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2).fit(lit)
+    assert lit.found == 14
+    assert any(bool(layer.lora_B.any()) for layer in lit.model.modules() if isinstance(layer, QLoRALinear))
+
+
+def test_plugin_init_and_a_head_beside_the_model(folder, trainer):
+    class WithHead(Lit):
+        def __init__(self, path):
+            super().__init__(transformers.AutoModel.from_pretrained(path))
+            self.head = torch.nn.Linear(64, 64)
+
+        def training_step(self, batch, batch_idx):
+            return self.head(self.model(input_ids=ids()).last_hidden_state).square().mean()
+
+    path, plugin = folder("llama"), QLoRAPrecision(**ARGUMENTS)
+    with plugin.init():
+        lit = WithHead(path)
+    assert len(packed(lit)) == 14
+    trainer(plugins=plugin, max_steps=1).fit(lit)
+    assert len(packed(lit)) == 15 and len(plugin.report.converted) == 15
+    trainer(plugins=QLoRAPrecision(), max_steps=1).fit(lit)
+    assert len(packed(lit)) == 15
+
+
+def test_outside_of_the_context_nothing_changes(folder):
+    path, plugin = folder("llama"), QLoRAPrecision(**ARGUMENTS)
+    with plugin.init():
+        pass
+    assert not packed(transformers.AutoModelForCausalLM.from_pretrained(path))
+
+
+def test_names_apply_and_may_fit_another_part(folder):
+    path = folder("llama")
+    excluded = ["layers.0.self_attn.q_proj"]
+    with QLoRAPrecision(**ARGUMENTS, target_modules=["q_proj", "query"], exclude_modules=excluded).init():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert list(packed(model)) == ["model.layers.1.self_attn.q_proj"]
+
+
+Q = {"llama": "model.layers.0.self_attn.q_proj", "gpt2": "transformer.h.0.attn.c_attn"}
+BLOCK = {"llama": r"model\.layers\.0\..*", "gpt2": r"transformer\.h\.0\..*"}
+CHOICES = {
+    "default": lambda name: {},
+    "exclude an expression": lambda name: {"exclude_modules": BLOCK[name]},
+    "exclude by the beginning": lambda name: {"exclude_modules": r"(?=model\.|transformer\.).*\.0\..*"},
+    "exclude a name": lambda name: {"exclude_modules": [Q[name]]},
+    "rank": lambda name: {"rank_pattern": {Q[name]: 8}},
+    "rank too large for some": lambda name: {"rank_pattern": {BLOCK[name]: 40}},
+    "alpha": lambda name: {"alpha_pattern": {Q[name]: 32}},
+    "target an expression": lambda name: {"target_modules": BLOCK[name] + "proj"},
+    "target a name": lambda name: {"target_modules": [Q[name]]},
+    "save": lambda name: {"modules_to_save": [Q[name]]},
+    "save a block": lambda name: {"modules_to_save": [BLOCK[name].replace("\\", "")[:-3]]},
+    "dora": lambda name: {"use_dora": True, "rank_pattern": {Q[name]: 8}},
+    "gaussian": lambda name: {"init_lora_weights": "gaussian"},
+    "pissa": lambda name: {"init_lora_weights": "pissa", "rank_pattern": {Q[name]: 8}},
+    "sketch": lambda name: {"init_lora_weights": "pissa_niter_2", "alpha_pattern": {Q[name]: 32}},
+    "loftq": lambda name: {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_dora": True},
+    "calibrated": lambda name: {"init_lora_weights": "calibrated", "exclude_modules": [Q[name]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, choice, folder, trainer):
+    path, arguments = folder(name), {**ARGUMENTS, **CHOICES[choice](name)}
+    streamed, loaded = InConfigureModel(class_of(name), path), Lit(class_of(name).from_pretrained(path))
+    plugin = QLoRAPrecision(**arguments)
+    trainer(plugins=plugin).predict(streamed)
+    report = convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+    assert plugin.report.skipped == report.skipped and plugin.report.trained_in_full == report.trained_in_full
+    model = class_of(name).from_pretrained(path)
+    convert(model, **arguments)
+    ours, bare = dict(streamed.model.named_parameters()), dict(model.named_parameters())
+    assert ours.keys() == bare.keys() and all(torch.equal(ours[key], bare[key]) for key in ours)
+
+
+@pytest.mark.parametrize("choice", ["default", "pissa", "loftq", "exclude a name", "save a block"])
+def test_nothing_is_read_from_a_file_twice(choice, folder):
+    path, arguments = folder("llama"), {**ARGUMENTS, **CHOICES[choice]("llama")}
+    loaded = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    plugin = QLoRAPrecision(**arguments)
+    with plugin.init():
+        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    plugin.convert_module(streamed)
+    convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+
+
+WITH_THE_ATTRIBUTE = {
+    "target an expression": {"target_modules": r"model\.model\..*q_proj"},
+    "target a name": {"target_modules": ["q_proj", "model.lm_head"]},
+    "exclude an expression": {"exclude_modules": r"model\.model\.layers\.0\..*"},
+    "exclude a name": {"exclude_modules": ["model.model.layers.0.self_attn.q_proj"]},
+    "rank": {"rank_pattern": {"model.model.layers.0.self_attn.q_proj": 8}},
+    "alpha": {"alpha_pattern": {r"model\.model\.layers\.0\..*": 32}},
+    "save": {"modules_to_save": ["model.model.norm"]},
+}
+
+
+@pytest.mark.parametrize("choice", WITH_THE_ATTRIBUTE)
+def test_a_pattern_for_a_name_with_the_attribute_of_the_module_is_refused(choice, folder, trainer):
+    path, arguments = folder("llama"), {**ARGUMENTS, **WITH_THE_ATTRIBUTE[choice]}
+    argument = next(iter(WITH_THE_ATTRIBUTE[choice]))
+    message = (
+        rf"^{argument}: .* matches 'model\..*', the name in the InConfigureModel, and not '.*', the name in the Llama"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(plugins=QLoRAPrecision(**arguments)).predict(InConfigureModel(class_of("llama"), path))
+    assert "\n" not in str(error.value) and "leave out the attribute" in str(error.value)
+    loaded, relative = (Lit(transformers.LlamaForCausalLM.from_pretrained(path)) for _ in range(2))
+    convert(loaded, **arguments)
+    text = json.dumps(WITH_THE_ATTRIBUTE[choice]).replace(r"model\\.model", "model").replace("model.model", "model")
+    convert(relative, **ARGUMENTS, **json.loads(text.replace("model.lm_head", "lm_head")))
+    ours, theirs = dict(loaded.named_parameters()), dict(relative.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+class TeacherAndStudent(LightningModule):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.teacher, self.student = folder, None, None
+
+    def configure_model(self):
+        if self.teacher is None:
+            self.teacher = transformers.LlamaForCausalLM.from_pretrained(self.folder)
+            self.student = transformers.LlamaForCausalLM.from_pretrained(self.folder)
+
+    predict_step, predict_dataloader = InConfigureModel.predict_step, InConfigureModel.predict_dataloader
+
+
+def test_names_in_one_of_two_models(folder, trainer):
+    """Both models have the same names in them; a name that tells them apart needs a model that was loaded before."""
+    path = folder("llama")
+    arguments = {**ARGUMENTS, "exclude_modules": [Q["llama"]], "init_lora_weights": "pissa"}
+    streamed, loaded = TeacherAndStudent(path), TeacherAndStudent(path)
+    loaded.configure_model()
+    trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
+    convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+    assert len(packed(streamed.teacher)) == len(packed(streamed.student)) == 13
+    arguments["exclude_modules"] = r"teacher\..*"
+    with pytest.raises(
+        ValueError, match=r"'teacher\.model\.layers.*', the name in the TeacherAndStudent, and not 'model"
+    ):
+        trainer(plugins=QLoRAPrecision(**arguments)).predict(TeacherAndStudent(path))
+    loaded = TeacherAndStudent(path)
+    loaded.configure_model()
+    convert(loaded, **arguments)
+    assert not packed(loaded.teacher) and len(packed(loaded.student)) == 14
+
+
+def test_an_adapter_for_one_of_two_models(folder, trainer, tmp_path):
+    path = folder("llama")
+    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"])
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    streamed, loaded = TeacherAndStudent(path), TeacherAndStudent(path)
+    loaded.configure_model()
+    trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter"))).predict(streamed)
+    convert(loaded, adapter=str(tmp_path / "adapter"))
+    same_modules(streamed, loaded)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"r": 2, "quant_type": "fp4"}, "quant_type='nf4' became 'fp4', r=4 became 2. Load and convert with the same"),
+        (
+            {"use_dora": True, "init_lora_weights": "pissa"},
+            "use_dora=False became True, init_lora_weights='default' be",
+        ),
+        ({"rank_pattern": {"q_proj": 8}}, "r=4 became 8"),
+        ({"exclude_modules": ["q_proj"]}, r"is to stay dense now \(in exclude_modules\)"),
+        ({"modules_to_save": ["layers.0"]}, r"is to stay dense now \(in modules_to_save\)"),
+    ],
+)
+def test_other_arguments_at_conversion_are_refused(other, message, folder):
+    with QLoRAPrecision(**ARGUMENTS).init():
+        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(folder("llama")))
+    before = streamed.state_dict()
+    with pytest.raises(
+        ValueError, match=rf"^model.model.layers.0.self_attn.q_proj: was quantized .*{message}"
+    ) as error:
+        convert(streamed, **{**ARGUMENTS, **other})
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in streamed.state_dict().items())
+    report = convert(streamed, **{**ARGUMENTS, "lora_dropout": 0.5, "compute_dtype": "bf16"})
+    layers = [layer for layer in streamed.modules() if isinstance(layer, QLoRALinear)]
+    assert len(report.converted) == 14 and all(layer.lora_dropout == 0.5 for layer in layers)
+    assert all(layer.config.compute_dtype == "bf16" and layer.full_name in report.converted for layer in layers)
+
+
+@pytest.mark.parametrize("start", ["default", "pissa", "loftq", "calibrated"])
+def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(start, folder):
+    path, arguments = folder("llama"), {**ARGUMENTS, "init_lora_weights": start, "use_dora": start == "default"}
+    plugins = [QLoRAPrecision(**arguments) for _ in range(2)]
+    modules = []
+    for plugin in plugins:
+        with plugin.init():
+            modules.append(Lit(transformers.LlamaForCausalLM.from_pretrained(path)))
+    cast, expected = modules
+    cast.to(torch.bfloat16).half().to(torch.bfloat16)
+    for plugin, module in zip(plugins, modules, strict=True):
+        plugin.convert_module(module)
+    assert cast.model.model.norm.weight.dtype is torch.bfloat16
+    assert packed(cast).keys() == packed(expected).keys()
+    for name, layer in cast.named_modules():
+        if isinstance(layer, QLoRALinear):
+            assert layer.weight_dtype is torch.bfloat16, name
+            for key, parameter in layer.named_parameters():
+                other = expected.get_submodule(name).get_parameter(key)
+                assert parameter.dtype is other.dtype and torch.equal(parameter, other), (name, key)
+    assert cast.to(torch.bfloat16).model.model.layers[0].mlp.up_proj.lora_A.dtype is torch.bfloat16
+
+
+def test_an_adapter_that_was_loaded_in_between_stays(folder, tmp_path):
+    path = folder("llama")
+    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    convert(lit, **ARGUMENTS)
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    load_adapter(streamed, tmp_path / "adapter")
+    convert(streamed, **ARGUMENTS)
+    assert torch.equal(logits(streamed.model), logits(lit.model))
+
+
+@pytest.mark.parametrize("choice", ["default", "exclude a name", "pissa", "calibrated"])
+def test_the_weights_of_a_state_dict_are_quantized_too(choice):
+    plain, arguments = toy("llama"), {**ARGUMENTS, **CHOICES[choice]("llama")}
+    plugin = QLoRAPrecision(**arguments)
+    with plugin.init():
+        state = plain.state_dict()
+        streamed = Lit(type(plain).from_pretrained(None, config=plain.config, state_dict=state))
+    assert len(packed(streamed)) == 14 - ("exclude_modules" in arguments)
+    loaded = Lit(plain)
+    plugin.convert_module(streamed)
+    convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+
+
+class Folded(LightningModule):
+    """A model that a user makes of two loaded ones, so their layers have other names in it."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.model = folder, None
+
+    def configure_model(self):
+        if self.model is None:
+            parts = [transformers.BertModel.from_pretrained(self.folder) for _ in range(2)]
+            config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*(part.config for part in parts))
+            decoder = transformers.BertLMHeadModel.from_pretrained(
+                self.folder, is_decoder=True, add_cross_attention=True
+            )
+            self.model = transformers.EncoderDecoderModel(config, parts[0], decoder)
+
+    predict_step, predict_dataloader = InConfigureModel.predict_step, InConfigureModel.predict_dataloader
+
+
+def test_a_model_made_of_loaded_models_keeps_what_they_were_loaded_with(folder, trainer):
+    lit, plugin = Folded(folder("bert")), QLoRAPrecision(**ARGUMENTS, target_modules=r"encoder\.layer\.0\..*query")
+    trainer(plugins=plugin).predict(lit)
+    assert plugin.report.converted == ["model.encoder.encoder.layer.0.attention.self.query"]
+    assert lit.model.encoder.encoder.layer[0].attention.self.query.seed_name == "encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize("change", [{"intermediate_size": 256}, {"num_key_value_heads": 4}])
+def test_a_shape_that_is_not_the_models_is_refused(change, folder, trainer):
+    lit = InConfigureModel(transformers.LlamaForCausalLM, folder("llama"), **change)
+    message = (
+        r"model-0000.*safetensors: 'model.layers.0.*weight' has shape \[\d+, \d+\], and the model has \[\d+, \d+\]"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS)).predict(lit)
+    assert "\n" not in str(error.value)
+
+
+def test_layers_of_another_size_start_anew_where_that_is_asked_for(folder, trainer):
+    path = folder("bert", changes={"num_labels": 200})
+    kind = transformers.BertForSequenceClassification
+    lit = InConfigureModel(kind, path, num_labels=100, ignore_mismatched_sizes=True)
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS)).predict(lit)
+    assert logits(lit.model).shape == (2, 100)
+    assert isinstance(lit.model.classifier, QLoRALinear) and lit.model.classifier.weight.shape == (100, 64)
+    loaded = Lit(kind.from_pretrained(path, num_labels=100, ignore_mismatched_sizes=True))
+    convert(loaded, **ARGUMENTS)
+    ours, theirs = packed(lit.model), packed(loaded.model)
+    same_bytes(
+        {n: x for n, x in ours.items() if n != "classifier"}, {n: theirs[n] for n in theirs if n != "classifier"}
+    )
+
+
+def test_tied_weights_stay_tied(folder):
+    path = folder("llama", changes={"tie_word_embeddings": True})
+    with QLoRAPrecision(**ARGUMENTS, target_modules=["q_proj", "lm_head"]).init():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(packed(model)) == 2
+
+
+def test_a_class_without_the_head_and_one_with_a_new_head(folder):
+    path = folder("llama")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        body = transformers.AutoModel.from_pretrained(path)
+        judge = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    assert len(packed(body)) == len(packed(judge)) == 14
+    assert not judge.score.weight.is_meta and judge.score.weight.std() > 0
+
+
+def test_a_checkpoint_of_a_streamed_model_comes_back(folder, trainer, tmp_path):
+    path = folder("llama")
+
+    class Ours(InConfigureModel):
+        def __init__(self):
+            super().__init__(transformers.LlamaForCausalLM, path)
+
+    lit = Ours()
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2)
+    run.fit(lit)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = load_from_checkpoint(Ours, tmp_path / "x.ckpt")
+    assert torch.equal(logits(again.model), logits(lit.model))
+    resumed = Ours()
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2).fit(resumed, ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(logits(resumed.model), logits(lit.model))
+
+
+def test_with_an_adapter(folder, trainer, tmp_path):
+    path = folder("llama")
+    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    streamed = InConfigureModel(transformers.LlamaForCausalLM, path)
+    trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter"))).predict(streamed)
+    assert len(packed(streamed)) == 4
+    assert torch.equal(logits(streamed.model), logits(lit.model))
+
+
+# ---- bitsandbytes' folders
+
+
+def bnb_config(**changes):
+    pytest.importorskip("bitsandbytes")
+    defaults = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    defaults["llm_int8_skip_modules"] = ["lm_head", "classifier"]
+    return transformers.BitsAndBytesConfig(**{**defaults, **changes})
+
+
+@pytest.fixture
+def bnb_folder(folder, tmp_path):
+    """A folder as transformers and bitsandbytes write it."""
+
+    def save(name, **changes):
+        config = bnb_config(**changes)
+        model = class_of(name).from_pretrained(folder(name), quantization_config=config, device_map="cpu")
+        model.save_pretrained(tmp_path / "bnb")
+        return tmp_path / "bnb"
+
+    return save
+
+
+def tensors(folder):
+    found = WeightFolder(folder)
+    return found.tensors(list(found.entries))
+
+
+def same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": False},
+        {"llm_int8_skip_modules": None},  # transformers' own choice: BERT's head is in 4 bits
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_bnb_folder_to_ours_to_folder_bytes_equal(name, changes, bnb_folder, tmp_path):
+    path = bnb_folder(name, **changes)
+    with QLoRAPrecision(**ARGUMENTS).init():
+        model = class_of(name).from_pretrained(path)
+    convert(model, **ARGUMENTS)
+    assert packed(model)
+    save_quantized(Lit(model), tmp_path / "ours")
+    same_tensors(tensors(path), tensors(tmp_path / "ours"))
+    theirs = class_of(name).from_pretrained(tmp_path / "ours", device_map="cpu")
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, trainer, tmp_path):
+    """A BitsAndBytesConfig of the user, or a 4-bit folder loaded in __init__: conversion gets bitsandbytes' layers."""
+    path = bnb_folder(name)
+    lit = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit)
+    assert packed(lit) and "Linear4bit" not in repr(lit)
+    assert not (name == "t5" and any("wo" in layer for layer in packed(lit)))  # dense in the folder, dense here
+    save_quantized(lit, tmp_path / "ours")
+    frozen = {key: value for key, value in tensors(path).items() if not key.startswith("classifier")}
+    ours = tensors(tmp_path / "ours")
+    same_tensors(frozen, {key: ours[key] for key in frozen})
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("init", [True, False])
+def test_dense_layers_are_saved_in_the_4_bits_they_were_loaded_in(name, init, bnb_folder, tmp_path):
+    """An output embedding and a head in 4 bits, loaded by us or by bitsandbytes; trained ones are saved dense."""
+    path = bnb_folder(name, llm_int8_skip_modules=[])
+    kind, head = class_of(name), {"llama": "lm_head", "bert": "classifier"}[name]
+    if init:
+        with QLoRAPrecision(**ARGUMENTS).init():
+            model = kind.from_pretrained(path)
+    else:
+        model = kind.from_pretrained(path, device_map="cpu")
+    convert(model, **ARGUMENTS)
+    assert type(model.get_submodule(head)) is torch.nn.Linear
+    save_quantized(model, tmp_path / "ours")
+    same_tensors(tensors(path), tensors(tmp_path / "ours"))
+    with torch.no_grad():
+        model.get_submodule(head).weight += 1
+    save_quantized(model, tmp_path / "trained")
+    assert tensors(tmp_path / "trained")[f"{head}.weight"].dtype == torch.float32
+    theirs = kind.from_pretrained(tmp_path / "trained", device_map="cpu")
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=0)
+
+
+def test_another_storage_type_holds_the_same_bytes(bnb_folder, tmp_path):
+    path = bnb_folder("llama", bnb_4bit_quant_storage="bfloat16")
+    with QLoRAPrecision(**ARGUMENTS).init():
+        model = transformers.LlamaForCausalLM.from_pretrained(path)
+    convert(model, **ARGUMENTS)
+    save_quantized(model, tmp_path / "ours")
+    theirs, ours = tensors(path), tensors(tmp_path / "ours")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        same = value.dtype == ours[key].dtype
+        assert torch.equal(value if same else value.view(torch.uint8).view(-1, 1), ours[key]), key
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=4, vocab_size=128, num_labels=3)
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize(("make", "dense"), [(lambda: toy("t5"), ".wo"), (distilbert, "")])
+def test_dense_layers_that_skip_modules_must_name(make, dense, tmp_path):
+    """T5's `wo`, which transformers keeps dense; and a dense "classifier" beside a 4-bit "pre_classifier"."""
+    pytest.importorskip("bitsandbytes")
+    model = make()
+    convert(model, **ARGUMENTS)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_quantized(model, tmp_path / "ours")
+    told = [str(warning.message) for warning in said if "transformers keeps" in str(warning.message)]
+    assert len(told) == bool(dense) and all("4 of the 4-bit layers dense" in message for message in told)
+    theirs = type(model).from_pretrained(tmp_path / "ours", device_map="cpu").eval()
+    in_4_bits = {name for name, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert in_4_bits == {name for name in packed(model) if not dense or not name.endswith(dense)}
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
+
+
+def test_ours_is_what_bitsandbytes_writes(folder, bnb_folder, tmp_path):
+    path = bnb_folder("llama")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    convert(model, **ARGUMENTS)
+    save_quantized(model, tmp_path / "ours")
+    same_tensors(tensors(path), tensors(tmp_path / "ours"))
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_layers_that_are_not_chosen_are_decoded(bnb_folder):
+    path = bnb_folder("gpt2")
+    with QLoRAPrecision(**ARGUMENTS, target_modules=["c_attn"]).init():
+        model = transformers.GPT2LMHeadModel.from_pretrained(path)
+    convert(model, **ARGUMENTS, target_modules=["c_attn"])
+    assert len(packed(model)) == 2
+    for name in ("mlp.c_fc", "attn.c_proj"):  # the second is square
+        dense = toy("gpt2").transformer.h[0].get_submodule(name).weight
+        expected = quantize(dense.T.contiguous()).dequantize().T
+        assert torch.equal(model.transformer.h[0].get_submodule(name).weight, expected)
+
+
+@pytest.mark.parametrize(
+    "choice", ["default", "exclude an expression", "target a name", "rank", "rank too large for some", "save a block"]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_choices_for_bnb_folders(name, choice, bnb_folder, trainer):
+    path, arguments = bnb_folder(name), {**ARGUMENTS, **CHOICES[choice](name)}
+    streamed = InConfigureModel(class_of(name), path)
+    loaded = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
+    trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
+    convert(loaded, **arguments)
+    same_modules(streamed, loaded)
+
+
+def test_a_bnb_folder_of_another_shape_is_refused(bnb_folder):
+    path = bnb_folder("llama")
+    with (
+        pytest.raises(ValueError, match=r"model.safetensors: 'model.layers.*' has shape \[64, 128\], and the model"),
+        QLoRAPrecision(**ARGUMENTS).init(),
+    ):
+        transformers.LlamaForCausalLM.from_pretrained(path, intermediate_size=256)
+
+
+def test_starts_that_need_the_float_weight_are_refused(bnb_folder):
+    path = bnb_folder("llama")
+    message = r"layers.0.*: init_lora_weights='pissa' needs the float weight"
+    with pytest.raises(ValueError, match=message):
+        convert(
+            transformers.LlamaForCausalLM.from_pretrained(path, device_map="cpu"),
+            **ARGUMENTS,
+            init_lora_weights="pissa",
+        )
+    with pytest.raises(ValueError, match=message), QLoRAPrecision(**ARGUMENTS, init_lora_weights="pissa").init():
+        transformers.LlamaForCausalLM.from_pretrained(path)
+
+
+def test_nan_in_a_weight_is_named(tmp_path):
+    model = toy("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match=r"model.safetensors: model.layers.1.mlp.up_proj: weight: holds NaN"),
+        QLoRAPrecision(**ARGUMENTS).init(),
+    ):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_int4_cannot_be_saved_for_bitsandbytes(tmp_path):
+    model = toy("llama")
+    convert(model, **ARGUMENTS, quant_type="int4")
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: bitsandbytes has no quant_type 'int4'"):
+        save_quantized(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="holds no converted transformers model"):
+        save_quantized(toy("llama"), tmp_path / "x")
+
+
+def test_only_rank_zero_writes(tmp_path, monkeypatch):
+    model = toy("llama")
+    convert(model, **ARGUMENTS)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    save_quantized(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    save_quantized(model, tmp_path / "x")
+    assert (tmp_path / "x").exists()
+
+
+def shard(folder, number=2):
+    return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
+
+
+def foreign_quant_type(folder):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    key = next(key for key in state if "bitsandbytes__nf4" in key)
+    meta = json.loads(bytes(state[key].tolist()))
+    state[key] = torch.tensor(list(json.dumps({**meta, "quant_type": "af4"}).encode()), dtype=torch.uint8)
+
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors: this shard is missing; .* holds 'model.layers"),
+        (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-9]), r"model-00002-of-\d+.safetensors: truncated: 'mo"),
+    ],
+)
+def test_a_broken_folder_is_named(harm, message, folder, trainer):
+    path = folder("llama")
+    harm(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(
+            InConfigureModel(transformers.LlamaForCausalLM, path)
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_a_foreign_quant_type_is_named(bnb_folder, trainer):
+    path = bnb_folder("llama")
+    foreign_quant_type(path)
+    with pytest.raises(ValueError, match=r"safetensors: model.layers.*weight: quant_type='af4'") as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(
+            InConfigureModel(transformers.LlamaForCausalLM, path)
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
+    lit = Lit(toy("gpt2"))
+    convert(lit, **ARGUMENTS)
+    save_adapter(lit, tmp_path / "adapter")
+    with pytest.raises(CheckpointMismatchError, match=r"adapter_model.safetensors: key .* has no such layer"):
+        trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter")), max_steps=1).fit(
+            InConfigureModel(transformers.LlamaForCausalLM, folder("llama"))
+        )
+
+
+def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
+    """Peak of anonymous memory above the start: at most 0.40 of the 16-bit size, adapters included."""
+    config = transformers.LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=8000,
+        num_key_value_heads=12, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size="60MB")
+    del model
+    script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
+    for r, share in ((8, 0.32), (64, 0.40)):
+        run = subprocess.run(
+            [sys.executable, script, tmp_path, str(r)], check=True, capture_output=True, text=True,
+            cwd=script.parents[2], env={**os.environ, "PYTHONPATH": "."},
+        )  # fmt: skip
+        layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
+        assert int(layers) == 84
+        assert float(peak) * 2**20 <= share * size, f"r={r}"
+
+
+def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused(tmp_path, trainer):
+
+    save_file(Classifier().net.state_dict(), tmp_path / "net.safetensors")
+
+    class Later(Classifier):
+        """torch's own way: memory-mapped tensors take the place of the meta ones; conversion lets each go."""
+
+        def __init__(self, load=True):
+            with torch.device("meta"):
+                super().__init__()
+            self.load, self.made = load, False
+
+        def configure_model(self):
+            if self.load and not self.made:
+                self.net.load_state_dict(load_file(tmp_path / "net.safetensors"), assign=True)
+                self.made = True
+
+    lit, expected = Later(), Classifier()
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit, loader())
+    convert(expected, **ARGUMENTS)
+    same_bytes(packed(lit), packed(expected))
+    with pytest.raises(ValueError, match=r"net.0.weight: this parameter is on the meta device"):
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Later(load=False), loader())
+
+
+class PartlyLoaded(Classifier):
+    """Built on the meta device; everything is loaded whose name does not begin with `missing`."""
+
+    def __init__(self, missing):
+        with torch.device("meta"):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(10, 64)
+            self.register_buffer("seen", torch.zeros(64))
+        state = {name: torch.zeros(value.shape) for name, value in self.state_dict().items()}
+        state = {name: value for name, value in state.items() if not name.startswith(missing)}
+        self.load_state_dict(state, strict=False, assign=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("embedding", "embedding.weight: this parameter is"),
+        ("net.2", "net.2.weight: this parameter"),
+        ("seen", "seen: this buffer is"),
+    ],
+)
+def test_what_stayed_on_the_meta_device_is_named(missing, message, trainer):
+    with pytest.raises(ValueError, match=f"^{message}.* on the meta device.* Load it") as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(PartlyLoaded(missing), loader())
+    assert "\n" not in str(error.value)
+
+
+def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
+    plain, state = toy("llama"), toy("llama").state_dict()
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+    model.load_state_dict(state, assign=True)
+    message = r"^model.model.rotary_emb.inv_freq: this buffer .* from_pretrained\(None, config=..., state_dict=...\)"
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Lit(model))
+    assert "\n" not in str(error.value)
+    model = type(plain).from_pretrained(None, config=plain.config, state_dict=state)
+    convert(plain, **ARGUMENTS)
+    convert(model, **ARGUMENTS)
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_the_config_of_a_folder_is_transformers_own_and_needs_no_bitsandbytes(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    arguments = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    theirs = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"], **arguments)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"asks for {name}"))
+    assert quantization_config("nf4", True, ["lm_head"], "bfloat16") == theirs.to_dict()
+
+
+def test_skip_modules_by_the_rules_of_transformers_5_and_4(monkeypatch):
+    assert skip_modules(["classifier"], ["pre_classifier"]) == ["classifier$"]
+    assert skip_modules(["lm_head", "a.wo"], ["a.q", "a.lm"]) == ["a.wo", "lm_head"]
+    monkeypatch.delattr("transformers.quantizers.quantizers_utils.should_convert_module")
+    assert skip_modules(["classifier"], ["pre_classifier", "a.q"]) == ["classifier"]  # 4: whole names and parts
+    assert skip_modules(["wo"], ["a.wo"]) == ["wo$"]

@@ -1,0 +1,308 @@
+"""The C kernels in every variant this machine can run, against the specification; and what happens without them."""
+
+import os
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+from lightning_qlora.kernels import eager, reference
+from lightning_qlora.kernels.cpu import build
+from lightning_qlora.kernels.cpu import library as module
+from lightning_qlora.kernels.scratch import _all_threads, release, scratch
+from lightning_qlora.quantization import codebooks
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
+FLAGS = {
+    "this machine": ("-march=native", "-fopenmp"),
+    "AVX-512 without bf16": ("-march=x86-64-v4", "-fopenmp"),
+    "AVX2": ("-march=x86-64-v3", "-fopenmp"),
+    "plain, one thread": (),
+}
+
+
+def _runs(name: str) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    needs = {"AVX-512 without bf16": ("AVX512",), "AVX2": ("AVX512", "AVX2")}.get(name)
+    return needs is None or capability in needs
+
+
+@pytest.fixture(params=FLAGS, scope="module")
+def library(request):
+    try:
+        build.compiler()
+    except build.BuildError:
+        pytest.skip("no C compiler")
+    if not _runs(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return module.Library(build.load(module.SOURCE, (FLAGS[request.param],)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_quantizing_and_decoding_give_the_bits_of_the_reference(library, dtype, quant_type):
+    for shape in SHAPES:
+        weight = torch.randn(shape).to(dtype)
+        weight.view(-1)[: min(70, weight.numel() // 2)] = 0
+        for block_size, double_quant in [(32, True), (64, True), (128, False), (4096, True)]:
+            expected = reference.quantize(weight, quant_type, block_size, double_quant)
+            ours = library.quantize(weight, quant_type, block_size, double_quant)
+            for one, other in zip(ours[:3], expected[:3], strict=True):
+                assert torch.equal(one, other), (shape, block_size, double_quant)
+            for out_dtype in DTYPES:
+                out = library.dequantize_into(torch.empty(weight.numel(), dtype=out_dtype), ours)
+                assert torch.equal(out, reference.dequantize(ours, out_dtype).view(-1)), (shape, block_size, out_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_awkward_numbers_keep_their_bits(library, dtype):
+    """Denormal numbers, huge ones, ties between levels, blocks that are all alike."""
+    tiny, huge = torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max / 8
+    levels = module.codebook("nf4").levels
+    ties = torch.cat([(levels[:-1] + levels[1:]) / 2, torch.ones(1)]).repeat(8)
+    rows = [torch.randn(128) * tiny, torch.randn(128).clamp(-4, 4) * huge, ties, torch.full((128,), -0.3)]
+    weight = torch.stack([row.to(dtype) for row in rows])
+    for double_quant in (True, False):
+        expected = reference.quantize(weight, "nf4", 64, double_quant)
+        ours = library.quantize(weight, "nf4", 64, double_quant)
+        assert all(torch.equal(one, other) for one, other in zip(ours[:3], expected[:3], strict=True))
+        for out_dtype in DTYPES:
+            out = library.dequantize_into(torch.empty(weight.numel(), dtype=out_dtype), ours)
+            assert torch.equal(out, reference.dequantize(ours, out_dtype).view(-1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
+def test_few_rows_are_multiplied_by_the_rounded_weight(library, dtype, tolerance):
+    if not library.multiplies(1, reference.quantize(torch.ones(64, 64), "nf4", 64, True), dtype):
+        pytest.skip("this form leaves the products to torch")
+    for shape in [*SHAPES, (64, 128)]:
+        for block_size in (32, 64):
+            weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, "nf4", block_size, True)
+            dense = reference.dequantize(weight, dtype).double()
+            for m in (1, 2, 3, 4, 6, 16, module.MOST_ROWS):
+                x, y = torch.randn(m, shape[1]).to(dtype), torch.randn(m, shape[0]).to(dtype)
+                for ours, expected in [
+                    (library.add_matmul(y.clone(), x, weight), y.double() + x.double() @ dense.T),
+                    (library.add_matmul_transposed(x.clone(), y, weight), x.double() + y.double() @ dense),
+                ]:
+                    error = (ours.double() - expected).abs().max()
+                    assert error <= tolerance * expected.abs().max(), (shape, block_size, m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.99])
+def test_the_dropout_mask_is_the_references_everywhere(library, dtype, p):
+    x, seed = torch.randn(37, 1000).to(dtype), torch.tensor([2**61 + 12345])
+    expected = reference.dropout(x, p, seed)
+    for dropout_into in (library.dropout_into, eager.dropout_in_chunks):
+        assert torch.equal(dropout_into(x.clone(), x, *reference.dropout_threshold(p), int(seed)), expected)
+    assert abs((expected == 0).float().mean().item() - p) < 0.01
+
+
+def test_masks_of_neighbouring_seeds_and_rows_are_unlike():
+    kept = torch.stack([reference.dropout(torch.ones(1, 4096), 0.5, torch.tensor([seed])) > 0 for seed in range(64)])
+    correlation = torch.corrcoef(kept.view(64, -1).float()) - torch.eye(64)
+    assert correlation.abs().max() < 0.09  # 5.7 deviations of the noise that 4096 coins make
+    rows = reference.dropout(torch.ones(64, 4096), 0.5, torch.tensor([7])) > 0
+    assert (torch.corrcoef(rows.float()) - torch.eye(64)).abs().max() < 0.09
+
+
+def test_any_number_of_threads_gives_the_same_bits(library):
+    weight, before = torch.randn(300, 1000).bfloat16(), torch.get_num_threads()
+    x, y = torch.randn(4, 1000).bfloat16(), torch.zeros(4, 300, dtype=torch.bfloat16)
+    multiplies = library.multiplies(4, library.quantize(weight, "nf4", 64, True), torch.bfloat16)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            packed = library.quantize(weight, "nf4", 64, True)
+            out = library.dequantize_into(torch.empty(weight.numel(), dtype=torch.bfloat16), packed)
+            product = library.add_matmul(y.clone(), x, packed) if multiplies else y
+            results.append([*packed[:3], out, product])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_a_weight_given_as_views_is_read_right(library):
+    made = library.quantize(torch.randn(64, 64), "nf4", 64, True)
+    strided = [torch.stack([part, part], 1)[:, 0] for part in made[:3]]
+    out = library.dequantize_into(torch.empty(64 * 64), PackedBytes(*strided, *made[3:]))
+    assert torch.equal(out, reference.dequantize(made, torch.float32).view(-1))
+    transposed = torch.randn(96, 32).T
+    assert torch.equal(
+        library.quantize(transposed, "nf4", 64, True).packed, reference.quantize(transposed, "nf4", 64, True).packed
+    )
+
+
+def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(library):
+    """Of threads that make a cached table at the same time the cache keeps one's: here, none's."""
+    made = library.quantize(torch.randn(64, 64), "nf4", 64, True)
+    module._levels.cache_clear()
+    module._levels("nf4")
+    codebooks.codebook.cache_clear()
+    codebooks.dynamic_map.cache_clear()
+    _others = [torch.full((size,), 7.0) for size in (16, 256) for _ in range(64)]  # in the memory that was freed
+    out = library.dequantize_into(torch.empty(64 * 64), made)
+    assert torch.equal(out, reference.dequantize(made, torch.float32).view(-1))
+
+
+def test_decoding_allocates_nothing():
+    weight = reference.quantize(torch.randn(256, 256), "nf4", 64, True)
+    first = eager._decoded(weight, torch.bfloat16).data_ptr()
+    assert eager._decoded(weight, torch.bfloat16).data_ptr() == first
+    assert scratch(1, torch.bfloat16, torch.device("cpu")).data_ptr() == first
+
+
+def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone():
+    """As autograd's threads have them, which do not end."""
+    made, released, buffers = threading.Event(), threading.Event(), []
+
+    def work():
+        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))._base))
+        made.set()
+        released.wait(60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert made.wait(60)
+        assert buffers[0]() is not None
+        release()
+        assert buffers[0]() is None
+    finally:
+        released.set()
+        thread.join()
+    ended = threading.Thread(target=lambda: scratch(1000, torch.float32, torch.device("cpu")))
+    ended.start()
+    ended.join()
+    assert len(_all_threads) <= threading.active_count()
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
+
+
+TRAIN = """
+import torch
+from lightning_qlora import convert
+from lightning_qlora.kernels import eager
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.ReLU(), torch.nn.Linear(80, 72))
+convert(model, r=4, lora_dropout=0.1)
+for layer in (model[0], model[2]):
+    torch.nn.init.normal_(layer.lora_B)
+model(torch.randn(50, 96)).square().sum().backward()
+print(eager.path())
+print(model[0].lora_A.grad.abs().sum().item(), *model[0].packed.flatten()[:8].tolist())
+"""
+
+
+def test_without_a_compiler_everything_works_and_one_line_says_so(tmp_path):
+    normal = _python(TRAIN, LIGHTNING_QLORA_CACHE=str(tmp_path / "with"))
+    without = _python(TRAIN, PATH=str(tmp_path), CC="", LIGHTNING_QLORA_CACHE=str(tmp_path / "without"))
+    assert without.returncode == 0, without.stderr
+    assert without.stdout.startswith("plain torch")
+    assert without.stderr.count("C kernels not compiled") == 1
+    assert "no C compiler on PATH" in without.stderr
+    ours, theirs = (run.stdout.splitlines()[1].split() for run in (normal, without))
+    assert ours[1:] == theirs[1:]
+    assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-4)
+
+
+def test_a_failing_compiler_is_reported_with_its_words(tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'cc1: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    result = _python(TRAIN, CC=str(broken), LIGHTNING_QLORA_CACHE=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("C kernels not compiled") == 1
+    assert "cc1: no such thing" in result.stderr
+
+
+def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
+    try:
+        build.compiler()
+    except build.BuildError:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path))
+    made, failures = [], []
+
+    def start():
+        try:
+            made.append(build.load(module.SOURCE))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(made) == 4
+    (library,) = tmp_path.iterdir()  # one library, nothing half made beside it
+    before = library.stat().st_mtime_ns
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail("built again"))
+    build.load(module.SOURCE)
+    assert library.stat().st_mtime_ns == before
+
+
+def test_it_uses_the_threads_that_torch_has():
+    """A second OpenMP library in the process would bring a second pool of threads."""
+    if module.compiled_library() is None or not os.path.exists("/proc/self/maps"):
+        pytest.skip("no library, or no /proc")
+    code = (
+        "import torch; from lightning_qlora.kernels import eager\n"
+        "def pools(): return {l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'iomp' in l}\n"
+        "before = pools(); eager.quantize(torch.randn(512, 512), 'nf4', 64, True)\n"
+        "assert pools() == before, pools()"
+    )
+    result = _python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_half_a_library_is_built_again_and_not_loaded(tmp_path):
+    """Loading it would end the process with a bus error, at every start."""
+    if module.compiled_library() is None:
+        pytest.skip("no C compiler")
+    code = "from lightning_qlora.kernels import eager; print(eager.path())"
+    first = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
+    (library,) = tmp_path.iterdir()
+    os.truncate(library, library.stat().st_size // 2)
+    second = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+
+
+def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(tmp_path, monkeypatch):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nprintf 'caf\\351' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path))
+    with pytest.raises(build.BuildError, match="caf"):
+        build.load(module.SOURCE)
+    monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home.")))
+    with pytest.raises(build.BuildError, match="Set LIGHTNING_QLORA_CACHE"):
+        build.load(module.SOURCE)
+
+
+def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", ".")
+    assert build.cache_folder() == tmp_path
+
+
+def test_the_path_says_when_the_environment_turned_the_loops_off():
+    result = _python("from lightning_qlora.kernels import eager; print(eager.path())", LIGHTNING_QLORA_NO_BUILD="1")
+    assert result.stdout == "plain torch (LIGHTNING_QLORA_NO_BUILD is set)\n"

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.kernels.triton.shares import COUNTERS, number_of_shares
+from tests.kernels.triton.test_linear import DTYPES, assert_near
+
+# One row; a few; a whole tile and one row more; ranks below, at and above a tile; sizes that no tile divides.
+SHAPES = [(1, 64, 8), (7, 100, 16), (65, 192, 33), (130, 72, 70), (64, 64, 64)]
+SEEDS = [None, torch.tensor([2**40 + 7])]
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
+@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
+def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
+    """A matrix of an adapter in both layouts: [r, n] as A, and the transpose of [n, r] as B."""
+    x, h, bias = draw(m, n, dtype=dtype), draw(m, r, dtype=dtype), draw(n)
+    dropped = reference.dropout(x.double(), 0.3, seed)
+    for w in (draw(r, n, dtype=adapter_dtype), draw(n, r, dtype=adapter_dtype).T):
+        rounded = w.to(dtype).double()
+        assert_near(lora_down(x, w, 0.5, 0.3, seed).double(), 0.5 * dropped @ rounded.T, dtype)
+        up = 0.5 * h.double() @ rounded
+        ours = lora_up(h, w.T, torch.empty_like(x), 0.5, None, 0.3, seed)
+        assert_near(ours.double(), reference.dropout(up, 0.3, seed), dtype)
+        assert_near(lora_up(h, w.T, torch.empty_like(x), 0.5, bias).double(), up + bias.double(), dtype)
+        gradient = torch.full_like(w, 7.0)
+        lora_gradient(h, x, gradient, 0.5, 0.3, seed)
+        coarser = max(dtype, adapter_dtype, key=lambda one: torch.finfo(one).eps)
+        assert_near(gradient.double(), 0.5 * h.double().T @ dropped, coarser)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mask_is_that_of_the_reference_in_every_element(dtype):
+    """Products with the identity, so that each output is one input."""
+    x, seed, eye = draw(64, 64, dtype=dtype).abs() + 1, torch.tensor([5]), torch.eye(64)
+    expected = reference.dropout(x, 0.5, seed)
+    assert torch.equal(lora_down(x, eye, 1.0, 0.5, seed), expected)
+    assert torch.equal(lora_up(x, eye, torch.empty_like(x), 1.0, None, 0.5, seed), expected)
+    gradient = torch.empty(64, 64)
+    lora_gradient(eye.to(dtype), x, gradient, 1.0, 0.5, seed)
+    assert torch.equal(gradient, expected.float())
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
+def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatch):
+    x, h, out = draw(600, 64).bfloat16(), draw(600, 8).bfloat16(), torch.empty(8, 64)
+    wide, long = draw(4, 1600).bfloat16(), draw(8, 1600)
+    results = []
+    for programs in (1, 64, 64):
+        for kernel, size in (("lora_down", "K"), ("lora_gradient", "N")):
+            tile = {"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4}
+            monkeypatch.setitem(tiles.TABLE, kernel, {"default": [tile]})
+        lora_gradient(h, x, out, 1.0, 0.3, seed)
+        results.append((lora_down(wide, long, 1.0, 0.3, seed), out.clone()))
+        assert not scratch(COUNTERS.value, torch.float32, x.device, "shares", zero=True).any()
+    assert all(torch.equal(one, other) for one, other in zip(*results[1:], strict=True))
+    for one, other in zip(*results[:2], strict=True):
+        assert_near(one, other, torch.bfloat16)
+
+
+def test_programs_are_shared_only_where_the_loop_is_long_enough():
+    assert number_of_shares(tiles=2, programs=512, steps=100) == 25
+    assert number_of_shares(tiles=100, programs=512, steps=100) == 5
+    assert number_of_shares(tiles=600, programs=512, steps=100) == 1
+    assert number_of_shares(tiles=1, programs=512, steps=3) == 1
+
+
+@pytest.mark.parametrize("target", ["sm_70", "sm_75"])
+def test_a_card_without_tiles_computes_with_torch(monkeypatch, target):
+    monkeypatch.setattr(tiles, "target", lambda device: target)
+    monkeypatch.setattr("lightning_qlora.kernels.triton.lora.launch", lambda *_, **__: pytest.fail("a kernel ran"))
+    x, w = draw(5, 64, dtype=torch.float16), draw(8, 64)
+    assert_near(lora_down(x, w, 0.5), 0.5 * x @ w.half().T, torch.float16)

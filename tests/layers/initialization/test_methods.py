@@ -1,0 +1,353 @@
+"""Initial values of adapters: PEFT's where PEFT has them, and better than zero where it says so."""
+
+import copy
+import math
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
+from torch import nn
+
+from lightning_qlora import QLoRAConfig, QLoRALinear, convert, quantize
+from lightning_qlora.layers.initialization import low_rank, methods
+from lightning_qlora.layers.initialization.clipping import quantize_clipped
+from tests.conftest import elsewhere
+
+R = 8
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(96, 128)
+        self.down = nn.Linear(128, 64, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def peft_model(net, base=None, **arguments):
+    """PEFT's LoRA of a dense model; the weights are replaced by the given ones after the initialization."""
+    config = LoraConfig(r=R, lora_alpha=R, target_modules=["up", "down"], lora_dropout=0.0)
+    for name, value in arguments.items():
+        setattr(config, name, value)
+    model = get_peft_model(net, config)
+    for name, weight in (base or {}).items():
+        getattr(model.base_model.model, name).get_base_layer().weight.data = weight
+    return model
+
+
+def decoded(net):
+    return {name: layer.decode() for name, layer in net.named_modules() if isinstance(layer, QLoRALinear)}
+
+
+def copy_adapter(ours, peft, noise=0.0):
+    """Add noise to our adapter, so that nothing is zero, and copy it to PEFT's model."""
+    generator = torch.Generator().manual_seed(1)
+    for name in ("up", "down"):
+        mine, theirs = getattr(ours, name), getattr(peft.base_model.model, name)
+        with torch.no_grad():
+            for parameter in mine.adapter_parameters():
+                parameter += noise * torch.randn(parameter.shape, generator=generator)
+            theirs.lora_A["default"].weight.copy_(mine.lora_A)
+            theirs.lora_B["default"].weight.copy_(mine.lora_B)
+            if mine.lora_magnitude_vector is not None:
+                theirs.lora_magnitude_vector["default"].weight.copy_(mine.lora_magnitude_vector)
+
+
+def compare(ours, peft, gradients=True):
+    x = torch.randn(3, 5, 96)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = ours(mine), peft(theirs)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    if not gradients:
+        return
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    for name in ("up", "down"):
+        layer, other = getattr(ours, name), getattr(peft.base_model.model, name)
+        torch.testing.assert_close(layer.lora_A.grad, other.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.lora_B.grad, other.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-5)
+        if layer.lora_magnitude_vector is not None:
+            magnitude = other.lora_magnitude_vector["default"].weight.grad
+            torch.testing.assert_close(layer.lora_magnitude_vector.grad, magnitude, rtol=1e-5, atol=1e-5)
+
+
+def converted(net=None, **arguments):
+    net = copy.deepcopy(net) if net is not None else Net()
+    convert(net, **{"r": R, "lora_alpha": R, "lora_dropout": 0.0, **arguments})
+    return net
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"rank_pattern": {"up": 4}, "alpha_pattern": {"down": 16}},
+        {"rank_pattern": {"(up|nothing)": 4}, "alpha_pattern": {"u.": 2.5}, "use_rslora": True, "use_dora": True},
+    ],
+    ids=str,
+)
+def test_adapters_compute_what_pefts_do(arguments):
+    net = Net()
+    ours = converted(net, **arguments)
+    peft = peft_model(net, decoded(ours), **arguments)
+    copy_adapter(ours, peft, noise=0.05)
+    compare(ours, peft)
+
+
+def test_initial_magnitudes_are_pefts_and_do_not_change_the_output():
+    net = Net()
+    ours, plain = converted(net, use_dora=True), converted(net)
+    for name, weight in decoded(ours).items():
+        magnitude = getattr(ours, name).lora_magnitude_vector
+        torch.testing.assert_close(magnitude.detach(), torch.linalg.norm(weight, dim=1))
+    x = torch.randn(4, 96)
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_a_merged_dora_layer_has_the_same_output():
+    ours = converted(use_dora=True, use_rslora=True)
+    with torch.no_grad():
+        for parameter in [p for layer in (ours.up, ours.down) for p in layer.adapter_parameters()]:
+            parameter += 0.05 * torch.randn_like(parameter)
+    x = torch.randn(4, 96)
+    merged = nn.functional.linear(x, ours.up.decode() + ours.up.delta(), ours.up.bias)
+    torch.testing.assert_close(merged, ours.up(x), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_with_a_row_of_zeros_is_finite():
+    net = Net()
+    net.up.weight.data[3] = 0
+    ours = converted(net, use_dora=True)
+    assert torch.isfinite(ours(torch.randn(2, 96))).all()
+
+
+def test_loftq_of_one_iteration_is_pefts():
+    """PEFT's own loftq_init needs CUDA: this is its body, with bitsandbytes' quantization and its decomposition."""
+    net = Net()
+    ours = converted(net, init_lora_weights="loftq", double_quant=False)
+    base, factors = {}, {}
+    for name in ("up", "down"):
+        weight = getattr(net, name).weight.detach()
+        codes, state = bnb.functional.quantize_4bit(weight.reshape(1, -1), quant_type="nf4", compress_statistics=False)
+        base[name] = bnb.functional.dequantize_4bit(codes, state).reshape(weight.shape)
+        factors[name] = _low_rank_decomposition(weight - base[name], reduced_rank=R)
+    peft = peft_model(net, base)
+    for name, factor in factors.items():
+        layer = getattr(peft.base_model.model, name)
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = factor["R"], factor["L"]
+    compare(ours, peft, gradients=False)
+    for name, factor in factors.items():  # singular vectors are known up to their signs
+        layer = getattr(ours, name)
+        torch.testing.assert_close(layer.lora_A.abs().detach(), factor["R"].abs(), rtol=1e-3, atol=1e-4)
+        sign = torch.sign((layer.lora_A * factor["R"]).sum(1)).detach()
+        torch.testing.assert_close(layer.lora_B.detach() * sign, factor["L"], rtol=1e-3, atol=1e-4)
+    copy_adapter(ours, peft)
+    compare(ours, peft)
+
+
+def test_loftq_fits_every_scaling_and_each_iteration_reduces_the_error():
+    net, x = Net(), torch.randn(64, 96)
+    errors = []
+    for iterations in (0, 1, 5):
+        loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": iterations}} if iterations else {}
+        one, quarter = (converted(net, lora_alpha=alpha, **loftq) for alpha in (R, R / 4))
+        torch.testing.assert_close(one(x), quarter(x), rtol=1e-4, atol=1e-5)
+        errors.append(
+            sum((getattr(net, n).weight - effective_weight(one, n)).square().sum().item() for n in ("up", "down"))
+        )
+    assert errors[0] > errors[1] > errors[2]
+
+
+def effective_weight(net, name):
+    layer = getattr(net, name)
+    return layer.decode() + layer.delta()
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_16"])
+def test_pissa_is_pefts_with_a_quantized_residual(method):
+    net = Net()
+    ours = converted(net, init_lora_weights=method, use_rslora=True)
+    peft = peft_model(copy.deepcopy(net), init_lora_weights=method, use_rslora=True)
+    for name in ("up", "down"):
+        layer, other = getattr(ours, name), getattr(peft.base_model.model, name)
+        theirs = other.get_delta_weight("default")
+        assert abs(layer.delta().norm() / theirs.norm() - 1) < 0.03
+        if method == "pissa":
+            torch.testing.assert_close(layer.delta(), theirs, rtol=1e-3, atol=1e-5)
+            same = layer.packed_weight.packed == quantize(other.get_base_layer().weight).packed
+            assert same.float().mean() > 0.999  # a rounding of the SVD may move a weight across a bound
+        other.get_base_layer().weight.data = layer.decode()
+    if method == "pissa":
+        compare(ours, peft, gradients=False)
+    copy_adapter(ours, peft)
+    compare(ours, peft)
+
+
+def test_each_iteration_of_pissa_reduces_the_error_and_loftq_has_a_larger_one():
+    net, errors = Net(), {}
+    for method, iterations in (("loftq", 5), ("pissa", 1), ("pissa", 2), ("pissa", 5), ("pissa_niter_16", 5)):
+        ours = converted(net, init_lora_weights=method, loftq_config={"loftq_iter": iterations}, lora_alpha=R / 2)
+        errors[method, iterations] = sum(
+            (getattr(net, n).weight - effective_weight(ours, n)).square().sum().item() for n in ("up", "down")
+        )
+    assert errors["pissa", 1] > errors["pissa", 2] > errors["pissa", 5]
+    assert errors["pissa", 5] < errors["loftq", 5]
+    assert errors["pissa_niter_16", 5] < errors["loftq", 5]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"block_size": 32}, {"quant_type": "fp4"}, {"double_quant": False}])
+def test_clipped_scales_reduce_the_error_in_the_same_format(arguments):
+    weight, config = torch.distributions.StudentT(3).sample((40, 131)), QLoRAConfig(**arguments)
+    plain = quantize(weight, config.quant_type, config.block_size, config.double_quant)
+    clipped = quantize_clipped(weight, config)
+    assert (clipped.dequantize() - weight).square().sum() < (plain.dequantize() - weight).square().sum()
+    assert [part.shape for part in clipped.to_bytes()[:3]] == [part.shape for part in plain.to_bytes()[:3]]
+
+
+@pytest.mark.parametrize("method", ["default", "gaussian", "calibrated", "loftq"])
+def test_the_base_is_the_quantized_weight(method):
+    net = Net()
+    ours = converted(net, init_lora_weights=method)
+    for name in ("up", "down"):
+        plain, mine = quantize(getattr(net, name).weight), getattr(ours, name).packed_weight
+        assert torch.equal(mine.packed, plain.packed)
+        assert torch.equal(mine.absmax, plain.absmax)
+
+
+def test_gaussian_and_default_have_pefts_spread():
+    for method, deviation in (("gaussian", 1 / R), ("default", 1 / math.sqrt(3 * 96))):
+        layer = converted(init_lora_weights=method).up
+        assert not layer.lora_B.any()
+        assert abs(layer.lora_A.std().item() / deviation - 1) < 0.1
+
+
+@pytest.mark.parametrize("method", ["default", "gaussian", "loftq", "pissa", "pissa_niter_4"])
+def test_initial_values_depend_only_on_the_name_and_the_seed(method, monkeypatch):
+    net = Net()
+    first = converted(net, init_lora_weights=method)
+    state = torch.get_rng_state()
+    torch.randn(7)
+    second = converted(net, init_lora_weights=method)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    torch.set_rng_state(state)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    third = converted(net, init_lora_weights=method)
+    assert torch.equal(first.up.lora_A, third.up.lora_A) == (method in ("loftq", "pissa"))
+
+
+@pytest.mark.parametrize("method", ["loftq", "pissa", "pissa_niter_4"])
+def test_conversion_draws_nothing_from_the_global_generator(method):
+    net = Net()
+    state = torch.get_rng_state()
+    converted(net, init_lora_weights=method)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["loftq", "pissa", "pissa_niter_4"])
+def test_16_bit_weights_keep_their_type(method, dtype):
+    net = Net().to(dtype)
+    ours = converted(net, init_lora_weights=method, use_dora=True)
+    assert ours.up.weight.dtype == dtype
+    assert ours(torch.randn(2, 96, dtype=dtype)).dtype == dtype
+    assert {p.dtype for layer in (ours.up, ours.down) for p in layer.adapter_parameters()} == {torch.float32}
+
+
+def test_an_adapter_of_a_weight_without_quantization_error_can_train():
+    net = Net()
+    with torch.no_grad():
+        net.up.weight.copy_(quantize(net.up.weight, double_quant=False).dequantize())
+    ours = converted(net, init_lora_weights="loftq", double_quant=False)
+    torch.testing.assert_close(ours.up.delta(), torch.zeros(128, 96), atol=1e-5, rtol=0)
+    ours(torch.randn(4, 96)).square().mean().backward()
+    assert (ours.up.lora_B.grad.abs().sum(0) > 0).all()
+
+
+def test_more_ranks_than_singular_values_are_refused():
+    net = nn.Sequential(nn.Linear(64, 16))
+    with pytest.raises(ValueError, match=r"0: r=20: a 16x64 weight has only 16 singular values.*rank_pattern"):
+        convert(net, r=20, target_modules=["0"], init_lora_weights="pissa")
+
+
+def test_patterns_that_match_no_layer_are_refused():
+    with pytest.raises(ValueError, match=r"rank_pattern: 'upp' fits none of the layers to convert: \['up', 'down'\]"):
+        converted(rank_pattern={"upp": 4})
+
+
+def test_rank_pattern_counts_in_the_selection_of_layers():
+    net = Net()
+    convert(net, r=100, rank_pattern={"up": 4})
+    assert isinstance(net.up, QLoRALinear)
+    assert net.up.r == 4
+    assert type(net.down) is nn.Linear  # an adapter of rank 100 would be larger than the layer
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_a_checkpoint_holds_a_base_that_depends_on_the_machine(method):
+    arguments = {"init_lora_weights": method, "loftq_config": {"loftq_iter": 2}}
+    net = Net()
+    ours = converted(net, **arguments)
+    ours.up.lora_B.data += 1
+    other = converted(net, **arguments)
+    other.up.packed.data.view(-1)[0] ^= 1  # as another machine's last bits might
+    other.up._fingerprint = None
+    other.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 96)
+    assert torch.equal(ours(x), other(x))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}, {"use_dora": True}]
+)
+def test_loading_a_dense_checkpoint_initializes_adapters_from_its_weights(arguments):
+    first, second = Net(), Net()
+    ours = converted(first, **arguments)
+    ours.load_state_dict(second.state_dict())
+    x = torch.randn(2, 96)
+    torch.testing.assert_close(ours(x), converted(second, **arguments)(x))
+
+
+def test_exact_and_sketched_factors_are_those_of_an_svd():
+    for shape in ((40, 70), (70, 40)):
+        u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        sigma = 0.8 ** torch.arange(40)
+        best = (u[:, :R] * sigma[:R]) @ v[:R]
+        for factors in (low_rank.exact((u * sigma) @ v, R), low_rank.sketched((u * sigma) @ v, R, 30, seed=0)):
+            torch.testing.assert_close(factors[1], sigma[:R], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "calibrated"},
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+        {"init_lora_weights": "pissa", "loftq_config": {"loftq_iter": 2}},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"use_dora": True},
+    ],
+    ids=str,
+)
+def test_the_default_device_has_no_effect(arguments):
+    """Lightning runs `configure_model` under the root device as the default device."""
+
+    def values(net):
+        rms = torch.full((96,), 0.5, device="cpu")
+        yield from converted(net, **arguments).parameters()
+        yield from methods.calibrated_adapter(net.up.weight, quantize(net.up.weight), rms, QLoRAConfig(r=R), "up")
+
+    net = Net()
+    expected = list(values(net))
+    with elsewhere():
+        made = list(values(net))
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))

@@ -1,0 +1,334 @@
+"""Deferred logits against the real ones: losses and gradients of everything a training step may do with logits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qlora import convert
+from lightning_qlora.layers import piecewise_cross_entropy
+from lightning_qlora.layers.deferred_head import defer_logits
+from lightning_qlora.layers.deferred_logits import DeferredLogits
+
+V, H = 97, 64
+HEADS = ("frozen", "bias", "trained", "4-bit")
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", 5 * V)
+
+
+def made_head(kind):
+    torch.manual_seed(0)
+    head = nn.Linear(H, V, bias=kind == "bias")
+    if kind == "4-bit":
+        model = nn.Sequential(head)
+        convert(model, r=4, target_modules=["0"], lora_dropout=0.0)
+        with torch.no_grad():
+            head.lora_B.normal_(std=0.1)
+    else:
+        head.requires_grad_(kind == "trained")
+    return head
+
+
+def both(kind, function, dtype=torch.float32):
+    """Result, gradient of the hidden states and of the head, with deferred and with real logits."""
+    results = []
+    for defers in (True, False):
+        head = made_head(kind).to(dtype)
+        if defers:
+            defer_logits(head)
+        hidden = torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        logits = head(hidden)
+        assert isinstance(logits, DeferredLogits) is defers
+        result = function(logits)
+        result.float().square().sum().backward()
+        trained = [p.grad for p in head.parameters() if p.requires_grad]
+        results.append([result.detach(), hidden.grad, *trained])
+    return results
+
+
+def labels(*shape, ignored=-100):
+    made = torch.randint(0, V, shape, generator=torch.Generator().manual_seed(2))
+    made.view(-1)[::3] = ignored
+    return made
+
+
+WEIGHT = torch.rand(V, generator=torch.Generator().manual_seed(3))
+LOSSES = {
+    "view": lambda z: F.cross_entropy(z.view(-1, V), labels(21)),
+    "view of -1": lambda z: F.cross_entropy(z.view(21, -1), labels(21)),
+    "reshape": lambda z: F.cross_entropy(z.reshape((-1, V)), labels(21)),
+    "flatten": lambda z: F.cross_entropy(z.flatten(0, 1), labels(21)),
+    "flatten by name": lambda z: F.cross_entropy(z.flatten(end_dim=1), labels(21)),
+    "float": lambda z: F.cross_entropy(z.float().contiguous().view(-1, V), labels(21)),
+    "to": lambda z: F.cross_entropy(z.to(torch.float32).to("cpu").view(-1, V), labels(21)),
+    "shifted": lambda z: F.cross_entropy(z[..., :-1, :].contiguous().view(-1, V), labels(18)),
+    "rows": lambda z: F.cross_entropy(z[:, 1:].reshape(-1, V), labels(18)),
+    "last": lambda z: F.cross_entropy(z[:, -1], labels(3)),
+    "mask": lambda z: F.cross_entropy(z[torch.arange(21).view(3, 7) % 2 == 0], labels(11)),
+    "index": lambda z: F.cross_entropy(z[torch.tensor([0, 2, 0])].view(-1, V), labels(21)),
+    "softcap": lambda z: F.cross_entropy((torch.tanh(z / 3) * 3).view(-1, V), labels(21)),
+    "scale": lambda z: F.cross_entropy(0.25 * z.view(-1, V) * 2, labels(21)),
+    "sum": lambda z: F.cross_entropy(z.view(-1, V), labels(21), reduction="sum"),
+    "none": lambda z: F.cross_entropy(z.view(-1, V), labels(21), reduction="none"),
+    "ignore_index": lambda z: F.cross_entropy(z.view(-1, V), labels(21, ignored=0), ignore_index=0),
+    "smoothing": lambda z: F.cross_entropy(z.view(-1, V), labels(21), label_smoothing=0.1),
+    "weight": lambda z: F.cross_entropy(z.view(-1, V), labels(21), WEIGHT),
+    "weight, smoothing, none": lambda z: F.cross_entropy(
+        z.view(-1, V), labels(21), WEIGHT, reduction="none", label_smoothing=0.2
+    ),
+    "by keyword": lambda z: F.cross_entropy(input=z.view(-1, V), target=labels(21)),
+    "module": lambda z: nn.CrossEntropyLoss()(z.view(-1, V), labels(21)),
+    "two losses": lambda z: F.cross_entropy(z.view(-1, V), labels(21)) + F.cross_entropy(z[:, 0], labels(3)),
+}
+REAL = {
+    "sum": lambda z: 1e-2 * z.square().sum(),
+    "log_softmax": lambda z: -F.log_softmax(z, -1)[..., 3].mean(),
+    "kl": lambda z: F.kl_div(F.log_softmax(z.float(), -1), torch.full((3, 7, V), 1 / V), reduction="batchmean"),
+    "classes in the middle": lambda z: F.cross_entropy(z.transpose(1, 2), labels(3, 7)),
+    "probabilities": lambda z: F.cross_entropy(z.view(-1, V), torch.full((21, V), 1 / V)),
+    "a part of the vocabulary": lambda z: F.cross_entropy(z[..., :50].reshape(-1, 50), labels(21).clamp(-100, 49)),
+    "metric, then loss": lambda z: z.argmax(-1).float().sum() * 0 + F.cross_entropy(z.view(-1, V), labels(21)),
+    "loss, then metric": lambda z: F.cross_entropy(z.view(-1, V), labels(21)) + 0 * z.argmax(-1).float().sum(),
+    "masked in place": lambda z: F.cross_entropy(z.masked_fill_(torch.arange(V) == 5, -9.0).view(-1, V), labels(21)),
+    "checkpoint": lambda z: checkpoint(lambda z: z.square().mean(), z, use_reentrant=False),
+    "stack": lambda z: torch.stack([z, z]).mean(),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("function", LOSSES.values(), ids=LOSSES)
+def test_a_loss_in_pieces_is_the_loss_and_no_logits_are_made(kind, function, monkeypatch):
+    monkeypatch.setattr(DeferredLogits, "computed", lambda *_: pytest.fail("the logits were computed"))
+    for ours, expected in zip(*both(kind, function), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * max(1, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("function", REAL.values(), ids=REAL)
+def test_anything_else_gets_the_real_logits(kind, function):
+    for ours, expected in zip(*both(kind, function), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * max(1, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_bf16_and_autocast(kind):
+    def loss(z):
+        return F.cross_entropy(z.float().view(-1, V), labels(21))
+
+    for ours, expected in zip(*both(kind, loss, torch.bfloat16), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2 * expected.float().abs().max().item())
+
+    results = []
+    for defers in (True, False):
+        head = made_head(kind)
+        if defers:
+            defer_logits(head)
+        hidden = torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head(hidden)
+            assert logits.dtype is torch.bfloat16
+            value = F.cross_entropy(logits.view(-1, V), labels(21))
+        later = F.cross_entropy(logits.view(-1, V), labels(21), reduction="none").float().sum()
+        (value + later).backward()
+        results.append([value.detach(), later.detach(), hidden.grad])
+    assert results[0][0].dtype is results[1][0].dtype is torch.float32
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
+
+
+def test_an_autograd_function_gets_values_and_its_gradient_reaches_the_hidden_states():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z.mul(z).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad * ctx.saved_tensors[0]
+
+    for ours, expected in zip(*both("trained", Square.apply), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_backward_twice_and_a_second_derivative():
+    head = made_head("frozen")
+    defer_logits(head)
+    hidden = torch.randn(4, H, requires_grad=True)
+    loss = F.cross_entropy(head(hidden), labels(4, ignored=1))
+    loss.backward(retain_graph=True)
+    first = hidden.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, 2 * first)
+    grad = torch.autograd.grad(F.cross_entropy(head(hidden), labels(4, ignored=1)), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        grad.sum().backward()
+
+
+def test_all_labels_ignored_is_nan_without_a_gradient_as_in_torch_and_an_empty_batch_too():
+    head = made_head("frozen")
+    defer_logits(head)
+    hidden = torch.randn(4, H, requires_grad=True)
+    loss = F.cross_entropy(head(hidden), torch.full((4,), -100))
+    loss.backward()
+    assert loss.isnan() and not hidden.grad.any()
+    assert F.cross_entropy(head(hidden[:0]), torch.zeros(0, dtype=torch.long)).isnan()
+
+
+def test_dropout_of_a_head_in_4_bits_uses_one_mask_for_loss_and_gradient():
+    head = made_head("4-bit")
+    head.lora_dropout = 0.5
+    defer_logits(head)
+    head.train()
+    hidden = torch.randn(21, H, requires_grad=True)
+    grads = []
+    for reduction in ("none", "sum"):
+        torch.manual_seed(5)
+        hidden.grad = None
+        F.cross_entropy(head(hidden), labels(21), reduction=reduction).sum().backward()
+        torch.rand(3)
+        grads.append(hidden.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_evaluation_and_compiled_code_get_real_logits():
+    head = made_head("frozen")
+    defer_logits(head)
+    with torch.no_grad():
+        assert type(head(torch.randn(2, H))) is torch.Tensor
+    assert type(head(torch.randn(2, H))) is torch.Tensor  # nothing trains
+    hidden = torch.randn(5, H, requires_grad=True)
+    target = labels(5)
+    compiled = torch.compile(lambda h: F.cross_entropy(head(h), target), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden), F.cross_entropy(head(hidden), target))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "4-bit"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_of_the_head_defers_too(copied, kind):
+    head = made_head(kind)
+    defer_logits(head)
+    again, hidden = copied(head), torch.randn(2, H, requires_grad=True)
+    assert type(again) is type(head) and isinstance(again(hidden), DeferredLogits)
+    torch.testing.assert_close(again(hidden) + 0, head(hidden) + 0)
+
+
+READS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", READS.values(), ids=READS)
+def test_a_metric_without_gradient_does_not_take_the_gradient_from_the_loss(mode):
+    def function(z):
+        with mode():
+            assert not (z.argmax(-1).float() * 0).any()
+        return F.cross_entropy(z.view(-1, V), labels(21))
+
+    for ours, expected in zip(*both("trained", function), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def write_item(z):
+    z[:, :, 3:5] = -9.0
+
+
+WRITES = {
+    "item": write_item,
+    "in place": lambda z: z.mul_(0.5),
+    "data": lambda z: write_item(z.data),
+    "operator": lambda z: z.__imul__(2),
+}
+
+
+@pytest.mark.parametrize("in_checkpoint", [False, True])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_is_written_to_the_logits_stays(write, in_checkpoint):
+    results = []
+    for defers in (True, False):
+        head = made_head("trained")
+        if defers:
+            defer_logits(head)
+
+        def function(hidden, head=head):
+            z = head(hidden)
+            flat = z.view(-1, V)
+            write(z)
+            return F.cross_entropy(flat, labels(21))
+
+        hidden = torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss = checkpoint(function, hidden, use_reentrant=False) if in_checkpoint else function(hidden)
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, head.weight.grad])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_hook_on_the_logits_is_called_after_a_view_was_made():
+    head, grads = made_head("frozen"), []
+    defer_logits(head)
+    z = head(torch.randn(2, 3, H, requires_grad=True))
+    flat = z.view(-1, V)
+    z.register_hook(grads.append)
+    F.cross_entropy(flat, labels(6)).backward()
+    assert grads[0].shape == (2, 3, V)
+
+
+def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
+    head = made_head("frozen").half()
+    defer_logits(head)
+    target = torch.randint(0, V, (2048,))
+    x = torch.randn(2048, H, generator=torch.Generator().manual_seed(1))
+    ours, exact = x.half().requires_grad_(), x.half().float().requires_grad_()
+    (F.cross_entropy(head(ours).float(), target) * 65536).backward()
+    F.cross_entropy(F.linear(exact, head.weight.float()), target).backward()
+    torch.testing.assert_close(ours.grad.float() / 65536, exact.grad, rtol=0.02, atol=0.02 * exact.grad.abs().max())
+
+
+@pytest.mark.parametrize("change", [lambda head, _: head.weight.mul_(2), lambda _, hidden: hidden.add_(1)])
+def test_logits_are_refused_after_the_weight_or_the_input_changed(change):
+    head = made_head("trained")
+    defer_logits(head)
+    hidden = torch.randn(4, H) + 0
+    z = head(hidden)
+    with torch.no_grad():
+        change(head, hidden)
+    with pytest.raises(RuntimeError, match="can't be computed any more"):
+        z.sum()
+
+
+def test_a_functional_call_never_uses_another_weight_than_the_given_one():
+    head = made_head("trained")
+    defer_logits(head)
+    hidden, other = torch.randn(4, H), torch.randn(V, H, requires_grad=True)
+    assert torch.equal(torch.func.functional_call(head, {"weight": other}, (hidden,)), hidden @ other.T)
+    z = torch.func.functional_call(head, {"weight": nn.Parameter(other)}, (hidden,))
+    with pytest.raises(RuntimeError, match="can't be computed any more"):
+        F.cross_entropy(z, labels(4, ignored=1))
+    grad = torch.func.grad(lambda w: torch.func.functional_call(head, {"weight": w}, (hidden,)).square().sum())(other)
+    assert grad.shape == other.shape
+
+
+def test_tracing_and_offloading_hooks_get_real_logits():
+    head, hidden = made_head("trained"), torch.randn(4, H)
+    defer_logits(head)
+    traced = torch.jit.trace(head, hidden)
+    assert torch.equal(traced(hidden), head(hidden) + 0)
+    plain = head.forward
+    head.forward = lambda x: plain(x)  # as accelerate does, which takes the weight away afterwards
+    assert type(head(hidden)) is torch.Tensor
+
+
+def test_a_loss_without_gradient_computes_none(monkeypatch):
+    head = made_head("trained")
+    defer_logits(head)
+    z = head(torch.randn(4, H))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        loss = F.cross_entropy(z, labels(4, ignored=1))
+    assert not loss.requires_grad

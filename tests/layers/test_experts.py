@@ -1,0 +1,191 @@
+"""Experts in 4 bits against the same model with dense experts W + s B A: outputs and gradients, in every layout."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRAConfig, QLoRALinear
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIG = QLoRAConfig(r=2, lora_alpha=4, lora_dropout=0.0)
+
+
+def qwen3_moe(**changes):
+    more = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96}
+    return transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**{**SMALL, **more, "head_dim": 16, **changes})
+
+
+def gpt_oss():
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16}
+    return transformers.GptOssForCausalLM, transformers.GptOssConfig(**{**SMALL, **more})
+
+
+def nemotron_h():
+    more = {
+        "intermediate_size": 32, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "layers_block_type": ["moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
+        "n_groups": 1, "moe_shared_expert_intermediate_size": 32, "head_dim": 16, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    return transformers.NemotronHForCausalLM, transformers.NemotronHConfig(**{**SMALL, **more})
+
+
+def jetmoe():
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "kv_channels": 16}
+    small = {key: value for key, value in SMALL.items() if key != "num_attention_heads"}
+    return transformers.JetMoeForCausalLM, transformers.JetMoeConfig(**{**small, **more})
+
+
+def dbrx():
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}
+    return transformers.DbrxForCausalLM, transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=96, attn_config=attention,
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    )  # fmt: skip
+
+
+def llama4():
+    more = {"num_local_experts": 4, "intermediate_size": 32, "intermediate_size_mlp": 64, "head_dim": 16}
+    return transformers.Llama4ForCausalLM, transformers.Llama4TextConfig(**{**SMALL, **more})
+
+
+MODELS = {f.__name__: f for f in (qwen3_moe, gpt_oss, nemotron_h, jetmoe, dbrx, llama4)}
+
+
+def made(build):
+    kind, config = build()
+    torch.manual_seed(0)
+    model = kind(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return model.requires_grad_(False)
+
+
+def convert_stacks(model):
+    """Every 3-D parameter, and DBRX's flat ones: name of the stack -> dense parameter that it was."""
+    dense = {}
+    for name, owner in list(model.named_modules()):
+        count = getattr(owner, "num_experts", getattr(owner, "moe_num_experts", None))
+        for key, parameter in list(owner._parameters.items()):
+            flat = key in ("w1", "v1", "w2")
+            if count and parameter is not None and (parameter.ndim == 3 or flat):
+                transposed = getattr(owner, "is_transposed", "Llama4" in type(owner).__name__)
+                dense[f"{name}.{key}"] = parameter
+                QLoRAExperts.from_parameter(owner, key, CONFIG, f"{name}.{key}", count, transposed)
+    for layer in layers_of(model):
+        with torch.no_grad():
+            layer.lora_B.normal_(std=0.05)
+    return dense
+
+
+def layers_of(model):
+    return [layer for layer in model.modules() if isinstance(layer, QLoRALinear)]
+
+
+def outputs(model):
+    ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_outputs_and_gradients_are_those_of_dense_experts(build):
+    model = made(build)
+    reference = copy.deepcopy(model)
+    dense = convert_stacks(model)
+    assert dense and not any(parameter.ndim == 3 for parameter in model.parameters() if parameter.dtype != torch.uint8)
+    loss = outputs(model).loss
+    loss.backward()
+    for name, owner, key, stack in expert_stacks(model):
+        weight = stack.effective_weight().detach()
+        assert weight.shape == dense[name].shape
+        holder = reference.get_submodule(name.rpartition(".")[0])
+        holder._parameters[key] = nn.Parameter(weight)
+        assert getattr(owner, key).shape == dense[name].shape
+    expected = outputs(reference).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    reached = 0
+    for name, _, key, stack in expert_stacks(model):
+        grads = reference.get_submodule(name.rpartition(".")[0])._parameters[key].grad
+        grads = grads.view(len(stack), -1, grads.shape[-1])
+        for layer, grad in zip(stack.layers, grads, strict=True):
+            grad = grad.T if stack.transposed else grad
+            if layer.lora_A.grad is None:
+                assert not grad.any()
+                continue
+            reached += 1
+            expected_a, expected_b = layer.scaling * layer.lora_B.T @ grad, layer.scaling * grad @ layer.lora_A.T
+            scale = max(expected_a.abs().max().item(), 1e-6)
+            torch.testing.assert_close(layer.lora_A.grad, expected_a, rtol=1e-3, atol=1e-4 * scale)
+            torch.testing.assert_close(
+                layer.lora_B.grad, expected_b, rtol=1e-3, atol=1e-4 * max(expected_b.abs().max().item(), 1e-6)
+            )
+    assert reached > len(dense)
+
+
+def test_only_the_experts_that_tokens_reached_are_decoded_and_never_the_stack(monkeypatch):
+    model = made(lambda: qwen3_moe(num_experts=16))
+    convert_stacks(model)
+    monkeypatch.setattr(QLoRAExperts, "effective_weight", lambda self: pytest.fail("the stack was decoded"))
+    called = []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda layer, *_: called.append(layer.full_name))
+    ids = torch.tensor([[5]])
+    model(input_ids=ids)
+    assert len(called) == len(set(called)) == 2 * 2 * 2  # layers, experts of the one token, stacks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_computes_the_same(copied):
+    model = made(qwen3_moe)
+    convert_stacks(model)
+    again = copied(model)
+    assert torch.equal(outputs(again).loss, outputs(model).loss)
+    assert type(again.model.layers[0].mlp.experts) is type(model.model.layers[0].mlp.experts)
+
+
+def test_a_restored_stack_is_the_parameter_it_was():
+    model = made(gpt_oss)
+    kind = type(model.model.layers[0].mlp.experts)
+    dense = convert_stacks(model)
+    expected = outputs(model).logits
+    for name, owner, key, stack in list(expert_stacks(model)):
+        stack.restore(owner, key, stack.effective_weight().detach())
+        assert owner._parameters[key].shape == dense[name].shape
+    assert type(model.model.layers[0].mlp.experts) is kind and not layers_of(model)
+    torch.testing.assert_close(outputs(model).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stack_can_be_read_but_not_written():
+    model = made(qwen3_moe)
+    convert_stacks(model)
+    owner = model.model.layers[0].mlp.experts
+    assert owner.gate_up_proj.dtype is torch.float32 and len(owner.gate_up_proj) == 6
+    total = owner.gate_up_proj.sum()
+    total.backward()
+    assert all(layer.lora_B.grad is not None for layer in owner.gate_up_proj_experts)
+    one, index = owner.gate_up_proj[2], torch.tensor(2)
+    torch.testing.assert_close(one + 0, owner.gate_up_proj[index] + 0)
+    torch.testing.assert_close(torch.stack([w + 0 for w in owner.gate_up_proj]), owner.gate_up_proj + 0)
+    for write in (lambda w: w.mul_(2), lambda w: w.__setitem__(0, 0.0), lambda w: w.data.normal_()):
+        with pytest.raises(RuntimeError, match="read-only"):
+            write(owner.gate_up_proj)
+
+
+def test_no_token_at_all():
+    model = made(qwen3_moe)
+    convert_stacks(model)
+    owner = model.model.layers[0].mlp.experts
+    y = owner(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert y.shape == (0, 64)
+    masked = owner(torch.randn(3, 64), torch.full((3, 2), 6), torch.ones(3, 2))  # 6 experts: number 6 is none
+    assert torch.equal(masked, torch.zeros(3, 64))

@@ -1,0 +1,133 @@
+"""Names of layers: those in the model that holds them count, wherever the model stands."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRALinear, convert
+from lightning_qlora.layers.names import matches, names_of_modules
+from tests.toys import Lit, toy
+
+pytest.importorskip("transformers")
+
+
+class WithHead(Lit):
+    def __init__(self, model):
+        super().__init__(model)
+        self.head = nn.Linear(64, 64)
+
+
+class Net(pl.LightningModule):
+    def __init__(self, **children):
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+def stack():
+    return nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)))
+
+
+def names(root, name):
+    return names_of_modules(root)[id(root.get_submodule(name))]
+
+
+def adapters(module):
+    return [layer.lora_A.detach() for layer in module.modules() if isinstance(layer, QLoRALinear)]
+
+
+def test_names_match_as_in_peft():
+    assert matches("model.layers.0.q_proj", ["q_proj"])
+    assert matches("q_proj", ["q_proj"])
+    assert not matches("model.layers.0.seq_proj", ["q_proj"])
+    assert matches("model.layers.0.q_proj", r".*\.q_proj")
+    assert not matches("model.layers.0.q_proj", "q_proj.")
+    assert not matches("net.model.layers.0.q_proj", r"model\.layers\.\d+\.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "forms", "seed_name"),
+    [
+        (lambda: toy("llama"), "model.layers.0.mlp.up_proj", [], "model.layers.0.mlp.up_proj"),
+        (lambda: Lit(toy("llama")), "model.lm_head", ["lm_head"], "lm_head"),
+        (lambda: WithHead(toy("llama")), "model.lm_head", ["lm_head"], "lm_head"),
+        (lambda: WithHead(toy("llama")), "head", [], "head"),
+        (lambda: nn.ModuleDict({"a": toy("llama")}), "a.lm_head", ["lm_head"], "lm_head"),
+        (lambda: Net(a=nn.ModuleDict({"b": toy("llama")})), "a.b.lm_head", ["b.lm_head", "lm_head"], "lm_head"),
+        # T5 has an encoder and a decoder that are transformers models too: the outermost one counts
+        (lambda: Lit(toy("t5")), "model.encoder.block.0.layer.0.SelfAttention.q",
+         ["encoder.block.0.layer.0.SelfAttention.q"], "encoder.block.0.layer.0.SelfAttention.q"),
+        (lambda: Net(net=stack()), "net.1.0", ["1.0"], "1.0"),
+        (lambda: Net(net=nn.Linear(64, 64)), "net", [], "net"),
+        # two children may have layers of the same name, whose adapters are to differ
+        (lambda: Net(a=stack(), b=stack()), "b.1.0", ["1.0"], "b.1.0"),
+        (lambda: stack(), "1.0", [], "1.0"),
+        (lambda: Lit(torch.compile(toy("llama"))), "model._orig_mod.lm_head", ["_orig_mod.lm_head", "lm_head"],
+         "lm_head"),
+        (lambda: Net(net=torch.compile(stack())), "net._orig_mod.1.0", ["net.1.0", "1.0"], "1.0"),
+    ],
+)  # fmt: skip
+def test_a_layer_has_a_name_in_each_module_around_it(root, name, forms, seed_name):
+    found = names(root(), name)
+    assert found.seed_name == seed_name
+    assert found.forms[0] == name and set(found.forms) >= {name, *forms}
+    assert all(form == name or name.endswith("." + form) or "_orig_mod" in name for form in found.forms)
+
+
+def test_a_model_gets_the_same_adapters_wherever_it_stands():
+    bare, lit, deeper = toy("llama"), Lit(toy("llama")), Net(a=nn.ModuleDict({"b": toy("llama")}), c=nn.Linear(64, 64))
+    for module in (bare, lit, deeper):
+        convert(module, r=4)
+    for other in (lit, deeper):
+        assert all(torch.equal(a, b) for a, b in zip(adapters(bare), adapters(other), strict=other is lit))
+
+
+def test_children_with_equal_names_get_adapters_of_their_own():
+    module = Net(a=stack(), b=stack())
+    convert(module, r=4)
+    first, second = adapters(module.a), adapters(module.b)
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target_modules": r"model\.layers\.1\..*_proj"},
+        {"target_modules": r"model\.model\.layers\.1\..*_proj"},
+        {"exclude_modules": r"model\.model\.layers\.0\..*", "target_modules": r".*_proj"},
+        {"exclude_modules": ["model.layers.0.mlp.up_proj", "model.lm_head"]},
+        {"rank_pattern": {"^model.layers.1": 8}, "alpha_pattern": {"model.model.layers.0.mlp.up_proj": 32}},
+    ],
+)  # fmt: skip
+def test_a_pattern_matches_the_name_in_the_model_or_the_full_name(arguments):
+    module = Lit(toy("llama"))
+    if "rank_pattern" in arguments:
+        arguments = {**arguments, "rank_pattern": {r"^model\.layers\.1\.mlp\.up_proj": 8}}
+    report = convert(module, r=4, lora_alpha=8, **arguments)
+    for name, layer in module.named_modules():
+        if isinstance(layer, QLoRALinear):
+            if "target_modules" in arguments:
+                assert ".layers.1." in name
+            assert layer.r == (8 if "rank_pattern" in arguments and name.endswith("layers.1.mlp.up_proj") else 4)
+            alpha = 32 if "alpha_pattern" in arguments and name.endswith("layers.0.mlp.up_proj") else 8
+            assert layer.scaling == alpha / layer.r and layer.config.lora_alpha == alpha and layer.config.r == layer.r
+    if isinstance(arguments.get("exclude_modules"), list):
+        assert report.skipped["model.model.layers.0.mlp.up_proj"] == "in exclude_modules"
+
+
+def test_an_anchored_pattern_reaches_no_other_part_of_a_bare_module():
+    """The first part of a name is left out only where it is the attribute of a LightningModule."""
+
+    def model():
+        return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(64, 64)]), "decoder": nn.ModuleDict(
+            {"layers": nn.ModuleList([nn.Linear(64, 64)])}
+        )})  # fmt: skip
+
+    bare, lit = model(), Net(net=model())
+    for module in (bare, lit):
+        convert(module, r=4, rank_pattern={r"^layers\.0": 16}, alpha_pattern={r"^layers\.0": 2})
+    for module in (bare, lit.net):
+        assert module["layers"][0].r == 16 and module["decoder"]["layers"][0].r == 4
+        assert module["decoder"]["layers"][0].scaling == 4
+    assert convert(model(), r=4, target_modules=r"layers\.0").converted == ["layers.0"]

@@ -1,0 +1,382 @@
+import copy
+import io
+import pickle
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_qlora import QLoRALinear, convert, quantize
+from lightning_qlora.layers import lora
+from lightning_qlora.layers.initialization.methods import random_adapter
+from lightning_qlora.layers.qlora_linear import _has_bf16
+
+
+def converted(layer=None, **arguments):
+    layer = layer or nn.Linear(128, 96)
+    dense = copy.deepcopy(layer)
+    convert(layer, **{"r": 8, **arguments})
+    return layer, dense
+
+
+def randomize(layer):
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(3))
+    return layer
+
+
+def test_it_is_still_the_same_linear_layer():
+    layer = nn.Linear(128, 96)
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    same = layer
+    convert(layer, r=8)
+    assert same is layer
+    assert isinstance(layer, QLoRALinear)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (128, 96)
+    layer(torch.randn(2, 128))
+    assert seen == [1]
+
+
+def test_before_training_it_computes_with_the_decoded_weight():
+    layer, dense = converted()
+    x = torch.randn(4, 3, 128)
+    expected = nn.functional.linear(x, quantize(dense.weight).dequantize(), dense.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_adapter_is_added_with_its_scale():
+    layer, dense = converted(lora_alpha=4, r=8)
+    randomize(layer)
+    x = torch.randn(5, 128)
+    weight = quantize(dense.weight).dequantize() + 0.5 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.eval()(x), nn.functional.linear(x, weight, dense.bias), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.decode() + layer.delta(), weight.detach())
+
+
+def test_names_shapes_and_types_of_the_parameters():
+    layer, _ = converted()
+    assert layer.lora_A.shape == (8, 128)
+    assert layer.lora_B.shape == (96, 8)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    frozen = {name: p for name, p in layer.named_parameters() if not p.requires_grad}
+    assert set(frozen) == {"packed", "absmax", "nested", "bias"}
+    assert all(frozen[name].dtype == torch.uint8 for name in ("packed", "absmax", "nested"))
+    assert frozen["packed"].shape == (96, 64)
+    assert frozen["absmax"].shape == (96, 2)
+    assert not list(layer.buffers())
+
+
+def test_weight_can_be_read_but_not_written():
+    layer, dense = converted()
+    expected = quantize(dense.weight).dequantize()
+    assert layer.weight.shape == (96, 128)
+    assert layer.weight.dtype == torch.float32
+    assert layer.weight.device.type == "cpu"
+    assert isinstance(layer.weight, torch.Tensor)
+    assert torch.equal(layer.weight, expected)
+    assert torch.equal(layer.packed_weight.dequantize(), expected)
+    assert torch.equal(layer.weight[3:5] * 2, expected[3:5] * 2)
+    assert (layer.weight.numpy() == expected.numpy()).all()
+    torch.testing.assert_close(nn.functional.linear(torch.ones(1, 128), layer.weight), expected.sum(1)[None])
+    target = torch.zeros(96, 128)
+    target.copy_(layer.weight)
+    assert torch.equal(target, expected)
+    with pytest.raises(RuntimeError, match="read-only"):
+        layer.weight.mul_(2)
+    with pytest.raises((AttributeError, KeyError, TypeError)):
+        layer.weight = nn.Parameter(torch.zeros(96, 128))
+
+
+WRITES = {
+    "data": lambda w: w.data.normal_(),
+    "item": lambda w: w.__setitem__(0, 0.0),
+    "item of data": lambda w: w.data.__setitem__((0, slice(None)), 0.0),
+    "set data": lambda w: setattr(w, "data", torch.zeros(96, 128)),
+    "init": torch.nn.init.zeros_,
+    "augmented": lambda w: w.__iadd__(1),
+    "out": lambda w: torch.add(torch.ones(96, 128), 1, out=w),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@torch.no_grad()
+def test_no_write_to_the_weight_is_lost_in_silence(write):
+    layer, _ = converted()
+    before = layer.decode()
+    with pytest.raises(RuntimeError, match=r"read-only.*layer\.quantize_weight"):
+        write(layer.weight)
+    assert torch.equal(layer.decode(), before)
+
+
+def test_a_copy_of_the_weight_is_dense():
+    layer, _ = converted()
+    for dense in (copy.deepcopy(layer.weight), layer.weight.clone(), layer.weight.detach().clone()):
+        assert type(dense) is torch.Tensor and torch.equal(dense, layer.decode())
+        dense.zero_()
+    assert torch.equal(layer.weight.data, layer.decode())
+    assert torch.equal(layer.weight.data[3:5], layer.decode()[3:5])
+
+
+def test_reading_type_device_or_shape_of_the_weight_decodes_nothing(monkeypatch):
+    layer, _ = converted()
+    for name in ("decode", "effective_weight"):
+        monkeypatch.setattr(QLoRALinear, name, lambda self: pytest.fail("decoded"))
+    assert (layer.weight.dtype, layer.weight.shape[0], layer.weight.device.type) == (torch.float32, 96, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_output_has_the_type_of_the_input(dtype):
+    layer, _ = converted()
+    assert layer(torch.randn(2, 128, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
+    layer, _ = converted()
+    refused = pytest.raises(TypeError, match=f"x: must be float32, bfloat16 or float16.* not {dtype}")
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), refused:
+        layer(torch.ones(2, 128, dtype=dtype))
+
+
+def test_compute_type_follows_weight_argument_and_autocast():
+    x = torch.randn(2, 128)
+    assert converted()[0].compute_dtype(x) == torch.float32
+    assert converted(nn.Linear(128, 96, dtype=torch.bfloat16))[0].compute_dtype(x) == torch.bfloat16
+    layer = converted(compute_dtype="bf16")[0]
+    assert layer.compute_dtype(x) == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert converted()[0](x).dtype == torch.bfloat16
+
+
+def test_dropout_acts_on_the_adapter_in_training_alone():
+    layer, _ = converted(lora_dropout=0.5)
+    randomize(layer)
+    x = torch.randn(32, 128)
+    assert not torch.equal(layer.train()(x), layer.train()(x))
+    assert torch.equal(layer.eval()(x), layer.eval()(x))
+    with torch.no_grad():
+        layer.lora_B.zero_()
+    assert torch.equal(layer.train()(x), layer.train()(x))
+
+
+def test_activation_checkpointing_makes_the_same_mask_again():
+    from torch.utils.checkpoint import checkpoint
+
+    layer, _ = converted(lora_dropout=0.5)
+    randomize(layer).train()
+    x = torch.randn(32, 128, requires_grad=True)
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        y = run(x)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_lives_through_copies_pickles_and_moves():
+    layer, _ = converted()
+    randomize(layer).eval()
+    x = torch.randn(3, 128)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for again in (
+        copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False),
+        layer.cpu().cpu().to("cpu"),
+    ):  # fmt: skip
+        assert torch.equal(again(x), expected)
+        assert all(torch.equal(getattr(again, n), getattr(layer, n)) for n in ("packed", "absmax", "nested"))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_changes_no_byte_of_the_base(cast):
+    layer, dense = converted()
+    stored = {name: getattr(layer, name).clone() for name in ("packed", "absmax", "nested")}
+    layer.to(cast)
+    assert layer.weight.dtype == cast
+    layer.to(torch.float32)
+    assert all(torch.equal(getattr(layer, name), value) for name, value in stored.items())
+    assert torch.equal(layer.weight, quantize(dense.weight).dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_type_casts_the_adapter_and_no_byte(dtype):
+    layer, _ = converted()
+    stored, expected = layer.packed_weight, layer.decode()
+    layer.type(dtype)
+    assert {p.dtype for n, p in layer.named_parameters() if n in ("packed", "absmax", "nested")} == {torch.uint8}
+    assert {p.dtype for n, p in layer.named_parameters() if n in ("lora_A", "lora_B", "bias")} == {dtype}
+    assert torch.equal(layer.packed_weight.packed, stored.packed)
+    torch.testing.assert_close(layer.weight.float(), expected, rtol=1e-3, atol=1e-3)
+    assert layer(torch.ones(2, 128, dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_module_in_double_computes_in_fp32(use_dora):
+    layer, _ = converted(use_dora=use_dora, lora_dropout=0.0)
+    x = torch.randn(3, 128)
+    randomize(layer)
+    expected = layer(x)
+    layer.double()
+    y = layer(x.double())
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y.float(), expected)
+    y.sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float64
+    assert layer.decode().dtype == torch.float64
+
+
+def test_a_default_type_of_float64_changes_no_adapter():
+    dense = nn.Linear(128, 96)
+    expected, _ = converted(copy.deepcopy(dense))
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, _ = converted(dense)
+        with torch.device("meta"):
+            assert random_adapter(128, 96, layer.config, "")[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(p, getattr(expected, name)) for name, p in layer.named_parameters())
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+
+
+def test_adapters_start_like_pefts_and_alike_for_the_same_name():
+    one, other = converted()[0], converted()[0]
+    assert torch.equal(one.lora_A, other.lora_A)
+    assert one.lora_A.abs().max() <= 128**-0.5
+    assert one.lora_A.std().item() == pytest.approx((2 * 128**-0.5) / 12**0.5, rel=0.1)
+    assert not one.lora_B.any()
+    before = torch.get_rng_state()
+    converted()
+    assert torch.equal(torch.get_rng_state(), before) is False  # nn.Linear itself draws
+    layer = nn.Linear(128, 96)
+    before = torch.get_rng_state()
+    convert(layer, r=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gaussian_start_has_the_deviation_of_pefts():
+    layer, _ = converted(init_lora_weights="gaussian", r=16)
+    assert layer.lora_A.std().item() == pytest.approx(1 / 16, rel=0.1)
+
+
+def test_the_seed_of_seed_everything_changes_the_start(monkeypatch):
+    one = converted()[0].lora_A
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    assert not torch.equal(one, converted()[0].lora_A)
+
+
+def test_conv1d_keeps_its_transposed_weight():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(96, 128)
+    with torch.no_grad():
+        conv1d.bias.normal_()
+    layer, dense = converted(conv1d)
+    assert layer.weight.shape == (128, 96)
+    assert (layer.in_features, layer.out_features) == (128, 96)
+    expected = quantize(dense.weight.T).dequantize().T
+    assert torch.equal(layer.weight, expected)
+    x = torch.randn(2, 5, 128)
+    torch.testing.assert_close(layer(x), x @ expected + dense.bias)
+    randomize(layer).eval()
+    torch.testing.assert_close(layer(x), x @ (expected + layer.delta()) + dense.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_in_between_changes_no_gradient_and_no_byte():
+    """bitsandbytes' CPU path fails exactly this: it repacks the weight and drops dX."""
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+    convert(model, r=4, lora_dropout=0.0)
+    for layer in (model[0], model[2]):
+        randomize(layer)
+    x = torch.randn(8, 128, requires_grad=True)
+
+    def gradients():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(model.train()(x).square().sum(), [x, *parameters])
+
+    before, state = gradients(), {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(x)
+    with torch.inference_mode():
+        model.eval()(x)
+    assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 5, 64), (0, 3, 64)])
+def test_what_comes_out_may_be_changed_in_place(shape):
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 64))
+    convert(net, r=4)
+    y = net(torch.randn(shape))
+    y += 1
+    y.square().sum().backward()
+    assert net[0].lora_B.grad.shape == (64, 4)
+
+
+def test_a_traced_module_computes_the_same():
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    convert(net, r=4)
+    net.eval()
+    x = torch.randn(3, 5, 64)
+    traced = torch.jit.trace(net, x)
+    assert torch.equal(traced(x[:1]), net(x[:1]))
+
+
+def test_derivatives_that_are_not_supported_raise_an_error_and_are_never_wrong():
+    net = nn.Sequential(nn.Linear(64, 64))
+    convert(net, r=4, lora_dropout=0.0)
+    x, func = torch.randn(3, 64), torch.func
+    adapter = {"0.lora_A": net[0].lora_A.detach()}
+    for transformed in [
+        lambda: func.jvp(net, (x,), (x,)),
+        lambda: torch.compile(lambda x: func.jvp(net, (x,), (x,)), backend="eager")(x),
+        lambda: func.jacfwd(net)(x),
+        lambda: func.grad(lambda x: net(x).sum())(x),
+        lambda: func.vmap(func.grad(lambda x: net(x).sum()))(x),
+        lambda: func.grad(lambda adapter: func.functional_call(net, adapter, (x,)).sum())(adapter),
+        lambda: func.vmap(net)(x),
+    ]:
+        with pytest.raises(NotImplementedError, match=r"torch\.func.*Use backward"):
+            transformed()
+    with forward_ad.dual_level():
+        for grad_mode in (torch.enable_grad(), torch.no_grad()):
+            with grad_mode, pytest.raises(NotImplementedError, match="jvp"):
+                net(forward_ad.make_dual(x, x))
+    assert torch.equal(func.functional_call(net, adapter, (x,)), net(x))  # without a transform
+
+
+def test_dora_takes_one_dense_copy_of_a_weight_for_its_rows():
+    layer, _ = converted(use_dora=True)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == layer.weight.shape:
+                made.append(result)
+            return result
+
+    with Watch():
+        lora.row_squares(layer.weight_bytes)
+    assert len({each.data_ptr() for each in made}) == 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_fp32_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypatch, native):
+    """A Turing card counts as supporting bf16 unless emulation is excluded; fp32 is faster there."""
+    layer, _ = converted()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    _has_bf16.cache_clear()
+    try:
+        dtype = layer.compute_dtype(types.SimpleNamespace(device=torch.device("cuda")))
+    finally:
+        _has_bf16.cache_clear()
+    assert dtype is (torch.bfloat16 if native else torch.float32)

@@ -1,0 +1,440 @@
+"""When the state of one optimizer moves, with plain torch loops; windows; which pool a device gets."""
+
+import copy
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_qlora.optim import adamw
+from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.paging import optimizer_pages
+from lightning_qlora.optim.paging.optimizer_pages import open_pool, windows
+from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.paging.pinned_memory import PinnedPool
+from lightning_qlora.optim.paging.unified_memory import ManagedPool
+from tests.optim.paging.stand_in import assert_all_paged
+
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(80, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+
+
+def train(net, optimizer, steps, start=0, use_closure=False):
+    for step in range(start, start + steps):
+        x = torch.randn(8, 80, generator=torch.Generator().manual_seed(step))
+
+        def closure(x=x):
+            optimizer.zero_grad()
+            loss = net(x).pow(2).mean()
+            loss.backward()
+            return loss
+
+        if use_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.5),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.5, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=1e-2, history_size=3),
+}
+
+
+def assert_equal_parameters(a, b):
+    for left, right in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+CASES = [(name, use_closure) for name in OPTIMIZERS for use_closure in (False, True) if use_closure or name != "LBFGS"]
+
+
+@pytest.mark.parametrize(("name", "use_closure"), CASES)
+def test_paged_equals_unpaged(stand_in, name, use_closure):
+    plain, paged = model(), model()
+    optimizers = [OPTIMIZERS[name](net.parameters()) for net in (plain, paged)]
+    Pager().attach(optimizers[1])
+    for net, optimizer in zip((plain, paged), optimizers, strict=True):
+        train(net, optimizer, 5 if name == "LBFGS" else 20, use_closure=use_closure)
+    assert_equal_parameters(plain, paged)
+    assert_all_paged(stand_in, optimizers[1])
+
+
+class Odd(torch.optim.Optimizer):
+    """Lion by somebody else: a list of tensors, a 0-d tensor, None, a tensor that is filled after it was set."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = momentum = torch.zeros_like(p)
+                    momentum.add_(p.grad)  # through its own reference, after the state has it
+                    state["history"], state["norm"], state["nothing"] = [], torch.zeros(()), None
+                state["history"] = [p.grad.clone(), *state["history"]][:2]
+                state["momentum"].lerp_(p.grad, 0.1)
+                state["norm"] += p.grad.norm()
+                average = sum(state["history"]) / len(state["history"])
+                p.add_(torch.sign(state["momentum"] + average) + state["norm"] * 1e-3, alpha=-group["lr"])
+        return loss
+
+
+def test_an_odd_optimizer_trains_and_resumes(stand_in):
+    plain, paged = model(), model()
+    reference, optimizer = Odd(plain.parameters()), Odd(paged.parameters())
+    Pager().attach(optimizer)
+    train(plain, reference, 20)
+    train(paged, optimizer, 10)
+    assert_all_paged(stand_in, optimizer, least=6)
+
+    saved = copy.deepcopy((paged.state_dict(), optimizer.state_dict()))
+    assert saved[1]["state"][0]["nothing"] is None
+    again = model()
+    again.load_state_dict(saved[0])
+    resumed = Odd(again.parameters())
+    Pager().attach(resumed)
+    resumed.load_state_dict(saved[1])
+    assert_all_paged(stand_in, resumed, least=2)
+    train(again, resumed, 10, start=10)
+    assert_equal_parameters(plain, again)
+
+
+def test_the_closure_runs_before_the_state_is_fetched(managed):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 1)
+    log = managed.pools[0].log
+    log.clear()
+    optimizer.step(lambda: log.append("forward and backward"))
+    assert log[0] == "forward and backward"
+    assert set(log[1:]) == {"prefetch"}
+
+
+def test_a_prefetched_step_never_faults(managed):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 1)
+    pool = managed.pools[0]
+    for step in range(3):
+        pool.driver_evicts()  # forward and backward of a long sequence
+        train(net, optimizer, 1, start=step)
+        for state in optimizer.state.values():
+            for tensor in (state["exp_avg"], state["exp_avg_sq"]):
+                if managed.owns(tensor):
+                    pool.touch(tensor)
+        assert pool.counts["faults"] == 0
+    assert pool.counts["prefetches"] == 3, "four tensors side by side go in one call, three steps"
+
+
+def test_pinned_state_is_on_the_host_between_steps_and_the_cpu_waits_only_to_read_it(pinned):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 3)
+    pool = pinned.pools[0]
+    assert pool.on_device <= 0
+    assert [entry for entry in pool.log if entry.startswith("fetch")] == ["fetch 4", "fetch 4"]
+    assert pool.counts["synchronizations"] == 0, "three steps, and the CPU has waited for no copy"
+    assert pool.to_host
+
+
+READS = {
+    "item": lambda optimizer, param: optimizer.state[param]["exp_avg"],
+    "get": lambda optimizer, param: optimizer.state.get(param).get("exp_avg"),
+    "items": lambda optimizer, param: dict(optimizer.state.items())[param]["exp_avg"],
+    "values": lambda optimizer, param: next(iter(optimizer.state.values()))["exp_avg"],
+    "state_dict": lambda optimizer, param: optimizer.state_dict()["state"][0]["exp_avg"],
+    "deepcopy": lambda optimizer, param: next(iter(copy.deepcopy(optimizer).state.values()))["exp_avg"],
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_reading_pinned_state_waits_for_its_copies(pinned, read):
+    plain, paged = model(), model()
+    reference, optimizer = (torch.optim.AdamW(net.parameters()) for net in (plain, paged))
+    Pager().attach(optimizer)
+    train(plain, reference, 3)
+    train(paged, optimizer, 3)
+    expected = reference.state[next(plain.parameters())]["exp_avg"]
+    assert pinned.pools[0].to_host
+    assert torch.equal(READS[read](optimizer, next(paged.parameters())), expected)
+
+
+def test_an_entry_that_was_read_before_the_step_waits_too(pinned):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 1)
+    entry = optimizer.state[next(net.parameters())]
+    train(net, optimizer, 1)
+    assert entry["exp_avg"].isfinite().all()
+
+
+def test_after_a_step_that_raised_the_state_can_be_saved(pinned, monkeypatch):
+    monkeypatch.setattr(adamw, "WINDOW_NUMEL", 4096)
+    net = model()
+    optimizer = PagedAdamW8bit(net.parameters())
+    train(net, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for param in net.parameters():
+        param.grad = torch.zeros_like(param)
+    net[2].weight.grad = torch.zeros(64, 96).to_sparse()
+    with pytest.raises(TypeError, match="sparse gradient"):
+        optimizer.step()
+    after = optimizer.state_dict()["state"]
+    assert torch.equal(after[2]["exp_avg_codes"], saved["state"][2]["exp_avg_codes"])
+    assert after[0]["exp_avg_absmax"].isfinite().all()
+
+
+def test_existing_state_is_paged_when_attached(stand_in):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    train(net, optimizer, 2)
+    Pager().attach(optimizer)
+    assert_all_paged(stand_in, optimizer, least=4)
+
+
+def test_pages_are_freed_with_the_optimizer(stand_in):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 2)
+    assert stand_in.nbytes > 0
+    del optimizer
+    gc.collect()
+    assert stand_in.nbytes == 0
+
+
+def test_a_checkpoint_knows_nothing_of_paging(stand_in, tmp_path):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert type(loaded["state"][0]) is dict
+    size = sum(t.numel() * 4 for state in loaded["state"].values() for t in state.values())
+    assert (tmp_path / "optimizer.pt").stat().st_size < size + 8192, "a segment must not be saved with its tensors"
+    plain = torch.optim.AdamW(model().parameters())
+    plain.load_state_dict(loaded)
+    train(net, plain, 1)
+
+
+def test_no_tensor_is_on_the_device_twice_while_loading(pinned):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh = torch.optim.AdamW(net.parameters())
+    Pager().attach(fresh)
+    fresh.load_state_dict(saved)
+    assert pinned.pools[-1].most_on_device == 0
+    for state, old in zip(fresh.state.values(), saved["state"].values(), strict=True):
+        assert all(torch.equal(state[key], old[key]) for key in old)
+
+
+def test_a_bf16_parameter_loads_its_state_in_bf16_as_torch_does(stand_in):
+    param = torch.nn.Parameter(torch.randn(64, 64, dtype=torch.bfloat16))
+    param.grad = torch.randn_like(param)
+    optimizer = torch.optim.AdamW([param])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].float()
+    paged = torch.optim.AdamW([param])
+    Pager().attach(paged)
+    paged.load_state_dict(saved)
+    assert paged.state[param]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_loading_the_wrong_state_fails_as_in_torch(stand_in):
+    optimizer = torch.optim.AdamW(model().parameters())
+    Pager().attach(optimizer)
+    other = torch.optim.AdamW(torch.nn.Linear(4, 4).parameters())
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_state_that_shares_the_parameters_memory_stays(stand_in):
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = torch.optim.AdamW([param])
+    Pager().attach(optimizer)
+    optimizer.state[param]["alias"] = param.data
+    optimizer.state[param]["the parameter"] = param
+    optimizer.state[param]["row"] = torch.zeros(2, 8192)[0]
+    assert stand_in.nbytes == 0
+    assert optimizer.state[param]["alias"].data_ptr() == param.data_ptr()
+
+
+def test_channels_last_state_keeps_its_strides(stand_in):
+    conv = torch.nn.Conv2d(16, 64, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(conv.parameters())
+    Pager().attach(optimizer)
+    conv(torch.randn(1, 16, 8, 8)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[conv.weight]["exp_avg"]
+    assert stand_in.owns(state)
+    assert state.stride() == conv.weight.stride()
+
+
+def test_a_refused_allocation_says_what_to_do(stand_in):
+    stand_in.budget = 1000
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    with pytest.raises(MemoryError, match=r"MiB of (managed|pinned) memory were requested and refused") as error:
+        train(net, optimizer, 1)
+    for advice in ("PagedAdamW8bit", "paged_optimizer=False", "ckpt_path"):
+        assert advice in str(error.value)
+    assert stand_in.nbytes == 0
+
+
+def test_an_optimizer_with_its_own_load_state_dict_is_paged_again(stand_in):
+    class Own(torch.optim.AdamW):
+        def load_state_dict(self, state_dict):
+            self.__setstate__({"state": {p: dict(s) for p, s in state_dict.items()}})
+
+    net = model()
+    optimizer = Own(net.parameters())
+    Pager().attach(optimizer)
+    train(net, optimizer, 1)
+    optimizer.load_state_dict({p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()})
+    train(net, optimizer, 1)
+    assert_all_paged(stand_in, optimizer)
+
+
+def test_loaded_state_may_be_a_part_of_a_larger_tensor(stand_in):
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    state = {"step": torch.tensor(1.0), "exp_avg": torch.randn(64, 128)[:, ::2], "exp_avg_sq": torch.ones(1, 64)}
+    state["exp_avg_sq"] = state["exp_avg_sq"].expand(64, 64)
+    optimizer = torch.optim.AdamW([param])
+    Pager().attach(optimizer)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[param][key], state[key])
+        assert stand_in.owns(optimizer.state[param][key])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, PagedAdamW8bit])
+def test_under_another_default_device_state_is_where_its_parameter_is(stand_in, kind):
+    """Lightning calls configure_model and Fabric init_module within `with device:`; here it is "meta"."""
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    plain, paged = model(), model()
+    reference = kind(plain.parameters(), lr=1e-2, **options)
+    train(plain, reference, 3)
+    with torch.device("meta"):
+        optimizer = kind(paged.parameters(), lr=1e-2, **options)
+        Pager().attach(optimizer)
+    for step in range(2):
+        backward_of_step(paged, optimizer, step)
+        with torch.device("meta"):
+            optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    with torch.device("meta"):
+        resumed = kind(paged.parameters(), lr=1e-2, **options)
+        Pager().attach(resumed)
+        resumed.load_state_dict(saved)
+    backward_of_step(paged, resumed, 2)
+    with torch.device("meta"):
+        resumed.step()
+        state = [tensor for values in resumed.state.values() for tensor in values.values() if tensor is not None]
+    assert {tensor.device.type for tensor in state} == {"cpu"}
+    assert_all_paged(stand_in, resumed, least=2)
+    assert_equal_parameters(plain, paged)
+
+
+def backward_of_step(net, optimizer, step):
+    """Forward and backward of `train`'s step."""
+    optimizer.zero_grad()
+    net(torch.randn(8, 80, generator=torch.Generator().manual_seed(step))).pow(2).mean().backward()
+
+
+def test_an_unpaged_optimizer_gets_its_parameters_in_parts():
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (6, 6, 20, 1)]
+    parts = list(windows(torch.optim.SGD(params), params, 10))
+    assert [[p.numel() for p in part] for part in parts] == [[6, 6], [20], [1]]
+
+
+def test_no_parameters_no_windows():
+    param = torch.nn.Parameter(torch.zeros(1))
+    assert list(windows(torch.optim.SGD([param]), [], 10)) == []
+
+
+def test_windows_are_double_buffered(pinned, monkeypatch):
+    """The copy of the next window starts before this one is updated, and at most two are on the device."""
+    monkeypatch.setattr(adamw, "WINDOW_NUMEL", 4096)
+    params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(4)]
+    paged = PagedAdamW8bit(params)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        paged.step()
+    assert_all_paged(pinned, paged, least=8)
+    pool = pinned.pools[0]
+    pool.log.clear()
+    pool.on_device = pool.most_on_device = 0
+    paged.step()
+    window = ["wait", "fetch 2", "store 2"]
+    assert pool.log == ["fetch 2", *window * 3, "wait", "store 2"]
+    assert pool.most_on_device == 2 * 2 * 4096, "two windows of two one-byte moments"
+
+
+@pytest.fixture
+def cuda_pools(monkeypatch):
+    monkeypatch.setattr(ManagedPool, "__init__", lambda self, device: setattr(self, "reason", ""))
+    monkeypatch.setattr(PinnedPool, "__init__", lambda self, device, reason: setattr(self, "reason", reason))
+
+
+def test_a_cpu_needs_no_pool():
+    assert open_pool(torch.device("cpu")) is None
+
+
+def test_unified_memory_where_it_pages(cuda_pools, monkeypatch):
+    monkeypatch.setattr(optimizer_pages, "why_not_managed", lambda device: None)
+    pool = open_pool(torch.device("cuda", 0))
+    assert isinstance(pool, ManagedPool)
+    assert (pool.kind, pool.reason) == ("managed", "")
+
+
+def test_pinned_memory_elsewhere_and_the_log_says_so(cuda_pools, monkeypatch):
+    log = []
+    monkeypatch.setattr(optimizer_pages, "rank_zero_info", log.append)
+    monkeypatch.setattr(optimizer_pages, "why_not_managed", lambda device: "it is WSL")
+    pool = open_pool(torch.device("cuda", 0))
+    assert isinstance(pool, PinnedPool)
+    assert (pool.kind, pool.reason) == ("pinned", "it is WSL")
+    assert log == ["Optimizer state on cuda:0 is paged through pinned memory and explicit copies: it is WSL."]
+
+
+def test_importing_imports_no_cuda_bindings_and_no_triton():
+    code = (
+        "import sys, torch, lightning.pytorch; before = set(sys.modules); import lightning_qlora.optim.paging.pager;"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "assert not new & {'cuda', 'triton', 'bitsandbytes', 'transformers', 'peft'}, new;"
+        "assert 'cuda.bindings.runtime' not in set(sys.modules) - before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,93 @@
+import copy
+import pickle
+from collections import defaultdict
+
+import pytest
+import torch
+
+from lightning_qlora.optim.paging.paged_state import PagedState, tensors_in
+
+
+class Recorder:
+    def __init__(self, entries=()):
+        self.written, self.reads = [], 0
+        self.state = PagedState(lambda param, value: self.written.append(value), self.read, dict(entries))
+
+    def read(self):
+        self.reads += 1
+
+
+@pytest.fixture
+def param():
+    return torch.nn.Parameter(torch.zeros(2))
+
+
+def test_every_way_to_set_a_value_pages_it(param):
+    recorder = Recorder({param: {"a": 1}})
+    entry = recorder.state[param]
+    entry["b"] = 2
+    entry.update({"c": 3}, d=4)
+    assert entry.setdefault("e", 5) == 5
+    assert entry.setdefault("e", 6) == 5
+    entry |= {"f": 7}
+    recorder.state["not a parameter"] = [8]
+    recorder.state[torch.nn.Parameter(torch.zeros(1))]["missing"] = 9
+    recorder.state |= {"another": 10}
+    assert recorder.written == [1, 2, 3, 4, 5, 7, [8], 9, 10]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda values, key: values[key],
+        lambda values, key: values.get(key),
+        lambda values, key: dict(values.items()),
+        lambda values, key: list(values.values()),
+        lambda values, key: values.setdefault(key),
+        lambda values, key: copy.deepcopy(values),
+    ],
+)
+def test_every_way_to_read_a_value_waits(param, read):
+    recorder = Recorder({param: {"a": 1}})
+    entry = recorder.state[param]
+    for values, key in ((recorder.state, param), (entry, "a")):
+        recorder.reads = 0
+        read(values, key)
+        assert recorder.reads > 0
+
+
+def test_the_step_counter_is_not_paged(param):
+    recorder = Recorder()
+    recorder.state[param]["step"] = torch.zeros(())
+    assert recorder.written == []
+
+
+def test_it_behaves_like_the_state_torch_makes(param):
+    state = Recorder().state
+    assert isinstance(state, defaultdict)
+    assert len(state[param]) == 0
+    assert param in state
+    assert state.get("nobody") is None
+    assert "nobody" not in state
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_copies_are_plain(param, duplicate):
+    state = Recorder({param: {"a": torch.ones(3)}}).state
+    plain = duplicate(state)
+    assert type(plain) is defaultdict
+    assert type(next(iter(plain.values()))) is dict
+    assert next(iter(plain.values()))["a"].sum() == 3
+
+
+def test_tensors_in_finds_them_and_skips_parameters(param):
+    a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    found = list(tensors_in({"x": [a, (b, None, 3.0)], "y": {"z": c}, "p": param}))
+    assert [id(t) for t in found] == [id(a), id(b), id(c)]
+
+
+def test_tensors_in_opens_tensor_subclasses():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    a, b = torch.zeros(4), torch.ones(4)
+    assert [id(t) for t in tensors_in(TwoTensor(a, b))] == [id(a), id(b)]

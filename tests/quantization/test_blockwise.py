@@ -1,0 +1,187 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lightning_qlora import quantize
+from lightning_qlora.quantization import blockwise
+from lightning_qlora.quantization.codebooks import codebook
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+
+BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(shape, generator):
+    return torch.randn(shape, generator=generator)
+
+
+def heavy_tails(shape, generator):
+    return torch.randn(shape, generator=generator) / torch.rand(shape, generator=generator).clamp(min=1e-3)
+
+
+def ties(shape, generator):
+    """Values exactly on the midpoints between levels, in blocks whose scale is one."""
+    bounds = codebook("nf4").bounds
+    values = bounds[torch.randint(0, 15, shape, generator=generator)]
+    values.view(-1)[::32] = 1.0
+    return values
+
+
+def zero_blocks(shape, generator):
+    values = torch.randn(shape, generator=generator)
+    values.view(-1)[: values.numel() // 2] = 0
+    return values
+
+
+def zeros(shape, generator):
+    return torch.zeros(shape)
+
+
+def equal(shape, generator):
+    return torch.full(shape, 0.3)
+
+
+def denormals(shape, generator):
+    return torch.randn(shape, generator=generator) * 1e-40
+
+
+def large(shape, generator):
+    return torch.randn(shape, generator=generator) * 1e4
+
+
+CONTENTS = [normal, heavy_tails, ties, zero_blocks, zeros, equal, denormals, large]
+SHAPES = [(64, 64), (37, 101), (33, 96), (1, 1), (1, 77), (77, 1), (130, 720), (513, 515)]
+
+
+def by_bitsandbytes(weight, block_size, quant_type, double_quant):
+    """On a one-row view: its CPU decode is wrong for widths that are no multiple of the block."""
+    return bnb.quantize_4bit(
+        weight.reshape(1, -1), blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant
+    )
+
+
+def assert_same_bytes(weight, block_size, quant_type):
+    packed, state = by_bitsandbytes(weight, block_size, quant_type, double_quant=True)
+    ours = quantize(weight, quant_type, block_size, double_quant=True)
+    assert torch.equal(ours.packed, packed)
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax)
+    assert ours.offset == state.offset.item()
+    packed, state = by_bitsandbytes(weight, block_size, quant_type, double_quant=False)
+    ours = quantize(weight, quant_type, block_size, double_quant=False)
+    assert torch.equal(ours.packed, packed)
+    assert torch.equal(ours.absmax, state.absmax)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_bytes_are_those_of_bitsandbytes(content, dtype, quant_type):
+    generator = torch.Generator().manual_seed(1)
+    for place, shape in enumerate(SHAPES):
+        weight = content(shape, generator).to(dtype)
+        for block_size in BLOCK_SIZES[place % 2 :: 2]:
+            assert_same_bytes(weight, block_size, quant_type)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 90), st.integers(1, 300), st.sampled_from(BLOCK_SIZES), st.sampled_from(DTYPES),
+    st.sampled_from(["nf4", "fp4"]), st.integers(0, 2**30), st.sampled_from(CONTENTS),
+)  # fmt: skip
+def test_bytes_are_those_of_bitsandbytes_for_any_shape(rows, columns, block_size, dtype, quant_type, seed, content):
+    weight = content((rows, columns), torch.Generator().manual_seed(seed)).to(dtype)
+    assert_same_bytes(weight, block_size, quant_type)
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (4096, 1024), (3000, 4099)])
+def test_bytes_of_large_matrices_are_those_of_bitsandbytes_on_one_thread(shape):
+    """More than 32,768 scales: torch's mean, which bitsandbytes takes, depends on the thread count there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_same_bytes(torch.randn(shape), 64, "nf4")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200_000), st.integers(0, 2**30))
+def test_the_mean_of_the_scales_does_not_depend_on_threads_and_is_torchs_on_one(numel, seed):
+    values = torch.rand(numel, generator=torch.Generator().manual_seed(seed)) + 0.01
+    threads, means = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            means.append(blockwise.mean_in_fixed_order(values).item())
+        torch.set_num_threads(1)
+        expected = values.mean().item()
+    finally:
+        torch.set_num_threads(threads)
+    assert means[0] == means[1] == means[2]
+    # To the bit on x86, where torch sums in this order; elsewhere its order is another one.
+    assert means[0] == expected or (torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_decoding_is_bit_equal_to_bitsandbytes(dtype, quant_type, double_quant):
+    for shape in SHAPES:
+        for block_size in (32, 64, 4096):
+            weight = torch.randn(shape).to(dtype)
+            packed, state = by_bitsandbytes(weight, block_size, quant_type, double_quant)
+            expected = bnb.dequantize_4bit(packed, state).view(shape)
+            assert torch.equal(quantize(weight, quant_type, block_size, double_quant).dequantize(), expected)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_decoding_is_bit_equal_to_a_decoder_written_element_by_element(quant_type):
+    weight = torch.randn(13, 37)
+    value = quantize(weight, quant_type, 32)
+    levels, nested = codebook(quant_type).levels, bnb.create_dynamic_map()
+    expected = []
+    for place in range(weight.numel()):
+        byte = int(value.packed.view(-1)[place // 2])
+        code = byte >> 4 if place % 2 == 0 else byte & 15
+        block = place // 32
+        scale = nested[int(value.absmax[block])] * value.nested_absmax[block // 256]
+        scale = scale + torch.tensor(value.offset)
+        expected.append(levels[code] * scale)
+    assert torch.equal(value.dequantize(torch.float32).view(-1), torch.stack(expected))
+
+
+def test_the_nearest_level_is_chosen():
+    """Against brute force over all 16 levels, for the type bitsandbytes can't quantize."""
+    weight = torch.randn(64, 64)
+    value = quantize(weight, "int4", 64, double_quant=False)
+    scales = weight.view(-1, 64).abs().amax(1, keepdim=True)
+    distance = (weight.view(-1, 64, 1) / scales[..., None] - codebook("int4").levels).abs()
+    chosen = value.dequantize().view(-1, 64)
+    assert torch.allclose((weight.view(-1, 64) - chosen).abs() / scales, distance.amin(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(bad):
+    weight = torch.randn(8, 64)
+    weight[3, 5] = bad
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        quantize(weight)
+
+
+def test_wrong_arguments_are_named():
+    weight = torch.randn(4, 64)
+    with pytest.raises(ValueError, match="block_size=100"):
+        quantize(weight, block_size=100)
+    with pytest.raises(ValueError, match="quant_type='nf8'"):
+        quantize(weight, quant_type="nf8")
+    with pytest.raises(TypeError, match=r"float64"):
+        quantize(weight.double())
+    with pytest.raises(TypeError, match="int64"):
+        quantize(torch.arange(64))
+    with pytest.raises(ValueError, match="meta"):
+        quantize(torch.empty(4, 4, device="meta"))
+    with pytest.raises(ValueError, match="no element"):
+        quantize(torch.empty(0, 4))

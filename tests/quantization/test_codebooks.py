@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import convert, quantize
+from lightning_qlora.quantization.blockwise import code_of_place
+from lightning_qlora.quantization.codebooks import codebook, dynamic_map, normal_float_levels
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_levels_are_those_of_bitsandbytes(quant_type):
+    assert torch.equal(codebook(quant_type).levels, bnb.get_4bit_type(quant_type, device="cpu"))
+
+
+def test_int4_levels_are_the_table_bitsandbytes_lists():
+    table = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]) / 7
+    assert torch.equal(codebook("int4").levels, table)
+
+
+def test_nf4_follows_from_its_formula_to_the_last_bit():
+    assert torch.equal(normal_float_levels(), codebook("nf4").levels)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_is_that_of_bitsandbytes(signed):
+    assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed))
+
+
+def test_an_unknown_type_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"quant_type='nf3'.*'nf4', 'fp4', 'int4'"):
+        codebook("nf3")
+
+
+@pytest.mark.parametrize(
+    "table", [*(lambda t=t: codebook.__wrapped__(t).levels for t in ("nf4", "fp4", "int4")), dynamic_map.__wrapped__],
+    ids=["nf4", "fp4", "int4", "dynamic"],
+)  # fmt: skip
+def test_a_default_type_of_float64_changes_no_table(table):
+    expected = table()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert table().dtype == torch.float32 and torch.equal(table(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_tables_and_masks_do_not_follow_a_default_device():
+    """Tables are kept for good, and a GPU's linspace may round otherwise; a seed on a GPU would be waited for."""
+    layer, x = nn.Linear(64, 32), torch.randn(3, 64)
+    convert(layer, r=4, lora_dropout=0.5)
+    expected = quantize(x)
+    for table in (codebook, dynamic_map, code_of_place):
+        table.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(quantize(x).absmax, expected.absmax)
+        assert layer.train()(x).isfinite().all()

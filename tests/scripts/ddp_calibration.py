@@ -1,0 +1,53 @@
+"""Run by tests/training/calibration/test_ddp.py: trains a calibrated module in two processes and saves its states."""
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from lightning_qlora import QLoRAPrecision
+from tests.conftest import Classifier, dataset, make_trainer
+
+
+class Experts(Classifier):
+    """Every rank calls another expert in its first step."""
+
+    def __init__(self):
+        super().__init__(seed=2)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.experts = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(self.experts[(self.global_rank + batch_idx) % 2](batch[0])), batch[1])
+
+
+def main(root: str) -> None:
+    results = {}
+    for accumulate in (1, 2):
+        pl.seed_everything(1, verbose=False)
+        module, plugin = Classifier(dropout=0.1, seed=2), QLoRAPrecision(r=4, init_lora_weights="calibrated")
+        run = make_trainer(
+            root, plugins=plugin, strategy="ddp", devices=2, max_steps=3, accumulate_grad_batches=accumulate,
+            enable_checkpointing=False, limit_val_batches=0, use_distributed_sampler=False,
+        )  # fmt: skip
+        mine = Subset(dataset(64), range(run.global_rank, 64, 2))  # the samples are dealt out in turn
+        run.fit(module, DataLoader(mine, batch_size=4))
+        results[accumulate] = module.state_dict(), plugin.report.calibration.rows
+    pl.seed_everything(1, verbose=False)
+    module, plugin = Experts(), QLoRAPrecision(r=4, init_lora_weights="calibrated")
+    run = make_trainer(
+        root, plugins=plugin, strategy="ddp_find_unused_parameters_true", devices=2, max_steps=3,
+        enable_checkpointing=False, limit_val_batches=0, use_distributed_sampler=False,
+    )  # fmt: skip
+    run.fit(module, DataLoader(mine, batch_size=4))
+    results["experts"] = module.state_dict(), plugin.report.calibration.calibrated
+    torch.save(results, Path(root) / f"rank{run.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

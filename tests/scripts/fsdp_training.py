@@ -1,0 +1,165 @@
+"""Run by test_sharded: trains under FSDP2, or on one device, with the Trainer or Fabric; writes each rank's results."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import LlamaForCausalLM
+
+from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
+from lightning_qlora.layers.dtensor import whole
+from tests.conftest import Classifier, loader, make_trainer
+from tests.toys import ids
+
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+POLICIES = {"fp32": MixedPrecisionPolicy(), "bf16": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+
+
+def shard(net, mesh, policy="fp32"):
+    if not isinstance(net, FSDPModule):
+        fully_shard(net[0], mesh=mesh, mp_policy=POLICIES[policy])
+        fully_shard(net, mesh=mesh, mp_policy=POLICIES[policy])
+    return net
+
+
+class Sharded(Classifier):
+    """As users write it for FSDP2."""
+
+    def configure_model(self):
+        if self._device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
+
+
+def adapters(module):
+    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def with_trainer(root, devices, single_file, **arguments):
+    def fit(module, epochs, ckpt=None):
+        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
+        run = make_trainer(
+            root, plugins=QLoRAPrecision(**ARGUMENTS | arguments), strategy=strategy if devices > 1 else "auto",
+            devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
+        )  # fmt: skip
+        run.fit(module, loader(), ckpt_path=ckpt)
+        return run
+
+    straight = Sharded()
+    run = fit(straight, 2)
+    half = Sharded()
+    fit(half, 1).save_checkpoint(Path(root) / "half.ckpt")
+    resumed = Sharded()
+    fit(resumed, 2, ckpt=str(Path(root) / "half.ckpt"))
+    refused = ""
+    if devices > 1:
+        try:
+            fit(Sharded(seed=3), 2, ckpt=str(Path(root) / "half.ckpt"))
+        except CheckpointMismatchError as error:
+            refused = str(error)
+    return run.global_rank, straight, resumed, {"refused": refused, "report": str(run.precision_plugin.report)}
+
+
+def with_fabric(root, devices, single_file, policy="fp32", **arguments):
+    strategy = FabricStrategy(
+        lambda net, mesh: shard(net, mesh["data_parallel"], policy), devices, 1,
+        save_distributed_checkpoint=not single_file,
+    )  # fmt: skip
+    fabric = Fabric(
+        accelerator="cpu", devices=devices, strategy=strategy if devices > 1 else "auto",
+        plugins=QLoRAPrecision(**ARGUMENTS | arguments),
+    )  # fmt: skip
+    fabric.launch()
+
+    def setup():
+        net = fabric.setup_module(Classifier().net)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        return {"net": net, "optimizer": fabric.setup_optimizers(optimizer)}
+
+    def train(state, batches):
+        for x, y in batches:
+            part = slice(fabric.global_rank * 8 // devices, (fabric.global_rank + 1) * 8 // devices)
+            loss = torch.nn.functional.cross_entropy(state["net"](x[part]), y[part])
+            fabric.backward(loss)
+            state["optimizer"].step()
+            state["optimizer"].zero_grad()
+        return state["net"]
+
+    batches = list(loader(64, 8))
+    state = setup()
+    train(state, batches[:4])
+    fabric.save(Path(root) / "half.ckpt", state)
+    straight = train(state, batches[4:])
+    again = setup()
+    fabric.load(Path(root) / "half.ckpt", again)
+    return fabric.global_rank, straight, train(again, batches[4:]), {}
+
+
+class Llama(pl.LightningModule):
+    """A transformers model that is loaded, and so quantized, and then sharded in configure_model."""
+
+    def __init__(self, folder, optimizer="AdamW"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.losses = None, []
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = LlamaForCausalLM.from_pretrained(self.hparams.folder)
+            if self._device_mesh is not None:
+                for layer in self.model.model.layers:
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(input_ids=ids(), labels=ids()).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(range(4))
+
+    def configure_optimizers(self):
+        kind = {"AdamW": torch.optim.AdamW, "PagedAdamW8bit": PagedAdamW8bit}[self.hparams.optimizer]
+        return kind(self.parameters(), lr=1e-2)
+
+
+def with_llama(root, devices, single_file, optimizer="AdamW", **arguments):
+    folder = Path(root).parent / "llama"
+
+    def fit(epochs, ckpt=None, **more):
+        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
+        module = Llama(str(folder), optimizer)
+        run = make_trainer(
+            root, plugins=QLoRAPrecision(**ARGUMENTS | arguments | more), strategy=strategy if devices > 1 else "auto",
+            devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
+            accumulate_grad_batches=2, gradient_clip_val=1.0,
+        )  # fmt: skip
+        run.fit(module, ckpt_path=ckpt)
+        return run, module
+
+    run, straight = fit(2, gradient_checkpointing=True)
+    checkpoint = str(Path(root) / "half.ckpt")
+    fit(1)[0].save_checkpoint(checkpoint)
+    _, resumed = fit(2, checkpoint, gradient_checkpointing=True)  # arguments that change no function may change
+    return run.global_rank, straight, resumed, {"losses": straight.losses}
+
+
+def main(root, loop, devices, single_file, *pairs):
+    pl.seed_everything(1, verbose=False)
+    arguments = {key: json.loads(value) for key, value in (pair.split("=") for pair in pairs)}
+    run = {"trainer": with_trainer, "fabric": with_fabric, "llama": with_llama}[loop]
+    rank, straight, resumed, more = run(root, int(devices), single_file == "True", **arguments)
+    save_adapter(straight, Path(root) / f"adapter{rank}")
+    results = {"straight": adapters(straight), "resumed": adapters(resumed), **more}
+    torch.save(copy.deepcopy(results), Path(root) / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,109 @@
+"""Run by test_callback.py, in two processes of torch.distributed.run."""
+
+import copy
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_qlora.kernels.adamw import dequantize_state
+from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
+from lightning_qlora.optim.callback import PagedOptimizer
+from lightning_qlora.optim.paging import optimizer_pages
+from lightning_qlora.optim.paging.pager import Pager
+from tests.optim.paging.runs import Regression, data, fit, parameters
+from tests.optim.paging.stand_in import StandIn
+
+torch.set_num_threads(1)
+stand_in = StandIn("managed")
+optimizer_pages.open_pool = stand_in.open_pool
+
+
+def ddp():
+    options = {"strategy": "ddp", "devices": 2}
+    plain, paged = Regression(), Regression(placed=stand_in)
+    fit(plain, **options)
+    fit(paged, callbacks=PagedOptimizer(), **options)
+    assert torch.equal(parameters(plain), parameters(paged))
+
+
+def moment(optimizer, net):
+    """The first moment of the first parameter, or its codes."""
+    state = optimizer.state[next(net.parameters())]
+    return state["exp_avg_codes"] if "exp_avg_codes" in state else state["exp_avg"]
+
+
+def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2)):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded(paged=False):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.ReLU(), torch.nn.Linear(160, 64))
+        for layer in net:
+            if isinstance(layer, torch.nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        return net, make_optimizer(net.parameters(), paged)
+
+    def train(net, optimizer, batches):
+        for x, y in batches:
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+
+    batches = list(data()) * 2
+    plain, reference = sharded()
+    train(plain, reference, batches)
+
+    paged, optimizer = sharded(True)
+    pager = Pager()
+    pager.attach(optimizer)
+    train(paged, optimizer, batches[:10])
+    state = moment(optimizer, paged)
+    assert isinstance(state, DTensor)
+    assert stand_in.owns(state.to_local())
+    saved = copy.deepcopy((paged.state_dict(), get_optimizer_state_dict(paged, optimizer)))
+    pager.close()
+
+    again, resumed = sharded(True)
+    again.load_state_dict(saved[0])
+    second = Pager()
+    second.attach(resumed)
+    set_optimizer_state_dict(again, resumed, saved[1])
+    train(again, resumed, batches[10:])
+    assert stand_in.owns(moment(resumed, again).to_local())
+    for left, right in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(left.to_local(), right.to_local())
+    second.close()
+    return resumed
+
+
+def fsdp2_8bit():
+    resumed = fsdp2(lambda params, paged: PagedAdamW8bit(params, lr=1e-2, paged=paged))
+    plain = PagedAdamW8bit(torch.nn.Sequential(torch.nn.Linear(80, 160), torch.nn.Linear(160, 64)).parameters())
+    with pytest.raises(ValueError, match="saved in 2 shards, and the parameter has 1"):
+        plain.load_state_dict(resumed.state_dict())
+    in_32bit = PagedAdamW(resumed.param_groups[0]["params"])
+    in_32bit.load_state_dict(resumed.state_dict())
+    for param, state in resumed.state.items():
+        if "exp_avg_codes" in state:
+            codes, scales = state["exp_avg_codes"].to_local(), state["exp_avg_absmax"].to_local()
+            loaded = in_32bit.state[param]["exp_avg"]
+            assert loaded.placements == param.placements
+            assert torch.equal(loaded.to_local(), dequantize_state(codes, scales, signed=True))
+
+
+{"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[sys.argv[1]]()
+assert stand_in.pools
+assert stand_in.nbytes == 0
+os.write(1, b"bit-equal, all paged, nothing left\n")  # one write, so that two processes cannot mix their lines
+if dist.is_initialized():
+    dist.destroy_process_group()

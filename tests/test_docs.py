@@ -1,0 +1,52 @@
+"""docs/design.md lists every file of the package in the order of the import rule, and names functions that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import lightning_qlora
+from tests.test_imports import ORDER
+
+PACKAGE = Path(lightning_qlora.__file__).parent
+DESIGN = (PACKAGE.parent / "docs" / "design.md").read_text()
+
+
+def tree():
+    """The paths in the list of files, in its order; a folder ends with a slash."""
+    block = DESIGN.split("```\nlightning_qlora/\n")[1].split("```")[0]
+    parents, paths = [], []
+    for line in block.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        parents = [*parents[: depth - 1], name]
+        paths.append("".join(parents))
+    return paths
+
+
+def names_in(path):
+    """Names of the functions and classes of a Python file, methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            names |= {f"{node.name}.{part.name}" for part in ast.walk(node) if isinstance(part, ast.FunctionDef)}
+    return names
+
+
+def test_every_file_is_listed_and_described():
+    listed = {path for path in tree() if not path.endswith("/")}
+    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.*") if "__pycache__" not in path.parts}
+    assert listed == {path for path in files if path != "py.typed" and not path.endswith("/__init__.py")}
+    block = DESIGN.split("```\nlightning_qlora/\n")[1].split("```")[0]
+    assert all(len(line.split()) > 1 for line in block.splitlines())
+
+
+def test_the_order_is_that_of_the_import_rule():
+    top = [path.removesuffix("/").removesuffix(".py") for path in tree() if path.count("/") == path.endswith("/")]
+    assert top == ORDER
+
+
+def test_every_function_that_is_named_exists():
+    named = re.findall(r"`([\w/]+\.py):\s([\w.]+)`", DESIGN)
+    assert len(named) > 30
+    missing = [(path, name) for path, name in named if name not in names_in(PACKAGE / path)]
+    assert not missing

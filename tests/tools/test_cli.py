@@ -1,0 +1,240 @@
+"""`lightning-qlora`: what each command prints, its exit codes, and errors in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_qlora import QLoRAPrecision, convert, save_adapter, save_quantized
+from lightning_qlora.tools.cli import main
+from tests.toys import Lit, logits, perturb, toy
+
+pytest.importorskip("transformers")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _restore_handlers():
+    import signal
+    import warnings
+
+    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    warnings.showwarning = show
+
+
+@pytest.fixture
+def trained(tmp_path, trainer):
+    """A base folder, a trained module, its checkpoint, and its PEFT folder."""
+    toy("llama").save_pretrained(tmp_path / "base")
+    lit = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2)
+    run.fit(lit)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    save_adapter(lit, tmp_path / "adapter")
+    return lit
+
+
+def fails(arguments, capsys, code=1):
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    assert raised.value.code == code
+    error = capsys.readouterr().err.strip()
+    if code == 1:
+        assert error.startswith("lightning-qlora: error: ") and "\n" not in error
+    return error
+
+
+def prints(arguments, capsys):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("trained")
+def test_inspect(tmp_path, capsys):
+    ckpt = prints(["inspect", tmp_path / "last.ckpt"], capsys)
+    adapter = prints(["inspect", tmp_path / "adapter"], capsys)
+    for text in (ckpt, adapter):
+        assert "q_proj x2" in text and f"{tmp_path}/base" in text and "quant_type=nf4" in text and "can load it" in text
+    assert "base fingerprint" in ckpt
+    base = prints(["inspect", tmp_path / "base"], capsys)
+    assert "LlamaForCausalLM" in base and "F32" in base
+    model = toy("llama")
+    convert(model, **ARGUMENTS)
+    save_quantized(model, tmp_path / "4bit")
+    assert "bitsandbytes, nf4, double quantization" in prints(["inspect", tmp_path / "4bit"], capsys)
+
+
+def test_export_and_merge(trained, tmp_path, capsys):
+    out = prints(["export", tmp_path / "last.ckpt", tmp_path / "exported"], capsys)
+    assert "14 layers" in out and "vLLM can load it" in out
+    assert "vLLM cannot load it: rank 4" in prints(
+        ["export", tmp_path / "last.ckpt", tmp_path / "exported", "--max_lora_rank", "2"], capsys
+    )
+    for number, source in enumerate(("last.ckpt", "exported", "adapter")):
+        prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
+        merged = type(trained.model).from_pretrained(tmp_path / f"merged{number}")
+        torch.testing.assert_close(logits(merged), logits(trained.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("trained")
+def test_merge_into_4_bits_warns(tmp_path, capsys):
+    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype", "4bit"])
+    assert "lightning-qlora: warning: Merging into 4 bits loses quality" in capsys.readouterr().err
+
+
+def test_plan(tmp_path, capsys):
+    toy("llama").save_pretrained(tmp_path / "base")
+    out = prints(
+        ["plan", tmp_path / "base", "--r", "4", "--batch_size", "2", "--gradient_checkpointing", "true"], capsys
+    )
+    assert "4-bit weights" in out and "total" in out
+
+
+def test_doctor(capsys):
+    start = time.perf_counter()
+    out = prints(["doctor"], capsys)
+    assert "torch" in out and "self-test on cpu: training" in out and "wrong" not in out
+    assert time.perf_counter() - start < 30
+
+
+def test_doctor_fails_if_something_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr("lightning_qlora.tools.doctor.examine", lambda: [("CPU", "on fire", False)])
+    with pytest.raises(SystemExit) as raised:
+        main(["doctor"])
+    assert raised.value.code == 1
+    assert "on fire  <-- wrong" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("trained")
+def test_errors_are_one_line(tmp_path, capsys):
+    assert "neither a folder nor a model" in fails(["inspect", tmp_path / "nothing"], capsys)
+    assert "not an empty folder" in fails(["merge", tmp_path / "adapter", tmp_path / "base"], capsys)
+    (tmp_path / "other").mkdir()
+    toy("gpt2").save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    error = fails(["merge", tmp_path / "adapter", tmp_path / "out", "--base_model", tmp_path / "other"], capsys)
+    assert "adapter_model.safetensors: key 'base_model.model.model.layers.0" in error
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert "adapter_model.safetensors: truncated: 'base_model" in fails(["inspect", tmp_path / "adapter"], capsys)
+    (tmp_path / "x.ckpt").write_bytes(b"x")
+    assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", tmp_path / "out"], capsys)
+    assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("trained")
+def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_qlora.tools.cli.read_adapter", lambda path: pytest.fail("work was done"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    for place, reason in (
+        ("../link", "symbolic link"),
+        ("../dangling", "symbolic link"),
+        (".", "the current directory"),
+    ):
+        assert reason in fails(["merge", tmp_path / "adapter", place], capsys)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha_pattern": [1]}, "alpha_pattern=[1]: must be a dict whose keys are non-empty strings"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern='(': not a valid regular expression"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj']='x': must be a number"),
+        ({"lora_alpha": "abc"}, "lora_alpha='abc': must be a number"),
+        ({"lora_alpha": None}, "lora_alpha=None: must be a number"),
+        ({"lora_dropout": "x"}, "lora_dropout='x': must be a number"),
+        ({"modules_to_save": 5}, "modules_to_save=5: must be a list of non-empty names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of non-empty names"),
+        ({"target_modules": 5}, "target_modules=5: must be a list of non-empty names, or a regular expression"),
+        ({"use_rslora": "maybe"}, "use_rslora='maybe': must be True or False"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5: must be a string"),
+    ],
+)
+def test_wrong_values_of_an_adapter_config_are_named(values, message, tmp_path, capsys):
+    lit = Lit(toy("llama"))
+    convert(lit, **ARGUMENTS)
+    save_adapter(lit, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    assert f"{path}: {message}" in fails(["inspect", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ([1], "its 'weight_map' is '[1]'; it must be an object"),
+        ("x", "its 'weight_map' is 'x'; it must be an object"),
+        ({}, "its 'weight_map' is '{}'; it must be an object"),
+        (None, "has no 'weight_map'; it must be an object"),
+        ({"a": 5}, "the file of 'a' is 5; it must be a file name"),
+    ],
+)
+def test_wrong_indices_are_named(weight_map, message, tmp_path, capsys):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert f"{index}: {message}" in fails(["inspect", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.index_fill(0, torch.tensor([1]), float("inf")), "'{key}': weight: holds NaN or Inf"),
+        (lambda w: w.to(torch.int8), "'{key}' is I8 of shape [64, 64]: an adapter can be merged into a matrix of"),
+        (lambda w: w.double(), "'{key}' is F64 of shape [64, 64]: an adapter"),
+        (lambda w: w[0].clone(), "'{key}' is F32 of shape [64]: an adapter"),
+    ],
+)
+@pytest.mark.usefixtures("trained")
+def test_merge_names_a_weight_that_it_cannot_merge(change, message, tmp_path, capsys):
+    key, path = "model.layers.0.self_attn.q_proj.weight", tmp_path / "base/model.safetensors"
+    state = load_file(path)
+    save_file({**state, key: change(state[key])}, path, metadata={"format": "pt"})
+    error = fails(["merge", tmp_path / "adapter", tmp_path / "out"], capsys)
+    assert f"{path}: {message.replace('{key}', key)}" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.usefixtures("trained")
+def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path):
+    before = sorted(tmp_path.iterdir())
+    for command, source in (("merge", "adapter"), ("export", "last.ckpt")):
+        run = subprocess.run(
+            f"ulimit -f 10; {sys.executable} -m lightning_qlora.tools.cli {command} {tmp_path / source} "
+            f"{tmp_path / 'out'}",
+            shell=True, capture_output=True, text=True,
+        )  # fmt: skip
+        error = run.stderr.strip().splitlines()
+        assert run.returncode == 1 and len(error) == 1
+        assert error[0].startswith(f"lightning-qlora: error: {tmp_path / 'out'}: could not be written")
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_that_names_no_base_is_one_error(tmp_path, capsys):
+    lit = Lit(toy("llama"))
+    convert(lit, **ARGUMENTS)
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    assert "names no base model. Pass it: --base_model FOLDER" in fails(
+        ["merge", tmp_path / "adapter", tmp_path / "out"], capsys
+    )
+
+
+def test_help_names_types_and_defaults():
+    run = subprocess.run(
+        [sys.executable, "-m", "lightning_qlora.tools.cli", "merge", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "{auto,bf16,fp16,fp32,4bit}" in run.stdout and "default: auto" in run.stdout

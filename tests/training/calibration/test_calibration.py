@@ -1,0 +1,606 @@
+import copy
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_qlora import QLoRAPrecision, convert, merge, quantize
+from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.layers.initialization import methods
+from tests.conftest import dataset, loader
+
+CALIBRATED = {
+    "r": 8,
+    "lora_alpha": 4,
+    "lora_dropout": 0.0,
+    "target_modules": ["0", "2"],
+    "init_lora_weights": "calibrated",
+}
+
+
+class Net(nn.Module):
+    """Input channels of very different sizes, as in language models."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 96), nn.GELU(), nn.Linear(96, width))
+        self.register_buffer("sizes", torch.logspace(-2, 1, width)[torch.randperm(width)])
+
+    def forward(self, x):
+        return self.layers(x * self.sizes)
+
+
+class Lit(pl.LightningModule):
+    """Logs, keeps running statistics, counts its steps and draws random numbers."""
+
+    def __init__(self, accumulate=False):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.norm = nn.BatchNorm1d(64)
+            self.net = Net()
+        self.steps, self.noises, self.seen = 0, [], []
+        self.register_buffer("total", torch.zeros(1))
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.rand(())
+        self.steps += 1
+        self.total += batch[0].sum()
+        self.noises.append(noise.item())
+        self.seen.append((batch_idx, batch[0].sum().item()))
+        self.log("noise", noise, on_step=True)
+        self.log("ones", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        loss = (self(batch[0]) + 0.1 * torch.randn_like(batch[0]) - batch[0]).square().mean()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Observer(pl.Callback):
+    """Records buffers, counters and metrics after the first batch, and metrics at the end of an epoch."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 0 and isinstance(module, Lit):
+            self.first = copy.deepcopy(dict(module.named_buffers())), module.steps, list(module.noises)
+            self.metrics = dict(trainer.callback_metrics)
+
+    def on_train_epoch_end(self, trainer, module):
+        self.last = dict(trainer.callback_metrics)
+        self.random = torch.rand(1)
+
+
+def fit(trainer, module=None, start="calibrated", data=None, ckpt_path=None, arguments=None, **trainer_arguments):
+    module, observer = module or Lit(), Observer()
+    plugin = QLoRAPrecision(**{**CALIBRATED, "init_lora_weights": start, **(arguments or {})})
+    plugin_callbacks = [observer, *trainer_arguments.pop("callbacks", [])]
+    torch.manual_seed(0)
+    runner = trainer(
+        plugins=plugin,
+        callbacks=plugin_callbacks,
+        enable_checkpointing=len(plugin_callbacks) > 1,
+        **{"limit_val_batches": 0, **trainer_arguments},
+    )
+    runner.fit(module, loader() if data is None else data, loader(), ckpt_path=ckpt_path)
+    return module, plugin, observer
+
+
+def adapters(module):
+    return {n: p.detach().clone() for n, p in module.named_parameters() if "lora_" in n}
+
+
+def dense_layers(module):
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def error_on(inputs, weight, layer):
+    """||(W - Q - s B A) x||, which the calibration minimizes."""
+    return torch.linalg.norm(inputs @ (weight - layer.decode() - layer.delta()).T).item()
+
+
+def test_the_first_forward_pass_calibrates_every_layer_on_its_own_inputs():
+    net, x = Net(), torch.randn(200, 64)
+    dense = copy.deepcopy(net)
+    report = convert(net, **CALIBRATED)
+    assert report.calibration.waiting == ["layers.0", "layers.2"]
+    assert report.calibration.host_bytes == 4 * 2 * 96 * 64
+    assert not net.layers[0].lora_B.any()
+    quantized = copy.deepcopy(net)
+    net(x)
+    inputs = x * net.sizes
+    layer, weight = net.layers[0], dense.layers[0].weight.detach()
+    rms = inputs.square().mean(0).sqrt()
+    torch.testing.assert_close(layer.input_rms, rms)
+    lora_a, lora_b = methods.calibrated_adapter(weight, quantize(weight), rms, layer.config, "layers.0")
+    torch.testing.assert_close(layer.lora_A.detach(), lora_a)
+    torch.testing.assert_close(layer.lora_B.detach(), lora_b)
+    with torch.no_grad():
+        hidden = quantized.eval().layers[:2](inputs)
+    torch.testing.assert_close(net.layers[2].input_rms, hidden.square().mean(0).sqrt())
+    assert report.calibration.calibrated == ["layers.0", "layers.2"]
+    assert (report.calibration.waiting, report.calibration.unseen, report.calibration.rows) == ([], [], 200)
+
+
+def test_the_error_on_the_inputs_is_smaller_than_with_other_initializations():
+    net, x = Net(), torch.randn(400, 64)
+    inputs, weight, errors = x * net.sizes, net.layers[0].weight.detach(), {}
+    for start in ("default", "loftq", "calibrated"):
+        other = copy.deepcopy(net)
+        convert(other, **{**CALIBRATED, "init_lora_weights": start})
+        other(x[:100])
+        errors[start] = error_on(inputs[100:], weight, other.layers[0])
+    assert errors["calibrated"] < 0.7 * errors["loftq"] < 0.7 * errors["default"]
+
+
+def test_hooks_and_dense_weights_are_removed_after_calibration():
+    net = Net()
+    convert(net, **CALIBRATED)
+    net(torch.randn(4, 64))
+    for module in net.modules():
+        assert not module._forward_pre_hooks
+        assert getattr(module, "dense_weight", None) is None
+    before = adapters(net)
+    net(100 * torch.randn(4, 64))
+    assert all(torch.equal(before[n], p) for n, p in adapters(net).items())
+
+
+def test_the_first_forward_pass_returns_the_output_of_the_calibrated_module():
+    net, x = Net(), torch.randn(4, 64)
+    convert(net, **CALIBRATED)
+    assert torch.equal(net(x), net(x))
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode"])
+def test_forward_passes_outside_training_do_not_calibrate(mode):
+    net = Net()
+    convert(net, **CALIBRATED)
+    before = adapters(net)
+    if mode == "eval":
+        with pytest.warns(UserWarning, match="eval mode"):
+            net.eval()(torch.randn(4, 64))
+        net.train()
+    else:
+        with getattr(torch, mode)():
+            net(torch.randn(4, 64))
+    assert all(torch.equal(before[n], p) for n, p in adapters(net).items())
+    net(torch.randn(4, 64))
+    assert net.layers[0].lora_B.any()
+
+
+def test_a_layer_without_input_keeps_the_default_initialization_and_is_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.used(x)
+
+    net = Experts()
+    report = convert(net, r=4, init_lora_weights="calibrated")
+    before = net.unused.lora_A.detach().clone()
+    net(torch.randn(4, 64))
+    assert (report.calibration.calibrated, report.calibration.unseen) == (["used"], ["unused"])
+    assert torch.equal(net.unused.lora_A, before)
+    assert not net.unused.lora_B.any()
+    assert "because all inputs were zero: unused" in str(report)
+    assert net.unused.dense_weight is None
+
+
+def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer_and_changes_nothing():
+    net = Net()
+    report = convert(net, **CALIBRATED)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layers\.0: NaN or Inf in all its inputs"):
+            net(torch.full((2, 64), torch.inf))
+    assert report.calibration.waiting == ["layers.0", "layers.2"]
+    net(torch.randn(4, 64))
+    assert report.calibration.calibrated == ["layers.0", "layers.2"]
+
+
+def test_rows_that_are_not_finite_do_not_count():
+    nets, x = [Net(), Net()], torch.randn(6, 64)
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        convert(net, **CALIBRATED)
+    nets[0](x)
+    nets[1](torch.cat([x, torch.full((2, 64), torch.nan)]))
+    assert torch.equal(nets[0].layers[0].input_rms, nets[1].layers[0].input_rms)
+
+
+def test_a_rank_above_the_singular_values_is_refused_at_conversion():
+    with pytest.raises(ValueError, match=r"layers\.0: r=80: a 96x64 weight has only 64 singular values"):
+        convert(Net(), **{**CALIBRATED, "r": 30, "rank_pattern": {"layers.0": 80}})
+
+
+def test_inputs_of_zeros_keep_the_default_initialization():
+    net = nn.Sequential(nn.Linear(64, 64))
+    report = convert(net, r=4, init_lora_weights="calibrated")
+    net(torch.zeros(4, 64))
+    assert "default initialization, because all inputs were zero: 0" in str(report)
+
+
+def test_a_copy_and_a_pickle_calibrate_separately():
+    net, x = Net(), torch.randn(8, 64)
+    convert(net, **CALIBRATED)
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    net(x)
+    for other in copies:
+        assert not other.layers[0].lora_B.any()
+        other(x)
+        assert torch.equal(other.layers[0].lora_B, net.layers[0].lora_B)
+
+
+def test_a_forward_pass_that_changes_arguments_and_buffers_has_the_effect_of_one():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls, self.history = nn.Linear(64, 64), 0, [torch.zeros(64)]
+            self.register_buffer("mean", torch.zeros(64))
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x, cache):
+            self.calls += 1
+            self.history[0] += x[0].detach()
+            self.history.append(self.calls)
+            self.mean.lerp_(x.mean(0), 0.1)
+            cache["steps"] = cache.get("steps", 0) + 1
+            x += 1
+            return self.drop(self.linear(x))
+
+    results = []
+    for start in ("default", "calibrated"):
+        torch.manual_seed(0)
+        net, x, cache = Stateful(), torch.randn(4, 64), {}
+        convert(net, r=4, lora_dropout=0.5, init_lora_weights=start)
+        torch.manual_seed(1)
+        net(x, cache=cache)
+        results.append((net.calls, net.history[0], len(net.history), net.mean, cache, x, torch.rand(1)))
+    for plain, calibrated in zip(*results, strict=True):
+        assert torch.equal(plain, calibrated) if isinstance(plain, torch.Tensor) else plain == calibrated
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_with_calibration_has_the_same_steps_numbers_and_metrics(trainer, accumulate):
+    (plain, _, first), (calibrated, plugin, second) = (
+        fit(trainer, start=start, accumulate_grad_batches=accumulate) for start in ("default", "calibrated")
+    )
+    assert plugin.report.calibration.rows == 8 * accumulate
+    assert plugin.report.calibration.calibrated == ["net.layers.0", "net.layers.2"]
+    assert calibrated.seen == plain.seen
+    assert calibrated.noises == plain.noises
+    assert calibrated.steps == plain.steps == 4
+    assert second.first[1:] == first.first[1:]
+    for name, buffer in first.first[0].items():
+        assert torch.equal(second.first[0][name], buffer), name
+    assert {n: v.item() for n, v in first.metrics.items()} == {n: v.item() for n, v in second.metrics.items()}
+    assert first.last["ones"] == second.last["ones"] == 4
+    assert torch.equal(first.random, second.random)
+
+
+def test_the_base_is_plain_nf4_byte_for_byte(trainer):
+    (plain, _, _), (calibrated, _, _) = (fit(trainer, start=start) for start in ("default", "calibrated"))
+    for name, layer in dense_layers(plain).items():
+        other = calibrated.get_submodule(name)
+        for key in ("packed", "absmax", "nested"):
+            assert torch.equal(getattr(layer, key), getattr(other, key))
+
+
+@pytest.mark.parametrize("how", ["accumulate", "ask"])
+def test_statistics_are_summed_over_batches(trainer, how):
+    """Two batches of 8 give the statistics of one batch of 16, without batch norm."""
+
+    class Plain(Lit):
+        def forward(self, x):
+            return self.net(x)
+
+    one, _, _ = fit(trainer, Plain(), data=loader(batch_size=16), max_steps=1)
+    more = {"accumulate_grad_batches": 2} if how == "accumulate" else {"arguments": {"calibration_batches": 2}}
+    two, plugin, _ = fit(trainer, Plain(), data=loader(batch_size=8), max_steps=1, **more)
+    assert plugin.report.calibration.rows == 16
+    for name in dense_layers(one):
+        torch.testing.assert_close(two.get_submodule(name).input_rms, one.get_submodule(name).input_rms)
+    assert [index for index, _ in two.seen] == ([0, 1] if how == "accumulate" else [0])
+
+
+@pytest.mark.parametrize("asked", [3, 100])
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_trainer_still_trains_on_the_batches_of_the_calibration_in_order(trainer, asked, sized):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (dataset()[index] for index in range(32))
+
+    data = loader() if sized else DataLoader(Stream(), batch_size=8)
+    module, plugin, _ = fit(trainer, data=data, max_epochs=2, arguments={"calibration_batches": asked})
+    plain, _, _ = fit(trainer, start="default", data=data, max_epochs=2)
+    assert module.seen == plain.seen
+    assert len(module.seen) == 8
+    assert plugin.report.calibration.rows == 8 * min(asked, 4)
+
+
+def test_validation_before_training_does_not_calibrate(trainer):
+    module, plugin = Lit(), QLoRAPrecision(**CALIBRATED)
+    runner = trainer(plugins=plugin, enable_checkpointing=False, limit_val_batches=1)
+    runner.validate(module, loader(), verbose=False)
+    assert plugin.report.calibration.waiting == ["net.layers.0", "net.layers.2"]
+    assert not module.net.layers[0].lora_B.any()
+    torch.manual_seed(0)
+    runner.fit(module, loader(), loader())  # its sanity check validates, too
+    fresh, _, _ = fit(trainer, limit_val_batches=1)
+    for name, value in adapters(fresh).items():
+        assert torch.equal(adapters(module)[name], value)
+
+
+def test_a_resumed_run_does_not_calibrate_again_and_is_bit_equal(trainer, tmp_path):
+    straight, _, _ = fit(trainer, max_epochs=3)
+    saver = ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True)
+    fit(trainer, max_epochs=1, callbacks=[saver])
+    resumed, plugin, _ = fit(trainer, max_epochs=3, ckpt_path=tmp_path / "saved" / "last.ckpt")
+    assert plugin.report.calibration.calibrated == []
+    assert plugin.report.calibration.waiting == []
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_checkpoint_saved_before_calibration_is_calibrated_after_loading(trainer, tmp_path):
+    module = Lit()
+    runner = trainer(plugins=QLoRAPrecision(**CALIBRATED), enable_checkpointing=False)
+    runner.validate(module, loader(), verbose=False)
+    state = module.state_dict()
+    other = Lit()
+    report = convert(other, **CALIBRATED)
+    other.load_state_dict(state)
+    assert report.calibration.waiting == ["net.layers.0", "net.layers.2"]
+    other(torch.randn(8, 64))
+    later = Lit()
+    second = convert(later, **CALIBRATED)
+    later.load_state_dict(other.state_dict())
+    assert second.calibration.waiting == []
+    assert torch.equal(later.net.layers[0].input_rms, other.net.layers[0].input_rms)
+
+
+def test_dense_weights_loaded_before_calibration_are_used_by_it():
+    first, second, x = Net(), Net(), torch.randn(8, 64)
+    second.sizes.copy_(first.sizes)
+    dense = copy.deepcopy(second.state_dict())
+    convert(first, **CALIBRATED)
+    convert(second, **CALIBRATED)
+    first.load_state_dict(dense)
+    first(x), second(x)
+    torch.testing.assert_close(first(x), second(x))
+
+
+def test_manual_optimization_calibrates_in_its_first_forward_pass(trainer):
+    class Manual(Lit):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    (plain, _, _), (module, plugin, _), (automatic, _, _) = (
+        fit(trainer, Manual(), start="default"), fit(trainer, Manual()), fit(trainer),
+    )  # fmt: skip
+    assert plugin.report.calibration.calibrated == ["net.layers.0", "net.layers.2"]
+    assert module.seen == plain.seen
+    for name, value in adapters(automatic).items():
+        torch.testing.assert_close(adapters(module)[name], value)
+
+
+def test_fabric_calibrates_in_its_first_forward_pass():
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=QLoRAPrecision(**CALIBRATED))
+    module = fabric.setup_module(Net())
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(module.parameters(), lr=1e-3))
+    module.eval()
+    with pytest.warns(UserWarning, match="eval mode"):
+        fabric.backward(module(torch.randn(4, 64)).square().mean())
+    with pytest.raises(RuntimeError, match=r"before the adapter of layers\.\d is calibrated.*model\.train\(\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        module(torch.randn(4, 64))
+    module.train()
+    x = torch.randn(4, 64)
+    y = module(x)
+    assert torch.equal(y, module(x))
+    assert module.layers[0].lora_B.any()
+    fabric.backward(y.square().mean())
+    optimizer.step()
+
+
+def test_16_bit_weights_and_dora():
+    net = Net().to(torch.bfloat16)
+    report = convert(net, **CALIBRATED, use_dora=True)
+    assert report.calibration.host_bytes == 2 * 2 * 96 * 64
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    y = net(x)
+    assert y.dtype == torch.bfloat16
+    layer = net.layers[0]
+    torch.testing.assert_close(layer.gain(), torch.ones(96))
+    assert layer.lora_A.dtype == torch.float32
+
+
+def test_autocast_does_not_change_the_type_of_the_calibration():
+    first, x = Net(), torch.randn(4, 64)
+    second = copy.deepcopy(first)
+    for net in (first, second):
+        convert(net, **CALIBRATED)
+    with torch.autocast("cpu", torch.bfloat16):
+        first(x)
+    second(x)
+    assert first.layers[0].lora_A.dtype == torch.float32
+    difference = (first.layers[0].delta() - second.layers[0].delta()).norm() / second.layers[0].delta().norm()
+    assert difference < 0.05
+
+
+def test_torchmetrics_count_once(trainer):
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Metered(Lit):
+        def __init__(self):
+            super().__init__()
+            self.meter = torchmetrics.MeanMetric()
+            self.counts = []
+
+        def training_step(self, batch, batch_idx):
+            self.meter.update(batch[0].mean())
+            self.counts.append(int(self.meter._update_count))
+            return super().training_step(batch, batch_idx)
+
+    (plain, _, _), (module, _, _) = (
+        fit(trainer, Metered(), start=start, accumulate_grad_batches=2) for start in ("default", "calibrated")
+    )
+    assert module.counts == [1, 2, 3, 4]
+    assert torch.equal(module.meter.compute(), plain.meter.compute())
+
+
+class Alternating(Lit):
+    """Two heads, used in turn by the training steps."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.other = Net()
+
+    def training_step(self, batch, batch_idx):
+        return (self.net, self.other)[self.global_step % 2](batch[0]).square().mean()
+
+
+def test_layers_without_input_so_far_are_named_and_calibrated_on_their_first_input(trainer, tmp_path):
+    arguments = {"target_modules": ["layers.0", "layers.2"]}
+    saver = ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True, every_n_train_steps=1)
+    _, plugin, _ = fit(trainer, Alternating(), max_steps=1, callbacks=[saver], arguments=arguments)
+    assert plugin.report.calibration.waiting == ["other.layers.0", "other.layers.2"]
+    assert "waiting for a first input: other.layers.0, other.layers.2" in str(plugin.report)
+    straight, _, _ = fit(trainer, Alternating(), max_steps=4, arguments=arguments)
+    assert straight.other.layers[0].input_rms.any()
+
+    class Same(DataLoader):
+        """Every batch is the same, so that a resumed run has the data of an uninterrupted one."""
+
+    data = Same(torch.utils.data.TensorDataset(dataset(8).tensors[0].repeat(4, 1)), batch_size=8)
+    saver = ModelCheckpoint(dirpath=tmp_path / "other", save_last=True, every_n_train_steps=1)
+    fit(trainer, Alternating(), max_steps=1, callbacks=[saver], arguments=arguments, data=data)
+    last = tmp_path / "other" / "last.ckpt"
+    resumed, _, _ = fit(trainer, Alternating(), max_steps=4, arguments=arguments, data=data, ckpt_path=last)
+    straight, _, _ = fit(trainer, Alternating(), max_steps=4, arguments=arguments, data=data)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_learning_rate_finder_keeps_the_calibration(trainer):
+    module, plugin = Lit(), QLoRAPrecision(**CALIBRATED)
+    module.lr = 1e-3
+    runner = trainer(plugins=plugin, enable_checkpointing=False, limit_val_batches=0)
+    Tuner(runner).lr_find(module, loader(), num_training=3, update_attr=False)
+    fresh, _, _ = fit(trainer, max_steps=1)
+    for name, layer in dense_layers(fresh).items():
+        assert torch.equal(module.get_submodule(name).input_rms, layer.input_rms)
+        assert module.get_submodule(name).lora_B.any()
+    assert plugin.report.calibration.waiting == []
+
+
+def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapters_or_warns():
+    net, x = Net(), torch.randn(8, 64)
+    convert(net, **CALIBRATED)
+    before = copy.deepcopy(net.state_dict())
+    net(x)
+    start = adapters(net)
+    net.layers[0].lora_B.data += 1
+    net.load_state_dict(before)
+    assert all(torch.equal(start[name], value) for name, value in adapters(net).items())
+    net.state_dict()  # saved with the calibrated adapters: the kept ones are freed
+    with pytest.warns(UserWarning, match=r"saved before the calibration.*layers\.0 now has the default initialization"):
+        net.load_state_dict(before)
+    assert not net.layers[0].lora_B.any()
+    assert net.layers[0].input_rms is None
+
+
+def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
+    net = Net()
+    convert(net, **CALIBRATED)
+    net.layers[0].lora_B.data += 1
+    with pytest.warns(UserWarning, match=r"layers\.0 was trained before its calibration"):
+        net(torch.randn(4, 64))
+    assert (net.layers[0].lora_B == 1).all()
+    assert net.layers[2].input_rms is not None
+
+
+def test_the_trainer_refuses_to_step_adapters_that_are_not_calibrated(trainer):
+    class Eval(Lit):
+        def on_train_epoch_start(self):
+            self.net.eval()
+
+    with (
+        pytest.warns(UserWarning, match="eval mode"),
+        pytest.raises(RuntimeError, match=r"the optimizer steps before the adapter of net\.layers\.0 is calibrated"),
+    ):
+        fit(trainer, Eval())
+
+
+def test_a_merged_part_is_not_calibrated():
+    lit = Lit()
+    convert(lit, **CALIBRATED)
+    merge(lit.net)
+    lit(torch.randn(4, 64))
+    other = Net()
+    convert(other, **CALIBRATED)
+    merge(other)
+    other(torch.randn(4, 64))
+    assert not hasattr(other.layers[0], "dense_weight")
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [("calibrated", "default"), ("pissa", "default"), ("default", "calibrated")]
+)
+def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
+    first, second = Net(), Net()
+    second.load_state_dict(first.state_dict())
+    convert(first, **{**CALIBRATED, "init_lora_weights": saved})
+    first(torch.randn(8, 64))
+    first.layers[0].lora_B.data += 0.1
+    convert(second, **{**CALIBRATED, "init_lora_weights": resumed})
+    with pytest.warns(UserWarning, match=f"initialized as '{saved}', so init_lora_weights='{resumed}' is not used"):
+        second.load_state_dict(first.state_dict())
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items() if name != "qlora_config")
+    assert get_adapter(second).quantization["init_lora_weights"] == saved
+    x = torch.randn(4, 64)
+    assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_model_is_calibrated_on_its_first_batch(trainer, how):
+    class Compiled(Lit):
+        def __init__(self):
+            super().__init__()
+            if how == "wrapped":
+                self.net = torch.compile(self.net, backend="eager", fullgraph=True)
+            else:
+                self.net.compile(backend="eager", fullgraph=True)
+
+    torch._dynamo.reset()
+    module, plugin, _ = fit(trainer, Compiled(), max_steps=2)
+    plain, _, _ = fit(trainer, max_steps=2)
+    assert len(plugin.report.calibration.calibrated) == 2
+    for one, other in zip(adapters(module).values(), adapters(plain).values(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,196 @@
+import copy
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRALinear, convert, estimate_memory, quantize
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(10, 128), nn.Linear(128, 256), nn.LayerNorm(256), nn.Linear(256, 128))
+
+
+def test_layers_are_converted_in_place_and_only_adapters_train():
+    model = mlp()
+    layers = list(model)
+    report = convert(model, r=8)
+    assert list(model) == layers
+    assert report.converted == ["1", "3"]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"1.lora_A", "1.lora_B", "3.lora_A", "3.lora_B"}
+
+
+def test_converting_again_changes_nothing():
+    model = mlp()
+    convert(model, r=8)
+    state = copy.deepcopy(model.state_dict())
+    again = convert(model, r=4)
+    assert again.converted == ["1", "3"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_beside_a_part_that_was_converted_before_are_named():
+    model = nn.ModuleDict({"body": mlp(), "head": nn.Linear(128, 128)})
+    convert(model["body"], r=8, exclude_modules=["3"])
+    with pytest.warns(UserWarning, match=r"body: converted before.*\(head\)"):
+        report = convert(model, r=8)
+    assert report.converted == ["body.1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, r=8, exclude_modules=["head"])  # said to be meant
+        convert(model["body"], r=8)
+
+
+def test_aliases_and_a_root_layer_are_converted_once():
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(64, 64), shared), "head": shared})
+    assert convert(model, r=4).converted == ["body.0", "body.1"]
+    assert model["head"] is model["body"][1]
+    root = nn.Linear(64, 64)
+    assert convert(root, r=4).converted == [""]
+    assert isinstance(root, QLoRALinear)
+
+
+def test_the_report_counts_weights_not_bytes():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
+    report = convert(model, r=4)
+    assert report.total_parameters == 4160 + 4096 + 2 * 4 * (64 + 64)
+    assert report.trainable_parameters == 2 * 4 * (64 + 64)
+    assert report.bytes_before == 4 * (4160 + 4096)
+    packed = quantize(torch.randn(64, 64)).nbytes
+    assert report.bytes_after == 2 * packed + 4 * 64 + 4 * report.trainable_parameters
+    assert report.seconds > 0
+    text = str(report)
+    assert "4-bit + adapter, 64x64" in text
+    assert f"{report.total_parameters:,}" in text
+
+
+def test_the_report_groups_layers_and_gives_reasons(capsys):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block() for _ in range(3)]), "head": nn.Linear(64, 2)})
+    report = convert(model, r=4)
+    assert ("blocks.*.up", "4-bit + adapter, 128x64", "3") in report.rows()
+    assert any(name == "head" and "trains in full" in what for name, what, _ in report.rows())
+    report.show()
+    printed = capsys.readouterr().out
+    assert "blocks.*.up" in printed
+    assert "parameters train" in printed
+
+
+def test_the_report_is_plain_lines_without_rich(capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    convert(mlp(), r=8).show()
+    assert "1  x1  4-bit + adapter, 256x128" in capsys.readouterr().out
+
+
+def test_a_module_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match=r"No layer was converted.*no linear layer"):
+        convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+
+
+def test_a_module_of_small_layers_trains_in_full_and_says_so():
+    with pytest.warns(UserWarning, match=r"No layer was converted.*r=64"):
+        report = convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)))
+    assert set(report.trained_in_full) == {"0", "1"}
+
+
+def test_large_weights_that_are_not_linear_are_named():
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Flatten(), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match=r"0\.weight.*modules_to_save"):
+        convert(model, r=4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_with_its_layer(bad):
+    model = mlp()
+    with torch.no_grad():
+        model[3].weight[0, 0] = bad
+    with pytest.raises(ValueError, match=r"^3: .*NaN or Inf"):
+        convert(model, r=8)
+
+
+def test_weights_on_the_meta_device_are_refused_with_their_layer():
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match=r"^0.weight: .*meta device.*Load it"):
+        convert(model, r=8)
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(64), nn.LazyBatchNorm1d], ids=["linear", "norm"])
+@pytest.mark.parametrize("function", [convert, estimate_memory])
+def test_a_lazy_layer_that_has_not_run_is_refused_with_what_to_do(lazy, function):
+    model = nn.Sequential(nn.Linear(64, 64), lazy())
+    with pytest.raises(ValueError, match=r"^1\.\w+: belongs to a Lazy\w+ .*Run one batch through the module first"):
+        function(model, r=2)
+    assert type(model[0]) is nn.Linear
+    model(torch.randn(4, 64))
+    function(model, r=2)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match="rank"):
+        convert(mlp(), rank=4)
+    with pytest.raises(ValueError, match="r=0"):
+        convert(mlp(), r=0)
+
+
+def test_peak_memory_is_the_module_plus_little():
+    """Sampled from a thread: the resident size during conversion of 302 MB of fp32 weights."""
+    psutil = pytest.importorskip("psutil")
+    one_layer = 4 * 3072 * 3072  # above 32 MB the C library gives memory back to the system whatever went before
+    model = nn.Sequential(*[nn.Linear(3072, 3072, bias=False) for _ in range(8)])
+    convert(nn.Linear(256, 256), r=4)  # lazily made tables are not this model's
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+    start = process.memory_info().rss
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    convert(model, r=4)
+    done.set()
+    watcher.join()
+    assert peak[0] - start < 2 * one_layer
+    assert process.memory_info().rss - start < -6 * one_layer
+
+
+def test_the_encoder_layers_of_torch_use_their_adapters_in_evaluation():
+    """Their fused inference path would read the weights and leave the adapters out."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
+    convert(encoder, r=4, lora_dropout=0.0)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        before = encoder.eval()(x)
+        for layer in encoder.modules():
+            if isinstance(layer, QLoRALinear):
+                layer.lora_B.normal_()
+        after = encoder.eval()(x)
+    assert not torch.allclose(before, after)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Dropout | nn.MultiheadAttention):
+            layer.p = layer.dropout = 0.0
+    torch.testing.assert_close(encoder.train()(x), after, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_with_a_padding_mask_evaluates():
+    """Without gradients torch's encoder makes nested tensors of such an input, for a path that is closed here."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), 2)
+    convert(encoder, r=4, lora_dropout=0.0)
+    x, mask = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = encoder(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        result = encoder.eval()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(result[~mask], expected[~mask])

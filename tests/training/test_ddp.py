@@ -1,0 +1,56 @@
+"""strategy="ddp" on two CPU processes, started by Lightning's own launcher."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_qlora import convert
+from tests.conftest import launch
+from tests.toys import toy
+
+
+def reported(script: str, folder: Path, *arguments: object, devices: int = 2) -> list[dict]:
+    stdout, results = launch(script, folder, *arguments, devices=devices)
+    assert stdout.count("parameters train") == 1, "the report is printed once, by rank 0"
+    return results
+
+
+def run(folder: Path, epochs: int, ckpt: str = "", devices: int = 2) -> list[dict]:
+    folder.mkdir()
+    return reported("tests.scripts.ddp_training", folder, epochs, ckpt, devices, devices=devices)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
+    straight = run(tmp_path / "straight", 2)
+    assert same(straight[0]["state"], straight[1]["state"])
+    assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
+    assert straight[0]["losses"] != straight[1]["losses"], "each rank has its own share of the data"
+    first = run(tmp_path / "first", 1)
+    names = torch.load(first[0]["best"], weights_only=True)["state_dict"]
+    assert "net.0.lora_A" in names
+    assert "net.0.packed" not in names
+    assert "net.2.weight" not in names, "DDP's broadcast must not make frozen parameters look trained"
+    resumed = run(tmp_path / "resumed", 2, first[0]["best"])
+    for rank in range(2):
+        assert same(straight[rank]["state"], resumed[rank]["state"])
+        assert resumed[rank]["losses"] == straight[rank]["losses"][8:]
+        for key, state in straight[rank]["optimizer"].items():
+            assert all(torch.equal(value, resumed[rank]["optimizer"][key][name]) for name, value in state.items())
+
+
+def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
+    pytest.importorskip("transformers")
+    model = toy("llama")
+    model.save_pretrained(tmp_path / "base")
+    convert(model, r=4)
+    first, second = reported("tests.scripts.ddp_loading", tmp_path)
+    assert same(first, second)
+    assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
+    for name, parameter in model.named_parameters():
+        if name.endswith((".packed", ".absmax", ".nested")):
+            assert torch.equal(first[f"model.{name}"], parameter)

@@ -1,0 +1,540 @@
+"""deferred_logits on whole models: losses and gradients equal those without it, and where no logits are made."""
+
+import copy
+import os
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_qlora import (
+    QLoRAPrecision,
+    convert,
+    estimate_memory,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+    save_quantized,
+)
+from lightning_qlora.layers import piecewise_cross_entropy
+from lightning_qlora.layers.deferred_head import DeferredHead
+from lightning_qlora.layers.deferred_logits import DeferredLogits
+
+V, H = 320, 64
+SMALL = {"hidden_size": H, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": V, "max_position_embeddings": 64}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", 5 * V)
+
+
+def ids(seed=0, rows=2, columns=12):
+    return torch.randint(3, V, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def labels():
+    made = ids(1)
+    made[:, ::3] = -100
+    return made
+
+
+class Plain(nn.Module):
+    """A language model as users write it, with a loss of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(V, H)
+        layer = nn.TransformerEncoderLayer(H, 4, 128, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.to_words = nn.Linear(H, V)
+
+    def forward(self, x):
+        return self.to_words(self.encoder(self.embedding(x)))
+
+    def loss(self):
+        y = labels().clamp_min(0)
+        return F.cross_entropy(self(ids()).view(-1, V), y.view(-1), ignore_index=0)
+
+
+def model(name):
+    if name == "plain":
+        torch.manual_seed(0)
+        return Plain()
+    tf = pytest.importorskip("transformers", minversion="5")
+    tied = {"tie_word_embeddings": True}
+    kind, config = {
+        "llama": (tf.LlamaForCausalLM, lambda: tf.LlamaConfig(**GROUPED, tie_word_embeddings=False)),
+        "gemma2": (tf.Gemma2ForCausalLM, lambda: tf.Gemma2Config(**GROUPED, final_logit_softcapping=3.0)),
+        "gpt2": (
+            tf.GPT2LMHeadModel,
+            lambda: tf.GPT2Config(n_embd=H, n_layer=2, n_head=4, vocab_size=V, n_positions=64),
+        ),
+        "cohere": (tf.CohereForCausalLM, lambda: tf.CohereConfig(**GROUPED, logit_scale=0.3)),
+        "granite": (tf.GraniteForCausalLM, lambda: tf.GraniteConfig(**GROUPED, logits_scaling=3.0)),
+        "bert": (tf.BertForMaskedLM, lambda: tf.BertConfig(**SMALL, **tied)),
+        "t5": (
+            tf.T5ForConditionalGeneration,
+            lambda: tf.T5Config(
+                d_model=H, d_ff=128, d_kv=16, num_heads=4, num_layers=2, vocab_size=V, decoder_start_token_id=0
+            ),
+        ),
+    }[name]
+    torch.manual_seed(0)
+    return kind(config()).eval()
+
+
+MODELS = ("llama", "gemma2", "gpt2", "cohere", "granite", "bert", "t5", "plain")
+
+
+def loss_of(module):
+    return module.loss() if isinstance(module, Plain) else module(input_ids=ids(), labels=labels()).loss
+
+
+def logits_of(module, **arguments):
+    made = module(ids(), **arguments)
+    return made if isinstance(made, torch.Tensor) else made.logits
+
+
+def converted(name, **arguments):
+    module = model(name)
+    convert(module, **ARGUMENTS | arguments)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if key.endswith("lora_B"):
+                parameter.normal_(std=0.05, generator=generator)
+    return module
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours, expected, relative=1e-6):
+    """Up to `relative` of the largest element."""
+    assert ours.keys() == expected.keys() and ours
+    for name, value in expected.items():
+        largest = max(value.abs().max().item(), 1e-12)
+        assert (ours[name] - value).abs().max().item() <= relative * largest * 5, name
+
+
+def both(name, step=loss_of, relative=1e-6, **arguments):
+    """Run a step with real and with deferred logits: equal loss and gradients."""
+    found = []
+    for setting in (False, "auto"):
+        module = converted(name, deferred_logits=setting, **arguments)
+        loss = step(module)
+        loss.backward()
+        found.append({"loss": loss.detach()} | gradients(module))
+    assert_equal(found[1], found[0], relative)
+
+
+@pytest.fixture
+def no_logits(monkeypatch):
+    """Fails where something computes the logits."""
+
+    def refuse():
+        monkeypatch.setattr(DeferredLogits, "computed", lambda *_: pytest.fail("the logits were computed"))
+
+    return refuse
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_those_of_real_logits_and_no_logits_are_made(name, no_logits):
+    no_logits()
+    both(name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_that_are_read_are_the_real_ones(name):
+    module, expected = converted(name, deferred_logits=True), converted(name, deferred_logits=False)
+    arguments = {"decoder_input_ids": ids(2)} if name == "t5" else {}
+    ours = logits_of(module, **arguments)
+    assert isinstance(ours, DeferredLogits)
+    assert torch.equal(ours.argmax(-1), logits_of(expected, **arguments).argmax(-1))
+    torch.testing.assert_close(ours + 0, logits_of(expected, **arguments), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        assert type(logits_of(module, **arguments)) is torch.Tensor
+
+
+def smoothed(module):
+    return F.cross_entropy(logits_of(module).float().view(-1, V), labels().view(-1), label_smoothing=0.1)
+
+
+def distilled(module):
+    teacher = torch.randn(24, V, generator=torch.Generator().manual_seed(4)).log_softmax(-1)
+    logits = logits_of(module)
+    ours = F.log_softmax(logits.view(-1, V), -1)
+    return F.kl_div(ours, teacher, log_target=True, reduction="batchmean") + loss_of(module)
+
+
+def after_a_metric(module):
+    logits = logits_of(module)
+    with torch.no_grad():
+        accuracy = (logits.argmax(-1) == labels()).float().mean()
+    assert 0 <= accuracy <= 1
+    return F.cross_entropy(logits.view(-1, V), labels().view(-1))
+
+
+def masked_in_place(module):
+    logits = logits_of(module)
+    logits[..., :3] = -30.0
+    return F.cross_entropy(logits.view(-1, V), labels().view(-1))
+
+
+def accumulated(module):
+    for _ in range(2):
+        (loss_of(module) / 3).backward()
+    return loss_of(module) / 3
+
+
+def in_autocast(module):
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss_of(module)
+
+
+def backward_twice(module):
+    loss = loss_of(module)
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def with_the_number_of_tokens(module):
+    return module(input_ids=ids(), labels=labels(), num_items_in_batch=torch.tensor(7)).loss
+
+
+def with_a_backward_hook(module):
+    module.lm_head.register_full_backward_hook(lambda *_: None)
+    return loss_of(module)
+
+
+STEPS = {
+    "label smoothing": smoothed, "KL to a teacher": distilled, "metric first": after_a_metric,
+    "masked in place": masked_in_place, "accumulated": accumulated, "backward hook": with_a_backward_hook,
+    "backward twice": backward_twice, "num_items_in_batch": with_the_number_of_tokens,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_steps_as_users_write_them(step):
+    both("llama", step)
+
+
+def test_autocast():
+    both("llama", in_autocast, relative=0.01)
+
+
+def test_perplexity():
+    torchmetrics = pytest.importorskip("torchmetrics.text")
+    values = []
+    for setting in (False, True):
+        metric = torchmetrics.Perplexity(ignore_index=-100)
+        logits = logits_of(converted("llama", deferred_logits=setting))
+        values.append(metric(logits, labels()))
+        metric.update(preds=logits, target=labels())
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_checkpointing": True}, {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    ],
+    ids=["checkpointing", "trained head", "4-bit head", "4-bit head, DoRA"],
+)  # fmt: skip
+def test_arguments(arguments, no_logits):
+    no_logits()
+    both("llama", relative=1e-5, **arguments)
+
+
+@pytest.mark.parametrize(("name", "embedding"), [("gpt2", "wte"), ("bert", "word_embeddings")])
+def test_a_tied_embedding_that_trains_gets_both_gradients(name, embedding):
+    both(name, modules_to_save=[embedding])
+
+
+def test_checkpointing_of_a_plain_module(no_logits):
+    no_logits()
+    both("plain", gradient_checkpointing=True)
+
+
+def test_a_compiled_model_computes_the_logits():
+    module = converted("plain")
+    compiled = torch.compile(module, backend="aot_eager")
+    logits = compiled(ids())
+    assert not isinstance(logits, DeferredLogits)
+    torch.testing.assert_close(logits, module(ids()) + 0)
+
+
+def test_a_model_compiled_with_its_loss():
+    module, expected = converted("llama"), converted("llama", deferred_logits=False)
+    loss = torch.compile(module, backend="aot_eager")(input_ids=ids(), labels=labels()).loss
+    loss.backward()
+    loss_of(expected).backward()
+    assert_equal(gradients(module), gradients(expected), relative=1e-5)
+
+
+def test_bf16():
+    found = []
+    for setting in (False, True):
+        module = model("llama").bfloat16()
+        convert(module, **ARGUMENTS, deferred_logits=setting)
+        loss = loss_of(module)
+        loss.backward()
+        found.append({"loss": loss.detach()} | gradients(module))
+    assert_equal(found[1], found[0], relative=2**-8)
+
+
+def test_generate_is_the_same():
+    made = [
+        converted("llama", deferred_logits=setting).generate(ids(), max_new_tokens=4, do_sample=False)
+        for setting in (False, True)
+    ]
+    assert torch.equal(*made)
+
+
+class TwoHeads(Plain):
+    def __init__(self):
+        super().__init__()
+        self.to_tags = nn.Linear(H, 7)
+        self.lm_head = nn.Linear(H, V, bias=False)
+
+    def loss(self):
+        hidden = self.encoder(self.embedding(ids()))
+        losses = [
+            F.cross_entropy(head(hidden).view(-1, V), labels().view(-1)) for head in (self.to_words, self.lm_head)
+        ]
+        return losses[0] + 0.3 * losses[1] + self.to_tags(hidden).square().mean()
+
+
+def test_two_heads(monkeypatch, no_logits):
+    no_logits()
+    found = []
+    for setting in (False, True):
+        torch.manual_seed(0)
+        module = TwoHeads()
+        report = convert(module, **ARGUMENTS, deferred_logits=setting, exclude_modules=["to_words"])
+        loss = module.loss()
+        loss.backward()
+        found.append({"loss": loss.detach()} | gradients(module))
+    assert list(report.deferred_logits) == ["to_words", "lm_head"]
+    assert_equal(found[1], found[0])
+
+
+def deferred(module):
+    return [name for name, part in module.named_modules() if isinstance(part, DeferredHead)]
+
+
+def test_the_report_says_what_is_deferred_and_what_it_saves():
+    module = model("llama")
+    report = convert(module, **ARGUMENTS)
+    assert report.deferred_logits == {"lm_head": 1000 * V * 12}
+    assert "logits of lm_head: deferred, saves 3.84 MB for each 1,000 tokens" in str(report)
+    assert convert(module, **ARGUMENTS).deferred_logits == report.deferred_logits
+    assert type(module.lm_head).__mro__.count(DeferredHead) == 1
+    off = convert(model("llama"), **ARGUMENTS, deferred_logits=False)
+    assert not off.deferred_logits and "deferred" not in str(off)
+
+
+def test_auto_leaves_small_vocabularies_and_hidden_layers_alone():
+    class Small(Plain):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.to_words = nn.Embedding(128, H), nn.Linear(H, 128)  # as wide as the hidden layers
+
+    module = Small()
+    assert convert(module, **ARGUMENTS).deferred_logits == {}
+    assert deferred(module) == []
+    module = Small()
+    convert(module, **ARGUMENTS, deferred_logits=True)
+    assert deferred(module) == ["to_words"]
+
+
+def test_no_head_is_an_error_only_if_asked_for():
+    module = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    with pytest.raises(ValueError, match=r"deferred_logits=True: Sequential has no output embedding.*lm_head"):
+        convert(module, **ARGUMENTS, deferred_logits=True)
+    assert convert(module, **ARGUMENTS).deferred_logits == {}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_merged_copied_and_pickled(packed):
+    targets = {"target_modules": ["q_proj", "lm_head"]} if packed else {}
+    module = converted("llama", **targets)
+    loss = loss_of(module).detach()
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert deferred(again) == ["lm_head"]
+        assert torch.equal(loss_of(again).detach(), loss)
+    merge(module)
+    assert type(module.lm_head) is nn.Linear
+    torch.testing.assert_close(loss_of(module).detach(), loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [False, True])
+def test_adapters_and_checkpoints_do_not_depend_on_it(setting, tmp_path):
+    module, other = converted("llama", deferred_logits=setting), converted("llama", deferred_logits=not setting)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    save_adapter(module, tmp_path)
+    load_adapter(other, tmp_path)
+    assert loss_of(other).item() == pytest.approx(loss_of(module).item(), rel=1e-6)
+    other.load_state_dict(module.state_dict())
+    assert loss_of(other).item() == pytest.approx(loss_of(module).item(), rel=1e-6)
+
+
+def test_the_folder_of_a_4_bit_model_does_not_depend_on_it(tmp_path):
+    for setting in (False, True):
+        save_quantized(converted("llama", deferred_logits=setting), tmp_path / str(setting))
+    assert (tmp_path / "True" / "config.json").read_text() == (tmp_path / "False" / "config.json").read_text()
+
+
+def test_logits_that_are_read_after_an_optimizer_step_of_their_head_are_refused():
+    module = converted("llama", modules_to_save=["lm_head"])
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    outputs = module(input_ids=ids(), labels=labels())
+    outputs.loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="the weight of the output embedding or its input changed"):
+        outputs.logits.argmax(-1)
+
+
+class Lit(pl.LightningModule):
+    def __init__(self, name="llama"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.losses, self.accuracies = model(name), [], []
+
+    def training_step(self, batch, _):
+        outputs = self.model(input_ids=batch, labels=batch)
+        if len(self.losses) % 2:
+            self.accuracies.append((outputs.logits[:, :-1].argmax(-1) == batch[:, 1:]).float().mean().item())
+        self.losses.append(outputs.loss.item())
+        return {"loss": outputs.loss, "logits": outputs.logits}
+
+    def validation_step(self, batch, _):
+        logits = self.model(input_ids=batch).logits
+        assert type(logits) is torch.Tensor
+        self.log("val_loss", F.cross_entropy(logits.transpose(1, 2), batch))
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(ids(rows=8), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_trainer(trainer, tmp_path):
+    found = []
+    for setting in (False, "auto"):
+        module = Lit()
+        plugin = QLoRAPrecision(**ARGUMENTS, deferred_logits=setting)
+        run = trainer(plugins=plugin, accumulate_grad_batches=2, max_epochs=2)
+        run.fit(module)
+        found.append((module.losses, module.accuracies, run.callback_metrics["val_loss"].item()))
+    assert plugin.report.deferred_logits.keys() == {"model.lm_head"}
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+    run.save_checkpoint(tmp_path / "checkpoint.ckpt")
+    again = load_from_checkpoint(Lit, tmp_path / "checkpoint.ckpt")
+    assert deferred(again) == ["model.lm_head"]
+
+
+def test_fabric():
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=QLoRAPrecision(**ARGUMENTS))
+    module = fabric.setup_module(model("llama"))
+    expected = model("llama")
+    convert(expected, **ARGUMENTS, deferred_logits=False)
+    loss = module(input_ids=ids(), labels=labels()).loss
+    fabric.backward(loss)
+    loss_of(expected).backward()
+    assert deferred(module.module) == ["lm_head"]
+    assert_equal(gradients(module.module), gradients(expected))
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A process group of this process."""
+    monkeypatch.setattr(os, "environ", os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"})
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_ddp(one_rank, arguments):
+    module, expected = converted("plain"), converted("plain", deferred_logits=False)
+    parallel = DistributedDataParallel(module, **arguments)
+    logits = parallel(ids())
+    assert isinstance(logits, DeferredLogits) is (not arguments)  # where DDP adds a node of its own, it copies them
+    F.cross_entropy(logits.view(-1, V), labels().view(-1)).backward()
+    F.cross_entropy(expected(ids()).view(-1, V), labels().view(-1)).backward()
+    assert_equal(gradients(module), gradients(expected))
+
+
+def test_sharded_and_parallel_heads_compute_the_logits(one_rank):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded = converted("plain")
+    fully_shard(sharded, mesh=mesh)
+    assert deferred(sharded) == ["to_words"] and type(sharded(ids())) is torch.Tensor
+    parallel = converted("plain", exclude_modules=["to_words"])
+    parallelize_module(parallel, mesh, {"to_words": ColwiseParallel()})
+    assert not isinstance(parallel(ids()), DeferredLogits)
+
+
+def test_the_strategy_that_shards_is_in_the_report(trainer, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+    class Sharded(Lit):
+        def configure_model(self):
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    module, plugin = Sharded(), QLoRAPrecision(**ARGUMENTS)
+    strategy = ModelParallelStrategy(1, 1)
+    trainer(
+        strategy=strategy,
+        plugins=plugin,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+    ).fit(module)
+    torch.distributed.destroy_process_group()
+    assert plugin.report.deferred_logits == {"model.lm_head": 0} and deferred(module) == []
+    assert "logits of model.lm_head: not deferred (sharded)" in str(plugin.report)
+    assert all(loss < 10 for loss in module.losses)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_planner_counts_both_ways(name, checkpointing):
+    pytest.importorskip("transformers", minversion="5")
+    vocabulary, rows = 8192, 2 * 24
+    config = model(name).config
+    config.vocab_size = vocabulary
+    config.dtype = "float32"
+    real, ours = (
+        estimate_memory(config, 2, 24, **ARGUMENTS, gradient_checkpointing=checkpointing, deferred_logits=setting)
+        for setting in (False, "auto")
+    )
+    difference = real.parts["activations"] - ours.parts["activations"]
+    copies = difference / (4 * rows * vocabulary)
+    assert 2.8 < copies < (3.2 if name == "llama" else 5.5)  # the log-softmax and two gradients; tanh keeps its output
+    assert {k: v for k, v in real.parts.items() if k != "activations"} == {
+        k: v for k, v in ours.parts.items() if k != "activations"
+    }

@@ -1,0 +1,242 @@
+"""A mixture of experts under the real Trainer: training, checkpoints, merging, folders, the planner."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_qlora import (
+    QLoRALinear,
+    QLoRAPrecision,
+    convert,
+    estimate_memory,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
+from lightning_qlora.adapters.merge import merged_weight
+from lightning_qlora.huggingface.bnb_checkpoint import save_quantized
+from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+ROUTED = "model.model.layers.0.mlp.experts"
+
+
+class Lit(pl.LightningModule):
+    """As a user writes it."""
+
+    def __init__(self, early: bool = False):
+        super().__init__()
+        self.model = made(lambda: qwen3_moe(num_experts=4)).requires_grad_(True)
+        self.losses = []
+        self.early = torch.optim.AdamW(self.named_parameters(), lr=1e-2) if early else None
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return self.early or torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def trainer(folder, epochs, **plugin):
+    arguments = {"r": 2, "lora_dropout": 0.2, "paged_optimizer": False, **plugin}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(plugins=QLoRAPrecision(**arguments), max_epochs=epochs, default_root_dir=folder, **quiet)
+
+
+def data():
+    ids = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(1))
+    return DataLoader(ids, batch_size=2)
+
+
+def fit(folder, epochs=2, module=None, ckpt=None, **plugin):
+    pl.seed_everything(0, verbose=False)
+    module = module or Lit()
+    made_trainer = trainer(folder, epochs, **plugin)
+    made_trainer.fit(module, data(), ckpt_path=ckpt)
+    return module, made_trainer
+
+
+def trained(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_trainer_trains_experts_in_4_bits(tmp_path):
+    module, run = fit(tmp_path)
+    stacks = [stack for *_, stack in expert_stacks(module)]
+    assert len(stacks) == 4 and module.losses[-1] < module.losses[0]
+    names = [name for name, _ in module.named_parameters() if ".experts." in name]
+    assert all("_experts." in name for name in names)
+    assert any(layer.lora_B.any() for stack in stacks for layer in stack.layers)
+    report = run.precision_plugin.report
+    rows = {(name, status): count for name, status, count in report.rows()}
+    assert rows["model.model.layers.*.mlp.experts.gate_up_proj", "4-bit + adapter, 4 experts of 64x64"] == "2"
+    linear = 2 * (64 * 64 * 2 + 2 * 64 * 32)
+    experts = 2 * 4 * (64 * 64 + 32 * 64)
+    rest = sum(p.numel() for p in module.parameters() if not p.requires_grad and p.is_floating_point())
+    adapters = report.trainable_parameters
+    assert report.total_parameters == linear + experts + rest + adapters
+    assert report.bytes_before == 4 * (linear + experts + rest)
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path):
+    whole, _ = fit(tmp_path / "a", epochs=2)
+    _, half = fit(tmp_path / "b", epochs=1)
+    saved = half.checkpoint_callback.best_model_path  # written at the end of the first epoch
+    resumed, _ = fit(tmp_path / "c", epochs=2, ckpt=saved)
+    assert resumed.losses == whole.losses[2:] and same(trained(resumed), trained(whole))
+
+
+@pytest.mark.parametrize("checkpoint", ["adapter", "full"])
+def test_load_from_checkpoint_gives_the_trained_module(tmp_path, checkpoint):
+    module, run = fit(tmp_path, checkpoint=checkpoint)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    keys = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert f"{ROUTED}.gate_up_proj_experts.3.lora_A" in keys
+    assert (f"{ROUTED}.gate_up_proj_experts.3.weight" in keys) is (checkpoint == "full")
+    again = load_from_checkpoint(Lit, tmp_path / "x.ckpt")
+    assert same(trained(again), trained(module))
+    assert torch.equal(outputs(again.model.eval()).logits, outputs(module.model.eval()).logits)
+
+
+def test_a_dense_state_loads_into_converted_experts():
+    dense, converted = made(qwen3_moe), made(qwen3_moe)
+    for parameter in dense.parameters():
+        parameter.data.mul_(0.9)
+    convert(converted, r=2)
+    converted.load_state_dict(dense.state_dict())
+    convert(dense, r=2)
+    pairs = zip(expert_stacks(converted), expert_stacks(dense), strict=True)
+    assert all(torch.equal(a.decode(), b.decode()) for (*_, a), (*_, b) in pairs)
+    wrong = {"model.layers.0.mlp.experts.down_proj": torch.zeros(6, 64, 31)}
+    with pytest.raises(CheckpointMismatchError, match=r"down_proj: has shape \[6, 64, 31\]"):
+        converted.load_state_dict(wrong, strict=False)
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, dbrx])
+def test_merged_experts_are_the_parameter_with_the_adapters(build):
+    model = made(build)
+    kinds, shapes = [type(m) for m in model.modules()], {n: p.shape for n, p in model.named_parameters()}
+    convert(model, r=2, lora_dropout=0.0)
+    for layer in model.modules():
+        if isinstance(layer, QLoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.05)
+    expected, logits = {}, outputs(model).logits
+    for name, _, _, stack in expert_stacks(model):
+        expected[name] = [merged_weight(layer, torch.float32, "any") for layer in stack.layers], stack.transposed
+    merge(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert {n: p.shape for n, p in model.named_parameters()} == shapes
+    for name, (weights, transposed) in expected.items():
+        parts = torch.stack([weight.T if transposed else weight for weight in weights])
+        assert torch.equal(model.get_parameter(name), parts.view(shapes[name]))
+    torch.testing.assert_close(outputs(model).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_to_16_bits_rounds_every_expert_as_a_layer_of_its_name():
+    model = made(qwen3_moe).to(torch.bfloat16)
+    convert(model, r=2)
+    name, _, _, stack = next(iter(expert_stacks(model)))
+    nn.init.normal_(stack.layers[2].lora_B, std=0.05)
+    expected = merged_weight(stack.layers[2], torch.bfloat16, f"{name}_experts.2")
+    merge(model)
+    assert torch.equal(model.get_parameter(name)[2], expected)
+
+
+def test_a_second_conversion_changes_nothing():
+    model = made(qwen3_moe)
+    first = convert(model, r=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    second = convert(model, r=2)
+    assert same(dict(model.named_parameters()), before) and second.converted == first.converted
+
+
+def test_an_optimizer_made_before_conversion_gets_the_adapters_of_experts(tmp_path):
+    module, run = fit(tmp_path, module=Lit(early=True))
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    adapters = [p for *_, stack in expert_stacks(module) for layer in stack.layers for p in layer.adapter_parameters()]
+    assert adapters and all(id(p) in held for p in adapters)
+    names = run.optimizers[0].param_groups[0]["param_names"]
+    assert f"{ROUTED}.down_proj_experts.1.lora_B" in names
+
+
+def test_a_calibrated_start_covers_the_experts_that_tokens_reached(tmp_path):
+    module, run = fit(tmp_path, epochs=1, init_lora_weights="calibrated", lora_dropout=0.0)
+    calibration = run.precision_plugin.report.calibration
+    layers = {name for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+    assert not calibration.waiting and {*calibration.calibrated, *calibration.unseen} == layers
+    assert any("_experts." in name for name in calibration.calibrated)
+
+
+def test_experts_without_tokens_keep_the_default_start():
+    model = made(lambda: qwen3_moe(num_experts=32)).train()
+    report = convert(model, r=2, init_lora_weights="calibrated")
+    model(input_ids=torch.tensor([[5, 6]]))
+    unseen = report.calibration.unseen
+    assert unseen and all("_experts." in name for name in unseen)
+    assert not model.get_submodule(unseen[0]).lora_B.any()
+
+
+def test_save_quantized_writes_experts_decoded(tmp_path):
+    model = made(qwen3_moe)
+    convert(model, r=2)
+    with pytest.warns(UserWarning, match=r"no 4-bit format for parameters of experts.*gate_up_proj"):
+        save_quantized(model, tmp_path / "folder")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    for name, _, _, stack in expert_stacks(model):
+        assert torch.equal(again.get_parameter(name), stack.decode())
+    assert type(again.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    report = convert(again, r=2)
+    assert f"{ROUTED}.down_proj_experts.0".removeprefix("model.") in report.converted
+
+
+def test_quantize_on_load_converts_experts_after_loading(tmp_path):
+    made(qwen3_moe).save_pretrained(tmp_path / "base")
+    plugin = QLoRAPrecision(r=2)
+    with plugin.init():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    report = convert(model, r=2)
+    expected = made(qwen3_moe)
+    convert(expected, r=2)
+    assert report.skipped.keys() == {"lm_head"}
+    assert same(dict(model.named_parameters()), dict(expected.named_parameters()))
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
+def test_adapters_of_experts_go_through_an_adapter_folder(build, tmp_path):
+    model, ids = made(build), torch.arange(8).view(1, 8)
+    convert(model, r=2)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.lora_B.normal_(std=0.05)
+    save_adapter(model, tmp_path)
+    loaded = made(build)
+    convert(loaded, adapter=str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, dbrx, jetmoe])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_planner_counts_experts(build, dtype):
+    kind, config = build()
+    config.architectures, config.dtype = [kind.__name__], getattr(torch, dtype)
+    model = kind._from_config(config, dtype=config.dtype)
+    estimate = estimate_memory(copy.deepcopy(config), sequence_length=16, r=2, paged_optimizer=False)
+    report = convert(model, r=2)
+    assert estimate.trainable_parameters == report.trainable_parameters
+    assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after
+    assert estimate.counted_activations is (build in (qwen3_moe, gpt_oss))

@@ -1,0 +1,233 @@
+"""FSDP2 on one rank, in this process: when a module is converted, what is refused, and loading of checkpoints."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
+from lightning_qlora.layers.dtensor import whole
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.tools.cli import main
+from tests.conftest import Classifier, loader
+
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 12), reason="fully_shard takes floats alone before torch 2.12")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """Restores the environment, and destroys the process group that the strategies make."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def fit(trainer, one_rank):
+    def run(module, plugin=True, **arguments):
+        new = trainer(
+            strategy=ModelParallelStrategy(1, 1), enable_checkpointing=False, use_distributed_sampler=False,
+            plugins=QLoRAPrecision(**ARGUMENTS | arguments) if plugin else None,
+        )  # fmt: skip
+        new.fit(module, loader())
+        return new
+
+    return run
+
+
+@pytest.fixture
+def setup_module(one_rank):
+    def setup(parallelize, single_file=False, tensor_parallel=False):
+        strategy = FabricStrategy(parallelize, 1, 1, save_distributed_checkpoint=not single_file)
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(**ARGUMENTS))
+        fabric.launch()
+        return fabric, fabric.setup_module(Classifier().net)
+
+    return setup
+
+
+def shard(net, mesh, **arguments):
+    fully_shard(net[0], mesh=mesh["data_parallel"], **arguments)
+    return fully_shard(net, mesh=mesh["data_parallel"], **arguments)
+
+
+class Sharded(Classifier):
+    def configure_model(self):
+        if self._device_mesh is not None and not isinstance(self.net, FSDPModule):
+            shard(self.net, self.device_mesh)
+
+
+def test_a_file_imported_within_configure_model_shards_converted_modules_in_every_run(fit, tmp_path, monkeypatch):
+    (tmp_path / "their_sharding.py").write_text("from torch.distributed.fsdp import fully_shard\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "blocked_by_someone", None)
+
+    class Helped(Classifier):
+        def configure_model(self):
+            import their_sharding
+
+            their_sharding.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    first, second, dense = Helped(), Helped(), Helped()
+    fit(first)
+    assert sys.modules["their_sharding"].fully_shard is fully_shard
+    fit(second)
+    fit(dense, plugin=False)
+    assert [len(adapted_layers(module)) for module in (first, second, dense)] == [2, 2, 0]
+    del sys.modules["their_sharding"]
+
+
+def test_fully_shard_is_restored_after_an_error(fit):
+    before = fully_shard
+
+    class Failing(Sharded):
+        def configure_model(self):
+            super().configure_model()
+            raise KeyError("theirs")
+
+    with pytest.raises(KeyError, match="theirs"):
+        fit(Failing())
+    assert fully_shard is before is torch.distributed.fsdp.fully_shard
+
+
+def test_layers_that_are_added_after_the_first_fully_shard_are_refused(fit):
+    class BlockByBlock(Classifier):
+        def configure_model(self):
+            self.net = nn.Sequential()
+            for _ in range(2):
+                self.net.append(nn.Linear(64, 64))
+                fully_shard(self.net[-1], mesh=self.device_mesh["data_parallel"])
+
+    with pytest.raises(ValueError, match=r"^net\.1: was added after the first fully_shard"):
+        fit(BlockByBlock())
+
+
+def test_a_model_sharded_before_it_is_part_of_the_module_is_refused_and_other_models_are_not_converted(fit):
+    class Late(Classifier):
+        def configure_model(self):
+            net, self.net = self.net, None
+            self.net = shard(net, self.device_mesh)
+
+    class WithTeacher(Sharded):
+        def configure_model(self):
+            self.teacher = [shard(Classifier().net, self.device_mesh)]
+            super().configure_model()
+
+    with pytest.raises(ValueError, match=r"self\.model = model comes first"):
+        fit(Late())
+    module = WithTeacher()
+    fit(module)
+    assert len(adapted_layers(module)) == 2 and not adapted_layers(module.teacher[0])
+
+
+def test_two_trainable_dtypes_in_one_group_are_named(fit):
+    class Bf16(Sharded):
+        def __init__(self):
+            super().__init__()
+            self.net = self.net.bfloat16()
+
+    with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.bfloat16\)"):
+        fit(Bf16(), modules_to_save=["2"])
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_tensor_parallelism_of_a_4_bit_layer_is_refused(style, setup_module):
+    with pytest.raises(ValueError, match=r"^4: tensor parallelism .* can't split a 4-bit layer.*exclude_modules"):
+        setup_module(lambda net, mesh: parallelize_module(net, mesh["tensor_parallel"], {"4": style()}))
+
+
+@pytest.mark.parametrize("single_file", [False, True], ids=["shards", "one file"])
+def test_parameters_gathered_by_an_evaluation_are_sharded_again_before_saving_and_loading(
+    single_file, setup_module, tmp_path
+):
+    """FSDP2 keeps the parameters of the root gathered after a forward pass, in the dtype of the policy."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    fabric, net = setup_module(lambda net, mesh: shard(net, mesh, mp_policy=policy), single_file)
+    fabric.save(tmp_path / "checkpoint", {"net": net})
+    save_adapter(net, tmp_path / "before")
+    for use in (
+        lambda: save_adapter(net, tmp_path / "after"),
+        lambda: fabric.load(tmp_path / "checkpoint", {"net": net}),
+        lambda: load_adapter(net, tmp_path / "after"),
+    ):
+        net.eval()(torch.randn(2, 64))
+        use()
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    for name, value in before.items():
+        assert value.dtype is after[name].dtype is torch.float32 and torch.equal(value, after[name])
+
+
+def test_merging_is_refused_after_an_evaluation_too(setup_module):
+    _, net = setup_module(lambda net, mesh: fully_shard(net, mesh=mesh["data_parallel"]))
+    net.eval()(torch.randn(2, 64))
+    with pytest.raises(ValueError, match="is sharded"):
+        merge(net)
+
+
+def test_an_adapter_is_loaded_into_shards_and_one_of_another_rank_refused(setup_module, tmp_path):
+    for r in (4, 6):
+        dense = Classifier().net
+        convert(dense, **ARGUMENTS | {"r": r})
+        for layer in adapted_layers(dense).values():
+            layer.lora_B.data.normal_()
+        save_adapter(dense, tmp_path / f"r{r}")
+    _, net = setup_module(shard)
+    load_adapter(net, tmp_path / "r4")
+    net(torch.randn(2, 64))  # what it computes with is gathered from the shards
+    save_adapter(net, tmp_path / "again")
+    given, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r4", "again"))
+    for name, value in given.items():
+        assert torch.equal(value, again[name])
+    with pytest.raises(CheckpointMismatchError, match="has rank 6, and the sharded layer keeps its rank 4"):
+        load_adapter(net, tmp_path / "r6")
+
+
+def test_a_dense_checkpoint_is_loaded_into_shards_with_dora(fit, tmp_path):
+    module, other = Sharded(), Classifier(seed=5)
+    fit(module, use_dora=True)
+    module.load_state_dict(other.state_dict())
+    convert(other, **ARGUMENTS, use_dora=True)
+    for name, parameter in other.named_parameters():
+        if "lora_A" not in name and "lora_B" not in name:
+            torch.testing.assert_close(whole(module.get_parameter(name)).reshape(parameter.shape), parameter)
+    assert torch.equal(module.net[0].weight + 0, other.net[0].weight + 0)
+
+
+def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
+    fit(Sharded()).save_checkpoint(tmp_path / "good.ckpt")
+
+    def broken(name, change):
+        shutil.copytree(tmp_path / "good.ckpt", tmp_path / name)
+        change(tmp_path / name)
+        return str(tmp_path / name)
+
+    (shard,) = (tmp_path / "good.ckpt").glob("*.distcp")
+    for name, change, error in [
+        ("no_meta", lambda folder: (folder / "meta.pt").unlink(), "lacks its file meta.pt"),
+        ("no_index", lambda folder: (folder / ".metadata").unlink(), "lacks its file .metadata"),
+        ("no_shard", lambda folder: (folder / shard.name).unlink(), "a shard is missing or broken"),
+        ("cut", lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]), "a shard is missing"),
+        ("other", lambda folder: (folder / "meta.pt").write_bytes(b"abc"), "not a checkpoint, or truncated"),
+    ]:
+        path = broken(name, change)
+        with pytest.raises((ValueError, FileNotFoundError), match=error) as raised:
+            load_from_checkpoint(Sharded, path)
+        assert "\n" not in str(raised.value)
+        for command in (["inspect", path], ["export", path, str(tmp_path / "exported")]):
+            with pytest.raises(SystemExit):
+                main(command)
+            assert error in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_from_checkpoint(Sharded, tmp_path)

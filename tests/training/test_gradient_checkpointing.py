@@ -1,0 +1,276 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
+from tests.toys import NAMES, Lit, ids, perturb, toy
+
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+
+
+class Block(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.up, self.down, self.calls = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), 0
+
+    def forward(self, x, *, scale=1.0):
+        self.calls += 1
+        return x + scale * self.down(torch.relu(self.up(x)))
+
+
+class Plain(nn.Module):
+    def __init__(self, depth=6):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x, scale=0.5)
+        return x
+
+
+def gradients(module, loss):
+    torch.manual_seed(1)
+    loss().backward()
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+def saved_bytes(run):
+    """Bytes that autograd keeps between forward and backward, each storage counted once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+def pair(module):
+    """The same module converted without and with gradient checkpointing."""
+    other = copy.deepcopy(module)
+    convert(module, **ARGUMENTS)
+    convert(other, **ARGUMENTS, gradient_checkpointing=True)
+    return perturb(module), perturb(other)
+
+
+def same(a, b):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_any_module_recomputes_its_blocks_with_equal_gradients(training):
+    torch.manual_seed(0)
+    plain, checkpointed = pair(Plain().train(training))
+    x = torch.randn(256, 64)
+    same(gradients(plain, lambda: plain(x).sum()), gradients(checkpointed, lambda: checkpointed(x).sum()))
+    assert [block.calls for block in plain.blocks] == [1] * 6
+    assert [block.calls for block in checkpointed.blocks] == [2] * 6
+    with torch.no_grad():
+        checkpointed(x)
+    assert [block.calls for block in checkpointed.blocks] == [3] * 6
+    kept = [saved_bytes(lambda m=m: m(x.clone().requires_grad_())) for m in (plain, checkpointed)]
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_converted_module_can_be_copied():
+    module = Plain()
+    convert(module, **ARGUMENTS, gradient_checkpointing=True)
+    other = copy.deepcopy(module)
+    other(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    assert other.blocks[0].calls == 2 and module.blocks[0].calls == 0
+
+
+def test_a_module_without_blocks_warns():
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match="Sequential has no repeated blocks"):
+        convert(module, **ARGUMENTS, gradient_checkpointing=True)
+
+
+@pytest.fixture
+def count_recomputed(monkeypatch):
+    from lightning_qlora.training import gradient_checkpointing
+
+    calls, original = [], gradient_checkpointing.checkpoint
+    monkeypatch.setattr(gradient_checkpointing, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("name", [*NAMES, "opt"])
+def test_transformers_under_the_trainer(name, trainer, count_recomputed):
+    """In eval mode, which Lightning does not change: layers are recomputed, and their own dropout stays off."""
+    pytest.importorskip("transformers")
+    seen = {}
+    for checkpointing in (False, True):
+        lit = Recording(opt() if name == "opt" else toy(name))
+        plugin = QLoRAPrecision(**ARGUMENTS, gradient_checkpointing=checkpointing)
+        torch.manual_seed(3)
+        trainer(plugins=plugin, max_steps=2, num_sanity_val_steps=0).fit(lit)
+        assert not any(layer.training for layer in transformers_checkpointing_layers(lit))
+        seen[checkpointing] = lit.grads
+        assert bool(count_recomputed) == checkpointing
+    same(seen[False], seen[True])
+
+
+def opt():
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128, dropout=0.5,
+            max_position_embeddings=64, word_embed_proj_dim=64,
+        )
+    ).eval()  # fmt: skip
+
+
+class Recording(Lit):
+    def on_after_backward(self):
+        self.grads = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+
+
+def test_transformers_keep_fewer_activations_and_can_generate_between_steps(trainer):
+    pytest.importorskip("transformers")
+    kept, tokens = {}, {}
+
+    class Generating(Lit):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                tokens[len(kept)] = self.model.generate(ids(1, 5), max_new_tokens=6, do_sample=False, pad_token_id=0)
+            losses = []
+            x = ids(8, 32)
+            kept[len(kept)] = saved_bytes(lambda: losses.append(self.model(input_ids=x, labels=x).loss))
+            return losses[0]
+
+    for checkpointing in (False, True):
+        lit = Generating(toy("llama", num_hidden_layers=6))
+        plugin = QLoRAPrecision(**{**ARGUMENTS, "lora_dropout": 0.0}, gradient_checkpointing=checkpointing)
+        trainer(plugins=plugin, max_steps=1).fit(lit)
+    assert torch.equal(tokens[0], tokens[1])
+    assert kept[1] < kept[0] / 2
+
+
+class Stages(nn.Module):
+    """Nested lists of blocks and of None, as in PVT and Informer; only blocks are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList([Block(), None]) for _ in range(3))
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage:
+                x = x if block is None else block(x)
+        return x
+
+
+def test_blocks_in_nested_lists_are_recomputed():
+    plain, checkpointed = pair(Stages())
+    x = torch.randn(8, 64)
+    same(gradients(plain, lambda: plain(x).sum()), gradients(checkpointed, lambda: checkpointed(x).sum()))
+    assert [stage[0].calls for stage in checkpointed.stages] == [2] * 3
+
+
+class Unwrapped(Plain):
+    """Uses the parts of its blocks, and calls no block."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block.down(torch.relu(block.up(x)))
+        return x
+
+
+@pytest.mark.parametrize(("kind", "warned"), [(Unwrapped, True), (Plain, False)])
+def test_blocks_that_were_not_recomputed_in_the_first_step_are_a_warning(kind, warned):
+    model = kind()
+    convert(model, **ARGUMENTS, gradient_checkpointing=True)
+    model(torch.randn(8, 64)).sum().backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        audit_first_step(optimizer, model, {})
+    messages = [str(one.message) for one in seen if "gradient_checkpointing" in str(one.message)]
+    assert (len(messages) == 1 and r"blocks.* (x6)" in messages[0]) if warned else not messages
+
+
+def test_a_skipped_block_of_a_group_is_no_warning():
+    model = Plain()
+    convert(model, **ARGUMENTS, gradient_checkpointing=True)
+    model.blocks[2](torch.randn(8, 64)).sum().backward()
+    assert blocks_not_recomputed(model, adapted_layers(model).values()) == []
+    assert blocks_not_recomputed(model, []) == []
+
+
+def test_blocks_of_a_compiled_module_count_as_recomputed():
+    model = Plain(2)
+    convert(model, **ARGUMENTS, gradient_checkpointing=True)
+    torch.compile(model, backend="aot_eager")(torch.randn(8, 64)).sum().backward()
+    assert blocks_not_recomputed(model, adapted_layers(model).values()) == []
+
+
+def cached(kind):
+    """A model that keeps a cache of keys and values or of states unless told not to, and the inputs of its loss."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"vocab_size": 128, "head_dim": 16, "num_key_value_heads": 2}
+    x = ids()
+    if kind == "recurrent_gemma":
+        config = hf.RecurrentGemmaConfig(**small | {"num_hidden_layers": 3}, lru_width=64, attention_window_size=32)
+        return hf.RecurrentGemmaForCausalLM(config), {"input_ids": x, "labels": x}
+    if kind == "t5gemma":
+        part = hf.T5GemmaModuleConfig(**small)
+        model = hf.T5GemmaForConditionalGeneration(hf.T5GemmaConfig(encoder=part, decoder=part, vocab_size=128))
+        return model, {"input_ids": x, "labels": x}
+    config = hf.ImageGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=129, n_positions=64)
+    return hf.ImageGPTForCausalImageModeling(config), {"input_ids": x, "labels": x}
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "t5gemma", "imagegpt"])
+def test_models_that_cache_unless_told_not_to_train_with_equal_gradients(kind):
+    pytest.importorskip("transformers")
+    model, inputs = cached(kind)
+    plain, checkpointed = pair(model.eval())
+    for layer in transformers_checkpointing_layers(checkpointed):
+        layer.training = True  # as the plugin does
+    same(
+        gradients(plain, lambda: plain(**inputs, use_cache=False).loss),
+        gradients(checkpointed, lambda: checkpointed(**inputs).loss),
+    )
+    assert blocks_not_recomputed(checkpointed, adapted_layers(checkpointed).values()) == []
+    with torch.no_grad():  # the cache is off only where autograd records
+        assert plain(**inputs).keys() == checkpointed(**inputs).keys()
+
+
+def test_a_lightning_module_of_blocks_trains(trainer):
+    class Blocks(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Plain(2)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.randn(4, 64))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    lit = Blocks()
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS, gradient_checkpointing=True), max_steps=2).fit(lit)
+    assert lit.net.blocks[0].calls == 4

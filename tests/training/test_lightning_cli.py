@@ -1,0 +1,154 @@
+"""The plugin in a LightningCLI YAML file and on its command line."""
+
+import dataclasses
+
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_qlora import PagedAdamW8bit, QLoRAConfig, QLoRALinear, QLoRAPrecision
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import Classifier, loader
+
+TRAINER = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+"""
+FORMS = {
+    "list": """
+  plugins:
+    - class_path: lightning_qlora.QLoRAPrecision
+      init_args: {r: 4, target_modules: [net.0, net.4], exclude_modules: [], modules_to_save: []}
+""",
+    "single": """
+  plugins:
+    class_path: lightning_qlora.QLoRAPrecision
+    init_args:
+      r: 4
+      compute_dtype: fp32
+      target_modules: all-linear
+      paged_optimizer: auto
+""",
+    "name": """
+  plugins: lightning_qlora.QLoRAPrecision
+""",
+}
+
+
+def run(tmp_path, form, *arguments):
+    path = tmp_path / "config.yaml"
+    path.write_text(TRAINER + FORMS[form])
+    return LightningCLI(
+        Classifier,
+        args=["--config", str(path), f"--trainer.default_root_dir={tmp_path}", *arguments],
+        run=False,
+        save_config_callback=None,
+    )
+
+
+@pytest.mark.parametrize("form", ["list", "single"])
+def test_a_yaml_file_trains(tmp_path, form):
+    cli = run(tmp_path, form)
+    cli.trainer.fit(cli.model, loader())
+    assert isinstance(cli.model.net[0], QLoRALinear)
+    assert cli.model.net[0].lora_B.abs().sum() > 0
+
+
+OPTIMIZERS = {
+    "AdamW": ("torch.optim.AdamW", torch.optim.AdamW),
+    "PagedAdamW8bit": ("lightning_qlora.PagedAdamW8bit", PagedAdamW8bit),
+}
+OPTIMIZER = """
+optimizer:
+  class_path: {}
+  init_args: {{lr: 0.01, weight_decay: 0.01}}
+lr_scheduler:
+  class_path: torch.optim.lr_scheduler.StepLR
+  init_args: {{step_size: 1, gamma: 0.5}}
+"""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trainer, name):
+    class_path, kind = OPTIMIZERS[name]
+    (tmp_path / "optimizer.yaml").write_text(OPTIMIZER.format(class_path))
+    arguments = ["--trainer.max_epochs=3", "--trainer.plugins.lora_dropout=0"]
+    cli = run(tmp_path, "single", "--config", str(tmp_path / "optimizer.yaml"), *arguments)
+    cli.trainer.fit(cli.model, loader())
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["lr"] == 0.01 / 8, "the scheduler's optimizer is the one that trains"
+    adapters = {id(p) for layer in adapted_layers(cli.model).values() for p in layer.adapter_parameters()}
+    assert {id(param) for param in optimizer.state} == adapters
+
+    by_hand = Classifier()
+    by_hand.configure_optimizers = lambda: scheduled(kind(by_hand.parameters(), lr=0.01, weight_decay=0.01))
+    plugin = QLoRAPrecision(**dataclasses.asdict(cli.trainer.precision_plugin.config))
+    trainer(plugins=plugin, max_epochs=3, enable_checkpointing=False).fit(by_hand, loader())
+    assert cli.model.losses[-1] < cli.model.losses[0]
+    assert cli.model.losses == by_hand.losses
+
+
+def scheduled(optimizer):
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path, name):
+    def fit(epochs, ckpt_path=None):
+        cli = run(
+            tmp_path,
+            "single",
+            "--optimizer",
+            OPTIMIZERS[name][0],
+            "--optimizer.lr=0.01",
+            f"--trainer.max_epochs={epochs}",
+            "--trainer.plugins.lora_dropout=0.1",
+            "--seed_everything=1",
+        )
+        cli.trainer.fit(cli.model, loader(), ckpt_path=ckpt_path)
+        return cli
+
+    whole = fit(4)
+    fit(2).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(4, tmp_path / "half.ckpt")
+    assert resumed.model.losses == whole.model.losses[8:]
+
+
+def test_a_bare_name_takes_the_defaults(tmp_path):
+    assert run(tmp_path, "name").trainer.precision_plugin.config == QLoRAPrecision().config
+
+
+def test_the_command_line_overrides(tmp_path):
+    cli = run(tmp_path, "single", "--trainer.plugins.r=2", "--trainer.plugins.init_args.lora_alpha=8")
+    config = cli.trainer.precision_plugin.config
+    assert (config.r, config.lora_alpha, config.compute_dtype) == (2, 8, "fp32")
+
+
+def test_help_explains_every_argument(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "single", "--trainer.plugins.help", "lightning_qlora.QLoRAPrecision")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "{nf4,fp4,int4}" in text
+    assert "Rank of the adapters. (type: int, default: 64)" in text
+    assert text.count("--trainer.plugins.") >= 2 * len(dataclasses.fields(QLoRAConfig))  # usage and description
+
+
+def test_print_config_shows_every_argument(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "single", "--print_config")
+    text = capsys.readouterr().out
+    for name in ("quant_type: nf4", "block_size: 64", "lora_dropout: 0.05", "checkpoint: adapter"):
+        assert name in text
+
+
+def test_a_wrong_value_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "single", "--trainer.plugins.quant_type=nf5")
+    assert "nf5" in capsys.readouterr().err

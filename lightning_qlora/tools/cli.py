@@ -53,7 +53,7 @@ def plan(
     if importlib.util.find_spec("transformers") is not None:
         import transformers
 
-        transformers.logging.set_verbosity_error()  # its hints are about running a model, and none runs
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     estimate = estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments)
     print(estimate)
     config = QLoRAConfig(**arguments)

@@ -165,7 +165,7 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     made, released, buffers = threading.Event(), threading.Event(), []
 
     def work():
-        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))._base))
+        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))))
         made.set()
         released.wait(60)
 

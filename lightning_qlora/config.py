@@ -43,7 +43,8 @@ class QLoRAConfig:
         lora_dropout: Dropout probability of the adapters' inputs during training.
         target_modules: Layers to convert, as in PEFT: "all-linear", a regular expression that matches the full name,
             or a list of name endings.
-        exclude_modules: Layers not to convert: a regular expression or a list of name endings.
+        exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
+            stands for all layers inside it.
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or

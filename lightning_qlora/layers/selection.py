@@ -11,6 +11,7 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters, is_router
+from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_layers import new_layers
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
@@ -63,9 +64,11 @@ def select_layers(module: nn.Module, config: QLoRAConfig) -> Selection:
 
     Raises:
         ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
+            If a part of the module has adapters of another library.
     """
     choice = select_in_part(module, config)
     _check_patterns(module, config, choice)
+    _check_no_adapters(module, config, choice)
     return choice
 
 
@@ -166,6 +169,19 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
             raise ValueError(
                 f"{argument}={getattr(config, argument)!r}: no module of this model fits {pattern!r}. "
                 f"Its linear layers end in {endings}."
+            )
+
+
+def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
+    for name, part in module.named_modules():
+        kind, forms = foreign_adapter(part), choice.names[id(part)].forms
+        excluded = any(matches_outer(form, config.exclude_modules or []) for form in forms)
+        if kind and not excluded and not any(inside(name, outer) for outer in choice.train):
+            raise ValueError(
+                f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
+                "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
+                "first (PEFT: merge_and_unload()); adapter=FOLDER starts from a saved PEFT adapter. To keep them "
+                "frozen, name this module in exclude_modules."
             )
 
 

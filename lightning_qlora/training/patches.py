@@ -11,9 +11,12 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_qlora.adapters.state_dict import CONFIG
 from lightning_qlora.layers.patches import wrap_once
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 
 
@@ -187,6 +190,60 @@ def count_weights_in_transformers() -> None:
         return original(model, only_trainable, exclude_embeddings) + more
 
     wrap_once(upstream.PreTrainedModel, "num_parameters", count)
+
+
+def explain_adapter_checkpoints() -> None:
+    """Let a LightningModule that is not converted refuse the state of a converted one, and say how to load it.
+
+    Upstream: torch/nn/modules/module.py, Module.load_state_dict, which LightningModule.load_from_checkpoint
+    (lightning/pytorch/core/saving.py) and a Trainer without the plugin call: it lists missing and unexpected keys, and
+    with strict=False returns a module without the adapters.
+    Supported ways tried: `on_load_checkpoint` belongs to the user's module.
+    Removed by: a hook of Lightning for the state of a plugin that is not used.
+    """
+
+    def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(str(key).rpartition(".")[2] == CONFIG for key in state_dict) and not adapted_layers(module):
+            name = type(module).__name__
+            raise ValueError(
+                f"This checkpoint holds the adapters of a converted {name}, and this {name} is not converted. Use "
+                f"lightning_qlora.load_from_checkpoint({name}, PATH), or Trainer(plugins=QLoRAPrecision(...)) with the "
+                "arguments of the training, which converts the module before it restores the checkpoint."
+            )
+        return original(module, state_dict, *args, **kwargs)
+
+    wrap_once(LightningModule, "load_state_dict", load)
+
+
+def explain_unfreezing() -> None:
+    """Let `requires_grad_(True)` and `unfreeze()` of a converted module say why 4-bit weights can't be trained.
+
+    Upstream: torch/nn/modules/module.py, Module.requires_grad_, and lightning/pytorch/core/module.py,
+    LightningModule.unfreeze: they unfreeze some parameters, and then raise torch's error about tensors of integers.
+    Supported ways tried: methods of the 4-bit layer are not called, only those of the module that contains it.
+    Removed by: nothing; a hook of nn.Module for this is unlikely.
+    """
+
+    def check(module: nn.Module, call: str) -> None:
+        if layers := adapted_layers(module):
+            raise ValueError(
+                f"{type(module).__name__}.{call}: {len(layers)} of its layers are in 4 bits "
+                f"({next(iter(layers)) or 'the module itself'}, ...), and 4-bit weights can't be trained. Conversion "
+                "decides what trains: the adapters, and in full what modules_to_save names. Name modules there, or "
+                "unfreeze modules that have no 4-bit layers."
+            )
+
+    def requires_grad_(original: Any, module: nn.Module, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            check(module, "requires_grad_(True)")
+        return original(module, requires_grad)
+
+    def unfreeze(original: Any, module: nn.Module) -> Any:
+        check(module, "unfreeze()")
+        return original(module)
+
+    wrap_once(nn.Module, "requires_grad_", requires_grad_)
+    wrap_once(LightningModule, "unfreeze", unfreeze)
 
 
 def _is_converted(module: nn.Module) -> bool:

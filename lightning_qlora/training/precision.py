@@ -34,6 +34,8 @@ patches.convert_before_checkpoint_is_restored()
 patches.load_full_state_dicts_into_sharded_modules()
 patches.allow_keys_without_attributes()
 patches.count_weights_in_model_summary()
+patches.explain_adapter_checkpoints()
+patches.explain_unfreezing()
 
 
 class QLoRAPrecision(Precision):

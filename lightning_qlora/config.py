@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
+from lightning_qlora.words import our_value, refuse_unknown_arguments
+
 C = TypeVar("C")
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -21,6 +23,7 @@ Base = Literal["quantized", "float"]  # the base model that adapters are put on:
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
 
+TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 EMPTY = {  # arguments whose value None stands for
     "exclude_modules": list, "modules_to_save": list, "loftq_config": dict, "rank_pattern": dict, "alpha_pattern": dict,
@@ -37,7 +40,7 @@ class QLoRAConfig:
             section 3).
         block_size: Number of weights that share one scale: a power of two from 32 to 4096.
         compute_dtype: Data type to which the 4-bit weights are decoded for each matrix product. "auto": the data type
-            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16.
+            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16. In Python also a torch.dtype.
         r: Rank of the adapters.
         lora_alpha: The output of an adapter is multiplied by lora_alpha / r.
         lora_dropout: Dropout probability of the adapters' inputs during training.
@@ -97,6 +100,8 @@ class QLoRAConfig:
         for name, empty in EMPTY.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, empty())
+        if not isinstance(self.compute_dtype, str):  # a torch.dtype; YAML and checkpoints have our word
+            object.__setattr__(self, "compute_dtype", TORCH_DTYPES.get(str(self.compute_dtype), self.compute_dtype))
         check_choice("quant_type", self.quant_type, get_args(QuantType))
         check_choice("compute_dtype", self.compute_dtype, get_args(ComputeDtype))
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
@@ -200,6 +205,7 @@ def takes_arguments_of(
     def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
         @functools.wraps(init)
         def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            refuse_unknown_arguments(kwargs, signature.parameters)
             init(self, config_class(*args, **kwargs))
 
         signature = inspect.signature(config_class)
@@ -230,7 +236,8 @@ def _first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
+        words = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r}: must be one of {words}.{our_value(name, value)}")
 
 
 def check_bool(name: str, value: Any) -> None:

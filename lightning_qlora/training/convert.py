@@ -39,6 +39,7 @@ from lightning_qlora.training.calibration.calibration import Calibration, calibr
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
+from lightning_qlora.words import refuse_unknown_arguments
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 COMPUTE_IT = (
@@ -67,6 +68,7 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
+    refuse_unknown_arguments(arguments, QLoRAConfig.__dataclass_fields__)
     return convert_module(module, QLoRAConfig(**arguments))
 
 

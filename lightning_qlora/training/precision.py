@@ -58,6 +58,7 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
+        patches.name_the_package_to_import_from()
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()

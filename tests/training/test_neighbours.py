@@ -246,3 +246,29 @@ def test_freezing_and_dense_modules_are_as_before():
     assert all(p.requires_grad for p in dense.parameters())
     assert isinstance(dense, pl.LightningModule) and dense.net.requires_grad_() is dense.net
     assert "unfreeze" not in vars(Classifier) and sys.modules["torch"] is torch
+
+
+# ---------------------------------------------------------------- pytorch_lightning and lightning_fabric
+
+
+def test_the_trainers_of_the_other_packages_name_the_one_to_import_from():
+    theirs = pytest.importorskip("pytorch_lightning")
+    fabric = pytest.importorskip("lightning_fabric")
+    for plugins in (QLoRAPrecision(r=4), [QLoRAPrecision(r=4)]):
+        with pytest.raises(TypeError, match=r"separate package `pytorch_lightning`. Import from lightning\.pytorch "):
+            theirs.Trainer(plugins=plugins, logger=False, accelerator="cpu")
+        with pytest.raises(TypeError, match=r"separate package `lightning_fabric`. Import from lightning\.fabric "):
+            fabric.Fabric(plugins=plugins, accelerator="cpu")
+    theirs.Trainer(precision="bf16-true", logger=False, accelerator="cpu")
+    theirs.Trainer(plugins=[theirs.plugins.precision.Precision()], logger=False, accelerator="cpu")
+
+
+def test_a_module_of_the_other_package_is_converted_like_any_module():
+    theirs = pytest.importorskip("pytorch_lightning")
+
+    class Module(theirs.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(64, 64))
+
+    assert convert(Module(), r=4).converted == ["net.0"]

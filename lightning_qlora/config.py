@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
@@ -30,7 +30,7 @@ EMPTY = {  # arguments whose value None stands for
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QLoRAConfig:
     """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.
 
@@ -129,6 +129,15 @@ class QLoRAConfig:
             check_string("adapter", self.adapter)
             if not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
                 raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's adapter_config.json.")
+
+    def __repr__(self) -> str:
+        """The arguments that are not the defaults."""
+        defaults = {
+            field.name: EMPTY.get(field.name, lambda default=field.default: default)() for field in fields(self)
+        }
+        values = {name: getattr(self, name) for name in defaults}
+        given = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def _check_initialization(self) -> None:
         start, loftq_config = self.init_lora_weights, self.loftq_config or {}

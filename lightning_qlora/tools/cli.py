@@ -147,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_warnings_in_one_line()
     commands: list[Any] = [plan, inspect, merge, export, doctor]
     try:
-        auto_cli(commands, args=None if arguments is None else list(arguments), prog="lightning-qlora")
+        given = None if arguments is None else list(arguments)
+        auto_cli(commands, args=given, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
     except EXPECTED as error:
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -101,7 +101,7 @@ def convert_module(
     _check_any(choice, config)
     _check_loaded(module, choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
-    silent = bool(getattr(rank_zero_only, "rank", 0))
+    silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     for name, layer in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(name or type(layer.layer).__name__ if isinstance(layer, ToConvert) else name):
             (_convert_layer if isinstance(layer, ToConvert) else _convert_stack)(name, layer, device)

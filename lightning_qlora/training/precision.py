@@ -27,6 +27,7 @@ from lightning_qlora.training.convert import convert_module, has_meta, is_conver
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 
@@ -66,6 +67,9 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
+
+    def __repr__(self) -> str:
+        return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
@@ -162,6 +166,8 @@ class QLoRAPrecision(Precision):
         for optimizer in optimizers:
             replace_parameters_by_adapters(optimizer, layers)
             self._set_up_optimizer(optimizer)
+        if self.report is not None and not self._evaluating:
+            log_hyperparameters(_trainer_of(model), model, self.report)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:

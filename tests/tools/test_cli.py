@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, save_adapter, save_quantized
 from lightning_qlora.tools.cli import main
 from tests.toys import Lit, logits, perturb, toy
@@ -238,3 +239,10 @@ def test_help_names_types_and_defaults():
         check=True,
     )
     assert "{auto,bf16,fp16,fp32,4bit}" in run.stdout and "default: auto" in run.stdout
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == f"lightning-qlora {lightning_qlora.__version__}"

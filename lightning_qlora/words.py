@@ -1,4 +1,4 @@
-"""Words of PEFT, bitsandbytes, Lightning, LitGPT, torchtune and Unsloth for our arguments, to answer them with ours."""
+"""Words in messages: ours for those of PEFT, bitsandbytes, LitGPT, torchtune and Unsloth, and how to install extras."""
 
 import difflib
 from collections.abc import Iterable
@@ -44,6 +44,11 @@ VALUES: dict[tuple[str, Any], str] = {  # argument and value of another library 
     ("init_lora_weights", "lora"): "init_lora_weights='default'",
     ("init_lora_weights", "qera"): "init_lora_weights='calibrated'",
 }  # fmt: skip
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package, which is on no package index yet."""
+    return f'pip install ".[{extra}]" in a clone of the repository'
 
 
 def refuse_unknown_arguments(given: Iterable[str], allowed: Iterable[str]) -> None:

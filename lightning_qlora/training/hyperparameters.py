@@ -13,7 +13,7 @@ from lightning_qlora.training.report import ConversionReport
 
 def log_hyperparameters(trainer: Trainer | None, module: nn.Module, report: ConversionReport) -> None:
     """Log `hyperparameters` once for a run, under "qlora". All ranks call it, since a sharded module is read."""
-    if trainer is not None and trainer.loggers:
+    if trainer is not None and trainer.loggers and getattr(trainer, "enable_autolog_hparams", True):
         values = hyperparameters(module, report)
         for logger in trainer.loggers:
             logger.log_hyperparams({"qlora": values})

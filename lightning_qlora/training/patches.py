@@ -54,6 +54,18 @@ def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
     trainer.strategy._lightning_module = None
 
 
+def replace_average(callback: Any, average: nn.Module) -> None:
+    """Give a WeightAveraging callback another average than the one that it made of the module before conversion.
+
+    Upstream: lightning/pytorch/callbacks/weight_averaging.py, WeightAveraging.setup, copies the module in the first
+    hook of a run, and later averages, swaps and saves the parameters of the copy.
+    Supported ways tried: `avg_fn` gets single tensors and would also average 4-bit bytes; a subclass of the callback
+    could make the copy later, but LightningCLI and existing code name upstream's classes.
+    Removed by: upstream making the copy after Strategy.setup.
+    """
+    callback._average_model = average
+
+
 def convert_before_checkpoint_is_restored() -> None:
     """Give the plugin the Trainer during `configure_model`, and convert the module right after it.
 

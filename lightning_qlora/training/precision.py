@@ -22,6 +22,7 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert import convert_module, has_meta, is_converted
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
@@ -120,6 +121,7 @@ class QLoRAPrecision(Precision):
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None:
             check_fsdp_groups(module)
+            average_what_trains(trainer, module)
             if not self._evaluating:
                 self._set_training_mode(module)
         return module

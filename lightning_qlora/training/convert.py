@@ -38,7 +38,7 @@ from lightning_qlora.layers.selection import (
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
-from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
+from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters, dense_bytes
 from lightning_qlora.words import refuse_unknown_arguments
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
@@ -132,14 +132,18 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def _warn_of_other_arguments(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of arguments that differ from those of the first conversion, which is not done again."""
+    """Warn of arguments that differ from those of the first conversion, which is not done again.
+
+    Names of layers in other parts may be new for a part of the module.
+    """
     for name, part in module.named_modules():
         # An adapter that was loaded changes the arguments in checkpoints; both are known, then.
         known = [value for key in ARGUMENTS if isinstance(value := vars(part).get(key), QLoRAConfig)]
         if not known or config in known:
             continue
         pairs = [(field, getattr(known[-1], field), getattr(config, field)) for field in asdict(config)]
-        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a != "paged_optimizer"]
+        no_matter = {"paged_optimizer"} | ({"target_modules", "exclude_modules", "modules_to_save"} if name else set())
+        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a not in no_matter]
         if other:
             warnings.warn(
                 f"{name or type(part).__name__}: was converted before, with {', '.join(other)}, and stays so. To "
@@ -248,9 +252,7 @@ def freeze(module: nn.Module, choice: Selection) -> None:
 def _check_any(choice: Selection, config: QLoRAConfig) -> None:
     if choice.convert or choice.stacks:
         return
-    left = "\n".join(
-        f"  {name or '(the module itself)'}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()]
-    )
+    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()])
     message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
     if not choice.train:
         raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))

@@ -13,6 +13,8 @@ from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.calibration.report import CalibrationReport
 
+ROOT = "(the module itself)"
+
 
 @dataclass(repr=False)
 class ConversionReport:
@@ -49,21 +51,22 @@ class ConversionReport:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, status and number of layers (or parameters of experts) whose names differ only in a number."""
-        groups: Counter[tuple[str, str]] = Counter()
-        stacks = Counter(name.rpartition(".")[0] for name in self.converted if is_expert(name))
-        for stack, experts in stacks.items():
+        groups: dict[tuple[str, str], list[str]] = {}
+
+        def add(name: str, status: str) -> None:
+            groups.setdefault((group(name), status), []).append(name or ROOT)
+
+        for stack, experts in Counter(name.rpartition(".")[0] for name in self.converted if is_expert(name)).items():
             rows, columns = self.shapes[f"{stack}.0"]
-            name = stack.removesuffix(SUFFIX)
-            groups[group(name), f"4-bit + adapter, {experts} experts of {rows}x{columns}"] += 1
+            add(stack.removesuffix(SUFFIX), f"4-bit + adapter, {experts} experts of {rows}x{columns}")
         for name in self.converted:
-            if is_expert(name):
-                continue
-            rows, columns = self.shapes[name]
-            groups[group(name), f"4-bit + adapter, {rows}x{columns}"] += 1
+            if not is_expert(name):
+                rows, columns = self.shapes[name]
+                add(name, f"4-bit + adapter, {rows}x{columns}")
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
-                groups[group(name), f"{verb}: {reason}"] += 1
-        return [(name, status, str(count)) for (name, status), count in groups.items()]
+                add(name, f"{verb}: {reason}")
+        return [(n[0] if len(n) == 1 else name, status, str(len(n))) for (name, status), n in groups.items()]
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""
@@ -141,7 +144,7 @@ def dense_bytes(module: nn.Module) -> int:
 
 def group(name: str) -> str:
     """A name with * for every number between dots; layers of one group have the same."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(the module itself)"
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
 
 
 def break_at_dots(name: str, width: int) -> str:

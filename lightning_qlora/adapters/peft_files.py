@@ -154,6 +154,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     )
 
 
+VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"
+
+
 def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:
     """Reasons why vLLM refuses an adapter, or computes something else with it; empty if it works.
 

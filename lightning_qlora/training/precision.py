@@ -22,11 +22,13 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert import convert_module, has_meta, is_converted
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 
@@ -34,6 +36,8 @@ patches.convert_before_checkpoint_is_restored()
 patches.load_full_state_dicts_into_sharded_modules()
 patches.allow_keys_without_attributes()
 patches.count_weights_in_model_summary()
+patches.explain_adapter_checkpoints()
+patches.explain_unfreezing()
 
 
 class QLoRAPrecision(Precision):
@@ -56,6 +60,7 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
+        patches.name_the_package_to_import_from()
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()
@@ -63,6 +68,9 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
+
+    def __repr__(self) -> str:
+        return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
@@ -113,6 +121,7 @@ class QLoRAPrecision(Precision):
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None:
             check_fsdp_groups(module)
+            average_what_trains(trainer, module)
             if not self._evaluating:
                 self._set_training_mode(module)
         return module
@@ -159,6 +168,8 @@ class QLoRAPrecision(Precision):
         for optimizer in optimizers:
             replace_parameters_by_adapters(optimizer, layers)
             self._set_up_optimizer(optimizer)
+        if self.report is not None and not self._evaluating:
+            log_hyperparameters(_trainer_of(model), model, self.report)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:

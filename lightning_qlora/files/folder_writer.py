@@ -51,8 +51,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_files(target: Path) -> Iterator[Path]:
     """Yield a folder to write files to. Each file replaces the file of that name in `target` when the block ends.
 
-    Other files in `target` stay. Each file is renamed, so a reader sees the old one or the new one. If several
-    processes write the same target, all files of the last one to finish remain.
+    Other files in `target` stay. Each file is renamed, so a reader sees the old one or the new one. A JSON file with
+    other content is removed before the others are replaced and is written last: a process that is killed in between
+    leaves a folder without it, which readers refuse, and never files of two writers. If several processes write the
+    same target, all files of the last one to finish remain.
     """
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
@@ -61,14 +63,24 @@ def atomic_files(target: Path) -> Iterator[Path]:
             yield partial
             _flush(*partial.iterdir())
             with _lock(target / LOCK):
-                for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config
-                    path.replace(target / path.name)
-            _flush(target)
+                _replace_files(partial, target)
     except BaseException:
         if not existed:
             with suppress(OSError):  # not empty: it has the files of another process
                 target.rmdir()
         raise
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Move the files of a folder into another one, as `atomic_files` describes."""
+    for path in source.glob("*.json"):
+        old = target / path.name
+        if old.is_file() and old.read_bytes() != path.read_bytes():
+            old.unlink()
+    _flush(target)
+    for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config
+        path.replace(target / path.name)
+    _flush(target)
 
 
 def check_free(target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads safetensors files and folders of them, with errors that name the file and the key."""
+"""Reads safetensors files and folders of them, with errors that name the file and the key; writes such files."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,6 +60,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, not a dict
         entries = {key: TensorEntry(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
         return entries, file.metadata() or {}
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file; the same content is the same bytes (safetensors orders the metadata at random)."""
+    save_file(tensors, path, metadata=metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same text in another order
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _incomplete_tensor(path: Path) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
 from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
+from lightning_qlora.adapters.checksums import add_checksums, check_checksums
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import like, reshard
 from lightning_qlora.layers.fingerprint import fingerprint
@@ -92,7 +93,7 @@ def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace frozen parameters by their fingerprints, and add the arguments of the conversion."""
+    """Replace frozen parameters by their fingerprints, and add the arguments of the conversion and checksums."""
     if _is_merged(root):
         return
     config = _config(root)
@@ -107,6 +108,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     text = json.dumps(arguments).encode()
     text = text.ljust(-(-len(text) // PAGE) * PAGE)
     state_dict[prefix + CONFIG] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    add_checksums(state_dict, prefix)
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -114,6 +116,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     if _is_merged(root):
         return
     reshard(root)
+    check_checksums(state_dict, prefix)
     frozen = _frozen(root)
     frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)

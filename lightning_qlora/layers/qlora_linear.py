@@ -189,7 +189,7 @@ class QLoRALinear(LoRALayer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        optional, missing = load_base(self, state_dict, prefix), list[str]()
+        optional, missing = load_base(self, state_dict, prefix, missing_keys), list[str]()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
 

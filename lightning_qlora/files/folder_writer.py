@@ -62,7 +62,7 @@ def atomic_files(target: Path) -> Iterator[Path]:
         with _new_folder(target, target) as partial:
             yield partial
             _flush(*partial.iterdir())
-            with _lock(target / LOCK):
+            with lock_file(target / LOCK):
                 _replace_files(partial, target)
     except BaseException:
         if not existed:
@@ -145,12 +145,12 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
     A locked file beside it shows that its process is alive. That file exists before the folder, so whatever a killed
     process leaves can be found and deleted.
     """
-    for lock_file in parent.glob(f"{PREFIX}{'[0-9a-f]' * 32}.lock"):
-        with _lock(lock_file, timeout=0) as locked:
+    for lock in parent.glob(f"{PREFIX}{'[0-9a-f]' * 32}.lock"):
+        with lock_file(lock, timeout=0) as locked:
             if locked:  # its process was killed
-                shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
     folder = parent / f"{PREFIX}{uuid4().hex}"  # not of `tempfile`: only its owner could read it
-    with _lock(folder.with_suffix(".lock")):
+    with lock_file(folder.with_suffix(".lock")):
         try:
             folder.mkdir()
             yield folder
@@ -163,7 +163,7 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _lock(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool]:
+def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool]:
     """Lock a file, and delete it at the end; yields False if it is not free, or the file system has no locks."""
     lock = FileLock(path)
     with suppress(OSError, NotImplementedError):  # filelock.Timeout is an OSError

@@ -280,7 +280,7 @@ def check_regex(name: str, value: str) -> None:
     """Raise ValueError unless `value` compiles as a regular expression."""
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{name}={value!r}: not a valid regular expression ({error}).") from error
 
 

@@ -29,6 +29,7 @@ from lightning_qlora.adapters.peft_metadata import (
     metadata_entry,
     metadata_of,
 )
+from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
 from lightning_qlora.config import check_bool, check_names, check_number, check_patterns, check_string
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
@@ -246,7 +247,11 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
             f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
             f"{list(parts['lora_B'].shape)}, whose ranks differ."
         )
-    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha_of_name(config, name), parts.get(MAGNITUDE))
+    try:
+        alpha = alpha_of_name(config, name)
+    except PatternError as error:
+        raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
+    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, parts.get(MAGNITUDE))
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -271,6 +276,8 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
         if config.get(name) is not None or name == "lora_alpha":
             try:
                 check(name, config[name])
+                if name.endswith("_pattern"):
+                    check_patterns_of_file(config[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from None
     return config

@@ -175,11 +175,36 @@ def _indexed(index: Path) -> dict[str, str]:
     for key, name in found.items():
         if not isinstance(name, str):
             raise ValueError(f"{index}: the file of {key!r} is {name!r}; it must be a file name.")
+        if name in ("", "..") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index}: the file of {key!r} is {name!r}, which is not a file of this folder.")
     return found
 
 
-def resolve_model(name: str) -> str:
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a symbolic link to a file outside of it, whose content would get into what is made of it.
+
+    A snapshot in a Hugging Face cache consists of links to the `blobs` of its model, which are allowed.
+
+    Raises:
+        ValueError: As above; names the link.
+    """
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parents[1]
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"{path}: is a symbolic link to {path.resolve()}, outside of the folder. Put a copy of the file there."
+            )
+
+
+def resolve_model(name: str, download: bool = True) -> str:
     """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
+
+    Args:
+        name: Folder or hub name.
+        download: Whether the hub may be asked. False for a name that is read from a file and not given by the user:
+            then the snapshot must be in the local cache.
 
     Raises:
         FileNotFoundError: If it is neither.
@@ -191,7 +216,13 @@ def resolve_model(name: str) -> str:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+        return snapshot_download(name, allow_patterns=files, local_files_only=not download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not download:
+            raise FileNotFoundError(
+                f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
+                f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
+            ) from error
         raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error

@@ -83,7 +83,7 @@ def merge(
     source = base_model or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
-    folder = resolve_model(source)
+    folder = resolve_model(source, download=base_model is not None)
     if base == "float":
         found = convert_to_float_base(found, folder)
     merge_folder(folder, found, output, dtype, base)

@@ -31,7 +31,10 @@ def read_adapter_from_checkpoint(
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
     """
     state, root = read_converted_state_dict(path, weights_only)
-    config, about = config_of(state, root), base_model_of(state, root)
+    try:
+        config, about = config_of(state, root), base_model_of(state, root)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     assert config is not None  # read_converted_state_dict found it
     inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
     outer = plain_name(root) + (f"{inner}." if inner else "")

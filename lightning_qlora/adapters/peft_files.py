@@ -30,7 +30,7 @@ from lightning_qlora.adapters.peft_metadata import (
     metadata_of,
 )
 from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
-from lightning_qlora.config import check_bool, check_names, check_number, check_patterns, check_string
+from lightning_qlora.config import MOST_ALPHA, check_bool, check_names, check_number, check_patterns, check_string
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
 
@@ -133,9 +133,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise ValueError(f"{path}: holds no lora_A and lora_B.")
     layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
     packed = {name: layer for name, layer in layers.items() if may_be_target(config, name)}
+    stacks = metadata_entry(metadata, EXPERTS, path) or {}
+    for name, stack in stacks.items():
+        if not isinstance(stack, list) or len(stack) != len(ExpertStack._fields):
+            raise ValueError(f"{path}: its metadata {EXPERTS!r} has {name!r}: {stack!r}. Copy or save it again.")
     return Adapter(
         layers={name: layer for name, layer in layers.items() if name not in packed},
-        experts={name: ExpertStack(*stack) for name, stack in (metadata_entry(metadata, EXPERTS, path) or {}).items()},
+        experts={name: ExpertStack(*stack) for name, stack in stacks.items()},
         packed=packed,
         peft_config=config,
         saved=saved,
@@ -229,6 +233,11 @@ def _split(key: str, path: Path) -> tuple[str, str | None]:
 
 def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
     for part, tensor in parts.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                f"{list(tensor.shape)}: an adapter must be of a floating-point type and of rank 1 or more."
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{path}: key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is "
@@ -285,7 +294,7 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 # Checks of the values that are read from the file. A value that is null is PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "lora_alpha": check_number,
+    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
     "use_rslora": check_bool,
     "use_dora": check_bool,
     "fan_in_fan_out": check_bool,
@@ -295,5 +304,5 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "modules_to_save": check_names,
     "target_parameters": check_names,
     "target_modules": partial(check_names, or_regex=True),
-    "alpha_pattern": partial(check_patterns, check=check_number),
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

@@ -178,7 +178,7 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except (AttributeError, ImportError) as error:
         raise ValueError(f"{path}: holds an object whose class cannot be imported ({error}).") from error
     except Exception as error:  # damaged bytes make torch and the unpickler raise errors of any type
-        if os.fspath(path) in str(error) and "\n" not in str(error):
-            raise
+        if isinstance(error, (ValueError, FileNotFoundError)) and os.fspath(path) in str(error):
+            raise  # one of ours
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: not a checkpoint, or truncated ({why}). Use another copy of it.") from error

@@ -39,6 +39,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a safetensors file, or is truncated; names the first tensor that is incomplete.
     """
+    _check_utf8(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
@@ -64,6 +65,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file; the same content is the same bytes (safetensors orders the metadata at random)."""
+    _check_utf8(path)
     save_file(tensors, path, metadata=metadata)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -73,6 +75,16 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         assert len(text) <= length  # the same text in another order
         file.seek(8)
         file.write(text.ljust(length))
+
+
+def _check_utf8(path: Path) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fspath(path).encode(errors="backslashreplace").decode()
+        raise ValueError(
+            f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder."
+        ) from error
 
 
 def _incomplete_tensor(path: Path) -> str | None:
@@ -95,9 +107,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: contains a JSON {type(content).__name__}, not an object.")
     return content

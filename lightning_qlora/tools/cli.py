@@ -145,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("lightning-qlora: jsonargparse is missing: pip install 'lightning-qlora[cli]'") from None
     signal.signal(signal.SIGTERM, _exit)
     print_warnings_in_one_line()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: list[Any] = [plan, inspect, merge, export, doctor]
     try:
         auto_cli(commands, args=None if arguments is None else list(arguments), prog="lightning-qlora")

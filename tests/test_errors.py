@@ -115,7 +115,7 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
             lambda text: json.dumps({**json.loads(text), "quant_type": "nf5"}).encode(),
             ["quant_type='nf5': must be one"],
         ),
-        (lambda text: json.dumps({**json.loads(text), "base_model": 3}).encode(), ["'base_model' is 3"]),
+        (lambda text: json.dumps({**json.loads(text), "base_model": 3}).encode(), ["'base_model' is '3'"]),
         (
             lambda text: json.dumps({**json.loads(text), "base_model": {"lora_alphas": {}}}).encode(),
             ["the lora_alpha of most layers is missing"],

@@ -17,7 +17,7 @@ from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_name
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.config import Base, check_choice
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
-from lightning_qlora.files.safetensors_folder import WeightFolder, read_json
+from lightning_qlora.files.safetensors_folder import WeightFolder, check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
     bnb_config,
@@ -66,7 +66,9 @@ def merge_folder(
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    merging = _FolderMerge(WeightFolder(base_model), adapter, dtype, base)
+    folder = WeightFolder(base_model)
+    check_links(folder.folder)
+    merging = _FolderMerge(folder, adapter, dtype, base)
     if dtype == "4bit":
         warnings.warn(
             "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "

@@ -21,7 +21,7 @@ from lightning_qlora.kernels import scratch
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert import convert_module, has_meta, is_converted
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
@@ -177,6 +177,7 @@ class QLoRAPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        check_loss(tensor)
         return _precision_class(module).pre_backward(self, tensor, module)
 
     @override

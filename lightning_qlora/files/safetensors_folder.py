@@ -158,10 +158,13 @@ class WeightFolder:
 
     def find(self, name: str) -> str | None:
         """Key of a parameter. The first part of its name may be missing or added: models with a head have one more."""
+        shorter = name
+        while shorter and shorter not in self.entries:
+            shorter = shorter.partition(".")[2]
+        if shorter:
+            return shorter
         longer = [key for key in self.entries if key.endswith("." + name)]
-        while name and name not in self.entries:
-            name = name.partition(".")[2]
-        return name or (longer[0] if len(longer) == 1 else None)
+        return longer[0] if len(longer) == 1 else None
 
     def is_packed(self, key: str) -> bool:
         """Whether a weight is stored in bitsandbytes' 4-bit format."""

@@ -24,7 +24,7 @@ from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert import convert_module, has_meta, is_converted
@@ -196,6 +196,7 @@ class QLoRAPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        check_loss(tensor)
         return _precision_class(module).pre_backward(self, tensor, module)
 
     @override

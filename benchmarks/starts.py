@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora import convert
 from lightning_qlora.training.calibration.calibration import calibration_of
@@ -38,11 +40,20 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def windows(path: str, count: int) -> Tensor:
-    """The first tokens of a text, [count, 512]."""
-    text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text()[: 60 * count * SIZE])
-    text = re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]'])", r"\1", text))
-    tokens: Tensor = load_tokenizer()(text, return_tensors="pt").input_ids[0]
+def windows(
+    path: str | None, count: int, tokenizer: PreTrainedTokenizerBase | None = None, odd: bool = False
+) -> Tensor:
+    """The first tokens of a text, [count, 512]; without a file, of the even (or odd) pages of Python's manual."""
+    if path is None:
+        text = "\n".join(topics[name] for name in sorted(topics)[odd::2])[: 12 * count * SIZE]
+    else:
+        text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text()[: 60 * count * SIZE])
+        text = re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]'])", r"\1", text))
+    tokens: Tensor = (tokenizer or load_tokenizer())(text, return_tensors="pt").input_ids[0]
+    if len(tokens) < count * SIZE:
+        raise ValueError(
+            f"{path or 'pydoc_data.topics'}: has {len(tokens)} tokens, and {count} windows need {count * SIZE}."
+        )
     return tokens[: count * SIZE].view(count, SIZE)
 
 
@@ -71,7 +82,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         calibration = calibration_of(model)
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
-            calibration.look(model, partial(feed, model, rows))
+            calibration.collect_statistics(model, partial(feed, model, rows))
         seconds = time.perf_counter() - began
         yield name, perplexity(model, test), seconds
 

@@ -44,6 +44,7 @@ TYPES: dict[str, dict[str, Any]] = {  # without an initialization from data or w
     "NF4 + DQ, calibrated": {"init_lora_weights": "calibrated"},
     "NF4 + DQ, loftq x5": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
 }
+PIECE = 50  # items between two saves; batches are sorted by length within a piece
 NORMAL = statistics.NormalDist()
 INTERVAL = NORMAL.inv_cdf(0.975)  # standard errors on each side of a 95% interval
 DETECTABLE = INTERVAL + NORMAL.inv_cdf(0.8)  # a difference of so many standard errors is found in four of five samples
@@ -162,11 +163,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def digest(path: str | Path | None) -> str:
     """Name and content of a file, for the settings of a run."""
-    return (
-        "pydoc_data.topics"
-        if path is None
-        else f"{Path(path).name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
-    )
+    if path is None:
+        return "pydoc_data.topics"
+    return f"{Path(path).name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
 
 
 class Results:
@@ -189,10 +188,13 @@ class Results:
                 raise ValueError(f"{self.path} is of a run with {changed}. Use another --output, or delete the file.")
 
     def extend(self, values: list[Any], inputs: Sequence[Any], name: str, compute: Callable[[Any], list[Any]]) -> None:
-        """Append the values of the inputs that have none yet, and save after every hundred."""
-        for at in tqdm(range(len(values), len(inputs), 100), name, unit="00"):
-            values += compute(inputs[at : at + 100])
-            self.save()
+        """Append the values of the inputs that have none yet, and save after each piece."""
+        with tqdm(total=len(inputs), initial=min(len(values), len(inputs)), desc=name) as bar:
+            while len(values) < len(inputs):
+                new = compute(inputs[len(values) : len(values) + PIECE])
+                values += new
+                self.save()
+                bar.update(len(new))
 
     def save(self) -> None:
         if self.path is not None:

@@ -72,8 +72,8 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 
 def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     """Name, perplexity, seconds of conversion and start."""
-    dense = load_model(dtype=torch.float32)
-    test, seen = windows(options.test, options.windows), windows(options.calibration, 8)
+    dense, tokenizer = load_model(options.base, torch.float32), load_tokenizer(options.base)
+    test, seen = windows(options.test, options.windows, tokenizer), windows(options.calibration, 8, tokenizer)
     yield "float", perplexity(dense, test), 0.0
     for name in options.starts:
         model = copy.deepcopy(dense).train()
@@ -87,15 +87,16 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         yield name, perplexity(model, test), seconds
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("test")
     parser.add_argument("calibration")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--base", help="hub name or folder of another model")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     print("| start | perplexity | seconds |\n| --- | --- | --- |")
-    for name, value, seconds in results(parser.parse_args()):
+    for name, value, seconds in results(parser.parse_args(args)):
         print(f"| {name} | {value:.2f} | {seconds:.0f} |", flush=True)
 
 

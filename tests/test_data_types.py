@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from benchmarks import data_types, multiple_choice  # noqa: E402
+from benchmarks import data_types, multiple_choice, starts  # noqa: E402
 from benchmarks.multiple_choice import Item  # noqa: E402
 from lightning_qlora import QLoRALinear, convert  # noqa: E402
 from tests.toys import toy  # noqa: E402
@@ -189,3 +189,15 @@ def test_a_stopped_run_continues(base, tmp_path, monkeypatch, capsys):
     assert (output / "data_types.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"is of a run with r=2"):
         data_types.main([*arguments, "3", "--r=4"])
+
+
+def test_perplexity_of_each_start(base, tmp_path, capsys):
+    for name in ("test", "valid"):
+        (tmp_path / name).write_text(f"The {name} of a game @-@ like text , with dots . " * 120)
+    arguments = [str(tmp_path / "test"), str(tmp_path / "valid"), f"--base={base}", "--windows=1", "--r=2", "--starts"]
+    starts.main([*arguments, "default", "calibrated"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["float", "default", "calibrated"]
+    assert all(250 < float(row[1]) < 400 for row in rows)  # a random model of 320 tokens
+    with pytest.raises(ValueError, match=r"has \d+ tokens, and 99 windows need 50688"):
+        starts.windows(str(tmp_path / "test"), 99, starts.load_tokenizer(base))

@@ -71,7 +71,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         calibration = calibration_of(model)
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
-            calibration.look(model, partial(feed, model, rows))
+            calibration.collect_statistics(model, partial(feed, model, rows))
         seconds = time.perf_counter() - began
         yield name, perplexity(model, test), seconds
 

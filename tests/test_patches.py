@@ -25,9 +25,9 @@ ALLOWED = {
     },
     # The same for an output embedding, and for a module whose expert parameters become layers.
     "layers/deferred_head.py": {"head.__class__"},
-    "layers/experts.py": {"owner._parameters.pop(key)", "owner._modules[key + SUFFIX]", "owner.__class__"},
-    # The index of shards that the reader has just unpickled, as upstream's read_metadata completes it.
-    "files/lightning_checkpoint.py": {"index.storage_meta", "index.storage_meta.load_id"},
+    "layers/experts.py": {
+        "owner._parameters.pop(key)", "owner._parameters.pop(name)", "owner._modules[key + SUFFIX]", "owner.__class__",
+    },
     # ctypes: types of functions in our own compiled library.
     "kernels/cpu/library.py": {"function.argtypes", "function.restype", "loaded.form.restype"},
     # A struct and a finalizer that the statement itself, or the one before, makes.

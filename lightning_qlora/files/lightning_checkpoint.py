@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,7 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
 
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             assert index is not None
-            index.storage_meta = index.storage_meta or StorageMeta()
-            index.storage_meta.load_id = self.load_id
-            return index
+            return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
 
     class Planner(_EmptyStateDictLoadPlanner):
         """Without code of the values that are no tensors, which torch unpickles."""

@@ -133,8 +133,8 @@ def dense_bytes(module: nn.Module) -> int:
 
 
 def group(name: str) -> str:
-    """A name with * for every number between dots; layers of one group have the same."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(the module itself)"
+    """A name with * for every number between dots, if it is not the whole name; layers of one group have the same."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name) or "(the module itself)"
 
 
 def size_text(count: float) -> str:

@@ -24,6 +24,7 @@ InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"]
 Checkpoint = Literal["adapter", "full"]
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 EMPTY = {  # arguments whose value None stands for
     "exclude_modules": list, "modules_to_save": list, "loftq_config": dict, "rank_pattern": dict, "alpha_pattern": dict,
@@ -110,10 +111,10 @@ class QLoRAConfig:
         for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)
-        check_number("lora_alpha", self.lora_alpha, above=0)
+        check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)
         check_number("lora_dropout", self.lora_dropout, at_least=0, below=1)
         check_patterns("rank_pattern", self.rank_pattern, functools.partial(check_integer, at_least=1))
-        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0))
+        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0, below=MOST_ALPHA))
         check_names("target_modules", self.target_modules, or_regex=True)
         check_names("exclude_modules", self.exclude_modules, or_regex=True)
         check_names("modules_to_save", self.modules_to_save)
@@ -297,7 +298,7 @@ def check_regex(name: str, value: str) -> None:
     """Raise ValueError unless `value` compiles as a regular expression."""
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{name}={value!r}: not a valid regular expression ({error}).") from error
 
 

@@ -129,7 +129,7 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: names no base model, whose weights the initial values are computed from. Pass "
             "base_model=."
         )
-    folder = WeightFolder(resolve_model(os.fspath(source)))
+    folder = WeightFolder(resolve_model(os.fspath(source), download=base_model is not None))
     layers = {}
     for name, layer in adapter.layers.items():
         key = folder.find(f"{name}.weight")

@@ -21,7 +21,8 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 READ_ONLY = (
     "the weight of a QLoRALinear is read-only, because it is decoded from 4 bits at each use. "
-    "To replace it, call layer.quantize_weight(new_weight)."
+    "To replace it, call layer.quantize_weight(new_weight). If the model itself writes to it, name the layer in "
+    "exclude_modules, so that it stays dense."
 )
 
 

@@ -20,6 +20,7 @@ from lightning_qlora.quantization.packed_weight import FLOATS
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 ROUTERS = ("gate", "router")
+FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
 class ToConvert(NamedTuple):
@@ -324,6 +325,8 @@ def _weight_shape(layer: nn.Module) -> tuple[int, int]:
 
 def _too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
     rows, columns = shape
+    if rows * columns <= FEWEST:
+        return f"its {rows}x{columns} weights are too few for 4 bits"
     if config.r * (rows + columns) < rows * columns:
         return None
     return f"an adapter of rank {config.r} would be larger than its {rows}x{columns} weights"

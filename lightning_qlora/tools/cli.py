@@ -87,7 +87,7 @@ def merge(
     source = base_model or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
-    folder = resolve_model(source)
+    folder = resolve_model(source, download=base_model is not None)
     if base == "float":
         found = convert_to_float_base(found, folder)
     merge_folder(folder, found, output, dtype, base)
@@ -167,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
     signal.signal(signal.SIGTERM, _exit)
     print_warnings_in_one_line()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
         given = _with_list(list(sys.argv[1:] if arguments is None else arguments))

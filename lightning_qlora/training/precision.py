@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision.precision import Precision as FabricPrecision
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
@@ -16,12 +17,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
+from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
+from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert import convert_module, has_meta, is_converted
@@ -133,6 +136,11 @@ class QLoRAPrecision(Precision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
+    def _kernels(self) -> str | None:
+        """What computes the layers; None before conversion."""
+        layer = next(self._layers(), None)
+        return None if layer is None else describe(layer.packed.device)
+
     def _layers(self) -> Iterator[QLoRALinear]:
         module = None if self._module is None else self._module()
         return (part for part in (() if module is None else module.modules()) if isinstance(part, QLoRALinear))
@@ -189,6 +197,7 @@ class QLoRAPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        check_loss(tensor)
         return _precision_class(module).pre_backward(self, tensor, module)
 
     @override
@@ -227,12 +236,21 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which dropout masks are drawn from."""
-        return {"random_state": gather_torch_rng_states()}
+        """The states of torch's random generators, which dropout masks are drawn from, and what computes the layers."""
+        return {"random_state": gather_torch_rng_states(), "kernels": self._kernels()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the random generators, so that a resumed run draws the same dropout masks."""
+        """Restore the random generators, so that a resumed run draws the same dropout masks; check the whole file."""
+        trainer = None if self._module is None else _trainer_of(self._module())
+        if trainer is not None and trainer.ckpt_path is not None:
+            check_crc(trainer.ckpt_path)
+        saved, here = state_dict.get("kernels"), self._kernels()
+        if not self._evaluating and None not in (saved, here) and saved != here:
+            rank_zero_warn(
+                f"The checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
+                "state, but its results differ from those of an uninterrupted run in their last bits."
+            )
         if not self._evaluating:
             set_torch_rng_state_of_rank(state_dict["random_state"])
 

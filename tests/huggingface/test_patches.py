@@ -24,9 +24,13 @@ def folder(tmp_path_factory):
     return path
 
 
+ONE_LOAD = threading.Lock()  # transformers replaces `tie_weights` of its classes while it loads, in no order of threads
+
+
 def layers_of_loaded(folder):
     """Number of 4-bit layers of a model that is loaded now."""
-    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    with ONE_LOAD:
+        model = transformers.LlamaForCausalLM.from_pretrained(folder)
     return sum(isinstance(layer, QLoRALinear) for layer in model.modules())
 
 

@@ -121,6 +121,13 @@ def test_a_layer_smaller_than_its_adapter_trains_in_full():
     assert convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(128, 128)), r=32).converted == ["1"]
 
 
+def test_a_layer_with_few_weights_stays_dense():
+    """Gemma 3n clamps its 4x16 weights in training."""
+    report = convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(16, 4), nn.Linear(16, 5)), r=1)
+    assert report.converted == ["0", "2"]
+    assert report.trained_in_full == {"1": "its 4x16 weights are too few for 4 bits"}
+
+
 def test_a_small_layer_that_was_frozen_stays_frozen():
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2).requires_grad_(False))
     assert "1" in convert(model, r=8).skipped

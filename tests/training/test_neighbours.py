@@ -248,6 +248,18 @@ def test_freezing_and_dense_modules_are_as_before():
     assert "unfreeze" not in vars(Classifier) and sys.modules["torch"] is torch
 
 
+def test_torchscript_by_tracing_and_after_a_merge():
+    module, x = Classifier(), torch.randn(3, 64)
+    convert(module, r=4)
+    perturb(module).eval()
+    traced = module.to_torchscript(method="trace", example_inputs=x)
+    torch.testing.assert_close(traced(x), module(x))
+    expected = module(x)
+    merge(module)
+    torch.testing.assert_close(module.net.to(torch.float32)(x), expected)
+    torch.testing.assert_close(torch.jit.script(module.net)(x), expected)
+
+
 # ---------------------------------------------------------------- pytorch_lightning and lightning_fabric
 
 

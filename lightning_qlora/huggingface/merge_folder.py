@@ -18,7 +18,7 @@ from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_name
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.config import Base, check_choice
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
-from lightning_qlora.files.safetensors_folder import read_json
+from lightning_qlora.files.safetensors_folder import check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
     bnb_config,
@@ -69,6 +69,7 @@ def merge_folder(
     output = Path(output)
     check_free(output)
     merging = _FolderMerge(base_model, adapter, dtype, base)
+    check_links(merging.folder.folder)
     if dtype == "4bit":
         warnings.warn(
             "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -40,12 +41,12 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "frozen. Remove the callback; to prune, merge the adapters first (lightning_qlora.merge) and prune "
                 "the dense module."
             )
-        copy = _copy_held_by(callback, module)
+        copy = _copy_held_by(callback, module, isinstance(trainer.strategy, ModelParallelStrategy))
         if copy is not None:
             raise RuntimeError(
                 f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
-                "full weights that the module no longer has. Remove the callback; to average, average the adapters of "
-                "several checkpoints."
+                "full weights that the module no longer has. Remove the callback; `lightning-qlora average CKPT... "
+                "OUTPUT` averages the adapters of several checkpoints."
             )
 
 
@@ -72,9 +73,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def _copy_held_by(callback: Callback, module: nn.Module) -> str | None:
+def _copy_held_by(callback: Callback, module: nn.Module, sharded: bool) -> str | None:
     for name, value in vars(callback).items():
-        if isinstance(value, AveragedModel) or (type(value) is type(module) and value is not module):
+        averages = name == "_average_model" and not sharded  # `averaging.average_what_trains` replaces it
+        if (isinstance(value, AveragedModel) and not averages) or (type(value) is type(module) and value is not module):
             return name
     return None
 

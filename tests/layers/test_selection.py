@@ -310,3 +310,16 @@ def test_a_pattern_that_matches_only_a_dense_layer_says_why_it_is_dense():
     net = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
     with pytest.raises(ValueError, match=r"rank_pattern: '0' fits none .* 0: .*an adapter of rank 70 would be"):
         select_layers(net, QLoRAConfig(r=4, rank_pattern={"0": 70}))
+
+
+@pytest.mark.parametrize("excluded", [["mlp"], ["model.layers.1.mlp", "layers.0.mlp"], r"model\.layers\.\d+\.mlp"])
+def test_the_name_of_a_module_excludes_what_is_inside_it(excluded):
+    report = convert(toy("llama"), r=2, exclude_modules=excluded)
+    assert len(report.converted) == 8 and not any("mlp" in name for name in report.converted)
+    assert report.skipped["model.layers.0.mlp.down_proj"] == "in exclude_modules"
+
+
+@pytest.mark.parametrize("excluded", [["vision"], ["lp"], r"mlp"])
+def test_an_exclusion_that_fits_nothing_is_refused(excluded):
+    with pytest.raises(ValueError, match=r"exclude_modules=.*: no module of this model fits '(vision|lp|mlp)'"):
+        convert(toy("llama"), r=2, exclude_modules=excluded)

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.layers.packed_linear import refuse_unfreezing
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
@@ -228,33 +229,18 @@ def explain_adapter_checkpoints() -> None:
 
 
 def explain_unfreezing() -> None:
-    """Let `requires_grad_(True)` and `unfreeze()` of a converted module say why 4-bit weights can't be trained.
+    """Let `unfreeze()` of a converted LightningModule say why 4-bit weights can't be trained.
 
-    Upstream: torch/nn/modules/module.py, Module.requires_grad_, and lightning/pytorch/core/module.py,
-    LightningModule.unfreeze: they unfreeze some parameters, and then raise torch's error about tensors of integers.
+    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze: it unfreezes some parameters, and then raises
+    torch's error about tensors of integers.
     Supported ways tried: methods of the 4-bit layer are not called, only those of the module that contains it.
-    Removed by: nothing; a hook of nn.Module for this is unlikely.
+    Removed by: upstream calling `requires_grad_`, which has a message already (layers/patches.py).
     """
 
-    def check(module: nn.Module, call: str) -> None:
-        if layers := adapted_layers(module):
-            raise ValueError(
-                f"{type(module).__name__}.{call}: {len(layers)} of its layers are in 4 bits "
-                f"({next(iter(layers)) or 'the module itself'}, ...), and 4-bit weights can't be trained. Conversion "
-                "decides what trains: the adapters, and in full what modules_to_save names. Name modules there, or "
-                "unfreeze modules that have no 4-bit layers."
-            )
-
-    def requires_grad_(original: Any, module: nn.Module, requires_grad: bool = True) -> Any:
-        if requires_grad:
-            check(module, "requires_grad_(True)")
-        return original(module, requires_grad)
-
     def unfreeze(original: Any, module: nn.Module) -> Any:
-        check(module, "unfreeze()")
+        refuse_unfreezing(module, "unfreeze()")
         return original(module)
 
-    wrap_once(nn.Module, "requires_grad_", requires_grad_)
     wrap_once(LightningModule, "unfreeze", unfreeze)
 
 

@@ -3,16 +3,14 @@
     python -m benchmarks.deferred_logits [--head_only] [--steps 5] [--batch 4] [--length 512] [--layers 30]
 
 The model has the shape of SmolLM2-135M and random weights in bf16; half of the labels are ignored, as the prompt of a
-chat. --head_only measures the output embedding and its loss alone, without ignored labels. Each variant runs in a
-process of its own, and they take turns, one step each. The peak is of anonymous memory above that of the converted
-model. Beside it stands what `estimate_memory` counts for the same step.
+chat. The peer is PEFT + bitsandbytes, if it is installed. --head_only measures the output embedding and its loss alone,
+without ignored labels. Each variant runs in a process of its own, and they take turns, one step each. The peak is of
+anonymous memory above that of the converted model. Beside it stands what `estimate_memory` counts for the same step.
 """
 
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -25,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import measure
+from benchmarks import measure, peers
+from benchmarks.processes import steps_in_turns
 from lightning_qlora import convert, estimate_memory
 from lightning_qlora.layers.deferred_head import defer_logits
 
 VOCABULARY, WIDTH, WARMUP = 49_152, 576, 1
-VARIANTS = {"real logits": False, "deferred logits": True}
+VARIANTS: dict[str, bool] = {"real logits": False, "deferred logits": True}
+R = 16
 WEIGHTS = ("4-bit weights", "other frozen weights", "trained weights")
 
 
@@ -69,24 +69,30 @@ def whole_model(options: argparse.Namespace) -> tuple[Callable[[], float], float
         num_key_value_heads=3, vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False, dtype=torch.bfloat16,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    arguments = {"r": 16, "lora_dropout": 0.0, "deferred_logits": VARIANTS[options.variant]}
-    planned = estimate_memory(model, options.batch, options.length, **arguments)
-    convert(model, **arguments)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    planned_mb = float("nan")
+    made: nn.Module = model
+    if options.variant in VARIANTS:
+        arguments = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.0, "deferred_logits": VARIANTS[options.variant]}
+        planned = estimate_memory(model, options.batch, options.length, **arguments)
+        planned_mb = (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6
+        convert(model, **arguments)
+    else:
+        made = peers.build(options.variant, model, R)
+    made.train()
+    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
     ids = torch.randint(0, VOCABULARY, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, : options.length // 2] = -100
 
     def step() -> float:
-        loss = model(input_ids=ids, labels=labels).loss
+        loss = made(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.item())
 
-    return step, (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6
+    return step, planned_mb
 
 
 def head_alone(options: argparse.Namespace) -> tuple[Callable[[], float], float]:
@@ -123,40 +129,6 @@ def work(options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_mb": peaks[-1] - before}), flush=True)
 
 
-def measure_all(arguments: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Steps of both variants, in turns."""
-    command = [sys.executable, "-m", "benchmarks.deferred_logits", *arguments, "--variant"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(measure.ROOT)}
-    processes = {
-        name: subprocess.Popen(
-            [*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            cwd=measure.ROOT,
-        )
-        for name in VARIANTS
-    }  # fmt: skip
-    try:
-        found: dict[str, dict[str, Any]] = {name: _reply(one) | {"steps": []} for name, one in processes.items()}
-        for _ in range(WARMUP + options.steps):
-            for name, process in processes.items():
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                found[name]["steps"].append(_reply(process))
-    finally:
-        for process in processes.values():
-            process.kill()
-    return found
-
-
-def _reply(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-    raise RuntimeError(f"a variant ended early, with status {process.wait()}: {process.args!r}")
-
-
 def report(found: dict[str, dict[str, Any]]) -> str:
     """The table; ratios are to real logits."""
     seconds = {name: [step["seconds"] for step in one["steps"][WARMUP:]] for name, one in found.items()}
@@ -177,13 +149,16 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in (("steps", 5), ("threads", 2), ("batch", 4), ("length", 512), ("layers", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--head_only", action="store_true")
-    parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=[*VARIANTS, peers.BNB], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.variant:
         return work(options)
     torch.set_num_threads(options.threads)
     given = sys.argv[1:] if arguments is None else arguments
-    found = measure_all(given, options)
+    variants = [*VARIANTS]
+    if not options.head_only and peers.BNB in peers.installed():
+        variants.append(peers.BNB)
+    found = steps_in_turns("benchmarks.deferred_logits", given, variants, WARMUP + options.steps, options.threads)
     print(f"`python -m benchmarks.deferred_logits {' '.join(given)}` on {measure.machine()}\n\n{report(found)}")
 
 

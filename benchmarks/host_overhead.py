@@ -121,7 +121,7 @@ def peft_with_bitsandbytes(dropout: float) -> nn.Module:
     import bitsandbytes
     from peft import LoraConfig, inject_adapter_in_model
 
-    base = (bitsandbytes.nn.Linear4bit(SIZE, SIZE, False, torch.bfloat16, True, "nf4") for _ in range(LAYERS))
+    base = (bitsandbytes.nn.Linear4bit(SIZE, SIZE, False, torch.bfloat16, True, "nf4") for _ in range(LAYERS))  # type: ignore[attr-defined]
     model = nn.Sequential(*base).bfloat16().to("cpu")
     names = [name for name, _ in model.named_children()]
     inject_adapter_in_model(LoraConfig(r=RANK, lora_dropout=dropout, target_modules=names), model)

@@ -44,14 +44,14 @@ def bnb_linear(layer: nn.Linear) -> nn.Module:
     """bitsandbytes' own 4-bit layer: NF4 with double quantization, computing in bf16."""
     import bitsandbytes as bnb
 
-    made = bnb.nn.Linear4bit(
+    made = bnb.nn.Linear4bit(  # type: ignore[attr-defined]
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
         compute_dtype=torch.bfloat16,
         quant_type="nf4",
     )
-    made.weight = bnb.nn.Params4bit(
+    made.weight = bnb.nn.Params4bit(  # type: ignore[attr-defined]
         layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     )
     made.bias = layer.bias

@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora import convert
 from lightning_qlora.training.calibration.calibration import calibration_of
@@ -38,11 +40,20 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def windows(path: str, count: int) -> Tensor:
-    """The first tokens of a text, [count, 512]."""
-    text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text()[: 60 * count * SIZE])
-    text = re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]'])", r"\1", text))
-    tokens: Tensor = load_tokenizer()(text, return_tensors="pt").input_ids[0]
+def windows(
+    path: str | None, count: int, tokenizer: PreTrainedTokenizerBase | None = None, odd: bool = False
+) -> Tensor:
+    """The first tokens of a text, [count, 512]; without a file, of the even (or odd) pages of Python's manual."""
+    if path is None:
+        text = "\n".join(topics[name] for name in sorted(topics)[odd::2])[: 12 * count * SIZE]
+    else:
+        text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text()[: 60 * count * SIZE])
+        text = re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]'])", r"\1", text))
+    tokens: Tensor = (tokenizer or load_tokenizer())(text, return_tensors="pt").input_ids[0]
+    if len(tokens) < count * SIZE:
+        raise ValueError(
+            f"{path or 'pydoc_data.topics'}: has {len(tokens)} tokens, and {count} windows need {count * SIZE}."
+        )
     return tokens[: count * SIZE].view(count, SIZE)
 
 
@@ -61,8 +72,8 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 
 def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     """Name, perplexity, seconds of conversion and start."""
-    dense = load_model(dtype=torch.float32)
-    test, seen = windows(options.test, options.windows), windows(options.calibration, 8)
+    dense, tokenizer = load_model(options.base, torch.float32), load_tokenizer(options.base)
+    test, seen = windows(options.test, options.windows, tokenizer), windows(options.calibration, 8, tokenizer)
     yield "float", perplexity(dense, test), 0.0
     for name in options.starts:
         model = copy.deepcopy(dense).train()
@@ -71,20 +82,21 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         calibration = calibration_of(model)
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
-            calibration.look(model, partial(feed, model, rows))
+            calibration.collect_statistics(model, partial(feed, model, rows))
         seconds = time.perf_counter() - began
         yield name, perplexity(model, test), seconds
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("test")
     parser.add_argument("calibration")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--base", help="hub name or folder of another model")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     print("| start | perplexity | seconds |\n| --- | --- | --- |")
-    for name, value, seconds in results(parser.parse_args()):
+    for name, value, seconds in results(parser.parse_args(args)):
         print(f"| {name} | {value:.2f} | {seconds:.0f} |", flush=True)
 
 

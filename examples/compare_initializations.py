@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from causal_lm import CausalLM
 from docstring_qa import DocstringQA
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from lightning_qlora import QLoRAPrecision
 
@@ -40,17 +43,21 @@ class HeldOutLoss(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.measure(trainer, module)
 
-    @torch.no_grad()
     def measure(self, trainer: Trainer, module: LightningModule) -> None:
         module.eval()
-        total, count = 0.0, 0
-        for batch in trainer.datamodule.val_dataloader():
-            batch = module.transfer_batch_to_device(batch, module.device, 0)
-            labels = int((batch["labels"][:, 1:] != -100).sum())
-            total += module.model(**batch).loss.item() * labels
-            count += labels
-        self.losses[trainer.global_step] = total / count
+        self.losses[trainer.global_step] = held_out_loss(module.model, trainer.datamodule.val_dataloader())
         module.train()
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Return the mean loss of the labelled tokens."""
+    total, count = 0.0, 0
+    for batch in batches:
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        total += model(**{name: value.to(model.device) for name, value in batch.items()}).loss.item() * labels
+        count += labels
+    return total / count
 
 
 def run(method: str, seed: int, steps: int, held_out: int) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+
+from lightning_qlora.words import our_value, refuse_unknown_arguments
 
 C = TypeVar("C")
 P = ParamSpec("P")
@@ -21,13 +23,15 @@ Base = Literal["quantized", "float"]  # the base model that adapters are put on:
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
 
+TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 EMPTY = {  # arguments whose value None stands for
     "exclude_modules": list, "modules_to_save": list, "loftq_config": dict, "rank_pattern": dict, "alpha_pattern": dict,
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QLoRAConfig:
     """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.
 
@@ -37,13 +41,14 @@ class QLoRAConfig:
             section 3).
         block_size: Number of weights that share one scale: a power of two from 32 to 4096.
         compute_dtype: Data type to which the 4-bit weights are decoded for each matrix product. "auto": the data type
-            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16.
+            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16. In Python also a torch.dtype.
         r: Rank of the adapters.
         lora_alpha: The output of an adapter is multiplied by lora_alpha / r.
         lora_dropout: Dropout probability of the adapters' inputs during training.
         target_modules: Layers to convert, as in PEFT: "all-linear", a regular expression that matches the full name,
             or a list of name endings.
-        exclude_modules: Layers not to convert: a regular expression or a list of name endings.
+        exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
+            stands for all layers inside it.
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
@@ -96,6 +101,8 @@ class QLoRAConfig:
         for name, empty in EMPTY.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, empty())
+        if not isinstance(self.compute_dtype, str):  # a torch.dtype; YAML and checkpoints have our word
+            object.__setattr__(self, "compute_dtype", TORCH_DTYPES.get(str(self.compute_dtype), self.compute_dtype))
         check_choice("quant_type", self.quant_type, get_args(QuantType))
         check_choice("compute_dtype", self.compute_dtype, get_args(ComputeDtype))
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
@@ -104,10 +111,10 @@ class QLoRAConfig:
         for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)
-        check_number("lora_alpha", self.lora_alpha, above=0)
+        check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)
         check_number("lora_dropout", self.lora_dropout, at_least=0, below=1)
         check_patterns("rank_pattern", self.rank_pattern, functools.partial(check_integer, at_least=1))
-        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0))
+        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0, below=MOST_ALPHA))
         check_names("target_modules", self.target_modules, or_regex=True)
         check_names("exclude_modules", self.exclude_modules, or_regex=True)
         check_names("modules_to_save", self.modules_to_save)
@@ -121,8 +128,18 @@ class QLoRAConfig:
         check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
             check_string("adapter", self.adapter)
-            if not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
+            files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
+            if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
                 raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's adapter_config.json.")
+
+    def __repr__(self) -> str:
+        """The arguments that are not the defaults."""
+        defaults = {
+            field.name: EMPTY.get(field.name, lambda default=field.default: default)() for field in fields(self)
+        }
+        values = {name: getattr(self, name) for name in defaults}
+        given = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def _check_initialization(self) -> None:
         start, loftq_config = self.init_lora_weights, self.loftq_config or {}
@@ -199,6 +216,7 @@ def takes_arguments_of(
     def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
         @functools.wraps(init)
         def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            refuse_unknown_arguments(kwargs, signature.parameters)
             init(self, config_class(*args, **kwargs))
 
         signature = inspect.signature(config_class)
@@ -229,7 +247,8 @@ def _first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
+        words = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r}: must be one of {words}.{our_value(name, value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -280,7 +299,7 @@ def check_regex(name: str, value: str) -> None:
     """Raise ValueError unless `value` compiles as a regular expression."""
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{name}={value!r}: not a valid regular expression ({error}).") from error
 
 

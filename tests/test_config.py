@@ -1,12 +1,15 @@
 import dataclasses
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.plugins.precision import Precision
+from torch import nn
 
-from lightning_qlora import QLoRAPrecision
+from lightning_qlora import QLoRAPrecision, convert, words
 from lightning_qlora.config import EMPTY, QLoRAConfig
 from lightning_qlora.tools.cli import main
 
@@ -60,6 +63,61 @@ def test_an_error_of_a_wrong_type_names_the_value(name, value):
 def test_an_unknown_argument_is_named():
     with pytest.raises(TypeError, match="rank"):
         QLoRAPrecision(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (
+            {"load_in_4bit": True},
+            "load_in_4bit: there is no such argument here; leave it out: the weights are always in 4",
+        ),
+        ({"lora_r": 4}, "lora_r: there is no such argument here; use r."),
+        ({"bnb_4bit_quant_type": "nf4"}, "use quant_type"),
+        ({"ignore_modules": {"lm_head"}}, "use exclude_modules"),
+        ({"task_type": "CAUSAL_LM"}, "leave it out"),
+        ({"r": 4, "lora_alfa": 4}, r"lora_alfa: there is no such argument here; did you mean lora_alpha\?$"),
+        ({"nonsense": 4}, "the arguments are quant_type, double_quant"),
+    ],
+)
+@pytest.mark.parametrize("made_by", [QLoRAPrecision, partial(convert, nn.Linear(64, 64))])
+def test_words_of_other_libraries_are_answered_with_ours(made_by, arguments, answer):
+    with pytest.raises(TypeError, match=answer):
+        made_by(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "answer"),
+    [
+        ("quant_type", "nf4-dq", "Use quant_type='nf4', double_quant=True"),
+        ("quant_type", "bnb.fp4", "Use quant_type='fp4', double_quant=False"),
+        ("quant_type", "int8", "Use quant_type='nf4'"),
+        ("compute_dtype", "bfloat16", "Use compute_dtype='bf16'"),
+        ("compute_dtype", torch.float64, "compute_dtype=torch.float64: must be one of 'auto', 'bf16'"),
+        ("init_lora_weights", True, "Use init_lora_weights='default'"),
+    ],
+)
+def test_values_of_other_libraries_are_answered_with_ours(name, value, answer):
+    with pytest.raises(ValueError, match=answer):
+        QLoRAPrecision(**{name: value})
+
+
+@pytest.mark.parametrize(("dtype", "word"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")])
+def test_a_torch_dtype_is_accepted_and_stored_as_our_word(dtype, word):
+    assert QLoRAPrecision(compute_dtype=getattr(torch, dtype)).config == QLoRAConfig(compute_dtype=word)
+
+
+def test_answers_name_arguments_that_exist():
+    names = {field.name for field in dataclasses.fields(QLoRAConfig)}
+    assert not names & words.ARGUMENTS.keys()
+    for answer in words.ARGUMENTS.values():
+        for used in re.findall(r"use (\w+)", answer):
+            assert used in names | {"a"}, answer
+    for (name, value), answer in words.VALUES.items():
+        with pytest.raises(ValueError, match=rf"{name}="):
+            QLoRAConfig(**{name: value})
+        if "=" in answer:
+            QLoRAConfig(**eval(f"dict({answer})"))
 
 
 def test_allowed_values_are_accepted():

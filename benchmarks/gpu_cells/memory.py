@@ -53,9 +53,9 @@ def peaks(device: torch.device) -> Row:
 @contextmanager
 def paging_through_pinned_memory() -> Iterator[None]:
     """Within it optimizer state pages through pinned memory, as on devices without unified memory."""
-    before = optimizer_pages.why_not_managed
-    optimizer_pages.why_not_managed = lambda device: "the benchmark asks for pinned memory"
+    before = optimizer_pages.why_not_managed  # type: ignore[attr-defined]
+    optimizer_pages.why_not_managed = lambda device: "the benchmark asks for pinned memory"  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        optimizer_pages.why_not_managed = before
+        optimizer_pages.why_not_managed = before  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from benchmarks.gpu_cells import Row, memory
 from benchmarks.timing import Function, synchronize, times
 from lightning_qlora import PagedAdamW8bit
 from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.paging.unified_memory import CudaUnifiedMemory, ManagedPool, why_not_managed
+from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
 
 BYTES = 512 << 20
 TENSORS = 224  # one for the adapter of each linear layer of an 8B model
@@ -53,12 +53,12 @@ def _pinned_copies(device: torch.device, nbytes: int) -> Iterator[Row]:
 
 
 def _prefetches(device: torch.device, nbytes: int) -> Iterator[Row]:
-    pool = ManagedPool(CudaUnifiedMemory(device))
-    tensor = pool.place(torch.ones(nbytes, dtype=torch.uint8), torch.uint8)
+    pool = ManagedPool(device)
+    tensor = pool.new_tensor(torch.ones(nbytes, dtype=torch.uint8), torch.uint8)
     for name in ("first", "resident"):
         synchronize(device)
         start = time.perf_counter()
-        pool.to_device([tensor])
+        pool.prefetch([tensor])
         synchronize(device)
         took = time.perf_counter() - start
         yield {"prefetch": name, "milliseconds": 1e3 * took, "gb_per_second": nbytes / took / 1e9}

@@ -1,6 +1,6 @@
 """Which base model an adapter fits, and the same adapter for the base in 16 or 32 bits.
 
-    default, gaussian     B = 0 at first: fits the base in 4, 16 or 32 bits
+    default, gaussian     B = 0 at first: also fits the base in 16 or 32 bits, where the outputs differ from training
     loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
     pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
 
@@ -55,6 +55,16 @@ def required_base(quantization: Mapping[str, Any] | None) -> str | None:
     return (
         f"These adapters were initialized as {method!r}, from the quantization error: they fit the model in 4 bits "
         f"({bits}). For a model in 16 bits export their difference from the initial values (base='float')."
+    )
+
+
+def trained_on(quantization: Mapping[str, Any] | None) -> str:
+    """In a sentence, the base that adapters were trained on, and what to do for another one."""
+    if quantization is None:
+        return "not recorded"
+    return required_base(quantization) or (
+        f"the model in 4 bits ({_in_words(quantization)}). On the model in 16 bits its outputs differ from those in "
+        "training, because the weights do: merge it (lightning-qlora merge) to keep them."
     )
 
 
@@ -119,7 +129,7 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: names no base model, whose weights the initial values are computed from. Pass "
             "base_model=."
         )
-    folder = WeightFolder(resolve_model(os.fspath(source)))
+    folder = WeightFolder(resolve_model(os.fspath(source), download=base_model is not None))
     layers = {}
     for name, layer in adapter.layers.items():
         key = folder.find(f"{name}.weight")

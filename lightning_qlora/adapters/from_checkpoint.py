@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.base_compatibility import quantization_of
 from lightning_qlora.adapters.base_model import alpha_of, seed_name_of
+from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.experts import SUFFIX
@@ -30,7 +31,10 @@ def read_adapter_from_checkpoint(
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
     """
     state, root = read_converted_state_dict(path, weights_only)
-    config, about = config_of(state, root), base_model_of(state, root)
+    try:
+        config, about = config_of(state, root), base_model_of(state, root)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     assert config is not None  # read_converted_state_dict found it
     inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
     outer = plain_name(root) + (f"{inner}." if inner else "")
@@ -127,5 +131,7 @@ def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool =
         for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
             for key in state:
                 if str(key).rpartition(".")[2] == CONFIG:
-                    return state, key[: -len(CONFIG)]
+                    root = key[: -len(CONFIG)]
+                    check_checksums(state, root, str(path))
+                    return state, root
     raise ValueError(f"{path}: holds no {CONFIG!r}: it was not saved from a converted module.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
 from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -142,7 +143,7 @@ def may_be_target(config: dict[str, Any], key: str) -> bool:
 def alpha_of_name(config: dict[str, Any], name: str) -> float:
     """PEFT's alpha of a layer or parameter: as peft.utils.other.get_pattern_key, of the first pattern that matches."""
     patterns = (config.get("alpha_pattern") or {}).items()
-    return float(next((a for key, a in patterns if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"]))
+    return float(next((a for key, a in patterns if fits_peft_pattern(name, key)), config["lora_alpha"]))
 
 
 def _outermost(key: str) -> str:

@@ -6,26 +6,36 @@ Source of the format: peft/utils/save_and_load.py and peft/tuners/lora/config.py
 import json
 import os
 import re
+import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, may_be_target, pack, unpack_known
-from lightning_qlora.config import check_bool, check_names, check_number, check_patterns, check_string
+from lightning_qlora.adapters.peft_metadata import (
+    CONFIG_COPY,
+    EXPERTS,
+    FINGERPRINTS,
+    QUANTIZATION,
+    check_file,
+    difference_from_copy,
+    metadata_entry,
+    metadata_of,
+)
+from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
+from lightning_qlora.config import MOST_ALPHA, check_bool, check_names, check_number, check_patterns, check_string
 from lightning_qlora.files.folder_writer import atomic_files
-from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
-from lightning_qlora.layers.fingerprint import fingerprint_of_weight
+from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Entries in the metadata of the weights' file, which PEFT ignores: how the base was quantized and the adapters were
-# initialized (`quantization_of`), and fingerprints of the 4-bit weights that the initialization changed.
-QUANTIZATION, FINGERPRINTS = "lightning_qlora", "lightning_qlora_base"
-EXPERTS = "lightning_qlora_experts"  # another: `Adapter.experts`
+PATIENCE = 1.0  # seconds to wait for another process that is writing the folder
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
     "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
@@ -37,24 +47,16 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
-    """Write PEFT's two files; each replaces an older one of its name in one step.
+    """Write PEFT's two files; a reader finds the old adapter, the new one, or none (`atomic_files`).
 
     Raises:
         ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
     """
     tensors, config = peft_tensors(adapter), peft_config(adapter)
-    metadata = {"format": "pt"}
-    if adapter.quantization is not None:
-        metadata[QUANTIZATION] = json.dumps(adapter.quantization)
-    if adapter.bases:
-        fingerprints = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
-        metadata[FINGERPRINTS] = json.dumps(fingerprints)
-    if adapter.experts:
-        metadata[EXPERTS] = json.dumps(adapter.experts)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     with atomic_files(Path(folder)) as partial:
-        save_file(whole, partial / WEIGHTS, metadata=metadata)
+        write_safetensors(whole, partial / WEIGHTS, metadata_of(adapter, whole, config))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -109,12 +111,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         ValueError: If a file is broken, or QLoRALinear does not compute this kind of adapter; names file and key.
     """
     path = Path(folder) / WEIGHTS
-    config = _read_config(Path(folder) / CONFIG)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Save the adapter with safetensors (PEFT's default).")
-    with open_safetensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-        metadata = file.metadata() or {}
+    config, tensors, metadata = _read_files(Path(folder))
+    check_file(tensors, metadata, path)
     adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
@@ -135,9 +133,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise ValueError(f"{path}: holds no lora_A and lora_B.")
     layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
     packed = {name: layer for name, layer in layers.items() if may_be_target(config, name)}
+    stacks = metadata_entry(metadata, EXPERTS, path) or {}
+    for name, stack in stacks.items():
+        if not isinstance(stack, list) or len(stack) != len(ExpertStack._fields):
+            raise ValueError(f"{path}: its metadata {EXPERTS!r} has {name!r}: {stack!r}. Copy or save it again.")
     return Adapter(
         layers={name: layer for name, layer in layers.items() if name not in packed},
-        experts={name: ExpertStack(*stack) for name, stack in (_metadata_entry(metadata, EXPERTS, path) or {}).items()},
+        experts={name: ExpertStack(*stack) for name, stack in stacks.items()},
         packed=packed,
         peft_config=config,
         saved=saved,
@@ -148,10 +150,68 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
-        quantization=_metadata_entry(metadata, QUANTIZATION, path),
-        base_fingerprints=_metadata_entry(metadata, FINGERPRINTS, path) or {},
+        quantization=metadata_entry(metadata, QUANTIZATION, path),
+        base_fingerprints=metadata_entry(metadata, FINGERPRINTS, path) or {},
         source=str(path),
     )
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Config, tensors and metadata of one adapter, also while other processes replace its files."""
+    path, weights, end = folder / CONFIG, folder / WEIGHTS, time.monotonic() + PATIENCE
+    while True:
+        config = None
+        with suppress(FileNotFoundError):
+            config = read_json(path)
+        if not weights.is_file():
+            why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
+            raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
+        tensors, metadata = _read_weights(weights, end)
+        copy = metadata_entry(metadata, CONFIG_COPY, weights)
+        checked = None if config is None else _checked(config, path)
+        if checked is not None and copy in (None, config):
+            return checked, tensors, metadata
+        if copy is None:
+            raise FileNotFoundError(f"{path}: no such file.")
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    if checked is None:
+        warnings.warn(
+            f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS} is used. Save the "
+            "adapter again, so that PEFT can load it.",
+            stacklevel=4,
+        )
+        return _checked(copy, weights), tensors, metadata
+    if difference := difference_from_copy(checked, copy):
+        raise ValueError(
+            f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the adapter "
+            "again. To keep an edited config, load and save the folder with PEFT, which writes no copy of it."
+        )
+    return checked, tensors, metadata
+
+
+def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
+    while True:
+        before = path.stat()
+        try:
+            with open_safetensors(path) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+                metadata = file.metadata() or {}
+            error = None
+        except (ValueError, RuntimeError) as raised:
+            error = raised
+        after = path.stat()
+        if (before.st_ino, before.st_mtime_ns, before.st_size) == (after.st_ino, after.st_mtime_ns, after.st_size):
+            if error is not None:
+                raise error
+            return tensors, metadata
+        if time.monotonic() > end:
+            raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
+
+
+VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"
 
 
 def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:
@@ -181,19 +241,6 @@ def _exact(pattern: dict[str, Any]) -> dict[str, Any]:
     return {f"^{re.escape(name)}": value for name, value in pattern.items()}
 
 
-def _metadata_entry(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any] | None:
-    """An object that `write_adapter` stored in the metadata; None if PEFT wrote the file."""
-    if key not in metadata:
-        return None
-    try:
-        found = json.loads(metadata[key])
-    except ValueError as error:
-        raise ValueError(f"{path}: its metadata {key!r} is not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: its metadata {key!r} is {found!r}, not an object.")
-    return found
-
-
 def _split(key: str, path: Path) -> tuple[str, str | None]:
     """Layer and part ("lora_A", "lora_B", magnitude) of a key, or name of a parameter and None."""
     name = key.removeprefix(PREFIX)
@@ -206,6 +253,17 @@ def _split(key: str, path: Path) -> tuple[str, str | None]:
 
 
 def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                f"{list(tensor.shape)}: an adapter must be of a floating-point type and of rank 1 or more."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is "
+                "damaged. Use an adapter that was saved earlier."
+            )
     for part in ("lora_A", "lora_B"):
         if part not in parts:
             raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' is missing.")
@@ -219,12 +277,16 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
             f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
             f"{list(parts['lora_B'].shape)}, whose ranks differ."
         )
-    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha_of_name(config, name), parts.get(MAGNITUDE))
+    try:
+        alpha = alpha_of_name(config, name)
+    except PatternError as error:
+        raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
+    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, parts.get(MAGNITUDE))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The content of adapter_config.json, checked."""
-    config = {"lora_alpha": DEFAULT_ALPHA, **read_json(path)}
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of adapter_config.json with its default, checked."""
+    config = {"lora_alpha": DEFAULT_ALPHA, **config}
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read.")
     if config.get("bias", "none") != "none":
@@ -244,6 +306,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config.get(name) is not None or name == "lora_alpha":
             try:
                 check(name, config[name])
+                if name.endswith("_pattern"):
+                    check_patterns_of_file(config[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from None
     return config
@@ -251,7 +315,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 # Checks of the values that are read from the file. A value that is null is PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "lora_alpha": check_number,
+    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
     "use_rslora": check_bool,
     "use_dora": check_bool,
     "fan_in_fan_out": check_bool,
@@ -261,5 +325,5 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "modules_to_save": check_names,
     "target_parameters": check_names,
     "target_modules": partial(check_names, or_regex=True),
-    "alpha_pattern": partial(check_patterns, check=check_number),
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
 from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
+from lightning_qlora.adapters.checksums import add_checksums, check_checksums
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import like, reshard
 from lightning_qlora.layers.fingerprint import fingerprint
@@ -22,6 +23,7 @@ from lightning_qlora.layers.state_dict import FINGERPRINT, CheckpointMismatchErr
 
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # key in that JSON of what `describe_base` returns
+DAMAGED = "The checkpoint is damaged: use another copy."
 PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
 
 
@@ -73,13 +75,27 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig) -> None:
 
 def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | None:
     """The arguments of the conversion in the state dict of a converted module; None if there are none."""
-    found = _read_json(state_dict, prefix)
-    return QLoRAConfig(**{k: v for k, v in found.items() if k != BASE_MODEL}) if found else None
+    found = {key: value for key, value in _read_json(state_dict, prefix).items() if key != BASE_MODEL}
+    unknown = [key for key in found if key not in QLoRAConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(
+            f"{prefix + CONFIG}: has the argument {unknown[0]!r}, which this version of lightning-qlora does not know. "
+            "The checkpoint was saved by a newer version: install that one (pip install --upgrade lightning-qlora)."
+        )
+    try:
+        return QLoRAConfig(**found) if found else None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix + CONFIG}: {error}") from error
 
 
 def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
-    about: dict[str, Any] = _read_json(state_dict, prefix).get(BASE_MODEL, {})
+    about: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
+    kinds = {"prefix": str, "trained_in_full": list, "lora_alphas": dict, "seed_names": dict, "experts": dict}
+    if not isinstance(about, dict) or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r} is {str(about)[:80]!r}. {DAMAGED}")
+    if "" not in about.get("lora_alphas", {"": 1}):
+        raise ValueError(f"{prefix + CONFIG}: the lora_alpha of most layers is missing. {DAMAGED}")
     return about
 
 
@@ -87,12 +103,17 @@ def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     if prefix + CONFIG not in state_dict:
         return {}
     # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
-    content: dict[str, Any] = json.loads(bytes(state_dict[prefix + CONFIG].contiguous().tolist()))
+    try:
+        content = json.loads(bytes(state_dict[prefix + CONFIG].contiguous().tolist()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{prefix + CONFIG}: is not valid JSON ({error}). {DAMAGED}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{prefix + CONFIG}: is a JSON {type(content).__name__}, not an object. {DAMAGED}")
     return content
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace frozen parameters by their fingerprints, and add the arguments of the conversion."""
+    """Replace frozen parameters by their fingerprints, and add the arguments of the conversion and checksums."""
     if _is_merged(root):
         return
     config = _config(root)
@@ -107,6 +128,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     text = json.dumps(arguments).encode()
     text = text.ljust(-(-len(text) // PAGE) * PAGE)
     state_dict[prefix + CONFIG] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    add_checksums(state_dict, prefix)
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -114,6 +136,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     if _is_merged(root):
         return
     reshard(root)
+    check_checksums(state_dict, prefix)
     frozen = _frozen(root)
     frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)

@@ -51,8 +51,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_files(target: Path) -> Iterator[Path]:
     """Yield a folder to write files to. Each file replaces the file of that name in `target` when the block ends.
 
-    Other files in `target` stay. Each file is renamed, so a reader sees the old one or the new one. If several
-    processes write the same target, all files of the last one to finish remain.
+    Other files in `target` stay. Each file is renamed, so a reader sees the old one or the new one. A JSON file with
+    other content is removed before the others are replaced and is written last: a process that is killed in between
+    leaves a folder without it, which readers refuse, and never files of two writers. If several processes write the
+    same target, all files of the last one to finish remain.
     """
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
@@ -60,15 +62,25 @@ def atomic_files(target: Path) -> Iterator[Path]:
         with _new_folder(target, target) as partial:
             yield partial
             _flush(*partial.iterdir())
-            with _lock(target / LOCK):
-                for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config
-                    path.replace(target / path.name)
-            _flush(target)
+            with lock_file(target / LOCK):
+                _replace_files(partial, target)
     except BaseException:
         if not existed:
             with suppress(OSError):  # not empty: it has the files of another process
                 target.rmdir()
         raise
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Move the files of a folder into another one, as `atomic_files` describes."""
+    for path in source.glob("*.json"):
+        old = target / path.name
+        if old.is_file() and old.read_bytes() != path.read_bytes():
+            old.unlink()
+    _flush(target)
+    for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config
+        path.replace(target / path.name)
+    _flush(target)
 
 
 def check_free(target: Path) -> None:
@@ -133,12 +145,12 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
     A locked file beside it shows that its process is alive. That file exists before the folder, so whatever a killed
     process leaves can be found and deleted.
     """
-    for lock_file in parent.glob(f"{PREFIX}{'[0-9a-f]' * 32}.lock"):
-        with _lock(lock_file, timeout=0) as locked:
+    for lock in parent.glob(f"{PREFIX}{'[0-9a-f]' * 32}.lock"):
+        with lock_file(lock, timeout=0) as locked:
             if locked:  # its process was killed
-                shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
     folder = parent / f"{PREFIX}{uuid4().hex}"  # not of `tempfile`: only its owner could read it
-    with _lock(folder.with_suffix(".lock")):
+    with lock_file(folder.with_suffix(".lock")):
         try:
             folder.mkdir()
             yield folder
@@ -151,7 +163,7 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _lock(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool]:
+def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool]:
     """Lock a file, and delete it at the end; yields False if it is not free, or the file system has no locks."""
     lock = FileLock(path)
     with suppress(OSError, NotImplementedError):  # filelock.Timeout is an OSError

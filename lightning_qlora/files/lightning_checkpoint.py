@@ -4,8 +4,10 @@ import io
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
     Args:
         path: The file, or the folder of shards.
         weights_only: As in `torch.load`: refuse objects that are neither tensors nor plain values, and run no code of
-            the files. torch.distributed.checkpoint runs it in any case, when it unpickles the index of shards.
+            the files, the index of shards included.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -58,8 +60,31 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
         if os.path.isdir(path) and not _has_file(path, OTHER):
             kind = f"no checkpoint (no {META} in it)"
         raise FileNotFoundError(f"{path}: {kind}.")
+    check_crc(path)
     with one_line_errors(path):
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+
+def check_crc(path: str | os.PathLike[str]) -> None:
+    """Compare a checkpoint file with the CRC-32 that `torch.save` writes of each of its parts; torch.load does not.
+
+    Does nothing for other files, and for addresses.
+
+    Raises:
+        ValueError: If a part is damaged; names it.
+    """
+    if not os.path.isfile(path):
+        return
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            has_crc = any(part.CRC for part in archive.infolist())  # torch.serialization.set_crc32_options(False)
+            damaged = archive.testzip() if has_crc else None
+    except Exception as error:  # damaged bytes make zipfile raise errors of any type
+        raise ValueError(f"{path}: damaged or truncated ({error}). Use another copy of it.") from error
+    if damaged is not None:
+        raise ValueError(f"{path}: its part {damaged!r} is damaged (CRC-32). Use another copy of it.")
 
 
 def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
@@ -75,9 +100,7 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
 
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             assert index is not None
-            index.storage_meta = index.storage_meta or StorageMeta()
-            index.storage_meta.load_id = self.load_id
-            return index
+            return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
 
     class Planner(_EmptyStateDictLoadPlanner):
         """Without code of the values that are no tensors, which torch unpickles."""
@@ -145,15 +168,18 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({str(error).splitlines()[0]}).") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+) ", str(error))
         if found is None:
-            raise ValueError(f"{path}: not a checkpoint, or truncated.") from error
+            raise ValueError(f"{path}: not a checkpoint, or truncated. Use another copy of it.") from error
         raise ValueError(
             f"{path}: holds a {found[1]}, a hyperparameter for example. Loading it can run code of whoever wrote the "
             "file. If you trust them, pass weights_only=False (--weights_only false)."
         ) from error
     except (AttributeError, ImportError) as error:
         raise ValueError(f"{path}: holds an object whose class cannot be imported ({error}).") from error
+    except Exception as error:  # damaged bytes make torch and the unpickler raise errors of any type
+        if isinstance(error, (ValueError, FileNotFoundError)) and os.fspath(path) in str(error):
+            raise  # one of ours
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({why}). Use another copy of it.") from error

@@ -1,4 +1,4 @@
-"""Reads safetensors files and folders of them, with errors that name the file and the key."""
+"""Reads safetensors files and folders of them, with errors that name the file and the key; writes such files."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,6 +39,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a safetensors file, or is truncated; names the first tensor that is incomplete.
     """
+    _check_utf8(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
@@ -61,6 +63,30 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         return entries, file.metadata() or {}
 
 
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file; the same content is the same bytes (safetensors orders the metadata at random)."""
+    _check_utf8(path)
+    save_file(tensors, path, metadata=metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same text in another order
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def _check_utf8(path: Path) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fspath(path).encode(errors="backslashreplace").decode()
+        raise ValueError(
+            f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder."
+        ) from error
+
+
 def _incomplete_tensor(path: Path) -> str | None:
     """Key of the first tensor that ends after the end of the file; None if the header cannot be read either."""
     size = path.stat().st_size
@@ -81,9 +107,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: contains a JSON {type(content).__name__}, not an object.")
     return content
@@ -132,10 +158,13 @@ class WeightFolder:
 
     def find(self, name: str) -> str | None:
         """Key of a parameter. The first part of its name may be missing or added: models with a head have one more."""
+        shorter = name
+        while shorter and shorter not in self.entries:
+            shorter = shorter.partition(".")[2]
+        if shorter:
+            return shorter
         longer = [key for key in self.entries if key.endswith("." + name)]
-        while name and name not in self.entries:
-            name = name.partition(".")[2]
-        return name or (longer[0] if len(longer) == 1 else None)
+        return longer[0] if len(longer) == 1 else None
 
     def is_packed(self, key: str) -> bool:
         """Whether a weight is stored in bitsandbytes' 4-bit format."""
@@ -161,11 +190,36 @@ def _indexed(index: Path) -> dict[str, str]:
     for key, name in found.items():
         if not isinstance(name, str):
             raise ValueError(f"{index}: the file of {key!r} is {name!r}; it must be a file name.")
+        if name in ("", "..") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index}: the file of {key!r} is {name!r}, which is not a file of this folder.")
     return found
 
 
-def resolve_model(name: str) -> str:
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a symbolic link to a file outside of it, whose content would get into what is made of it.
+
+    A snapshot in a Hugging Face cache consists of links to the `blobs` of its model, which are allowed.
+
+    Raises:
+        ValueError: As above; names the link.
+    """
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parents[1]
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"{path}: is a symbolic link to {path.resolve()}, outside of the folder. Put a copy of the file there."
+            )
+
+
+def resolve_model(name: str, download: bool = True) -> str:
     """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
+
+    Args:
+        name: Folder or hub name.
+        download: Whether the hub may be asked. False for a name that is read from a file and not given by the user:
+            then the snapshot must be in the local cache.
 
     Raises:
         FileNotFoundError: If it is neither.
@@ -177,7 +231,13 @@ def resolve_model(name: str) -> str:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+        return snapshot_download(name, allow_patterns=files, local_files_only=not download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not download:
+            raise FileNotFoundError(
+                f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
+                f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
+            ) from error
         raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error

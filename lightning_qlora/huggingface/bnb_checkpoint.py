@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,23 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
         )
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial, state_dict=_bnb_state_dict(base, packed))
+        model.save_pretrained(partial, state_dict=_bnb_state_dict(base, packed), **_format(base, packed))
         config = read_json(partial / "config.json")
         config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
+    """Arguments of save_pretrained: the model's own names, if transformers would join 4-bit weights into one tensor.
+
+    It joins q, k and v of NomicBert, for example, as the original files have them, and can't split 4-bit weights again.
+    """
+    if find_spec("transformers.conversion_mapping") is None:
+        return {}
+    mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(base, add_legacy=False)
+    reverse = [entry.reverse_transform() for entry in mapping if hasattr(entry, "operations")]
+    joined = any(entry.rename_source_key(f"{name}.weight")[1] is not None for entry in reverse for name in packed)
+    return {"save_original_format": False} if joined else {}
 
 
 def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:

@@ -1,15 +1,16 @@
-"""Merge an adapter into a model's folder, tensor by tensor: no model is built, and memory holds one file at a time."""
+"""Merge an adapter into a model's folder, tensor by tensor: memory holds one file at a time, and no model is built."""
 
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_compatibility import BITS, required_base
@@ -17,7 +18,7 @@ from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_name
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.config import Base, check_choice
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
-from lightning_qlora.files.safetensors_folder import WeightFolder, read_json
+from lightning_qlora.files.safetensors_folder import check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
     bnb_config,
@@ -26,6 +27,7 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
     skip_modules,
 )
 from lightning_qlora.huggingface.merge_experts import assign_to_folder, find_experts
+from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.experts import SUFFIX
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
@@ -66,7 +68,8 @@ def merge_folder(
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    merging = _FolderMerge(WeightFolder(base_model), adapter, dtype, base)
+    merging = _FolderMerge(base_model, adapter, dtype, base)
+    check_links(merging.folder.folder)
     if dtype == "4bit":
         warnings.warn(
             "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "
@@ -87,10 +90,15 @@ def merge_folder(
 
 
 class _FolderMerge:
-    """A base folder and an adapter, with their names matched."""
+    """A base folder and an adapter, with their names matched: those of the parameters in the model."""
 
-    def __init__(self, folder: WeightFolder, adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
-        adapter = assign_to_folder(adapter, folder)
+    def __init__(self, base_model: str | os.PathLike[str], adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
+        self.model = None  # on the meta device
+        if (Path(base_model) / "config.json").is_file():
+            with suppress(ValueError):
+                self.model = empty_model(Path(base_model), "the names of its tensors")
+        folder = ModelFolder(base_model, self.model)
+        adapter = assign_to_folder(adapter, folder, self.model)
         self.folder, self.adapter, self.dtype, self.base = folder, adapter, dtype, base
         self.experts = find_experts(adapter, folder, FLOATS)
         linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
@@ -104,21 +112,42 @@ class _FolderMerge:
             if keys[name] is None and not any(v.ndim == 2 and torch.equal(value, v) for v in self.saved.values())
         }
         self._check_ties()
+        self._check_conversions()
         self.packed: set[str] = set()  # layers that the output has in 4 bits, for quantization_config
-        self.model: nn.Module | None = None  # without weights: the model that transformers makes of a 4-bit folder
-        if dtype == "4bit" and (folder.folder / "config.json").is_file():
-            self.model = empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
+        if dtype == "4bit" and (folder.folder / "config.json").is_file() and self.model is None:
+            empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
         self.always_dense_layers = set() if self.model is None else always_dense_layers(self.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the output."""
-        for path in self.folder.files():
-            for key in [key for key, file in self.folder.file_of.items() if file == path]:
-                head, _, companion = key.partition(".weight.")  # such as the scales of a 4-bit weight
+        """Every tensor of the output, by its key in the folder."""
+        for names in self.folder.units():
+            conversion = self.folder.conversions.get(names[0])
+            if conversion is None:
+                head, _, companion = names[0].partition(".weight.")  # such as the scales of a 4-bit weight
                 if not (companion and self.folder.is_packed(head + ".weight")):
-                    yield from self._merged(key)
+                    key = self.folder.key_of[names[0]]
+                    yield from ((key + name[len(names[0]) :], value) for name, value in self._merged(names[0]))
+            elif not self._changed(names):
+                for key in conversion.keys:
+                    yield key, self._cast(self.folder.stored.tensors([key])[key])
+            else:
+                merged = dict(pair for name in names for pair in self._merged(name))
+                # 4-bit weights can't be converted: they keep the model's names, which transformers loads as well
+                yield from (conversion.restore(merged) if merged.keys() == set(names) else merged).items()
         for name, value in self.added.items():
             yield name, self._cast(value)
+
+    def _changed(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.layer_of or name in self.saved or name in self.experts]
+
+    def _check_conversions(self) -> None:
+        """Refuse a conversion of changed weights that transformers can't reverse."""
+        for name in self._changed(self.folder.conversions):
+            if self.folder.conversions[name].places is None:
+                raise ValueError(
+                    f"{self.folder.where(name)} become {name!r} when transformers loads them, and it can't convert "
+                    "them back. Load the model with lightning_qlora and the adapter, merge() it, and save it."
+                )
 
     def config(self) -> dict[str, Any] | None:
         """The base's config.json, changed so that it describes the output."""
@@ -129,8 +158,8 @@ class _FolderMerge:
         found = config.pop("quantization_config", None)
         if self.dtype == "4bit":
             choices, dtype = self._quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-            assert self.model is not None
-            skip = skip_modules(linear_layers(self.model).keys() - self.packed, self.packed)
+            layers = set() if self.model is None else linear_layers(self.model).keys()
+            skip = skip_modules(layers - self.packed, self.packed)
             made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
             config["quantization_config"] = {**made, **(found or {}), "llm_int8_skip_modules": skip}
         elif self.dtype != "auto":
@@ -151,7 +180,7 @@ class _FolderMerge:
             yield key, self._cast(tensor)
             return
         state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
-        layer = self._layer_in_model(key)
+        layer = key.removesuffix(".weight")
         if name is None and self.dtype == "4bit":
             self.packed.add(layer)
             yield from state.items()
@@ -186,19 +215,15 @@ class _FolderMerge:
 
     def _merged_experts(self, key: str) -> Tensor:
         """A tensor of experts, each merged; dense in every case, since bitsandbytes has no experts in 4 bits."""
-        found = self.experts[key]
-        stack, tensors = self.adapter.experts[found.parameter], self.folder.tensors(found.parts)
-        if found.number is not None:  # in training the parts were quantized as one matrix
-            weights = [tensors[part] for part in found.parts]
-            merged = self._merged_expert(torch.cat(weights), f"{found.parameter}{SUFFIX}.{found.number}", key)
-            start = sum(len(weight) for weight in weights[: found.parts.index(key)])
-            return merged[start : start + len(tensors[key])].contiguous()
+        (parameter, number), tensor = self.experts[key], self.folder.tensors([key])[key]
+        stack = self.adapter.experts[parameter]
+        shape = (1 if number is not None else stack.number, -1, tensor.shape[-1])
         made = []
-        for number, weight in enumerate(tensors[key].view(stack.number, -1, tensors[key].shape[-1])):
+        for i, weight in enumerate(tensor.view(shape)):
             rows = weight.T.contiguous() if stack.transposed else weight
-            rows = self._merged_expert(rows, f"{found.parameter}{SUFFIX}.{number}", key)
+            rows = self._merged_expert(rows, f"{parameter}{SUFFIX}.{i if number is None else number}", key)
             made.append(rows.T if stack.transposed else rows)
-        return torch.stack(made).view(tensors[key].shape)
+        return torch.stack(made).view(tensor.shape)
 
     def _merged_expert(self, dense: Tensor, name: str, key: str) -> Tensor:
         rows, dtype = self._base_rows(dense, name, key)
@@ -227,19 +252,13 @@ class _FolderMerge:
         layer = self.adapter.layers[name]
         if tuple(rows.shape) != (layer.lora_B.shape[0], layer.lora_A.shape[1]):
             raise CheckpointMismatchError(
-                f"{self.folder.file_of[key]}: {key!r} has {rows.shape[0]} outputs and {rows.shape[1]} inputs, the "
+                f"{self.folder.where(key)} has {rows.shape[0]} outputs and {rows.shape[1]} inputs, the "
                 f"adapter {self.adapter.source} is for {layer.lora_B.shape[0]} and {layer.lora_A.shape[1]}."
             )
         total = rows.float() + self.adapter.scaling(name) * (layer.lora_B.float() @ layer.lora_A.float())
         if layer.magnitude is not None:
             total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
         return total
-
-    def _layer_in_model(self, key: str) -> str:
-        """The name in the model of a weight's layer; older files may lack the prefix of the model's body."""
-        layer, body = key.removesuffix(".weight"), getattr(self.model, "base_model_prefix", "")
-        names = () if self.model is None else linear_layers(self.model)
-        return next((n for n in (layer, f"{body}.{layer}", layer.removeprefix(f"{body}.")) if n in names), layer)
 
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether the weight is [in, out] in the output, as in transformers' Conv1D (in 4 bits it is [out, in])."""
@@ -257,7 +276,7 @@ class _FolderMerge:
         try:
             return quantize(rows, **self._quantization())
         except ValueError as error:
-            raise ValueError(f"{self.folder.file_of[key]}: {key!r}: {error}") from error
+            raise ValueError(f"{self.folder.where(key)}: {error}") from error
 
     def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
         try:
@@ -281,7 +300,7 @@ class _FolderMerge:
         entry = self.folder.entries[key]
         if not self.folder.is_packed(key) and (entry.dtype not in FLOATS or len(entry.shape) != 2):
             raise ValueError(
-                f"{self.folder.file_of[key]}: {key!r} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
+                f"{self.folder.where(key)} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
                 f"merged into a matrix of type {', '.join(FLOATS)}, or in bitsandbytes' 4 bits."
             )
         return key
@@ -296,12 +315,9 @@ class _FolderMerge:
             return
         names = {name for name, value in self.adapter.saved.items() if value.shape in trained}
         names |= {name for name, entry in self.folder.entries.items() if entry.shape in trained}
-        try:
-            model = empty_model(path.parent, "what the embedding that this adapter trained is tied to")
-        except ValueError:
-            if len(names) > 1:  # an output embedding is there, or was trained
-                return
-            raise
+        if self.model is None and len(names) > 1:  # an output embedding is there, or was trained
+            return
+        model = self.model or empty_model(path.parent, "what the embedding that this adapter trained is tied to")
         for tied in tied_names(model):
             untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
             if breaks_tie(self.adapter, tied) and not untied:

@@ -1,5 +1,6 @@
 """Changes to transformers' code and objects, each with the upstream file, the reason, and what would remove it."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.layers.names import is_transformers_model
+from lightning_qlora.layers.patches import wrap_once
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.selection import LOADED
 
 QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
@@ -77,6 +80,58 @@ def forget_quantizer(module: nn.Module) -> None:
             conversions = vars(part).get("_weight_conversions")
             if conversions:
                 part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
+
+
+def refuse_save_pretrained() -> None:
+    """Let `save_pretrained` of a converted model raise, which HF Trainer calls too, if transformers is loaded.
+
+    Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
+    converted model has no base, so `from_pretrained` would initialize the model at random. A state dict that is passed
+    to it and holds no adapters is written (`save_quantized`).
+    Supported ways tried: a quantizer that is not serializable is refused, but it also refuses to move and cast.
+    Removed by: a hook of nn.Module or PreTrainedModel that says whether a model can be saved.
+    """
+    upstream: Any = sys.modules.get("transformers.modeling_utils")
+    if upstream is None:
+        return
+
+    def refuse(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
+        adapted = adapted_layers(model)
+        if adapted and (state is None or any(str(key).rpartition(".")[2].startswith("lora_") for key in state)):
+            raise ValueError(
+                f"{type(model).__name__}.save_pretrained: {len(adapted)} layers are in 4 bits with adapters, and a "
+                "folder without their base could not be loaded. lightning_qlora.save_adapter(model, FOLDER) writes "
+                "the adapters as a PEFT folder, lightning_qlora.merge(model) makes dense layers, which "
+                "save_pretrained can write, and lightning_qlora.save_quantized(model, FOLDER) writes the 4-bit base."
+            )
+        return original(model, *args, **kwargs)
+
+    wrap_once(upstream.PreTrainedModel, "save_pretrained", refuse)
+
+
+def refuse_peft_on_4_bit_layers() -> None:
+    """Let PEFT refuse a model with 4-bit layers of this package, if PEFT is loaded.
+
+    Upstream: peft/tuners/tuners_utils.py, BaseTuner.inject_adapter: it would put a second adapter around each layer, or
+    fails at the layer's attributes.
+    Supported ways tried: none; PEFT asks the base layer nothing that may be refused.
+    Removed by: a hook of PEFT by which a layer says that it takes no adapter.
+    """
+    upstream: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if upstream is None:
+        return
+
+    def refuse(original: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if adapted := adapted_layers(model):
+            raise ValueError(
+                f"{len(adapted)} layers of this {type(model).__name__} are in 4 bits with adapters of lightning_qlora, "
+                "and PEFT would put second adapters around them. Leave out get_peft_model: the arguments of "
+                "QLoRAPrecision are those of LoraConfig, and adapter=FOLDER starts from a saved PEFT adapter."
+            )
+        return original(tuner, model, *args, **kwargs)
+
+    wrap_once(upstream.BaseTuner, "inject_adapter", refuse)
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

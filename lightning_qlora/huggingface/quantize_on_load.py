@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.patches import default_quantizer
+from lightning_qlora.huggingface.patches import default_quantizer, refuse_peft_on_4_bit_layers
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
         return
     from lightning_qlora.huggingface.quantizer import Quantizers
 
+    refuse_peft_on_4_bit_layers()
     quantizers = Quantizers(config)
     with default_quantizer(quantizers.quantizer_for):
         try:

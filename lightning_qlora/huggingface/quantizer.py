@@ -188,7 +188,7 @@ class _Op(ConversionOps):
 
 
 class _Quantize(_Op):
-    """The float weight of one layer -> the parameters of a QLoRALinear."""
+    """Float weights -> the parameters of QLoRALinears."""
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -199,10 +199,21 @@ class _Quantize(_Op):
         missing_keys: set[str] | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """See ConversionOps; one weight in, [out, in] or a Conv1D's [in, out]."""
-        ((key, value),) = input_dict.items()
-        weight: Tensor = value[0] if isinstance(value, list) else value
-        name, place, source = key.removesuffix(".weight"), model.get_parameter(key), source_patterns[0]
+        """See ConversionOps; weights [out, in] or a Conv1D's [in, out]: several where transformers split a tensor."""
+        made: dict[str, Any] = {}
+        for key, value in input_dict.items():
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            if self.hf_quantizer.param_needs_quantization(model, key):
+                made |= self.quantize(key, weight, source_patterns[0], model, missing_keys)
+            else:
+                made[key] = weight
+        return made
+
+    def quantize(
+        self, key: str, weight: Tensor, source: str, model: nn.Module, missing_keys: set[str] | None
+    ) -> dict[str, Any]:
+        """The parameters of one layer."""
+        name, place = key.removesuffix(".weight"), model.get_parameter(key)
         if weight.shape != place.shape:
             return self.mismatch(source, key, weight.shape, place)
         layer, config, seed_name = self.hf_quantizer.chosen[name]
@@ -230,11 +241,11 @@ class _LoadPacked(_Op):
     ) -> dict[str, Any]:
         """See ConversionOps; is also called for each weight that is not in 4 bits."""
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        key, place = full_layer_name, model.get_parameter(full_layer_name)
+        key, name = full_layer_name, full_layer_name.rpartition(".")[0]
+        layer = model.get_submodule(name)
+        place: Tensor = getattr(layer, key.rpartition(".")[2])  # a parameter or a buffer
         if set(state) == {"weight"}:
             return self.dense(key, state["weight"].to(place.dtype))
-        name = key.removesuffix(".weight")
-        layer = model.get_submodule(name)
         try:
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:

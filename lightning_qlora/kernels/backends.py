@@ -57,6 +57,13 @@ def backend(device: torch.device) -> Backend:
     return eager
 
 
+def describe(device: torch.device) -> str:
+    """What computes on a device, as a text for users: results of another one differ in their last bits."""
+    if backend(device) is not eager:
+        return "Triton kernels"
+    return eager.path() if device.type == "cpu" else "plain torch"
+
+
 @cache
 def _triton(device: torch.device) -> Backend | None:
     """Triton's backend; None, with one warning, if a kernel does not run on the device."""

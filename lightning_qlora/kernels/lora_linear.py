@@ -110,10 +110,11 @@ def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_eager(x: Tensor, lora_a: Tensor) -> bool:
-    """Whether torch runs op by op on plain tensors: no compiler, no tracer, no tensor subclass, no dispatch mode."""
+    """Whether torch runs op by op on plain tensors with data: no compiler, no tracer, no subclass, no dispatch mode."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or x.is_meta
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
         or (type(lora_a) is not torch.nn.Parameter and type(lora_a) is not Tensor)
         or torch._C._len_torch_dispatch_stack()

@@ -192,16 +192,23 @@ def _rows(x: Tensor) -> Tensor:
 _NO_CHANGE = nullcontext()
 
 
+def has_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device; "meta" has none, and torch refuses the question."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Kernels write x's type by address, so autocast must not give torch's products another type."""
     device = x.device.type
-    changes_type = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not x.dtype
+    changes_type = has_autocast(device) and torch.get_autocast_dtype(device) is not x.dtype
     return torch.autocast(device, enabled=False) if changes_type else _NO_CHANGE
 
 
 def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
+    if not x.dim():
+        raise ValueError(f"x: has no dimension; it must be [..., {weight.shape[1]}]. Add one: x.reshape(1, -1).")
     (out_features, in_features), r = weight.shape, lora_a.shape[0]
     matches = x.shape[-1] == in_features and lora_a.shape == (r, in_features) and lora_b.shape == (out_features, r)
     if not matches or (bias is not None and bias.shape != (out_features,)):

@@ -1,4 +1,4 @@
-"""A 63-bit fingerprint of tensors: a checkpoint without the base model stores it to recognize the base."""
+"""A 63-bit fingerprint of tensors: files store it to recognize the base model, and to detect damaged values."""
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ def fingerprint_of_weight(weight: PackedWeight) -> int:
     """The fingerprint of a layer with this 4-bit weight."""
     stored = weight.to_bytes()
     return fingerprint(stored.packed, stored.absmax, stored.nested)
+
+
+def checksum(tensor: Tensor) -> str:
+    """The fingerprint of a tensor's bytes, in hexadecimal: for values that must come back bit for bit."""
+    return f"{fingerprint(tensor.detach().contiguous().view(-1).view(torch.uint8)):016x}"
 
 
 def _mix(number: int) -> int:

@@ -65,6 +65,12 @@ def matches(name: str, patterns: str | list[str]) -> bool:
     return any(name == ending or name.endswith("." + ending) for ending in patterns)
 
 
+def matches_outer(name: str, patterns: str | list[str]) -> bool:
+    """Whether the name of a module, or of a module that it is inside of, matches."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))
+
+
 def inside(name: str, outer: str) -> bool:
     """Whether a module's name is another's, or that of a part of it; all are parts of the root, ""."""
     return outer in ("", name) or name.startswith(outer + ".")

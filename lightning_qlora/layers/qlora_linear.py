@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.bnb_linear import ORIGINAL_PACKED
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
@@ -132,7 +133,7 @@ class QLoRALinear(LoRALayer):
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if has_autocast(device):
             return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
@@ -144,8 +145,13 @@ class QLoRALinear(LoRALayer):
         """Input [..., in] -> [..., out], in the type of the input (under autocast, in autocast's)."""
         return self.linear(input, self._parameters["bias"])
 
+    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `F.linear(x, layer.weight, bias)` computes."""
+        self.__dict__["weight_was_called"] = True
+        return self.linear(x, bias)
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with a bias of the caller's: what `F.linear(x, layer.weight, bias)` computes."""
+        """The same as `forward` with a bias of the caller's."""
         if not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         dtype, given = self.compute_dtype(x), x.dtype
@@ -163,7 +169,7 @@ class QLoRALinear(LoRALayer):
         y = lora_linear(x, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
         if magnitude is not None:
             y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
-        return y if given is dtype or torch.is_autocast_enabled(x.device.type) else y.to(given)
+        return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; refuses the parts of a weight that ColwiseParallel and RowwiseParallel register."""
@@ -189,7 +195,7 @@ class QLoRALinear(LoRALayer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        optional, missing = load_base(self, state_dict, prefix), list[str]()
+        optional, missing = load_base(self, state_dict, prefix, missing_keys), list[str]()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
 

@@ -21,7 +21,8 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 READ_ONLY = (
     "the weight of a QLoRALinear is read-only, because it is decoded from 4 bits at each use. "
-    "To replace it, call layer.quantize_weight(new_weight)."
+    "To replace it, call layer.quantize_weight(new_weight). If the model itself writes to it, name the layer in "
+    "exclude_modules, so that it stays dense."
 )
 
 
@@ -45,8 +46,8 @@ class WeightSource(Protocol):
     def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients of the adapter's parameters from that of the effective weight."""
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias with the adapter, without a dense weight."""
+    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias with the adapter, without a dense weight, for code that has the weight and not the layer."""
 
 
 class Readable(Tensor):
@@ -183,11 +184,11 @@ class ReadableWeight(Readable):
         if func is torch.nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, ReadableWeight) and not (weight._transposed or isinstance(x, Readable)):
-                return weight._source.linear(x, bias)
+                return weight._source.linear_by_weight(x, bias)
         if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
             x, weight = args
             if weight._transposed and not isinstance(x, Readable) and x.dtype is weight.dtype:
-                return weight._source.linear(x, None)
+                return weight._source.linear_by_weight(x, None)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

@@ -11,13 +11,16 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters, is_router
-from lightning_qlora.layers.names import LayerNames, inside, matches, names_of_modules
+from lightning_qlora.layers.foreign_adapters import foreign_adapter
+from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
+from lightning_qlora.layers.new_layers import new_layers
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 ROUTERS = ("gate", "router")
+FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
 class ToConvert(NamedTuple):
@@ -62,9 +65,11 @@ def select_layers(module: nn.Module, config: QLoRAConfig) -> Selection:
 
     Raises:
         ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
+            If a part of the module has adapters of another library.
     """
     choice = select_in_part(module, config)
     _check_patterns(module, config, choice)
+    _check_no_adapters(module, config, choice)
     return choice
 
 
@@ -76,6 +81,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
     """
     choice, facts = Selection(names=names_of_modules(module)), _Facts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
+    excluded, new = config.exclude_modules or [], new_layers(module)
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
@@ -88,13 +94,15 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
                 for stack in stacks:
                     _select_stack(choice, name, stack, config, facts)
             continue
-        target = not everything and bool(name) and named(layer, config.target_modules)
-        if _is_converted(layer) or not (is_linear(layer) or target) or any(inside(name, s) for s in saved):
+        target, is_new = not everything and bool(name) and named(layer, config.target_modules), id(layer) in new
+        if _is_converted(layer) or not (is_linear(layer) or target or is_new) or any(inside(name, s) for s in saved):
             continue
         forms, seed_name = choice.names[id(layer)]
         of_layer = config.for_layer(forms)
-        if named(layer, config.exclude_modules or []):
+        if any(matches_outer(form, excluded) for form in forms):
             choice.skip[name] = "in exclude_modules"
+        elif is_new and not target:
+            choice.train[name] = new[id(layer)]
         elif not everything and not target:
             choice.skip[name] = "not in target_modules"
         elif not is_linear(layer):
@@ -122,7 +130,7 @@ def _select_stack(
     of_stack = config.for_layer(forms)
     everything = config.target_modules == "all-linear"
     reason = facts.unable_parameter(stack.owner._parameters[stack.key])
-    if any(matches(form, config.exclude_modules or []) for form in forms):
+    if any(matches_outer(form, config.exclude_modules or []) for form in forms):
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):
         choice.skip[name] = "not in target_modules"
@@ -156,12 +164,25 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
             if not set(matched) & set(converted):
                 reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
                 raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.{reasons}")
-        elif not matched and argument != "exclude_modules":
+        elif not matched:
             convertible = [name for name in forms if name not in layers or is_linear(layers[name])]
             endings = sorted({name.rpartition(".")[2] for name in convertible})
             raise ValueError(
                 f"{argument}={getattr(config, argument)!r}: no module of this model fits {pattern!r}. "
                 f"Its linear layers end in {endings}."
+            )
+
+
+def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
+    for name, part in module.named_modules():
+        kind, forms = foreign_adapter(part), choice.names[id(part)].forms
+        excluded = any(matches_outer(form, config.exclude_modules or []) for form in forms)
+        if kind and not excluded and not any(inside(name, outer) for outer in choice.train):
+            raise ValueError(
+                f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
+                "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
+                "first (PEFT: merge_and_unload()); adapter=FOLDER starts from a saved PEFT adapter. To keep them "
+                "frozen, name this module in exclude_modules."
             )
 
 
@@ -191,13 +212,14 @@ def _patterns(config: QLoRAConfig) -> Iterator[tuple[str, str, Callable[[list[st
         value = getattr(config, argument)
         if value != "all-linear":
             for pattern in [value] if isinstance(value, str) else value:
-                yield argument, pattern, partial(_any_matches, value, pattern)
+                yield argument, pattern, partial(_any_matches, argument, value, pattern)
 
 
-def _any_matches(value: str | list[str] | dict[str, Any], pattern: str, forms: list[str]) -> bool:
+def _any_matches(argument: str, value: str | list[str] | dict[str, Any], pattern: str, forms: list[str]) -> bool:
     if isinstance(value, dict):
         return any(fits(form, pattern) for form in forms)
-    return any(matches(form, value if isinstance(value, str) else [pattern]) for form in forms)
+    match = matches_outer if argument == "exclude_modules" else matches
+    return any(match(form, value if isinstance(value, str) else [pattern]) for form in forms)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -303,6 +325,8 @@ def _weight_shape(layer: nn.Module) -> tuple[int, int]:
 
 def _too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
     rows, columns = shape
+    if rows * columns <= FEWEST:
+        return f"its {rows}x{columns} weights are too few for 4 bits"
     if config.r * (rows + columns) < rows * columns:
         return None
     return f"an adapter of rank {config.r} would be larger than its {rows}x{columns} weights"

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
@@ -30,7 +31,7 @@ def save_base(layer: LoRALayer, destination: dict[str, Any], prefix: str) -> Non
         destination[f"{prefix}weight.{FINGERPRINT}"] = torch.tensor(layer.base_fingerprint(), device="cpu")
 
 
-def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[str]:
+def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> set[str]:
     """Check the base against its fingerprint, or replace it by a dense or 4-bit weight; the adapter is loaded later.
 
     Values may be loaded lazily (Lightning's `_lazy_load`); `contiguous()` loads them.
@@ -39,12 +40,14 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
         layer: The layer.
         state_dict: The state to load; the entries of the base are removed from it.
         prefix: The layer's name in it, with a dot at the end.
+        missing_keys: Gets the key of the fingerprint if the state has an adapter, but neither fingerprint nor weight.
 
     Returns:
         Names of the layer's parameters that the state may lack.
 
     Raises:
         CheckpointMismatchError: If the state belongs to another base, or has an adapter of another rank.
+        ValueError: If the adapter holds NaN or Inf.
     """
     name = prefix.removesuffix(".") or "the layer itself"
     saved = state_dict.pop(f"{prefix}weight.{FINGERPRINT}", None)
@@ -57,6 +60,14 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
         )
     lora_a = state_dict.get(prefix + "lora_A")
     if lora_a is not None:
+        if expected is None and prefix + "weight" not in state_dict:
+            missing_keys.append(f"{prefix}weight.{FINGERPRINT}")
+        _check_finite(state_dict, prefix)
+        if lora_a.ndim != 2:
+            raise CheckpointMismatchError(
+                f"{prefix}lora_A: has shape {list(lora_a.shape)} in the checkpoint, {list(layer.lora_A.shape)} here. "
+                "The file is damaged: use another copy."
+            )
         if lora_a.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
@@ -69,6 +80,15 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
     if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
         return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
     return {*BASE}
+
+
+def _check_finite(state_dict: dict[str, Any], prefix: str) -> None:
+    for key in (prefix + name for name in ADAPTER if prefix + name in state_dict):
+        value = state_dict[key].contiguous()
+        if not is_sharded(value) and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{key}: holds NaN or Inf: the training diverged, or the file is damaged. Use an earlier checkpoint."
+            )
 
 
 def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
@@ -91,5 +111,10 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
             layer.quantize_weight(weight.to(layer.packed.device))
     else:
         loaded = PackedWeight.from_bnb_state_dict(entries, key)
+        if loaded.shape != layer._shape:
+            raise CheckpointMismatchError(
+                f"{key}: is a 4-bit weight {list(loaded.shape)} in the checkpoint, {list(layer._shape)} here. Build "
+                "the model of the training."
+            )
         layer.set_packed_weight(loaded.to(layer.packed.device))
     return True

@@ -72,7 +72,7 @@ def aligned(held: Tensor) -> Tensor:
     return flat.clone() if flat.storage_offset() % 4 else flat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PackedWeight:
     """A 4-bit weight with the same bytes as in bitsandbytes.
 
@@ -96,6 +96,12 @@ class PackedWeight:
     quant_type: QuantType
     block_size: int
     dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedWeight({list(self.shape)}, {self.quant_type}, block_size={self.block_size}, "
+            f"double_quant={self.nested_absmax is not None}, {self.dtype}, {self.nbytes:,} bytes, {self.packed.device})"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -1,19 +1,22 @@
-"""`lightning-qlora`: plan, inspect, merge, export, doctor."""
+"""`lightning-qlora`: plan, inspect, merge, export, average, doctor."""
 
 import importlib.util
+import json
 import os
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base
+from lightning_qlora.adapters.average import average as mean_of_adapters
+from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections, write_adapter
+from lightning_qlora.adapters.peft_files import VLLM_BASE, read_adapter, vllm_objections, write_adapter
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.files.folder_writer import check_free
 from lightning_qlora.files.lightning_checkpoint import is_shards
@@ -25,6 +28,7 @@ from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
 from lightning_qlora.tools.memory_figure import compare, draw
 from lightning_qlora.tools.patches import print_warnings_in_one_line
 from lightning_qlora.training.report import size_text
+from lightning_qlora.words import install
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)
@@ -105,7 +109,7 @@ def merge(
     source = base_model or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
-    folder = resolve_model(source)
+    folder = resolve_model(source, download=base_model is not None)
     if base == "float":
         found = convert_to_float_base(found, folder)
     merge_folder(folder, found, output, dtype, base)
@@ -121,7 +125,7 @@ def export(
     max_lora_rank: int = 512,
     weights_only: bool = True,
 ) -> None:
-    """Write the adapter of a Lightning checkpoint as a PEFT folder, and say which base it is for and if vLLM takes it.
+    """Write the adapter of a Lightning checkpoint as a PEFT folder; say what it was trained on and if vLLM can load it.
 
     Args:
         checkpoint: A checkpoint of the Trainer, ModelCheckpoint or Fabric.
@@ -143,7 +147,25 @@ def export(
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     objections = vllm_objections(adapter, max_lora_rank)
-    print("vLLM can load it" if not objections else "vLLM cannot load it: " + " ".join(objections))
+    print(f"trained on: {trained_on(adapter.quantization)}")
+    print(f"vLLM can load it; {VLLM_BASE}" if not objections else "vLLM cannot load it: " + " ".join(objections))
+
+
+def average(checkpoints: list[str], output: str, prefix: str | None = None, weights_only: bool = True) -> None:
+    """Write the mean of the adapters of several checkpoints of one run as a PEFT folder: average CKPT... OUTPUT.
+
+    Args:
+        checkpoints: Checkpoints of the Trainer, ModelCheckpoint or Fabric, or PEFT adapter folders; two or more.
+        output: Folder to write adapter_config.json and adapter_model.safetensors to.
+        prefix: Name of the base model in the LightningModule, where the checkpoints do not say it.
+        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
+            code of whoever wrote the file.
+    """
+    adapter = mean_of_adapters([_adapter(path, prefix, weights_only) for path in checkpoints])
+    if need := required_base(adapter.quantization):
+        warnings.warn(need, stacklevel=2)
+    write_adapter(adapter, output)
+    print(f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.packed)} layers")
 
 
 def doctor() -> None:
@@ -164,17 +186,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from jsonargparse import auto_cli
     except ImportError:
-        raise SystemExit("lightning-qlora: jsonargparse is missing: pip install 'lightning-qlora[cli]'") from None
+        raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
     signal.signal(signal.SIGTERM, _exit)
     print_warnings_in_one_line()
-    commands: list[Any] = [plan, inspect, merge, export, doctor]
-    given = sys.argv[1:] if arguments is None else arguments
-    dashes = [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument) for argument in given]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
+    commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
-        auto_cli(commands, args=dashes, prog="lightning-qlora")  # --gpu-memory is --gpu_memory
+        given = _with_list(list(sys.argv[1:] if arguments is None else arguments))
+        dashes = [
+            re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", text) for text in given
+        ]  # --gpu-memory
+        auto_cli(commands, args=dashes, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
     except EXPECTED as error:
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _with_list(arguments: list[str]) -> list[str]:
+    """`average CKPT... OUTPUT` with the checkpoints as one list, the form in which jsonargparse takes a list."""
+    if arguments[:1] != ["average"]:
+        return arguments
+    paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
+    return ["average", *([json.dumps(paths[:-1]), paths[-1]] if paths else []), *arguments[1 + len(paths) :]]
 
 
 def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +17,24 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.optim.paging.unified_memory import why_not_managed
 from lightning_qlora.training.convert import convert
 from lightning_qlora.training.report import size_text
+from lightning_qlora.words import install
 
-PACKAGES = ("torch", "lightning", "safetensors", "triton", "transformers", "peft", "bitsandbytes", "cuda-bindings")
+PACKAGES = {  # package -> the extra that installs it
+    "torch": "", "lightning": "", "safetensors": "", "triton": "", "transformers": "hf", "jsonargparse": "cli",
+    "docstring-parser": "cli", "rich": "cli", "cuda-bindings": "paged", "peft": "test", "bitsandbytes": "test",
+}  # fmt: skip
+REQUIRED = ("torch", "lightning", "safetensors")
 
 
 def examine() -> Iterator[tuple[str, str, bool]]:
     """Yield the name of each check, what was found, and whether that is good."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
-    for name in PACKAGES:
+    for name, extra in PACKAGES.items():
         try:
             yield name, version(name), True
         except PackageNotFoundError:
-            yield name, "not installed", name not in ("torch", "lightning", "safetensors")
+            hint = f" (extra {extra}: {install(extra)})" if extra else ""
+            yield name, f"not installed{hint}", name not in REQUIRED
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {eager.path()}", True
     try:
         yield "C compiler", build.compiler(), True
@@ -38,11 +45,18 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         free, total = torch.cuda.mem_get_info(device)
         yield str(device), f"{facts.name}, {size_text(free)} of {size_text(total)} free", True
         yield f"{device} kernels", backends.backend(device).__name__.rpartition(".")[2], True  # type: ignore[attr-defined]
-        yield f"{device} paging", why_not_managed(device) or "unified memory", True
+        yield f"{device} paging", paging(device, facts), True
     if len(devices()) == 1:
         yield "GPU", "none that torch supports", True
     for device in devices():
         yield from _self_test(device)
+
+
+def paging(device: torch.device, properties: Any) -> str:
+    """How optimizer state is paged on a GPU, and whether that saves memory."""
+    if getattr(properties, "is_integrated", False):
+        return "brings nothing: this GPU uses the host's memory, so there is no other one to page to"
+    return why_not_managed(device) or "unified memory"
 
 
 def devices() -> list[torch.device]:

@@ -5,13 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import required_base
+from lightning_qlora.adapters.base_compatibility import trained_on
 from lightning_qlora.adapters.from_checkpoint import (
     fingerprint_of_base,
     read_adapter_from_checkpoint,
     read_converted_state_dict,
 )
-from lightning_qlora.adapters.peft_files import CONFIG, read_adapter, vllm_objections
+from lightning_qlora.adapters.peft_files import CONFIG, VLLM_BASE, read_adapter, vllm_objections
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_json, resolve_model
 from lightning_qlora.training.report import size_text
@@ -50,7 +50,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     return [
         ("base", adapter.base_model or "unknown"),
         ("quantization", _quantization(adapter)),
-        ("is for", required_base(adapter.quantization) or "the base in 4 bits, and in 16 or 32 bits"),
+        ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
         ("rank", _counts(ranks)),
         ("alpha", _counts(alphas)),
@@ -58,7 +58,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("modules_to_save", ", ".join(sorted({key.rpartition(".")[0] for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size", size_text(sum(t.nbytes for t in tensors))),
-        ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more)"),
+        ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more); {VLLM_BASE}"),
     ]
 
 

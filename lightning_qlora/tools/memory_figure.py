@@ -11,6 +11,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.activations import forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model, prepare_step
 from lightning_qlora.tools.memory_estimate import STATE, STATE_8BIT, MemoryEstimate
+from lightning_qlora.words import install
 
 PARTS = {  # part -> color
     "weights": "#4c72b0", "adapters": "#dd8452", "gradients": "#55a868", "optimizer state": "#c44e52",
@@ -82,7 +83,7 @@ def draw(bars: dict[str, dict[str, int]], title: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"plot={str(path)!r}: needs matplotlib: pip install 'lightning-qlora[plots]'") from error
+        raise ImportError(f"plot={str(path)!r}: needs matplotlib: {install('plots')}") from error
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     below = [0.0] * len(bars)

@@ -7,9 +7,10 @@ not differentiable, its output may not reach the loss (a pooler), or no token ma
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -20,6 +21,21 @@ from lightning_qlora.training.rng_state import world_size
 AUDITED = "_qlora_audited"  # mark of an optimizer
 UNUSED = "not used in the loss"
 READ = "its weight was read, but no gradient came back"
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse a loss that autograd did not record, with the reasons that a frozen model has for it.
+
+    Raises:
+        RuntimeError: If the loss needs no gradient.
+    """
+    if isinstance(loss, Tensor) and not loss.requires_grad:
+        raise RuntimeError(
+            "The loss needs no gradient, so no adapter can train. Either it was computed without a converted layer or "
+            "under torch.no_grad(), or the model runs its layers inside an autograd.Function (Reformer, reentrant "
+            "checkpointing), which records nothing if its inputs need no gradient, and the embeddings are frozen: call "
+            "model.enable_input_require_grads() of the transformers model, and model.train() if it asks for it."
+        )
 
 
 def adapters_without_gradient(layers: Mapping[str, QLoRALinear]) -> dict[str, str]:
@@ -69,9 +85,9 @@ def _show(found: Mapping[str, str], not_recomputed: list[str]) -> None:
     read = [name for name, reason in found.items() if reason == READ]
     if read:
         warnings.warn(
-            f"The adapters of {len(read)} layers got no gradient, so they do not train: {groups(read)}. Some code "
-            "reads the weight of these layers and returns no gradient for it. Name them in exclude_modules, or call "
-            "the layers.",
+            f"The adapters of {len(read)} layers got no gradient, so they do not train: {groups(read)}. The code "
+            "that reads their weights returns no gradient for them, or its result is not used in the loss. Name the "
+            "layers in exclude_modules, or call them.",
             stacklevel=2,
         )
     unused = [name for name, reason in found.items() if reason == UNUSED]

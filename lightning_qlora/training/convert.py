@@ -3,6 +3,7 @@
 import itertools
 import time
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,12 +16,17 @@ from lightning_qlora.adapters.peft_files import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.state_dict import use_adapter_state_dict
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.huggingface.patches import (
+    forget_quantizer,
+    refuse_peft_on_4_bit_layers,
+    refuse_save_pretrained,
+)
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import inside, named
+from lightning_qlora.layers.patches import explain_requires_grad
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.selection import (
     Selection,
@@ -33,7 +39,8 @@ from lightning_qlora.layers.selection import (
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
-from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
+from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters, dense_bytes
+from lightning_qlora.words import refuse_unknown_arguments
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 COMPUTE_IT = (
@@ -45,6 +52,7 @@ AT_LOADING = (  # arguments that a layer which was quantized while its model loa
     "quant_type", "block_size", "double_quant", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights",
     "loftq_config",
 )  # fmt: skip
+ARGUMENTS = ("_qlora_config", "_qlora_arguments")  # attributes of a converted module: in checkpoints, and as given
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
@@ -61,6 +69,7 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
+    refuse_unknown_arguments(arguments, QLoRAConfig.__dataclass_fields__)
     return convert_module(module, QLoRAConfig(**arguments))
 
 
@@ -78,9 +87,11 @@ def convert_module(
     check_initialized(module)
     start, bytes_before = time.perf_counter(), dense_bytes(module)
     if is_converted(module):
+        _warn_of_other_arguments(module, config)
         _warn_of_the_rest(module, config)
         return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
     _check_has_data(module)
+    given = config
     adapter = read_adapter(config.adapter) if config.adapter else None
     if adapter is not None:
         config = config_of_adapter(module, adapter, config)
@@ -91,7 +102,7 @@ def convert_module(
     _check_any(choice, config)
     _check_loaded(module, choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
-    silent = bool(getattr(rank_zero_only, "rank", 0))
+    silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     for name, layer in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(name or type(layer.layer).__name__ if isinstance(layer, ToConvert) else name):
             (_convert_layer if isinstance(layer, ToConvert) else _convert_stack)(name, layer, device)
@@ -106,7 +117,11 @@ def convert_module(
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
+    explain_requires_grad()
     use_adapter_state_dict(module, config)
+    module._qlora_arguments = given  # type: ignore[assignment]
+    refuse_save_pretrained()
+    refuse_peft_on_4_bit_layers()
     warn_of_what_stayed(module, choice)
     if config.start == "calibrated" and layers:
         Calibration(module, config)
@@ -116,6 +131,27 @@ def convert_module(
 def is_converted(module: nn.Module) -> bool:
     """Whether a module, or the part of it with the adapters, went through `convert_module`."""
     return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
+
+
+def _warn_of_other_arguments(module: nn.Module, config: QLoRAConfig) -> None:
+    """Warn of arguments that differ from those of the first conversion, which is not done again.
+
+    Names of layers in other parts may be new for a part of the module.
+    """
+    for name, part in module.named_modules():
+        # An adapter that was loaded changes the arguments in checkpoints; both are known, then.
+        known = [value for key in ARGUMENTS if isinstance(value := vars(part).get(key), QLoRAConfig)]
+        if not known or config in known:
+            continue
+        pairs = [(field, getattr(known[-1], field), getattr(config, field)) for field in asdict(config)]
+        no_matter = {"paged_optimizer"} | ({"target_modules", "exclude_modules", "modules_to_save"} if name else set())
+        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a not in no_matter]
+        if other:
+            warnings.warn(
+                f"{name or type(part).__name__}: was converted before, with {', '.join(other)}, and stays so. To "
+                "convert with other arguments, build the module again.",
+                stacklevel=2,
+            )
 
 
 def _warn_of_the_rest(module: nn.Module, config: QLoRAConfig) -> None:
@@ -218,9 +254,7 @@ def freeze(module: nn.Module, choice: Selection) -> None:
 def _check_any(choice: Selection, config: QLoRAConfig) -> None:
     if choice.convert or choice.stacks:
         return
-    left = "\n".join(
-        f"  {name or '(the module itself)'}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()]
-    )
+    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()])
     message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
     if not choice.train:
         raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))

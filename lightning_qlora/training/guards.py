@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -40,17 +41,17 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "frozen. Remove the callback; to prune, merge the adapters first (lightning_qlora.merge) and prune "
                 "the dense module."
             )
-        copy = _copy_held_by(callback, module)
+        copy = _copy_held_by(callback, module, isinstance(trainer.strategy, ModelParallelStrategy))
         if copy is not None:
             raise RuntimeError(
                 f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
-                "full weights that the module no longer has. Remove the callback; to average, average the adapters of "
-                "several checkpoints."
+                "full weights that the module no longer has. Remove the callback; `lightning-qlora average CKPT... "
+                "OUTPUT` averages the adapters of several checkpoints."
             )
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that holds weights which conversion replaced, or that can't skip frozen 4-bit parameters.
+    """Refuse an optimizer of replaced or frozen weights only, or one that can't skip frozen 4-bit parameters.
 
     Raises:
         RuntimeError: As above.
@@ -65,6 +66,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "fabric.setup_optimizers(optimizer). Trainer: make it in configure_optimizers; an optimizer that was made "
             "earlier, as LightningCLI does, gets the adapters only if it has no state yet."
         )
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise RuntimeError(
+            f"All {len(parameters)} parameters of the {type(optimizer).__name__} are frozen, so nothing would train. "
+            "Conversion freezes all but the adapters and what modules_to_save names; name the modules of this "
+            "optimizer there. Or the module was frozen after conversion (freeze(), requires_grad_(False), PEFT's "
+            "prepare_model_for_kbit_training): leave that out."
+        )
     if isinstance(optimizer, LBFGS) and not all(p.is_floating_point() for p in parameters):
         raise RuntimeError(
             "LBFGS flattens all its parameters into one tensor, which frozen 4-bit ones can't be part of. Pass only "
@@ -72,9 +80,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def _copy_held_by(callback: Callback, module: nn.Module) -> str | None:
+def _copy_held_by(callback: Callback, module: nn.Module, sharded: bool) -> str | None:
     for name, value in vars(callback).items():
-        if isinstance(value, AveragedModel) or (type(value) is type(module) and value is not module):
+        averages = name == "_average_model" and not sharded  # `averaging.average_what_trains` replaces it
+        if (isinstance(value, AveragedModel) and not averages) or (type(value) is type(module) and value is not module):
             return name
     return None
 

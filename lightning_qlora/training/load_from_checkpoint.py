@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.adapters.state_dict import CONFIG, config_of
-from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
+from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
+from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
 from lightning_qlora.training.convert import convert_module
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -46,10 +46,14 @@ def load_from_checkpoint(
     else:
         if weights_only is None and str(checkpoint_path).startswith("http"):
             weights_only = True  # Lightning runs the code of a file from the network
+        check_crc(checkpoint_path)
         with one_line_errors(checkpoint_path):
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    config = config_of(state)
+    try:
+        config, _ = config_of(state), base_model_of(state)  # both are checked
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
         raise ValueError(
             f"{str(checkpoint_path)!r} holds no {CONFIG!r}: it was not saved from a converted module. Load it with "

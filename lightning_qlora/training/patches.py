@@ -11,9 +11,12 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_qlora.adapters.state_dict import CONFIG
 from lightning_qlora.layers.patches import wrap_once
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 
 
@@ -49,6 +52,18 @@ def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
     Removed by: upstream raising the first error when teardown fails too.
     """
     trainer.strategy._lightning_module = None
+
+
+def replace_average(callback: Any, average: nn.Module) -> None:
+    """Give a WeightAveraging callback another average than the one that it made of the module before conversion.
+
+    Upstream: lightning/pytorch/callbacks/weight_averaging.py, WeightAveraging.setup, copies the module in the first
+    hook of a run, and later averages, swaps and saves the parameters of the copy.
+    Supported ways tried: `avg_fn` gets single tensors and would also average 4-bit bytes; a subclass of the callback
+    could make the copy later, but LightningCLI and existing code name upstream's classes.
+    Removed by: upstream making the copy after Strategy.setup.
+    """
+    callback._average_model = average
 
 
 def convert_before_checkpoint_is_restored() -> None:
@@ -187,6 +202,79 @@ def count_weights_in_transformers() -> None:
         return original(model, only_trainable, exclude_embeddings) + more
 
     wrap_once(upstream.PreTrainedModel, "num_parameters", count)
+
+
+def explain_adapter_checkpoints() -> None:
+    """Let a LightningModule that is not converted refuse the state of a converted one, and say how to load it.
+
+    Upstream: torch/nn/modules/module.py, Module.load_state_dict, which LightningModule.load_from_checkpoint
+    (lightning/pytorch/core/saving.py) and a Trainer without the plugin call: it lists missing and unexpected keys, and
+    with strict=False returns a module without the adapters.
+    Supported ways tried: `on_load_checkpoint` belongs to the user's module.
+    Removed by: a hook of Lightning for the state of a plugin that is not used.
+    """
+
+    def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(str(key).rpartition(".")[2] == CONFIG for key in state_dict) and not adapted_layers(module):
+            name = type(module).__name__
+            raise ValueError(
+                f"This checkpoint holds the adapters of a converted {name}, and this {name} is not converted. Use "
+                f"lightning_qlora.load_from_checkpoint({name}, PATH), or Trainer(plugins=QLoRAPrecision(...)) with the "
+                "arguments of the training, which converts the module before it restores the checkpoint."
+            )
+        return original(module, state_dict, *args, **kwargs)
+
+    wrap_once(LightningModule, "load_state_dict", load)
+
+
+def explain_unfreezing() -> None:
+    """Let `unfreeze()` of a converted module raise the error of `requires_grad_(True)`, and change nothing.
+
+    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze, sets requires_grad of every parameter and
+    stops at the first 4-bit one with torch's error, which names no layer.
+    Supported ways tried: none; the method belongs to the user's module.
+    Removed by: upstream calling requires_grad_ of the module, which `layers.patches.explain_requires_grad` explains.
+    """
+
+    def unfreeze(original: Any, module: nn.Module) -> Any:
+        module.requires_grad_(True)
+        return original(module)
+
+    wrap_once(LightningModule, "unfreeze", unfreeze)
+
+
+def name_the_package_to_import_from() -> None:
+    """Let the Trainer and Fabric of the packages pytorch_lightning and lightning_fabric name the package to use.
+
+    Upstream: pytorch_lightning/trainer/connectors/accelerator_connector.py and lightning_fabric/connector.py,
+    _check_config_and_set_final_flags: "Found invalid type for plugin". These packages have copies of the classes of
+    lightning.pytorch and lightning.fabric, so a plugin of one is none of the other.
+    Supported ways tried: none; upstream only checks the class of a plugin.
+    Removed by: the end of the two packages, or an error of theirs that names the other package.
+    """
+    here = {
+        "pytorch_lightning.trainer.connectors.accelerator_connector": ("_AcceleratorConnector", "lightning.pytorch"),
+        "lightning_fabric.connector": ("_Connector", "lightning.fabric"),
+    }
+    for name, (owner, package) in here.items():
+        if name in sys.modules:
+            wrap_once(getattr(sys.modules[name], owner), "_check_config_and_set_final_flags", _other_package(package))
+
+
+def _other_package(package: str) -> Callable[..., Any]:
+    def refuse(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("plugins") or []
+        for plugin in given if isinstance(given, list) else [given]:
+            if hasattr(plugin, "convert_for_trainer"):
+                theirs = type(connector).__module__.partition(".")[0]
+                raise TypeError(
+                    f"{type(plugin).__name__} is a plugin of the package `lightning`, and this is the separate package "
+                    f"`{theirs}`. Import from {package} (pip install lightning) instead of from {theirs}: the classes "
+                    "have the same names and arguments there."
+                )
+        return original(connector, *args, **kwargs)
+
+    return refuse
 
 
 def _is_converted(module: nn.Module) -> bool:

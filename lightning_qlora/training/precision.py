@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision.precision import Precision as FabricPrecision
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
@@ -16,17 +17,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
+from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
+from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.audit import audit_first_step
+from lightning_qlora.training.audit import audit_first_step, check_loss
+from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert import convert_module, has_meta, is_converted
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 
@@ -34,6 +39,8 @@ patches.convert_before_checkpoint_is_restored()
 patches.load_full_state_dicts_into_sharded_modules()
 patches.allow_keys_without_attributes()
 patches.count_weights_in_model_summary()
+patches.explain_adapter_checkpoints()
+patches.explain_unfreezing()
 
 
 class QLoRAPrecision(Precision):
@@ -56,6 +63,7 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
+        patches.name_the_package_to_import_from()
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()
@@ -63,6 +71,9 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
+
+    def __repr__(self) -> str:
+        return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
@@ -113,6 +124,7 @@ class QLoRAPrecision(Precision):
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None:
             check_fsdp_groups(module)
+            average_what_trains(trainer, module)
             if not self._evaluating:
                 self._set_training_mode(module)
         return module
@@ -123,6 +135,11 @@ class QLoRAPrecision(Precision):
         for layer in (*adapted_layers(module).values(), *recomputed):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
+
+    def _kernels(self) -> str | None:
+        """What computes the layers; None before conversion."""
+        layer = next(self._layers(), None)
+        return None if layer is None else describe(layer.packed.device)
 
     def _layers(self) -> Iterator[QLoRALinear]:
         module = None if self._module is None else self._module()
@@ -159,6 +176,9 @@ class QLoRAPrecision(Precision):
         for optimizer in optimizers:
             replace_parameters_by_adapters(optimizer, layers)
             self._set_up_optimizer(optimizer)
+        module = None if self._module is None else self._module()  # `model` may be DDP's wrapper
+        if module is not None and self.report is not None and not self._evaluating:
+            log_hyperparameters(_trainer_of(module), module, self.report)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:
@@ -177,6 +197,7 @@ class QLoRAPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
+        check_loss(tensor)
         return _precision_class(module).pre_backward(self, tensor, module)
 
     @override
@@ -215,12 +236,21 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which dropout masks are drawn from."""
-        return {"random_state": gather_torch_rng_states()}
+        """The states of torch's random generators, which dropout masks are drawn from, and what computes the layers."""
+        return {"random_state": gather_torch_rng_states(), "kernels": self._kernels()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the random generators, so that a resumed run draws the same dropout masks."""
+        """Restore the random generators, so that a resumed run draws the same dropout masks; check the whole file."""
+        trainer = None if self._module is None else _trainer_of(self._module())
+        if trainer is not None and trainer.ckpt_path is not None:
+            check_crc(trainer.ckpt_path)
+        saved, here = state_dict.get("kernels"), self._kernels()
+        if not self._evaluating and None not in (saved, here) and saved != here:
+            rank_zero_warn(
+                f"The checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
+                "state, but its results differ from those of an uninterrupted run in their last bits."
+            )
         if not self._evaluating:
             set_torch_rng_state_of_rank(state_dict["random_state"])
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 
 from torch import nn
 
@@ -12,8 +13,10 @@ from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.calibration.report import CalibrationReport
 
+ROOT = "(the module itself)"
 
-@dataclass
+
+@dataclass(repr=False)
 class ConversionReport:
     """The status of every layer after conversion, and the numbers of parameters and bytes.
 
@@ -48,21 +51,22 @@ class ConversionReport:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, status and number of layers (or parameters of experts) whose names differ only in a number."""
-        groups: Counter[tuple[str, str]] = Counter()
-        stacks = Counter(name.rpartition(".")[0] for name in self.converted if is_expert(name))
-        for stack, experts in stacks.items():
+        groups: dict[tuple[str, str], list[str]] = {}
+
+        def add(name: str, status: str) -> None:
+            groups.setdefault((group(name), status), []).append(name or ROOT)
+
+        for stack, experts in Counter(name.rpartition(".")[0] for name in self.converted if is_expert(name)).items():
             rows, columns = self.shapes[f"{stack}.0"]
-            name = stack.removesuffix(SUFFIX)
-            groups[group(name), f"4-bit + adapter, {experts} experts of {rows}x{columns}"] += 1
+            add(stack.removesuffix(SUFFIX), f"4-bit + adapter, {experts} experts of {rows}x{columns}")
         for name in self.converted:
-            if is_expert(name):
-                continue
-            rows, columns = self.shapes[name]
-            groups[group(name), f"4-bit + adapter, {rows}x{columns}"] += 1
+            if not is_expert(name):
+                rows, columns = self.shapes[name]
+                add(name, f"4-bit + adapter, {rows}x{columns}")
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
-                groups[group(name), f"{verb}: {reason}"] += 1
-        return [(name, status, str(count)) for (name, status), count in groups.items()]
+                add(name, f"{verb}: {reason}")
+        return [(n[0] if len(n) == 1 else name, status, str(len(n))) for (name, status), n in groups.items()]
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""
@@ -79,6 +83,18 @@ class ConversionReport:
             + (f"\n{self.calibration}" if self.calibration else "")
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"ConversionReport({len(self.converted)} layers in 4 bits, {len(self.trained_in_full)} trained in full, "
+            f"{len(self.skipped)} skipped, {self.trainable_parameters:,} of {self.total_parameters:,} parameters train)"
+        )
+
+    def _repr_html_(self) -> str:
+        """The table of `show`, for notebooks."""
+        cells = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows())
+        head = "<tr><th>layer</th><th>status</th><th>layers</th></tr>"
+        return f"<table>{head}{''.join(cells)}</table><pre>{escape(self.summary())}</pre>"
+
     def __str__(self) -> str:
         lines = [f"{name}  x{count}  {status}" for name, status, count in self.rows()]
         return "\n".join(["QLoRA", *lines, self.summary()])
@@ -91,18 +107,12 @@ class ConversionReport:
         except ImportError:
             print(self)
             return
-        table = Table(
-            Column("layer", overflow="fold"),
-            "status",
-            "layers",
-            title="QLoRA",
-            title_justify="left",
-            caption=self.summary(),
-            caption_justify="left",
-        )
-        for row in self.rows():
-            table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        table = Table(Column("layer", no_wrap=True), "status", "layers", title="QLoRA", title_justify="left")
+        for name, status, count in self.rows():
+            table.add_row(break_at_dots(name, console.width // 2), status, count)
+        console.print(table)
+        console.print(self.summary(), markup=False, highlight=False, soft_wrap=True)
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int, int]:
@@ -134,7 +144,17 @@ def dense_bytes(module: nn.Module) -> int:
 
 def group(name: str) -> str:
     """A name with * for every number between dots; layers of one group have the same."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(the module itself)"
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
+
+
+def break_at_dots(name: str, width: int) -> str:
+    """A name in lines of at most `width` characters that end in a dot, as far as its parts allow it."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+$", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def size_text(count: float, base: int = 1000) -> str:

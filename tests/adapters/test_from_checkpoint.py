@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.base_compatibility import convert_to_float_base
+from lightning_qlora.adapters.checksums import CHECKSUMS
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.save_load import get_adapter
@@ -134,6 +135,7 @@ def test_older_checkpoints_give_full_names_as_target_modules(saved):
     arguments = json.loads(bytes(content["state_dict"][CONFIG].tolist()))
     del arguments["base_model"]["target_modules"]
     content["state_dict"][CONFIG] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
+    del content["state_dict"][CHECKSUMS]
     torch.save(content, checkpoint)
     assert read_adapter_from_checkpoint(checkpoint).target_modules == ["model.layers.1.self_attn.q_proj"]
 
@@ -195,6 +197,7 @@ def test_a_checkpoint_of_the_version_before_keeps_its_seeds_and_scalings(saved, 
     words = json.loads(bytes(checkpoint["state_dict"][CONFIG].tolist()))
     assert words["base_model"].pop("seed_names") and words["base_model"].pop("lora_alphas")
     checkpoint["state_dict"][CONFIG] = torch.tensor(list(json.dumps(words).encode()), dtype=torch.uint8)
+    del checkpoint["state_dict"][CHECKSUMS]
     torch.save(checkpoint, path)
     resumed = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
     convert(resumed, **ARGUMENTS, **arguments)

@@ -24,6 +24,7 @@ from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.tools.cli import main
 from tests.conftest import elsewhere
 from tests.toys import NAMES, Lit, logits, perturb, toy
 
@@ -280,6 +281,7 @@ import os, signal, sys
 from lightning_qlora.adapters.peft_files import read_adapter
 from lightning_qlora.files import folder_writer
 from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.tools.cli import main
 add, count = folder_writer.ShardWriter.add, []
 def killing(self, key, tensor):
     add(self, key, tensor)
@@ -336,3 +338,61 @@ def test_the_default_device_has_no_effect(arguments, base, tmp_path):
     with elsewhere():
         merge_folder(folder, adapter, tmp_path / "out", **arguments)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"])
+def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(name, base, tmp_path):
+    _, folder = base("llama", max_shard_size="50KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is '.*', which is not a file of this folder") as error:
+        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
+    assert str(path) in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json", "extra.txt"])
+def test_a_link_to_a_file_outside_of_the_folder_is_refused(name, base, tmp_path):
+    _, folder = base("llama")
+    secret = tmp_path / "secret"
+    if (folder / name).exists():
+        (folder / name).rename(secret)
+    else:
+        secret.write_text("secret")
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"{name}: is a symbolic link to .*secret, outside of the folder"):
+        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_of_a_hub_cache_consists_of_links(base, tmp_path):
+    _, folder = base("llama")
+    repository = tmp_path / "models--org--name"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots/abc").mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(repository / f"blobs/{number}")
+        (repository / "snapshots/abc" / path.name).symlink_to(f"../../blobs/{number}")
+    merge_folder(repository / "snapshots/abc", get_adapter(converted("llama")), tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    asked, lit = [], converted("llama")
+
+    def download(name, local_files_only=False, **_):
+        asked.append(local_files_only)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    lit.model.config._name_or_path = "org/name"
+    save_adapter(lit, tmp_path / "adapter")
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert "To download it, pass its name: base_model='org/name' (--base_model org/name)." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base_model", "org/name"])
+    assert asked == [True, False]

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import contextvars
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +25,13 @@ def folder(tmp_path_factory):
     return path
 
 
+ONE_LOAD = threading.Lock()  # transformers replaces `tie_weights` of its classes while it loads, in no order of threads
+
+
 def layers_of_loaded(folder):
     """Number of 4-bit layers of a model that is loaded now."""
-    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    with ONE_LOAD:
+        model = transformers.LlamaForCausalLM.from_pretrained(folder)
     return sum(isinstance(layer, QLoRALinear) for layer in model.modules())
 
 
@@ -139,5 +144,7 @@ def test_every_change_names_its_upstream_file_and_what_would_remove_it():
     for function in functions:
         text = ast.get_docstring(function)
         if function.name != "_is_of_a_quantizer":
-            assert "Upstream: transformers/" in text and ".py" in text and "Removed by:" in text, function.name
+            assert re.search("Upstream: (transformers|peft)/", text) and ".py" in text and "Removed by:" in text, (
+                function.name
+            )
     assert len(functions) >= 3

@@ -121,6 +121,13 @@ def test_a_layer_smaller_than_its_adapter_trains_in_full():
     assert convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(128, 128)), r=32).converted == ["1"]
 
 
+def test_a_layer_with_few_weights_stays_dense():
+    """Gemma 3n clamps its 4x16 weights in training."""
+    report = convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(16, 4), nn.Linear(16, 5)), r=1)
+    assert report.converted == ["0", "2"]
+    assert report.trained_in_full == {"1": "its 4x16 weights are too few for 4 bits"}
+
+
 def test_a_small_layer_that_was_frozen_stays_frozen():
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2).requires_grad_(False))
     assert "1" in convert(model, r=8).skipped
@@ -303,3 +310,16 @@ def test_a_pattern_that_matches_only_a_dense_layer_says_why_it_is_dense():
     net = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
     with pytest.raises(ValueError, match=r"rank_pattern: '0' fits none .* 0: .*an adapter of rank 70 would be"):
         select_layers(net, QLoRAConfig(r=4, rank_pattern={"0": 70}))
+
+
+@pytest.mark.parametrize("excluded", [["mlp"], ["model.layers.1.mlp", "layers.0.mlp"], r"model\.layers\.\d+\.mlp"])
+def test_the_name_of_a_module_excludes_what_is_inside_it(excluded):
+    report = convert(toy("llama"), r=2, exclude_modules=excluded)
+    assert len(report.converted) == 8 and not any("mlp" in name for name in report.converted)
+    assert report.skipped["model.layers.0.mlp.down_proj"] == "in exclude_modules"
+
+
+@pytest.mark.parametrize("excluded", [["vision"], ["lp"], r"mlp"])
+def test_an_exclusion_that_fits_nothing_is_refused(excluded):
+    with pytest.raises(ValueError, match=r"exclude_modules=.*: no module of this model fits '(vision|lp|mlp)'"):
+        convert(toy("llama"), r=2, exclude_modules=excluded)

@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, save_adapter, save_quantized
 from lightning_qlora.tools.cli import main
+from tests.conftest import ROOT
 from tests.toys import Lit, logits, perturb, toy
 
 pytest.importorskip("transformers")
@@ -62,6 +66,7 @@ def test_inspect(tmp_path, capsys):
     adapter = prints(["inspect", tmp_path / "adapter"], capsys)
     for text in (ckpt, adapter):
         assert "q_proj x2" in text and f"{tmp_path}/base" in text and "quant_type=nf4" in text and "can load it" in text
+        assert "trained on                     the model in 4 bits (quant_type=nf4" in text and "merge it" in text
     assert "base fingerprint" in ckpt
     base = prints(["inspect", tmp_path / "base"], capsys)
     assert "LlamaForCausalLM" in base and "F32" in base
@@ -73,7 +78,8 @@ def test_inspect(tmp_path, capsys):
 
 def test_export_and_merge(trained, tmp_path, capsys):
     out = prints(["export", tmp_path / "last.ckpt", tmp_path / "exported"], capsys)
-    assert "14 layers" in out and "vLLM can load it" in out
+    assert "14 layers" in out and "vLLM can load it; its base must be the model" in out
+    assert "trained on: the model in 4 bits" in out and "outputs differ from those in training" in out
     assert "vLLM cannot load it: rank 4" in prints(
         ["export", tmp_path / "last.ckpt", tmp_path / "exported", "--max_lora_rank", "2"], capsys
     )
@@ -102,6 +108,29 @@ def test_doctor(capsys):
     out = prints(["doctor"], capsys)
     assert "torch" in out and "self-test on cpu: training" in out and "wrong" not in out
     assert time.perf_counter() - start < 30
+
+
+def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monkeypatch):
+    from lightning_qlora.tools import doctor
+
+    def version(name):
+        if name in ("rich", "triton"):
+            raise doctor.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "_self_test", lambda device: [])
+    found = {name: (what, good) for name, what, good in doctor.examine()}
+    assert found["rich"] == ('not installed (extra cli: pip install ".[cli]" in a clone of the repository)', True)
+    assert found["triton"] == ("not installed", True) and found["peft"] == ("1.0", True)
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    for package, extra in doctor.PACKAGES.items():
+        listed = project["optional-dependencies"][extra] if extra else project["dependencies"]
+        assert any(re.match(rf"{package}\b", entry) for entry in listed), package
+    card = torch.device("cuda", 0)
+    assert "brings nothing" in doctor.paging(card, SimpleNamespace(is_integrated=1))
+    monkeypatch.setattr(doctor, "why_not_managed", lambda device: None)
+    assert doctor.paging(card, SimpleNamespace(is_integrated=0)) == "unified memory"
 
 
 def test_doctor_fails_if_something_is_wrong(capsys, monkeypatch):
@@ -238,3 +267,10 @@ def test_help_names_types_and_defaults():
         check=True,
     )
     assert "{auto,bf16,fp16,fp32,4bit}" in run.stdout and "default: auto" in run.stdout
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == f"lightning-qlora {lightning_qlora.__version__}"

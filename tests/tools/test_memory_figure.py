@@ -47,4 +47,4 @@ def test_the_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
         main(command)
-    assert "needs matplotlib: pip install 'lightning-qlora[plots]'" in capsys.readouterr().err
+    assert "needs matplotlib: " in capsys.readouterr().err

@@ -180,3 +180,32 @@ def test_a_gan_with_two_optimizers_has_no_unused_adapters(trainer, capsys):
     plugin = QLoRAPrecision(r=2)
     trainer(plugins=plugin, max_steps=4).fit(Gan())
     assert plugin.report.unused == {} and "got no gradient" not in capsys.readouterr().out
+
+
+def test_a_loss_without_a_gradient_says_what_to_do(trainer):
+    class Reversible(LightningModule):
+        """As Reformer: layers inside an autograd.Function whose input comes from a frozen embedding."""
+
+        def __init__(self, ask_for_gradients):
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(8, 64), nn.Linear(64, 64)
+            if ask_for_gradients:  # as enable_input_require_grads
+                self.embedding.register_forward_hook(lambda _, __, y: y.requires_grad_())
+
+        def training_step(self, batch, _):
+            x = self.embedding(torch.arange(8))
+            return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True).square().mean()
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(range(2))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def fit(module):
+        trainer(plugins=QLoRAPrecision(r=2), max_steps=1, enable_checkpointing=False).fit(module)
+
+    with pytest.raises(RuntimeError, match=r"loss needs no gradient.*enable_input_require_grads\(\)"):
+        fit(Reversible(ask_for_gradients=False))
+    fit(module := Reversible(ask_for_gradients=True))
+    assert module.layer.lora_B.any()

@@ -125,7 +125,7 @@ def test_a_model_sharded_before_it_is_part_of_the_module_is_refused_and_other_mo
             self.teacher = [shard(Classifier().net, self.device_mesh)]
             super().configure_model()
 
-    with pytest.raises(ValueError, match=r"self\.model = model comes first"):
+    with pytest.raises(ValueError, match=r"sets self\.model = model before it calls fully_shard"):
         fit(Late())
     module = WithTeacher()
     fit(module)

@@ -1,18 +1,29 @@
 """Errors where Lightning would train the wrong parameters, or lose the adapters, without an error."""
 
+import copy
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     ThroughputMonitor,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.tuner import Tuner
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
 from tests.conftest import Classifier, loader
 
 
@@ -30,17 +41,9 @@ def test_a_spawned_fit_is_refused_by_the_process_itself(trainer):
         trainer(plugins=QLoRAPrecision(r=4), strategy="ddp_spawn", devices=1).fit(Classifier(), loader())
 
 
-def averaging_callbacks():
-    yield StochasticWeightAveraging(1e-2)
-    for name in ("WeightAveraging", "EMAWeightAveraging"):
-        if hasattr(pl.callbacks, name):
-            yield getattr(pl.callbacks, name)()
-
-
-@pytest.mark.parametrize("callback", list(averaging_callbacks()), ids=lambda c: type(c).__name__)
-def test_callbacks_that_copied_the_module_before_conversion_are_refused(trainer, callback):
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[callback], max_epochs=4)
-    with pytest.raises(RuntimeError, match=rf"{type(callback).__name__} copied the module"):
+def test_a_callback_that_copied_the_module_before_conversion_is_refused(trainer):
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[StochasticWeightAveraging(1e-2)], max_epochs=4)
+    with pytest.raises(RuntimeError, match=r"StochasticWeightAveraging copied the module.*lightning-qlora average"):
         run.fit(Classifier(), loader())
 
 
@@ -58,20 +61,67 @@ def test_pruning_is_refused(trainer):
         run.fit(Classifier(), loader())
 
 
-@pytest.mark.parametrize("kind", ["throughput", "batch size"])
-def test_callbacks_that_measure_work(trainer, kind, tmp_path):
+def tunable():
     module = Classifier()
-    module.batch_size = 1
+    module.batch_size, module.lr = 1, 1e-2
     module.train_dataloader = lambda: loader(batch_size=module.batch_size)
     module.val_dataloader = loader
-    callback = {
-        "throughput": lambda: ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0])),
-        "batch size": lambda: BatchSizeFinder(steps_per_trial=1, max_trials=2),
-    }[kind]()
-    logger = CSVLogger(tmp_path)
-    trainer(plugins=QLoRAPrecision(r=4), callbacks=[callback], logger=logger, log_every_n_steps=1).fit(module)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), module.lr)
+    return module
+
+
+MEASURING = {
+    "throughput": lambda: ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0])),
+    "device": lambda: DeviceStatsMonitor(cpu_stats=True),
+    "learning rate": LearningRateMonitor,
+    "early stopping": lambda: EarlyStopping("val_loss"),
+    "accumulation": lambda: GradientAccumulationScheduler({0: 2}),
+}
+
+
+@pytest.mark.parametrize("kind", MEASURING)
+def test_callbacks_that_measure_or_schedule_work(trainer, kind, tmp_path):
+    """What they log, and what is trained, is what Lightning's own run has."""
+    if kind == "device":
+        pytest.importorskip("psutil")
+    columns = {}
+    for plugins in ({}, {"plugins": QLoRAPrecision(r=4)}):
+        module, logger = tunable(), CSVLogger(tmp_path, name=str(len(columns)))
+        run = trainer(callbacks=[MEASURING[kind]()], logger=logger, log_every_n_steps=1, **plugins)
+        run.fit(module)
+        header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
+        columns[bool(plugins)] = header.split(","), run.global_step
+    assert columns[True] == columns[False]
     assert module.net[0].lora_B.any()
-    assert (module.batch_size > 1) == (kind == "batch size")
+
+
+@pytest.mark.parametrize("through", ["callback", "tuner"])
+def test_the_batch_size_finder_works_and_trains_the_adapters_from_their_initial_values(trainer, through):
+    module, plugin = tunable(), QLoRAPrecision(r=4)
+    arguments = {"steps_per_trial": 1, "max_trials": 2}
+    callbacks = [BatchSizeFinder(**arguments)] if through == "callback" else []
+    run = trainer(plugins=plugin, callbacks=callbacks)
+    if through == "tuner":
+        Tuner(run).scale_batch_size(module, **arguments)
+        assert isinstance(module.net[0], QLoRALinear) and not module.net[0].lora_B.any()
+    run.fit(module)
+    assert module.batch_size == 4 and run.global_step == 8 and module.net[0].lora_B.any()
+
+
+@pytest.mark.parametrize("through", ["callback", "tuner"])
+def test_the_learning_rate_finder_works_and_restores_the_adapters(trainer, through):
+    module, rates, start = tunable(), [], {}
+    module.on_train_start = lambda: (rates.append(module.lr), start.update(copy.deepcopy(module.state_dict())))
+    finder = LearningRateFinder(num_training_steps=30)
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[finder] if through == "callback" else [], max_steps=40)
+    if through == "tuner":
+        found = Tuner(run).lr_find(module, num_training=30)
+        assert not module.net[0].lora_B.any()
+        module.lr = found.suggestion()
+    run.fit(module)
+    suggestion = (found if through == "tuner" else finder.optimal_lr).suggestion()
+    assert suggestion is not None and suggestion != 1e-2 and rates[-1] == pytest.approx(suggestion)
+    assert not start["net.0.lora_B"].any() and module.net[0].lora_B.any()
 
 
 @pytest.mark.parametrize("kind", ["Adagrad", "stepped"])
@@ -93,6 +143,18 @@ def test_an_optimizer_made_in_init_that_has_state_is_refused(trainer, kind):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Early(), loader())
 
 
+@pytest.mark.parametrize("kind", ["frozen after conversion", "part that conversion froze"])
+def test_an_optimizer_of_frozen_parameters_only_is_refused(trainer, kind):
+    module = Classifier()
+    if kind == "frozen after conversion":
+        convert(module, r=4)
+        module.requires_grad_(False)
+    else:
+        module.configure_optimizers = lambda: torch.optim.SGD(module.net[2].parameters(), lr=1e-2)  # a layer norm
+    with pytest.raises(RuntimeError, match=r"All \d+ parameters of the (AdamW|SGD) are frozen.*modules_to_save"):
+        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+
+
 def test_lbfgs_over_all_parameters_is_refused_and_over_the_adapters_works(trainer):
     module = Classifier()
     module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
@@ -112,6 +174,21 @@ def test_weights_that_were_never_loaded_are_refused(trainer):
         module = Classifier()
     with pytest.raises(ValueError, match=r"net\.0.weight: .*meta device"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+
+
+def test_a_checkpoint_on_an_exception_holds_the_adapters(trainer, tmp_path):
+    module = Classifier()
+    module.on_train_batch_end = lambda *_: 1 / (module.global_step < 3)
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[OnExceptionCheckpoint(tmp_path)])
+    with pytest.raises(ZeroDivisionError):
+        run.fit(module, loader())
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.0.lora_B"], module.net[0].lora_B) and "net.0.weight" not in saved
+
+
+def test_fsdp1_is_refused_by_lightning():
+    with pytest.raises(TypeError, match="FSDPPrecision"):
+        FSDPStrategy(precision_plugin=QLoRAPrecision(r=4))
 
 
 def test_precision_beside_the_plugin_is_refused_by_lightning(trainer):

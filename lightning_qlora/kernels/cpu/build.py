@@ -2,23 +2,34 @@
 
 The library is cached under a name that hashes everything it depends on: source, compiler, flags and processor (several
 machines may share a home folder). The name ends with a hash of the file itself, because loading a truncated library,
-left by a full disk or a crash, kills the process.
+left by a full disk or a crash, kills the process. A library runs as this user, so the cache must be a folder that no
+other user can write to, and it is created as one. One process compiles, and the others wait for it.
 """
 
 import ctypes
+import errno
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
+
+from lightning_qlora.files.folder_writer import lock_file
+from lightning_qlora.files.private_folder import make_private, objection
 
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP code can use the thread pool of torch's OpenMP library
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=off", "-Wno-psabi")
 # The first that works is used: all instructions of this processor with threads, without threads, or neither.
-VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+THREADS = "-fopenmp"
+VARIANTS = (("-march=native", THREADS), ("-march=native",), ("-mcpu=native",), ())
 TIMEOUT = 120  # seconds for one compiler call
+LITTLE = 4_000_000  # bytes of free space that a compilation may not get along with
+OWN_FOLDER = "Set LIGHTNING_QLORA_CACHE to a folder that belongs to you and that only you can write to (chmod 700)."
+_log = logging.getLogger("lightning_qlora")
 
 
 class BuildError(RuntimeError):
@@ -44,47 +55,75 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lightning_qlora"
     except RuntimeError as error:  # the user has no entry in the password file, as in some containers
-        raise BuildError(f"{error} Set LIGHTNING_QLORA_CACHE to a writable folder.") from error
+        raise BuildError(f"{error} {OWN_FOLDER}") from error
 
 
-def load(source: Path, variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctypes.CDLL:
+def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctypes.CDLL:
     """The library compiled from `source` with the first of `variants` (lists of flags) that compiles and loads.
 
+    Args:
+        source: The C file.
+        symbols: Functions that it must have: a cached file without them is compiled again.
+        variants: As above. A warning says why, if threads are lost.
+
     Raises:
-        BuildError: If there is no compiler or no writable cache folder, or if no variant works.
+        BuildError: If there is no compiler, no private cache folder or no space, or if no variant works.
     """
-    program, failures = compiler(), []
+    program, failures = compiler(), list[str]()
     for flags in variants:
         try:
-            return ctypes.CDLL(str(_built(source, program, (*FLAGS, *flags))))
+            loaded = _loaded(source, program, (*FLAGS, *flags), symbols)
         except (_VariantError, OSError) as error:
             failures.append(f"{' '.join(flags) or 'no flags'}: {str(error).strip()}")
+            continue
+        if failures and THREADS not in flags:
+            _log.warning("C kernels compiled without threads, so 4-bit layers are slower: %s", failures[0])
+        return loaded
     raise BuildError(f"{program} failed; " + "; ".join(failures))
 
 
-def _built(source: Path, program: str, flags: tuple[str, ...]) -> Path:
+def _loaded(source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str]) -> ctypes.CDLL:
     binary = Path(program).resolve()
     inputs = (_text(source), binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
-    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]
+    name = f"{source.stem}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]}"
     folder = cache_folder()
-    for library in folder.glob(f"{source.stem}-{key}-*.so"):
-        if library.stem.endswith(_hash(library)):
-            return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder)
+        make_private(folder)
     except OSError as error:
-        raise BuildError(f"{error}. Set LIGHTNING_QLORA_CACHE to a writable folder.") from error
-    # Built in a temporary folder and renamed, so that no other process sees a half-written library.
-    with temporary as name:
-        compiled, linked = Path(name) / "kernels.o", Path(name) / "kernels.so"
+        raise BuildError(f"{error}. {OWN_FOLDER}") from error
+    if (found := _cached(folder, name, symbols)) is not None:
+        return found
+    try:
+        with lock_file(folder / f"{name}.lock", TIMEOUT):
+            return _cached(folder, name, symbols) or ctypes.CDLL(str(_built(source, program, flags, folder, name)))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(f"{error}. Free some space, or choose another disk: {OWN_FOLDER}") from error
+        raise
+
+
+def _cached(folder: Path, name: str, symbols: Collection[str]) -> ctypes.CDLL | None:
+    """The library of this name in the cache, unless it is damaged, has other functions, or others could change it."""
+    for library in folder.glob(f"{name}-*.so"):
+        if objection(library) is None and library.stem.endswith(_hash(library)):
+            loaded = ctypes.CDLL(str(library))
+            if all(hasattr(loaded, symbol) for symbol in symbols):
+                return loaded
+    return None
+
+
+def _built(source: Path, program: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
+    """Compile in a temporary folder and rename, so that no other process sees a half-written library."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        compiled, linked = Path(temporary) / "kernels.o", Path(temporary) / "kernels.so"
         _run([program, *flags, "-c", str(source), "-o", str(compiled)])
         # Linked without -fopenmp: the OpenMP functions are then those of the library that torch has loaded, so the
         # process has one thread pool and not two.
         lookup = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         _run([program, "-shared", str(compiled), *lookup, "-o", str(linked)])
-        library = folder / f"{source.stem}-{key}-{_hash(linked)}.so"
-        os.replace(linked, library)
+        linked.chmod(0o700)  # whatever the umask is
+        library = folder / f"{name}-{_hash(linked)}.so"
+        linked.replace(library)
     return library
 
 
@@ -100,12 +139,22 @@ def _text(source: Path) -> str:
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT,
+            env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"the compiler took more than {TIMEOUT} seconds") from error
     if done.returncode:
+        _check_space(Path(command[-1]).parent, done.stderr)
         raise _VariantError((done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}")
+
+
+def _check_space(folder: Path, said: str) -> None:
+    """Raise OSError if the compiler failed because a disk is full: other flags may need a little less, and are slow."""
+    for place in (folder, Path(tempfile.gettempdir())):  # compilers have temporary files of their own
+        free = shutil.disk_usage(place).free
+        if free < LITTLE or "No space left" in said or "quota exceeded" in said:
+            raise OSError(errno.ENOSPC, f"the compiler failed with {free:,} bytes free", str(place))
 
 
 def _processor() -> str:

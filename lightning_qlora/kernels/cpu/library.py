@@ -18,6 +18,7 @@ from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 SOURCE = Path(__file__).parent / "c" / "kernels.c"
+SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_threads", "has_fp16")
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEP = 64  # c/matmul.h: rows of x are padded to a multiple of this
@@ -132,7 +133,7 @@ def compiled_library() -> Library | None:
     if is_off():
         return None
     try:
-        return Library(build.load(SOURCE))
+        return Library(build.load(SOURCE, SYMBOLS))
     except (build.BuildError, OSError) as error:
         _log.warning("C kernels not compiled, so 4-bit layers run in plain torch, which is slower: %s", error)
         return None

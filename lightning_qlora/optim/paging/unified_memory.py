@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qlora.optim.paging.pool import ALIGNMENT, Pool
+from lightning_qlora.words import install
 
 
 class ManagedPool(Pool):
@@ -117,7 +118,7 @@ def why_not_managed(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "ROCm pages unified memory only with XNACK"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "cuda-bindings is not installed (pip install 'lightning-qlora[paged]')"
+        return f"cuda-bindings is not installed ({install('paged')})"
     runtime = _runtime()
     for attribute, missing in (
         ("cudaDevAttrManagedMemory", "the device has no unified memory"),

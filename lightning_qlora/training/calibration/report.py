@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(repr=False)
 class CalibrationReport:
     """The status of every adapter that is initialized from data.
 
@@ -22,6 +22,9 @@ class CalibrationReport:
     unseen: list[str] = field(default_factory=list)
     rows: int = 0
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
 
     def __str__(self) -> str:
         if not self.calibrated and self.waiting:

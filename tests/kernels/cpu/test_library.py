@@ -1,6 +1,8 @@
 """The C kernels in every variant this machine can run, against the specification; and what happens without them."""
 
 import os
+import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ import weakref
 import pytest
 import torch
 
+from lightning_qlora.files import private_folder
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.cpu import build
 from lightning_qlora.kernels.cpu import library as module
@@ -40,7 +43,7 @@ def library(request):
         pytest.skip("no C compiler")
     if not _runs(request.param):
         pytest.skip(f"this processor has no {request.param}")
-    return module.Library(build.load(module.SOURCE, (FLAGS[request.param],)))
+    return module.Library(build.load(module.SOURCE, variants=(FLAGS[request.param],)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +168,7 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     made, released, buffers = threading.Event(), threading.Event(), []
 
     def work():
-        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))._base))
+        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))))
         made.set()
         released.wait(60)
 
@@ -280,6 +283,136 @@ def test_half_a_library_is_built_again_and_not_loaded(tmp_path):
     os.truncate(library, library.stat().st_size // 2)
     second = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
     assert (second.returncode, second.stdout) == (0, first.stdout)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache that this process has filled, and the library in it."""
+    if module.compiled_library() is None or os.name != "posix":
+        pytest.skip("no C compiler, or no owners of files")
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    build.load(module.SOURCE, module.SYMBOLS)
+    (library,) = (tmp_path / "cache").iterdir()
+    return library
+
+
+def builds(monkeypatch):
+    """Counts the libraries that are compiled."""
+    made, built = [], build._built
+    monkeypatch.setattr(build, "_built", lambda *arguments: made.append(built(*arguments)) or made[-1])
+    return made
+
+
+def test_the_cache_is_private(cache):
+    assert stat.S_IMODE(cache.parent.stat().st_mode) == 0o700 and stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_folder_that_others_can_write_to_is_refused(mode, cache, monkeypatch):
+    """Even if they could not write to it when the library was compiled."""
+    cache.parent.chmod(mode)
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: pytest.fail("loaded"))
+    monkeypatch.setattr(private_folder, "_is_private_group", lambda _: False)
+    with pytest.raises(build.BuildError, match=r"can be written by other users .*only you can write to \(chmod 700\)"):
+        build.load(module.SOURCE, module.SYMBOLS)
+
+
+def test_a_group_without_other_members_may_write(cache, monkeypatch):
+    import grp
+    import pwd
+
+    user = pwd.getpwuid(os.geteuid())
+    members = []
+    group = grp.struct_group((user.pw_name, "x", user.pw_gid, members))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
+    cache.parent.chmod(0o770)
+    os.chown(cache.parent, -1, user.pw_gid)
+    build.load(module.SOURCE, module.SYMBOLS)
+    members.append("somebody")
+    with pytest.raises(build.BuildError, match="can be written by other users"):
+        build.load(module.SOURCE, module.SYMBOLS)
+
+
+def test_a_folder_above_the_cache_counts_too(cache):
+    cache.parents[1].chmod(0o777)
+    with pytest.raises(build.BuildError, match=f"{cache.parents[1]} can be written by other users"):
+        build.load(module.SOURCE, module.SYMBOLS)
+    cache.parents[1].chmod(0o1777)  # as /tmp: others can't replace the cache
+    build.load(module.SOURCE, module.SYMBOLS)
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root can give files away")
+def test_a_cache_or_a_library_of_another_user_is_not_loaded(cache, monkeypatch):
+    made = builds(monkeypatch)
+    os.chown(cache, 12345, 0)
+    build.load(module.SOURCE, module.SYMBOLS)
+    assert len(made) == 1 and made[0].stat().st_uid == os.geteuid()
+    os.chown(cache.parent, 12345, 0)
+    with pytest.raises(build.BuildError, match=r"belongs to another user \(uid 12345\)"):
+        build.load(module.SOURCE, module.SYMBOLS)
+
+
+@pytest.mark.parametrize("how", ["writable", "link", "other functions"])
+def test_a_planted_library_is_compiled_again(how, cache, monkeypatch, tmp_path):
+    made = builds(monkeypatch)
+    if how == "writable":
+        cache.chmod(0o722)
+    elif how == "link":
+        cache.rename(tmp_path / "planted.so")
+        cache.symlink_to(tmp_path / "planted.so")
+    else:
+        (tmp_path / "planted.c").write_text("int planted(void) { return 1; }")
+        subprocess.run([build.compiler(), "-shared", tmp_path / "planted.c", "-o", tmp_path / "planted.so"], check=True)
+        name = cache.stem.rpartition("-")[0]
+        cache.unlink()
+        cache = (tmp_path / "planted.so").rename(cache.with_name(f"{name}-{build._hash(tmp_path / 'planted.so')}.so"))
+        cache.chmod(0o700)
+    module.Library(build.load(module.SOURCE, module.SYMBOLS))
+    assert len(made) == 1
+
+
+def test_eight_processes_compile_once(tmp_path):
+    if module.compiled_library() is None:
+        pytest.skip("no C compiler")
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\necho x >> {tmp_path}/calls\nexec {build.compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    code = "from lightning_qlora.kernels.cpu import build, library; build.load(library.SOURCE, library.SYMBOLS)"
+    environment = os.environ | {"CC": str(compiler), "LIGHTNING_QLORA_CACHE": str(tmp_path / "cache")}
+    fork = "import os\nfor _ in range(7):\n    if os.fork() == 0: break\n"  # after torch is imported
+    script = f"import torch\nfrom lightning_qlora.kernels.cpu import build, library\n{fork}{code}\n"
+    script += "while True:\n    try: os.wait()\n    except ChildProcessError: break"
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
+    assert (tmp_path / "calls").read_text().split() == ["x", "x"]  # compile, link
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_full_disk_is_no_reason_for_a_slower_variant(tmp_path, monkeypatch):
+    full = tmp_path / "cc"
+    full.write_text("#!/bin/sh\necho 'fatal error: error writing to x.o: No space left on device' >&2\nexit 1\n")
+    full.chmod(0o755)
+    monkeypatch.setenv("CC", str(full))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match=r"bytes free.*Free some space") as error:
+        build.load(module.SOURCE)
+    assert "\n" not in str(error.value)
+    full.write_text("#!/bin/sh\nexit 1\n")  # killed, for example
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    with pytest.raises(build.BuildError, match="100,000 bytes free"):
+        build.load(module.SOURCE)
+
+
+def test_a_compiler_without_openmp_is_a_warning(tmp_path, monkeypatch, caplog):
+    if module.compiled_library() is None:
+        pytest.skip("no C compiler")
+    compiler = tmp_path / "cc"
+    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec {build.compiler()} "$@"\n'
+    compiler.write_text("#!/bin/sh\n" + script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    build.load(module.SOURCE, module.SYMBOLS)
+    assert "compiled without threads, so 4-bit layers are slower: -march=native -fopenmp: no OpenMP" in caplog.text
 
 
 def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(tmp_path, monkeypatch):

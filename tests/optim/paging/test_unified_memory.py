@@ -204,7 +204,7 @@ def test_managed_memory_needs_concurrent_access(monkeypatch, attributes, reason)
 
 def test_rocm_and_a_missing_wheel_are_reasons(monkeypatch):
     monkeypatch.setattr(unified_memory, "find_spec", lambda name: None)
-    assert "pip install 'lightning-qlora[paged]'" in why_not_managed(DEVICE)
+    assert 'pip install ".[paged]" in a clone' in why_not_managed(DEVICE)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "ROCm" in why_not_managed(DEVICE)
 

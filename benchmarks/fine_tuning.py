@@ -1,0 +1,254 @@
+"""Held-out loss of SmolLM2-135M during fine-tuning: initializations, optimizer settings, and the paper's ablations.
+
+    python -m benchmarks.fine_tuning starts|ablations|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output FOLDER]
+    python -m benchmarks.fine_tuning default calibrated --merge --text FILE     # what merging costs, after training
+
+A variant is a start with the settings that differ from DEFAULTS, such as "calibrated,lr=1e-3,ratio=4". Starts: "lora"
+(16-bit LoRA, PEFT), and those of init_lora_weights ("loftq" with 5 iterations). Settings:
+    lr       learning rate of lora_A; lora_B has ratio times lr (LoRA+)
+    warmup   share of the steps in which the rates grow from 0
+    decay    linear, cosine or none: how the rates fall to 0 afterwards
+    r, alpha, rslora     the adapter: rank, lora_alpha, and use_rslora (1 or 0)
+    layers   all, or attention: which layers have adapters; the others are in 4 bits too, and frozen
+    dq       double quantization, 1 or 0
+
+The data are the docstrings of examples/quickstart.py; all variants of a seed see the same batches in the same order.
+--output gets fine_tuning.json, .md and .png; a run that was stopped continues there.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from benchmarks.data_types import window_losses
+from benchmarks.measure import table
+from benchmarks.starts import windows
+from lightning_qlora import QLoRAPrecision, merge, save_adapter
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from causal_lm import CausalLM
+from compare_initializations import HeldOutLoss, held_out_loss
+from docstring_qa import DocstringQA
+from smollm2 import load_model, load_tokenizer
+
+DENSE = "lora"
+DEFAULTS: dict[str, Any] = {
+    "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
+    "dq": 1,
+}  # fmt: skip
+SETS = {
+    "starts": [
+        *(f"{start}{more}" for more in ("", ",ratio=4", ",ratio=16,lr=1e-4", ",lr=1e-3", ",rslora=1", ",warmup=0.1")
+        for start in (DENSE, "calibrated")), "default", "loftq",
+    ],
+    "ablations": [
+        DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
+    ],
+}  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """A start and its settings."""
+
+    start: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        start, *parts = text.split(",")
+        settings = dict(DEFAULTS)
+        for part in parts:
+            key, _, value = part.partition("=")
+            if key not in DEFAULTS or not value:
+                raise ValueError(f"{text!r}: {part!r} is no setting. Settings: {', '.join(DEFAULTS)}.")
+            settings[key] = type(DEFAULTS[key])(value)
+        return cls(start, settings)
+
+    def adapter(self) -> dict[str, Any]:
+        """The arguments that PEFT's LoraConfig and the plugin share."""
+        each = self.settings
+        return {"r": each["r"], "lora_alpha": each["alpha"], "use_rslora": bool(each["rslora"]), "lora_dropout": 0.0}
+
+
+class Module(CausalLM):
+    """CausalLM with LoRA+ and a schedule."""
+
+    def __init__(self, base: str, variant: Variant, steps: int) -> None:
+        super().__init__(base)
+        self.variant, self.steps = variant, steps
+        if variant.start == DENSE:
+            self.model = get_peft_model(self.model, LoraConfig(target_modules="all-linear", **variant.adapter()))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        each = self.variant.settings
+        if each["layers"] == "attention":
+            for name, parameter in self.named_parameters():
+                if "lora_" in name and "self_attn" not in name:
+                    parameter.requires_grad_(False)
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if ("lora_B" in name) is fast], "lr": each["lr"] * factor}
+            for fast, factor in ((False, 1), (True, each["ratio"]))
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer := torch.optim.AdamW(groups), self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """The factor of the learning rates in a step."""
+        each = self.variant.settings
+        begin = each["warmup"] * self.steps
+        if step < begin:
+            return (step + 1) / (begin + 1)
+        rest = (self.steps - step) / max(1.0, self.steps - begin)
+        return {"none": 1.0, "linear": rest, "cosine": (1 - math.cos(math.pi * rest)) / 2}[each["decay"]]
+
+
+def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune once; return the held-out losses, and with --merge those of the merged model."""
+    seed_everything(seed)
+    module = Module(base, variant, options.steps)
+    data = DocstringQA(options.base, batch_size=4, held_out=options.held_out, seed=seed)
+    plugin = None
+    if variant.start != DENSE:
+        plugin = QLoRAPrecision(
+            init_lora_weights=variant.start, double_quant=bool(variant.settings["dq"]),
+            loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None, **variant.adapter(),
+        )  # fmt: skip
+    losses = HeldOutLoss([0, *(round(part * options.steps) for part in (1 / 6, 1 / 2, 4 / 5))])
+    trainer = Trainer(
+        plugins=plugin, callbacks=losses, max_steps=options.steps, gradient_clip_val=0.3, accelerator="cpu", devices=1,
+        logger=False, enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    result: dict[str, Any] = {"losses": {str(step): loss for step, loss in losses.losses.items()}}
+    if options.merge:
+        result["merged"] = merging(module, data, base, options)
+    return result
+
+
+def merging(module: Module, data: DocstringQA, base: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Held-out loss and perplexity of the adapter on its base, of the merged model, and on the 16-bit model."""
+    text = windows(options.text, options.windows, load_tokenizer(options.base))
+
+    def measure(model: Any) -> list[float]:
+        loss = held_out_loss(model.eval(), data.val_dataloader())
+        return [loss, math.exp(statistics.mean(window_losses(model, text)))]
+
+    found = {"adapter on its base": measure(module.model)}
+    with tempfile.TemporaryDirectory() as folder:
+        if module.variant.start == DENSE:
+            module.model = module.model.merge_and_unload()
+        else:
+            save_adapter(module, folder, base="float", base_model=base)
+            found["adapter on the 16-bit model"] = measure(PeftModel.from_pretrained(load_model(base), folder))
+            merge(module)
+    return found | {"merged, 16 bits": measure(module.model)}
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Held-out loss by step, mean and standard deviation over the seeds; the last column divides by the best LoRA."""
+    groups = grouped(results)
+    steps = list(results[0]["losses"])
+    last = {name: statistics.mean(run["losses"][steps[-1]] for run in runs) for name, runs in groups.items()}
+    best = min((name for name in groups if name.split(",")[0] == DENSE), key=last.__getitem__, default=None)
+    rows = []
+    for name, runs in groups.items():
+        cells = [spread([run["losses"][step] for run in runs]) for step in steps]
+        rows.append([f"`{name}`", str(len(runs)), *cells, f"{last[name] / last[best]:.4f}" if best else ""])
+    heads = ["variant", "seeds", *(f"step {step}" for step in steps), f"divided by `{best}`" if best else ""]
+    text = table(heads, rows) + "\n"
+    rows = []
+    for name, runs in groups.items():
+        for where in runs[0].get("merged", ()):
+            loss, perplexity = map(statistics.mean, zip(*(run["merged"][where] for run in runs), strict=True))
+            rows.append([f"`{name}`", where, f"{loss:.4f}", f"{perplexity:.2f}"])
+    return text + ("\n" + table(["variant", "measured", "held-out loss", "perplexity"], rows) + "\n" if rows else "")
+
+
+def spread(values: list[float]) -> str:
+    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{more}"
+
+
+def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> its runs."""
+    names = dict.fromkeys(run["variant"] for run in results)
+    return {name: [run for run in results if run["variant"] == name] for name in names}
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Plot the mean loss against steps, with standard deviations over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # works without a display
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, runs in grouped(results).items():
+        steps = [step for step in runs[0]["losses"] if int(step)]  # the losses before training are much higher
+        losses = [[run["losses"][step] for run in runs] for step in steps]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in losses]
+        style = "--" if name.split(",")[0] == DENSE else "-"
+        means = [statistics.mean(values) for values in losses]
+        axis.errorbar([int(step) for step in steps], means, spreads, fmt=style, capsize=3, label=name)
+    axis.set(xlabel="step", ylabel="held-out loss (answer tokens)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(args: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", help="starts, ablations, or variants")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--held_out", type=int, default=64, help="pairs for the held-out loss")
+    parser.add_argument("--merge", action="store_true", help="measure the merged model after training")
+    parser.add_argument("--text", help="file for the perplexity of --merge; see benchmarks.data_types")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens of --text")
+    parser.add_argument("--base", help="hub name or folder of another model")
+    parser.add_argument("--output", default="outputs/fine_tuning", help="folder for the results")
+    options = parser.parse_args(args)
+    variants = [each for name in options.variants for each in SETS.get(name, [name])]
+    parsed = {name: Variant.parse(name) for name in variants}
+
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "fine_tuning.json"
+    results = json.loads(file.read_text()) if file.exists() else []
+    settings = {name: getattr(options, name) for name in ("steps", "held_out", "merge", "text", "windows", "base")}
+    with tempfile.TemporaryDirectory() as temporary:
+        base = options.base
+        if base is None:  # an adapter for the 16-bit model is computed from a folder of weights
+            base = temporary
+            load_model().save_pretrained(base)
+        for seed in options.seeds:
+            for name, variant in parsed.items():
+                key = {"variant": name, "seed": seed, **settings}
+                if not any(key.items() <= run.items() for run in results):
+                    results.append(key | train(variant, seed, base, options))
+                    part = file.with_suffix(".part")
+                    part.write_text(json.dumps(results, indent=1))
+                    os.replace(part, file)  # a run that is killed leaves the old file
+                    print(json.dumps(results[-1]), flush=True)
+    chosen = [run for run in results if run["variant"] in parsed and run["seed"] in options.seeds]
+    chosen = [run for run in chosen if settings.items() <= run.items()]
+    text = tables(chosen)
+    (folder / "fine_tuning.md").write_text(text)
+    draw(chosen, folder / "fine_tuning.png")
+    print(text)
+    return chosen
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Checksums of the entries of a state dict: damaged values are refused when they are loaded.
+
+Older checkpoints have none. A module in shards (FSDP2) has none either: torch.distributed.checkpoint loads only files
+with the entries that the module has now, and could not load older ones.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.fingerprint import checksum
+
+CHECKSUMS = "qlora_checksums"  # key of a JSON object in a uint8 tensor: key -> `layers.fingerprint.checksum`
+
+
+def add_checksums(state_dict: dict[str, Any], prefix: str) -> None:
+    """Add the checksums of all entries of a module, as the last one."""
+    entries = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if any(is_sharded(value) or getattr(value, "is_meta", False) for value in entries.values()):
+        return
+    sums = {key.removeprefix(prefix): checksum(value) for key, value in entries.items() if _is_plain(value)}
+    state_dict[prefix + CHECKSUMS] = torch.tensor(list(json.dumps(sums).encode()), dtype=torch.uint8, device="cpu")
+
+
+def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the checkpoint") -> None:
+    """Remove the checksums from a state dict, and compare its entries with them; missing entries are no error here.
+
+    Raises:
+        ValueError: If an entry, or the checksums themselves, are damaged; names the file, if it is known, and the key.
+    """
+    held = state_dict.pop(prefix + CHECKSUMS, None)
+    if held is None:
+        return
+    try:
+        sums: dict[str, str] = dict(json.loads(bytes(held.contiguous().tolist())))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{source}: {prefix + CHECKSUMS!r} is damaged ({error}). Use another copy of it.") from error
+    for key, expected in sums.items():
+        # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
+        value = state_dict[prefix + key].contiguous() if prefix + key in state_dict else None
+        found = checksum(value) if value is not None and _is_plain(value) else expected
+        if found != expected:
+            raise ValueError(
+                f"{source}: {prefix + key!r} is not what was saved: its checksum is {found}, and was {expected}. The "
+                "file is damaged: use another copy. If the value was changed on purpose, remove the "
+                f"entry {prefix + CHECKSUMS!r}."
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an ordinary tensor, and not of another class or layout, whose bytes are not the values."""
+    return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided

@@ -1,0 +1,89 @@
+"""What the metadata of adapter_model.safetensors hold beside PEFT's format; PEFT ignores them.
+
+One file so has all that must agree: a copy of the config, and checksums of the tensors and of the other entries. They
+are checked if they are there: PEFT and older versions wrote files without them.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
+
+# How the base was quantized and the adapters were initialized (`quantization_of`); fingerprints of the 4-bit weights
+# that the initialization changed; `Adapter.experts`; a copy of adapter_config.json; checksums.
+QUANTIZATION, FINGERPRINTS, EXPERTS = "lightning_qlora", "lightning_qlora_base", "lightning_qlora_experts"
+CONFIG_COPY, CHECKSUMS = "lightning_qlora_config", "lightning_qlora_checksums"
+METADATA = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
+# Entries of adapter_config.json that decide what the adapter computes. Others, as the base's name, may be edited.
+DECISIVE = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern",
+    "target_modules", "target_parameters", "modules_to_save",
+)  # fmt: skip
+
+
+def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, str]:
+    """The metadata for an adapter, its tensors as they are written, and the content of adapter_config.json."""
+    entries: dict[str, Any] = {CONFIG_COPY: config}
+    if adapter.quantization is not None:
+        entries[QUANTIZATION] = adapter.quantization
+    if adapter.bases:
+        entries[FINGERPRINTS] = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
+    if adapter.experts:
+        entries[EXPERTS] = adapter.experts
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}}
+    sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    return metadata | {CHECKSUMS: json.dumps(sums | {METADATA: _checksum_of_text(metadata)}, sort_keys=True)}
+
+
+def metadata_entry(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any] | None:
+    """An object that `metadata_of` stored; None if the file does not have it."""
+    if key not in metadata:
+        return None
+    try:
+        found = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata {key!r} is not valid JSON ({error}). Copy or save it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: its metadata {key!r} is {str(found)[:80]!r}, not an object. Copy or save it again.")
+    return found
+
+
+def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Compare tensors and metadata with their checksums.
+
+    Raises:
+        ValueError: If one differs, or if tensors are missing; names the file and the key.
+    """
+    expected = metadata_entry(metadata, CHECKSUMS, path)
+    if expected is None:
+        return
+    found = {key: checksum(tensor) for key, tensor in tensors.items()}
+    found[METADATA] = _checksum_of_text({key: text for key, text in metadata.items() if key != CHECKSUMS})
+    for key in sorted(expected.keys() | found.keys(), key=lambda key: (key != METADATA, key)):
+        if expected.get(key) != found.get(key):
+            raise ValueError(
+                f"{path}: {key!r} is not what was saved (its checksum is {found.get(key)}, and was "
+                f"{expected.get(key)}). The file is damaged: copy it again, or save the adapter again."
+            )
+
+
+def difference_from_copy(config: Mapping[str, Any], copy: Mapping[str, Any]) -> str | None:
+    """The first entry in which adapter_config.json contradicts its copy in the weights' file, in words; or None."""
+    for key in DECISIVE:
+        here, there = config.get(key) or None, copy.get(key) or None  # PEFT writes null for an empty value
+        if isinstance(here, list) and isinstance(there, list):
+            here, there = sorted(map(str, here)), sorted(map(str, there))
+        if here != there:
+            return f"{key}={config.get(key)!r}, and the weights beside it were saved with {key}={copy.get(key)!r}"
+    return None
+
+
+def _checksum_of_text(metadata: Mapping[str, str]) -> str:
+    text = json.dumps(dict(metadata), sort_keys=True)
+    return checksum(torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu"))

@@ -1,0 +1,129 @@
+r"""PEFT's patterns from a file of someone else: matched in bounded time, where Python's `re` can run for years.
+
+PEFT matches a key of `rank_pattern` or `alpha_pattern` as `re.match(rf"(.*\.)?({key})$", name)` (peft/utils/other.py,
+get_pattern_key). Here the set of all places where a part of the expression can end is computed part by part, so nothing
+is tried twice and the result is that of `re`.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+# The parser of `re`, which has no public name.
+_parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+STEPS = 20_000  # parts of an expression that are tried for one name
+MOST = 100  # expressions in one file; names, of which there may be one for each layer, do not count
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be matched in bounded time."""
+
+
+def check_patterns_of_file(patterns: Iterable[str]) -> None:
+    """Raise PatternError if a file has more expressions than `MOST`."""
+    if (count := sum(not _is_quick(pattern) for pattern in patterns)) > MOST:
+        raise PatternError(f"{count} regular expressions are more than {MOST}. Write the names of the layers instead.")
+
+
+def fits_peft_pattern(name: str, pattern: str) -> bool:
+    """Whether PEFT's pattern names a layer.
+
+    Raises:
+        PatternError: If it has look-around, back references or flags, or takes more than `STEPS` steps.
+    """
+    if _is_quick(pattern):
+        return _compiled(pattern).match(name) is not None
+    return _Matcher(name, pattern).fits(_whole(pattern))
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether `re` has only one way to match a pattern: it has no repetitions and no alternatives."""
+    return not set(pattern) & set("*+?{|(")
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(_whole(pattern))
+
+
+class _Matcher:
+    def __init__(self, name: str, pattern: str) -> None:
+        self.name, self.pattern, self.steps = name, pattern, 0
+
+    def fits(self, expression: str) -> bool:
+        try:
+            parsed = _parser.parse(expression)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise PatternError(f"{self.pattern[:80]!r}: not a valid regular expression ({error}).") from error
+        if parsed.state.flags & ~re.UNICODE:
+            self._refuse("flags")
+        return bool(self.ends(parsed, {0}))
+
+    def ends(self, parts: Iterable[tuple[Any, Any]], starts: set[int]) -> set[int]:
+        """Where a sequence of parts can end if it starts at one of these places."""
+        for kind, value in parts:
+            self._count(1 + len(starts))
+            word = str(kind)
+            if word == "BRANCH":
+                starts = set().union(*(self.ends(branch, starts) for branch in value[1]))
+            elif word == "SUBPATTERN" and not value[1] and not value[2]:
+                starts = self.ends(value[3], starts)
+            elif word in ("MAX_REPEAT", "MIN_REPEAT"):
+                least, most, body = value
+                starts = self.repeated(least, int(most), body, starts)
+            elif word == "AT" and str(value) in ("AT_BEGINNING", "AT_END"):
+                starts = starts & {0 if str(value) == "AT_BEGINNING" else len(self.name)}
+            elif word in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+                starts = {i + 1 for i in starts if i < len(self.name) and self.is_one(word, value, self.name[i])}
+            else:
+                self._refuse(word)
+        return starts
+
+    def repeated(self, least: int, most: int, body: Any, starts: set[int]) -> set[int]:
+        for _ in range(min(least, len(self.name) + 1)):  # after that many, only empty repetitions are left
+            starts = self.ends(body, starts)
+        found, new, count = set(starts), starts, least
+        while new and count < most:
+            new = self.ends(body, new) - found
+            found |= new
+            count += 1
+        return found
+
+    def is_one(self, word: str, value: Any, character: str) -> bool:
+        """Whether a character is in a class, as `re` parsed it."""
+        if word == "ANY":
+            return character != "\n"
+        if word in ("LITERAL", "NOT_LITERAL"):
+            return (ord(character) == value) is (word == "LITERAL")
+        negated = str(value[0][0]) == "NEGATE"
+        return any(self.is_item(str(k), v, character) for k, v in value[negated:]) is not negated
+
+    def is_item(self, word: str, value: Any, character: str) -> bool:
+        if word == "LITERAL":
+            return bool(ord(character) == value)
+        if word == "RANGE":
+            return bool(value[0] <= ord(character) <= value[1])
+        letter = {"DIGIT": "d", "WORD": "w", "SPACE": "s"}.get(str(value).rpartition("_")[2], "")
+        if word != "CATEGORY" or not letter:
+            self._refuse(word)
+        return re.match("\\" + (letter.upper() if "_NOT_" in str(value) else letter), character) is not None
+
+    def _count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > STEPS:
+            raise PatternError(
+                f"{self.pattern[:80]!r}: takes too long to match. Write the names of the layers instead."
+            )
+
+    def _refuse(self, what: str) -> None:
+        raise PatternError(
+            f"{self.pattern[:80]!r}: {what.lower()} of regular expressions can't be used here. Write the names of the "
+            "layers instead."
+        )

@@ -1,0 +1,199 @@
+"""A folder of weights, read by the names of the model's parameters, and written with the names of the folder.
+
+transformers renames and converts tensors while it loads them (conversion_mapping.py), and back when it saves:
+
+    language_model.model.layers.0.mlp.up_proj.weight     model.language_model.layers.0.mlp.up_proj.weight
+    encoder.layers.0.attn.Wqkv.weight                    encoder.layers.0.self_attn.q_proj.weight, k_proj, v_proj
+    layers.0.mlp.experts.3.gate_proj.weight, up_proj     layers.0.mlp.experts.gate_up_proj, expert 3
+
+Its own functions do both here, so this file has no names of architectures.
+Source: transformers 5, core_model_loading.py (convert_and_load_state_dict_in_model, revert_weight_conversion).
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
+
+
+@dataclass
+class Conversion:
+    """Tensors of a folder that become other parameters while the model loads.
+
+    Attributes:
+        model: The model, on the meta device.
+        transform: transformers' WeightConverter.
+        first: Name of its first parameter.
+        sources: Pattern of the transform -> keys in the folder that match it, in order.
+        expert: Number of the expert that the keys belong to, if the transform stacks experts. Then the parameters are
+            named `NAME.expert`, and lack the dimension of experts.
+        places: Name that the reverse transform gives a tensor -> pattern, and index of its key in `sources`; None if
+            transformers can't reverse the transform.
+        names: Names of the parameters.
+    """
+
+    model: Any
+    transform: Any
+    first: str
+    sources: dict[str, list[str]]
+    expert: int | None = None
+    places: dict[str, tuple[str, int]] | None = None
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys in the folder."""
+        return [key for keys in self.sources.values() for key in keys]
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Key -> tensor of the folder, to name -> parameter of the model."""
+        transform = deepcopy(self.transform)
+        for pattern, keys in self.sources.items():
+            for key in keys:
+                transform.add_tensor(self.first, key, pattern, tensors[key])
+        made = self._run(transform, self.first)
+        return made if self.expert is None else {f"{name}.{self.expert}": value[0] for name, value in made.items()}
+
+    def restore(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> parameter of the model, to key -> tensor of the folder."""
+        assert self.places is not None
+        made = self._reverse(parameters)
+        return {self.sources[pattern][i]: made[name].contiguous() for name, (pattern, i) in self.places.items()}
+
+    def find_places(self, shapes: Mapping[str, Tensor]) -> None:
+        """Convert tensors on the meta device and restore them, to know which restored tensor belongs to which key."""
+        by_name = import_module("transformers.core_model_loading").dot_natural_key
+        try:
+            restored = self._reverse(self.convert(shapes))
+        except (NotImplementedError, ValueError, KeyError, AttributeError, TypeError, RuntimeError):
+            return
+        places: dict[str, tuple[str, int]] = {}
+        for name in sorted(restored, key=by_name):
+            pattern = self.transform.rename_source_key(name)[1]
+            places[name] = pattern, sum(other == pattern for other, _ in places.values())
+        keys = {(pattern, i): key for pattern, keys in self.sources.items() for i, key in enumerate(keys)}
+        if set(places.values()) == keys.keys() and all(
+            restored[name].shape == shapes[keys[place]].shape for name, place in places.items()
+        ):
+            self.places = places
+
+    def _reverse(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        transform, first = self.transform.reverse_transform(), ""
+        for name, value in parameters.items():
+            if self.expert is not None:
+                name, value = name.rpartition(".")[0], value[None]
+            first, pattern = transform.rename_source_key(name)
+            transform.add_tensor(first, name, pattern, value)
+        return self._run(transform, first)
+
+    def _run(self, transform: Any, first: str) -> dict[str, Tensor]:
+        made = transform.convert(first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class ModelFolder(WeightFolder):
+    """A folder whose entries have the names of the model's parameters, where transformers can make that model.
+
+    Tensors that the model does not use, and 4-bit weights that it would have to convert, keep their keys.
+
+    Args:
+        folder: A model's folder.
+        model: The model, on the meta device; None: every name is a key.
+
+    Attributes:
+        stored: The folder with its own keys.
+        key_of: Name -> key in the folder, of tensors that are only renamed.
+        conversions: Name -> conversion that makes this parameter.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
+        self.stored = WeightFolder(folder)
+        self.folder, self.key_of, self.conversions = self.stored.folder, dict[str, str](), dict[str, Conversion]()
+        found = self._match(model)
+        self.entries = {name: self.stored.entries[key] for name, key in self.key_of.items()}
+        self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
+        for conversion in found:
+            key = conversion.keys[0]
+            for name, value in conversion.convert(self._shapes(conversion)).items():
+                conversion.names.append(name)
+                self.conversions[name], self.file_of[name] = conversion, self.stored.file_of[key]
+                self.entries[name] = TensorEntry(self.stored.entries[key].dtype, tuple(value.shape))
+
+    def units(self) -> Iterator[list[str]]:
+        """Names that are written together, in the order of files: one, or the parameters of a conversion."""
+        for path in self.files():
+            for name in [name for name, file in self.file_of.items() if file == path]:
+                conversion = self.conversions.get(name)
+                if conversion is None:
+                    yield [name]
+                elif name == conversion.names[0]:
+                    yield conversion.names
+
+    def tensors(self, keys: list[str]) -> dict[str, Tensor]:
+        """Read parameters to the CPU, by their names."""
+        conversions = [self.conversions.get(name) for name in keys]
+        pairs = list(zip(keys, conversions, strict=True))
+        stored = self.stored.tensors(
+            [key for name, c in pairs for key in ([self.key_of[name]] if c is None else c.keys)]
+        )
+        return {name: stored[self.key_of[name]] if c is None else c.convert(stored)[name] for name, c in pairs}
+
+    def where(self, name: str) -> str:
+        """File and keys of a parameter, for messages."""
+        conversion = self.conversions.get(name)
+        keys = [self.key_of[name]] if conversion is None else conversion.keys
+        return f"{self.file_of[name]}: {', '.join(map(repr, keys))}"
+
+    def _match(self, model: Any) -> list[Conversion]:
+        """Fill `key_of`, and return the conversions."""
+        if model is None or find_spec("transformers.conversion_mapping") is None:
+            self.key_of = {key: key for key in self.stored.entries}
+            return []
+        loading = import_module("transformers.core_model_loading")
+        mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        parameters, made = model.state_dict(), dict[str, Conversion]()
+        how = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": parameters}
+        for key in sorted(self.stored.entries, key=loading.dot_natural_key):
+            head, companion, _ = key.partition(".weight.")  # such as the scales of a 4-bit weight
+            weight = f"{head}.weight" if companion and self.stored.is_packed(f"{head}.weight") else key
+            name, pattern = loading.rename_source_key(weight, renamings, converters, **how)
+            if name not in parameters and weight in parameters:
+                name, pattern = loading.rename_source_key(weight, [], [], **how)
+            if name not in parameters or (pattern is not None and self.stored.is_packed(weight)):
+                self.key_of[key] = key
+            elif pattern is None:
+                self.key_of[name + key[len(weight) :]] = key
+            else:
+                converted = made.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))
+                converted.sources.setdefault(pattern, []).append(key)
+        return [part for conversion in made.values() for part in self._parts(conversion, loading.MergeModulelist)]
+
+    def _parts(self, conversion: Conversion, merge_experts: type) -> list[Conversion]:
+        """A conversion that stacks experts, as one for each expert: so memory holds one of them at a time."""
+        numbers = {len(keys) for keys in conversion.sources.values()}
+        operation: Any = conversion.transform.operations[0]
+        parts = [conversion]
+        if isinstance(operation, merge_experts) and getattr(operation, "dim", None) == 0 and len(numbers) == 1:
+            parts = [
+                replace(
+                    conversion, sources={p: [keys[i]] for p, keys in conversion.sources.items()}, expert=i, names=[]
+                )
+                for i in range(numbers.pop())
+            ]
+        parts[0].find_places(self._shapes(parts[0]))
+        return [replace(part, places=parts[0].places) for part in parts]
+
+    def _shapes(self, conversion: Conversion) -> dict[str, Tensor]:
+        entries = {key: self.stored.entries[key] for key in conversion.keys}
+        return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}

@@ -1,0 +1,87 @@
+"""Patterns from a foreign adapter_config.json: the same matches as PEFT's, and none that runs for long."""
+
+import json
+import random
+import re
+import time
+from contextlib import suppress
+
+import pytest
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from lightning_qlora.adapters.peft_files import WEIGHTS, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_patterns import MOST, PatternError, fits_peft_pattern
+from tests.adapters.test_peft_metadata import adapter
+
+NAMES = ["model.layers.0.self_attn.q_proj", "layers.11.mlp.up_proj", "q_proj", "a.b.c", "aaa", "", "x.q_proj.y", "é-1"]
+USUAL = [
+    "q_proj", "^q_proj$", r"^model\.layers\.0\.self_attn\.q_proj", r".*\.layers\.\d+\..*", r"layers\.(0|11)\..*",
+    r"layers.[0-9]+.mlp.(?:up|down)_proj", "q_proj|c", r"[^.]*", r"\w+\.\W?", r"\D+", "a{2,3}", "a{2}", "(a*)*", "()*",
+    "(a|aa)+", "(a?){50}", "", "^", "x$", "a??a", "[a-c.]{3,}", "é.1", "[^q]+",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_matches_are_those_of_peft(pattern):
+    for name in NAMES:
+        assert fits_peft_pattern(name, pattern) == (
+            get_pattern_key([pattern], name) == pattern and _matches(pattern, name)
+        )
+
+
+def _matches(pattern, name):  # get_pattern_key returns the name itself if no pattern matches
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def test_random_expressions_match_as_in_re():
+    draw, compared = random.Random(0), 0
+    parts = ["a", "b", ".", r"\.", "*", "+", "?", "|", "(", ")", "[ab]", "[^a]", "{1,2}", r"\w", "^", "$"]
+    for _ in range(8000):
+        pattern = "".join(draw.choice(parts) for _ in range(draw.randrange(1, 8)))
+        name = "".join(draw.choice("ab.") for _ in range(draw.randrange(8)))
+        try:
+            expected = _matches(pattern, name)
+            found = fits_peft_pattern(name, pattern)
+        except (re.error, PatternError):
+            continue
+        assert found == expected, (pattern, name)
+        compared += 1
+    assert compared > 2000
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$b", "(a|a)*b", ".*.*.*.*.*.*x", "((a*)*)*b", "(a{1,1000}){1,1000}b", "a{1000000000}", "(a|b|ab)*c"],
+)
+def test_no_pattern_hangs(pattern):
+    start = time.perf_counter()
+    assert not fits_peft_pattern("a" * 40, pattern)
+    with suppress(PatternError):
+        assert not fits_peft_pattern("a" * 5000, pattern)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({r"(?=proj)proj": 2}, "assert of regular expressions can't be used here"),
+        ({f"(a|{i})": 2 for i in range(MOST + 1)}, f"101 regular expressions are more than {MOST}"),
+        ({"(" * 5000 + ")" * 5000: 2}, "not a valid regular expression"),
+    ],
+)
+def test_an_error_names_the_file_and_the_key(patterns, message, tmp_path):
+    write_adapter(adapter(3), tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"format": "pt"})  # as PEFT
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": patterns}))
+    with pytest.raises(ValueError, match=message) as error:
+        read_adapter(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_thousands_of_names_are_no_problem():
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(1500)]
+    start = time.perf_counter()
+    assert sum(fits_peft_pattern(names[7], name) for name in names) == 1
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,183 @@
+"""The table of docs/architectures.md.
+
+python -m tests.architectures                    all architectures, one process each; writes the page
+python -m tests.architectures llama mixtral      these; prints their rows
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import multiprocessing
+import re
+import tempfile
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import peft  # noqa: F401, so that each process has it
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from lightning_qlora import QLoRAConfig
+from lightning_qlora.layers.selection import select_in_part
+from tests.architectures.checks import CHECKS, known
+from tests.architectures.models import ALL
+
+
+def share(kind):
+    """Weights of the model with its default configuration, how many of them are in 4 bits, and what the others are."""
+    name = kind.partition(":")[0]
+    config = transformers.CONFIG_MAPPING[name]()
+    auto = transformers.AutoModel
+    if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        auto = transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    choice = select_in_part(model, QLoRAConfig())
+    seen, reasons = set[int](), choice.skip | choice.train
+    packed = {id(one.layer.weight) for one in choice.convert.values()}
+    packed |= {id(stack.owner._parameters[stack.key]) for stack, *_ in choice.stacks.values()}
+    total, quantized, rest = 0, 0, Counter[str]()
+    for owner_name, owner in model.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            names = [name for name in (owner_name, f"{owner_name}.{key}") if name in reasons]
+            if id(parameter) in packed:
+                quantized += parameter.numel()
+            else:
+                rest[_why(reasons[names[0]]) if names else type(owner).__name__] += parameter.numel()
+    large = [f"{why} {100 * count / total:.1f}%" for why, count in rest.most_common(3) if count > 0.005 * total]
+    return total, quantized / total, ", ".join(large)
+
+
+def _why(reason):
+    """A reason without names and sizes, so that equal ones are counted together."""
+    if reason.startswith("its weight is tied"):
+        return "tied weights"
+    return "small layers" if re.search(r"\d+x\d+", reason) else reason.partition(";")[0]
+
+
+def row(kind):
+    """The results of one architecture: each check is "yes", or why it was not made or what it found."""
+    results = {"architecture": kind, "input": ALL[kind][0]}
+    try:
+        total, quantized, rest = share(kind)
+        results |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        ImportError,
+    ) as error:  # defaults that transformers can't build
+        results |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
+    for name, check in CHECKS.items():
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                found = known(kind, name) or check(kind, Path(folder))
+                results[name] = f"no: {found}" if found else "yes"
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                results[name] = f"FAILS: {type(error).__name__} {lines[0][:200]}"
+    return results
+
+
+HEAD = """# Architectures
+
+Written by `python -m tests.architectures --write docs/architectures.md` with transformers {transformers} and torch
+{torch}, on a CPU. The checks are in `tests/architectures/checks.py`; `make test-all` runs all of them.
+
+Each architecture is built with a tiny configuration, converted with rank 2 and checked in a process of its own:
+
+{checks}
+
+"weights" and "in 4 bits" are those of the default configuration of each model in transformers, which is built without
+data: the share of all weights that `QLoRAPrecision()` puts in 4 bits, embeddings included. "the rest" names what holds
+more than 0.5% of the weights and stays in 16 bits.
+
+{totals}
+
+| architecture | input | weights | in 4 bits | the rest | {columns} |
+| --- | --- | --- | --- | --- |{lines}
+"""
+
+
+def page(rows):
+    """The page of the documentation."""
+    names = list(CHECKS)
+    body = []
+    notes: dict[str, int] = {}
+    for one in rows:
+        cells = []
+        for name in names:
+            result = one[name]
+            number = None if result == "yes" else notes.setdefault(result.removeprefix("no: "), len(notes) + 1)
+            cells.append("yes" if number is None else f"[{number}]")
+        first = [f"`{one['architecture']}`", one["input"], one["weights"], one["in 4 bits"], one["the rest"]]
+        body.append("| " + " | ".join(first + cells) + " |")
+    totals = ", ".join(f"{name} {sum(one[name] == 'yes' for one in rows)}" for name in names)
+    head = HEAD.format(
+        transformers=transformers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        checks="\n".join(f"- **{name}**: {check.__doc__}" for name, check in CHECKS.items()),
+        totals=f"{len(rows)} architectures. Passed: {totals}. Numbers in brackets are notes below the table.",
+        columns=" | ".join(names),
+        lines=" --- |" * len(names),
+    )
+    return (
+        head + "\n".join(body) + "\n\n" + "\n".join(f"{number}. {note}" for note, number in notes.items()) + "\n" + TAIL
+    )
+
+
+TAIL = """
+## What stays in 16 bits
+
+- Embeddings, and output embeddings that `target_modules` does not name.
+- Routers of mixtures of experts, and weights that are tied to others (the blocks that Zamba 2 shares).
+- Weights of layers that are not linear: convolutions (of kernel 1 too), the joint `in_proj_weight` of
+  `nn.MultiheadAttention` (its `out_proj` is converted), the three-dimensional weights of XLNet's attention.
+- Layers so small that their adapter would be larger than they are, or of at most 64 weights, train in full.
+
+## What some models need
+
+- **RWKV** divides its weights in place in evaluation: `config.rescale_every = 0`. Training in eval mode with its cache
+  is an error of autograd in the dense model too: `config.use_cache = False`.
+- **Reformer** runs its layers inside an autograd function: `model.train()` and `model.enable_input_require_grads()`.
+- **Falcon**: transformers has no 4-bit form for subclasses of `nn.Linear`, so `save_quantized` writes these layers
+  decoded.
+- **Mixtures of experts**: `save_quantized` writes experts that are one parameter decoded, since bitsandbytes has no
+  format for them.
+"""
+
+
+def in_a_process(kind):
+    """`row` in a process of its own, forked from this one, which has imported everything already."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(row, kind).result()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them if none")
+    parser.add_argument("--write", type=Path, help="file for the page")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a fork of a process with threads of OpenMP may hang
+    rows = []
+    for kind in arguments.kinds or ALL:
+        rows.append(in_a_process(kind))
+        print(" | ".join(rows[-1].values()), flush=True)
+    if arguments.write:
+        arguments.write.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The attack with a size and a seed: `python -m tests.attack --scale 10 --seed 1`; prints one line for each part."""
+
+import argparse
+import contextlib
+import io
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.attack import cases, files
+
+# At scale 1, which is that of `make test`: attempts of each attack.
+ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
+    "kills at random moments of a training": (files.kills_in_training, 5),
+    "ends at random lines of save_adapter": (files.kills_in_saving, 40),
+    "reads beside two writers": (files.reads_beside_two_writers, 300),
+    "files that may not become large": (files.full_disks, 30),
+    "changed bits and truncations, of each of 4 files": (lambda seed, n, f: files.damages(seed, n, n // 5, f), 40),
+    "arguments": (cases.arguments, 2000),
+    "layers": (cases.layers, 60),
+    "modules": (cases.modules, 30),
+    "threads": (cases.threads, 20),
+    "soak": (cases.soak, 30),
+}
+
+
+def run(name: str, seed: int, scale: float, folder: Path) -> Counter[str]:
+    """Run one attack."""
+    attack, count = ATTACKS[name]
+    return attack(seed, int(count * scale), folder)
+
+
+def main() -> None:
+    """Run all attacks and print what they counted."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--only", default="")
+    chosen = parser.parse_args()
+    print(f"seed {chosen.seed}, scale {chosen.scale:g}", flush=True)
+    for name in ATTACKS:
+        if chosen.only in name:
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                found = run(name, chosen.seed, chosen.scale, Path(folder))
+            counts = ", ".join(f"{what}: {number:,}" for what, number in sorted(found.items()))
+            print(f"| {name} | {counts} | {time.perf_counter() - start:.0f} s |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Runs work in forked processes, which may be killed; torch and Lightning are imported once."""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning_qlora
+
+PACKAGE = str(Path(lightning_qlora.__file__).parent)
+
+
+def start(work: Callable[[], object]) -> int:
+    """Fork a process that runs `work`; its id. It ends with 0, or with 1 and its traceback if `work` raises."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Exit code of a process when it has ended; the negative signal if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run(work: Callable[[], object]) -> int:
+    """Run `work` in a process; its exit code."""
+    return ended(start(work))
+
+
+def kill_later(work: Callable[[], object], ready: Callable[[], bool], share: float) -> bool:
+    """Run `work` in a process and kill it; whether it had not ended before.
+
+    Args:
+        work: The work.
+        ready: Whether the process has come so far.
+        share: Of the time that this took: how long to wait after it.
+    """
+    begin, pid = time.perf_counter(), start(work)
+    while not ready() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
+    time.sleep(share * (time.perf_counter() - begin))
+    os.kill(pid, signal.SIGKILL)
+    return ended(pid) == -signal.SIGKILL
+
+
+def exit_at_line(work: Callable[[], object], number: int) -> bool:
+    """Run `work` in a process that ends at once before a line of the package is executed; whether it got there."""
+
+    def traced() -> None:
+        left = number
+
+        def trace(frame, event, _):
+            nonlocal left
+            if not frame.f_code.co_filename.startswith(PACKAGE):
+                return None
+            if event == "line":
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+            return trace
+
+        sys.settrace(trace)
+        work()
+
+    code = run(traced)
+    assert code in (0, 9), code
+    return code == 9
+
+
+def lines_of(work: Callable[[], object]) -> int:
+    """How many lines of the package `work` executes."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    """The content with one bit changed."""
+    bit, changed = draw.randrange(8 * len(content)), bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)

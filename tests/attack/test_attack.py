@@ -1,0 +1,37 @@
+"""The attack on files, threads and arguments: a small one, and a long one with `make test-all`; docs/reliability.md."""
+
+import os
+import random
+
+import pytest
+import torch
+
+from tests.attack.__main__ import ATTACKS, run
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="forks after a backward pass"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A forked process has no other thread of torch's pool."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_small_attack(name, tmp_path):
+    print(f"seed 0: {run(name, 0, 1, tmp_path)}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_long_attack(name, tmp_path):
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"seed {seed}")
+    print(run(name, seed, 25, tmp_path))

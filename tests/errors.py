@@ -1,0 +1,73 @@
+"""Every error that the package raises, read from its source: `python -m tests.errors` writes docs/errors.md."""
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import lightning_qlora
+
+PACKAGE = Path(lightning_qlora.__file__).parent
+PAGE = PACKAGE.parent / "docs" / "errors.md"
+INTRODUCTION = """# Errors
+
+Every error that the package raises, by the file that raises it. The parts in braces are filled in.
+`CheckpointMismatchError` is a `RuntimeError`. `python -m tests.errors` writes this page, and `tests/test_errors.py`
+checks that it is complete.
+
+The command line prints an error in one line. An error of another type is a bug: please report it.
+"""
+
+
+def text_of(node: ast.expr) -> str:
+    """The text of a message, with its expressions in braces."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return text_of(node.left) + text_of(node.right)
+    if isinstance(node, ast.IfExp):
+        return f"{text_of(node.body)} / {text_of(node.orelse)}"
+    return "{" + _short(ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)) + "}"
+
+
+def _short(expression: str) -> str:
+    names = re.findall(r"[a-z_]{2,}", re.sub(r"'[^']*'", "", expression.replace("self.", "")))
+    return names[-1] if len(expression) > 24 and names else expression
+
+
+def errors_of(path: Path) -> list[tuple[str, str]]:
+    """Type and message of every `raise` of a new error in a file, in its order."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
+            continue
+        kind = ast.unparse(node.exc.func)
+        message = " ".join(text_of(node.exc.args[-1]).split())
+        if (
+            not kind.startswith(("type(", "_"))
+            and kind != "SystemExit"
+            and re.search(r"[a-z]{3}", re.sub(r"{.*?}", "", message))
+        ):
+            found.append((node.lineno, kind, message))
+    return [(kind, message) for _, kind, message in sorted(found)]
+
+
+def page() -> str:
+    """The content of docs/errors.md."""
+    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts[path.relative_to(PACKAGE).as_posix()] += errors_of(path)
+    lines = [INTRODUCTION]
+    for name, errors in parts.items():
+        if errors:
+            rows = [
+                f"| {kind} | {message.replace('|', chr(92) + '|').replace('<', '&lt;')} |" for kind, message in errors
+            ]
+            lines += [f"## {name}\n\n| error | message |\n| --- | --- |", *rows, ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

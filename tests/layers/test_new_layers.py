@@ -1,0 +1,123 @@
+"""Classification heads, and layers that a load reported as newly initialized, train in full."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from tests.conftest import make_trainer
+from tests.toys import BERT, LLAMA, Lit, ids, perturb, toy
+
+transformers = pytest.importorskip("transformers")
+LABELS = 40  # so many that a head of rank 2 would be smaller than the layer
+
+
+def classifier(name="llama", labels=LABELS, **arguments):
+    torch.manual_seed(0)
+    if name == "bert":
+        return transformers.BertForTokenClassification(transformers.BertConfig(**{**BERT, "num_labels": labels}))
+    config = transformers.LlamaConfig(**LLAMA, num_labels=labels, pad_token_id=0)
+    return transformers.LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama", "score"), ("bert", "classifier")])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "query"]])
+def test_a_classification_head_trains_in_full(name, head, targets):
+    if targets != "all-linear":
+        targets = [targets[name == "bert"]]
+    model = classifier(name)
+    report = convert(model, r=2, target_modules=targets)
+    assert report.trained_in_full == {head: f"classification head of the {type(model).__name__}"}
+    assert all(p.requires_grad for p in model.get_submodule(head).parameters())
+
+
+def test_a_classification_head_that_is_named_is_converted_or_excluded():
+    report = convert(model := classifier(), r=2, target_modules=["q_proj", "score"])
+    assert "score" in report.converted and not report.trained_in_full
+    assert isinstance(model.score, QLoRALinear)
+    report = convert(model := classifier(), r=2, exclude_modules=["score"])
+    assert report.skipped["score"] == "in exclude_modules" and not model.score.weight.requires_grad
+
+
+def test_a_head_that_the_user_froze_is_converted_as_any_layer():
+    model = classifier()
+    model.score.requires_grad_(False)
+    assert "score" in convert(model, r=2).converted
+
+
+def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = transformers.RobertaConfig(**{**BERT, "num_labels": LABELS})
+    model = transformers.RobertaForSequenceClassification(config)
+    report = convert(model, r=2)
+    assert set(report.trained_in_full) == {"classifier.dense", "classifier.out_proj"}
+    theirs = peft.get_peft_model(
+        transformers.RobertaForSequenceClassification(config),
+        peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"]),
+    )
+    trained = {n.split("model.", 1)[1] for n, p in theirs.named_parameters() if p.requires_grad and "lora" not in n}
+    ours = {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    assert {n.replace(".modules_to_save.default", "").removeprefix("model.") for n in trained} == ours
+
+
+@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
+    toy("llama").save_pretrained(tmp_path / "llama")
+    wider = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 3})  # the third layer is not in the files
+
+    def load():
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", config=wider)
+
+    plugin = QLoRAPrecision(r=2)
+    if streamed:
+        with plugin.init():
+            model = Lit(load())
+    else:
+        model = Lit(load())
+    plugin.convert_module(model)
+    full = plugin.report.trained_in_full
+    assert len(plugin.report.converted) == 14 and len(full) == 9
+    assert set(full.values()) == {"newly initialized when the model was loaded"}
+    assert all(name.startswith("model.model.layers.2.") for name in full)
+    assert "output embedding" in plugin.report.skipped["model.lm_head"]
+
+
+class Labels(Lit):
+    """A classifier from files without a head."""
+
+    def __init__(self, folder, labels=LABELS):
+        super().__init__(None)
+        self.save_hyperparameters()
+        torch.manual_seed(1)  # as in every process of a run
+        self.model = transformers.LlamaForSequenceClassification.from_pretrained(
+            folder, num_labels=labels, pad_token_id=0
+        )
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=ids(), labels=torch.tensor([1, LABELS - 1])).loss
+
+
+def test_a_new_head_is_trained_saved_and_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    toy("llama").save_pretrained(tmp_path / "llama")
+    module = Labels(str(tmp_path / "llama"))
+    before = module.model.score.weight.detach().clone()
+    run = make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, lora_dropout=0.0))
+    run.fit(module)
+    assert not torch.equal(module.model.score.weight, before)
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    again = load_from_checkpoint(Labels, tmp_path / "c.ckpt")
+    assert torch.equal(again.model.score.weight, module.model.score.weight)
+    perturb(module)
+    save_adapter(module, tmp_path / "adapter")
+    base = transformers.LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "llama", num_labels=LABELS, pad_token_id=0
+    )
+    merged = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    assert torch.equal(merged.score.weight, module.model.score.weight)
+
+
+def test_layers_of_other_modules_are_not_heads():
+    model = nn.ModuleDict({"score": nn.Linear(64, 64), "classifier": nn.Linear(64, 64)})
+    assert convert(model, r=2).converted == ["score", "classifier"]

@@ -1,0 +1,255 @@
+"""Errors: docs/errors.md lists them all, and those of damaged files and wrong calls are one line that helps."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    quantize,
+    save_adapter,
+)
+from lightning_qlora.adapters.checksums import CHECKSUMS
+from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.files.folder_writer import atomic_files
+from lightning_qlora.files.safetensors_folder import WeightFolder
+from lightning_qlora.tools.cli import main
+from tests.conftest import Classifier, make_trainer
+from tests.errors import PAGE, errors_of, page
+
+
+def test_the_page_lists_every_error():
+    assert PAGE.read_text() == page(), "run: python -m tests.errors"
+
+
+def test_every_kind_of_raise_is_found(tmp_path):
+    (tmp_path / "x.py").write_text(
+        'def f(a, b):\n    if a: raise ValueError(f"{a}: the {b} is " + "wrong")\n    raise\n'
+        '    raise KeyError("no key" if a else f"no {b}") from None\n    raise error\n    raise OSError(f"{error}")\n'
+    )
+    assert errors_of(tmp_path / "x.py") == [("ValueError", "{a}: the {b} is wrong"), ("KeyError", "no key / no {b}")]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint with the adapters, one with the base as well, and an adapter folder."""
+    folder = tmp_path_factory.mktemp("files")
+    for kind in ("adapter", "full"):
+        trainer = make_trainer(folder, plugins=QLoRAPrecision(r=4, checkpoint=kind), max_epochs=0)
+        module = Classifier()
+        trainer.fit(module, [])
+        trainer.save_checkpoint(folder / f"{kind}.ckpt")
+    save_adapter(module, folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def older(files, tmp_path):
+    """Saves a checkpoint without checksums, as older versions wrote it, after a change of its state dict."""
+
+    def save(change, kind="adapter"):
+        content = torch.load(files / f"{kind}.ckpt", weights_only=True)
+        del content["state_dict"][CHECKSUMS]
+        change(content["state_dict"])
+        torch.save(content, tmp_path / "x.ckpt")
+        return tmp_path / "x.ckpt"
+
+    return save
+
+
+@pytest.fixture
+def adapter(files, tmp_path):
+    """Writes an adapter folder without our metadata, as PEFT writes it, with other files."""
+
+    def write(config=None, tensors=None):
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        text = (files / "adapter/adapter_config.json").read_text()
+        content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
+        (folder / "adapter_config.json").write_bytes(content)
+        held = load_file(files / "adapter/adapter_model.safetensors")
+        save_file({**held, **(tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return write
+
+
+def refused(load, *words, kind=ValueError):
+    with pytest.raises(kind) as error:
+        load()
+    text = str(error.value)
+    assert "\n" not in text and all(str(word) in text for word in words), text
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.6, 0.999])
+def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
+    content = (files / "adapter.ckpt").read_bytes()
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content[: int(share * len(content))])
+    refused(lambda: load_from_checkpoint(Classifier, path), path, "truncated", "Use another copy")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(path)])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and str(path) in line and "truncated" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: b"\xff" + text[1:], ["is not valid JSON", "use another copy"]),
+        (lambda text: b"[" + text[1:], ["is not valid JSON", "use another copy"]),
+        (lambda text: b"[" * 100_000, ["is not valid JSON", "use another copy"]),
+        (lambda text: b"[]", ["is a JSON list, not an object"]),
+        (lambda text: json.dumps({**json.loads(text), "r": 0}).encode(), ["r=0: must be an integer >= 1"]),
+        (
+            lambda text: json.dumps({**json.loads(text), "quant_type": "nf5"}).encode(),
+            ["quant_type='nf5': must be one"],
+        ),
+        (lambda text: json.dumps({**json.loads(text), "base_model": 3}).encode(), ["'base_model' is '3'"]),
+        (
+            lambda text: json.dumps({**json.loads(text), "base_model": {"lora_alphas": {}}}).encode(),
+            ["the lora_alpha of most layers is missing"],
+        ),
+        (
+            lambda text: json.dumps({**json.loads(text), "of_2030": 1}).encode(),
+            ["has the argument 'of_2030'", "newer version", "pip install --upgrade"],
+        ),
+    ],
+)
+def test_damaged_arguments_of_the_conversion(change, words, older):
+    def damage(state):
+        state[CONFIG] = torch.tensor(list(change(bytes(state[CONFIG].tolist()))), dtype=torch.uint8)
+
+    path = older(damage)
+    refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONFIG, *words)
+
+
+def test_a_damaged_quant_state(older):
+    key = "net.0.weight.quant_state.bitsandbytes__nf4"
+
+    def damage(state):
+        state[key] = state[key].clone()
+        state[key][3] ^= 128
+
+    refused(lambda: load_from_checkpoint(Classifier, older(damage, "full")), key, "copy or write it again")
+
+
+def test_a_4_bit_weight_of_another_shape(older):
+    def change(state):
+        state.update(quantize(torch.randn(64, 128)).bnb_state_dict("net.0.weight"))
+
+    message = ["net.0.weight", "[64, 128] in the checkpoint, [64, 64] here"]
+    refused(lambda: load_from_checkpoint(Classifier, older(change, "full")), *message, kind=CheckpointMismatchError)
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "kind"),
+    [
+        (torch.tensor(1.0), ["has shape [] in the checkpoint, [4, 64] here"], CheckpointMismatchError),
+        (torch.ones(0, 64), ["has rank 0 for 64 inputs"], CheckpointMismatchError),
+        (torch.full((4, 64), float("nan")), ["holds NaN or Inf", "Use an earlier checkpoint"], ValueError),
+    ],
+)
+def test_an_adapter_in_a_checkpoint(value, words, kind, older):
+    path = older(lambda state: state.update({"net.0.lora_A": value}))
+    refused(lambda: load_from_checkpoint(Classifier, path), "net.0", *words, kind=kind)
+
+
+KEY = "base_model.model.0.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        (b"\xff\xfe{}", None, ["adapter_config.json: not valid JSON", "Copy or write the file again"]),
+        (b"[" * 100_000, None, ["adapter_config.json: not valid JSON"]),
+        (b'{"a":' * 100_000, None, ["adapter_config.json: not valid JSON"]),
+        (b"null", None, ["adapter_config.json: contains a JSON NoneType"]),
+        ({"lora_alpha": 1e308}, None, ["adapter_config.json: lora_alpha=1e+308: must be", "< 1e+30"]),
+        ({"alpha_pattern": {"0": -1}}, None, ["adapter_config.json: alpha_pattern['0']=-1: must be"]),
+        (None, {KEY: torch.ones(0, 64)}, [KEY, "of rank 1 or more"]),
+        (None, {KEY: torch.ones(4, 64, dtype=torch.int64)}, [KEY, "is int64", "must be of a floating-point type"]),
+        (None, {KEY: torch.full((4, 64), float("inf"))}, [KEY, "holds NaN or Inf"]),
+    ],
+)  # fmt: skip
+def test_an_adapter_folder(config, tensors, words, adapter):
+    module, folder = Classifier(), adapter(config, tensors)
+    convert(module, r=4)
+    refused(lambda: load_adapter(module, folder), folder, *words)
+
+
+@pytest.mark.parametrize("harm", ["length", "json", "shape", "offset"])
+def test_a_damaged_header_of_a_shard(harm, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(4, 4)}, path)
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length]
+    bad = {
+        "length": struct.pack("<Q", 1 << 60) + content[8:],
+        "json": content[:8] + header.replace(b":", b";", 1) + content[8 + length :],
+        "shape": content[:8] + header.replace(b"[4,4]", b"[4,5]") + content[8 + length :],
+        "offset": content[:8] + header.replace(b"[0,64]", b"[9,64]") + content[8 + length :],
+    }[harm]
+    path.write_bytes(bad)
+    refused(lambda: WeightFolder(tmp_path), path, "Copy or download it again")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")
+def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
+    name = os.fsdecode(b"\xff")
+    module = Classifier()
+    convert(module, r=4)
+    refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "is not valid UTF-8", "Rename the folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / name).write_bytes((files / "adapter.ckpt").read_bytes())
+    load_from_checkpoint(Classifier, tmp_path / name)
+    with pytest.raises(SystemExit):
+        main(["export", str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_without_errno(tmp_path):
+    def write():
+        with atomic_files(tmp_path / "out"):
+            raise OSError("disk quota exceeded, says some library")
+
+    refused(write, kind=OSError)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    module = nn.Sequential(nn.Linear(64, 64))
+    convert(module, r=4, lora_dropout=0.0)
+    return module
+
+
+def test_wrong_calls(layer):
+    refused(lambda: layer(torch.tensor(1.0)), "x: has no dimension; it must be [..., 64]", "x.reshape(1, -1)")
+    refused(lambda: layer.requires_grad_(True), "0: requires_grad_(True)", "modules_to_save", kind=RuntimeError)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+    layer.requires_grad_(False)
+    nn.Linear(2, 2).requires_grad_(True)
+    refused(lambda: convert(Classifier(), lora_alpha=1e308), "lora_alpha=1e+308: must be", "< 1e+30")
+    refused(lambda: convert(Classifier(), r=0), "r=0: must be an integer >= 1")
+
+
+def test_a_forward_pass_on_the_meta_device_has_a_shape():
+    module = nn.Sequential(nn.Linear(64, 32))
+    convert(module, r=4)
+    y = module.to("meta")(torch.randn(3, 5, 64, device="meta"))
+    assert y.shape == (3, 5, 32) and y.is_meta
+
+
+def test_the_page_is_in_the_documentation():
+    assert "errors.md" in (Path(PAGE).parents[1] / "mkdocs.yml").read_text()

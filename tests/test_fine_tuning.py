@@ -1,0 +1,115 @@
+"""The benchmark of fine-tuning: its variants train what they name, merged models are measured, a run continues."""
+
+import json
+import math
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from benchmarks import fine_tuning
+from benchmarks.fine_tuning import Module, Variant
+from lightning_qlora import QLoRALinear, convert
+from tests.toys import chat_model
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(tmp_path_factory):
+    import docstring_qa  # in examples/, which fine_tuning adds to the path
+
+    answers = [pair.answer for pair in docstring_qa.read_pairs()]
+    return chat_model(tmp_path_factory.mktemp("llama"), answers)
+
+
+def test_a_variant_has_the_settings_that_it_names():
+    assert Variant.parse("calibrated,lr=1e-3,r=4,layers=attention") == Variant(
+        "calibrated", fine_tuning.DEFAULTS | {"lr": 1e-3, "r": 4, "layers": "attention"}
+    )
+    for wrong in ("default,rank=4", "default,lr", "default,lr="):
+        with pytest.raises(ValueError, match="is no setting"):
+            Variant.parse(wrong)
+
+
+def test_rates_rise_and_fall(tiny_llm):
+    def rates(text):
+        module = Module(tiny_llm, Variant.parse(text), steps=10)
+        return [module.rate(step) for step in range(10)]
+
+    assert rates("default") == pytest.approx([1 - step / 10 for step in range(10)])
+    assert rates("default,decay=none") == [1.0] * 10
+    cosine = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert rates("default,decay=cosine") == pytest.approx(cosine)
+    warm = rates("default,warmup=0.2")
+    assert warm[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert warm[2:] == sorted(warm[2:], reverse=True)
+
+
+@pytest.mark.parametrize("start", ["lora", "default"])
+def test_lora_b_learns_at_ratio_times_the_rate(tiny_llm, start):
+    module = Module(tiny_llm, Variant.parse(f"{start},ratio=4,layers=attention,r=2"), steps=10)
+    if start == "default":
+        convert(module, r=2)
+    slow, fast = module.configure_optimizers()["optimizer"].param_groups
+    assert fast["initial_lr"] == 4 * slow["initial_lr"] == pytest.approx(4 * 5e-4)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert all("self_attn" in name and "lora_" in name for name in trained)
+    assert len(slow["params"]) == len(fast["params"]) == len(trained) // 2 == 8
+    assert {id(p) for p in fast["params"]} == {
+        id(p) for n, p in module.named_parameters() if n in trained and "lora_B" in n
+    }
+
+
+def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, monkeypatch):
+    arguments = [f"--base={tiny_llm}", f"--output={tmp_path}", "--steps=10", "--held_out=8"]
+    arguments += ["--merge", "--windows=1", "--seeds", "0"]
+    names = ["lora,lr=5e-3,r=4", "calibrated,lr=5e-3,r=4"]
+    results = fine_tuning.main([*names, *arguments])
+    for run in results:
+        losses = run["losses"]
+        assert list(losses) == ["0", "2", "5", "8", "10"]
+        assert losses["10"] < losses["0"]
+        assert run["merged"]["adapter on its base"][0] == pytest.approx(losses["10"], rel=1e-6)
+        assert run["merged"]["merged, 16 bits"][0] == pytest.approx(losses["10"], rel=2e-3)
+    on_float = results[1]["merged"]["adapter on the 16-bit model"]
+    assert on_float[0] == pytest.approx(results[1]["losses"]["10"], rel=2e-2)
+    assert on_float != results[1]["merged"]["adapter on its base"]
+    written = (tmp_path / "fine_tuning.md").read_text()
+    assert all(f"`{name}`" in written for name in names)
+    assert (tmp_path / "fine_tuning.png").read_bytes().startswith(b"\x89PNG")
+
+    calls, compute = [], fine_tuning.train
+    monkeypatch.setattr(
+        fine_tuning, "train", lambda v, seed, *rest: calls.append((v.start, seed)) or compute(v, seed, *rest)
+    )
+    again = fine_tuning.main([*names, *arguments, "1"])
+    assert calls == [("lora", 1), ("calibrated", 1)]
+    assert [run for run in again if run["seed"] == 0] == results
+    assert len(json.loads((tmp_path / "fine_tuning.json").read_text())) == 4
+
+
+def test_attention_alone_trains_attention_alone(tiny_llm, tmp_path, monkeypatch):
+    trained = []
+
+    class Recorded(fine_tuning.HeldOutLoss):
+        def on_train_end(self, trainer, module):
+            trained.append(
+                {n: layer.lora_B.any().item() for n, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+            )
+            super().on_train_end(trainer, module)
+
+    monkeypatch.setattr(fine_tuning, "HeldOutLoss", Recorded)
+    fine_tuning.main(
+        [
+            "default,layers=attention,r=2",
+            f"--base={tiny_llm}",
+            f"--output={tmp_path}",
+            "--steps=2",
+            "--held_out=4",
+            "--seeds",
+            "0",
+        ]
+    )
+    assert len(trained[0]) == 14
+    assert {n for n, changed in trained[0].items() if changed} == {n for n in trained[0] if "self_attn" in n}

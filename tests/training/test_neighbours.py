@@ -1,0 +1,286 @@
+"""What users do next to the plugin with other libraries' functions: it works, or one error says what to use."""
+
+import sys
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
+from lightning_qlora import save_quantized as save_base
+from tests.conftest import Classifier, loader, make_trainer
+from tests.toys import Lit, ids, logits, perturb, toy
+
+# ---------------------------------------------------------------- save_pretrained
+
+
+@pytest.mark.parametrize("checkpoint", ["adapter", "full"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_save_pretrained_of_a_converted_model_says_what_to_use(tmp_path, checkpoint, inside):
+    pytest.importorskip("transformers")
+    model = toy("llama")
+    convert(Lit(model) if inside else model, r=4, checkpoint=checkpoint)
+    for arguments in ({}, {"state_dict": model.state_dict()}):
+        with pytest.raises(ValueError, match=r"14 layers are in 4 bits.*save_adapter.*merge.*save_quantized"):
+            model.save_pretrained(tmp_path / "folder", **arguments)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_the_error_names_can_be_loaded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = toy("llama")
+    convert(model, r=4, lora_dropout=0.0)
+    perturb(model)
+    expected = logits(model)
+    save_base(model, tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    merge(model).save_pretrained(tmp_path / "merged")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-5, rtol=1e-5)
+    with QLoRAPrecision(adapter=str(tmp_path / "adapter"), lora_dropout=0.0).init():
+        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    convert(again, adapter=str(tmp_path / "adapter"), lora_dropout=0.0)
+    torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_other_models_are_saved_as_before(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert(toy("llama"), r=4)
+    model = toy("llama")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+
+
+def test_a_checkpoint_of_huggingfaces_trainer_says_what_to_use(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = toy("llama")
+    convert(model, r=4)
+    data = [{"input_ids": row, "labels": row} for row in ids(4)]
+    options = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(**options, save_strategy="no")
+    transformers.Trainer(model, arguments, train_dataset=data).train()
+    assert model.model.layers[0].mlp.up_proj.lora_B.any()
+    arguments = transformers.TrainingArguments(**options, save_steps=1)
+    with pytest.raises(ValueError, match=r"save_adapter.*merge.*save_quantized"):
+        transformers.Trainer(model, arguments, train_dataset=data).train()
+
+
+# ---------------------------------------------------------------- adapters of other libraries
+
+
+class LitGPTLinear(nn.Module):
+    """As litgpt/lora.py, LoRALinear."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.lora_A, self.lora_B = nn.Parameter(torch.zeros(4, 64)), nn.Parameter(torch.zeros(64, 4))
+
+
+class TorchtuneLinear(nn.Module):
+    """As torchtune/modules/peft/lora.py, LoRALinear."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(64, 64))
+        self.lora_a, self.lora_b = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+
+@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear])
+def test_lora_matrices_of_other_libraries_are_refused(kind):
+    model = nn.Sequential(nn.Linear(64, 64), kind())
+    with pytest.raises(ValueError, match=rf"^1: is tests's {kind.__name__}, a layer with LoRA matrices of its own"):
+        convert(model, r=2)
+    assert type(model[0]) is nn.Linear  # nothing was converted
+    report = convert(model, r=2, exclude_modules=["1"])
+    assert report.converted == ["0"] and not any(p.requires_grad for p in model[1].parameters())
+    trains = convert(nn.Sequential(nn.Linear(64, 64), kind()), r=2, modules_to_save=["1"])
+    assert trains.trained_in_full == {"1": "in modules_to_save"}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_peft_model_is_refused_until_it_is_merged(inside):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(toy("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    for target in ("all-linear", ["v_proj"]):
+        with pytest.raises(
+            ValueError, match=r"is peft's .* with a PEFT adapter.*before get_peft_model.*adapter=FOLDER"
+        ):
+            convert(Lit(wrapped) if inside else wrapped, r=4, target_modules=target)
+    assert len(convert(wrapped.merge_and_unload(), r=4).converted) == 14
+
+
+def test_an_adapter_that_was_injected_is_refused():
+    peft = pytest.importorskip("peft")
+    model = toy("llama")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
+    with pytest.raises(ValueError, match=r"q_proj: is peft's Linear, a layer with a PEFT adapter"):
+        convert(model, r=4)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+def test_peft_refuses_a_converted_model(kind):
+    peft = pytest.importorskip("peft")
+    model = toy("llama")
+    convert(model, r=4)
+    words = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    with pytest.raises(ValueError, match=r"14 layers of this LlamaForCausalLM are in 4 bits.*Leave out get_peft_model"):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **words))
+
+
+def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_path, trainer):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    toy("llama").save_pretrained(tmp_path / "base")
+
+    class Late(Lit):
+        def configure_model(self):
+            base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+            self.model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+
+    with pytest.raises(ValueError, match="Leave out get_peft_model"):
+        trainer(plugins=QLoRAPrecision(r=4)).fit(Late(None))
+
+
+# ---------------------------------------------------------------- a second conversion
+
+
+def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer):
+    module = Classifier()
+    trainer(plugins=QLoRAPrecision(r=4, paged_optimizer=False)).fit(module, loader())
+    with pytest.warns(UserWarning, match=r"Classifier: was converted before, with r=4 and not 2, and stays so"):
+        convert(module, r=2)
+    with pytest.warns(UserWarning, match=r"with quant_type='nf4' and not 'fp4', r=4 and not 64, and stays so"):
+        trainer(plugins=QLoRAPrecision(quant_type="fp4")).test(module, loader())
+    outer = nn.Module()
+    outer.net = Classifier().net
+    convert(outer.net, r=4)
+    with pytest.warns(UserWarning, match=r"net: was converted before, with r=4 and not 8"):
+        convert(outer, r=8)
+
+
+def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
+    module, plugin = Classifier(), QLoRAPrecision(r=4)
+    run = trainer(plugins=plugin)
+    run.fit(module, loader())
+    save_adapter(module, tmp_path / "adapter")
+    again = load_from_checkpoint(Classifier, run.checkpoint_callback.best_model_path)
+    from_folder, other = Classifier(), Classifier()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*converted before")
+        run.test(module, loader())
+        convert(module, r=4, paged_optimizer=False)  # an argument of the run, not of the conversion
+        trainer(plugins=QLoRAPrecision(r=4)).test(again, loader())
+        start = QLoRAPrecision(adapter=str(tmp_path / "adapter"))
+        for _ in range(2):
+            trainer(plugins=start).fit(from_folder, loader())
+        convert(other, r=2)
+        load_adapter(other, tmp_path / "adapter")
+        convert(other, r=2)
+        convert(other, r=4)  # as the adapter
+
+
+# ---------------------------------------------------------------- checkpoints in a module that is not converted
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run = make_trainer(folder, plugins=QLoRAPrecision(r=4))
+    run.fit(Classifier(), loader())
+    return run.checkpoint_callback.best_model_path
+
+
+@pytest.mark.parametrize("way", ["class", "not strict", "trainer", "state", "merged"])
+def test_an_adapter_checkpoint_in_a_dense_module_says_how_to_load_it(checkpoint, way, trainer):
+    def load():
+        module = Classifier()
+        if way in ("class", "not strict"):
+            return Classifier.load_from_checkpoint(checkpoint, strict=way == "class")
+        if way == "trainer":
+            return trainer().fit(module, loader(), ckpt_path=checkpoint)
+        if way == "merged":
+            convert(module, r=4)
+            merge(module)
+        return module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+
+    with pytest.raises(ValueError, match=r"load_from_checkpoint\(Classifier, PATH\), or Trainer\(plugins=QLoRAPrec"):
+        load()
+    assert load_from_checkpoint(Classifier, checkpoint).net[0].lora_B.any()
+
+
+def test_a_module_without_the_plugin_loads_its_checkpoints(trainer):
+    run = trainer()
+    run.fit(Classifier(), loader())
+    assert isinstance(Classifier.load_from_checkpoint(run.checkpoint_callback.best_model_path).net[0], nn.Linear)
+    missing = Classifier().load_state_dict({}, strict=False).missing_keys
+    assert missing == list(Classifier().state_dict())
+
+
+# ---------------------------------------------------------------- unfreezing
+
+
+@pytest.mark.parametrize("call", ["requires_grad_", "unfreeze", "part"])
+def test_unfreezing_4_bit_layers_is_one_sentence_and_changes_nothing(call):
+    module = Classifier()
+    convert(module, r=4)
+    before = [p.requires_grad for p in module.parameters()]
+    with pytest.raises(RuntimeError, match=r"0: requires_grad_\(True\) can't train a 4-bit weight.*modules_to_save"):
+        {"requires_grad_": module.requires_grad_, "unfreeze": module.unfreeze, "part": module.net.requires_grad_}[
+            call
+        ]()
+    assert [p.requires_grad for p in module.parameters()] == before
+
+
+def test_freezing_and_dense_modules_are_as_before():
+    module = Classifier()
+    convert(module, r=4)
+    assert module.net[2].requires_grad_().weight.requires_grad  # a layer norm
+    module.freeze()
+    assert not any(p.requires_grad for p in module.requires_grad_(False).parameters())
+    dense = Classifier()
+    dense.freeze()
+    dense.unfreeze()
+    assert all(p.requires_grad for p in dense.parameters())
+    assert isinstance(dense, pl.LightningModule) and dense.net.requires_grad_() is dense.net
+    assert "unfreeze" not in vars(Classifier) and sys.modules["torch"] is torch
+
+
+def test_torchscript_by_tracing_and_after_a_merge():
+    module, x = Classifier(), torch.randn(3, 64)
+    convert(module, r=4)
+    perturb(module).eval()
+    traced = module.to_torchscript(method="trace", example_inputs=x)
+    torch.testing.assert_close(traced(x), module(x))
+    expected = module(x)
+    merge(module)
+    torch.testing.assert_close(module.net.to(torch.float32)(x), expected)
+    torch.testing.assert_close(torch.jit.script(module.net)(x), expected)
+
+
+# ---------------------------------------------------------------- pytorch_lightning and lightning_fabric
+
+
+def test_the_trainers_of_the_other_packages_name_the_one_to_import_from():
+    theirs = pytest.importorskip("pytorch_lightning")
+    fabric = pytest.importorskip("lightning_fabric")
+    for plugins in (QLoRAPrecision(r=4), [QLoRAPrecision(r=4)]):
+        with pytest.raises(TypeError, match=r"separate package `pytorch_lightning`. Import from lightning\.pytorch "):
+            theirs.Trainer(plugins=plugins, logger=False, accelerator="cpu")
+        with pytest.raises(TypeError, match=r"separate package `lightning_fabric`. Import from lightning\.fabric "):
+            fabric.Fabric(plugins=plugins, accelerator="cpu")
+    theirs.Trainer(precision="bf16-true", logger=False, accelerator="cpu")
+    theirs.Trainer(plugins=[theirs.plugins.precision.Precision()], logger=False, accelerator="cpu")
+
+
+def test_a_module_of_the_other_package_is_converted_like_any_module():
+    theirs = pytest.importorskip("pytorch_lightning")
+
+    class Module(theirs.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(64, 64))
+
+    assert convert(Module(), r=4).converted == ["net.0"]

@@ -1,0 +1,89 @@
+"""The report as people read it: in a terminal of 80 columns, in a notebook, as a short repr, and in a logger."""
+
+import copy
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, quantize
+from lightning_qlora.tools.inspect_path import inspect_path
+from lightning_qlora.training.report import break_at_dots
+from tests.conftest import Classifier, loader
+from tests.toys import Lit, toy
+
+
+def test_names_of_layers_are_whole_in_80_columns(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("COLUMNS", "80")
+    convert(module := Lit(toy("llama")), r=4).show()
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for name in ("model.model.layers.*.self_attn.q_proj", "model.model.layers.*.mlp.gate_proj", "model.lm_head"):
+        assert name in text
+    assert f"{module.model.num_parameters():,} parameters train" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "lines"),
+    [
+        ("a.b.c", 10, ["a.b.c"]),
+        ("model.layers.*.q", 8, ["model.", "layers.", "*.q"]),
+        ("a_long_name.b", 5, ["a_long_name.", "b"]),
+        ("(the module itself)", 5, ["(the module itself)"]),
+        ("", 5, [""]),
+    ],
+)
+def test_long_names_break_after_dots(name, width, lines):
+    assert break_at_dots(name, width).split("\n") == lines
+    assert break_at_dots(name, width).replace("\n", "") == name
+
+
+def test_a_notebook_shows_a_table():
+    report = convert(nn.ModuleDict({"a<b": nn.Linear(64, 64), "head": nn.Linear(64, 2)}), r=4)
+    html = report._repr_html_()
+    assert "<td>a&lt;b</td><td>4-bit + adapter, 64x64</td><td>1</td>" in html and "a<b" not in html
+    assert html.count("<tr>") == 3 and report.summary().splitlines()[0] in html
+
+
+def test_reprs_are_short_and_say_what_matters():
+    report = convert(nn.Sequential(*(nn.Linear(64, 64) for _ in range(50))), r=4)
+    assert repr(report).startswith("ConversionReport(50 layers in 4 bits, 0 trained in full, 0 skipped, 25,600 of ")
+    weight = quantize(nn.Linear(128, 64).weight.detach())
+    assert repr(weight).startswith("PackedWeight([64, 128], nf4, block_size=64, double_quant=True, torch.float32, 4,")
+    plugin = QLoRAPrecision(r=4, exclude_modules=["head"])
+    assert repr(plugin) == "QLoRAPrecision(r=4, exclude_modules=['head'])"
+    assert eval(repr(plugin.config)) == plugin.config != QLoRAConfig()
+    assert repr(QLoRAConfig()) == "QLoRAConfig()"
+
+
+def test_what_was_done_is_logged_once_for_a_run(trainer, tmp_path):
+    class Counting(CSVLogger):
+        calls = ()
+
+        def log_hyperparams(self, params=None):
+            self.calls = (*self.calls, copy.deepcopy(params))
+            super().log_hyperparams(params)
+
+    module, plugin = Classifier(), QLoRAPrecision(r=4, init_lora_weights="gaussian")
+    for number in range(2):  # a second run of a module that is converted already
+        logger = Counting(tmp_path, name=str(number))
+        run = trainer(plugins=plugin, logger=logger)
+        run.fit(module, loader())
+        ours = [call["qlora"] for call in logger.calls if "qlora" in call]
+        assert len(ours) == 1 and len(logger.calls) == 2  # Lightning logs those of the module
+        run.save_checkpoint(tmp_path / "c.ckpt")
+    (values,) = ours
+    assert {k: values[k] for k in ("r", "quant_type", "init_lora_weights", "layers")} == {
+        "r": 4, "quant_type": "nf4", "init_lora_weights": "gaussian", "layers": 2,
+    }  # fmt: skip
+    assert values["trainable_parameters"] == plugin.report.trainable_parameters
+    assert values["bytes"] == plugin.report.bytes_after
+    assert values["base_fingerprint"] == dict(inspect_path(str(tmp_path / "c.ckpt")))["base fingerprint"]
+    written = yaml.safe_load((tmp_path / "1" / "version_0" / "hparams.yaml").read_text())
+    assert written["qlora"]["base_fingerprint"] == values["base_fingerprint"] and written["width"] == 64
+    logger = Counting(tmp_path)
+    trainer(plugins=plugin, logger=logger).test(module, loader())
+    assert not any("qlora" in call for call in logger.calls)

@@ -46,7 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
     Args:
         path: The file, or the folder of shards.
         weights_only: As in `torch.load`: refuse objects that are neither tensors nor plain values, and run no code of
-            the files. torch.distributed.checkpoint runs it in any case, when it unpickles the index of shards.
+            the files, the index of shards included.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -73,9 +73,11 @@ def check_crc(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If a part is damaged; names it.
     """
-    if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+    if not os.path.isfile(path):
         return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             has_crc = any(part.CRC for part in archive.infolist())  # torch.serialization.set_crc32_options(False)
             damaged = archive.testzip() if has_crc else None

@@ -51,7 +51,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that holds weights which conversion replaced, or that can't skip frozen 4-bit parameters.
+    """Refuse an optimizer of replaced or frozen weights only, or one that can't skip frozen 4-bit parameters.
 
     Raises:
         RuntimeError: As above.
@@ -65,6 +65,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "Fabric: model = fabric.setup_module(model), then make the optimizer from model.parameters(), then "
             "fabric.setup_optimizers(optimizer). Trainer: make it in configure_optimizers; an optimizer that was made "
             "earlier, as LightningCLI does, gets the adapters only if it has no state yet."
+        )
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise RuntimeError(
+            f"All {len(parameters)} parameters of the {type(optimizer).__name__} are frozen, so nothing would train. "
+            "Conversion freezes all but the adapters and what modules_to_save names; name the modules of this "
+            "optimizer there. Or the module was frozen after conversion (freeze(), requires_grad_(False), PEFT's "
+            "prepare_model_for_kbit_training): leave that out."
         )
     if isinstance(optimizer, LBFGS) and not all(p.is_floating_point() for p in parameters):
         raise RuntimeError(

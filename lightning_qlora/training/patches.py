@@ -228,33 +228,18 @@ def explain_adapter_checkpoints() -> None:
 
 
 def explain_unfreezing() -> None:
-    """Let `requires_grad_(True)` and `unfreeze()` of a converted module say why 4-bit weights can't be trained.
+    """Let `unfreeze()` of a converted module raise the error of `requires_grad_(True)`, and change nothing.
 
-    Upstream: torch/nn/modules/module.py, Module.requires_grad_, and lightning/pytorch/core/module.py,
-    LightningModule.unfreeze: they unfreeze some parameters, and then raise torch's error about tensors of integers.
-    Supported ways tried: methods of the 4-bit layer are not called, only those of the module that contains it.
-    Removed by: nothing; a hook of nn.Module for this is unlikely.
+    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze, sets requires_grad of every parameter and
+    stops at the first 4-bit one with torch's error, which names no layer.
+    Supported ways tried: none; the method belongs to the user's module.
+    Removed by: upstream calling requires_grad_ of the module, which `layers.patches.explain_requires_grad` explains.
     """
 
-    def check(module: nn.Module, call: str) -> None:
-        if layers := adapted_layers(module):
-            raise ValueError(
-                f"{type(module).__name__}.{call}: {len(layers)} of its layers are in 4 bits "
-                f"({next(iter(layers)) or 'the module itself'}, ...), and 4-bit weights can't be trained. Conversion "
-                "decides what trains: the adapters, and in full what modules_to_save names. Name modules there, or "
-                "unfreeze modules that have no 4-bit layers."
-            )
-
-    def requires_grad_(original: Any, module: nn.Module, requires_grad: bool = True) -> Any:
-        if requires_grad:
-            check(module, "requires_grad_(True)")
-        return original(module, requires_grad)
-
     def unfreeze(original: Any, module: nn.Module) -> Any:
-        check(module, "unfreeze()")
+        module.requires_grad_(True)
         return original(module)
 
-    wrap_once(nn.Module, "requires_grad_", requires_grad_)
     wrap_once(LightningModule, "unfreeze", unfreeze)
 
 

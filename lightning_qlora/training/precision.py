@@ -176,8 +176,9 @@ class QLoRAPrecision(Precision):
         for optimizer in optimizers:
             replace_parameters_by_adapters(optimizer, layers)
             self._set_up_optimizer(optimizer)
-        if self.report is not None and not self._evaluating:
-            log_hyperparameters(_trainer_of(model), model, self.report)
+        module = None if self._module is None else self._module()  # `model` may be DDP's wrapper
+        if module is not None and self.report is not None and not self._evaluating:
+            log_hyperparameters(_trainer_of(module), module, self.report)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:

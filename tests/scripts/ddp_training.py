@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qlora import QLoRAPrecision
 from tests.conftest import Classifier, loader, make_trainer
@@ -15,7 +16,7 @@ def main(root: str, epochs: int, ckpt: str | None, devices: int) -> None:
     module = Classifier(dropout=0.1, seed=2)
     run = make_trainer(
         root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp" if devices > 1 else "auto", devices=devices,
-        max_epochs=epochs, use_distributed_sampler=True,
+        max_epochs=epochs, use_distributed_sampler=True, logger=CSVLogger(root, name="log", version=0),
     )  # fmt: skip
     if ckpt:
         torch.manual_seed(1000 + run.global_rank)

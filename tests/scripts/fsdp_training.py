@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
@@ -47,6 +48,7 @@ def with_trainer(root, devices, single_file, **arguments):
         run = make_trainer(
             root, plugins=QLoRAPrecision(**ARGUMENTS | arguments), strategy=strategy if devices > 1 else "auto",
             devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
+            logger=CSVLogger(root, name="log", version=0),
         )  # fmt: skip
         run.fit(module, loader(), ckpt_path=ckpt)
         return run

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
 from tests.conftest import Classifier, loader
 
 
@@ -141,6 +141,18 @@ def test_an_optimizer_made_in_init_that_has_state_is_refused(trainer, kind):
 
     with pytest.raises(RuntimeError, match=r"created before the module was converted.*configure_optimizers.*no state"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Early(), loader())
+
+
+@pytest.mark.parametrize("kind", ["frozen after conversion", "part that conversion froze"])
+def test_an_optimizer_of_frozen_parameters_only_is_refused(trainer, kind):
+    module = Classifier()
+    if kind == "frozen after conversion":
+        convert(module, r=4)
+        module.requires_grad_(False)
+    else:
+        module.configure_optimizers = lambda: torch.optim.SGD(module.net[2].parameters(), lr=1e-2)  # a layer norm
+    with pytest.raises(RuntimeError, match=r"All \d+ parameters of the (AdamW|SGD) are frozen.*modules_to_save"):
+        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
 
 
 def test_lbfgs_over_all_parameters_is_refused_and_over_the_adapters_works(trainer):

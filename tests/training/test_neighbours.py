@@ -227,7 +227,7 @@ def test_unfreezing_4_bit_layers_is_one_sentence_and_changes_nothing(call):
     module = Classifier()
     convert(module, r=4)
     before = [p.requires_grad for p in module.parameters()]
-    with pytest.raises(ValueError, match=r"2 of its layers are in 4 bits \(.*0, ...\).*modules_to_save"):
+    with pytest.raises(RuntimeError, match=r"0: requires_grad_\(True\) can't train a 4-bit weight.*modules_to_save"):
         {"requires_grad_": module.requires_grad_, "unfreeze": module.unfreeze, "part": module.net.requires_grad_}[
             call
         ]()
@@ -246,6 +246,18 @@ def test_freezing_and_dense_modules_are_as_before():
     assert all(p.requires_grad for p in dense.parameters())
     assert isinstance(dense, pl.LightningModule) and dense.net.requires_grad_() is dense.net
     assert "unfreeze" not in vars(Classifier) and sys.modules["torch"] is torch
+
+
+def test_torchscript_by_tracing_and_after_a_merge():
+    module, x = Classifier(), torch.randn(3, 64)
+    convert(module, r=4)
+    perturb(module).eval()
+    traced = module.to_torchscript(method="trace", example_inputs=x)
+    torch.testing.assert_close(traced(x), module(x))
+    expected = module(x)
+    merge(module)
+    torch.testing.assert_close(module.net.to(torch.float32)(x), expected)
+    torch.testing.assert_close(torch.jit.script(module.net)(x), expected)
 
 
 # ---------------------------------------------------------------- pytorch_lightning and lightning_fabric

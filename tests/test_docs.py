@@ -50,3 +50,10 @@ def test_every_function_that_is_named_exists():
     assert len(named) > 30
     missing = [(path, name) for path, name in named if name not in names_in(PACKAGE / path)]
     assert not missing
+
+
+def test_every_test_that_compatibility_names_exists():
+    page = (PACKAGE.parent / "docs" / "compatibility.md").read_text()
+    named = set(re.findall(r"`([\w/]+/test_\w+\.py)`", page))
+    assert len(named) > 8
+    assert not [name for name in named if not (PACKAGE.parent / "tests" / name).is_file()]

@@ -8,15 +8,14 @@ machine does falls on all of them.
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 from typing import Any
 
 import torch
 
 from benchmarks import measure, peers
+from benchmarks.processes import steps_in_turns
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408, "vocab_size": 8192}
 BATCH, LENGTH, WARMUP = 4, 512, 2
@@ -48,39 +47,6 @@ def work(variant: str, threads: int, r: int) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss.item(), "peak_mb": peak}), flush=True)
 
 
-def measure_all(steps: int, threads: int, r: int) -> dict[str, dict[str, Any]]:
-    """Steps of every variant, in turns."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "BITSANDBYTES_NOWELCOME": "1"}
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cpu_step", "--variant", name, "--threads", str(threads), "--r", str(r)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=measure.ROOT,
-        )
-        for name in peers.installed()
-    }  # fmt: skip
-    try:
-        found: dict[str, dict[str, Any]] = {name: {**_reply(one), "steps": []} for name, one in processes.items()}
-        for _ in range(WARMUP + steps):
-            for name, process in processes.items():
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                found[name]["steps"].append(_reply(process))
-    finally:
-        for process in processes.values():
-            process.kill()
-    return found
-
-
-def _reply(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-    raise RuntimeError(f"a variant ended early, with status {process.wait()}: {process.args}")
-
-
 def report(found: dict[str, dict[str, Any]]) -> str:
     """The table; each ratio is ours to that variant."""
     seconds = {name: [step["seconds"] for step in one["steps"][WARMUP:]] for name, one in found.items()}
@@ -109,7 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.variant:
         return work(options.variant, options.threads, options.r)
     torch.set_num_threads(options.threads)
-    found = measure_all(options.steps, options.threads, options.r)
+    found = steps_in_turns(
+        "benchmarks.cpu_step", ["--threads", str(options.threads), "--r", str(options.r)], peers.installed(),
+        WARMUP + options.steps, options.threads,
+    )  # fmt: skip
     measure.publish("cpu_step", {"variants": found}, report(found), options.write)
 
 

@@ -11,8 +11,6 @@ anonymous memory above that of the converted model. Beside it stands what `estim
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import measure, peers
+from benchmarks.processes import steps_in_turns
 from lightning_qlora import convert, estimate_memory
 from lightning_qlora.layers.deferred_head import defer_logits
 
@@ -130,43 +129,6 @@ def work(options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_mb": peaks[-1] - before}), flush=True)
 
 
-def measure_all(arguments: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Steps of all variants, in turns."""
-    variants = [*VARIANTS]
-    if not options.head_only and peers.BNB in peers.installed():
-        variants.append(peers.BNB)
-    command = [sys.executable, "-m", "benchmarks.deferred_logits", *arguments, "--variant"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(measure.ROOT)}
-    processes = {
-        name: subprocess.Popen(
-            [*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            cwd=measure.ROOT,
-        )
-        for name in variants
-    }  # fmt: skip
-    try:
-        found: dict[str, dict[str, Any]] = {name: _reply(one) | {"steps": []} for name, one in processes.items()}
-        for _ in range(WARMUP + options.steps):
-            for name, process in processes.items():
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                found[name]["steps"].append(_reply(process))
-    finally:
-        for process in processes.values():
-            process.kill()
-    return found
-
-
-def _reply(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-    raise RuntimeError(f"a variant ended early, with status {process.wait()}: {process.args!r}")
-
-
 def report(found: dict[str, dict[str, Any]]) -> str:
     """The table; ratios are to real logits."""
     seconds = {name: [step["seconds"] for step in one["steps"][WARMUP:]] for name, one in found.items()}
@@ -193,7 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
         return work(options)
     torch.set_num_threads(options.threads)
     given = sys.argv[1:] if arguments is None else arguments
-    found = measure_all(given, options)
+    variants = [*VARIANTS]
+    if not options.head_only and peers.BNB in peers.installed():
+        variants.append(peers.BNB)
+    found = steps_in_turns("benchmarks.deferred_logits", given, variants, WARMUP + options.steps, options.threads)
     print(f"`python -m benchmarks.deferred_logits {' '.join(given)}` on {measure.machine()}\n\n{report(found)}")
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run, and `gpu_day` keeps what it measured."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import deferred_logits, gpu_day, measure, peers
+from benchmarks import deferred_logits, gpu_day, measure, peers, saved_tensors
 from benchmarks.gpu_cells import CELLS, ROW, Cell, page, results
 from benchmarks.timing import call_seconds, times
 
@@ -228,3 +230,15 @@ def test_deferred_logits_are_measured_and_planned(capsys):
     (_, real, _, _, _, _, real_loss), (_, ours, _, _, _, _, our_loss) = rows
     assert float(ours) < float(real)
     assert float(our_loss.strip(" |")) == pytest.approx(float(real_loss.strip(" |")), rel=1e-3)
+
+
+def test_what_a_decoder_layer_keeps_is_listed_by_module():
+    """q, k and v share one bf16 input; each has x A^T and a seed of its own."""
+    pytest.importorskip("transformers")
+    sizes = argparse.Namespace(tokens=8, hidden=64, intermediate=128, heads=4, kv_heads=2, r=4)
+    with FakeTensorMode():
+        rows = {name: sizes for name, *sizes in saved_tensors.saved_by_module(*saved_tensors.decoder_layer(sizes))}
+    x, own = 8 * 64 * 2, 8 * 4 * 2 + 8
+    assert rows["self_attn.q_proj"][:2] == [x + own, 0]
+    assert rows["self_attn.k_proj"][:2] == rows["self_attn.v_proj"][:2] == [own, x]
+    assert rows["mlp.down_proj"][:2] == [8 * 128 * 2 + own, 0]

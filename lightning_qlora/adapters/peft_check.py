@@ -18,9 +18,9 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_model import target_modules_of
 from lightning_qlora.adapters.merge import to_dense
 from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
-from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts
+from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts, is_expert
 from lightning_qlora.layers.names import COMPILED
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 
 
 def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
@@ -54,7 +54,24 @@ def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
             "lightning_qlora (adapter=FOLDER).",
             stacklevel=3,
         )
+    elif read := layers_that_are_only_read(base):
+        warnings.warn(
+            f"PEFT would load the adapters of {len(read)} layers of this {type(base).__name__} ({', '.join(read[:3])}"
+            f"{', ...' if len(read) > 3 else ''}), but not use them: the model reads the weights of these layers and "
+            "does not call them. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
+            stacklevel=3,
+        )
     return adapter
+
+
+def layers_that_are_only_read(base: nn.Module) -> list[str]:
+    """Names of converted layers whose weight other code multiplied with, or read, and which were not called."""
+    return [
+        name
+        for name, layer in adapted_layers(base).items()
+        if type(layer).forward is QLoRALinear.forward and not is_expert(name)
+        if layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
+    ]
 
 
 def lost_keys(adapter: Adapter, base: nn.Module, tensors: dict[str, Tensor]) -> tuple[set[str], str | None]:

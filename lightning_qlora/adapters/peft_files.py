@@ -166,9 +166,13 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         if not weights.is_file():
             why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
             raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
+        before = _identity(weights)
         with open_safetensors(weights) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
             metadata = file.metadata() or {}
+        # safetensors opens the path a second time for the tensors, which may be another file than that of the metadata.
+        if _identity(weights) != before and time.monotonic() < end:
+            continue
         copy = metadata_entry(metadata, CONFIG_COPY, weights)
         checked = None if config is None else _checked(config, path)
         if checked is not None and copy in (None, config):
@@ -191,6 +195,11 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
             "again. To keep an edited config, load and save the folder with PEFT, which writes no copy of it."
         )
     return checked, tensors, metadata
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"

@@ -73,9 +73,11 @@ def check_crc(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If a part is damaged; names it.
     """
-    if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+    if not os.path.isfile(path):
         return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             has_crc = any(part.CRC for part in archive.infolist())  # torch.serialization.set_crc32_options(False)
             damaged = archive.testzip() if has_crc else None

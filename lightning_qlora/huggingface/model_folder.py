@@ -192,9 +192,7 @@ class ModelFolder(WeightFolder):
                 for i in range(numbers.pop())
             ]
         parts[0].find_places(self._shapes(parts[0]))
-        for part in parts:
-            part.places = parts[0].places
-        return parts
+        return [replace(part, places=parts[0].places) for part in parts]
 
     def _shapes(self, conversion: Conversion) -> dict[str, Tensor]:
         entries = {key: self.stored.entries[key] for key in conversion.keys}

@@ -145,8 +145,13 @@ class QLoRALinear(LoRALayer):
         """Input [..., in] -> [..., out], in the type of the input (under autocast, in autocast's)."""
         return self.linear(input, self._parameters["bias"])
 
+    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `F.linear(x, layer.weight, bias)` computes."""
+        self.__dict__["weight_was_called"] = True
+        return self.linear(x, bias)
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with a bias of the caller's: what `F.linear(x, layer.weight, bias)` computes."""
+        """The same as `forward` with a bias of the caller's."""
         if not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         dtype, given = self.compute_dtype(x), x.dtype

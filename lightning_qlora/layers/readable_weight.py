@@ -46,8 +46,8 @@ class WeightSource(Protocol):
     def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients of the adapter's parameters from that of the effective weight."""
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias with the adapter, without a dense weight."""
+    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias with the adapter, without a dense weight, for code that has the weight and not the layer."""
 
 
 class Readable(Tensor):
@@ -184,11 +184,11 @@ class ReadableWeight(Readable):
         if func is torch.nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, ReadableWeight) and not (weight._transposed or isinstance(x, Readable)):
-                return weight._source.linear(x, bias)
+                return weight._source.linear_by_weight(x, bias)
         if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
             x, weight = args
             if weight._transposed and not isinstance(x, Readable) and x.dtype is weight.dtype:
-                return weight._source.linear(x, None)
+                return weight._source.linear_by_weight(x, None)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

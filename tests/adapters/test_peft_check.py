@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import convert, save_adapter
-from lightning_qlora.adapters.peft_check import _without_weights
+from lightning_qlora.adapters.peft_check import _without_weights, layers_that_are_only_read
 from tests.adapters.test_peft_experts import converted, decoded_base, deepseek_v3, logits, olmoe
 from tests.conftest import Classifier
 from tests.layers import test_experts as toys
@@ -69,6 +69,22 @@ def test_a_folder_that_peft_loads_is_written_as_always(tmp_path):
 def test_what_peft_has_no_form_for_is_named(tmp_path):
     with pytest.warns(UserWarning, match=r"PEFT would not load .* of the .*layers.0.mlp.down_proj.*Merge the adapter"):
         save_adapter(with_dense_experts(qwen3_with_a_dense_mlp, use_dora=True), tmp_path)
+
+
+def test_layers_that_the_model_reads_and_does_not_call_are_named(tmp_path):
+    """PEFT adapts the calls of a layer, and `nn.MultiheadAttention` reads the weight of its out_proj."""
+    model = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True)
+    convert(model, r=2)
+    save_adapter(model, tmp_path / "before")  # nothing is known of the layers yet
+    model(torch.randn(2, 3, 64)).sum().backward()
+    assert layers_that_are_only_read(model) == ["self_attn.out_proj"]
+    with pytest.warns(UserWarning, match=r"the adapters of 1 layers .*\(self_attn.out_proj\), but not use them"):
+        save_adapter(model, tmp_path / "after")
+    called = nn.Sequential(nn.Linear(64, 64))
+    convert(called, r=2)
+    called(torch.randn(2, 64)).sum().backward()
+    called[0].weight.norm()  # to log it, say
+    assert layers_that_are_only_read(called) == []
 
 
 def test_what_peft_refuses_is_named(tmp_path, monkeypatch):

@@ -7,20 +7,20 @@ python -m tests.architectures llama mixtral      these; prints their rows
 import argparse
 import contextlib
 import io
-import json
+import logging
+import multiprocessing
 import re
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import peft  # noqa: F401, so that each process has it
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-import lightning_qlora
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.layers.selection import select_in_part
 from tests.architectures.checks import CHECKS, known
@@ -69,7 +69,13 @@ def row(kind):
     try:
         total, quantized, rest = share(kind)
         results |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
-    except (AttributeError, TypeError, ValueError, IndexError) as error:  # defaults that transformers can't build
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        ImportError,
+    ) as error:  # defaults that transformers can't build
         results |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
     for name, check in CHECKS.items():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -84,8 +90,8 @@ def row(kind):
 
 HEAD = """# Architectures
 
-Written by `python -m tests.architectures` with transformers {transformers} and torch {torch}, on a CPU. The checks
-are in `tests/architectures/checks.py`; `make test-all` runs all of them, and `make test` some.
+Written by `python -m tests.architectures --write docs/architectures.md` with transformers {transformers} and torch
+{torch}, on a CPU. The checks are in `tests/architectures/checks.py`; `make test-all` runs all of them.
 
 Each architecture is built with a tiny configuration, converted with rank 2 and checked in a process of its own:
 
@@ -130,32 +136,47 @@ def page(rows):
 
 
 TAIL = """
+## What stays in 16 bits
+
+- Embeddings, and output embeddings that `target_modules` does not name.
+- Routers of mixtures of experts, and weights that are tied to others (the blocks that Zamba 2 shares).
+- Weights of layers that are not linear: convolutions (of kernel 1 too), the joint `in_proj_weight` of
+  `nn.MultiheadAttention` (its `out_proj` is converted), the three-dimensional weights of XLNet's attention.
+- Layers so small that their adapter would be larger than they are, or of at most 64 weights, train in full.
+
+## What some models need
+
+- **RWKV** divides its weights in place in evaluation: `config.rescale_every = 0`. Training in eval mode with its cache
+  is an error of autograd in the dense model too: `config.use_cache = False`.
+- **Reformer** runs its layers inside an autograd function: `model.train()` and `model.enable_input_require_grads()`.
+- **Falcon**: transformers has no 4-bit form for subclasses of `nn.Linear`, so `save_quantized` writes these layers
+  decoded.
+- **Mixtures of experts**: `save_quantized` writes experts that are one parameter decoded, since bitsandbytes has no
+  format for them.
 """
+
+
+def in_a_process(kind):
+    """`row` in a process of its own, forked from this one, which has imported everything already."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(row, kind).result()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them, and the page, if none")
-    parser.add_argument("--row", action="store_true", help="run the checks of one in this process, and print JSON")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them if none")
+    parser.add_argument("--write", type=Path, help="file for the page")
     arguments = parser.parse_args()
-    if arguments.row:
-        warnings.simplefilter("ignore")
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        print(json.dumps(row(*arguments.kinds)))
-        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a fork of a process with threads of OpenMP may hang
     rows = []
     for kind in arguments.kinds or ALL:
-        command = [sys.executable, "-m", "tests.architectures", "--row", kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{kind}: the process ended with {done.returncode}.\n{done.stderr[-2000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(in_a_process(kind))
         print(" | ".join(rows[-1].values()), flush=True)
-    if not arguments.kinds:
-        path = Path(lightning_qlora.__file__).parents[1] / "docs/architectures.md"
-        path.write_text(page(rows))
-        print(path)
+    if arguments.write:
+        arguments.write.write_text(page(rows))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ MODELS = {
 }
 DECODER = {**TEXT, "head_dim": 16, "num_key_value_heads": 2}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+MANY = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+MAMBA = {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 DETR = {
     "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
@@ -119,6 +122,71 @@ MORE = {
         "text to text",
         {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64},
     ),
+    "qwen2_moe": ("text", {**MANY, "num_experts": 4, "shared_expert_intermediate_size": 64}),
+    "qwen3_next": (
+        "text",
+        {
+            **MANY, "num_experts": 4, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "glm4_moe": ("text", {**MANY, **GROUPS}),
+    "dots1": ("text", {**MANY, **GROUPS, "n_shared_experts": 1}),
+    "ernie4_5_moe": ("text", {**MANY, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}),
+    "afmoe": ("text", {**MANY, "num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1}),
+    "flex_olmo": ("text", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "phimoe": ("text", EXPERTS),
+    "minimax": ("text", {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}),
+    "minimax_m2": ("text", EXPERTS),
+    "jamba": (
+        "text",
+        {
+            "num_experts": 2, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+            "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_expand": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "granitemoehybrid": (
+        "text",
+        {**EXPERTS, **MAMBA, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]},
+    ),
+    "nemotron_h": (
+        "text",
+        {
+            **MANY, **GROUPS, "intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "head_dim": 16,
+            "layers_block_type": ["moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
+            "n_groups": 1,
+        },
+    ),
+    "bamba": ("text", {**MAMBA, "attn_layer_indices": [1]}),
+    "falcon_h1": ("text", {**MAMBA, "mamba_d_ssm": 64, "mamba_n_heads": 4}),
+    "lfm2": ("text", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}),
+    "gemma3n_text": (
+        "text",
+        {
+            "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.9, 0.0],
+            "laurel_rank": 8, "intermediate_size": [128, 128],
+        },
+    ),
+    # In eval mode it changes its weights every `rescale_every` layers, and its cache between forward and backward.
+    "rwkv": ("text", {"attention_hidden_size": 64, "context_length": 64, "rescale_every": 0, "use_cache": False}),
+    "longformer": ("text", {"attention_window": [4, 4]}),
+    "led": ("text to text", {"attention_window": [4, 4]}),
+    "convnext": ("image", {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2}),
+    "segformer": (
+        "image",
+        {
+            "hidden_sizes": [32, 64], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3],
+            "strides": [4, 2], "num_attention_heads": [2, 4], "sr_ratios": [2, 1], "mlp_ratios": [4, 4],
+        },
+    ),
+    "siglip": ("text and image", {"text_config": TEXT, "vision_config": VISION}),
+    "vitdet": ("image", {"window_block_indices": []}),
+    "sew": ("speech", {**SPEECH, "squeeze_factor": 1}),
+    **dict.fromkeys(["unispeech-sat", "data2vec-audio"], ("speech", SPEECH)),
+    **dict.fromkeys(["marian", "m2m_100", "umt5", "longt5"], ("text to text", {})),
     "gte": ("text", {}),
     "jina_embeddings_v3": ("text", {}),
     "detr": ("image", DETR),
@@ -153,7 +221,8 @@ MORE = {
             "exaone4", "falcon_mamba", "fnet", "fsmt", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
             "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "helium", "hunyuan_v1_dense", "ibert",
             "imagegpt", "layoutlm", "mistral", "mpnet", "mpt", "nemotron", "olmo", "olmo2", "phi", "phi3", "qwen2",
-            "qwen3", "roberta", "roformer", "squeezebert", "stablelm", "starcoder2", "xglm", "xlm-roberta",
+            "qwen3", "roberta", "roformer", "seed_oss", "smollm3", "squeezebert", "stablelm", "starcoder2", "xglm",
+            "xlm-roberta", "xlnet",
         ],
         ("text", {}),
     ),

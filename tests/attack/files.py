@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,7 @@ from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from tests.adapters.test_peft_metadata import adapter, number_of
-from tests.attack.processes import ended, exit_at_line, flipped, kill_after, lines_of, run, start
+from tests.attack.processes import ended, exit_at_line, flipped, kill_later, lines_of, run, start
 from tests.conftest import Classifier, ResumableLoader, make_trainer
 from tests.toys import perturb
 
@@ -48,9 +47,6 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
     """A run is killed at a random moment: its checkpoints are whole, and resuming the last one is bit-equal."""
     draw, found = random.Random(seed), Counter[str]()
     expected = train(folder / "whole").state_dict()
-    begin = time.perf_counter()
-    assert run(lambda: train(folder / "again")) == 0
-    duration = time.perf_counter() - begin
 
     def resume(place: Path) -> None:
         whole = sorted(place.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
@@ -63,8 +59,12 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
     for number in range(count):
         place = folder / str(number)
         place.mkdir()
-        if kill_after(lambda place=place: train(place), draw.uniform(0.1, 1.0) * duration):
-            found["killed"] += 1
+        steps = draw.randrange(1, STEPS)  # that are saved before the kill
+        found["killed"] += kill_later(
+            lambda place=place: train(place),
+            lambda place=place, steps=steps: len(list(place.glob("*.ckpt"))) >= steps,
+            draw.uniform(0, 1 / steps),
+        )
         if list(place.glob("*.ckpt")):
             assert run(lambda place=place: resume(place)) == 0, f"seed {seed}, attempt {number}"
             found["resumed, bit-equal"] += 1

@@ -42,10 +42,18 @@ def run(work: Callable[[], object]) -> int:
     return ended(start(work))
 
 
-def kill_after(work: Callable[[], object], seconds: float) -> bool:
-    """Run `work` in a process and kill it after some time; whether it had not ended before."""
-    pid = start(work)
-    time.sleep(seconds)
+def kill_later(work: Callable[[], object], ready: Callable[[], bool], share: float) -> bool:
+    """Run `work` in a process and kill it; whether it had not ended before.
+
+    Args:
+        work: The work.
+        ready: Whether the process has come so far.
+        share: Of the time that this took: how long to wait after it.
+    """
+    begin, pid = time.perf_counter(), start(work)
+    while not ready() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
+    time.sleep(share * (time.perf_counter() - begin))
     os.kill(pid, signal.SIGKILL)
     return ended(pid) == -signal.SIGKILL
 

@@ -89,7 +89,7 @@ def test_the_report_groups_layers_and_gives_reasons(capsys):
 def test_the_report_is_plain_lines_without_rich(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
     convert(mlp(), r=8).show()
-    assert "*  x1  4-bit + adapter, 256x128" in capsys.readouterr().out
+    assert "1  x1  4-bit + adapter, 256x128" in capsys.readouterr().out
 
 
 def test_a_module_without_linear_layers_is_refused():

@@ -469,10 +469,9 @@ def test_fabric():
 
 
 @pytest.fixture
-def one_rank(monkeypatch):
+def one_rank():
     """A process group of this process."""
-    monkeypatch.setattr(os, "environ", os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"})
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     yield
     torch.distributed.destroy_process_group()
 

@@ -164,7 +164,7 @@ def test_a_plain_export_names_its_base_in_its_metadata_and_on_screen(base, tmp_p
         assert json.loads(file.metadata()["lightning_qlora"])["init_lora_weights"] == "loftq"
     for path in ("exported", "last.ckpt"):
         main(["inspect", str(tmp_path / path)])
-        assert re.search(r"is for +These adapters were initialized as 'loftq'", capsys.readouterr().out)
+        assert re.search(r"trained on +These adapters were initialized as 'loftq'", capsys.readouterr().out)
 
 
 def test_adapters_without_such_a_difference_are_refused(base, tmp_path):

@@ -46,7 +46,7 @@ docs: setup
 
 # No GPU needed: Triton's wheel brings the compilers of NVIDIA and AMD.
 compile-kernels: setup
-	$(BIN)/python -m benchmarks.compile_kernels --write docs/kernels.md
+	$(BIN)/python -m benchmarks.compile_kernels --write docs/compile-report.md
 
 bench: setup
 	$(PIP) --editable ".[bench]"

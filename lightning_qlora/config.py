@@ -128,7 +128,8 @@ class QLoRAConfig:
         check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
             check_string("adapter", self.adapter)
-            if not os.path.isfile(os.path.join(self.adapter, "adapter_config.json")):
+            files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
+            if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
                 raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's adapter_config.json.")
 
     def __repr__(self) -> str:

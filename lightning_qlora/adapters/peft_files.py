@@ -166,13 +166,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         if not weights.is_file():
             why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
             raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
-        before = _identity(weights)
-        with open_safetensors(weights) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-            metadata = file.metadata() or {}
-        # safetensors opens the path a second time for the tensors, which may be another file than that of the metadata.
-        if _identity(weights) != before and time.monotonic() < end:
-            continue
+        tensors, metadata = _read_weights(weights, end)
         copy = metadata_entry(metadata, CONFIG_COPY, weights)
         checked = None if config is None else _checked(config, path)
         if checked is not None and copy in (None, config):
@@ -197,9 +191,24 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     return checked, tensors, metadata
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns
+def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
+    while True:
+        before = path.stat()
+        try:
+            with open_safetensors(path) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+                metadata = file.metadata() or {}
+            error = None
+        except (ValueError, RuntimeError) as raised:
+            error = raised
+        after = path.stat()
+        if (before.st_ino, before.st_mtime_ns, before.st_size) == (after.st_ino, after.st_mtime_ns, after.st_size):
+            if error is not None:
+                raise error
+            return tensors, metadata
+        if time.monotonic() > end:
+            raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
 
 
 VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"

@@ -46,7 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
     Args:
         path: The file, or the folder of shards.
         weights_only: As in `torch.load`: refuse objects that are neither tensors nor plain values, and run no code of
-            the files. torch.distributed.checkpoint runs it in any case, when it unpickles the index of shards.
+            the files, the index of shards included.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.

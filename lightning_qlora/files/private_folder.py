@@ -9,7 +9,8 @@ def objection(path: Path) -> str | None:
     """Why another user could have written a file or folder, or could replace it; None if nobody could.
 
     Owner of it and of all folders above it must be this user or root. Others must not have the right to write, except
-    in a folder with the sticky bit (as /tmp), where they can't replace what is not theirs.
+    in a folder with the sticky bit (as /tmp), where they can't replace what is not theirs. A group that has no other
+    member, as Debian and Fedora give each user, may have the right.
     """
     if os.name != "posix":
         return None
@@ -21,9 +22,21 @@ def objection(path: Path) -> str | None:
         if found.st_uid not in (os.geteuid(), 0):
             return f"{part} belongs to another user (uid {found.st_uid})"
         sticky = part != path and found.st_mode & stat.S_ISVTX
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        by_group = found.st_mode & stat.S_IWGRP and not _is_private_group(found.st_gid)
+        if (by_group or found.st_mode & stat.S_IWOTH) and not sticky:
             return f"{part} can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
     return None
+
+
+def _is_private_group(gid: int) -> bool:
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:  # not in the files of this container
+        return False
+    return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def make_private(folder: Path) -> None:

@@ -91,20 +91,3 @@ class PackedLinear(nn.Linear):
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
-
-
-def refuse_unfreezing(module: nn.Module, call: str) -> None:
-    """Raise for a call that would train all parameters of a module, if some are 4-bit weights.
-
-    Raises:
-        RuntimeError: As torch does for a single parameter of integers; names the call and a layer.
-    """
-    packed = [name for name, part in module.named_modules() if isinstance(part, PackedLinear)]
-    if packed:
-        first = packed[0] or "the layer itself"
-        raise RuntimeError(
-            f"{type(module).__name__}.{call}: {len(packed)} of its layers are in 4 bits ({first}"
-            f"{', ...' if len(packed) > 1 else ''}), and 4-bit weights can't be trained. The adapters train already. "
-            "To train a layer in full, name it in modules_to_save; to train the adapters again after "
-            "requires_grad_(False), set requires_grad of their parameters (lora_A, lora_B)."
-        )

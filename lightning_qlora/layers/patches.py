@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.layers.packed_linear import refuse_unfreezing
+from lightning_qlora.layers.packed_linear import PackedLinear
 
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -31,7 +31,7 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
 
 def explain_requires_grad() -> None:
-    """Let `requires_grad_(True)` of a module with 4-bit layers say what trains, and change nothing.
+    """Let `requires_grad_(True)` of a module with 4-bit layers name the layer, and change nothing.
 
     Upstream: torch/nn/modules/module.py, Module.requires_grad_, sets one parameter after the other and stops at the
     first 4-bit one with "only Tensors of floating point dtype can require gradients", which names no layer.
@@ -40,8 +40,13 @@ def explain_requires_grad() -> None:
     """
 
     def require(original: Any, module: nn.Module, requires_grad: bool = True) -> Any:
-        if requires_grad:
-            refuse_unfreezing(module, "requires_grad_(True)")
+        packed = (name for name, part in module.named_modules() if isinstance(part, PackedLinear))
+        if requires_grad and (name := next(packed, None)) is not None:
+            raise RuntimeError(
+                f"{name or type(module).__name__}: requires_grad_(True) can't train a 4-bit weight. The adapters train "
+                "already. To train a layer in full, name it in modules_to_save; to train the adapters again after "
+                "requires_grad_(False), set requires_grad of their parameters (lora_A, lora_B)."
+            )
         return original(module, requires_grad)
 
     wrap_once(nn.Module, "requires_grad_", require)

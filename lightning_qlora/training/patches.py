@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.adapters.state_dict import CONFIG
-from lightning_qlora.layers.packed_linear import refuse_unfreezing
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
@@ -229,16 +228,16 @@ def explain_adapter_checkpoints() -> None:
 
 
 def explain_unfreezing() -> None:
-    """Let `unfreeze()` of a converted LightningModule say why 4-bit weights can't be trained.
+    """Let `unfreeze()` of a converted module raise the error of `requires_grad_(True)`, and change nothing.
 
-    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze: it unfreezes some parameters, and then raises
-    torch's error about tensors of integers.
-    Supported ways tried: methods of the 4-bit layer are not called, only those of the module that contains it.
-    Removed by: upstream calling `requires_grad_`, which has a message already (layers/patches.py).
+    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze, sets requires_grad of every parameter and
+    stops at the first 4-bit one with torch's error, which names no layer.
+    Supported ways tried: none; the method belongs to the user's module.
+    Removed by: upstream calling requires_grad_ of the module, which `layers.patches.explain_requires_grad` explains.
     """
 
     def unfreeze(original: Any, module: nn.Module) -> Any:
-        refuse_unfreezing(module, "unfreeze()")
+        module.requires_grad_(True)
         return original(module)
 
     wrap_once(LightningModule, "unfreeze", unfreeze)

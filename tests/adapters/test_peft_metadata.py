@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, read_adapter, w
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 
 
-def adapter(number: int) -> Adapter:
+def adapter(number: int, r: int = 2) -> Adapter:
     """An adapter whose values and alpha are `number`."""
     layers = {
-        f"layers.{i}.proj": LayerAdapter(torch.full((2, 6), float(number)), torch.full((4, 2), float(number)), number)
+        f"layers.{i}.proj": LayerAdapter(torch.full((r, 6), float(number)), torch.full((4, r), float(number)), number)
         for i in range(2)
     }
     saved = {"head.weight": torch.full((3, 5), float(number), dtype=torch.bfloat16)}
@@ -92,6 +93,26 @@ def test_a_missing_config_is_read_from_its_copy(tmp_path):
     (tmp_path / CONFIG).unlink()
     with pytest.warns(UserWarning, match="adapter_config.json: is missing, as after a save that was interrupted"):
         assert number_of(read_adapter(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(rank, tmp_path, monkeypatch):
+    """safetensors opens it twice: the header was that of one adapter, and the values those of another."""
+    write_adapter(adapter(3), tmp_path)
+    monkeypatch.setattr(peft_files, "PATIENCE", 60.0)
+    real, opened = peft_files.open_safetensors, []
+
+    @contextmanager
+    def replaced(path):
+        opened.append(path)
+        with real(path) as file:
+            if len(opened) == 1:
+                write_adapter(adapter(4, rank), tmp_path)
+            yield file
+
+    monkeypatch.setattr(peft_files, "open_safetensors", replaced)
+    found = read_adapter(tmp_path)
+    assert number_of(found) == 4 and found.r == rank and len(opened) > 1
 
 
 @posix

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 
+from lightning_qlora.files import private_folder
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.cpu import build
 from lightning_qlora.kernels.cpu import library as module
@@ -311,7 +312,24 @@ def test_a_folder_that_others_can_write_to_is_refused(mode, cache, monkeypatch):
     """Even if they could not write to it when the library was compiled."""
     cache.parent.chmod(mode)
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: pytest.fail("loaded"))
+    monkeypatch.setattr(private_folder, "_is_private_group", lambda _: False)
     with pytest.raises(build.BuildError, match=r"can be written by other users .*only you can write to \(chmod 700\)"):
+        build.load(module.SOURCE, module.SYMBOLS)
+
+
+def test_a_group_without_other_members_may_write(cache, monkeypatch):
+    import grp
+    import pwd
+
+    user = pwd.getpwuid(os.geteuid())
+    members = []
+    group = grp.struct_group((user.pw_name, "x", user.pw_gid, members))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
+    cache.parent.chmod(0o770)
+    os.chown(cache.parent, -1, user.pw_gid)
+    build.load(module.SOURCE, module.SYMBOLS)
+    members.append("somebody")
+    with pytest.raises(build.BuildError, match="can be written by other users"):
         build.load(module.SOURCE, module.SYMBOLS)
 
 

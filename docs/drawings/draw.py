@@ -1,0 +1,174 @@
+"""The drawings of the documentation: `python docs/drawings/draw.py` writes each as an SVG beside this file.
+
+They are 480 units wide, so that text of 13 units is readable on a telephone. They have a white ground for dark mode.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+
+from lightning_qlora.quantization.codebooks import NF4_LEVELS
+
+WIDTH = 480
+INK, GREY, LINE = "#1f2937", "#6b7280", "#9ca3af"
+BLUE, ORANGE, GREEN, PLAIN = "#dbeafe", "#ffedd5", "#dcfce7", "#f3f4f6"  # frozen, trained, memory that moves, the rest
+
+
+def text(x: float, y: float, words: str, size: int = 13, color: str = INK, anchor: str = "middle") -> str:
+    """One line of text."""
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{words}</text>'
+
+
+def box(x: float, y: float, width: float, color: str, *lines: str, height: float = 0, dashed: bool = False) -> str:
+    """A box with centred lines of text."""
+    height = height or 16 * len(lines) + 14
+    dash = ' stroke-dasharray="4 3"' if dashed else ""
+    middle = y + height / 2 - 8 * len(lines) + 12
+    shape = (
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{color}" stroke="{LINE}"{dash}/>'
+    )
+    return shape + "".join(text(x + width / 2, middle + 16 * i, line) for i, line in enumerate(lines))
+
+
+def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
+    """A straight arrow."""
+    ends = f'x1="{x:g}" y1="{y:g}" x2="{to_x:g}" y2="{to_y:g}"'
+    return f'<line {ends} stroke="{INK}" stroke-width="1.5" marker-end="url(#a)"/>'
+
+
+def svg(height: int, *parts: str, label: str) -> str:
+    """The document around the parts."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'
+    marker = (
+        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>'
+    )
+    ground = f'<rect width="{WIDTH}" height="{height}" rx="8" fill="white"/>'
+    body = "\n".join((head, "<g font-family='system-ui, sans-serif'>", marker, ground, *parts, "</g>", "</svg>"))
+    return body + "\n"
+
+
+def nf4() -> str:
+    """The 16 levels of NF4 under the normal curve, with the interval of weights that each stands for."""
+    normal, edge = NormalDist(), NormalDist().inv_cdf(0.9677083)  # the quantile that becomes level 1
+
+    def x(level: float) -> float:
+        return 240 + 200 * level
+
+    def y(level: float) -> float:
+        return 210 - 440 * normal.pdf(level * edge)
+
+    borders = [-1.15, *((a + b) / 2 for a, b in pairwise(NF4_LEVELS)), 1.15]
+    parts = []
+    for code, ((left, right), level) in enumerate(zip(pairwise(borders), NF4_LEVELS, strict=True)):
+        steps = [left + (right - left) * i / 8 for i in range(9)]
+        curve = " ".join(f"{x(at):.1f},{y(at):.1f}" for at in steps)
+        color = (BLUE, "#93c5fd")[code % 2]
+        parts.append(f'<polygon points="{x(left):.1f},210 {curve} {x(right):.1f},210" fill="{color}"/>')
+        parts.append(f'<line x1="{x(level):.1f}" y1="{y(level):.1f}" x2="{x(level):.1f}" y2="216" stroke="{INK}"/>')
+        parts.append(text(round(x(level), 1), 228 if code % 2 else 240, str(code), 11))
+    parts += [text(x(at), 258, f"{at:g}", 12, GREY) for at in (-1, -0.5, 0, 0.5, 1)]
+    parts.append(text(240, 278, "weight / largest absolute weight of its block", 13, GREY))
+    return svg(288, *parts, label="The 16 levels of NF4 and the weights that each stands for, under the normal curve")
+
+
+def weight() -> str:
+    """The path of a weight: 16 bits to 4."""
+    parts = [
+        box(8, 24, 92, PLAIN, "W", "16 or 32 bits", height=66),
+        arrow(100, 57, 121, 57),
+        box(124, 24, 104, BLUE, "blocks of 64:", "4-bit codes,", "one scale each", height=66),
+        arrow(228, 57, 249, 57),
+        box(252, 24, 104, BLUE, "256 scales:", "8-bit codes,", "one fp32 scale", height=66),
+        arrow(356, 57, 377, 57),
+        box(380, 24, 92, BLUE, "packed, absmax,", "nested: frozen,", "uint8", height=66),
+        text(240, 116, "4 + 8/64 + 32/(64 * 256) = 4.127 bits for a weight"),
+    ]
+    return svg(132, *parts, label="A weight becomes 4-bit codes, 8-bit scales and fp32 scales of the scales")
+
+
+def batch() -> str:
+    """The path of a batch through one layer."""
+    parts = [
+        box(16, 16, 128, BLUE, "W in 4 bits"),
+        arrow(80, 46, 80, 74),
+        box(16, 76, 128, BLUE, "decoded into", "a reused buffer"),
+        arrow(80, 122, 80, 150),
+        box(16, 152, 128, PLAIN, "x Wᵀ + bias"),
+        box(190, 16, 100, PLAIN, "x", dashed=True),
+        arrow(200, 46, 130, 150),
+        arrow(290, 31, 342, 31),
+        box(344, 16, 120, ORANGE, "drop(x) Aᵀ", dashed=True),
+        arrow(404, 46, 404, 150),
+        box(344, 152, 120, ORANGE, "s (drop(x) Aᵀ) Bᵀ"),
+        arrow(144, 167, 208, 167),
+        arrow(344, 167, 276, 167),
+        box(210, 152, 64, PLAIN, "+"),
+        arrow(242, 182, 242, 206),
+        box(210, 208, 64, PLAIN, "y"),
+        text(240, 262, "blue: frozen, 4 bits; orange: trained; dashed: kept for the gradient", 12, GREY),
+    ]
+    return svg(274, *parts, label="A batch: W is decoded into a buffer; x and drop(x) A are kept for the gradient")
+
+
+def gradient() -> str:
+    """The path of a gradient through one layer."""
+    parts = [
+        box(190, 16, 100, PLAIN, "dY"),
+        arrow(200, 46, 90, 82),
+        arrow(240, 46, 240, 82),
+        arrow(280, 46, 392, 82),
+        box(12, 84, 150, PLAIN, "dX = dY W", "+ s drop(dY B A)"),
+        box(172, 84, 144, ORANGE, "dB =", "s dYᵀ (drop(x) Aᵀ)"),
+        box(326, 84, 142, ORANGE, "dA =", "s (dY B)ᵀ drop(x)"),
+        box(12, 164, 150, BLUE, "W is decoded again;", "it has no gradient"),
+        arrow(87, 164, 87, 132),
+        arrow(244, 130, 290, 162),
+        arrow(397, 130, 350, 162),
+        box(250, 164, 140, ORANGE, "AdamW: A, B", "and two moments"),
+        text(240, 236, "The dropout mask is computed again from its seed.", 12, GREY),
+    ]
+    return svg(248, *parts, label="A gradient: dX for the layer before; dA and dB for the optimizer; none for W")
+
+
+def pages() -> str:
+    """Where the memory of a step is, in three moments."""
+    titles = ("forward, backward", "optimizer step", "next forward")
+    parts = [text(12, y, name, 13, INK, "start") for name, y in (("GPU", 64), ("host", 156))]
+    for i, title in enumerate(titles):
+        x = 54 + 141 * i
+        parts.append(text(x + 66, 26, title))
+        for y in (38, 130):
+            parts.append(f'<rect x="{x}" y="{y}" width="132" height="42" rx="6" fill="none" stroke="{LINE}"/>')
+        parts.append(box(x, 38, 44, BLUE, "W", height=42))
+        if i == 1:
+            parts += [box(x + 44, 38, 38, ORANGE, "grad", height=42), box(x + 82, 38, 50, GREEN, "m, v", height=42)]
+            parts += [arrow(x + 107, 130, x + 107, 82), text(x + 98, 110, "prefetch", 13, INK, "end")]
+        else:
+            parts += [box(x + 44, 38, 88, PLAIN, "activations", height=42), box(x, 130, 50, GREEN, "m, v", height=42)]
+    parts += [
+        arrow(354, 82, 354, 128),
+        text(362, 102, "evicted", 12, INK, "start"),
+        text(362, 116, "when needed", 12, INK, "start"),
+    ]
+    parts += [text(240, 198, "The driver evicts pages only if something else needs the GPU memory.", 12, GREY)]
+    return svg(
+        210, *parts, label="Optimizer state is on the GPU in the optimizer step, and on the host when memory is short"
+    )
+
+
+def logo() -> str:
+    """Four bits and a flash."""
+    squares = "".join(
+        f'<rect x="{x}" y="{y}" width="8" height="8" rx="2" fill="#fdba74"/>' for x in (5, 27) for y in (8, 24)
+    )
+    ground = '<rect width="40" height="40" rx="9" fill="#4c1d95"/>'
+    flash = '<path d="M22 4 L12 22 H19 L17 36 L28 17 H21 Z" fill="white"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40">{ground}{squares}{flash}</svg>\n'
+
+
+DRAWINGS = {drawing.__name__: drawing for drawing in (nf4, weight, batch, gradient, pages, logo)}
+
+if __name__ == "__main__":
+    for name, drawing in DRAWINGS.items():
+        Path(__file__).with_name(f"{name}.svg").write_text(drawing())

@@ -1,0 +1,61 @@
+"""Every code block of docs/*.md and README.md runs; tests/scripts/doc_blocks.py says how."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import lightning_qlora
+from lightning_qlora import QLoRAConfig
+from lightning_qlora.words import ARGUMENTS
+from tests.conftest import ROOT
+from tests.scripts.doc_blocks import blocks
+
+pytest.importorskip("transformers")
+pytest.importorskip("jsonargparse")
+
+PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+RUN = [name for name, page in PAGES.items() if any(b.kind in ("python", "diff", "bash") for b in blocks(page))]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All pages in one process: each of its own would import torch again."""
+    folder = tmp_path_factory.mktemp("pages")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.scripts.doc_blocks", str(folder), *(str(PAGES[name]) for name in RUN)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_every_block_of_the_page_runs(results, name):
+    assert not results[name]["error"], results[name]["error"]
+
+
+def test_few_blocks_are_exempt(results):
+    assert sum(page["exempt"] for page in results.values()) <= 2
+    assert sum(page["run"] for page in results.values()) > 40
+
+
+def test_titles_of_files_are_unique():
+    titles = [block.title for page in PAGES.values() for block in blocks(page) if block.title]
+    assert "my_module.py" in titles and len(titles) == len(set(titles))
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("from-")])
+def test_the_tables_name_arguments_that_exist(name):
+    """In the right column of "Coming from"; and no argument of another library that we know by another name."""
+    ours = {field.name for field in dataclasses.fields(QLoRAConfig)}
+    rows = re.findall(r"^\| .+ \| (.+) \|$", PAGES[name].read_text(), re.M)
+    named = {word for row in rows for word in re.findall(r"`(\w+)(?:=[^`]*)?`", row)}
+    assert len(named & ours) >= 5
+    assert not named & set(ARGUMENTS)
+    assert all(
+        hasattr(lightning_qlora, word) for word in named if word.startswith(("Paged", "save_", "merge", "load_"))
+    )

@@ -111,8 +111,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter in trained:
-            parameter.grad = None
+        fake_model.zero_grad(set_to_none=True)
     return StepMemory(living.peak - living.gradients_at_peak, living.gradients_at_peak)
 
 

@@ -181,6 +181,11 @@ def doctor() -> None:
         raise SystemExit(1)
 
 
+def _with_underscores(arguments: list[str]) -> list[str]:
+    """--gpu-memory as --gpu_memory, the only form that jsonargparse accepts."""
+    return [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", text) for text in arguments]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 success, 1 error, 2 wrong arguments."""
     try:
@@ -193,11 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
-        given = _with_list(list(sys.argv[1:] if arguments is None else arguments))
-        dashes = [
-            re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", text) for text in given
-        ]  # --gpu-memory
-        auto_cli(commands, args=dashes, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
+        given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
+        auto_cli(commands, args=given, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
     except EXPECTED as error:
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -3,8 +3,6 @@
 import copy
 import os
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,11 +12,12 @@ from lightning_qlora.adapters.peft_files import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts, is_routed, routed_forward
+from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import conversion_report, freeze, warn_of_what_stayed
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.report import ConversionReport, parameter_bytes
@@ -102,27 +101,11 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
 
 
 def prepare_step(fake_model: nn.Module, config: QLoRAConfig) -> None:
-    """Set how a step of the model runs: deferred logits, gradient checkpointing, and experts without grouped products.
-
-    On tensors without data transformers' experts run grouped products in bf16 only; our loop needs as much memory.
-    """
+    """Set how a step of the model runs: deferred logits, gradient checkpointing, and functions that need no data."""
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(fake_model)
     defer_output_embeddings(fake_model, config.deferred_logits)
-    for part in fake_model.modules():
-        part._apply = partial(_replace_parameters, part)  # type: ignore[method-assign]
-        if is_routed(type(part)):
-            part.forward = partial(routed_forward, part)
-
-
-def _replace_parameters(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` for a forward pass that calls `.to` (routers); torch's can't swap tensors without data."""
-    for child in part.children() if recurse else ():
-        child._apply(fn)  # type: ignore[no-untyped-call]
-    for key, parameter in part._parameters.items():
-        if parameter is not None:
-            part._parameters[key] = nn.Parameter(fn(parameter), requires_grad=parameter.requires_grad)
-    return part
+    run_without_data(fake_model)
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:

@@ -1,11 +1,16 @@
-"""Changes to torch's log and to how Python prints warnings, each with the reason and what would remove it."""
+"""Changes to torch's log, to models without data and to how Python prints warnings."""
 
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qlora.layers.experts import is_routed, routed_forward
 
 
 @contextmanager
@@ -22,6 +27,29 @@ def silence_fake_tensor_log() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def run_without_data(fake_model: nn.Module) -> None:
+    """Replace functions of a model whose tensors have no data, which can't run on them.
+
+    Upstream: torch/nn/modules/module.py, Module._apply, which the forward pass of some routers calls (`.to`): it can't
+    swap tensors without data. transformers/integrations/moe.py, whose grouped products of experts run in bf16 only on
+    such tensors; our loop over experts needs as much memory.
+    Removed by: upstream running both under FakeTensorMode.
+    """
+    for part in fake_model.modules():
+        part._apply = partial(_replace_parameters, part)  # type: ignore[method-assign]
+        if is_routed(type(part)):
+            part.forward = partial(routed_forward, part)
+
+
+def _replace_parameters(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    for child in part.children() if recurse else ():
+        child._apply(fn)  # type: ignore[no-untyped-call]
+    for key, parameter in part._parameters.items():
+        if parameter is not None:
+            part._parameters[key] = nn.Parameter(fn(parameter), requires_grad=parameter.requires_grad)
+    return part
 
 
 def print_warnings_in_one_line() -> None:

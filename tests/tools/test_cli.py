@@ -97,9 +97,8 @@ def test_merge_into_4_bits_warns(tmp_path, capsys):
 
 def test_plan(tmp_path, capsys):
     toy("llama").save_pretrained(tmp_path / "base")
-    out = prints(
-        ["plan", tmp_path / "base", "--r", "4", "--batch_size", "2", "--gradient_checkpointing", "true"], capsys
-    )
+    arguments = ["--r", "4", "--batch-size", "2", "--sequence_length", "32", "--gradient_checkpointing", "true"]
+    out = prints(["plan", tmp_path / "base", *arguments], capsys)
     assert "4-bit weights" in out and "total" in out
 
 

@@ -239,4 +239,4 @@ def test_the_planner_counts_experts(build, dtype):
     report = convert(model, r=2)
     assert estimate.trainable_parameters == report.trainable_parameters
     assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after
-    assert estimate.counted_activations is (build in (qwen3_moe, gpt_oss))
+    assert estimate.counted_activations

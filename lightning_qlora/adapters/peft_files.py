@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -157,58 +158,71 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Config, tensors and metadata of one adapter, also while other processes replace its files."""
+    """Config, tensors and metadata of one adapter, also while other processes replace its files.
+
+    Writers remove a config before they replace the weights by those of another one. So if the same config is there
+    before and after the weights are read, both belong together, or were edited.
+    """
     path, weights, end = folder / CONFIG, folder / WEIGHTS, time.monotonic() + PATIENCE
     while True:
-        config = None
+        before, config = _version(path), None
         with suppress(FileNotFoundError):
             config = read_json(path)
+        checked = None if config is None else _checked(config, path)
         if not weights.is_file():
             why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
             raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
         tensors, metadata = _read_weights(weights, end)
         copy = metadata_entry(metadata, CONFIG_COPY, weights)
-        checked = None if config is None else _checked(config, path)
         if checked is not None and copy in (None, config):
             return checked, tensors, metadata
         if copy is None:
             raise FileNotFoundError(f"{path}: no such file.")
+        if checked is not None and before == _version(path):
+            if difference := difference_from_copy(checked, copy):
+                raise ValueError(
+                    f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the "
+                    "adapter again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
+                )
+            return checked, tensors, metadata
         if time.monotonic() > end:
             break
         time.sleep(0.01)
-    if checked is None:
+    if _version(path) is None:
         warnings.warn(
             f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS} is used. Save the "
             "adapter again, so that PEFT can load it.",
             stacklevel=4,
         )
-        return _checked(copy, weights), tensors, metadata
-    if difference := difference_from_copy(checked, copy):
-        raise ValueError(
-            f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the adapter "
-            "again. To keep an edited config, load and save the folder with PEFT, which writes no copy of it."
-        )
-    return checked, tensors, metadata
+    return _checked(copy, weights), tensors, metadata
 
 
 def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
-    while True:
-        before = path.stat()
+    for attempt in count():
+        before, error = _version(path), None
         try:
             with open_safetensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
                 metadata = file.metadata() or {}
-            error = None
         except (ValueError, RuntimeError) as raised:
             error = raised
-        after = path.stat()
-        if (before.st_ino, before.st_mtime_ns, before.st_size) == (after.st_ino, after.st_mtime_ns, after.st_size):
+        if before == _version(path):
             if error is not None:
                 raise error
-            return tensors, metadata
-        if time.monotonic() > end:
+            break
+        if attempt > 100 and time.monotonic() > end:
             raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
+    return tensors, metadata
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What changes if a file is replaced; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"

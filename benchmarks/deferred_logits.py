@@ -72,7 +72,7 @@ def whole_model(options: argparse.Namespace) -> tuple[Callable[[], float], float
     planned_mb = float("nan")
     made: nn.Module = model
     if options.variant in VARIANTS:
-        arguments = {"r": R, "lora_dropout": 0.0, "deferred_logits": VARIANTS[options.variant]}
+        arguments = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.0, "deferred_logits": VARIANTS[options.variant]}
         planned = estimate_memory(model, options.batch, options.length, **arguments)
         planned_mb = (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6
         convert(model, **arguments)

@@ -32,8 +32,15 @@ def check_ranks(ranks):
         assert torch.equal(value, ranks[0]["resumed"][name])
 
 
-@pytest.mark.parametrize("loop", ["trainer", "fabric"])
-@pytest.mark.parametrize("single_file", [False, True], ids=["shards", "one file"])
+@pytest.mark.parametrize(
+    ("loop", "single_file"),
+    [
+        ("trainer", False),
+        ("fabric", True),
+        pytest.param("trainer", True, marks=pytest.mark.slow),
+        pytest.param("fabric", False, marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_training_is_that_of_one_device_and_resumes_exactly(loop, single_file, tmp_path):
     ranks = run(tmp_path / "two", loop, 2, single_file)
     (alone,) = run(tmp_path / "one", loop, 1, single_file, devices=1)

@@ -114,9 +114,19 @@ def tables(results: dict[str, Any]) -> str:
         losses = results["window_losses"][name]
         row = [name, f"{base:.3f}" + (f" + {adapted - base:.3f}" if adapted > base else "")]
         row += [f"{value:.1f}" for value in [*accuracies, statistics.mean(accuracies)]]
-        rows.append([*row, *difference(per_item, name, tasks), f"{math.exp(statistics.mean(losses)):.2f}"])
+        row += [*difference(per_item, name, tasks), f"{math.exp(statistics.mean(losses)):.2f}"]
+        rows.append([*row, "" if name == REFERENCE else gap(losses, results["window_losses"][REFERENCE])])
         details.append([name, *(difference(per_item, name, [task])[0] for task in tasks)])
-    heads = ["data type", "bits per weight", *tasks, "mean", "difference to bf16", "detectable", "perplexity"]
+    heads = [
+        "data type",
+        "bits per weight",
+        *tasks,
+        "mean",
+        "difference to bf16",
+        "detectable",
+        "perplexity",
+        "loss - bf16",
+    ]
     counts = ", ".join(f"{task} {len(per_item[REFERENCE][task])}" for task in tasks)
     return f"Items: {counts}\n\n{table(heads, rows)}\n\n{table(['difference to bf16', *tasks], details[1:])}\n"
 
@@ -127,6 +137,13 @@ def difference(per_item: dict[str, dict[str, list[int]]], name: str, tasks: list
         return ["", ""]
     mean, error = paired(*([per_item[each][task] for task in tasks] for each in (name, REFERENCE)))
     return [f"{100 * mean:+.1f} ± {100 * INTERVAL * error:.1f}", f"{100 * DETECTABLE * error:.1f}"]
+
+
+def gap(losses: list[float], reference: list[float]) -> str:
+    """The paired difference of the losses of the windows, with its 95% interval."""
+    each = [a - b for a, b in zip(losses, reference, strict=True)]
+    error = INTERVAL * statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+    return f"{statistics.mean(each):+.4f} ± {error:.4f}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -112,12 +112,18 @@ class ModelFolder(WeightFolder):
         stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
         conversions: Name -> conversion that makes this parameter.
+
+    Raises:
+        FileNotFoundError, ValueError: As `WeightFolder`; also if two tensors become one parameter.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
         self.stored = WeightFolder(folder)
         self.folder, self.key_of, self.conversions = self.stored.folder, dict[str, str](), dict[str, Conversion]()
         found = self._match(model)
+        converted = {key for conversion in found for key in conversion.keys}
+        if twice := self.stored.entries.keys() - set(self.key_of.values()) - converted:
+            raise ValueError(f"{self.folder}: {min(twice)!r} and another tensor are the same parameter of the model.")
         self.entries = {name: self.stored.entries[key] for name, key in self.key_of.items()}
         self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
         for conversion in found:

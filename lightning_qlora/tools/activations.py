@@ -1,49 +1,50 @@
-"""Bytes that autograd saves for the backward pass, counted by running a model on tensors without data."""
+"""The memory of a training step beside the model, counted by running the step on tensors without data.
 
+The forward and the backward pass run operation by operation, and each tensor that they make is followed until autograd
+or Python frees it. So the peak is counted where it is: in the loss, in the backward pass of a block, or at the end.
+"""
+
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.layers.deferred_head import DeferredHead
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import is_transformers_model
-from lightning_qlora.layers.piecewise_cross_entropy import piece_bytes
 from lightning_qlora.tools.fake_model import one_line
 from lightning_qlora.tools.patches import silence_fake_tensor_log
-from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
+from lightning_qlora.tools.real_indices import RealIndices
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")  # in configs
+
+
+class StepMemory(NamedTuple):
+    """Bytes at the peak of a forward and a backward pass, without parameters, buffers and inputs.
+
+    Attributes:
+        activations: What autograd saved, and tensors that an operation or the loss needs for a moment.
+        gradients: Gradients of parameters that exist at that moment.
+    """
+
+    activations: int
+    gradients: int
 
 
 def forward_function(fake_model: nn.Module, batch_size: int, length: int, example: Any) -> Callable[[], Any] | None:
-    """A function that runs the model once; None if its inputs are not known.
+    """A function that runs the model once and returns its output; None if its inputs are not known.
 
     The function raises ValueError, with a message of one line, if the model fails, and torch's error where the code of
     the model depends on values.
+
+    Raises:
+        ValueError: If the model has fewer positions than `length`.
     """
-    forward = _forward(fake_model, batch_size, length, example)
-    if forward is None:
-        return None
-
-    def run() -> Any:
-        try:
-            with silence_fake_tensor_log():
-                return forward()
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            raise
-        except Exception as error:  # any error of the model's own code
-            base = find_base_model(fake_model)[1]
-            raise ValueError(
-                f"{type(base).__name__}: can't be run with batch_size={batch_size}, sequence_length={length} on "
-                f"tensors without data ({one_line(error)}). {_advice(getattr(base, 'config', None), length)}"
-            ) from error
-
-    return run
-
-
-def _forward(fake_model: nn.Module, batch_size: int, length: int, example: Any) -> Callable[[], Any] | None:
     if isinstance(example, Mapping):
         return lambda: fake_model(**example)
     if example is not None:
@@ -51,6 +52,12 @@ def _forward(fake_model: nn.Module, batch_size: int, length: int, example: Any) 
     base: Any = find_base_model(fake_model)[1]
     if not is_transformers_model(base) or base.main_input_name != "input_ids":
         return None
+    positions = positions_of(fake_model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"sequence_length={length}: {type(base).__name__} has {positions} positions. Choose a sequence_length of "
+            "at most that, or pass a config with more positions if the model is to be extended."
+        )
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="cpu")
     inputs = {"input_ids": ids}
     if base.config.is_encoder_decoder:
@@ -60,14 +67,12 @@ def _forward(fake_model: nn.Module, batch_size: int, length: int, example: Any) 
     return lambda: base(**inputs)
 
 
-def _advice(config: Any, length: int) -> str:
-    positions, dtype = getattr(config, "max_position_embeddings", None), getattr(config, "dtype", None)
-    advice = []
-    if isinstance(positions, int) and length > positions:
-        advice.append(f"It has {positions} positions: choose a sequence_length of at most that.")
-    if dtype not in (None, torch.bfloat16):
-        advice.append(f"The dtype of its config is {str(dtype).removeprefix('torch.')}: it may run in bfloat16.")
-    return " ".join([*advice, "Or call estimate_memory with an example= of its input."])
+def positions_of(fake_model: nn.Module) -> int | None:
+    """Positions of a transformers model; None if they are not limited or not known."""
+    config: Any = getattr(find_base_model(fake_model)[1], "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    known = [getattr(config, name, None) for name in POSITIONS]
+    return next((number for number in known if type(number) is int and number > 0), None)
 
 
 def fake_example(example: Any, mode: FakeTensorMode) -> Any:
@@ -79,47 +84,88 @@ def fake_example(example: Any, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(example) if isinstance(example, Tensor) else example
 
 
-def activation_bytes(fake_model: nn.Module, run: Callable[[], Any], gradient_checkpointing: bool) -> int | None:
-    """Peak bytes of activations: all that autograd saves, and either two gradients or a piece of deferred logits.
+def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory | None:
+    """The peak of one forward and backward pass; None if the code of the model depends on values.
 
-    The gradients are those of the output and the input of the operation that saved the largest tensor: in a language
-    model usually the log-softmax of the logits, in whose backward pass everything else is still held.
+    The loss is that of the model. Where it returns none, deferred logits get a cross entropy, and all other outputs a
+    gradient of their size. Every expert of a mixture gets the same number of tokens.
 
-    With gradient checkpointing: the inputs of all blocks, and the activations of one block. None if the code of the
-    model depends on values, as the loops over experts of some mixtures do.
+    Raises:
+        ValueError: If the model fails; one line.
     """
+    fake_model.train()
+    trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]
+    living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()])
+    hooks = [p.register_post_accumulate_grad_hook(living.add_gradient) for p in trained]  # type: ignore[no-untyped-call]
     try:
-        saved, largest = _saved_bytes(fake_model, run)
+        with silence_fake_tensor_log(), torch.enable_grad(), RealIndices(), living:
+            _backward(forward())
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
-    if gradient_checkpointing:
-        without, blocks = saved, enable_gradient_checkpointing(fake_model)
-        saved, _ = _saved_bytes(fake_model, run)
-        saved += (without - saved) // max(blocks, 1)
-    return saved + largest
+    except Exception as error:  # any error of the model's own code
+        base = type(find_base_model(fake_model)[1]).__name__
+        raise ValueError(
+            f"{base}: a training step fails on tensors without data ({one_line(error)}). "
+            "Call estimate_memory with an example= of the input that the model trains with."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+    return StepMemory(living.peak - living.gradients_at_peak, living.gradients_at_peak)
 
 
-def _saved_bytes(fake_model: nn.Module, run: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of all storages that autograd saves in one forward pass, and those of the two gradients or the piece."""
-    own = {p.untyped_storage()._cdata for p in [*fake_model.parameters(), *fake_model.buffers()]}
-    pieces = [0]  # bytes of the buffers that cross entropy of deferred logits needs
-    saved: dict[int, Tensor] = {}  # references keep the storages alive, so no two of them have the same address
+def _backward(output: Any) -> None:
+    """Run the backward pass of a model's output, of which the caller keeps no reference."""
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    outputs = [leaf for leaf in tree_leaves(output if loss is None else loss) if isinstance(leaf, Tensor)]
+    del output, loss
+    losses = [_cross_entropy(out) if isinstance(out, DeferredLogits) else out for out in outputs]
+    losses = [out for out in losses if out.requires_grad]
+    del outputs
+    if losses:
+        torch.autograd.backward(losses, [torch.empty(out.shape, dtype=out.dtype, device="cpu") for out in losses])
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
 
-    def count_piece(head: nn.Module, inputs: Any, output: Tensor) -> None:
-        if isinstance(output, DeferredLogits):
-            pieces.append(piece_bytes(output.numel(), output.dtype))
+def _cross_entropy(logits: Tensor) -> Tensor:
+    rows = logits.reshape(-1, logits.shape[-1])
+    return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device="cpu"))
 
-    heads = [part for part in fake_model.modules() if isinstance(part, DeferredHead) and isinstance(part, nn.Module)]
-    hooks = [head.register_forward_hook(count_piece) for head in heads]
-    fake_model.train()
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    for hook in hooks:
-        hook.remove()
-    sizes = [tensor.untyped_storage().nbytes() for tensor in saved.values()]
-    return sum(sizes), max(2 * max(sizes, default=0), *pieces)
+
+class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this, the bytes of all new tensors are counted until they are freed.
+
+    Attributes:
+        peak: Most bytes at once.
+        gradients_at_peak: Those of them that were gradients of parameters.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self.gradients_at_peak = self._bytes = self._gradients = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        """Hook of parameters, which is called when the gradient was stored."""
+        self._gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self._bytes += storage.nbytes()
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+        if self._bytes > self.peak:
+            self.peak, self.gradients_at_peak = self._bytes, self._gradients
+
+    def _remove(self, key: int, count: int) -> None:
+        self._bytes -= count
+        self._known.discard(key)

@@ -1,7 +1,9 @@
 """`lightning-qlora`: plan, inspect, merge, export, average, doctor."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -15,14 +17,17 @@ from lightning_qlora.adapters.average import average as mean_of_adapters
 from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import VLLM_BASE, read_adapter, vllm_objections, write_adapter
-from lightning_qlora.config import Base
+from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.files.folder_writer import check_free
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import resolve_model
 from lightning_qlora.huggingface.merge_folder import FolderDtype, merge_folder
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.tools.fit import what_fits
 from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
+from lightning_qlora.tools.memory_figure import compare, draw
 from lightning_qlora.tools.patches import print_warnings_in_one_line
+from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
@@ -34,6 +39,8 @@ def plan(
     batch_size: int = 1,
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
+    gpu_memory: str | None = None,
+    plot: str | None = None,
     **arguments: Any,
 ) -> None:
     """Estimate the memory of a training run without loading the model.
@@ -43,9 +50,24 @@ def plan(
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
+        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say what fits on it, and which settings help.
+        plot: Write a picture to this file (.png, .svg, .pdf): full fine-tuning, LoRA and QLoRA, by part.
         **arguments: The arguments of `QLoRAPrecision`; jsonargparse finds them through this call.
     """
-    print(estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments))
+    if importlib.util.find_spec("transformers") is not None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
+    estimate = estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments)
+    print(estimate)
+    config = QLoRAConfig(**arguments)
+    if gpu_memory is not None:
+        for line in what_fits(model, gpu_memory, batch_size, sequence_length, optimizer, config):
+            print(line, flush=True)
+    if plot is not None:
+        bars = compare(model, estimate, batch_size, sequence_length, optimizer, config)
+        draw(bars, f"{Path(model).name}, {batch_size} x {sequence_length} tokens", Path(plot))
+        print(f"{plot}: {', '.join(f'{name} {size_text(sum(bar.values()))}' for name, bar in bars.items())}")
 
 
 def inspect(path: str, weights_only: bool = True) -> None:
@@ -172,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
         given = _with_list(list(sys.argv[1:] if arguments is None else arguments))
-        auto_cli(commands, args=given, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
+        dashes = [
+            re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", text) for text in given
+        ]  # --gpu-memory
+        auto_cli(commands, args=dashes, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
     except EXPECTED as error:
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

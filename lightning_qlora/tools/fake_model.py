@@ -2,6 +2,9 @@
 
 import copy
 import os
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,13 +13,15 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.peft_files import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts, is_routed, routed_forward
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
-from lightning_qlora.training.convert import freeze
+from lightning_qlora.training.convert import conversion_report, freeze, warn_of_what_stayed
+from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
+from lightning_qlora.training.report import ConversionReport, parameter_bytes
 
 
 def fake_copy(module: nn.Module) -> nn.Module:
@@ -70,11 +75,12 @@ def _model_of_config(config: Any) -> nn.Module:
     return cast(nn.Module, model_class._from_config(config, dtype=dtype))
 
 
-def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> list[QLoRALinear]:
-    """Convert a model without data as `convert_module` converts one with data; returns its 4-bit layers."""
+def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list[QLoRALinear], ConversionReport]:
+    """Convert a model without data as `convert_module` converts one with data: its 4-bit layers and a report."""
     if config.adapter is not None:
         config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
     check_output_embeddings(fake_model, config.deferred_logits)
+    start, bytes_before = time.perf_counter(), parameter_bytes(fake_model)
     choice = select_layers(fake_model, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -89,8 +95,34 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> list[QLoRA
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice)
+    prepare_step(fake_model, config)
+    warn_of_what_stayed(fake_model, choice)
+    report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
+    return list(adapted_layers(fake_model).values()), report
+
+
+def prepare_step(fake_model: nn.Module, config: QLoRAConfig) -> None:
+    """Set how a step of the model runs: deferred logits, gradient checkpointing, and experts without grouped products.
+
+    On tensors without data transformers' experts run grouped products in bf16 only; our loop needs as much memory.
+    """
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(fake_model)
     defer_output_embeddings(fake_model, config.deferred_logits)
-    return list(adapted_layers(fake_model).values())
+    for part in fake_model.modules():
+        part._apply = partial(_replace_parameters, part)  # type: ignore[method-assign]
+        if is_routed(type(part)):
+            part.forward = partial(routed_forward, part)
+
+
+def _replace_parameters(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for a forward pass that calls `.to` (routers); torch's can't swap tensors without data."""
+    for child in part.children() if recurse else ():
+        child._apply(fn)  # type: ignore[no-untyped-call]
+    for key, parameter in part._parameters.items():
+        if parameter is not None:
+            part._parameters[key] = nn.Parameter(fn(parameter), requires_grad=parameter.requires_grad)
+    return part
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:

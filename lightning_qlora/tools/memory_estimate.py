@@ -1,11 +1,11 @@
 """estimate_memory: the memory of a QLoRA run, by part, computed without allocating it.
 
-The module is copied to tensors without data (torch's FakeTensorMode), converted, and run once. So the activations that
-autograd saves for the backward pass are counted, not guessed.
+The module is copied to tensors without data (torch's FakeTensorMode) and converted, and a training step runs on it. So
+activations and temporary tensors are counted, not guessed.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_qlora.config import QLoRAConfig, check_choice, check_integer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.tools.activations import activation_bytes, fake_example, forward_function
+from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import convert_fake_model, fake_copy, meta_model
 from lightning_qlora.training.convert import check_initialized
-from lightning_qlora.training.report import count_parameters, size_text
+from lightning_qlora.training.report import ConversionReport, size_text
 
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
@@ -33,47 +33,61 @@ class MemoryEstimate:
 
     Attributes:
         parts: Part -> bytes. Parts: 4-bit weights, other frozen weights, trained weights, gradients, optimizer state,
-            decode buffer, activations.
+            decode buffer, activations (with the temporary tensors of operations, at their peak).
+        gradients_at_peak: Those of the gradients that exist when all parts together take most memory: none of them at
+            the start of the backward pass, all of them at its end.
         paged: Whether the optimizer state can move to host memory when the device is full.
         trainable_parameters: Number of trained weights.
         total_parameters: Number of all weights, with the adapters.
         dense_bytes: Bytes of the weights before they are quantized.
         counted_activations: Whether the activations could be counted; if not, they are 0 in `parts`. They can't be
-            where the forward pass needs an example, or depends on values (loops over the experts that tokens chose).
+            where the forward pass needs an example, or depends on values of activations.
+        layers: Name, status and number of layers, as in the report of a conversion.
     """
 
     parts: dict[str, int]
+    gradients_at_peak: int
     paged: bool
     trainable_parameters: int
     total_parameters: int
     dense_bytes: int
     counted_activations: bool
+    layers: list[tuple[str, str, str]] = field(default_factory=list, repr=False)
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
+        """Bytes at the peak: all parts, of the gradients those that exist then."""
+        return sum(self.parts.values()) - self.parts["gradients"] + self.gradients_at_peak
 
     @property
     def device(self) -> int:
-        """Bytes that must stay on the device: all parts except paged optimizer state."""
+        """Bytes that must stay on the device: all at the peak except paged optimizer state."""
         return self.total - (self.parts["optimizer state"] if self.paged else 0)
 
     def __str__(self) -> str:
-        texts = {part: f"{part:22}{size_text(count):>10}" for part, count in self.parts.items()}
+        texts = {part: _row(part, count) for part, count in self.parts.items()}
         if not self.counted_activations:
             texts["activations"] = (
-                f"{'activations':22}{'unknown':>10}  (pass example=; loops over experts can't be counted)"
+                f"{'activations':22}{'unknown':>12}  (pass example=; loops over experts can't be counted)"
             )
+        if self.gradients_at_peak < self.parts["gradients"]:
+            texts["gradients"] += f"  ({size_text(self.gradients_at_peak)} of it at the peak of all parts)"
         if self.paged and self.parts["optimizer state"]:
             texts["optimizer state"] += "  (may move to host memory)"
-        texts["total"] = f"{'total':22}{size_text(self.total):>10}"
+        texts["total"] = _row("total at the peak", self.total)
+        if self.device < self.total:
+            texts["device"] = _row("  on the device", self.device) + "  (the optimizer state in host memory)"
         texts["notes"] = (
             f"{self.trainable_parameters:,} of {self.total_parameters:,} weights are trained. Before quantization the "
             f"weights alone take {size_text(self.dense_bytes)}. Not counted: the driver's own memory (0.3 to 0.8 GB on "
             "CUDA) and fragmentation (a few percent)."
         )
+        texts |= {name: f"{name}  x{count}  {status}" for name, status, count in self.layers}
         return "\n".join(texts.values())
+
+
+def _row(name: str, count: int) -> str:
+    return f"{name:22}{size_text(count):>12}{size_text(count, 1024):>12}"
 
 
 def estimate_memory(
@@ -98,41 +112,68 @@ def estimate_memory(
             device memory; "calibrated" also needs host memory of the size of the dense weights until the first step.
 
     Raises:
-        TypeError, ValueError: If an argument is wrong, no model can be built from the config, or the forward pass
-            fails.
+        TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
+            its positions, or a step fails.
     """
     check_choice("optimizer", optimizer, get_args(OptimizerName))
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("sequence_length", sequence_length, at_least=1)
-    config = QLoRAConfig(**arguments)
-    made = model if isinstance(model, nn.Module) else meta_model(model)
-    check_initialized(made)
-    with FakeTensorMode() as mode:
+    return PlannedRun(model, optimizer, QLoRAConfig(**arguments), example).estimate(batch_size, sequence_length)
+
+
+class PlannedRun:
+    """A converted model without data, for which steps of several sizes can be estimated.
+
+    Args:
+        model, optimizer, example: As in `estimate_memory`.
+        config: The arguments of the conversion.
+    """
+
+    def __init__(self, model: Any, optimizer: OptimizerName, config: QLoRAConfig, example: Any = None) -> None:
+        made = model if isinstance(model, nn.Module) else meta_model(model)
+        check_initialized(made)
         if config.initializes_from_weight:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
-        return _estimate(fake_copy(made), batch_size, sequence_length, optimizer, fake_example(example, mode), config)
+        self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
+        with self._mode:
+            self.model, self._example = fake_copy(made), fake_example(example, self._mode)
+            dense_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+            self.layers, report = convert_fake_model(self.model, config)
+        self._without_step = _estimate(self.model, self.layers, optimizer, config, report, dense_bytes)
+
+    def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
+        """The memory of a run with batches of this size."""
+        with self._mode:
+            forward = forward_function(self.model, batch_size, sequence_length, self._example)
+            step = None if forward is None else step_memory(self.model, forward)
+        return with_step(self._without_step, step)
+
+
+def with_step(estimate: MemoryEstimate, step: StepMemory | None) -> MemoryEstimate:
+    """An estimate with the activations of a step; None: unknown."""
+    activations, gradients = step or StepMemory(0, estimate.parts["gradients"])
+    parts = estimate.parts | {"activations": activations}
+    return replace(estimate, parts=parts, gradients_at_peak=gradients, counted_activations=step is not None)
 
 
 def _estimate(
-    fake_model: nn.Module, batch_size: int, sequence_length: int, optimizer: str, example: Any, config: QLoRAConfig
-) -> MemoryEstimate:
-    dense_bytes = sum(parameter.nbytes for parameter in fake_model.parameters())
-    layers = convert_fake_model(fake_model, config)
-    trainable, total, bytes_after = count_parameters(fake_model)
+    model: nn.Module, layers: list[QLoRALinear], optimizer: str, config: QLoRAConfig, report: ConversionReport,
+    dense_bytes: int,
+) -> MemoryEstimate:  # fmt: skip
+    """All but the activations."""
     packed = sum(p.nbytes for layer in layers for key, p in layer._parameters.items() if p is not None and key in BASE)
-    trained = sum(p.nbytes for p in fake_model.parameters() if p.requires_grad)
-    run = forward_function(fake_model, batch_size, sequence_length, example)
-    activations = None if run is None else activation_bytes(fake_model, run, config.gradient_checkpointing)
+    trained, trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad), report.trainable_parameters
     parts = {
         "4-bit weights": packed,
-        "other frozen weights": bytes_after - packed - trained,
+        "other frozen weights": report.bytes_after - packed - trained,
         "trained weights": trained,
         "gradients": trained,
         "optimizer state": int(trainable * STATE_8BIT if optimizer == "adamw8bit" else trained * STATE[optimizer]),
         "decode buffer": _decode_buffers(layers),
-        "activations": activations or 0,
+        "activations": 0,
     }
-    return MemoryEstimate(parts, bool(config.paged_optimizer), trainable, total, dense_bytes, activations is not None)
+    paged, total = bool(config.paged_optimizer), report.total_parameters
+    return MemoryEstimate(parts, 0, paged, trainable, total, dense_bytes, False, report.rows())
 
 
 def _decode_buffers(layers: list[QLoRALinear]) -> int:

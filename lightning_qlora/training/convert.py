@@ -89,7 +89,7 @@ def convert_module(
     if is_converted(module):
         _warn_of_other_arguments(module, config)
         _warn_of_the_rest(module, config)
-        return _report(module, Selection(), bytes_before, start, deferred_heads(module))
+        return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
     _check_has_data(module)
     given = config
     adapter = read_adapter(config.adapter) if config.adapter else None
@@ -122,10 +122,10 @@ def convert_module(
     module._qlora_arguments = given  # type: ignore[assignment]
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()
-    _warn_of_what_stayed(module, choice)
+    warn_of_what_stayed(module, choice)
     if config.start == "calibrated" and layers:
         Calibration(module, config)
-    return _report(module, choice, bytes_before, start, deferred)
+    return conversion_report(module, choice, bytes_before, start, deferred)
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -261,7 +261,7 @@ def _check_any(choice: Selection, config: QLoRAConfig) -> None:
     warnings.warn(message + "\nA smaller r converts more layers.", stacklevel=2)
 
 
-def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
+def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
     """Warn of frozen matrices that belong to no linear layer or embedding, if they are a large part of the weights."""
     _, total, _ = count_parameters(module)
     kept = {
@@ -282,9 +282,10 @@ def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
         )
 
 
-def _report(
+def conversion_report(
     module: nn.Module, choice: Selection, bytes_before: int, start: float, deferred: dict[str, int]
 ) -> ConversionReport:
+    """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
     layers = adapted_layers(module)
     calibration = calibration_of(module)

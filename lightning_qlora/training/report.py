@@ -157,10 +157,10 @@ def break_at_dots(name: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def size_text(count: float) -> str:
-    """A number of bytes with a decimal unit: 1.5 MB."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
+def size_text(count: float, base: int = 1000) -> str:
+    """A number of bytes with a unit: 1.5 MB, or with base=1024 1.5 MiB."""
+    for unit in ("bytes", "kB" if base == 1000 else "KiB", "MB" if base == 1000 else "MiB"):
+        if count < base:
             return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"
+        count /= base
+    return f"{count:.4g} {'GB' if base == 1000 else 'GiB'}"

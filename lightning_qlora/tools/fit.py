@@ -1,0 +1,157 @@
+"""What fits on a GPU: which settings, the largest batch, the longest sequence, and the smallest number of GPUs."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.deferred_head import compute_logits
+from lightning_qlora.tools.activations import positions_of
+from lightning_qlora.tools.memory_estimate import MemoryEstimate, OptimizerName, PlannedRun
+from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.training.report import parameter_bytes, size_text
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DRIVER, FRAGMENTATION = 0.8e9, 0.04  # bytes, and share of the memory, that a run can't use
+STEP = 128  # tokens between the lengths that are tried
+LONGEST, MOST = 1 << 20, 1 << 12  # tokens and sequences that are tried at most
+CHANGES: list[dict[str, Any]] = [  # in the order in which they are tried: those that cost nothing, time, quality
+    {"paged_optimizer": "auto"}, {"deferred_logits": "auto"}, {"gradient_checkpointing": True}, {"r": 16},
+]  # fmt: skip
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a text such as 24GB (24 * 10^9), 24GiB (24 * 2^30) or 24000000000.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
+    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
+
+
+def what_fits(
+    model: Any, gpu_memory: str, batch_size: int, sequence_length: int, optimizer: OptimizerName, config: QLoRAConfig
+) -> Iterator[str]:
+    """Lines that say which settings fit, and what fits with them.
+
+    Args:
+        model: As in `estimate_memory`.
+        gpu_memory: See `parse_memory`.
+        batch_size: Sequences per step.
+        sequence_length: Tokens per sequence.
+        optimizer: Optimizer whose state is counted.
+        config: The arguments of the conversion.
+    """
+    memory = parse_memory(gpu_memory)
+    usable = int(memory * (1 - FRAGMENTATION) - DRIVER)
+    yield (
+        f"GPU memory {_both(memory)}, for the run {_both(usable)}: the driver takes up to {size_text(DRIVER)}, "
+        f"fragmentation {FRAGMENTATION:.0%}. A card that is sold as 24 GB has 24 GiB: pass 24GiB."
+    )
+    run, estimate, names = PlannedRun(model, optimizer, config), None, list[str]()
+    for change in [{}, *CHANGES]:
+        if not _is_change(run.config, change):
+            continue
+        if change:
+            run = PlannedRun(model, optimizer, replace(run.config, **change))
+            names += [f"{name}={value}" for name, value in change.items()]
+        estimate = run.estimate(batch_size, sequence_length)
+        if not estimate.counted_activations:
+            yield "The activations can't be counted, so it is not known what fits."
+            return
+        fits = needed(estimate) <= usable
+        yield _line(
+            f"{batch_size} x {sequence_length}, {' '.join(names) or 'as asked'}",
+            f"{_both(needed(estimate))}, {'fits' if fits else 'does not fit'}",
+        )
+        if fits:
+            yield from _largest_sizes(run, usable, batch_size, sequence_length)
+            break
+    yield _gpus(run, usable, batch_size, sequence_length)
+
+
+def needed(estimate: MemoryEstimate) -> int:
+    """Bytes on a GPU, whose backward pass decodes weights into buffers of its own."""
+    return estimate.device + estimate.parts["decode buffer"]
+
+
+def _is_change(config: QLoRAConfig, change: dict[str, Any]) -> bool:
+    """Whether a change of the config saves memory."""
+    if "r" in change:
+        return config.r > change["r"] and config.adapter is None
+    return not change or any(getattr(config, name) is False for name in change)
+
+
+def _largest_sizes(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> Iterator[str]:
+    batch = largest(lambda n: needed(run.estimate(n, sequence_length)), usable, batch_size, 1, MOST)
+    yield _line(f"largest batch of {sequence_length} tokens", f"{batch}{' or more' if batch >= MOST else ''}")
+    longest = positions_of(run.model) or LONGEST
+    start = sequence_length // STEP * STEP or min(STEP, longest)
+    if needed(run.estimate(batch_size, start)) > usable:
+        start = sequence_length
+    length = largest(lambda n: needed(run.estimate(batch_size, n)), usable, start, STEP, longest)
+    why = ", all positions of the model" if length == positions_of(run.model) else ""
+    yield _line(f"longest sequence at batch size {batch_size}", f"{length:,} tokens{why}")
+
+
+def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, limit: int) -> int:
+    """The largest of fitting, fitting + step, ... that needs no more than the budget, or the limit if that fits.
+
+    Memory grows almost linearly, so a line through two known points leads to the result in few calls.
+
+    Args:
+        memory: Number -> bytes, increasing.
+        budget: Bytes.
+        fitting: A number that fits.
+        step: Distance between numbers.
+        limit: Largest number.
+    """
+    low, high, bytes_low = fitting, limit + step, memory(fitting)
+    guess, bisect = min(2 * fitting, limit), False
+    while high - low > step and low < limit:
+        guess = min(max(guess, low + step), high - step, limit)
+        count = memory(guess)
+        slope = (count - bytes_low) / (guess - low)
+        if count <= budget:
+            low, bytes_low = guess, count
+        else:
+            high = guess
+        bisect = high <= limit and not bisect  # every second time, so that the distance halves
+        room = (high - low) / 2 if bisect else (budget - bytes_low) / max(slope, 1e-9)
+        guess = low + int(min(room, limit)) // step * step
+    return low
+
+
+def _gpus(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> str:
+    """The number of GPUs with FSDP2: each holds a part of all weights, and all of the block that runs and the next.
+
+    The batch is that of each GPU. Sharded logits are not deferred. Before a GPU keeps its part, it holds all of the
+    converted model.
+    """
+    compute_logits(run.model)
+    estimate = run.estimate(batch_size, sequence_length)
+    parts = estimate.parts
+    blocks = [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]
+    whole = parameter_bytes(run.model)
+    gathered = whole - sum(blocks) + 2 * max(blocks) if blocks else whole
+    kept = gathered + parts["activations"] + 2 * parts["decode buffer"]
+    shared = whole + parts["gradients"] + (0 if estimate.paged else parts["optimizer state"])
+    name = f"GPUs with FSDP2, {batch_size} x {sequence_length} on each"
+    if whole > usable:
+        return _line(name, f"none: each holds the converted model of {size_text(whole)} until it is sharded")
+    if kept >= usable:
+        return _line(name, f"none: {_both(kept)} of activations and gathered weights are on each")
+    gpus = max(1, -(-shared // (usable - kept))) if needed(estimate) > usable else 1
+    return _line(name, f"{gpus}, {_both(needed(estimate) if gpus == 1 else kept + shared // gpus)} on each")
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:44}  {value}"
+
+
+def _both(count: int) -> str:
+    return f"{size_text(count)} ({size_text(count, 1024)})"

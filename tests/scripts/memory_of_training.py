@@ -1,0 +1,83 @@
+"""Print the planned and the measured memory of training steps beside the weights, in MB, as a JSON list of pairs.
+
+    python -m tests.scripts.memory_of_training small|smollm2
+
+Each entry: [setting, planned, measured]. Measured is the peak of anonymous memory above that of the converted model.
+Start it with MALLOC_MMAP_THRESHOLD_=65536: else glibc keeps memory that torch has freed.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from lightning_qlora import convert, estimate_memory
+
+SETTINGS = [(4, 256, False, "auto"), (2, 512, True, "auto"), (4, 256, True, False), (2, 256, False, False)]
+WEIGHTS = ("4-bit weights", "other frozen weights", "trained weights")
+
+
+def load(name):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if name == "smollm2":
+        sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+        from smollm2 import load_model
+
+        return load_model(dtype=torch.bfloat16)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=16384,
+            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def anonymous_mb():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+
+
+class Watch(threading.Thread):
+    """Reads the memory until `stop` is set; `peak` is the largest value."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.stop, self.peak = threading.Event(), 0.0
+
+    def run(self):
+        while not self.stop.wait(0.001):
+            self.peak = max(self.peak, anonymous_mb())
+
+
+def measure(name, batch, length, checkpointing, deferred):
+    arguments = {"r": 16, "gradient_checkpointing": checkpointing, "deferred_logits": deferred}
+    model = load(name)
+    planned = estimate_memory(model, batch, length, **arguments)
+    convert(model, **arguments)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0)  # zeros take no memory until something is written to them
+    optimizer = torch.optim.AdamW(trained)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, watch = anonymous_mb(), Watch()
+    watch.start()
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    watch.stop.set()
+    watch.join()
+    return (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6, watch.peak - before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps([[setting, *measure(sys.argv[1], *setting)] for setting in SETTINGS]))

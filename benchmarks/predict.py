@@ -2,7 +2,8 @@
 
 The time of a launch is the longest of three: its bytes at 85% of the memory bandwidth, its instructions at one per
 scheduler and cycle, its matrix product at 70% of the tensor cores' peak; at least 2 us. Instructions per element are
-those of the compiled kernels (docs/kernels.md). A step waits for Python where that takes longer (`host_overhead`).
+those of the compiled kernels (docs/compile-report.md). A step waits for Python where that takes longer
+(`host_overhead`).
 """
 
 from dataclasses import dataclass

@@ -88,6 +88,14 @@ def make_hub(folder: Path) -> None:
         (repository / "snapshots" / COMMIT).symlink_to(model)
 
 
+def write(files: list[Block], folder: Path) -> None:
+    """Write the blocks that are files into a folder."""
+    for file in files:
+        path = folder / file.title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(file.code)
+
+
 def run_block(block: Block, namespace: dict[str, object]) -> None:
     """Run one block in the current folder."""
     if block.kind in ("python", "diff"):
@@ -125,8 +133,7 @@ def run_page(page: Path, files: list[Block], folder: Path) -> dict[str, object]:
     """Run the blocks of a page up to the first that fails."""
     folder.mkdir()
     os.chdir(folder)
-    for file in files:
-        Path(file.title).write_text(file.code)
+    write(files, folder)
     module = sys.modules["__main__"] = ModuleType("__main__")  # where classes of the page say that they are from
     found = [block for block in blocks(page) if block.kind in ("python", "diff", "bash") and not block.title]
     result: dict[str, object] = {"run": 0, "exempt": sum(not block.run for block in found), "error": ""}
@@ -147,10 +154,8 @@ def main(folder: Path, pages: list[Path]) -> None:
     os.environ["HF_HOME"], os.environ["HF_HUB_OFFLINE"] = str(folder), "1"
     make_hub(folder)
     files = [block for page in sorted((ROOT / "docs").glob("*.md")) for block in blocks(page) if block.title]
+    write(files, folder / "files")
     sys.path.insert(0, str(folder / "files"))
-    (folder / "files").mkdir()
-    for file in files:
-        (folder / "files" / file.title).write_text(file.code)
     results = {page.name: run_page(page, files, folder / page.stem) for page in pages}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
 

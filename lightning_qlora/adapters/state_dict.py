@@ -80,7 +80,7 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
     if unknown:
         raise ValueError(
             f"{prefix + CONFIG}: has the argument {unknown[0]!r}, which this version of lightning-qlora does not know. "
-            "The checkpoint was saved by a newer version: install that one (pip install --upgrade lightning-qlora)."
+            "The checkpoint was saved by a newer version: install that version of lightning-qlora."
         )
     try:
         return QLoRAConfig(**found) if found else None

@@ -122,7 +122,7 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
         ),
         (
             lambda text: json.dumps({**json.loads(text), "of_2030": 1}).encode(),
-            ["has the argument 'of_2030'", "newer version", "pip install --upgrade"],
+            ["has the argument 'of_2030'", "newer version", "install that version"],
         ),
     ],
 )

@@ -61,6 +61,7 @@ def test_lora_b_learns_at_ratio_times_the_rate(tiny_llm, start):
     }
 
 
+@pytest.mark.slow
 def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, monkeypatch):
     arguments = [f"--base={tiny_llm}", f"--output={tmp_path}", "--steps=10", "--held_out=8"]
     arguments += ["--merge", "--windows=1", "--seeds", "0"]

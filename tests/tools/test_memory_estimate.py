@@ -210,7 +210,9 @@ def test_the_measured_peak_is_within_10_percent(name):
         assert planned == pytest.approx(peak, rel=0.1), setting
 
 
-@pytest.mark.parametrize("size", ["7B", "13B", "33B", "65B"])
+@pytest.mark.parametrize(
+    "size", ["7B", pytest.param("13B", marks=pytest.mark.slow), pytest.param("33B", marks=pytest.mark.slow), "65B"]
+)
 def test_the_paper(size):
     """Dettmers et al. 2023, figure 6: 1 x 512 tokens, r = 64 on all linear layers, gradient checkpointing; GB."""
     transformers = pytest.importorskip("transformers")

@@ -60,7 +60,8 @@ class PackedLinear(nn.Linear):
     def whole_bytes(self) -> PackedBytes:
         """The same; of a sharded layer it is gathered, so all ranks must read it together."""
         packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
-        return self.weight_bytes._replace(packed=packed, absmax=absmax, nested=nested)
+        # Not `_replace`, which torch.compile of torch 2.8 does not trace.
+        return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 
     @property
     def packed_weight(self) -> PackedWeight:

@@ -45,6 +45,7 @@ UNSUPPORTED = (
 # PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits these
 # weights alone, and its folder does not hold them.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
@@ -223,9 +224,6 @@ def _version(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"
 
 
 def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:

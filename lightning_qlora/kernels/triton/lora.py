@@ -107,7 +107,7 @@ def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor
     tile = _tile("lora_down", x, m, r)
     if not tile:
         return torch.addmm(_unread(x), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
-    x, rank = x.contiguous(), _rank_tile(r)
+    x, rank = x.contiguous(), rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
     *mask, scale = dropout_arguments(p, seed, device)
@@ -135,7 +135,7 @@ def lora_up(
     *mask, scale = dropout_arguments(p, seed, device)
     launch(
         _up_kernel, device, grid, (h, w, first, out), (m, n, r, w.stride(1), w.stride(0)), tile, (*mask, s * scale),
-        fuse=True, DROPOUT=seed is not None, BIAS=bias is not None, R=_rank_tile(r),
+        fuse=True, DROPOUT=seed is not None, BIAS=bias is not None, R=rank_tile(r),
     )  # fmt: skip
     return out
 
@@ -149,7 +149,7 @@ def lora_gradient(
     if not tile:
         out.copy_(torch.addmm(_unread(x), h.T, _dropped(x, p, seed), beta=0, alpha=s))
         return
-    x, rank = x.contiguous(), _rank_tile(r)
+    x, rank = x.contiguous(), rank_tile(r)
     grid = -(-n // tile["N"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
     memory = share_memory(shares, grid[0] * grid[1] * rank * tile["N"], out)
@@ -165,7 +165,7 @@ def _tile(kernel: str, x: Tensor, m: int, r: int) -> dict[str, int]:
     return find_tile(kernel, x.device, m) if m and r and x.dtype != torch.float32 else {}
 
 
-def _rank_tile(r: int) -> int:
+def rank_tile(r: int) -> int:
     """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
     return 16 if r <= 16 else 32 if r <= 32 else 64
 

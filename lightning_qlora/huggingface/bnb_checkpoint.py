@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
@@ -85,31 +84,6 @@ def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str)
     config.load_in_4bit = True  # as an argument it makes transformers 4 ask for bitsandbytes
     made: dict[str, Any] = config.to_dict()
     return made
-
-
-def empty_model(folder: Path, what_for: str) -> nn.Module:
-    """The transformers model that a folder's config.json names, on the meta device: its layers without weights.
-
-    Args:
-        folder: A model's folder.
-        what_for: What the model is needed for, for the message.
-
-    Raises:
-        ValueError: If transformers is not installed, or has no such model.
-    """
-    try:
-        import transformers
-
-        config: Any = transformers.AutoConfig.from_pretrained(folder)
-        kind: Any = getattr(transformers, config.architectures[0])
-        with torch.device("meta"):
-            model: nn.Module = kind._from_config(config)
-    except (ImportError, AttributeError, TypeError, IndexError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'}: transformers can't make a model of it ({str(error).splitlines()[0]}), and only "
-            f"that says {what_for}."
-        ) from error
-    return model
 
 
 def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:

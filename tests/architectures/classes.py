@@ -1,7 +1,7 @@
 """One class for each architecture that transformers has, with a tiny configuration made from the default one.
 
-A class is named `TYPE:CLASS`, for example `llama:LlamaForCausalLM`. The checks of folders are made for these: they need no
-inputs.
+A class is named `TYPE:CLASS`, for example `llama:LlamaForCausalLM`. The checks of folders need
+no inputs.
 """
 
 from collections.abc import Iterator

@@ -136,16 +136,19 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
 
 
 def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
-    """Arguments of save_pretrained: the model's own names, if transformers would join 4-bit weights into one tensor.
+    """Arguments of save_pretrained: the model's own names, where transformers could not read those of the files again.
 
-    It joins q, k and v of NomicBert, for example, as the original files have them, and can't split 4-bit weights again.
+    It joins q, k and v of NomicBert into one tensor, as the original files have them, and can't split 4-bit weights
+    again. And a LlamaForCausalLM from a folder of EXAONE 3.0 would get EXAONE's names, but Llama's config.json.
     """
     if find_spec("transformers.conversion_mapping") is None:
         return {}
     mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(base, add_legacy=False)
     reverse = [entry.reverse_transform() for entry in mapping if hasattr(entry, "operations")]
     joined = any(entry.rename_source_key(f"{name}.weight")[1] is not None for entry in reverse for name in packed)
-    return {"save_original_format": False} if joined else {}
+    config: Any = base.config
+    other_type = config.to_dict().get("model_type") != config.model_type
+    return {"save_original_format": False} if joined or other_type else {}
 
 
 def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from tests.architectures.models import ALL, SIZES, configuration
+from tests.architectures.models import ALL, DETR, SIZES, configuration
 
 HEADS = [
     "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "SEQUENCE_CLASSIFICATION",
@@ -30,12 +30,24 @@ DEPTH = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_laye
 LARGEST = 60_000_000  # parameters of a model
 # What configurations lack or check, so that sizes alone do not do.
 EXTRA = {
-    "wav2vec2-bert": {"vocab_size": 128}, "wav2vec2-conformer": {"vocab_size": 128},
-    "autoformer": {"prediction_length": 4}, "informer": {"prediction_length": 4},
-    "time_series_transformer": {"prediction_length": 4},
+    **{name: {"vocab_size": 128} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
+    **{name: {"prediction_length": 4} for name in ("autoformer", "informer", "time_series_transformer")},
+    **dict.fromkeys(("dab-detr", "deformable_detr", "table-transformer"), DETR),
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "inkling2": {"text_config": {"unpadded_vocab_size": 100}},
+    "inkling2_loop": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
+    **{name: {"unpadded_vocab_size": 100} for name in ("inkling2_text", "inkling2_loop_text")},
     "reformer": {"is_decoder": True},
     "esmc": {"num_key_value_heads": 4},
-}  # fmt: skip
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "ministral": {"head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1], "text_hidden_size": 64}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+}
 
 
 def all_types() -> list[str]:
@@ -96,10 +108,11 @@ def _smaller(config, sizes, extra):
     for size, value in sizes.items():
         if type(own.get(names.get(size, size))) is type(value):
             changes.setdefault(names.get(size, size), value)
+    changes |= extra
     for part, inner in own.items():
-        if isinstance(inner, transformers.PreTrainedConfig):
-            changes[part] = _smaller(inner, sizes, {})
-    return type(config)(**changes | extra)
+        if isinstance(inner, transformers.PreTrainedConfig) and "model_type" not in extra.get(part, {}):
+            changes[part] = _smaller(inner, sizes, extra.get(part, {}))
+    return type(config)(**changes)
 
 
 def build_class(kind: str) -> transformers.PreTrainedModel:

@@ -2,6 +2,7 @@
 
 python -m tests.architectures                    all architectures, one process each; writes the page
 python -m tests.architectures llama mixtral      these; prints their rows
+python -m tests.architectures --classes          the checks of folders for one class of each architecture
 """
 
 import argparse
@@ -24,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.layers.selection import select_in_part
 from tests.architectures.checks import CHECKS, known
+from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL
 
 
@@ -65,10 +67,10 @@ def _why(reason):
 
 def row(kind):
     """The results of one architecture: each check is "yes", or why it was not made or what it found."""
-    results = {"architecture": kind, "input": ALL[kind][0]}
+    found = {"architecture": kind, "input": ALL[kind][0]}
     try:
         total, quantized, rest = share(kind)
-        results |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
+        found |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
     except (
         AttributeError,
         TypeError,
@@ -76,16 +78,22 @@ def row(kind):
         IndexError,
         ImportError,
     ) as error:  # defaults that transformers can't build
-        results |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
-    for name, check in CHECKS.items():
+        found |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
+    return found | results(kind, CHECKS)
+
+
+def results(kind, names):
+    """The result of each check."""
+    made = {}
+    for name in names:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             try:
-                found = known(kind, name) or check(kind, Path(folder))
-                results[name] = f"no: {found}" if found else "yes"
+                found = known(kind, name) or CHECKS[name](kind, Path(folder))
+                made[name] = f"no: {found}" if found else "yes"
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
-                results[name] = f"FAILS: {type(error).__name__} {lines[0][:200]}"
-    return results
+                made[name] = f"FAILS: {type(error).__name__} {lines[0][:200]}"
+    return made
 
 
 HEAD = """# Architectures
@@ -156,24 +164,33 @@ TAIL = """
 """
 
 
-def in_a_process(kind):
-    """`row` in a process of its own, forked from this one, which has imported everything already."""
+def class_row(name):
+    """The results of the checks of folders for one class of an architecture."""
+    kind = class_of(name)
+    if isinstance(why := find_configuration(kind), str):
+        return {"class": kind, "built": f"no: {why}"}
+    return {"class": kind} | results(kind, ["loads", "merges", "4-bit folder"])
+
+
+def in_a_process(make_row, kind):
+    """The row in a process of its own, forked from this one, which has imported everything already."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(row, kind).result()
+        return pool.submit(make_row, kind).result()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them if none")
     parser.add_argument("--write", type=Path, help="file for the page")
+    parser.add_argument("--classes", action="store_true", help="only the checks of folders, of one class each")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # a fork of a process with threads of OpenMP may hang
     rows = []
-    for kind in arguments.kinds or ALL:
-        rows.append(in_a_process(kind))
+    for kind in arguments.kinds or (all_types() if arguments.classes else ALL):
+        rows.append(in_a_process(class_row if arguments.classes else row, kind))
         print(" | ".join(rows[-1].values()), flush=True)
     if arguments.write:
         arguments.write.write_text(page(rows))

@@ -18,9 +18,10 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter, round_alpha
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 
 TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
     "ForCausalLM": "CAUSAL_LM",

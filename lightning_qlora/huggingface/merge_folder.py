@@ -27,9 +27,9 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
 )
 from lightning_qlora.huggingface.merge_experts import assign_to_folder, find_experts
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.experts import SUFFIX
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.qlora_linear import DTYPES
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.quantization.packed_weight import PackedWeight
 

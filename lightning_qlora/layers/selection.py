@@ -11,6 +11,7 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters, is_router
+from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_layers import new_layers
@@ -77,11 +78,12 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
     """Decide for every linear layer of a module, to which patterns for other modules may be given as well.
 
     A layer that was quantized while its model loaded counts as the dense layer that it was; layers of an earlier
-    conversion are left out. Parameters of experts are never quantized while their model loads.
+    conversion are left out.
     """
     choice, facts = Selection(names=names_of_modules(module)), _Facts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
     excluded, new = config.exclude_modules or [], new_layers(module)
+    experts = {id(expert) for *_, stack in expert_stacks(module) for expert in stack.layers}
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
@@ -96,6 +98,8 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
             continue
         target, is_new = not everything and bool(name) and named(layer, config.target_modules), id(layer) in new
         if _is_converted(layer) or not (is_linear(layer) or target or is_new) or any(inside(name, s) for s in saved):
+            continue
+        if id(layer) in experts:  # selected with the module that held the parameter
             continue
         forms, seed_name = choice.names[id(layer)]
         of_layer = config.for_layer(forms)
@@ -129,7 +133,7 @@ def _select_stack(
     name, forms = f"{owner_name}.{stack.key}".lstrip("."), _forms_of_stack(names, stack)
     of_stack = config.for_layer(forms)
     everything = config.target_modules == "all-linear"
-    reason = facts.unable_parameter(stack.owner._parameters[stack.key])
+    reason = facts.unable_parameter(stack.owner._parameters[stack.key]) if stack.loaded is None else None
     if any(matches_outer(form, config.exclude_modules or []) for form in forms):
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):

@@ -49,7 +49,7 @@ class FrozenParameters:
         return {**vars(self), "read_from": {}}
 
     def unchanged(self, name: str, parameter: Tensor) -> bool:
-        """Whether a parameter is frozen and that of the base; it is read again only if it was written to or replaced."""
+        """Whether a parameter is frozen and that of the base; read again only if it was written to or replaced."""
         name = plain_name(name)
         if name not in self.known or parameter.requires_grad:
             return False

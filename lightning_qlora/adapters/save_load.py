@@ -102,7 +102,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     first = next(iter(layers.values()))
     about = describe_base(module)
     experts = {name: ExpertStack(*stack) for name, stack in about.get("experts", {}).items()}
-    trained = dict(trained_in_full(base))
+    trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(
             f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "

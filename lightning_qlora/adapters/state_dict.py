@@ -2,6 +2,7 @@
 
 import json
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from lightning_qlora.adapters.base_compatibility import record_initialization, r
 from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import add_checksums, check_checksums
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import like, reshard
+from lightning_qlora.layers.dtensor import is_sharded, like, reshard
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.lora import ADAPTER
 from lightning_qlora.layers.names import plain_name
@@ -32,30 +33,51 @@ class FrozenParameters:
 
     def __init__(self, module: nn.Module) -> None:
         self.known: dict[str, tuple[int, torch.dtype, int]] = {}  # name -> version of the tensor, type, fingerprint
+        self.read_from: dict[str, tuple[weakref.ref[Tensor], int, torch.Size]] = {}  # name -> parameter, address, shape
         self.has_layers = bool(adapted_layers(module))
         self.replaced = False  # whether the state that is being loaded holds a dense base
         read: dict[int, tuple[int, torch.dtype, int]] = {}  # tied parameters are read once
-        for name, parameter in _dense_parameters(module):
+        for name, parameter in ((plain_name(name), parameter) for name, parameter in _dense_parameters(module)):
             if not parameter.requires_grad:
                 if id(parameter) not in read:
                     read[id(parameter)] = parameter._version, parameter.dtype, fingerprint(parameter)
                 self.known[name] = read[id(parameter)]
+                self.read_from[name] = weakref.ref(parameter), parameter.data_ptr(), parameter.shape
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without references to the parameters: a copy of the module has others."""
+        return {**vars(self), "read_from": {}}
 
     def unchanged(self, name: str, parameter: Tensor) -> bool:
-        """Whether a parameter is still frozen and that of the base; it is read again only if it was written to."""
+        """Whether a parameter is frozen and that of the base; read again only if it was written to or replaced."""
+        name = plain_name(name)
         if name not in self.known or parameter.requires_grad:
             return False
         version, dtype, known = self.known[name]
-        if parameter._version != version:
+        if parameter._version != version or self._replaced(name, parameter):
             if fingerprint(parameter) != known:
-                return False  # it was trained for a while, then frozen again
+                return False  # it was trained for a while, then frozen again, or it is that of a larger embedding
             self.known[name] = parameter._version, dtype, known
+            self.read_from[name] = weakref.ref(parameter), parameter.data_ptr(), parameter.shape
         return True
 
     def current(self, name: str, parameter: Tensor) -> int:
         """The fingerprint of a parameter as it is now; of one that was cast since, the fingerprint before the cast."""
+        name = plain_name(name)
         _, dtype, known = self.known.get(name, (0, parameter.dtype, 0))
-        return fingerprint(parameter) if parameter.dtype is dtype else known
+        return fingerprint(parameter) if parameter.dtype is dtype or self._replaced(name, parameter) else known
+
+    def _replaced(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter, or its data, is another than the one that was read; sharding and a cast are no change.
+
+        `resize_token_embeddings` of transformers replaces the data, which does not change the version of the tensor.
+        """
+        if name not in self.read_from or is_sharded(parameter):
+            return False
+        read, address, shape = self.read_from[name]
+        was_cast = parameter.dtype is not self.known[name][1]
+        same_data = parameter.shape == shape and (was_cast or parameter.data_ptr() == address)
+        return read() is not parameter or not same_data
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig) -> None:
@@ -121,7 +143,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         for name, parameter in _dense_parameters(root):
             if prefix + name in state_dict and _frozen(root).unchanged(name, parameter):
                 del state_dict[prefix + name]
-                known = _frozen(root).known[name][-1]
+                known = _frozen(root).known[plain_name(name)][-1]
                 state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(known, device="cpu")
     # adapter: a folder that is read once, at conversion
     arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root)}

@@ -22,7 +22,7 @@ from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from tests.adapters.test_peft_metadata import adapter, number_of
 from tests.attack.processes import ended, exit_at_line, flipped, kill_later, lines_of, run, start
-from tests.conftest import Classifier, ResumableLoader, make_trainer
+from tests.conftest import Classifier, ResumableLoader, make_trainer, save_shards
 from tests.toys import perturb
 
 STEPS = 6
@@ -56,10 +56,12 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
         assert made.keys() == expected.keys()
         assert all(torch.equal(value, made[key]) for key, value in expected.items())
 
-    for number in range(count):
+    while found["killed"] < count:
+        number = found["started"]
         place = folder / str(number)
         place.mkdir()
         steps = draw.randrange(1, STEPS)  # that are saved before the kill
+        found["started"] += 1
         found["killed"] += kill_later(
             lambda place=place: train(place),
             lambda place=place, steps=steps: len(list(place.glob("*.ckpt"))) >= steps,
@@ -158,6 +160,10 @@ def _damages(
         trainer.fit(module, ResumableLoader())
         trainer.save_checkpoint(folder / f"{kind}.ckpt")
         files.append((folder / f"{kind}.ckpt", lambda path: load_from_checkpoint(Classifier, path)))
+    rest = torch.load(folder / "adapter.ckpt", weights_only=True)
+    values = {"state_dict": rest.pop("state_dict"), "optimizer_0": rest.pop("optimizer_states")[0]}
+    shards = sorted(save_shards(folder / "shards.ckpt", values, rest).iterdir())
+    files += [(path, lambda path: load_from_checkpoint(Classifier, path.parent)) for path in shards]
     save_adapter(perturb(module), folder / "folder")
 
     def from_folder(path: Path) -> Classifier:

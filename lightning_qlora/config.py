@@ -31,6 +31,20 @@ EMPTY = {  # arguments whose value None stands for
 }  # fmt: skip
 
 
+def refuses_unknown_arguments(cls: type[C]) -> type[C]:
+    """Class decorator of a dataclass: an argument that does not exist is an error with the word that is used here."""
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def wrapper(self: C, /, *args: Any, **kwargs: Any) -> None:
+        refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        init(self, *args, **kwargs)
+
+    cls.__init__ = wrapper  # type: ignore[method-assign]
+    return cls
+
+
+@refuses_unknown_arguments
 @dataclass(frozen=True, repr=False)
 class QLoRAConfig:
     """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.
@@ -216,7 +230,6 @@ def takes_arguments_of(
     def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
         @functools.wraps(init)
         def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            refuse_unknown_arguments(kwargs, signature.parameters)
             init(self, config_class(*args, **kwargs))
 
         signature = inspect.signature(config_class)
@@ -319,4 +332,4 @@ def check_patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> 
 
 def _check(good: bool, name: str, value: Any, allowed: str) -> None:
     if not good:
-        raise TypeError(f"{name}={value!r}: must be {allowed}.")
+        raise TypeError(f"{name}={value!r}: must be {allowed}.{our_value(name, value)}")

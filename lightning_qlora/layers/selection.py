@@ -173,8 +173,18 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
             endings = sorted({name.rpartition(".")[2] for name in convertible})
             raise ValueError(
                 f"{argument}={getattr(config, argument)!r}: no module of this model fits {pattern!r}. "
-                f"Its linear layers end in {endings}."
+                f"Its linear layers end in {endings}.{_meant(config, argument, pattern, endings)}"
             )
+
+
+def _meant(config: QLoRAConfig, argument: str, pattern: str, endings: list[str]) -> str:
+    """What a pattern that fits no layer was meant to be, if that is clear; else an empty string."""
+    if argument == "target_modules" and pattern.replace("_", "-") in ("all-linear", "all"):
+        return " Use target_modules='all-linear' for all linear layers."
+    parts = [part.strip() for part in pattern.split(",")]
+    if isinstance(getattr(config, argument), str) and set(parts) <= set(endings):
+        return f" A string is a regular expression for the full name. Use {argument}={parts} for endings."
+    return ""
 
 
 def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:

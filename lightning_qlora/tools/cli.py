@@ -27,6 +27,7 @@ from lightning_qlora.tools.fit import what_fits
 from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
 from lightning_qlora.tools.memory_figure import compare, draw
 from lightning_qlora.tools.patches import print_warnings_in_one_line
+from lightning_qlora.training.patches import answer_words_of_other_libraries
 from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install
 
@@ -193,13 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
     signal.signal(signal.SIGTERM, _exit)
+    answer_words_of_other_libraries()
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
         given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
-        auto_cli(commands, args=given, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
+        version = sys.modules["lightning_qlora"].__version__
+        auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False)
     except EXPECTED as error:
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

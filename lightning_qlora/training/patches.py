@@ -19,6 +19,7 @@ from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
+from lightning_qlora.words import our_words
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -268,6 +269,24 @@ def explain_unfreezing() -> None:
         return original(module)
 
     wrap_once(LightningModule, "unfreeze", unfreeze)
+
+
+def answer_words_of_other_libraries() -> None:
+    """Let errors of jsonargparse about arguments of other libraries say what they are called here, if it is loaded.
+
+    Upstream: jsonargparse/_core.py, ArgumentParser.error, for a YAML file of LightningCLI and for our command line:
+    "Option 'lora_r' is not accepted". It checks names and values before it calls `QLoRAPrecision`, whose errors say it.
+    Supported ways tried: a subclass of the parser serves our command line, and LightningCLI makes its own.
+    Removed by: jsonargparse asking the class for a message.
+    """
+    upstream: Any = sys.modules.get("jsonargparse")
+    if upstream is None:
+        return
+
+    def error(original: Any, parser: Any, message: str, *args: Any, **kwargs: Any) -> Any:
+        return original(parser, message + our_words(message), *args, **kwargs)
+
+    wrap_once(upstream.ArgumentParser, "error", error)
 
 
 def name_the_package_to_import_from() -> None:

@@ -40,7 +40,7 @@ def refuses_unknown_arguments(cls: type[C]) -> type[C]:
         refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)  # type: ignore[attr-defined]
         init(self, *args, **kwargs)
 
-    cls.__init__ = wrapper  # type: ignore[method-assign]
+    cls.__init__ = wrapper  # type: ignore[assignment, method-assign]
     return cls
 
 

@@ -153,6 +153,13 @@ def saved(kind, folder):
     return type(model), folder
 
 
+def is_loaded_again(kind, folder):
+    """Whether transformers loads the weights that it saves: those that it does not find are random, other each time."""
+    model, base = saved(kind, folder)
+    first, again = (load(model, base).state_dict() for _ in range(2))
+    return all(torch.equal(first[name].nan_to_num(), value.nan_to_num()) for name, value in again.items())
+
+
 def load(kind, folder):
     return kind.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -41,20 +41,20 @@ EMPTY = {  # arguments whose value None stands for
 }  # fmt: skip
 
 
-def refuses_unknown_arguments(cls: type[C]) -> type[C]:
-    """Class decorator of a dataclass: an argument that does not exist is an error with the word that is used here."""
+def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
+    """Class decorator: an argument that does not exist is an error with the word that is used here."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
-    def wrapper(self: C, /, *args: Any, **kwargs: Any) -> None:
-        refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    def wrapper(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
+        refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)
         init(self, *args, **kwargs)
 
     cls.__init__ = wrapper  # type: ignore[assignment, method-assign]
     return cls
 
 
-@refuses_unknown_arguments
+@_refuses_unknown_arguments
 @dataclass(frozen=True, repr=False)
 class QLoRAConfig:
     """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.

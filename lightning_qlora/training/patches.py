@@ -233,26 +233,29 @@ def count_weights_in_transformers() -> None:
 
 
 def explain_adapter_checkpoints() -> None:
-    """Let a LightningModule that is not converted refuse the state of a converted one, and say how to load it.
+    """Let a module that is not converted refuse the state of a converted one, and say how to load it.
 
     Upstream: torch/nn/modules/module.py, Module.load_state_dict, which LightningModule.load_from_checkpoint
     (lightning/pytorch/core/saving.py) and a Trainer without the plugin call: it lists missing and unexpected keys, and
     with strict=False returns a module without the adapters.
-    Supported ways tried: `on_load_checkpoint` belongs to the user's module.
-    Removed by: a hook of Lightning for the state of a plugin that is not used.
+    Supported ways tried: `on_load_checkpoint` belongs to the user's module, and is none of other modules.
+    Removed by: a hook of Lightning for the state of a plugin that is not used, and of torch for state dicts.
     """
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if any(str(key).rpartition(".")[2] == CONFIG for key in state_dict) and not adapted_layers(module):
             name = type(module).__name__
+            what = f"This checkpoint holds the adapters of a converted module, and this {name} is not converted. "
+            if not isinstance(module, LightningModule):
+                raise ValueError(f"{what}Call lightning_qlora.convert with the arguments of the training before.")
             raise ValueError(
-                f"This checkpoint holds the adapters of a converted {name}, and this {name} is not converted. Use "
-                f"lightning_qlora.load_from_checkpoint({name}, PATH), or Trainer(plugins=QLoRAPrecision(...)) with the "
-                "arguments of the training, which converts the module before it restores the checkpoint."
+                f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
+                "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
+                "before it restores the checkpoint."
             )
         return original(module, state_dict, *args, **kwargs)
 
-    wrap_once(LightningModule, "load_state_dict", load)
+    wrap_once(nn.Module, "load_state_dict", load)
 
 
 def explain_unfreezing() -> None:

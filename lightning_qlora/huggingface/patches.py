@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.selection import LOADED
 
 QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_qlora.config import BLOCK_SIZES, QuantType, check_choice, check_number
+from lightning_qlora.checks import check_choice, check_number
+from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 

@@ -16,7 +16,8 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.vllm import vllm_objections
 from tests.conftest import Classifier, elsewhere
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, save_adapter
-from lightning_qlora.adapters import peft_files
-from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
+from lightning_qlora.adapters import peft_reader
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from tests.adapters.test_peft_metadata import adapter, number_of
@@ -143,11 +144,11 @@ def full_disks(seed: int, count: int, folder: Path) -> Counter[str]:
 def damages(seed: int, flips: int, truncations: int, folder: Path) -> Counter[str]:
     """A bit of a file is changed, or its end is missing: loading is refused in one line, or gives the same outputs."""
     draw, found, x = random.Random(seed), Counter[str](unnoticed=0), torch.randn(3, 64)
-    peft_files.PATIENCE, patience = 0.0, peft_files.PATIENCE
+    peft_reader.PATIENCE, patience = 0.0, peft_reader.PATIENCE
     try:
         return _damages(draw, found, x, flips, truncations, folder, seed)
     finally:
-        peft_files.PATIENCE = patience
+        peft_reader.PATIENCE = patience
 
 
 def _damages(

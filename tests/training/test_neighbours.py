@@ -142,7 +142,7 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
             self.model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
 
     # With transformers 4 the model is dense until it is converted, so PEFT accepts it and conversion does not.
-    with pytest.raises(ValueError, match="Leave out get_peft_model|is peft's PeftModel.* Convert the model without"):
+    with pytest.raises(ValueError, match=r"Leave out get_peft_model|is peft's PeftModel.* Convert the model without"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Late(None))
 
 

@@ -20,17 +20,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.peft_experts import modules_of
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.bnb_linear import decode_and_store_original
+from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.selection import LOADED, StackToConvert, ToConvert, select_in_part
+from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.state_dict import use_adapter_state_dict
 from lightning_qlora.config import QLoRAConfig
@@ -41,7 +41,6 @@ from lightning_qlora.training.calibration.calibration import Calibration, calibr
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters, dense_bytes
-from lightning_qlora.words import refuse_unknown_arguments
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 COMPUTE_IT = (
@@ -70,7 +69,6 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
-    refuse_unknown_arguments(arguments, QLoRAConfig.__dataclass_fields__)
     return convert_module(module, QLoRAConfig(**arguments))
 
 
@@ -100,7 +98,7 @@ def convert_module(
     choice = select_layers(module, config)
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
-    _check_any(choice, config)
+    check_any(choice, config)
     _check_loaded(module, choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
@@ -266,7 +264,8 @@ def freeze(module: nn.Module, choice: Selection) -> None:
             parameter.requires_grad_(id(parameter) in adapters | trained)
 
 
-def _check_any(choice: Selection, config: QLoRAConfig) -> None:
+def check_any(choice: Selection, config: QLoRAConfig) -> None:
+    """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
     if choice.convert or choice.stacks:
         return
     left = "\n".join(f"  {name or ROOT}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()])

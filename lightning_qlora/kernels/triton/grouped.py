@@ -10,6 +10,7 @@ kernels read the addresses of the experts' tensors from a table. The same in tor
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from lightning_qlora.kernels.triton.dequantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, is_kept
-from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.lora import rank_tile
-from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 PACKED, ABSMAX, NESTED, LORA_A, LORA_B = (tl.constexpr(row) for row in range(5))  # rows of the table of addresses
@@ -184,25 +185,24 @@ class Group:
         n_nested, (*mask, scale) = weight.nested.numel() // 4 - 1, dropout_arguments(p, seed, self.device)
         tables = tables_of_levels(weight.quant_type, self.device)
         columns = k // run if backward else -(-n // self.tile["N"])
-        launch(
-            _product_kernel, self.device, (self.tiles, columns, 1),
-            (self.table, self.ends, *tables, x, h, self.lora, weight.packed, out),
-            (n_nested, self.experts, n, k, self.r), self.tile, (*mask, s * scale), BACKWARD=backward,
-            BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
+        run_product = _launch(
+            _product_kernel, self.device, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), self.tile,
+            BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
             EXPERTS=triton.next_power_of_2(self.experts), RUN=run, R=rank_tile(self.r),
         )  # fmt: skip
+        run_product((self.table, self.ends, *tables, x, h, self.lora, weight.packed, out), (*mask, s * scale))
         return out
 
     def project(self, x: Tensor, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
         """s drop(x) A^T, or backward s x B: [rows, r]."""
         k, out, rank = x.shape[1], x.new_zeros(len(x), self.r), rank_tile(self.r)
         *mask, scale = dropout_arguments(p, seed, self.device)
-        launch(
+        run = _launch(
             _project_kernel, self.device, (self.tiles, -(-self.r // rank), 1),
-            (self.table, self.ends, x, self.lora, out),
-            (self.experts, k, self.r, *((1, self.r) if backward else (k, 1))), self.tile, (*mask, s * scale),
-            BACKWARD=backward, DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), R=rank,
+            (self.experts, k, self.r, *((1, self.r) if backward else (k, 1))), self.tile, BACKWARD=backward,
+            DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), R=rank,
         )  # fmt: skip
+        run((self.table, self.ends, x, self.lora, out), (*mask, s * scale))
         return out
 
     def gradients(self, h: Tensor, x: Tensor, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
@@ -210,12 +210,20 @@ class Group:
         n, rank, (*mask, scale) = x.shape[1], rank_tile(self.r), dropout_arguments(p, seed, self.device)
         shape = (self.experts, n, self.r) if transposed else (self.experts, self.r, n)
         out = torch.empty(shape, dtype=self.lora.dtype, device=self.device)
-        launch(
+        run = _launch(
             _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
-            (self.ends, h, x, out), (n, self.r, *((1, self.r) if transposed else (n, 1))), self.tile,
-            (*mask, s * scale), DROPOUT=seed is not None, R=rank,
+            (n, self.r, *((1, self.r) if transposed else (n, 1))), self.tile, DROPOUT=seed is not None, R=rank,
         )  # fmt: skip
+        run((self.ends, h, x, out), (*mask, s * scale))
         return out
+
+
+@lru_cache(3 * MAX_LAUNCHES)
+def _launch(
+    kernel: Any, device: torch.device, grid: tuple[int, int, int], numbers: tuple[int, ...], tile: Tile,
+    **constants: Any,
+) -> Launch:  # fmt: skip
+    return Launch(kernel, device, grid, numbers, tile, **constants)
 
 
 @lru_cache(maxsize=1024)

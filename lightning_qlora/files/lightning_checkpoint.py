@@ -200,7 +200,7 @@ def read_index(path: Path, weights_only: bool | None = True) -> Any:
 
 
 # In Python: one changed bit can let the unpickler in C allocate 32 GB for its list of known objects.
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_Unpickler: Any = pickle._Unpickler
 
 
 class _IndexUnpickler(_Unpickler):  # type: ignore[misc]

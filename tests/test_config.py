@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
-from lightning_qlora import QLoRAPrecision, convert, words
+from lightning_qlora import QLoRAPrecision, convert, estimate_memory, words
 from lightning_qlora.config import EMPTY, QLoRAConfig
 from lightning_qlora.tools.cli import main
 
@@ -77,10 +78,15 @@ def test_an_unknown_argument_is_named():
         ({"ignore_modules": {"lm_head"}}, "use exclude_modules"),
         ({"task_type": "CAUSAL_LM"}, "leave it out"),
         ({"r": 4, "lora_alfa": 4}, r"lora_alfa: there is no such argument here; did you mean lora_alpha\?$"),
-        ({"nonsense": 4}, "the arguments are quant_type, double_quant"),
+        ({"nonsense": 4}, "the arguments are .*quant_type, double_quant"),
+        ({"lora_query": True}, "use target_modules"),
+        ({"bnb_4bit_quant_storage": torch.uint8}, "leave it out: 4-bit weights are uint8"),
     ],
 )
-@pytest.mark.parametrize("made_by", [QLoRAPrecision, partial(convert, nn.Linear(64, 64))])
+@pytest.mark.parametrize(
+    "made_by",
+    [QLoRAPrecision, QLoRAConfig, partial(convert, nn.Linear(64, 64)), partial(estimate_memory, nn.Linear(64, 64))],
+)
 def test_words_of_other_libraries_are_answered_with_ours(made_by, arguments, answer):
     with pytest.raises(TypeError, match=answer):
         made_by(**arguments)
@@ -95,16 +101,46 @@ def test_words_of_other_libraries_are_answered_with_ours(made_by, arguments, ans
         ("compute_dtype", "bfloat16", "Use compute_dtype='bf16'"),
         ("compute_dtype", torch.float64, "compute_dtype=torch.float64: must be one of 'auto', 'bf16'"),
         ("init_lora_weights", True, "Use init_lora_weights='default'"),
+        ("gradient_checkpointing", "unsloth", "Use gradient_checkpointing=True"),
     ],
 )
 def test_values_of_other_libraries_are_answered_with_ours(name, value, answer):
-    with pytest.raises(ValueError, match=answer):
+    with pytest.raises((TypeError, ValueError), match=answer):
         QLoRAPrecision(**{name: value})
 
 
 @pytest.mark.parametrize(("dtype", "word"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")])
 def test_a_torch_dtype_is_accepted_and_stored_as_our_word(dtype, word):
     assert QLoRAPrecision(compute_dtype=getattr(torch, dtype)).config == QLoRAConfig(compute_dtype=word)
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("--lora-r=4", "lora_r: use r."),
+        ("--rank 4", "rank: use r."),
+        ("--load_in_4bit true", "load_in_4bit: leave it out: the weights are always in 4 bits."),
+        ("--quant_type nf4-dq", "quant_type: Use quant_type='nf4', double_quant=True."),
+        ("--compute_dtype torch.bfloat16", "compute_dtype: Use compute_dtype='bf16'."),
+    ],
+)
+@pytest.mark.parametrize("way", ["command line", "YAML"])
+def test_the_command_line_and_yaml_answer_with_the_same_words(given, answer, way, tmp_path, capsys):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    if way == "command line":
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", "folder", *given.split()])
+    else:
+        name, _, value = given.lstrip("-").replace("-r", "_r").replace("=", " ").partition(" ")
+        config = {"class_path": "lightning_qlora.QLoRAPrecision", "init_args": {name: value}}
+        (tmp_path / "config.yaml").write_text(json.dumps({"plugins": config}))
+        parser = jsonargparse.ArgumentParser()
+        parser.add_argument("--config", action="config")
+        parser.add_subclass_arguments(Precision, "plugins")
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(["--config", str(tmp_path / "config.yaml")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(f"\n{answer}\n")
 
 
 def test_answers_name_arguments_that_exist():
@@ -114,7 +150,7 @@ def test_answers_name_arguments_that_exist():
         for used in re.findall(r"use (\w+)", answer):
             assert used in names | {"a"}, answer
     for (name, value), answer in words.VALUES.items():
-        with pytest.raises(ValueError, match=rf"{name}="):
+        with pytest.raises((TypeError, ValueError), match=rf"{name}="):
             QLoRAConfig(**{name: value})
         if "=" in answer:
             QLoRAConfig(**eval(f"dict({answer})"))

@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lightning_qlora.adapters.base_compatibility import record_initialization, r
 from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import add_checksums, check_checksums
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import like, reshard
+from lightning_qlora.layers.dtensor import is_sharded, like, reshard
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.lora import ADAPTER
 from lightning_qlora.layers.names import plain_name
@@ -27,35 +27,59 @@ DAMAGED = "The checkpoint is damaged: use another copy."
 PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
 
 
+class _Known(NamedTuple):
+    """A parameter when it was last read."""
+
+    version: int
+    dtype: torch.dtype
+    shape: torch.Size
+    address: int  # `parameter.data = tensor` changes it, but not the version
+    fingerprint: int
+
+    @staticmethod
+    def read(parameter: Tensor) -> "_Known":
+        """Read all of a parameter."""
+        return _Known.of(parameter, fingerprint(parameter))
+
+    @staticmethod
+    def of(parameter: Tensor, known: int) -> "_Known":
+        """The entry of a parameter whose fingerprint is known."""
+        address = 0 if is_sharded(parameter) else parameter.data_ptr()
+        return _Known(parameter._version, parameter.dtype, parameter.shape, address, known)
+
+
 class FrozenParameters:
     """Fingerprints of the dense parameters (embeddings, norms) that conversion froze, as they were then."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.known: dict[str, tuple[int, torch.dtype, int]] = {}  # name -> version of the tensor, type, fingerprint
+        self.known: dict[str, _Known] = {}
         self.has_layers = bool(adapted_layers(module))
         self.replaced = False  # whether the state that is being loaded holds a dense base
-        read: dict[int, tuple[int, torch.dtype, int]] = {}  # tied parameters are read once
-        for name, parameter in _dense_parameters(module):
+        read: dict[int, _Known] = {}  # tied parameters are read once
+        for name, parameter in ((plain_name(name), parameter) for name, parameter in _dense_parameters(module)):
             if not parameter.requires_grad:
                 if id(parameter) not in read:
-                    read[id(parameter)] = parameter._version, parameter.dtype, fingerprint(parameter)
+                    read[id(parameter)] = _Known.read(parameter)
                 self.known[name] = read[id(parameter)]
 
     def unchanged(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is still frozen and that of the base; it is read again only if it was written to."""
-        if name not in self.known or parameter.requires_grad:
+        known = self.known.get(plain_name(name))
+        if known is None or parameter.requires_grad or parameter.shape != known.shape:
             return False
-        version, dtype, known = self.known[name]
-        if parameter._version != version:
-            if fingerprint(parameter) != known:
-                return False  # it was trained for a while, then frozen again
-            self.known[name] = parameter._version, dtype, known
+        now = _Known.of(parameter, known.fingerprint)
+        moved = now.address != known.address and now.dtype is known.dtype and not is_sharded(parameter)
+        if now.version != known.version or moved:
+            if fingerprint(parameter) != known.fingerprint:
+                return False  # it was replaced, or trained for a while and frozen again
+            self.known[plain_name(name)] = now._replace(dtype=known.dtype)
         return True
 
     def current(self, name: str, parameter: Tensor) -> int:
         """The fingerprint of a parameter as it is now; of one that was cast since, the fingerprint before the cast."""
-        _, dtype, known = self.known.get(name, (0, parameter.dtype, 0))
-        return fingerprint(parameter) if parameter.dtype is dtype else known
+        known = self.known.get(plain_name(name))
+        cast = known is not None and known.dtype is not parameter.dtype and known.shape == parameter.shape
+        return known.fingerprint if known is not None and cast else fingerprint(parameter)
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig) -> None:
@@ -121,7 +145,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         for name, parameter in _dense_parameters(root):
             if prefix + name in state_dict and _frozen(root).unchanged(name, parameter):
                 del state_dict[prefix + name]
-                known = _frozen(root).known[name][-1]
+                known = _frozen(root).known[plain_name(name)].fingerprint
                 state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(known, device="cpu")
     # adapter: a folder that is read once, at conversion
     arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root)}

@@ -22,9 +22,10 @@ from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.files.folder_writer import atomic_folder
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.bnb_linear import original_packed_weight
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts, expert_stacks, is_expert
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, is_expert
 from lightning_qlora.layers.names import is_transformers_model, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 

@@ -16,7 +16,8 @@ from lightning_qlora.adapters.base_compatibility import BITS, required_base
 from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
-from lightning_qlora.config import Base, check_choice
+from lightning_qlora.checks import check_choice
+from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
 from lightning_qlora.files.safetensors_folder import check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
@@ -27,9 +28,9 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
 )
 from lightning_qlora.huggingface.merge_experts import assign_to_folder, find_experts
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.experts import SUFFIX
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.qlora_linear import DTYPES
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.quantization.packed_weight import PackedWeight
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.selection import LOADED
 
 QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
 
@@ -83,7 +83,7 @@ def forget_quantizer(module: nn.Module) -> None:
 
 
 def refuse_save_pretrained() -> None:
-    """Let `save_pretrained` of a converted model raise, which HF Trainer calls too, if transformers is loaded.
+    """Let `save_pretrained` of a converted model raise, if transformers is loaded. HF Trainer and push_to_hub call it.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
     converted model has no base, so `from_pretrained` would initialize the model at random. A state dict that is passed
@@ -107,14 +107,20 @@ def refuse_save_pretrained() -> None:
             )
         return original(model, *args, **kwargs)
 
+    def refuse_before_a_repository_is_made(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if adapted_layers(model):
+            model.save_pretrained("", push_to_hub=False)
+        return original(model, *args, **kwargs)
+
     wrap_once(upstream.PreTrainedModel, "save_pretrained", refuse)
+    wrap_once(upstream.PreTrainedModel, "push_to_hub", refuse_before_a_repository_is_made)
 
 
 def refuse_peft_on_4_bit_layers() -> None:
     """Let PEFT refuse a model with 4-bit layers of this package, if PEFT is loaded.
 
     Upstream: peft/tuners/tuners_utils.py, BaseTuner.inject_adapter: it would put a second adapter around each layer, or
-    fails at the layer's attributes.
+    fails at the layer's attributes. peft/peft_model.py, PeftModel.__init__: with a prompt it freezes the adapters.
     Supported ways tried: none; PEFT asks the base layer nothing that may be refused.
     Removed by: a hook of PEFT by which a layer says that it takes no adapter.
     """
@@ -126,12 +132,13 @@ def refuse_peft_on_4_bit_layers() -> None:
         if adapted := adapted_layers(model):
             raise ValueError(
                 f"{len(adapted)} layers of this {type(model).__name__} are in 4 bits with adapters of lightning_qlora, "
-                "and PEFT would put second adapters around them. Leave out get_peft_model: the arguments of "
-                "QLoRAPrecision are those of LoraConfig, and adapter=FOLDER starts from a saved PEFT adapter."
+                "and PEFT would freeze them or put second adapters around them. Leave out get_peft_model: the "
+                "arguments of QLoRAPrecision are LoraConfig's, and adapter=FOLDER starts from a saved PEFT adapter."
             )
         return original(tuner, model, *args, **kwargs)
 
     wrap_once(upstream.BaseTuner, "inject_adapter", refuse)
+    wrap_once(sys.modules["peft.peft_model"].PeftModel, "__init__", refuse)
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

@@ -7,8 +7,8 @@ from torch import nn
 
 from lightning_qlora.layers.lora import LoRALayer
 
-# Names of the matrices, as parameters or modules: in loralib, LitGPT and PEFT, and in torchtune.
-MATRICES = (("lora_A", "lora_B"), ("lora_a", "lora_b"))
+# Names of the matrices in lower case, as parameters or modules: in loralib, LitGPT, PEFT and torchtune; in kohya-ss.
+MATRICES = (("lora_a", "lora_b"), ("lora_down", "lora_up"))
 
 
 def foreign_adapter(module: nn.Module) -> str | None:
@@ -20,7 +20,7 @@ def foreign_adapter(module: nn.Module) -> str | None:
     peft = sys.modules.get("peft.peft_model")
     if peft is not None and isinstance(module, peft.PeftModel):
         return f"{kind}, a model with a PEFT adapter"
-    held = {**module._parameters, **module._modules}
+    held = {name.lower() for name in (*module._parameters, *module._modules)}
     if not isinstance(module, LoRALayer) and any(a in held and b in held for a, b in MATRICES):
         return f"{kind}, a layer with LoRA matrices of its own"
     return None

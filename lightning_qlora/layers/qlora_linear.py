@@ -15,7 +15,7 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
-from lightning_qlora.layers.readable_weight import readable_weight
+from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.state_dict import load_base, save_base
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
@@ -172,12 +172,14 @@ class QLoRALinear(LoRALayer):
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; refuses the parts of a weight that ColwiseParallel and RowwiseParallel register."""
+        """As in nn.Module; refuses a dense weight, and the parts that ColwiseParallel and RowwiseParallel register."""
         if is_sharded(param):
             raise ValueError(
                 f"{self.full_name}: tensor parallelism (parallelize_module) can't split a 4-bit layer. Remove it from "
                 "the plan, or name it in exclude_modules; fully_shard can split 4-bit layers."
             )
+        if name in ("weight", "weight_orig"):  # layer.weight = Parameter(...), and torch.nn.utils.prune
+            raise RuntimeError(f"{self.full_name}.{name} = ...: {READ_ONLY}")
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:

@@ -106,6 +106,15 @@ class Readable(Tensor):
     def data(self, _: Tensor) -> None:
         raise RuntimeError(f"weight.data = ...: {READ_ONLY}")
 
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Refused, because no parameter would train; False is allowed, since the 4-bit weight is frozen."""
+        if requires_grad:
+            raise RuntimeError(
+                "weight.requires_grad_(): a 4-bit weight can't train; its adapter does. To train the layer in full, "
+                "name it in modules_to_save."
+            )
+        return self
+
     def __setitem__(self, *_: Any) -> None:
         raise RuntimeError(f"weight[...] = ...: {READ_ONLY}")
 

@@ -21,6 +21,7 @@ from lightning_qlora.tools.fake_model import one_line
 from lightning_qlora.tools.patches import silence_fake_tensor_log
 from lightning_qlora.tools.real_indices import RealIndices
 
+SEED = 7  # position of the dropout seed in the arguments of the op `lora_linear`
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")  # in configs
 
 
@@ -28,7 +29,8 @@ class StepMemory(NamedTuple):
     """Bytes at the peak of a forward and a backward pass, without parameters, buffers and inputs.
 
     Attributes:
-        activations: What autograd saved, and tensors that an operation or the loss needs for a moment.
+        activations: What autograd saved, tensors that an operation or the loss needs for a moment, and the buffer for
+            the largest input of an adapter after dropout.
         gradients: Gradients of parameters that exist at that moment.
     """
 
@@ -112,7 +114,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory
         for hook in hooks:
             hook.remove()
         fake_model.zero_grad(set_to_none=True)
-    return StepMemory(living.peak - living.gradients_at_peak, living.gradients_at_peak)
+    return StepMemory(living.peak - living.gradients_at_peak + living.dropped, living.gradients_at_peak)
 
 
 def _backward(output: Any) -> None:
@@ -138,11 +140,12 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         peak: Most bytes at once.
         gradients_at_peak: Those of them that were gradients of parameters.
+        dropped: Bytes of the buffer that the kernels keep for drop(x) (`kernels/scratch.py`).
     """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.gradients_at_peak = self._bytes = self._gradients = 0
+        self.peak = self.gradients_at_peak = self.dropped = self._bytes = self._gradients = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def add_gradient(self, parameter: Tensor) -> None:
@@ -151,6 +154,8 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.lightning_qlora.lora_linear.default and args[SEED] is not None:
+            self.dropped = max(self.dropped, args[0].nbytes)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
@@ -16,7 +18,9 @@ from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.average import average as mean_of_adapters
 from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import VLLM_BASE, read_adapter, vllm_objections, write_adapter
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.files.folder_writer import check_free
 from lightning_qlora.files.lightning_checkpoint import is_shards
@@ -27,11 +31,13 @@ from lightning_qlora.tools.fit import what_fits
 from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
 from lightning_qlora.tools.memory_figure import compare, draw
 from lightning_qlora.tools.patches import print_warnings_in_one_line
+from lightning_qlora.training.patches import answer_words_of_other_libraries
 from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)
+WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
 def plan(
@@ -193,13 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
     signal.signal(signal.SIGTERM, _exit)
+    answer_words_of_other_libraries()
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
         given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
-        auto_cli(commands, args=given, prog="lightning-qlora", version=sys.modules["lightning_qlora"].__version__)
+        version = sys.modules["lightning_qlora"].__version__
+        auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False)
     except EXPECTED as error:
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -220,8 +228,10 @@ def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:
 
 
 def _show(lines: list[tuple[str, str]]) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0  # whole lines in a file or a pipe
     for name, value in lines:
-        print(f"{name:30} {value}")
+        text = f"{name:30} {value}"
+        print(textwrap.fill(text, width, **WRAPPED) if len(text) > width > 60 else text)
 
 
 def _exit(*_: Any) -> None:

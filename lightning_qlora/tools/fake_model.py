@@ -8,17 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.training.convert import conversion_report, freeze, warn_of_what_stayed
+from lightning_qlora.training.convert import check_any, conversion_report, freeze, warn_of_what_stayed
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.report import ConversionReport, parameter_bytes
 
@@ -81,6 +82,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
     check_output_embeddings(fake_model, config.deferred_logits)
     start, bytes_before = time.perf_counter(), parameter_bytes(fake_model)
     choice = select_layers(fake_model, config)
+    check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
         turned = not isinstance(layer, nn.Linear)

@@ -30,7 +30,10 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
         raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
-    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
+    count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
+    if count < UNITS["MB"]:
+        raise ValueError(f"gpu_memory={text!r}: are {count} bytes. Give a unit, such as 24GB or 24GiB.")
+    return count
 
 
 def what_fits(

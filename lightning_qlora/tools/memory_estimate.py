@@ -12,19 +12,22 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_qlora.config import QLoRAConfig, check_choice, check_integer
+from lightning_qlora.checks import check_choice, check_integer
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import convert_fake_model, fake_copy, meta_model
 from lightning_qlora.training.convert import check_initialized
 from lightning_qlora.training.report import ConversionReport, size_text
+from lightning_qlora.words import refuse_unknown_arguments
 
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
 STATE_8BIT = 2 * (1 + 4 / 256)
+OWN = ("batch_size", "sequence_length", "optimizer", "example")  # arguments of `estimate_memory` alone
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def estimate_memory(
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
     """
+    refuse_unknown_arguments(arguments, [*OWN, *QLoRAConfig.__dataclass_fields__])
     check_choice("optimizer", optimizer, get_args(OptimizerName))
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("sequence_length", sequence_length, at_least=1)

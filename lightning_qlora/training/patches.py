@@ -15,9 +15,11 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
+from lightning_qlora.words import our_words
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -160,6 +162,32 @@ def allow_keys_without_attributes() -> None:
     wrap_once(import_module("torch.distributed.checkpoint.state_dict"), "_get_fqns", names)
 
 
+def check_crc_before_loading() -> None:
+    """Compare a checkpoint with its CRC-32 before a Trainer or a Fabric with the plugin loads any of it.
+
+    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, resume_start, and load and load_raw of
+    lightning/fabric/fabric.py, pass the path to the strategy alone.
+    Supported ways tried: a CheckpointIO; ModelParallelStrategy takes none, and the user may have passed another. No
+    hook of a plugin or a module gets the path of a Fabric checkpoint, or the Trainer's before its index is unpickled.
+    Removed by: torch.load comparing the CRC-32 that torch.save writes (torch/serialization.py).
+    """
+
+    def load_with_trainer(original: Any, connector: Any, checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if checkpoint_path is not None and hasattr(connector.trainer.precision_plugin, "convert_for_trainer"):
+            check_crc(checkpoint_path)
+        return original(connector, checkpoint_path, *args, **kwargs)
+
+    def load_with_fabric(original: Any, fabric: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(fabric._precision, "convert_for_trainer"):
+            check_crc(path)
+        return original(fabric, path, *args, **kwargs)
+
+    connector: Any = import_module("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
+    for name in ("load", "load_raw"):
+        wrap_once(import_module("lightning.fabric.fabric").Fabric, name, load_with_fabric)
+
+
 def count_weights_in_model_summary() -> None:
     """Let Lightning's ModelSummary count the weights of 4-bit layers, and the bytes that all parameters really take.
 
@@ -205,26 +233,29 @@ def count_weights_in_transformers() -> None:
 
 
 def explain_adapter_checkpoints() -> None:
-    """Let a LightningModule that is not converted refuse the state of a converted one, and say how to load it.
+    """Let a module that is not converted refuse the state of a converted one, and say how to load it.
 
     Upstream: torch/nn/modules/module.py, Module.load_state_dict, which LightningModule.load_from_checkpoint
     (lightning/pytorch/core/saving.py) and a Trainer without the plugin call: it lists missing and unexpected keys, and
     with strict=False returns a module without the adapters.
-    Supported ways tried: `on_load_checkpoint` belongs to the user's module.
-    Removed by: a hook of Lightning for the state of a plugin that is not used.
+    Supported ways tried: `on_load_checkpoint` belongs to the user's module, and is none of other modules.
+    Removed by: a hook of Lightning for the state of a plugin that is not used, and of torch for state dicts.
     """
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if any(str(key).rpartition(".")[2] == CONFIG for key in state_dict) and not adapted_layers(module):
             name = type(module).__name__
+            what = f"This checkpoint holds the adapters of a converted module, and this {name} is not converted. "
+            if not isinstance(module, LightningModule):
+                raise ValueError(f"{what}Call lightning_qlora.convert with the arguments of the training before.")
             raise ValueError(
-                f"This checkpoint holds the adapters of a converted {name}, and this {name} is not converted. Use "
-                f"lightning_qlora.load_from_checkpoint({name}, PATH), or Trainer(plugins=QLoRAPrecision(...)) with the "
-                "arguments of the training, which converts the module before it restores the checkpoint."
+                f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
+                "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
+                "before it restores the checkpoint."
             )
         return original(module, state_dict, *args, **kwargs)
 
-    wrap_once(LightningModule, "load_state_dict", load)
+    wrap_once(nn.Module, "load_state_dict", load)
 
 
 def explain_unfreezing() -> None:
@@ -241,6 +272,24 @@ def explain_unfreezing() -> None:
         return original(module)
 
     wrap_once(LightningModule, "unfreeze", unfreeze)
+
+
+def answer_words_of_other_libraries() -> None:
+    """Let errors of jsonargparse about arguments of other libraries say what they are called here, if it is loaded.
+
+    Upstream: jsonargparse/_core.py, ArgumentParser.error, for a YAML file of LightningCLI and for our command line:
+    "Option 'lora_r' is not accepted". It checks names and values before it calls `QLoRAPrecision`, whose errors say it.
+    Supported ways tried: a subclass of the parser serves our command line, and LightningCLI makes its own.
+    Removed by: jsonargparse asking the class for a message.
+    """
+    upstream: Any = sys.modules.get("jsonargparse")
+    if upstream is None:
+        return
+
+    def error(original: Any, parser: Any, message: str, *args: Any, **kwargs: Any) -> Any:
+        return original(parser, message + our_words(message), *args, **kwargs)
+
+    wrap_once(upstream.ArgumentParser, "error", error)
 
 
 def name_the_package_to_import_from() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, load_adapter, load_from_checkpoint
 from lightning_qlora.adapters.average import average
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import save_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, loader, make_trainer
@@ -92,7 +92,7 @@ def test_another_base_is_refused_in_one_line(checkpoints, tmp_path, capsys, trai
 def test_one_checkpoint_is_refused(checkpoints, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["average", str(checkpoints[0]), str(tmp_path / "out")])
-    assert "1 adapter: pass two or more" in capsys.readouterr().err
+    assert "1 adapter(s) to average: pass two or more, and then" in capsys.readouterr().err
 
 
 def test_adapters_of_two_runs_are_warned_of(tmp_path):

@@ -8,7 +8,7 @@ from lightning_qlora import convert, merge, quantize, save_adapter
 from lightning_qlora.adapters import model_folder
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.adapters.peft_experts import assign_parameters
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.huggingface.merge_folder import merge_folder

@@ -13,11 +13,13 @@ R = {"r": 4, "lora_dropout": 0.0}
 
 
 def test_units():
-    assert [parse_memory(text) for text in ("24GB", "24 GiB", "1.5gb", "7")] == [24 * 10**9, 24 * 2**30, 15 * 10**8, 7]
-    for wrong in ("", "24", "GB", "24TB", "0GB"):
-        if wrong != "24":
-            with pytest.raises(ValueError, match="must be a number of bytes with a unit"):
-                parse_memory(wrong)
+    known = {"24GB": 24 * 10**9, "24 GiB": 24 * 2**30, "1.5gb": 15 * 10**8, "80000000000": 8 * 10**10}
+    assert {text: parse_memory(text) for text in known} == known
+    for wrong in ("", "GB", "24TB", "0GB"):
+        with pytest.raises(ValueError, match="must be a number of bytes with a unit"):
+            parse_memory(wrong)
+    with pytest.raises(ValueError, match=r"gpu_memory='24': are 24 bytes\. Give a unit, such as 24GB"):
+        parse_memory("24")
 
 
 @pytest.mark.parametrize("step", [1, 8])

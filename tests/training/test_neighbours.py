@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
 from lightning_qlora import save_quantized as save_base
@@ -25,6 +26,8 @@ def test_save_pretrained_of_a_converted_model_says_what_to_use(tmp_path, checkpo
     for arguments in ({}, {"state_dict": model.state_dict()}):
         with pytest.raises(ValueError, match=r"14 layers are in 4 bits.*save_adapter.*merge.*save_quantized"):
             model.save_pretrained(tmp_path / "folder", **arguments)
+    with pytest.raises(ValueError, match=r"14 layers are in 4 bits.*save_adapter"):  # and no network is asked
+        model.push_to_hub("user/name")
     assert not (tmp_path / "folder").exists()
 
 
@@ -40,7 +43,8 @@ def test_what_the_error_names_can_be_loaded(tmp_path):
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-5, rtol=1e-5)
     with QLoRAPrecision(adapter=str(tmp_path / "adapter"), lora_dropout=0.0).init():
-        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        # transformers 4 reads folders of bitsandbytes in fp16 if no dtype is given
+        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     convert(again, adapter=str(tmp_path / "adapter"), lora_dropout=0.0)
     torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-5)
 
@@ -89,7 +93,16 @@ class TorchtuneLinear(nn.Module):
         self.lora_a, self.lora_b = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
 
 
-@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear])
+class KohyaLinear(nn.Module):
+    """As networks/lora.py of kohya-ss/sd-scripts, LoRAModule."""
+
+    def __init__(self):
+        super().__init__()
+        self.org_module = nn.Linear(64, 64)
+        self.lora_down, self.lora_up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+
+@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear])
 def test_lora_matrices_of_other_libraries_are_refused(kind):
     model = nn.Sequential(nn.Linear(64, 64), kind())
     with pytest.raises(ValueError, match=rf"^1: is tests's {kind.__name__}, a layer with LoRA matrices of its own"):
@@ -121,14 +134,19 @@ def test_an_adapter_that_was_injected_is_refused():
         convert(model, r=4)
 
 
-@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "PromptTuningConfig"])
 def test_peft_refuses_a_converted_model(kind):
     peft = pytest.importorskip("peft")
     model = toy("llama")
     convert(model, r=4)
-    words = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    words = {
+        "LoraConfig": {"target_modules": ["q_proj"]},
+        "IA3Config": {"target_modules": ["q_proj"], "feedforward_modules": []},
+        "PromptTuningConfig": {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"},
+    }
     with pytest.raises(ValueError, match=r"14 layers of this LlamaForCausalLM are in 4 bits.*Leave out get_peft_model"):
-        peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **words))
+        peft.get_peft_model(model, getattr(peft, kind)(**words[kind]))
+    assert model.model.layers[0].mlp.up_proj.lora_A.requires_grad
 
 
 def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_path, trainer):
@@ -140,7 +158,8 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
             base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
             self.model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
 
-    with pytest.raises(ValueError, match="Leave out get_peft_model"):
+    # With transformers 4 the model is dense until it is converted, so PEFT accepts it and conversion does not.
+    with pytest.raises(ValueError, match=r"Leave out get_peft_model|is peft's PeftModel.* Convert the model without"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Late(None))
 
 
@@ -211,6 +230,16 @@ def test_an_adapter_checkpoint_in_a_dense_module_says_how_to_load_it(checkpoint,
     assert load_from_checkpoint(Classifier, checkpoint).net[0].lora_B.any()
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_a_converted_model_in_a_dense_one_says_what_is_missing(strict):
+    model = Classifier().net
+    convert(model, r=4)
+    with pytest.raises(
+        ValueError, match=r"this Sequential is not converted. Call lightning_qlora.convert with the arg"
+    ):
+        Classifier().net.load_state_dict(model.state_dict(), strict=strict)
+
+
 def test_a_module_without_the_plugin_loads_its_checkpoints(trainer):
     run = trainer()
     run.fit(Classifier(), loader())
@@ -232,6 +261,40 @@ def test_unfreezing_4_bit_layers_is_one_sentence_and_changes_nothing(call):
             call
         ]()
     assert [p.requires_grad for p in module.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(64, 32))),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.weight.requires_grad_(),
+    ],
+)
+def test_a_dense_weight_in_a_4_bit_layer_is_refused(write):
+    module = Classifier()
+    convert(module, r=4)
+    before = module.net[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"read-only, because it is decoded|a 4-bit weight can't train"):
+        write(module.net[0])
+    assert torch.equal(module.net[0].weight.requires_grad_(False), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_that_were_resized_after_conversion_are_in_the_state(tied):
+    pytest.importorskip("transformers")
+    model, again = (toy("llama", tie_word_embeddings=tied) for _ in range(2))
+    for each in (model, again):
+        convert(each, r=4)
+        each.resize_token_embeddings(140)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    state = perturb(model).state_dict()
+    assert {state[name].shape for name in names} == {(140, 64)}
+    again.load_state_dict(state)
+    assert torch.equal(logits(again), logits(model))
+    model.load_state_dict(state)
+    model.get_input_embeddings().weight.data = torch.zeros(140, 64)
+    assert not model.state_dict()[names[0]].any()
 
 
 def test_freezing_and_dense_modules_are_as_before():

@@ -42,8 +42,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def always_dense_layers(model: nn.Module) -> set[str]:
     """Names of the linear layers that transformers keeps dense for every folder, such as T5's `wo`.
 
-    And those with "weight" at the end of a name (`block_inject_weight` of Qwen4Exp): it takes that for the name of their
-    parameter, and does not find their scales.
+    And those with "weight" at the end of a name (`block_inject_weight` of Qwen4Exp), which it takes for the name of
+    their parameter, so that it does not find their scales.
     """
     words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
 

@@ -38,6 +38,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-all: lint
+	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
 	$(BIN)/python -m pytest -m "not gpu"
 
 docs: setup

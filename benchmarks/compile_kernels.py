@@ -8,7 +8,6 @@ It fails (exit status 1) on a spill, local memory, more shared memory than the c
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -64,7 +63,7 @@ def cases(target: str) -> Iterator[Case]:
         yield from make(target)
 
 
-def _tiles(kernel: str, target: str) -> list[tuple[dict[str, int], int]]:
+def _tiles(kernel: str, target: str) -> list[tuple[tiles.Tile, int]]:
     """Each tile of a kernel, and the threads it runs with (a warp counted as 32)."""
     rows = tiles.TABLE[kernel].get(target, tiles.TABLE[kernel]["default"])
     return [(tile, 32 * tile["num_warps"]) for tile in rows]
@@ -206,7 +205,7 @@ def check(case: Case, target: str) -> tuple[Report, float, list[str]]:
 
 def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list[str]]:
     """The lines of the table for a target, and the failures."""
-    tiles.TABLE |= json.loads((table or tiles.FILE).read_text())
+    tiles.TABLE |= tiles.read(table or tiles.FILE)
     rows, failures = [], []
     for case in cases(target):
         if short and not case.short:

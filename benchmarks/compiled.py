@@ -104,7 +104,7 @@ def compile_launch(launch: Launch, target: str) -> Report:
         arch = int(target[3:])
         compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
         report = _read_nvidia(compiled, arch)
-        report.shared_limit_kib = SHARED_LIMIT[arch]
+        report.shared_limit_kib = SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
     else:
         compiled = triton.compile(source(launch), target=GPUTarget("hip", target, 64), options=launch.options)
         report = _read_amd(compiled.asm["amdgcn"])

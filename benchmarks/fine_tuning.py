@@ -1,10 +1,10 @@
 """Held-out loss of SmolLM2-135M during fine-tuning: initializations, optimizer settings, and the paper's ablations.
 
-    python -m benchmarks.fine_tuning starts|ablations|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output FOLDER]
+    python -m benchmarks.fine_tuning starts|candidates|ablations|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output DIR]
     python -m benchmarks.fine_tuning default calibrated --merge --text FILE     # what merging costs, after training
 
 A variant is a start with the settings that differ from DEFAULTS, such as "calibrated,lr=1e-3,ratio=4". Starts: "lora"
-(16-bit LoRA, PEFT), and those of init_lora_weights ("loftq" with 5 iterations). Settings:
+(16-bit LoRA, PEFT), those of init_lora_weights ("loftq" with 5 iterations), and those of `candidate_starts`. Settings:
     lr       learning rate of lora_A; lora_B has ratio times lr (LoRA+)
     warmup   share of the steps in which the rates grow from 0
     decay    linear, cosine or none: how the rates fall to 0 afterwards
@@ -30,6 +30,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from benchmarks.candidate_starts import STARTS, CandidateStart
 from benchmarks.data_types import window_losses
 from benchmarks.measure import table
 from benchmarks.starts import windows
@@ -51,6 +52,7 @@ SETS = {
         *(f"{start}{more}" for more in ("", ",ratio=4", ",ratio=16,lr=1e-4", ",lr=1e-3", ",rslora=1", ",warmup=0.1")
         for start in (DENSE, "calibrated")), "default", "loftq",
     ],
+    "candidates": ["default,ratio=4", "calibrated,ratio=4", *(f"{start},ratio=4" for start in STARTS)],
     "ablations": [
         DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
     ],
@@ -121,13 +123,16 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     plugin = None
     if variant.start != DENSE:
         plugin = QLoRAPrecision(
-            init_lora_weights=variant.start, double_quant=bool(variant.settings["dq"]),
+            init_lora_weights="default" if variant.start in STARTS else variant.start,
+            double_quant=bool(variant.settings["dq"]),
             loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None, **variant.adapter(),
         )  # fmt: skip
+    candidate = [CandidateStart(variant.start, load_model(base))] if variant.start in STARTS else []
     losses = HeldOutLoss([0, *(round(part * options.steps) for part in (1 / 6, 1 / 2, 4 / 5))])
     trainer = Trainer(
-        plugins=plugin, callbacks=losses, max_steps=options.steps, gradient_clip_val=0.3, accelerator="cpu", devices=1,
-        logger=False, enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
+        plugins=plugin, callbacks=[losses, *candidate], max_steps=options.steps, gradient_clip_val=0.3,
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, data)
     result: dict[str, Any] = {"losses": {str(step): loss for step, loss in losses.losses.items()}}
@@ -209,7 +214,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", help="starts, ablations, or variants")
+    parser.add_argument("variants", nargs="+", help="starts, candidates, ablations, or variants")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--held_out", type=int, default=64, help="pairs for the held-out loss")

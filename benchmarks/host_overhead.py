@@ -23,7 +23,7 @@ from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
 
-SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 15, 40
+SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
 # Ops that run one kernel on a GPU.
 KERNELS = {
     "mm", "addmm", "addmm_", "copy_", "mul", "mul_", "add", "add_", "sum", "native_dropout", "bernoulli_", "div_",
@@ -111,7 +111,7 @@ def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     vars(ops)["backend"] = lambda device: eager
     convert(layers, r=RANK, lora_dropout=dropout)
     vars(ops)["backend"] = lambda device: kernels
-    tile = {"M": 16, "N": 64, "PROGRAMS": 256, "num_warps": 4, "num_stages": 3}
+    tile = tiles.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
     tiles.TABLE["matmul"] = {"default": [tile] if few_rows else []}
     return layers.train()
 

@@ -25,8 +25,8 @@ from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
 from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
+from lightning_qlora.kernels.triton.tiles import Tile
 
-Tile = dict[str, int]
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 RANK = 64
 # Numbers of rows for which a kernel gets a tile of its own; the last of an adapter's products is for all larger ones.
@@ -45,7 +45,7 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
     else:
         sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
         programs = (256, 512, 1024) if kernel == "lora_gradient" else (0,)
-    return [{**size, "PROGRAMS": p, "num_stages": stages} for size, p, stages in product(sizes, programs, (2, 3))]
+    return [Tile(size, PROGRAMS=p, num_stages=stages) for size, p, stages in product(sizes, programs, (2, 3))]
 
 
 def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:
@@ -79,6 +79,8 @@ def problem(kernel: str, rows: int, target: str, tile: Tile) -> str:
         report = compile_launch(launches[-1], target)
     except Exception as error:  # the compiler raises many types
         return f"{type(error).__name__}: {error}"
+    if report.shared_kib > report.shared_limit_kib:
+        return "needs more shared memory than the card has"
     return "spills registers" if report.spill_bytes else ""
 
 
@@ -106,7 +108,11 @@ def main() -> int:
             for rows in numbers:
                 tried = candidates(kernel, rows)
                 problems = pool.map(partial(problem, kernel, rows, target), tried)
-                took = measure(kernel, rows, [tile for tile, why in zip(tried, problems, strict=True) if not why])
+                usable = [tile for tile, why in zip(tried, problems, strict=True) if not why]
+                if not usable:
+                    print(f"{kernel}, {rows} rows: no candidate compiles without spilling", flush=True)
+                    break
+                took = measure(kernel, rows, usable)
                 by_torch = took.pop("torch")
                 best = min(took, key=lambda name: took[name])
                 print(
@@ -118,7 +124,7 @@ def main() -> int:
                 is_chosen = took[best] < by_torch or (kernel != "matmul" and not is_last)
                 if is_chosen:
                     limit = {} if kernel != "matmul" and is_last else {"up_to": rows}
-                    chosen.append({**limit, **json.loads(best)})
+                    chosen.append(Tile(limit, **json.loads(best)))
                 table = json.loads(tiles.FILE.read_text())
                 table[kernel][target] = chosen
                 tiles.FILE.write_text(_text(table))

@@ -156,6 +156,13 @@ def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> t
     return done.stdout, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(devices)]
 
 
+def save_shards(folder: Path, values: dict, rest: dict) -> Path:
+    """A checkpoint in shards, as ModelParallelStrategy writes it, of one process."""
+    torch.distributed.checkpoint.save(values, checkpoint_id=folder, no_dist=True)
+    torch.save(rest, folder / "meta.pt")
+    return folder
+
+
 @pytest.fixture
 def trainer(tmp_path):
     """Makes a Trainer for one CPU device that writes under the test's own folder."""

@@ -13,8 +13,8 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # From the bottom up; a file imports only from entries before its own (and, in a folder, from its own folder).
 ORDER = [
-    "words", "config", "files", "quantization", "kernels", "layers", "optim", "adapters", "huggingface", "training",
-    "tools", "__init__",
+    "words", "checks", "config", "files", "quantization", "kernels", "layers", "optim", "adapters", "huggingface",
+    "training", "tools", "__init__",
 ]  # fmt: skip
 
 

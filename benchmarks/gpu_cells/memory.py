@@ -39,7 +39,7 @@ def peaks(device: torch.device) -> Row:
     torch.cuda.synchronize(device)
     try:
         used, by = torch.cuda.device_memory_used(device), "NVML"
-    except (AttributeError, ImportError, RuntimeError):  # pynvml is not installed
+    except Exception:  # pynvml is not installed, or NVML does not answer in this container
         free, total = torch.cuda.mem_get_info(device)
         used, by = total - free, "cudaMemGetInfo"
     return {

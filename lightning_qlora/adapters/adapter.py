@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_qlora.layers.experts import SUFFIX
 from lightning_qlora.layers.initialization.difference import Origin
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 PREFIX = "base_model.model."  # PEFT's, before the name of every parameter

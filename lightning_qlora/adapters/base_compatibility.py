@@ -9,13 +9,17 @@ keeps it (`record_initialization`), so that the module can be saved again.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.files.safetensors_folder import WeightFolder, resolve_model
+from lightning_qlora.files.safetensors_folder import resolve_model
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.difference import Origin, recompute_initial, subtract_initial
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -129,15 +133,11 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: names no base model, whose weights the initial values are computed from. Pass "
             "base_model=."
         )
-    folder = WeightFolder(resolve_model(os.fspath(source), download=base_model is not None))
+    folder = ModelFolder.open(resolve_model(os.fspath(source), download=base_model is not None))
+    read = lru_cache(maxsize=1)(lambda key: folder.tensors([key])[key])  # one stack has many experts
     layers = {}
     for name, layer in adapter.layers.items():
-        key = folder.find(f"{name}.weight")
-        if key is None or folder.is_packed(key):
-            what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
-            raise CheckpointMismatchError(f"{folder.folder}: {what} {name + '.weight'!r}.")
-        weight = folder.tensors([key])[key]
-        rows = weight.T.contiguous() if adapter.is_transposed(name, weight.shape) else weight
+        rows = _float_weight(adapter, folder, read, name)
         # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
         config = replace(
             origin.config, r=layer.r, lora_alpha=layer.alpha, use_rslora=adapter.use_rslora, rank_pattern={},
@@ -149,6 +149,29 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
         alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
         layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
+
+
+def _float_weight(adapter: Adapter, folder: ModelFolder, read: Callable[[str], Tensor], name: str) -> Tensor:
+    """The weight of a layer, [out, in], as the folder has it."""
+    parameter = adapter.expert_parameter(name)
+    if parameter is None:
+        weight = read(_float_key(folder, f"{name}.weight"))
+        return weight.T.contiguous() if adapter.is_transposed(name, weight.shape) else weight
+    number, stack = int(name.rpartition(".")[2]), adapter.experts[parameter]
+    if folder.find(f"{parameter}.{number}") is not None:
+        weight = read(_float_key(folder, f"{parameter}.{number}"))
+    else:
+        weight = read(_float_key(folder, parameter))
+        weight = weight.view(stack.number, -1, weight.shape[-1])[number]
+    return weight.T.contiguous() if stack.transposed else weight
+
+
+def _float_key(folder: ModelFolder, name: str) -> str:
+    key = folder.find(name)
+    if key is None or folder.is_packed(key):
+        what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
+        raise CheckpointMismatchError(f"{folder.folder}: {what} {name!r}.")
+    return key
 
 
 def _check_input_sizes(adapter: Adapter, origin: Origin) -> None:

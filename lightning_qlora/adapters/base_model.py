@@ -18,9 +18,10 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter, round_alpha
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 
 TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
     "ForCausalLM": "CAUSAL_LM",
@@ -60,7 +61,7 @@ def describe_base(module: nn.Module) -> dict[str, Any]:
         "quantization": None if first is None else quantization_of_layer(first),
         "target_modules": target_modules_of(base),
         **({"experts": {name: list(stack) for name, stack in stacks.items()}} if (stacks := stacks_of(base)) else {}),
-        "trained_in_full": [name for name, _ in trained_in_full(base)],
+        "trained_in_full": list(trained_in_full(module)),
         **_of_layers(base),
     }
 
@@ -117,12 +118,21 @@ def alpha_of(about: Mapping[str, Any], name: str, full_name: str, config: QLoRAC
     return known.get(name, known[""])
 
 
-def trained_in_full(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of everything that trains and is no adapter; a shared module has several names."""
-    for name, part in base.named_modules(remove_duplicate=False):
-        trains = any(p is not None and p.requires_grad for p in part._parameters.values())
-        if trains and not isinstance(part, QLoRALinear):
-            yield plain_name(name), part
+def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
+    """Everything in the base model that is no adapter and trains, or has changed since conversion, by its name.
+
+    That is what trained before it was frozen, and a resized embedding. A shared module has several names.
+    """
+    changed = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    for part in module.modules():
+        if (frozen := vars(part).get("_qlora_frozen")) is not None:  # state_dict.FrozenParameters
+            named = part.named_parameters(remove_duplicate=False)
+            changed |= {id(p) for name, p in named if p.is_floating_point() and not frozen.unchanged(name, p)}
+    return {
+        plain_name(name): part
+        for name, part in find_base_model(module)[1].named_modules(remove_duplicate=False)
+        if not isinstance(part, QLoRALinear) and any(id(p) in changed for p in part._parameters.values())
+    }
 
 
 def tied_names(base: nn.Module) -> list[list[str]]:

@@ -1,7 +1,8 @@
 """Checksums of the entries of a state dict: damaged values are refused when they are loaded.
 
 Older checkpoints have none. A module in shards (FSDP2) has none either: torch.distributed.checkpoint loads only files
-with the entries that the module has now, and could not load older ones.
+with the entries that the module has now, and could not load older ones. `files.lightning_checkpoint.check_crc` compares
+the shards with the CRC-32 that is in them.
 """
 
 import json

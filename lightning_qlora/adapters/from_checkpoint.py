@@ -10,9 +10,9 @@ from lightning_qlora.adapters.base_model import alpha_of, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.experts import SUFFIX
 from lightning_qlora.layers.initialization.difference import Origin
 from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantization.packed_weight import PackedWeight
 

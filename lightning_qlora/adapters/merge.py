@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.config import check_choice
+from lightning_qlora.checks import check_choice
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks

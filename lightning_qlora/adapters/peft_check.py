@@ -18,9 +18,10 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_model import target_modules_of
 from lightning_qlora.adapters.merge import to_dense
 from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
-from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts, is_expert
+from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts, is_expert
 from lightning_qlora.layers.names import COMPILED
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 
 
 def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
-from lightning_qlora.layers.experts import PARAMETERS, SUFFIX, QLoRAExperts
+from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
 BASE_LAYER = ".base_layer"

@@ -28,8 +28,10 @@ from lightning_qlora.adapters.base_model import (
 )
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters
-from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
-from lightning_qlora.config import Base, QLoRAConfig, check_choice
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.checks import check_choice
+from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, like, reshard, whole
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.difference import Origin
@@ -102,7 +104,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     first = next(iter(layers.values()))
     about = describe_base(module)
     experts = {name: ExpertStack(*stack) for name, stack in about.get("experts", {}).items()}
-    trained = dict(trained_in_full(base))
+    trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(
             f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "

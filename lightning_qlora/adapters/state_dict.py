@@ -56,7 +56,7 @@ class FrozenParameters:
         self.has_layers = bool(adapted_layers(module))
         self.replaced = False  # whether the state that is being loaded holds a dense base
         read: dict[int, _Known] = {}  # tied parameters are read once
-        for name, parameter in _dense_parameters(module):
+        for name, parameter in ((plain_name(name), parameter) for name, parameter in _dense_parameters(module)):
             if not parameter.requires_grad:
                 if id(parameter) not in read:
                     read[id(parameter)] = _Known.read(parameter)
@@ -64,7 +64,7 @@ class FrozenParameters:
 
     def unchanged(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is still frozen and that of the base; it is read again only if it was written to."""
-        known = self.known.get(name)
+        known = self.known.get(plain_name(name))
         if known is None or parameter.requires_grad or parameter.shape != known.shape:
             return False
         now = _Known.of(parameter, known.fingerprint)
@@ -72,12 +72,12 @@ class FrozenParameters:
         if now.version != known.version or moved:
             if fingerprint(parameter) != known.fingerprint:
                 return False  # it was replaced, or trained for a while and frozen again
-            self.known[name] = now._replace(dtype=known.dtype)
+            self.known[plain_name(name)] = now._replace(dtype=known.dtype)
         return True
 
     def current(self, name: str, parameter: Tensor) -> int:
         """The fingerprint of a parameter as it is now; of one that was cast since, the fingerprint before the cast."""
-        known = self.known.get(name)
+        known = self.known.get(plain_name(name))
         cast = known is not None and known.dtype is not parameter.dtype and known.shape == parameter.shape
         return known.fingerprint if known is not None and cast else fingerprint(parameter)
 
@@ -145,7 +145,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         for name, parameter in _dense_parameters(root):
             if prefix + name in state_dict and _frozen(root).unchanged(name, parameter):
                 del state_dict[prefix + name]
-                known = _frozen(root).known[name].fingerprint
+                known = _frozen(root).known[plain_name(name)].fingerprint
                 state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(known, device="cpu")
     # adapter: a folder that is read once, at conversion
     arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root)}

@@ -53,6 +53,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
         ValueError: If it is broken, or contains objects that weights_only refuses.
     """
     if is_shards(path):
+        check_crc(path, weights_only)
         with one_line_errors(path):
             return _read_shards(Path(path), weights_only)
     if not os.path.isfile(path):
@@ -65,26 +66,71 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
-def check_crc(path: str | os.PathLike[str]) -> None:
-    """Compare a checkpoint file with the CRC-32 that `torch.save` writes of each of its parts; torch.load does not.
+def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) -> None:
+    """Compare a checkpoint with the CRC-32 that `torch.save` writes of each part of a file; torch.load does not.
 
-    Does nothing for other files, and for addresses.
+    In shards every value is saved so, at the place that the index has. Does nothing for other files, and for addresses.
+
+    Args:
+        path: The file, or the folder of shards.
+        weights_only: As in `read_checkpoint`, for the index of shards.
 
     Raises:
         ValueError: If a part is damaged; names it.
     """
-    if not os.path.isfile(path):
-        return
+    if is_shards(path):
+        with one_line_errors(path):
+            _check_shards(Path(path), weights_only)
+    elif os.path.isfile(path) and zipfile.is_zipfile(path):
+        _check_archive(path, path)
+
+
+def _check_archive(file: Any, name: str | os.PathLike[str]) -> None:
+    """Compare what `torch.save` wrote into a file with its CRC-32."""
     try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             has_crc = any(part.CRC for part in archive.infolist())  # torch.serialization.set_crc32_options(False)
             damaged = archive.testzip() if has_crc else None
     except Exception as error:  # damaged bytes make zipfile raise errors of any type
-        raise ValueError(f"{path}: damaged or truncated ({error}). Use another copy of it.") from error
+        raise ValueError(f"{name}: damaged or truncated ({error}). Use another copy of it.") from error
     if damaged is not None:
-        raise ValueError(f"{path}: its part {damaged!r} is damaged (CRC-32). Use another copy of it.")
+        raise ValueError(f"{name}: its part {damaged!r} is damaged (CRC-32). Use another copy of it.")
+
+
+def _check_shards(folder: Path, weights_only: bool | None) -> None:
+    """Compare every value in shards with its CRC-32, and the index, which has none, with what the shards contain."""
+    check_crc(folder / META)
+    if not (folder / INDEX).is_file():
+        return  # reading names it
+    index = read_index(folder / INDEX, weights_only)
+
+    def require(fits: bool, name: str) -> None:
+        if not fits:
+            raise ValueError(f"{folder / INDEX}: {name!r} is not what the shards contain. Use another copy of it.")
+
+    parts: dict[tuple[str, Any], int] = {}  # name, and first element in the whole tensor -> bytes
+    for name, entry in index.state_dict_metadata.items():
+        require(".".join(map(str, (index.planner_data or {}).get(name, ()))) == name, name)  # keys of nested dicts
+        chunks = getattr(entry, "chunks", None)
+        if chunks is None:
+            parts[name, None] = 0  # no tensor
+            continue
+        require(sum(chunk.sizes.numel() for chunk in chunks) == entry.size.numel(), name)
+        itemsize = entry.properties.dtype.itemsize
+        parts |= {(name, chunk.offsets): chunk.sizes.numel() * itemsize for chunk in chunks}
+    require(parts.keys() == {(place.fqn, place.offset) for place in index.storage_data}, "a value")
+    ends: dict[str, int] = {}
+    for place, info in sorted(index.storage_data.items(), key=lambda pair: pair[1].offset):
+        # One value begins where the one before ends, so none is there twice, and none is missing.
+        require(info.offset == ends.get(info.relative_path, 0), place.fqn)
+        ends[info.relative_path] = info.offset + info.length
+        if not info.transform_descriptors:  # a compressed value has no CRC-32
+            require(parts[place.fqn, place.offset] <= info.length, place.fqn)
+            with (folder / info.relative_path).open("rb") as shard:
+                shard.seek(info.offset)
+                _check_archive(io.BytesIO(shard.read(info.length)), f"{folder / info.relative_path}: {place.fqn!r}")
+    for name, end in ends.items():
+        require((folder / name).stat().st_size == end, name)
 
 
 def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
@@ -99,7 +145,6 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
         """Without code of the index, which torch unpickles."""
 
         def read_metadata(self, *_: Any, **__: Any) -> Any:
-            assert index is not None
             return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
 
     class Planner(_EmptyStateDictLoadPlanner):
@@ -107,7 +152,9 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
 
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
             plain = io.BytesIO()
-            torch.save(torch.load(value, weights_only=True), plain)  # now without classes that torch.load refuses
+            torch.save(
+                torch.load(value, weights_only=weights_only), plain
+            )  # now without classes that torch.load refuses
             plain.seek(0)
             super().load_bytes(read_item, plain)
 
@@ -115,11 +162,9 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: a checkpoint in shards that lacks its file {name}.")
     state: dict[str, Any] = {}
-    index = read_index(folder / INDEX) if weights_only else None
-    reader: FileSystemReader = Reader(folder) if weights_only else FileSystemReader(folder)
-    planner = Planner() if weights_only else _EmptyStateDictLoadPlanner()  # type: ignore[no-untyped-call]
+    index = read_index(folder / INDEX, weights_only)
     try:
-        _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
+        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)  # type: ignore[no-untyped-call]
     except CheckpointException as error:  # a BaseException; its text is a traceback
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, pickle.UnpicklingError):
@@ -129,8 +174,12 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     return {**state, **torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)}
 
 
-def read_index(path: Path) -> Any:
-    """The index of shards (torch.distributed.checkpoint.metadata.Metadata), from a pickle whose code is not run.
+def read_index(path: Path, weights_only: bool | None = True) -> Any:
+    """The index of shards (torch.distributed.checkpoint.metadata.Metadata), from a pickle.
+
+    Args:
+        path: The file.
+        weights_only: False runs the code in the pickle.
 
     Raises:
         UnpicklingError: If the index holds anything but what torch.distributed.checkpoint writes into it.
@@ -138,7 +187,7 @@ def read_index(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+            index = (_Unpickler if weights_only is False else _IndexUnpickler)(file).load()
         shards = {place.relative_path for place in index.storage_data.values()}
     except pickle.UnpicklingError:
         raise
@@ -150,7 +199,11 @@ def read_index(path: Path) -> Any:
     return index
 
 
-class _IndexUnpickler(pickle.Unpickler):
+# In Python: one changed bit can let the unpickler in C allocate 32 GB for its list of known objects.
+_Unpickler: Any = pickle._Unpickler
+
+
+class _IndexUnpickler(_Unpickler):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
         if name in INDEX_CLASSES.get(module, ()) or (
             module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

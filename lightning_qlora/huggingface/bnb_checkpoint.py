@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
@@ -23,9 +22,10 @@ from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.files.folder_writer import atomic_folder
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.bnb_linear import original_packed_weight
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts, expert_stacks, is_expert
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, is_expert
 from lightning_qlora.layers.names import is_transformers_model, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -87,31 +87,6 @@ def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str)
     return made
 
 
-def empty_model(folder: Path, what_for: str) -> nn.Module:
-    """The transformers model that a folder's config.json names, on the meta device: its layers without weights.
-
-    Args:
-        folder: A model's folder.
-        what_for: What the model is needed for, for the message.
-
-    Raises:
-        ValueError: If transformers is not installed, or has no such model.
-    """
-    try:
-        import transformers
-
-        config: Any = transformers.AutoConfig.from_pretrained(folder)
-        kind: Any = getattr(transformers, config.architectures[0])
-        with torch.device("meta"):
-            model: nn.Module = kind._from_config(config)
-    except (ImportError, AttributeError, TypeError, IndexError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'}: transformers can't make a model of it ({str(error).splitlines()[0]}), and only "
-            f"that says {what_for}."
-        ) from error
-    return model
-
-
 def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the frozen 4-bit base of a converted module, without adapters, as transformers with bitsandbytes loads it.
 
@@ -155,23 +130,57 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
         )
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial, state_dict=_bnb_state_dict(base, packed), **_format(base, packed))
+        state, how = _bnb_state_dict(base, packed), _format(base, packed)
+        model.save_pretrained(partial, state_dict=_loadable(state, base, packed) if how else state, **how)
         config = read_json(partial / "config.json")
         config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
-    """Arguments of save_pretrained: the model's own names, if transformers would join 4-bit weights into one tensor.
+    """Arguments of save_pretrained: the model's own names, where transformers could not read those of the files again.
 
-    It joins q, k and v of NomicBert, for example, as the original files have them, and can't split 4-bit weights again.
+    It joins q, k and v of NomicBert into one tensor, as the original files have them, and can't split 4-bit weights
+    again. And a LlamaForCausalLM from a folder of EXAONE 3.0 would get EXAONE's names, but Llama's config.json.
     """
     if find_spec("transformers.conversion_mapping") is None:
         return {}
     mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(base, add_legacy=False)
     reverse = [entry.reverse_transform() for entry in mapping if hasattr(entry, "operations")]
     joined = any(entry.rename_source_key(f"{name}.weight")[1] is not None for entry in reverse for name in packed)
-    return {"save_original_format": False} if joined else {}
+    config: Any = base.config
+    other_type = config.to_dict().get("model_type") != config.model_type
+    return {"save_original_format": False} if joined or other_type else {}
+
+
+def _loadable(state: dict[str, Tensor], base: Any, packed: Iterable[str]) -> dict[str, Tensor]:
+    """A state dict in which a 4-bit layer has the name that transformers gives it in files, if it would rename its own.
+
+    transformers loads a parameter by its own name too, but not the scales of a 4-bit one, which are no parameters.
+    """
+    loading = import_module("transformers.core_model_loading")
+    get_mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping
+    mapping, saving = get_mapping(base), get_mapping(base, add_legacy=False)
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    others = [entry for entry in mapping if not isinstance(entry, loading.WeightRenaming)]
+    reverse = [entry.reverse_transform() for entry in reversed(saving) if isinstance(entry, loading.WeightRenaming)]
+
+    def is_loaded_as(key: str, name: str) -> bool:
+        how = {"base_model_prefix": base.base_model_prefix, "meta_state_dict": state}
+        return bool(loading.rename_source_key(key, renamings, others, **how) == (name, None))
+
+    renamed = {}
+    for layer in packed:
+        name = f"{layer}.weight"
+        key = loading.apply_renamings(name, reverse)
+        if not is_loaded_as(name, name) and is_loaded_as(key, name):
+            renamed[layer] = key.removesuffix(".weight")
+    return {_renamed(key, renamed): value for key, value in state.items()}
+
+
+def _renamed(key: str, layers: dict[str, str]) -> str:
+    layer, weight, rest = key.partition(".weight")
+    return layers.get(layer, layer) + weight + rest
 
 
 def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:

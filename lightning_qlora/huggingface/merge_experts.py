@@ -6,13 +6,9 @@ model.layers.0.mlp.experts.gate_up_proj.3     expert 3, [out, in] or [in, out] (
 
 from typing import NamedTuple
 
-from torch import nn
-
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
+from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.adapters.peft_experts import assign_parameters, unpack_known
-from lightning_qlora.files.safetensors_folder import WeightFolder
-from lightning_qlora.huggingface.bnb_checkpoint import empty_model
-from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
 
@@ -23,13 +19,12 @@ class ExpertTensor(NamedTuple):
     number: int | None
 
 
-def assign_to_folder(adapter: Adapter, folder: WeightFolder, model: nn.Module | None) -> Adapter:
+def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
     """An adapter with the model's names for its experts.
 
     Args:
         adapter: The adapter.
         folder: The model's folder.
-        model: The model, on the meta device, if transformers could make it.
 
     Raises:
         ValueError: If only transformers could tell these names, and it can't.
@@ -38,7 +33,7 @@ def assign_to_folder(adapter: Adapter, folder: WeightFolder, model: nn.Module | 
     if not adapter.packed or adapter.experts:
         return unpack_known(adapter)
     what_for = "which parameters an adapter of experts belongs to"
-    return assign_parameters(adapter, model or empty_model(folder.folder, what_for))
+    return assign_parameters(adapter, folder.model or empty_model(folder.folder, what_for))
 
 
 def find_experts(adapter: Adapter, folder: ModelFolder, floats: tuple[str, ...]) -> dict[str, ExpertTensor]:

@@ -5,7 +5,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -16,22 +15,22 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_compatibility import BITS, required_base
 from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
 from lightning_qlora.adapters.merge import round_stochastically
-from lightning_qlora.config import Base, check_choice
+from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
+from lightning_qlora.checks import check_choice
+from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
 from lightning_qlora.files.safetensors_folder import check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
     bnb_config,
-    empty_model,
     linear_layers,
     skip_modules,
 )
 from lightning_qlora.huggingface.merge_experts import assign_to_folder, find_experts
-from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.experts import SUFFIX
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.qlora_linear import DTYPES
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -93,12 +92,9 @@ class _FolderMerge:
     """A base folder and an adapter, with their names matched: those of the parameters in the model."""
 
     def __init__(self, base_model: str | os.PathLike[str], adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
-        self.model = None  # on the meta device
-        if (Path(base_model) / "config.json").is_file():
-            with suppress(ValueError):
-                self.model = empty_model(Path(base_model), "the names of its tensors")
-        folder = ModelFolder(base_model, self.model)
-        adapter = assign_to_folder(adapter, folder, self.model)
+        folder = ModelFolder.open(base_model)
+        self.model = folder.model  # on the meta device
+        adapter = assign_to_folder(adapter, folder)
         self.folder, self.adapter, self.dtype, self.base = folder, adapter, dtype, base
         self.experts = find_experts(adapter, folder, FLOATS)
         linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.selection import LOADED
 
 QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
 
@@ -107,7 +107,7 @@ def refuse_save_pretrained() -> None:
             )
         return original(model, *args, **kwargs)
 
-    def refuse_before_a_repository_is_made(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def refuse_before_a_repository_is_made(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if adapted_layers(model):
             model.save_pretrained("", push_to_hub=False)
         return original(model, *args, **kwargs)
@@ -138,7 +138,7 @@ def refuse_peft_on_4_bit_layers() -> None:
         return original(tuner, model, *args, **kwargs)
 
     wrap_once(upstream.BaseTuner, "inject_adapter", refuse)
-    wrap_once(sys.modules["peft.peft_model"].PeftModel, "__init__", refuse)  # type: ignore[attr-defined]
+    wrap_once(sys.modules["peft.peft_model"].PeftModel, "__init__", refuse)
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

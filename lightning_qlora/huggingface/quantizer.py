@@ -1,4 +1,7 @@
-"""A transformers quantizer that makes QLoRALinears of a model's layers while its weights are read, one at a time.
+"""A transformers quantizer that makes 4-bit layers of a model's layers and experts while its weights are read.
+
+One weight is in memory at a time. A parameter of experts counts as one weight: transformers stacks the experts of the
+files in two steps, so two copies of the largest stack are in memory at the peak.
 
 Imports transformers: `quantize_while_loading` imports this file when there is a transformers to load models with.
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
@@ -17,15 +20,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.peft_experts import modules_of
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.bnb_linear import decode_and_store_original
+from lightning_qlora.layers.dense_reasons import LOADED
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
-from lightning_qlora.layers.selection import LOADED, ToConvert, select_in_part
+from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -75,7 +81,7 @@ class QLoRAQuantizer(HfQuantizer):
     def __init__(self, quantizers: Quantizers, pre_quantized: bool) -> None:
         super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=pre_quantized)  # type: ignore[arg-type]
         self.quantizers = quantizers
-        self.chosen: dict[str, ToConvert] = {}
+        self.chosen: dict[str, ToConvert | StackToConvert] = {}  # by the name of the parameter
         self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.errors: list[ValueError] = []
 
@@ -95,13 +101,16 @@ class QLoRAQuantizer(HfQuantizer):
         config = self.quantizers.config_for(model)
         if config is None:
             return
-        self.chosen = select_in_part(model, config).convert
+        choice = select_in_part(model, config)
+        self.chosen = {f"{name}.weight".lstrip("."): layer for name, layer in choice.convert.items()}
         keys: Any = getattr(model, "all_tied_weights_keys", {})
         for key in (*keys, *keys.values()):  # will be tied when they are loaded
-            self.chosen.pop(key.rpartition(".")[0], None)
-        for name in self.chosen if self.pre_quantized else ():
-            with named(name):
+            self.chosen.pop(f"{key.rpartition('.')[0]}.weight", None)
+        for key in self.chosen if self.pre_quantized else ():
+            with named(key.removesuffix(".weight")):
                 check_packed_initialization(config)
+        if not self.pre_quantized:  # else they are dense in the files, and conversion quantizes them
+            self.chosen |= choice.stacks
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
@@ -112,9 +121,8 @@ class QLoRAQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter of the files is the weight of a chosen layer."""
-        layer, _, key = param_name.rpartition(".")
-        return key == "weight" and layer in self.chosen
+        """Whether a parameter of the model is the weight of a chosen layer, or a chosen stack of experts."""
+        return param_name in self.chosen
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that turns a float weight of the files into a 4-bit layer."""
@@ -152,7 +160,7 @@ class _Op(ConversionOps):
 
     def dense(self, key: str, weight: Tensor) -> dict[str, Tensor]:
         """Let transformers load a weight as usual."""
-        self.hf_quantizer.chosen.pop(key.removesuffix(".weight"), None)
+        self.hf_quantizer.chosen.pop(key, None)
         return {key: weight}
 
     def mismatch(self, source: str, key: str, shape: tuple[int, ...], place: Tensor) -> dict[str, Tensor]:
@@ -176,19 +184,22 @@ class _Op(ConversionOps):
         return self.dense(key, torch.zeros((), dtype=place.dtype, device="cpu").expand(shape))  # takes no memory
 
     @staticmethod
-    def quantized(layer: nn.Module, key: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
-        """The parameters of a layer that is in 4 bits now, for transformers, which initializes none of them."""
-        assert isinstance(layer, QLoRALinear)
-        layer.loaded = True
-        layer._is_hf_initialized = True  # type: ignore[assignment]
+    def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
+        """The parameters of the layers, by name, that a parameter became, for transformers, which sets them again."""
         if missing_keys is not None:
             missing_keys.discard(key)
-        prefix = key.removesuffix("weight")
-        return {prefix + name: p for name, p in layer._parameters.items() if p is not None and name != "bias"}
+        made: dict[str, nn.Parameter] = {}
+        for prefix, layer in layers.items():
+            assert isinstance(layer, QLoRALinear)
+            layer.loaded = True
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+            own = {name: p for name, p in layer._parameters.items() if p is not None and name != "bias"}
+            made |= {f"{prefix}.{name}".lstrip("."): p for name, p in own.items()}
+        return made
 
 
 class _Quantize(_Op):
-    """Float weights -> the parameters of QLoRALinears."""
+    """Float weights, and stacks of experts, -> the parameters of QLoRALinears."""
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -199,7 +210,7 @@ class _Quantize(_Op):
         missing_keys: set[str] | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """See ConversionOps; weights [out, in] or a Conv1D's [in, out]: several where transformers split a tensor."""
+        """See ConversionOps; several weights where transformers split a tensor."""
         made: dict[str, Any] = {}
         for key, value in input_dict.items():
             weight: Tensor = value[0] if isinstance(value, list) else value
@@ -212,19 +223,32 @@ class _Quantize(_Op):
     def quantize(
         self, key: str, weight: Tensor, source: str, model: nn.Module, missing_keys: set[str] | None
     ) -> dict[str, Any]:
-        """The parameters of one layer."""
-        name, place = key.removesuffix(".weight"), model.get_parameter(key)
+        """The parameters of one layer, whose weight is [out, in] or a Conv1D's [in, out], or of all experts."""
+        place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
         if weight.shape != place.shape:
             return self.mismatch(source, key, weight.shape, place)
-        layer, config, seed_name = self.hf_quantizer.chosen[name]
-        dense_class = type(layer)
-        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        if isinstance(chosen, ToConvert):
+            owner, inner, name = chosen.layer, "weight", key.removesuffix(".weight")
+        else:
+            owner, inner, name = chosen.parameter.owner, chosen.parameter.key, key
+        dense_class = type(owner)
+        owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
-            QLoRALinear.from_linear(layer, config, name, seed_name=seed_name)
+            layers = _convert(name, chosen)
         except ValueError as error:
-            layer.__class__, layer._parameters["weight"] = dense_class, place
+            owner.__class__, owner._parameters[inner] = dense_class, place
             return self.failed(source, key, place, f"{name}: {error}")
-        return self.quantized(layer, key, missing_keys)
+        return self.quantized(layers, key, missing_keys)
+
+
+def _convert(name: str, chosen: ToConvert | StackToConvert) -> dict[str, nn.Module]:
+    """Convert a layer or a stack of experts: name -> 4-bit layer."""
+    if isinstance(chosen, ToConvert):
+        QLoRALinear.from_linear(chosen.layer, chosen.config, name, seed_name=chosen.seed_name)
+        return {name: chosen.layer}
+    (owner, key, experts, transposed), config, seed_name = chosen
+    made = QLoRAExperts.from_parameter(owner, key, config, name, experts, transposed, seed_name=seed_name)
+    return {f"{name}{SUFFIX}.{number}": layer for number, layer in enumerate(made.layers)}
 
 
 class _LoadPacked(_Op):
@@ -254,10 +278,10 @@ class _LoadPacked(_Op):
         if weight.shape != place.shape and not transposed:
             return self.mismatch(key, key, weight.shape, place)
         weight = replace(weight, dtype=place.dtype)
-        chosen = self.hf_quantizer.chosen.get(name)
+        chosen = self.hf_quantizer.chosen.get(key)
         if chosen is not None:
             QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
-            return self.quantized(layer, key, missing_keys)
+            return self.quantized({name: layer}, key, missing_keys)
         if transposed or isinstance(layer, nn.Linear):
             return {key: decode_and_store_original(layer, weight)}
         return {key: weight.dequantize(place.dtype)}

@@ -48,7 +48,8 @@ def lora_linear(
         )  # fmt: skip
         return cast(Tensor, y)
     projected: list[Tensor] = []
-    y = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed, projected)  # type: ignore[no-untyped-call]
+    # One argument for all that has no gradient: `apply` and autograd do something for each.
+    y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
     return cast(Tensor, y)
@@ -62,10 +63,11 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float,
-        p: float, seed: Tensor | None, projected: list[Tensor],
+        ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+        rest: tuple[PackedBytes, float, float, Tensor | None, list[Tensor]],
     ) -> Tensor:  # fmt: skip
         """Save what the backward pass needs; `lora_linear` writes the result after that."""
+        weight, scaling, p, seed, projected = rest
         y, xa = ops.lora_project(x, weight, bias, lora_a, lora_b, p, seed)
         ctx.save_for_backward(x, xa, lora_a, lora_b)
         ctx.choices = weight, scaling, p, seed, None if bias is None else bias.dtype
@@ -77,11 +79,11 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, lora_a, lora_b = ctx.saved_tensors
         weight, scaling, p, seed, bias_dtype = ctx.choices
-        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
         grad_x, grad_a, grad_b = ops.lora_linear_backward(
             grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
         )
-        return grad_x, None, _grad_bias(grad, bias_dtype) if needs_bias else None, grad_a, grad_b, *[None] * 4
+        return grad_x, _grad_bias(grad, bias_dtype) if needs_bias else None, grad_a, grad_b, None
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

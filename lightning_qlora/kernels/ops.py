@@ -17,7 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lightning_qlora.config import BLOCK_SIZES, QuantType, check_bool, check_choice
+from lightning_qlora.checks import check_bool, check_choice
+from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
+from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for
-from lightning_qlora.layers.selection import OUTPUT_EMBEDDINGS, get_output_embeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four

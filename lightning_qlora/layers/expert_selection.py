@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.readable_stack import SUFFIX
+
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
 
 
 class ExpertParameter(NamedTuple):
-    """A parameter with the weights of all experts.
+    """A parameter with the weights of all experts, or the experts in 4 bits that it became while its model loaded.
 
     Attributes:
         owner: The module that holds it.
@@ -28,20 +31,31 @@ class ExpertParameter(NamedTuple):
     transposed: bool
 
     @property
+    def loaded(self) -> QLoRAExperts | None:
+        """The experts, if they are in 4 bits."""
+        return self.owner._modules.get(self.key + SUFFIX)  # type: ignore[return-value]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape of one expert, [out, in]."""
+        if self.loaded is not None:
+            return self.loaded.layers[0]._shape
         stack: Any = self.owner._parameters[self.key]
         rows, columns = stack.numel() // self.experts // stack.shape[-1], stack.shape[-1]
         return (columns, rows) if self.transposed else (rows, columns)
 
 
 def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
-    """The stacks that a module holds itself.
+    """The stacks that a module holds itself, without those of an earlier conversion.
 
     A stack is [experts, out, in] or [experts, in, out], where an attribute of the module whose name contains "experts"
     is that number; or flat, [experts * width, in], where two attributes are these numbers (DBRX).
     """
-    found = []
+    found = [
+        ExpertParameter(owner, key.removesuffix(SUFFIX), len(part), part.transposed)
+        for key, part in owner._modules.items()
+        if isinstance(part, QLoRAExperts) and part.loaded
+    ]
     for key, parameter in owner._parameters.items():
         count = None if parameter is None or isinstance(owner, nn.Linear) else _number_of_experts(owner, parameter)
         if parameter is not None and count is not None:

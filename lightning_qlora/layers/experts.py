@@ -15,15 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.readable_weight import Readable, readable_weight
+from lightning_qlora.layers.readable_stack import SUFFIX, ReadableStack
+from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
-SUFFIX = "_experts"  # a parameter NAME becomes the module NAME_experts
 PARAMETERS = "_qlora_parameters"  # attribute of a module with such parameters: names of all, in the order of its class
 
 
@@ -80,6 +78,7 @@ class QLoRAExperts(nn.ModuleList):
             made.append(layer)
         made.train(owner.training)
         owner.register_module(key + SUFFIX, made)
+        _restore_order(owner._modules, [name + SUFFIX for name in vars(owner)[PARAMETERS]])
         owner.__class__ = class_with_experts(type(owner))
         return made
 
@@ -87,6 +86,11 @@ class QLoRAExperts(nn.ModuleList):
     def layers(self) -> list[QLoRALinear]:
         """The experts."""
         return cast(list[QLoRALinear], list(self._modules.values()))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it was quantized while its model loaded; see `QLoRALinear`."""
+        return self.layers[0].loaded
 
     @property
     def weight(self) -> Tensor:
@@ -122,140 +126,16 @@ class QLoRAExperts(nn.ModuleList):
         """Replace these layers by a dense, frozen parameter, in place; without others the owner has its class again."""
         del owner._modules[key + SUFFIX]
         owner.register_parameter(key, nn.Parameter(stack, requires_grad=False))
-        for name in vars(owner).get(PARAMETERS, []):  # PEFT names adapters by the order of the parameters
-            if name in owner._parameters:
-                owner._parameters[name] = owner._parameters.pop(name)
+        _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
         if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
             owner.__class__ = type(owner).dense_class  # type: ignore[attr-defined]
 
 
-class ReadableStack(Readable):
-    """The weights of all experts, in the parameter's shape; see the top of this file."""
-
-    _experts: QLoRAExperts
-
-    @staticmethod
-    def __new__(cls, experts: QLoRAExperts, shape: tuple[int, ...] | None = None) -> "ReadableStack":
-        """A tensor with the shape, type and device of the parameter, and no memory."""
-        first = experts.layers[0]
-        made: ReadableStack = Tensor._make_wrapper_subclass(
-            cls, shape or experts.weight_shape, dtype=first.weight_dtype, device=first.packed.device
-        )
-        made._experts = experts
-        return made
-
-    def values(self) -> Tensor:
-        """The effective weights."""
-        return self._experts.effective_weight().view(self.shape)
-
-    def detached(self) -> "ReadableStack":
-        """The same without a gradient."""
-        return ReadableStack(self._experts, tuple(self.shape))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The adapters of all experts."""
-        return [parameter for layer in self._experts.layers for parameter in layer.adapter_parameters()]
-
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Those of the adapters of all experts."""
-        parts = grad.reshape(len(self._experts), *self._experts.expert_shape)
-        rows = (part.T if self._experts.transposed else part for part in parts)
-        pairs = zip(self._experts.layers, rows, strict=True)
-        return tuple(of for layer, part in pairs for of in layer.effective_weight_backward(part))
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        stack: Any = args[0] if args else None
-        if isinstance(stack, ReadableStack):
-            experts = stack._experts
-            count, (rows, columns) = len(experts), experts.expert_shape
-            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return readable_weight(experts.layers[int(args[1])], experts.transposed)
-            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
-                weights = [readable_weight(layer, experts.transposed) for layer in experts.layers]
-                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
-            if func in (Tensor.view, Tensor.reshape) and experts.flat:
-                shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
-                if shape in ((-1, rows, columns), (count, rows, columns)):
-                    return ReadableStack(experts, (count, rows, columns))
-        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts.transposed:
-            return torch.stack([layer(x) for layer, x in zip(args[1]._experts.layers, stack.unbind(), strict=True)])
-        if func not in METADATA:
-            args, kwargs = tree_map(_attached, args), tree_map(_attached, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "grad", "is_leaf")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__}
-
-
-def _attached(value: Any) -> Any:
-    return value.attached() if isinstance(value, ReadableStack) else value
-
-
-def _is_number(index: Any) -> bool:
-    if isinstance(index, Tensor):
-        return index.ndim == 0 and not index.dtype.is_floating_point and index.dtype is not torch.bool
-    return isinstance(index, int)
-
-
-def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of transformers' experts, expert by expert over the tokens that chose it.
-
-    The same as `grouped_mm_experts_forward` (transformers/integrations/moe.py), with one host synchronization for the
-    number of tokens of each expert.
-
-    Args:
-        self: A module that transformers' `use_experts_implementation` decorated, its stacks in 4 bits.
-        hidden_states: [tokens, hidden].
-        top_k_index: The experts of each token, [tokens, k]; a number beyond the experts means none.
-        top_k_weights: Their weights, [tokens, k].
-    """
-    tokens, k = top_k_index.shape
-    ids, order = top_k_index.reshape(-1).sort(stable=True)
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down = _weights_of(self, up_name), _weights_of(self, "down_proj")
-    counts = _tokens_of_experts(ids, len(up))
-    reached = sum(counts)
-    rows = hidden_states[order[:reached] // k]
-    outputs = []
-    for number, part in enumerate(torch.split(rows, counts)):
-        if not len(part):
-            continue
-        hidden = _product(self, up[number], part, f"{up_name}_bias", number)
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        hidden = _product(self, down[number], hidden, "down_proj_bias", number)
-        outputs.append(self.post_expert_norm(hidden) if self.has_post_expert_norm else hidden)
-    if not outputs:
-        return torch.zeros_like(hidden_states)
-    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order[:reached], None]
-    result = weighted.new_zeros(tokens * k, weighted.shape[1]).index_copy(0, order[:reached], weighted)
-    return result.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
-
-
-def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:
-    if isinstance(ids, FakeTensor):  # the memory planner runs models on tensors without data: one expert gets all
-        return [len(ids)] + [0] * (experts - 1)
-    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
-    return counts
-
-
-def _weights_of(owner: Any, key: str) -> Any:
-    """The experts of a stack: layers in 4 bits, or the matrices of a dense parameter."""
-    stack = owner._modules.get(key + SUFFIX)
-    return getattr(owner, key) if stack is None else stack.layers
-
-
-def _product(owner: Any, weight: Any, x: Tensor, bias_name: str, number: int) -> Tensor:
-    if isinstance(weight, QLoRALinear):
-        y: Tensor = weight(x)
-    else:
-        y = x @ weight if owner.is_transposed else nn.functional.linear(x, weight)
-    return y + getattr(owner, bias_name)[number] if owner.has_bias else y
+def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
+    """Move entries to the end, in this order: optimizers number parameters by it, and PEFT names adapters by it."""
+    for name in names:
+        if name in entries:
+            entries[name] = entries.pop(name)
 
 
 class _WithExperts:
@@ -298,11 +178,6 @@ def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
             members["forward"] = routed_forward
         _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
     return _CLASSES[dense_class]
-
-
-def is_routed(kind: type[nn.Module]) -> bool:
-    """Whether transformers' decorator `use_experts_implementation` made this class's forward."""
-    return hasattr(kind, "_apply_gate") and "experts_interface" in kind.forward.__code__.co_freevars
 
 
 def _new(dense_class: type[nn.Module]) -> nn.Module:

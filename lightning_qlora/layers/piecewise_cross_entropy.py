@@ -30,16 +30,6 @@ class Logits(Protocol):
         """The hidden states and what trains in the head."""
 
 
-def piece_bytes(elements: int, dtype: torch.dtype) -> int:
-    """Bytes of the buffers for one piece: logits and a copy that becomes their gradient, in fp32, and one in `dtype`.
-
-    Args:
-        elements: Number of all logits.
-        dtype: Type of the head's output.
-    """
-    return min(elements, PIECE_ELEMENTS) * (8 + dtype.itemsize)
-
-
 def piecewise_cross_entropy(logits: Any, target: Tensor, options: dict[str, Any], reduction: str) -> Tensor:
     """`F.cross_entropy` of logits that are not computed yet.
 

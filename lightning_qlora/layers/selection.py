@@ -1,6 +1,5 @@
 """Which layers of a module become 4-bit layers, which stay dense, and why."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,17 +9,13 @@ from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
-from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters, is_router
+from lightning_qlora.layers.dense_reasons import LOADED, ModuleFacts, is_linear, name_clash, too_small, weight_shape
+from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
+from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_layers import new_layers
-from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
-from lightning_qlora.quantization.packed_weight import FLOATS
-
-LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
-OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
-ROUTERS = ("gate", "router")
-FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 
 
 class ToConvert(NamedTuple):
@@ -77,11 +72,12 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
     """Decide for every linear layer of a module, to which patterns for other modules may be given as well.
 
     A layer that was quantized while its model loaded counts as the dense layer that it was; layers of an earlier
-    conversion are left out. Parameters of experts are never quantized while their model loads.
+    conversion are left out.
     """
-    choice, facts = Selection(names=names_of_modules(module)), _Facts(module)
+    choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
     excluded, new = config.exclude_modules or [], new_layers(module)
+    experts = {id(expert) for *_, stack in expert_stacks(module) for expert in stack.layers}
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
@@ -97,6 +93,8 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
         target, is_new = not everything and bool(name) and named(layer, config.target_modules), id(layer) in new
         if _is_converted(layer) or not (is_linear(layer) or target or is_new) or any(inside(name, s) for s in saved):
             continue
+        if id(layer) in experts:  # selected with the module that held the parameter
+            continue
         forms, seed_name = choice.names[id(layer)]
         of_layer = config.for_layer(forms)
         if any(matches_outer(form, excluded) for form in forms):
@@ -107,34 +105,34 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
             choice.skip[name] = "not in target_modules"
         elif not is_linear(layer):
             choice.refused[name] = "only linear layers can be converted"
-        elif clash := _name_clash(layer):
+        elif clash := name_clash(layer):
             (choice.skip if everything else choice.refused)[name] = clash
-        elif reason := facts.unable(name, layer) or (facts.unasked(name, layer, of_layer) if everything else None):
+        elif reason := facts.unable(layer) or (facts.unasked(name, layer, of_layer) if everything else None):
             choice.skip[name] = reason
-        elif everything and (small := _too_small(_weight_shape(layer), of_layer)):
+        elif everything and (small := too_small(weight_shape(layer), of_layer)):
             trains = is_bnb_linear(layer) or layer.weight.requires_grad  # bitsandbytes freezes what it quantizes
             (choice.train if trains else choice.skip)[name] = small
-        elif 0 in _weight_shape(layer):
-            choice.skip[name] = "its {}x{} weight is empty".format(*_weight_shape(layer))
+        elif 0 in weight_shape(layer):
+            choice.skip[name] = "its {}x{} weight is empty".format(*weight_shape(layer))
         else:
             choice.convert[name] = ToConvert(layer, of_layer, seed_name)
     return choice
 
 
 def _select_stack(
-    choice: Selection, owner_name: str, stack: ExpertParameter, config: QLoRAConfig, facts: "_Facts"
+    choice: Selection, owner_name: str, stack: ExpertParameter, config: QLoRAConfig, facts: ModuleFacts
 ) -> None:
     """Decide for a parameter of experts. Patterns match its name, or that of the module that holds it."""
     names = choice.names[id(stack.owner)]
     name, forms = f"{owner_name}.{stack.key}".lstrip("."), _forms_of_stack(names, stack)
     of_stack = config.for_layer(forms)
     everything = config.target_modules == "all-linear"
-    reason = facts.unable_parameter(stack.owner._parameters[stack.key])
+    reason = facts.unable_parameter(stack.owner._parameters[stack.key]) if stack.loaded is None else None
     if any(matches_outer(form, config.exclude_modules or []) for form in forms):
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):
         choice.skip[name] = "not in target_modules"
-    elif reason or (reason := _too_small(stack.shape, of_stack) if everything else None):
+    elif reason or (reason := too_small(stack.shape, of_stack) if everything else None):
         choice.skip[name] = reason
     elif 0 not in stack.shape:
         choice.stacks[name] = StackToConvert(stack, of_stack, f"{names.seed_name}.{stack.key}".lstrip("."))
@@ -232,111 +230,5 @@ def _any_matches(argument: str, value: str | list[str] | dict[str, Any], pattern
     return any(match(form, value if isinstance(value, str) else [pattern]) for form in forms)
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is an nn.Linear, of a subclass too, or a transformers Conv1D, in 4 bits or not."""
-    if is_bnb_linear(layer) or isinstance(layer, nn.Linear):
-        return True
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
-
-
-def _name_clash(layer: nn.Module) -> str | None:
-    """Why a subclass of nn.Linear can't become a QLoRALinear; None if it can, and for other layers."""
-    if not isinstance(layer, nn.Linear) or isinstance(layer, QLoRALinear) or is_bnb_linear(layer):
-        return None
-    kinds = [kind for kind in type(layer).__mro__ if kind not in nn.Linear.__mro__]
-    # torch's own classes are parametrized or sharded layers, which other checks refuse
-    names = {name for kind in kinds if not kind.__module__.startswith("torch.") for name in vars(kind)}
-    if "__call__" in names:
-        return f"{type(layer).__name__} has a __call__ of its own, which may compute something else than nn.Linear's"
-    names |= {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules} - {"weight"}
-    clash = min(names & MEMBERS, default=None)
-    return clash and f"{type(layer).__name__} has a {clash} of its own, which a 4-bit layer would replace"
-
-
 def _is_converted(layer: nn.Module) -> bool:
     return isinstance(layer, QLoRALinear) and not layer.loaded
-
-
-class _Facts:
-    """What depends on the rest of the module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        owners: dict[int, set[int]] = defaultdict(set)
-        self.name_of: dict[int, str] = {}
-        for name, layer in module.named_modules():
-            for key, parameter in layer._parameters.items():
-                if parameter is not None:
-                    owners[id(parameter)].add(id(layer))
-                    self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
-        self.shared = {key for key, layers in owners.items() if len(layers) > 1}
-        self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
-        self.left_dense = {
-            id(layer)
-            for model in module.modules()
-            if getattr(model, "is_loaded_in_4bit", False) or vars(model).get(LOADED)
-            for layer in model.modules()
-            if not is_bnb_linear(layer) and not isinstance(layer, QLoRALinear)
-        }
-        self.modules = dict(module.named_modules())
-        self.parents = {
-            f"{name}.{child}".lstrip("."): parent
-            for name, parent in module.named_modules()
-            for child, _ in parent.named_children()
-        }
-
-    def unable(self, name: str, layer: nn.Module) -> str | None:
-        """Why a layer can't be converted, even if target_modules names it."""
-        if isinstance(layer, QLoRALinear):
-            return None
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            return "its weight is computed (parametrized), not stored"
-        if "bias" not in layer._parameters:
-            return "its bias is computed (parametrized), not stored"
-        return self.unable_parameter(weight, is_bnb_linear(layer))
-
-    def unable_parameter(self, weight: Any, in_4_bits: bool = False) -> str | None:
-        """Why a weight can't be quantized."""
-        if weight.dtype not in FLOATS and not in_4_bits:
-            return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-        if id(weight) in self.shared:
-            return f"its weight is tied to {self.name_of[id(weight)]}"
-        return None
-
-    def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
-        """Why a layer is converted only if target_modules names it."""
-        last = name.rpartition(".")[2]
-        if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
-            return "output embedding; name it in target_modules to convert it"
-        if (last in ROUTERS and hasattr(self.parents[name], "experts")) or is_router(name, layer, self.modules):
-            return "router of experts; name it in target_modules to convert it"
-        if id(layer) in self.left_dense and not _too_small(_weight_shape(layer), config):
-            return "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
-        return None
-
-
-def get_output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
-    """What `get_output_embeddings` of every model in a module returns."""
-    for layer in module.modules():
-        if callable(getattr(layer, "get_output_embeddings", None)):
-            try:
-                embedding = layer.get_output_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):  # transformers models without a head
-                continue
-            if embedding is not None:
-                yield embedding
-
-
-def _weight_shape(layer: nn.Module) -> tuple[int, int]:
-    weight: Any = layer.weight
-    rows, columns = weight.quant_state.shape if is_bnb_linear(layer) else weight.shape
-    return rows, columns
-
-
-def _too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
-    rows, columns = shape
-    if rows * columns <= FEWEST:
-        return f"its {rows}x{columns} weights are too few for 4 bits"
-    if config.r * (rows + columns) < rows * columns:
-        return None
-    return f"an adapter of rank {config.r} would be larger than its {rows}x{columns} weights"

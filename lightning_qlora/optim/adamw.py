@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.config import check_bool, check_number
+from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.optim.paging.optimizer_pages import windows

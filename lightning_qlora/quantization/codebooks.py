@@ -6,9 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_qlora.config import QuantType, check_choice
+from lightning_qlora.checks import check_choice
+from lightning_qlora.config import QuantType
 
-# QLoRA paper, appendix E. Written out, because math libraries differ in the last bit; see `normal_float_levels`.
+# QLoRA paper, appendix E. Written out, because math libraries differ in the last bit; the formula is in the tests.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -45,23 +46,6 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
     order = torch.argsort(levels, stable=True)
     ascending = levels[order]
     return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2)
-
-
-def normal_float_levels() -> Tensor:
-    """NF4: quantiles of the standard normal distribution, eight above zero, seven below, and zero itself; fp32 [16].
-
-    Formula: levels = Phi^-1(p) / max, p evenly spaced in probability from 1/2 to 1 - (1/30 + 1/32) / 2
-    (QLoRA paper, section 3 and appendix E; bitsandbytes functional.py, create_normal_map).
-    """
-    outermost = 0.9677083
-    above = torch.special.ndtri(
-        torch.linspace(outermost, 0.5, 9, dtype=torch.float32, device="cpu")[:-1].double()
-    ).float()
-    below = -torch.special.ndtri(
-        torch.linspace(outermost, 0.5, 8, dtype=torch.float32, device="cpu")[:-1].double()
-    ).float()
-    levels = torch.cat([above, torch.zeros(1, dtype=torch.float32, device="cpu"), below]).sort().values
-    return levels / levels.max()
 
 
 def float4_levels() -> Tensor:

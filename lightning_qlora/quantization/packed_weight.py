@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lightning_qlora.config import BLOCK_SIZES, QuantType, check_choice, check_number
+from lightning_qlora.checks import check_choice, check_number
+from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 
@@ -51,19 +53,27 @@ class PackedBytes(NamedTuple):
 
 def check_bytes(weight: PackedBytes) -> None:
     """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
-    parts = weight.packed, weight.absmax, weight.nested
-    check_choice("block_size", weight.block_size, BLOCK_SIZES)
-    blocks = -(-weight.numel // weight.block_size)
-    found = tuple(part.numel() for part in parts)
-    needed = (weight.numel + 1) // 2, 4 * blocks, 0
-    if found[2]:
-        needed = needed[0], blocks, 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
-    if found != needed or any(part.dtype is not torch.uint8 for part in parts):
+    packed, absmax, nested, shape, _, block_size = weight
+    found = packed.numel(), absmax.numel(), nested.numel()
+    needed = _sizes(shape, block_size, found[2] > 0)
+    uint8 = torch.uint8
+    if found != needed or not (packed.dtype is uint8 and absmax.dtype is uint8 and nested.dtype is uint8):
         raise ValueError(
-            f"A 4-bit weight {list(weight.shape)} in blocks of {weight.block_size} has {needed[0]} bytes of codes, "
+            f"A 4-bit weight {list(shape)} in blocks of {block_size} has {needed[0]} bytes of codes, "
             f"{needed[1]} of scales and {needed[2]} of second-level scales, all uint8; got "
-            f"{', '.join(f'{part.numel()} {part.dtype}' for part in parts)}."
+            f"{', '.join(f'{part.numel()} {part.dtype}' for part in (packed, absmax, nested))}."
         )
+
+
+@cache
+def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple[int, int, int]:
+    """Bytes of the three tensors of a weight."""
+    check_choice("block_size", block_size, BLOCK_SIZES)
+    blocks = -(-shape[0] * shape[1] // block_size)
+    packed = (shape[0] * shape[1] + 1) // 2
+    if not double_quant:
+        return packed, 4 * blocks, 0
+    return packed, blocks, 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
 
 
 def aligned(held: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.average import average as mean_of_adapters
 from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import VLLM_BASE, read_adapter, vllm_objections, write_adapter
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.files.folder_writer import check_free
 from lightning_qlora.files.lightning_checkpoint import is_shards

@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.experts import SUFFIX, QLoRAExperts
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight

@@ -11,7 +11,9 @@ from lightning_qlora.adapters.from_checkpoint import (
     read_adapter_from_checkpoint,
     read_converted_state_dict,
 )
-from lightning_qlora.adapters.peft_files import CONFIG, VLLM_BASE, read_adapter, vllm_objections
+from lightning_qlora.adapters.peft_files import CONFIG
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_json, resolve_model
 from lightning_qlora.training.report import size_text

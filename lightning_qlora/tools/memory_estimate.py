@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_qlora.config import QLoRAConfig, check_choice, check_integer
+from lightning_qlora.checks import check_choice, check_integer
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.experts import is_routed, routed_forward
+from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.state_dict import use_adapter_state_dict
 from lightning_qlora.config import QLoRAConfig
@@ -24,10 +24,11 @@ from lightning_qlora.huggingface.patches import (
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
 from lightning_qlora.layers.names import inside, named
 from lightning_qlora.layers.patches import explain_requires_grad
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import (
     Selection,
     StackToConvert,
@@ -195,14 +196,19 @@ def has_meta(module: nn.Module) -> bool:
 
 def _check_loaded(module: nn.Module, choice: Selection) -> None:
     """Refuse other arguments than those that layers were quantized with while their model loaded."""
+    parameter_of = {
+        f"{name}{SUFFIX}.{number}": name for name, _, _, stack in expert_stacks(module) for number in range(len(stack))
+    }
     for name, layer in module.named_modules():
         if not isinstance(layer, QLoRALinear) or not layer.loaded:
             continue
-        if name not in choice.convert:
+        name = parameter_of.get(name, name)
+        chosen = choice.convert.get(name) or choice.stacks.get(name)
+        if chosen is None:
             why = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
             differing = f"is to stay dense now ({why})"
         else:
-            pairs = ((w, getattr(layer.config, w), getattr(choice.convert[name].config, w)) for w in AT_LOADING)
+            pairs = ((w, getattr(layer.config, w), getattr(chosen.config, w)) for w in AT_LOADING)
             differing = ", ".join(f"{word}={was!r} became {now!r}" for word, was, now in pairs if was != now)
         if differing:
             raise ValueError(
@@ -213,9 +219,8 @@ def _check_loaded(module: nn.Module, choice: Selection) -> None:
 
 def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None) -> None:
     layer, config, seed_name = to_convert
-    if isinstance(layer, QLoRALinear):  # quantized while its model loaded
-        layer.config, layer.full_name, layer.loaded = config, name, False
-        layer.lora_dropout = config.lora_dropout
+    if isinstance(layer, QLoRALinear):
+        _adopt_loaded(layer, config, name)
         return
     _check_not_sharded(layer._parameters["weight"])
     if is_bnb_linear(layer):
@@ -227,8 +232,18 @@ def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None
 
 def _convert_stack(name: str, to_convert: StackToConvert, device: torch.device | None) -> None:
     (owner, key, experts, transposed), config, seed_name = to_convert
+    if (loaded := to_convert.parameter.loaded) is not None:
+        for number, layer in enumerate(loaded.layers):
+            _adopt_loaded(layer, config, f"{name}{SUFFIX}.{number}")
+        return
     _check_not_sharded(owner._parameters[key])
     QLoRAExperts.from_parameter(owner, key, config, name, experts, transposed, device, seed_name)
+
+
+def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
+    """Complete a layer that was quantized while its model loaded: what else it has is decided by now."""
+    layer.config, layer.full_name, layer.loaded = config, name, False
+    layer.lora_dropout = config.lora_dropout
 
 
 def _check_not_sharded(weight: Any) -> None:

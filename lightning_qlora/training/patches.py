@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
@@ -159,6 +160,32 @@ def allow_keys_without_attributes() -> None:
             return {name}
 
     wrap_once(import_module("torch.distributed.checkpoint.state_dict"), "_get_fqns", names)
+
+
+def check_crc_before_loading() -> None:
+    """Compare a checkpoint with its CRC-32 before a Trainer or a Fabric with the plugin loads any of it.
+
+    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, resume_start, and load and load_raw of
+    lightning/fabric/fabric.py, pass the path to the strategy alone.
+    Supported ways tried: a CheckpointIO; ModelParallelStrategy takes none, and the user may have passed another. No
+    hook of a plugin or a module gets the path of a Fabric checkpoint, or the Trainer's before its index is unpickled.
+    Removed by: torch.load comparing the CRC-32 that torch.save writes (torch/serialization.py).
+    """
+
+    def load_with_trainer(original: Any, connector: Any, checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if checkpoint_path is not None and hasattr(connector.trainer.precision_plugin, "convert_for_trainer"):
+            check_crc(checkpoint_path)
+        return original(connector, checkpoint_path, *args, **kwargs)
+
+    def load_with_fabric(original: Any, fabric: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(fabric._precision, "convert_for_trainer"):
+            check_crc(path)
+        return original(fabric, path, *args, **kwargs)
+
+    connector: Any = import_module("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
+    for name in ("load", "load_raw"):
+        wrap_once(import_module("lightning.fabric.fabric").Fabric, name, load_with_fabric)
 
 
 def count_weights_in_model_summary() -> None:

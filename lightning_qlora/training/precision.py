@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
-from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import describe
@@ -38,6 +37,7 @@ from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torc
 patches.convert_before_checkpoint_is_restored()
 patches.load_full_state_dicts_into_sharded_modules()
 patches.allow_keys_without_attributes()
+patches.check_crc_before_loading()
 patches.count_weights_in_model_summary()
 patches.explain_adapter_checkpoints()
 patches.explain_unfreezing()
@@ -244,10 +244,7 @@ class QLoRAPrecision(Precision):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the random generators, so that a resumed run draws the same dropout masks; check the whole file."""
-        trainer = None if self._module is None else _trainer_of(self._module())
-        if trainer is not None and trainer.ckpt_path is not None:
-            check_crc(trainer.ckpt_path)
+        """Restore the random generators, so that a resumed run draws the same dropout masks."""
         saved, here = state_dict.get("kernels"), self._kernels()
         if not self._evaluating and None not in (saved, here) and saved != here:
             rank_zero_warn(

@@ -7,10 +7,11 @@ from html import escape
 
 from torch import nn
 
-from lightning_qlora.layers.experts import SUFFIX, is_expert
+from lightning_qlora.layers.experts import is_expert
 from lightning_qlora.layers.lora import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.training.calibration.report import CalibrationReport
 
 ROOT = "(the module itself)"

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, load_adapter, load_from_checkpoint
 from lightning_qlora.adapters.average import average
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import save_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, loader, make_trainer

@@ -17,7 +17,8 @@ from lightning_qlora import (
     save_quantized,
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from tests.toys import Lit, logits, perturb, toy
 

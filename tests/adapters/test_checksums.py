@@ -14,7 +14,7 @@ from lightning_qlora.adapters.checksums import CHECKSUMS
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, loader, save_shards
 from tests.toys import perturb
 
 
@@ -100,6 +100,26 @@ def test_fabric_checks_too(tmp_path):
         fabric.load(tmp_path / "x.ckpt", {"model": module})
     with pytest.raises(ValueError, match=r"x.ckpt: 'net.0.lora_A' is not what was saved"):
         read_adapter_from_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_fabric_checks_the_crc_of_every_part_of_the_file(in_shards, tmp_path):
+    """Of the optimizer's state, for example, which has no checksum of its own."""
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=QLoRAPrecision(r=4))
+    module, marked = fabric.setup(Classifier()), torch.arange(1000.0, 1016.0)
+    state = {"model": module, "moments": marked}
+    if in_shards:
+        path = save_shards(tmp_path / "x.ckpt", {**state, "model": module.state_dict()}, {}) / "__0_0.distcp"
+    else:
+        fabric.save(path := tmp_path / "x.ckpt", state)
+        assert torch.equal(fabric.load(path)["moments"], marked)
+    content = path.read_bytes()
+    place = content.index(bytes(marked.view(torch.uint8).tolist()))
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    for load in (lambda: fabric.load(tmp_path / "x.ckpt", state), lambda: fabric.load_raw(tmp_path / "x.ckpt", module)):
+        with pytest.raises(ValueError, match=r"x\.ckpt.*: its part '.*' is damaged \(CRC-32\)"):
+            load()
 
 
 def test_a_part_of_the_file_that_is_no_weight_is_checked_by_its_crc(checkpoint, trainer):

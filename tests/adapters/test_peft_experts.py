@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections, write_adapter
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
+from lightning_qlora.adapters.vllm import vllm_objections
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import matches
 from lightning_qlora.layers.qlora_linear import adapted_layers

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora.adapters import peft_files
+from lightning_qlora.adapters import peft_files, peft_reader
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
-from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -39,7 +40,7 @@ def number_of(found: Adapter) -> int:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(peft_files, "PATIENCE", 0.0)
+    monkeypatch.setattr(peft_reader, "PATIENCE", 0.0)
 
 
 def content(found: Adapter) -> dict:
@@ -99,8 +100,8 @@ def test_a_missing_config_is_read_from_its_copy(tmp_path):
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(rank, tmp_path, monkeypatch):
     """safetensors opens it twice: the header was that of one adapter, and the values those of another."""
     write_adapter(adapter(3), tmp_path)
-    monkeypatch.setattr(peft_files, "PATIENCE", 60.0)
-    real, opened = peft_files.open_safetensors, []
+    monkeypatch.setattr(peft_reader, "PATIENCE", 60.0)
+    real, opened = peft_reader.open_safetensors, []
 
     @contextmanager
     def replaced(path):
@@ -110,7 +111,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(rank, tmp_path, 
                 write_adapter(adapter(4, rank), tmp_path)
             yield file
 
-    monkeypatch.setattr(peft_files, "open_safetensors", replaced)
+    monkeypatch.setattr(peft_reader, "open_safetensors", replaced)
     found = read_adapter(tmp_path)
     assert number_of(found) == 4 and found.r == rank and len(opened) > 1
 

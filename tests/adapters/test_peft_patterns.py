@@ -10,8 +10,9 @@ import pytest
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora.adapters.peft_files import WEIGHTS, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_files import WEIGHTS, write_adapter
 from lightning_qlora.adapters.peft_patterns import MOST, PatternError, fits_peft_pattern
+from lightning_qlora.adapters.peft_reader import read_adapter
 from tests.adapters.test_peft_metadata import adapter
 
 NAMES = ["model.layers.0.self_attn.q_proj", "layers.11.mlp.up_proj", "q_proj", "a.b.c", "aaa", "", "x.q_proj.y", "é-1"]

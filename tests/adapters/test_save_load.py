@@ -16,7 +16,8 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_qlora.adapters.peft_files import read_adapter, vllm_objections
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.vllm import vllm_objections
 from tests.conftest import Classifier, elsewhere
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 
@@ -122,6 +123,32 @@ def test_an_adapted_output_embedding_whose_base_weight_peft_saves_too(on, tmp_pa
     again = converted("llama", seed=1, target_modules=["q_proj", "lm_head"])
     load_adapter(again, tmp_path / "theirs")
     torch.testing.assert_close(logits(again.model), logits(lit.model), atol=0, rtol=0)
+
+
+def test_modules_that_trained_before_they_were_frozen_are_saved(tmp_path):
+    lit, again = converted("bert", modules_to_save=["pooler"]), converted("bert", seed=1, modules_to_save=["pooler"])
+    for parameter in lit.parameters():
+        parameter.requires_grad_(False)
+    save_adapter(lit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again.model), logits(lit.model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_embedding_that_was_resized_after_conversion_is_saved(name, tmp_path):
+    """As PEFT does. It is frozen, and the base has no values for its new rows."""
+    lit, again = converted(name), converted(name, seed=1)
+    for module in (lit, again):
+        module.model.resize_token_embeddings(module.model.config.vocab_size + 8)
+    save_adapter(lit, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again.model), logits(lit.model))
+    dense = toy(name)
+    dense.resize_token_embeddings(dense.config.vocab_size + 8)
+    loaded = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").get_input_embeddings()
+    assert torch.equal(loaded.modules_to_save["default"].weight, lit.model.get_input_embeddings().weight)
 
 
 def test_modules_to_save_and_small_heads(tmp_path):

@@ -170,6 +170,23 @@ def test_parameters_trained_for_a_while_and_frozen_again_are_kept():
     assert torch.equal(target[2].weight, source[2].weight)
 
 
+@pytest.mark.parametrize("same_object", [True, False])
+@pytest.mark.parametrize("rows", [10, 12])
+def test_parameters_that_were_replaced_are_kept(same_object, rows):
+    """transformers' resize_token_embeddings assigns to `.data`, so that the tensor keeps its version."""
+    source, target = trained(), fresh()
+    for module in (source, target):
+        module.state_dict()
+        values = torch.full((rows, 128), 2.0 if module is source else 3.0)
+        if same_object:
+            module[0].weight.data = values
+        else:
+            module[0].weight = nn.Parameter(values, requires_grad=False)
+    assert "0.weight" in source.state_dict() and "2.weight" not in source.state_dict()
+    target.load_state_dict(source.state_dict())
+    assert same_output(source, target)
+
+
 def test_a_frozen_parameter_that_was_overwritten_with_its_own_value_is_left_out():
     """DDP does so when it broadcasts."""
     source = trained()

@@ -2,6 +2,7 @@
 
 python -m tests.architectures                    all architectures, one process each; writes the page
 python -m tests.architectures llama mixtral      these; prints their rows
+python -m tests.architectures --classes          the checks of folders for one class of each architecture
 """
 
 import argparse
@@ -23,7 +24,8 @@ from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.layers.selection import select_in_part
-from tests.architectures.checks import CHECKS, known
+from tests.architectures.checks import CHECKS, is_loaded_again, known
+from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL
 
 
@@ -65,10 +67,10 @@ def _why(reason):
 
 def row(kind):
     """The results of one architecture: each check is "yes", or why it was not made or what it found."""
-    results = {"architecture": kind, "input": ALL[kind][0]}
+    found = {"architecture": kind, "input": ALL[kind][0]}
     try:
         total, quantized, rest = share(kind)
-        results |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
+        found |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
     except (
         AttributeError,
         TypeError,
@@ -76,16 +78,22 @@ def row(kind):
         IndexError,
         ImportError,
     ) as error:  # defaults that transformers can't build
-        results |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
-    for name, check in CHECKS.items():
+        found |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
+    return found | results(kind, CHECKS)
+
+
+def results(kind, names):
+    """The result of each check."""
+    made = {}
+    for name in names:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             try:
-                found = known(kind, name) or check(kind, Path(folder))
-                results[name] = f"no: {found}" if found else "yes"
+                found = known(kind, name) or CHECKS[name](kind, Path(folder))
+                made[name] = f"no: {found}" if found else "yes"
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
-                results[name] = f"FAILS: {type(error).__name__} {lines[0][:200]}"
-    return results
+                made[name] = f"FAILS: {type(error).__name__} {lines[0][:200]}"
+    return made
 
 
 HEAD = """# Architectures
@@ -140,14 +148,21 @@ TAIL = """
 
 - Embeddings, and output embeddings that `target_modules` does not name.
 - Routers of mixtures of experts, and weights that are tied to others (the blocks that Zamba 2 shares).
-- Weights of layers that are not linear: convolutions (of kernel 1 too), the joint `in_proj_weight` of
-  `nn.MultiheadAttention` (its `out_proj` is converted), the three-dimensional weights of XLNet's attention.
+- The joint `in_proj_weight` of `nn.MultiheadAttention`: a quarter of the weights of an `nn.TransformerEncoderLayer` of
+  feed-forward width 4 E, and at most 1.9% of the models above. torch multiplies with it inside one function, which
+  would keep the decoded weight until the backward pass, as it does for the smaller `out_proj`, which is converted. So 4
+  bits would need more memory in training than 16, except with gradient checkpointing.
+- The three-dimensional weights of XLNet's attention, 35.0% of it: its `einsum` would keep the decoded weight as well,
+  and PEFT has no adapter for them.
+- Convolutions, of kernel 1 too. Only SqueezeBERT is made of those (52.1% of it), and most of them have groups, so they
+  are no linear layers.
 - Layers so small that their adapter would be larger than they are, or of at most 64 weights, train in full.
 
 ## What some models need
 
-- **RWKV** divides its weights in place in evaluation: `config.rescale_every = 0`. Training in eval mode with its cache
-  is an error of autograd in the dense model too: `config.use_cache = False`.
+- **RWKV** divides its weights in place in evaluation, validation included: `config.rescale_every = 0`, which gives the
+  same outputs. Training in eval mode with its cache is an error of autograd in the dense model too:
+  `config.use_cache = False`.
 - **Reformer** runs its layers inside an autograd function: `model.train()` and `model.enable_input_require_grads()`.
 - **Falcon**: transformers has no 4-bit form for subclasses of `nn.Linear`, so `save_quantized` writes these layers
   decoded.
@@ -156,24 +171,36 @@ TAIL = """
 """
 
 
-def in_a_process(kind):
-    """`row` in a process of its own, forked from this one, which has imported everything already."""
+def class_row(name):
+    """The results of the checks of folders for one class of an architecture."""
+    kind = class_of(name)
+    if isinstance(why := find_configuration(kind), str):
+        return {"class": kind, "built": f"no: {why}"}
+    with tempfile.TemporaryDirectory() as folder:
+        if not is_loaded_again(kind, Path(folder)):
+            return {"class": kind, "built": "no: transformers does not load the weights that it saves"}
+    return {"class": kind} | results(kind, ["loads", "merges", "4-bit folder"])
+
+
+def in_a_process(make_row, kind):
+    """The row in a process of its own, forked from this one, which has imported everything already."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(row, kind).result()
+        return pool.submit(make_row, kind).result()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them if none")
     parser.add_argument("--write", type=Path, help="file for the page")
+    parser.add_argument("--classes", action="store_true", help="only the checks of folders, of one class each")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # a fork of a process with threads of OpenMP may hang
     rows = []
-    for kind in arguments.kinds or ALL:
-        rows.append(in_a_process(kind))
+    for kind in arguments.kinds or (all_types() if arguments.classes else ALL):
+        rows.append(in_a_process(class_row if arguments.classes else row, kind))
         print(" | ".join(rows[-1].values()), flush=True)
     if arguments.write:
         arguments.write.write_text(page(rows))

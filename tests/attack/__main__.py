@@ -18,7 +18,7 @@ ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
     "ends at random lines of save_adapter": (files.kills_in_saving, 40),
     "reads beside two writers": (files.reads_beside_two_writers, 300),
     "files that may not become large": (files.full_disks, 30),
-    "changed bits and truncations, of each of 4 files": (lambda seed, n, f: files.damages(seed, n, n // 5, f), 40),
+    "changed bits and truncations, of each of 7 files": (lambda seed, n, f: files.damages(seed, n, n // 5, f), 40),
     "arguments": (cases.arguments, 2000),
     "layers": (cases.layers, 60),
     "modules": (cases.modules, 30),

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, save_adapter
-from lightning_qlora.adapters import peft_files
-from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
+from lightning_qlora.adapters import peft_reader
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from tests.adapters.test_peft_metadata import adapter, number_of
 from tests.attack.processes import ended, exit_at_line, flipped, kill_later, lines_of, run, start
-from tests.conftest import Classifier, ResumableLoader, make_trainer
+from tests.conftest import Classifier, ResumableLoader, make_trainer, save_shards
 from tests.toys import perturb
 
 STEPS = 6
@@ -56,10 +57,12 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
         assert made.keys() == expected.keys()
         assert all(torch.equal(value, made[key]) for key, value in expected.items())
 
-    for number in range(count):
+    while found["killed"] < count:
+        number = found["started"]
         place = folder / str(number)
         place.mkdir()
         steps = draw.randrange(1, STEPS)  # that are saved before the kill
+        found["started"] += 1
         found["killed"] += kill_later(
             lambda place=place: train(place),
             lambda place=place, steps=steps: len(list(place.glob("*.ckpt"))) >= steps,
@@ -141,11 +144,11 @@ def full_disks(seed: int, count: int, folder: Path) -> Counter[str]:
 def damages(seed: int, flips: int, truncations: int, folder: Path) -> Counter[str]:
     """A bit of a file is changed, or its end is missing: loading is refused in one line, or gives the same outputs."""
     draw, found, x = random.Random(seed), Counter[str](unnoticed=0), torch.randn(3, 64)
-    peft_files.PATIENCE, patience = 0.0, peft_files.PATIENCE
+    peft_reader.PATIENCE, patience = 0.0, peft_reader.PATIENCE
     try:
         return _damages(draw, found, x, flips, truncations, folder, seed)
     finally:
-        peft_files.PATIENCE = patience
+        peft_reader.PATIENCE = patience
 
 
 def _damages(
@@ -158,6 +161,10 @@ def _damages(
         trainer.fit(module, ResumableLoader())
         trainer.save_checkpoint(folder / f"{kind}.ckpt")
         files.append((folder / f"{kind}.ckpt", lambda path: load_from_checkpoint(Classifier, path)))
+    rest = torch.load(folder / "adapter.ckpt", weights_only=True)
+    values = {"state_dict": rest.pop("state_dict"), "optimizer_0": rest.pop("optimizer_states")[0]}
+    shards = sorted(save_shards(folder / "shards.ckpt", values, rest).iterdir())
+    files += [(path, lambda path: load_from_checkpoint(Classifier, path.parent)) for path in shards]
     save_adapter(perturb(module), folder / "folder")
 
     def from_folder(path: Path) -> Classifier:

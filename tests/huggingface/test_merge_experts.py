@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, save_adapter
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.layers.experts import expert_stacks

@@ -21,7 +21,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
-from lightning_qlora.adapters.peft_files import read_adapter, write_adapter
+from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.tools.cli import main
@@ -278,7 +279,7 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from lightning_qlora.adapters.peft_files import read_adapter
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.files import folder_writer
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.tools.cli import main

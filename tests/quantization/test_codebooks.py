@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_qlora import convert, quantize
 from lightning_qlora.quantization.blockwise import code_of_place
-from lightning_qlora.quantization.codebooks import codebook, dynamic_map, normal_float_levels
+from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -20,7 +20,16 @@ def test_int4_levels_are_the_table_bitsandbytes_lists():
 
 
 def test_nf4_follows_from_its_formula_to_the_last_bit():
-    assert torch.equal(normal_float_levels(), codebook("nf4").levels)
+    """Quantiles of the standard normal distribution, eight above zero, seven below, and zero itself.
+
+    Formula: levels = Phi^-1(p) / max, p evenly spaced in probability from 1/2 to 1 - (1/30 + 1/32) / 2
+    (QLoRA paper, section 3 and appendix E; bitsandbytes functional.py, create_normal_map).
+    """
+    outermost = 0.9677083
+    above = torch.special.ndtri(torch.linspace(outermost, 0.5, 9)[:-1].double()).float()
+    below = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8)[:-1].double()).float()
+    levels = torch.cat([above, torch.zeros(1), below]).sort().values
+    assert torch.equal(levels / levels.max(), codebook("nf4").levels)
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -203,18 +203,6 @@ def test_save_quantized_writes_experts_decoded(tmp_path):
     assert f"{ROUTED}.down_proj_experts.0".removeprefix("model.") in report.converted
 
 
-def test_quantize_on_load_converts_experts_after_loading(tmp_path):
-    made(qwen3_moe).save_pretrained(tmp_path / "base")
-    plugin = QLoRAPrecision(r=2)
-    with plugin.init():
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    report = convert(model, r=2)
-    expected = made(qwen3_moe)
-    convert(expected, r=2)
-    assert report.skipped.keys() == {"lm_head"}
-    assert same(dict(model.named_parameters()), dict(expected.named_parameters()))
-
-
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
 def test_adapters_of_experts_go_through_an_adapter_folder(build, tmp_path):
     model, ids = made(build), torch.arange(8).view(1, 8)

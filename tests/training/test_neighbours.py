@@ -43,7 +43,8 @@ def test_what_the_error_names_can_be_loaded(tmp_path):
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-5, rtol=1e-5)
     with QLoRAPrecision(adapter=str(tmp_path / "adapter"), lora_dropout=0.0).init():
-        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        # transformers 4 reads folders of bitsandbytes in fp16 if no dtype is given
+        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     convert(again, adapter=str(tmp_path / "adapter"), lora_dropout=0.0)
     torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-5)
 
@@ -157,7 +158,8 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
             base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
             self.model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
 
-    with pytest.raises(ValueError, match="Leave out get_peft_model"):
+    # With transformers 4 the model is dense until it is converted, so PEFT accepts it and conversion does not.
+    with pytest.raises(ValueError, match=r"Leave out get_peft_model|is peft's PeftModel.* Convert the model without"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Late(None))
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
-from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.launch import Launch
 from lightning_qlora.kernels.triton.tiles import find_tile
 from lightning_qlora.quantization.codebooks import dynamic_map
 
@@ -184,12 +184,12 @@ def _step(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: Adam
             1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
             math.sqrt(1 - scalars.beta2**scalars.step),
         )  # fmt: skip
-        launch(
-            kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1),
-            (_table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels), (), tile, floats,
+        launch = Launch(
+            kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1), (), tile,
             STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
             ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
         )  # fmt: skip
+        launch((_table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels), floats)
     for column, copies in zip([given[0], *given[2:]], [tensors[0], *tensors[2:]], strict=True):  # all but gradients
         for tensor, copy in zip(column, copies, strict=True):
             if copy is not tensor:

@@ -4,11 +4,11 @@
     scale[b] = level8[code8[b]] * nested[b // 256] + offset        (stored in fp32 without double quantization)
 
 The table of levels is an argument, so one kernel serves NF4, FP4 and INT4. As in bitsandbytes, every product and sum is
-rounded to fp32 (no FMA: `fuse=False`, the default of `launch`), and the result once more to the output type.
+rounded to fp32 (no FMA: `fuse=False`, the default of `Launch`), and the result once more to the output type.
 Layout of the bytes: `quantization/blockwise.py`. The same in torch: `kernels/reference.py`.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.triton.launch import launch
-from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
+from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -100,18 +100,24 @@ def _aligned(held: Tensor) -> Tensor:
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
-    (tensors, n_nested), n, device = weight_arguments(weight), weight.numel, out.device
-    run = min(weight.block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
-    words = n % run == 0 and tensors[0].data_ptr() % 4 == 0
-    tile = find_tile("dequantize", device)
+    tensors, n_nested = weight_arguments(weight)
+    aligned = tensors[0].data_ptr() % 4 == 0
+    tile = find_tile("dequantize", out.device)
+    _launch(out.device, tile, weight.numel, weight.block_size, n_nested, aligned)((*tensors, out))
+    return out
+
+
+@lru_cache(MAX_LAUNCHES)
+def _launch(device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, aligned: bool) -> Launch:
+    run = min(block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
+    words = aligned and n % run == 0
     runs = tile["WEIGHTS"] // run
     if not words:
         runs //= 4  # reading single bytes takes more registers per weight
-    launch(
-        _dequantize_kernel, device, (-(-n // (runs * run)), 1, 1), (*tensors, out), (n_nested, n), tile, RUN=run,
-        RUNS_PER_BLOCK=weight.block_size // run, RUNS=runs, WORDS=words, DOUBLE_QUANT=n_nested >= 0,
+    return Launch(
+        _dequantize_kernel, device, (-(-n // (runs * run)), 1, 1), (n_nested, n), tile, RUN=run,
+        RUNS_PER_BLOCK=block_size // run, RUNS=runs, WORDS=words, DOUBLE_QUANT=n_nested >= 0,
     )  # fmt: skip
-    return out
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

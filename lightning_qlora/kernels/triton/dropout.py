@@ -5,14 +5,16 @@
 The mask equals that of `reference.dropout` bit for bit, so a run drops the same elements on every device.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.reference import as_int32, dropout_threshold
-from lightning_qlora.kernels.triton.launch import launch
-from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
+from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 
 
 @triton.jit
@@ -53,6 +55,11 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
 
 def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
     """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`."""
-    n, tile, mask = x.numel(), find_tile("dropout", x.device), dropout_arguments(p, seed, x.device)
-    launch(_dropout_kernel, x.device, (-(-n // tile["SIZE"]), 1, 1), (x, out), (n,), tile, mask)
+    run = _launch(x.device, find_tile("dropout", x.device), x.numel())
+    run((x, out), dropout_arguments(p, seed, x.device))
     return out
+
+
+@lru_cache(MAX_LAUNCHES)
+def _launch(device: torch.device, tile: Tile, n: int) -> Launch:
+    return Launch(_dropout_kernel, device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)

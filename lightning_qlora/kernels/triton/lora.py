@@ -9,6 +9,8 @@ type inside, a gradient is written in the adapter's type. The dropout mask is th
 made from the seed each time. fp32 inputs, and cards for which `tiles.json` has no tile, use torch's products.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.dropout import dropout, dropout_arguments, is_kept
-from lightning_qlora.kernels.triton.launch import launch
-from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, share_memory
-from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
+from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, number_of_sums, share_memory
+from lightning_qlora.kernels.triton.tiles import NO_TILE, Tile, find_tile
 
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
@@ -103,21 +105,28 @@ def _gradient_kernel(
 
 def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r] in x's type."""
-    (m, k), r, device = x.shape, w.shape[0], x.device
+    (m, k), r = x.shape, w.shape[0]
     tile = _tile("lora_down", x, m, r)
     if not tile:
         return torch.addmm(_unread(x), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
-    x, rank = x.contiguous(), _rank_tile(r)
+    run, sums = _down(x.device, tile, m, k, r, w.stride(), seed is not None)
+    x, out, (*mask, scale) = x.contiguous(), x.new_empty(m, r), dropout_arguments(p, seed, x.device)
+    run((x, w, out, share_memory(sums, out)), (*mask, s * scale))
+    return out
+
+
+@lru_cache(MAX_LAUNCHES)
+def _down(
+    device: torch.device, tile: Tile, m: int, k: int, r: int, stride: tuple[int, ...], dropout: bool
+) -> tuple[Launch, int]:
+    rank = _rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
-    *mask, scale = dropout_arguments(p, seed, device)
-    out = x.new_empty(m, r)
-    memory = share_memory(shares, grid[0] * grid[1] * tile["M"] * rank, out)
-    launch(
-        _down_kernel, device, (*grid, shares), (x, w, out, memory), (m, k, r, *w.stride(), shares), tile,
-        (*mask, s * scale), fuse=True, DROPOUT=seed is not None, SPLIT=shares > 1, R=rank,
+    run = Launch(
+        _down_kernel, device, (*grid, shares), (m, k, r, *stride, shares), tile, fuse=True, DROPOUT=dropout,
+        SPLIT=shares > 1, R=rank,
     )  # fmt: skip
-    return out
+    return run, number_of_sums(shares, grid[0] * grid[1] * tile["M"] * rank)
 
 
 def lora_up(
@@ -125,44 +134,60 @@ def lora_up(
     seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Write s h w^T + bias, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
-    (m, n), r, device = out.shape, w.shape[1], h.device
+    (m, n), r = out.shape, w.shape[1]
     tile = _tile("lora_up", h, m, r)
     if not tile:
         first = _unread(h) if bias is None else bias.to(h.dtype)
         torch.addmm(first, h, w.to(h.dtype).T, beta=bias is not None, alpha=s, out=out)
         return out if seed is None else dropout(out, p, seed, out=out)
-    grid, first = (-(-n // tile["N"]), -(-m // tile["M"]), 1), h if bias is None else bias.contiguous()
-    *mask, scale = dropout_arguments(p, seed, device)
-    launch(
-        _up_kernel, device, grid, (h, w, first, out), (m, n, r, w.stride(1), w.stride(0)), tile, (*mask, s * scale),
-        fuse=True, DROPOUT=seed is not None, BIAS=bias is not None, R=_rank_tile(r),
-    )  # fmt: skip
+    run = _up(h.device, tile, m, n, r, w.stride(), seed is not None, bias is not None)
+    *mask, scale = dropout_arguments(p, seed, h.device)
+    run((h, w, h if bias is None else bias.contiguous(), out), (*mask, s * scale))
     return out
+
+
+@lru_cache(MAX_LAUNCHES)
+def _up(
+    device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool, bias: bool
+) -> Launch:
+    grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
+    return Launch(
+        _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout, BIAS=bias,
+        R=_rank_tile(r),
+    )  # fmt: skip
 
 
 def lora_gradient(
     h: Tensor, x: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None
 ) -> None:
     """Write s h^T drop(x) to `out`: h [m, r], x [m, n], out [r, n] of any strides and float type."""
-    (m, n), r, device = x.shape, h.shape[1], x.device
+    (m, n), r = x.shape, h.shape[1]
     tile = _tile("lora_gradient", x, m, r)
     if not tile:
         out.copy_(torch.addmm(_unread(x), h.T, _dropped(x, p, seed), beta=0, alpha=s))
         return
-    x, rank = x.contiguous(), _rank_tile(r)
+    run, sums = _gradient(x.device, tile, m, n, r, out.stride(), seed is not None)
+    *mask, scale = dropout_arguments(p, seed, x.device)
+    run((h, x.contiguous(), out, share_memory(sums, out)), (*mask, s * scale))
+
+
+@lru_cache(MAX_LAUNCHES)
+def _gradient(
+    device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool
+) -> tuple[Launch, int]:
+    rank = _rank_tile(r)
     grid = -(-n // tile["N"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
-    memory = share_memory(shares, grid[0] * grid[1] * rank * tile["N"], out)
-    *mask, scale = dropout_arguments(p, seed, device)
-    launch(
-        _gradient_kernel, device, (*grid, shares), (h, x, out, memory), (m, n, r, *out.stride(), shares), tile,
-        (*mask, s * scale), fuse=True, DROPOUT=seed is not None, SPLIT=shares > 1, R=rank,
+    run = Launch(
+        _gradient_kernel, device, (*grid, shares), (m, n, r, *stride, shares), tile, fuse=True, DROPOUT=dropout,
+        SPLIT=shares > 1, R=rank,
     )  # fmt: skip
+    return run, number_of_sums(shares, grid[0] * grid[1] * rank * tile["N"])
 
 
-def _tile(kernel: str, x: Tensor, m: int, r: int) -> dict[str, int]:
+def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
     """The tile for m rows of x; empty if torch computes the product."""
-    return find_tile(kernel, x.device, m) if m and r and x.dtype != torch.float32 else {}
+    return find_tile(kernel, x.device, m) if m and r and x.dtype != torch.float32 else NO_TILE
 
 
 def _rank_tile(r: int) -> int:

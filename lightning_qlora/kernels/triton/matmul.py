@@ -7,15 +7,17 @@ the 16-bit type of x). W is the left operand, which Hopper can read from registe
 programs (`shares.py`).
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.triton.dequantize import load_scales, weight_arguments
-from lightning_qlora.kernels.triton.launch import launch
-from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, share_memory
-from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
+from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, number_of_sums, share_memory
+from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
@@ -59,14 +61,22 @@ def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
 
 def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
     """y += x W^T, y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
-    (n, k), m, (tensors, n_nested) = weight.shape, x.shape[0], weight_arguments(weight)
-    tile, run = find_tile("matmul", x.device, m), min(weight.block_size, 64)
+    tensors, n_nested = weight_arguments(weight)
+    tile = find_tile("matmul", x.device, x.shape[0])
+    run, sums = _matmul(x.device, tile, x.shape[0], weight.shape, weight.block_size, n_nested)
+    run((*tensors, x.contiguous(), y, share_memory(sums, y)))
+    return y
+
+
+@lru_cache(MAX_LAUNCHES)
+def _matmul(
+    device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, n_nested: int
+) -> tuple[Launch, int]:
+    (n, k), run = shape, min(block_size, 64)
     columns, rows = -(-n // tile["N"]), -(-m // tile["M"])
     shares = number_of_shares(columns * rows, tile["PROGRAMS"], k // run)
-    memory = share_memory(shares, columns * rows * tile["N"] * tile["M"], y)
-    launch(
-        _matmul_kernel, x.device, (columns, rows, shares), (*tensors, x.contiguous(), y, memory),
-        (n_nested, m, n, k, shares), tile, fuse=True, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0,
-        RUN=run, SPLIT=shares > 1,
+    launch = Launch(
+        _matmul_kernel, device, (columns, rows, shares), (n_nested, m, n, k, shares), tile, fuse=True,
+        BLOCK_SIZE=block_size, DOUBLE_QUANT=n_nested >= 0, RUN=run, SPLIT=shares > 1,
     )  # fmt: skip
-    return y
+    return launch, number_of_sums(shares, columns * rows * tile["N"] * tile["M"])

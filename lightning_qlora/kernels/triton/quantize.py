@@ -5,7 +5,7 @@
 
 The results equal `quantization/blockwise.py` bit for bit. This needs exact division (div_rn), a reciprocal for whole
 blocks and a division for a short last one, the grid of 65,536 points for the 8-bit codes, and no FMA (the default of
-`launch`).
+`Launch`).
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.triton.launch import launch
+from lightning_qlora.kernels.triton.launch import Launch
 from lightning_qlora.kernels.triton.tiles import find_tile
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, SMALLEST_SCALE, code_of_place, mean_in_fixed_order
 from lightning_qlora.quantization.codebooks import codebook
@@ -83,11 +83,11 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     tile = find_tile("quantize", device, block_size)
     blocks = tile["WEIGHTS"] // block_size
-    launch(
-        _quantize_kernel, device, (-(-absmax.numel() // blocks), 1, 1),
-        (flat, packed, absmax, book.bounds, book.order), (n,), tile, BLOCK=block_size, BLOCKS=blocks,
+    launch = Launch(
+        _quantize_kernel, device, (-(-absmax.numel() // blocks), 1, 1), (n,), tile, BLOCK=block_size, BLOCKS=blocks,
         SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type), WHOLE=n % block_size == 0,
     )  # fmt: skip
+    launch((flat, packed, absmax, book.bounds, book.order))
     scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
     shape = (weight.shape[0], weight.shape[1])
     return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
@@ -100,6 +100,7 @@ def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
     blocks = -(-b // NESTED_BLOCK_SIZE)
     nested = torch.empty(blocks + 1, dtype=torch.float32, device=device)
     nested[-1] = mean_in_fixed_order(absmax)
-    tile, tensors = find_tile("nest", device), (absmax, nested[-1:], codes, nested, code_of_place(str(device)))
-    launch(_nest_kernel, device, (-(-blocks // tile["BLOCKS"]), 1, 1), tensors, (b,), tile, BLOCK=NESTED_BLOCK_SIZE)
+    tile = find_tile("nest", device)
+    launch = Launch(_nest_kernel, device, (-(-blocks // tile["BLOCKS"]), 1, 1), (b,), tile, BLOCK=NESTED_BLOCK_SIZE)
+    launch((absmax, nested[-1:], codes, nested, code_of_place(str(device))))
     return codes, nested

@@ -38,8 +38,11 @@ def number_of_shares(tiles: int, programs: int, steps: int) -> int:
     return max(1, min(programs // tiles, steps // 4)) if tiles <= COUNTERS.value else 1
 
 
-def share_memory(shares: int, numel: int, out: Tensor) -> Tensor:
-    """The counters, which are zero before and after a launch, and `shares` times `numel` sums; `out` for one share."""
-    if shares == 1:
-        return out
-    return scratch(COUNTERS.value + shares * numel, torch.float32, out.device, "shares", zero=True)
+def number_of_sums(shares: int, numel: int) -> int:
+    """The fp32 numbers that the shares of a result of `numel` elements need: none for one share."""
+    return 0 if shares == 1 else COUNTERS.value + shares * numel
+
+
+def share_memory(sums: int, out: Tensor) -> Tensor:
+    """The counters, which are zero before and after a launch, and the sums; `out` if there are none."""
+    return scratch(sums, torch.float32, out.device, "shares", zero=True) if sums else out

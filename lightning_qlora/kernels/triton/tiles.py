@@ -12,8 +12,23 @@ from pathlib import Path
 
 import torch
 
+
+class Tile(dict[str, int]):
+    """An entry of the table, not to be changed. Hashed by identity, so that launches can be cached by their tile."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+def read(file: Path) -> dict[str, dict[str, list[Tile]]]:
+    """The table in a file."""
+    targets = json.loads(file.read_text()).items()
+    return {kernel: {name: [*map(Tile, tiles)] for name, tiles in table.items()} for kernel, table in targets}
+
+
 FILE = Path(__file__).with_name("tiles.json")
-TABLE: dict[str, dict[str, list[dict[str, int]]]] = json.loads(FILE.read_text())
+TABLE = read(FILE)
+NO_TILE = Tile()
 
 
 @cache
@@ -27,10 +42,10 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def find_tile(kernel: str, device: torch.device, size: int = 0) -> dict[str, int]:
-    """The entry of the table, not to be changed; empty if there is none for so large a size."""
+def find_tile(kernel: str, device: torch.device, size: int = 0) -> Tile:
+    """The entry of the table; empty if there is none for so large a size."""
     targets = TABLE[kernel]
     for tile in targets.get(target(device), targets["default"]):
         if size <= tile.get("up_to", size):
             return tile
-    return {}
+    return NO_TILE

@@ -56,7 +56,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     if config.start == "loftq":
         return _alternate(weight, weight, config.loftq_iterations, _quantize, config, name)
     if config.start == "calibrated":
-        _checked_rank(weight, config, name)  # an error at conversion, not at the first batch
+        _checked_rank(weight, config)  # an error at conversion, not at the first batch
     return Initialization(_quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
 
 
@@ -96,7 +96,7 @@ def calibrated_adapter(
     size = input_rms.to(weight.device, torch.float32)
     size = (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)
     error = (weight.float() - base.dequantize(torch.float32)) * size
-    lora_a, lora_b = _split(low_rank.exact(error, _checked_rank(weight, config, name)), config, name)
+    lora_a, lora_b = _split(low_rank.exact(error, _checked_rank(weight, config)), config, name)
     return lora_a / size, lora_b
 
 
@@ -107,7 +107,7 @@ def seed_of_layer(name: str) -> int:
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
-    dense, r = weight.float(), _checked_rank(weight, config, name)
+    dense, r = weight.float(), _checked_rank(weight, config)
     if config.pissa_iterations is None:
         factors = low_rank.exact(dense, r)
     else:
@@ -124,7 +124,7 @@ def _alternate(
     config: QLoRAConfig, name: str,
 ) -> Initialization:  # fmt: skip
     """Repeat: Q = quantize(residual), s B A = SVD_r(W - Q), residual = W - s B A."""
-    dense, r = weight.float(), _checked_rank(weight, config, name)
+    dense, r = weight.float(), _checked_rank(weight, config)
     for _ in range(iterations):
         base = quantize(residual, config)
         lora_a, lora_b = _split(low_rank.exact(dense - base.dequantize(torch.float32), r), config, name)
@@ -146,7 +146,7 @@ def _quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
     return ops.quantize(weight, config.quant_type, config.block_size, config.double_quant)
 
 
-def _checked_rank(weight: Tensor, config: QLoRAConfig, name: str) -> int:
+def _checked_rank(weight: Tensor, config: QLoRAConfig) -> int:
     r = config.r
     if r > min(weight.shape):
         raise ValueError(

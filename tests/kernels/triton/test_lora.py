@@ -4,6 +4,7 @@ import torch
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.launch import Launch
 from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
 from lightning_qlora.kernels.triton.shares import COUNTERS, number_of_shares
 from tests.kernels.triton.test_linear import DTYPES, assert_near
@@ -57,7 +58,7 @@ def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatc
     results = []
     for programs in (1, 64, 64):
         for kernel, size in (("lora_down", "K"), ("lora_gradient", "N")):
-            tile = {"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4}
+            tile = tiles.Tile({"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4})
             monkeypatch.setitem(tiles.TABLE, kernel, {"default": [tile]})
         lora_gradient(h, x, out, 1.0, 0.3, seed)
         results.append((lora_down(wide, long, 1.0, 0.3, seed), out.clone()))
@@ -77,6 +78,6 @@ def test_programs_are_shared_only_where_the_loop_is_long_enough():
 @pytest.mark.parametrize("target", ["sm_70", "sm_75"])
 def test_a_card_without_tiles_computes_with_torch(monkeypatch, target):
     monkeypatch.setattr(tiles, "target", lambda device: target)
-    monkeypatch.setattr("lightning_qlora.kernels.triton.lora.launch", lambda *_, **__: pytest.fail("a kernel ran"))
+    monkeypatch.setattr(Launch, "__call__", lambda *_: pytest.fail("a kernel ran"))
     x, w = draw(5, 64, dtype=torch.float16), draw(8, 64)
     assert_near(lora_down(x, w, 0.5), 0.5 * x @ w.half().T, torch.float16)

@@ -32,7 +32,7 @@ def test_every_format_and_block_size(quant_type, double_quant, block_size):
 
 
 def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypatch):
-    monkeypatch.setitem(tiles.TABLE, "matmul", {"default": [{"M": 16, "N": 64, "PROGRAMS": 64, "num_warps": 4}]})
+    monkeypatch.setitem(tiles.TABLE, "matmul", {"default": [tiles.Tile(M=16, N=64, PROGRAMS=64, num_warps=4)]})
     weight, x, _, _, _, _ = layer(70, 1024, 4, torch.bfloat16, 3)
     memory = torch.zeros(3 * 70 + 50, dtype=x.dtype)
     first = add_matmul_(memory[:210].view(3, 70), x, weight).clone()

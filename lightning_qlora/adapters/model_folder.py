@@ -12,10 +12,12 @@ Source: transformers 5, core_model_loading.py (convert_and_load_state_dict_in_mo
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +111,7 @@ class ModelFolder(WeightFolder):
         model: The model, on the meta device; None: every name is a key.
 
     Attributes:
+        model: As above.
         stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
         conversions: Name -> conversion that makes this parameter.
@@ -118,7 +121,7 @@ class ModelFolder(WeightFolder):
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
-        self.stored = WeightFolder(folder)
+        self.model, self.stored = model, WeightFolder(folder)
         self.folder, self.key_of, self.conversions = self.stored.folder, dict[str, str](), dict[str, Conversion]()
         found = self._match(model)
         converted = {key for conversion in found for key in conversion.keys}
@@ -132,6 +135,15 @@ class ModelFolder(WeightFolder):
                 conversion.names.append(name)
                 self.conversions[name], self.file_of[name] = conversion, self.stored.file_of[key]
                 self.entries[name] = TensorEntry(self.stored.entries[key].dtype, tuple(value.shape))
+
+    @staticmethod
+    def open(folder: str | os.PathLike[str]) -> "ModelFolder":
+        """A folder with the model of its config.json, or with None where transformers can't make that model."""
+        model = None
+        if (Path(folder) / "config.json").is_file():
+            with suppress(ValueError):
+                model = empty_model(Path(folder), "the names of its tensors")
+        return ModelFolder(folder, model)
 
     def units(self) -> Iterator[list[str]]:
         """Names that are written together, in the order of files: one, or the parameters of a conversion."""
@@ -203,3 +215,28 @@ class ModelFolder(WeightFolder):
     def _shapes(self, conversion: Conversion) -> dict[str, Tensor]:
         entries = {key: self.stored.entries[key] for key in conversion.keys}
         return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
+
+
+def empty_model(folder: Path, what_for: str) -> nn.Module:
+    """The transformers model that a folder's config.json names, on the meta device: its layers without weights.
+
+    Args:
+        folder: A model's folder.
+        what_for: What the model is needed for, for the message.
+
+    Raises:
+        ValueError: If transformers is not installed, or has no such model.
+    """
+    try:
+        import transformers
+
+        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        kind: Any = getattr(transformers, config.architectures[0])
+        with torch.device("meta"):
+            model: nn.Module = kind._from_config(config)
+    except (ImportError, AttributeError, TypeError, IndexError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: transformers can't make a model of it ({str(error).splitlines()[0]}), and only "
+            f"that says {what_for}."
+        ) from error
+    return model

@@ -4,13 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import convert, merge, quantize
+from lightning_qlora import convert, merge, quantize, save_adapter
+from lightning_qlora.adapters import model_folder
+from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
+from lightning_qlora.adapters.peft_experts import assign_parameters
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.files.safetensors_folder import WeightFolder
-from lightning_qlora.huggingface import model_folder
-from lightning_qlora.huggingface.bnb_checkpoint import empty_model
 from lightning_qlora.huggingface.merge_folder import merge_folder
-from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.toys import perturb
 
 pytest.importorskip("transformers", minversion="5")
@@ -107,3 +109,21 @@ def test_a_conversion_that_transformers_cannot_reverse_is_refused(tmp_path, monk
 
 def _not_implemented(*_):
     raise NotImplementedError
+
+
+@pytest.mark.filterwarnings("ignore:PEFT would")
+@pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_an_adapter_for_the_float_base_is_computed_from_the_folder_by_the_same_names(kind, method, tmp_path):
+    """B A of the adapter for the float base is what training added: s (B A - B0 A0)."""
+    model, base = saved(kind, tmp_path / "base")
+    module = load(model, base)
+    convert(module, **ARGUMENTS, init_lora_weights=method)
+    before = {name: layer.delta() for name, layer in adapted_layers(module).items()}
+    perturb(module)
+    save_adapter(module, tmp_path / "adapter", base="float", base_model=base)
+    found, adapter = adapted_layers(module), assign_parameters(read_adapter(tmp_path / "adapter"), module)
+    assert found.keys() == adapter.layers.keys()
+    for name, layer in adapter.layers.items():
+        ours = adapter.scaling(name) * layer.lora_B @ layer.lora_A
+        torch.testing.assert_close(ours, (found[name].delta() - before[name]).detach(), atol=1e-5, rtol=1e-4)

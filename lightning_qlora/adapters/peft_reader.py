@@ -1,0 +1,254 @@
+"""Reads and checks PEFT's adapter folder, also while other processes replace its files.
+
+Source of the format: peft/utils/save_and_load.py and peft/tuners/lora/config.py (0.17 to 0.21).
+"""
+
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, may_be_target
+from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS
+from lightning_qlora.adapters.peft_metadata import (
+    CONFIG_COPY,
+    EXPERTS,
+    FINGERPRINTS,
+    QUANTIZATION,
+    check_file,
+    difference_from_copy,
+    metadata_entry,
+)
+from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
+from lightning_qlora.checks import check_bool, check_names, check_number, check_patterns, check_string
+from lightning_qlora.config import MOST_ALPHA
+from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
+
+PATIENCE = 1.0  # seconds to wait for another process that is writing the folder
+# PEFT's arguments for adapters that QLoRALinear does not compute.
+UNSUPPORTED = (
+    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits these
+# weights alone, and its folder does not hold them.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """Read a folder that PEFT or `write_adapter` wrote.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is broken, or QLoRALinear does not compute this kind of adapter; names file and key.
+    """
+    path = Path(folder) / WEIGHTS
+    config, tensors, metadata = _read_files(Path(folder))
+    check_file(tensors, metadata, path)
+    adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved = {}
+    for key, tensor in tensors.items():
+        # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
+        # another shape: the base has its own.
+        owner, base_layer, _ = key.partition(".base_layer.")
+        if base_layer and owner in adapted and ".lora_" not in key:
+            continue
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
+        name, part = _split(key, path)
+        if part is None:
+            saved[name] = tensor
+        else:
+            parts.setdefault(name, {})[part] = tensor
+    if not parts:
+        raise ValueError(f"{path}: holds no lora_A and lora_B.")
+    layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
+    packed = {name: layer for name, layer in layers.items() if may_be_target(config, name)}
+    stacks = metadata_entry(metadata, EXPERTS, path) or {}
+    for name, stack in stacks.items():
+        if not isinstance(stack, list) or len(stack) != len(ExpertStack._fields):
+            raise ValueError(f"{path}: its metadata {EXPERTS!r} has {name!r}: {stack!r}. Copy or save it again.")
+    return Adapter(
+        layers={name: layer for name, layer in layers.items() if name not in packed},
+        experts={name: ExpertStack(*stack) for name, stack in stacks.items()},
+        packed=packed,
+        peft_config=config,
+        saved=saved,
+        modules_to_save=list(config.get("modules_to_save") or []),
+        target_modules=config.get("target_modules") or sorted(parts.keys() - packed.keys()),
+        use_rslora=bool(config.get("use_rslora")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        lora_dropout=float(config.get("lora_dropout") or 0.0),
+        task_type=config.get("task_type"),
+        base_model=config.get("base_model_name_or_path"),
+        quantization=metadata_entry(metadata, QUANTIZATION, path),
+        base_fingerprints=metadata_entry(metadata, FINGERPRINTS, path) or {},
+        source=str(path),
+    )
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Config, tensors and metadata of one adapter, also while other processes replace its files.
+
+    Writers remove a config before they replace the weights by those of another one. So if the same config is there
+    before and after the weights are read, both belong together, or were edited.
+    """
+    path, weights, end = folder / CONFIG, folder / WEIGHTS, time.monotonic() + PATIENCE
+    while True:
+        before, config = _version(path), None
+        with suppress(FileNotFoundError):
+            config = read_json(path)
+        checked = None if config is None else _checked(config, path)
+        if not weights.is_file():
+            why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
+            raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
+        tensors, metadata = _read_weights(weights, end)
+        copy = metadata_entry(metadata, CONFIG_COPY, weights)
+        if checked is not None and copy in (None, config):
+            return checked, tensors, metadata
+        if copy is None:
+            raise FileNotFoundError(f"{path}: no such file.")
+        if checked is not None and before == _version(path):
+            if difference := difference_from_copy(checked, copy):
+                raise ValueError(
+                    f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the "
+                    "adapter again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
+                )
+            return checked, tensors, metadata
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    if _version(path) is None:
+        warnings.warn(
+            f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS} is used. Save the "
+            "adapter again, so that PEFT can load it.",
+            stacklevel=4,
+        )
+    return _checked(copy, weights), tensors, metadata
+
+
+def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
+    for attempt in count():
+        before, error = _version(path), None
+        try:
+            with open_safetensors(path) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+                metadata = file.metadata() or {}
+        except (ValueError, RuntimeError) as raised:
+            error = raised
+        if before == _version(path):
+            if error is not None:
+                raise error
+            break
+        if attempt > 100 and time.monotonic() > end:
+            raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
+    return tensors, metadata
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What changes if a file is replaced; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _split(key: str, path: Path) -> tuple[str, str | None]:
+    """Layer and part ("lora_A", "lora_B", magnitude) of a key, or name of a parameter and None."""
+    name = key.removeprefix(PREFIX)
+    match = re.fullmatch(rf"(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
+    if match:
+        return match[1], match[2]
+    if ".lora_" in name or ".base_layer." in name:
+        raise ValueError(f"{path}: key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read.")
+    return name, None
+
+
+def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                f"{list(tensor.shape)}: an adapter must be of a floating-point type and of rank 1 or more."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is "
+                "damaged. Use an adapter that was saved earlier."
+            )
+    for part in ("lora_A", "lora_B"):
+        if part not in parts:
+            raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' is missing.")
+        if parts[part].ndim != 2:
+            raise ValueError(
+                f"{path}: key '{PREFIX}{name}.{part}.weight' has shape {list(parts[part].shape)}: only adapters of "
+                "linear layers can be read."
+            )
+    if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
+        raise ValueError(
+            f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
+            f"{list(parts['lora_B'].shape)}, whose ranks differ."
+        )
+    try:
+        alpha = alpha_of_name(config, name)
+    except PatternError as error:
+        raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
+    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, parts.get(MAGNITUDE))
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of adapter_config.json with its default, checked."""
+    config = {"lora_alpha": DEFAULT_ALPHA, **config}
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read.")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias={config['bias']!r}: adapters that train biases can't be read, only 'none'.")
+    for name in UNSUPPORTED:
+        if config.get(name):
+            raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
+    method = config.get("init_lora_weights")
+    if isinstance(method, str) and method.lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{path}: init_lora_weights={method!r}: PEFT changed the base weights for this initialization, and the "
+            "adapter fits only those. Save it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain adapter. 'loftq' "
+            "can be merged in PEFT instead."
+        )
+    for name, check in CHECKS.items():
+        if config.get(name) is not None or name == "lora_alpha":
+            try:
+                check(name, config[name])
+                if name.endswith("_pattern"):
+                    check_patterns_of_file(config[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+# Checks of the values that are read from the file. A value that is null is PEFT's default.
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
+    "use_rslora": check_bool,
+    "use_dora": check_bool,
+    "fan_in_fan_out": check_bool,
+    "task_type": check_string,
+    "base_model_name_or_path": check_string,
+    "lora_dropout": check_number,
+    "modules_to_save": check_names,
+    "target_parameters": check_names,
+    "target_modules": partial(check_names, or_regex=True),
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
+}

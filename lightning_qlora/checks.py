@@ -1,0 +1,91 @@
+"""Checks of the values of arguments, configs and files.
+
+TypeError: the wrong type; ValueError: a value that is not allowed. The message has the argument's name, its value, and
+what is allowed.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from lightning_qlora.words import our_value
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        words = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r}: must be one of {words}.{our_value(name, value)}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    _check(isinstance(value, bool), name, value, "True or False")
+
+
+def check_auto(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is True, False or "auto"."""
+    _check(isinstance(value, (bool, str)), name, value, "True, False or 'auto'")
+    check_choice(name, value, (True, False, "auto"))
+
+
+def check_string(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a string."""
+    _check(isinstance(value, str), name, value, "a string")
+
+
+def check_integer(name: str, value: Any, at_least: float = -math.inf) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer in the range; a bool is not."""
+    _check(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
+    if value < at_least:
+        raise ValueError(f"{name}={value!r}: must be an integer >= {at_least}.")
+
+
+def check_number(
+    name: str, value: Any, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number in the range; a bool is not."""
+    _check(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
+    if not (at_least <= value < below and value > above):  # also refuses NaN
+        limits = [
+            f"{sign} {limit}" for sign, limit in ((">=", at_least), (">", above), ("<", below)) if math.isfinite(limit)
+        ]
+        raise ValueError(f"{name}={value!r}: must be a finite number {' and '.join(limits)}".rstrip() + ".")
+
+
+def check_names(name: str, value: Any, or_regex: bool = False) -> None:
+    """Raise TypeError unless `value` is a list of non-empty strings; with `or_regex` a regular expression as well."""
+    if isinstance(value, str) and or_regex:
+        check_regex(name, value)
+    else:
+        allowed = "a list of non-empty names" + (", or a regular expression" if or_regex else "")
+        _check(isinstance(value, list) and all(isinstance(i, str) and i for i in value), name, value, allowed)
+
+
+def check_regex(name: str, value: str) -> None:
+    """Raise ValueError unless `value` compiles as a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name}={value!r}: not a valid regular expression ({error}).") from error
+
+
+def check_dict(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a dict whose keys are non-empty strings."""
+    is_dict = isinstance(value, dict) and all(isinstance(key, str) and key for key in value)
+    _check(is_dict, name, value, "a dict whose keys are non-empty strings")
+
+
+def check_patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
+    """Raise TypeError or ValueError unless `value` is a dict of regular expressions and of values that pass `check`."""
+    check_dict(name, value)
+    for pattern, item in value.items():
+        check_regex(name, pattern)
+        check(f"{name}[{pattern!r}]", item)
+
+
+def _check(good: bool, name: str, value: Any, allowed: str) -> None:
+    if not good:
+        raise TypeError(f"{name}={value!r}: must be {allowed}.{our_value(name, value)}")

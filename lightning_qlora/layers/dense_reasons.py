@@ -1,0 +1,126 @@
+"""Why a layer stays dense: it can't be converted, its weight is too small, or target_modules would have to name it."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.bnb_linear import is_bnb_linear
+from lightning_qlora.layers.expert_selection import is_router
+from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
+from lightning_qlora.quantization.packed_weight import FLOATS
+
+LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
+ROUTERS = ("gate", "router")
+FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is an nn.Linear, of a subclass too, or a transformers Conv1D, in 4 bits or not."""
+    if is_bnb_linear(layer) or isinstance(layer, nn.Linear):
+        return True
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
+
+
+def name_clash(layer: nn.Module) -> str | None:
+    """Why a subclass of nn.Linear can't become a QLoRALinear; None if it can, and for other layers."""
+    if not isinstance(layer, nn.Linear) or isinstance(layer, QLoRALinear) or is_bnb_linear(layer):
+        return None
+    kinds = [kind for kind in type(layer).__mro__ if kind not in nn.Linear.__mro__]
+    # torch's own classes are parametrized or sharded layers, which other checks refuse
+    names = {name for kind in kinds if not kind.__module__.startswith("torch.") for name in vars(kind)}
+    if "__call__" in names:
+        return f"{type(layer).__name__} has a __call__ of its own, which may compute something else than nn.Linear's"
+    names |= {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules} - {"weight"}
+    clash = min(names & MEMBERS, default=None)
+    return clash and f"{type(layer).__name__} has a {clash} of its own, which a 4-bit layer would replace"
+
+
+class ModuleFacts:
+    """What depends on the rest of the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        owners: dict[int, set[int]] = defaultdict(set)
+        self.name_of: dict[int, str] = {}
+        for name, layer in module.named_modules():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None:
+                    owners[id(parameter)].add(id(layer))
+                    self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
+        self.shared = {key for key, layers in owners.items() if len(layers) > 1}
+        self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
+        self.left_dense = {
+            id(layer)
+            for model in module.modules()
+            if getattr(model, "is_loaded_in_4bit", False) or vars(model).get(LOADED)
+            for layer in model.modules()
+            if not is_bnb_linear(layer) and not isinstance(layer, QLoRALinear)
+        }
+        self.modules = dict(module.named_modules())
+        self.parents = {
+            f"{name}.{child}".lstrip("."): parent
+            for name, parent in module.named_modules()
+            for child, _ in parent.named_children()
+        }
+
+    def unable(self, layer: nn.Module) -> str | None:
+        """Why a layer can't be converted, even if target_modules names it."""
+        if isinstance(layer, QLoRALinear):
+            return None
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            return "its weight is computed (parametrized), not stored"
+        if "bias" not in layer._parameters:
+            return "its bias is computed (parametrized), not stored"
+        return self.unable_parameter(weight, is_bnb_linear(layer))
+
+    def unable_parameter(self, weight: Any, in_4_bits: bool = False) -> str | None:
+        """Why a weight can't be quantized."""
+        if weight.dtype not in FLOATS and not in_4_bits:
+            return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+        if id(weight) in self.shared:
+            return f"its weight is tied to {self.name_of[id(weight)]}"
+        return None
+
+    def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
+        """Why a layer is converted only if target_modules names it."""
+        last = name.rpartition(".")[2]
+        if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
+            return "output embedding; name it in target_modules to convert it"
+        if (last in ROUTERS and hasattr(self.parents[name], "experts")) or is_router(name, layer, self.modules):
+            return "router of experts; name it in target_modules to convert it"
+        if id(layer) in self.left_dense and not too_small(weight_shape(layer), config):
+            return "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
+        return None
+
+
+def get_output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
+    """What `get_output_embeddings` of every model in a module returns."""
+    for layer in module.modules():
+        if callable(getattr(layer, "get_output_embeddings", None)):
+            try:
+                embedding = layer.get_output_embeddings()  # type: ignore[operator]
+            except (NotImplementedError, AttributeError):  # transformers models without a head
+                continue
+            if embedding is not None:
+                yield embedding
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """The shape of the weight as it is stored, in 4 bits or not."""
+    weight: Any = layer.weight
+    rows, columns = weight.quant_state.shape if is_bnb_linear(layer) else weight.shape
+    return rows, columns
+
+
+def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
+    """Why 4 bits and an adapter would not be smaller than a weight of this shape; None if they are."""
+    rows, columns = shape
+    if rows * columns <= FEWEST:
+        return f"its {rows}x{columns} weights are too few for 4 bits"
+    if config.r * (rows + columns) < rows * columns:
+        return None
+    return f"an adapter of rank {config.r} would be larger than its {rows}x{columns} weights"

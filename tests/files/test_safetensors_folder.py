@@ -1,0 +1,28 @@
+"""A damaged header of a safetensors file is an error of one line that names the file, whatever is changed in it."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_qlora.files.safetensors_folder import read_header
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"data_offsets":[0,48]', b'"data_offsets":[0.48]'),  # a list of one number
+        (b'"data_offsets":[0,48]', b'"data_offsets":{"0":1}'),
+        (b'"data_offsets":[0,48]', b'"data_offsets":["",48]'),
+        (b'"data_offsets":[0,48]', b'"data_offsetz":[0,48]'),
+        (b'"w":{', b'"w":['),
+    ],
+    ids=str,
+)
+def test_a_damaged_header_is_one_line(old, new, tmp_path):
+    save_file({"w": torch.ones(3, 4)}, path := tmp_path / "x.safetensors")
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(ValueError, match="not a safetensors file, or truncated") as error:
+        read_header(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)

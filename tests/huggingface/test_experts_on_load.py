@@ -1,0 +1,196 @@
+"""Stacks of experts are quantized while their model loads: the bytes, the memory, and everything that can differ."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, save_adapter
+from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tools.activations import _LivingTensors
+from tests.layers.test_experts import SMALL, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+
+def mixtral():
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    return transformers.MixtralForCausalLM, transformers.MixtralConfig(**{**SMALL, **more})
+
+
+def deepseek_v3(**changes):
+    more = {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32,
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    }  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config(**{**SMALL, **more, **changes})
+
+
+def loaded(folder, **arguments):
+    """The model of a folder as `configure_model` under the plugin loads it, before conversion."""
+    with QLoRAPrecision(r=2, **arguments).init():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def save(build):
+        made(build).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+        return tmp_path / "base"
+
+    return save
+
+
+def same_parameters(ours, theirs):
+    ours, theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        assert torch.equal(parameter, theirs[name]), name
+        assert parameter.dtype == theirs[name].dtype and parameter.requires_grad == theirs[name].requires_grad, name
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, mixtral, gpt_oss, deepseek_v3, jetmoe, dbrx, llama4])
+def test_the_bytes_are_those_of_quantizing_after_loading(build, folder):
+    path = folder(build)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(path)
+    model = loaded(path)
+    stacks = list(expert_stacks(model))
+    assert stacks and all(stack.loaded for *_, stack in stacks)
+    report, expected_report = convert(model, r=2), convert(expected, r=2)
+    same_parameters(model, expected)
+    assert {name: type(m).__name__ for name, m in model.named_modules()} == {
+        name: type(m).__name__ for name, m in expected.named_modules()
+    }
+    for name, layer in adapted_layers(model).items():
+        other = expected.get_submodule(name)
+        for word in ("config", "full_name", "seed_name", "lora_dropout", "loaded", "weight_dtype"):
+            assert getattr(layer, word) == getattr(other, word), (name, word)
+    for word in ("converted", "skipped", "trained_in_full", "bytes_before", "bytes_after", "total_parameters"):
+        assert getattr(report, word) == getattr(expected_report, word), word
+    assert torch.equal(outputs(model).logits, outputs(expected).logits)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"exclude_modules": ["layers.0.mlp.experts.down_proj"]},
+        {"target_modules": ["q_proj", "gate_up_proj"]},
+        {"rank_pattern": {"experts.gate_up_proj": 4}, "use_dora": True, "quant_type": "fp4", "double_quant": False},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "calibrated"},
+        {"modules_to_save": ["layers.0.mlp"]},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_every_choice(arguments, folder):
+    path = folder(qwen3_moe)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(path)
+    model = loaded(path, **arguments)
+    report, expected_report = convert(model, r=2, **arguments), convert(expected, r=2, **arguments)
+    same_parameters(model, expected)
+    assert report.converted == expected_report.converted and report.skipped == expected_report.skipped
+
+
+class _Allocated(_LivingTensors):
+    """Bytes of all new tensors with data."""
+
+    def _add(self, storage):
+        if storage.device.type != "meta":
+            super()._add(storage)
+
+
+def test_memory_is_the_4_bit_model_and_two_copies_of_a_stack(folder):
+    """The dense model, of 6 layers with two stacks each, is never in memory."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 4, "num_hidden_layers": 6}
+    path = folder(lambda: qwen3_moe(**sizes))
+    with _Allocated([]) as memory:
+        model = loaded(path)
+    _, _, _, stack = next(iter(expert_stacks(model)))
+    one_stack = 4 * torch.Size(stack.weight_shape).numel()
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    dense = sum(4 * layer.weight_bytes.numel for layer in adapted_layers(model).values())
+    assert one_stack == 4 * 256 * 256 * 4 and dense > 9 * one_stack
+    assert parameters < memory.peak < parameters + 2.3 * one_stack < dense / 2
+
+
+def test_an_adapter_to_start_from(folder, tmp_path):
+    path = folder(qwen3_moe)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    convert(model, r=4, lora_dropout=0.0)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.lora_B.normal_(std=0.05)
+    save_adapter(model, tmp_path / "adapter")
+    again = loaded(path, adapter=str(tmp_path / "adapter"))
+    assert all(stack.loaded for *_, stack in expert_stacks(again))
+    convert(again, adapter=str(tmp_path / "adapter"))
+    torch.testing.assert_close(outputs(again).logits, outputs(model).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank_pattern": {"experts.gate_up_proj": 4}}, "r=2 became 4"),
+        ({"exclude_modules": ["experts.down_proj"]}, r"is to stay dense now \(in exclude_modules\)"),
+        ({"modules_to_save": ["mlp.experts"]}, r"is to stay dense now \(in modules_to_save\)"),
+    ],
+)
+def test_other_arguments_at_conversion_are_refused(arguments, message, folder):
+    model = loaded(folder(qwen3_moe))
+    with pytest.raises(ValueError, match=rf"experts\.(gate_up|down)_proj: was quantized .*{message}"):
+        convert(model, r=2, **arguments)
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
+def test_a_stack_of_another_shape(build, folder):
+    path = folder(build)
+    config = transformers.AutoConfig.from_pretrained(path)
+    setattr(config, "moe_intermediate_size" if build is qwen3_moe else "intermediate_size", 64)
+    plugin = QLoRAPrecision(r=2)
+    with pytest.raises(ValueError, match=r"experts.* has shape \[.*Load it with the config"), plugin.init():
+        transformers.AutoModelForCausalLM.from_pretrained(path, config=config)
+    with plugin.init():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert not any(isinstance(m, QLoRALinear) for m in model.model.layers[0].mlp.experts.modules())
+
+
+def test_nan_in_an_expert_is_an_error_that_names_the_stack(tmp_path):
+    model = made(qwen3_moe)
+    model.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape("model.layers.1.mlp.experts.down_proj: weight: holds NaN")):
+        loaded(tmp_path)
+
+
+def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(folder):
+    model = loaded(folder(qwen3_moe)).to(torch.bfloat16)
+    layer = next(iter(expert_stacks(model)))[3].layers[0]
+    assert layer.lora_A.dtype is torch.float32 and layer.packed.dtype is torch.uint8
+    assert layer.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.slow
+def test_200_mb_of_experts_never_stand_in_memory(tmp_path):
+    """Peak of anonymous memory above the start, adapters included: at most 0.6 of the 16-bit size."""
+    kind, config = qwen3_moe(hidden_size=512, moe_intermediate_size=256, num_experts=32, num_hidden_layers=8)
+    config.dtype = torch.bfloat16
+    model = kind(config).to(torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size="60MB")
+    del model
+    script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, "8"], check=True, capture_output=True, text=True, cwd=script.parents[2],
+        env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
+    assert int(layers) == 8 * (4 + 2 * 32)
+    print(f"{float(peak):.0f} of {size / 2**20:.0f} MB")
+    assert float(peak) * 2**20 <= 0.6 * size

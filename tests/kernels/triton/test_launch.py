@@ -1,0 +1,71 @@
+"""Launches without a card: a driver that keeps what a launch would give to it."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime import driver
+
+from benchmarks.host_overhead import Driver
+from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.launch import Launch
+from lightning_qlora.kernels.triton.lora import _up_kernel, lora_down
+
+X, W, OUT = torch.zeros(3, 64).bfloat16(), torch.zeros(64, 16), torch.zeros(3, 64).bfloat16()
+H = torch.zeros(3, 16).bfloat16()
+
+
+@pytest.fixture
+def driven(monkeypatch):
+    """The calls of the driver: grid, stream, function, metadata of the kernel, and what follows."""
+    calls, handles = [], itertools.count(1)
+
+    class Recorder(Driver):
+        class launcher_cls:
+            def __init__(self, *_):
+                pass
+
+            def __call__(self, *arguments):
+                calls.append(arguments)
+
+        class utils(Driver.utils):
+            load_binary = staticmethod(lambda *_: (1, next(handles), 32, 0, 1024))
+
+        get_current_device = staticmethod(lambda: 1000)  # a real card must not get what was compiled here
+
+    monkeypatch.setattr(driver, "_active", Recorder())
+    monkeypatch.setattr(tiles, "target", lambda device: "sm_90")
+    return calls
+
+
+def addresses(arguments):
+    return [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+
+
+def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
+    tile = tiles.Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
+    launch = Launch(
+        _up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, BIAS=False, R=16
+    )
+    for _ in range(2):
+        launch((H, W, H, OUT), (0, 0, 0, 0.5))
+    by_triton, short = driven
+    assert len(launch._compiled) == 1
+    # Between the kernel's metadata and its arguments are three entries for the hooks of Triton's profiler.
+    assert addresses(short[:6]) == addresses(by_triton[:6])
+    assert short[6:9] == (None, None, None)
+    assert addresses(short[9:]) == addresses(by_triton[9:])
+
+
+def test_other_types_and_unaligned_tensors_get_kernels_of_their_own(driven):
+    memory = torch.zeros(16 * 64 + 1)
+    kinds = [torch.zeros(16, 64), torch.zeros(16, 64).bfloat16(), memory[1:].view(16, 64), memory[:-1].view(16, 64)]
+    for w in [*kinds, *kinds]:
+        lora_down(X, w)
+    functions = [call[4] for call in driven]
+    assert functions[:4] == functions[4:]
+    assert len(set(functions[:3])) == 3
+    assert functions[3] == functions[0]

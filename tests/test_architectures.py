@@ -43,6 +43,15 @@ def test_a_tiny_model(check, kind, tmp_path):
         pytest.skip(why)
 
 
+@pytest.mark.parametrize("kind", ["exaone:LlamaForCausalLM", "unlimited_ocr:UnlimitedOcrForConditionalGeneration"])
+def test_folders_of_models_whose_own_names_transformers_changes(kind, tmp_path):
+    """It would rename a parameter of the model again, or writes a config.json that does not fit the names."""
+    if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"{kind} is not in this version of transformers")
+    for check in ("merges", "4-bit folder"):
+        assert CHECKS[check](kind, tmp_path / check) is None
+
+
 MOE = [
     "qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "granitemoe", "llama4_text", "dbrx", "jetmoe",
     "longcat_flash", "hunyuan_v1_moe", "nllb-moe", "switch_transformers",

@@ -14,8 +14,6 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # What is no change of other people's code, though the text alone can't show it.
 ALLOWED = {
-    # A class decorator of our own dataclass.
-    "config.py": {"cls.__init__"},
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one.
     "layers/qlora_linear.py": {
         "layer._parameters.pop('weight')", "layer._parameters.pop('weight', None)", "layer.__dict__.update(",

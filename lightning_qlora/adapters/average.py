@@ -29,7 +29,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
         CheckpointMismatchError: If they differ in layers, ranks, scalings or their base; names the layer.
     """
     if len(adapters) < 2:
-        raise ValueError(f"{len(adapters)} adapter: pass two or more to average.")
+        raise ValueError(f"{len(adapters)} adapter(s) to average: pass two or more, and then the output folder.")
     first = adapters[-1]  # the last one names the source
     for other in adapters[:-1]:
         _check_same(first, other)

@@ -108,19 +108,24 @@ def _check_shards(folder: Path, weights_only: bool | None) -> None:
         if not fits:
             raise ValueError(f"{folder / INDEX}: {name!r} is not what the shards contain. Use another copy of it.")
 
-    parts: set[tuple[str, Any]] = set()  # of the values: name, and first element in the whole tensor
+    parts: dict[tuple[str, Any], int] = {}  # name, and first element in the whole tensor -> bytes
     for name, entry in index.state_dict_metadata.items():
         require(".".join(map(str, (index.planner_data or {}).get(name, ()))) == name, name)  # keys of nested dicts
         chunks = getattr(entry, "chunks", None)
-        require(chunks is None or sum(chunk.sizes.numel() for chunk in chunks) == entry.size.numel(), name)
-        parts |= {(name, None)} if chunks is None else {(name, chunk.offsets) for chunk in chunks}
-    require(parts == {(place.fqn, place.offset) for place in index.storage_data}, "a value")
+        if chunks is None:
+            parts[name, None] = 0  # no tensor
+            continue
+        require(sum(chunk.sizes.numel() for chunk in chunks) == entry.size.numel(), name)
+        itemsize = entry.properties.dtype.itemsize
+        parts |= {(name, chunk.offsets): chunk.sizes.numel() * itemsize for chunk in chunks}
+    require(parts.keys() == {(place.fqn, place.offset) for place in index.storage_data}, "a value")
     ends: dict[str, int] = {}
     for place, info in sorted(index.storage_data.items(), key=lambda pair: pair[1].offset):
         # One value begins where the one before ends, so none is there twice, and none is missing.
         require(info.offset == ends.get(info.relative_path, 0), place.fqn)
         ends[info.relative_path] = info.offset + info.length
         if not info.transform_descriptors:  # a compressed value has no CRC-32
+            require(parts[place.fqn, place.offset] <= info.length, place.fqn)
             with (folder / info.relative_path).open("rb") as shard:
                 shard.seek(info.offset)
                 _check_archive(io.BytesIO(shard.read(info.length)), f"{folder / info.relative_path}: {place.fqn!r}")
@@ -182,7 +187,7 @@ def read_index(path: Path, weights_only: bool | None = True) -> Any:
     """
     try:
         with path.open("rb") as file:
-            index = (pickle.Unpickler if weights_only is False else _IndexUnpickler)(file).load()
+            index = (_Unpickler if weights_only is False else _IndexUnpickler)(file).load()
         shards = {place.relative_path for place in index.storage_data.values()}
     except pickle.UnpicklingError:
         raise
@@ -194,7 +199,11 @@ def read_index(path: Path, weights_only: bool | None = True) -> Any:
     return index
 
 
-class _IndexUnpickler(pickle.Unpickler):
+# In Python: one changed bit can let the unpickler in C allocate 32 GB for its list of known objects.
+_Unpickler: Any = pickle._Unpickler
+
+
+class _IndexUnpickler(_Unpickler):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
         if name in INDEX_CLASSES.get(module, ()) or (
             module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

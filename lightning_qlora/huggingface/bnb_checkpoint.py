@@ -130,7 +130,8 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
         )
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial, state_dict=_bnb_state_dict(base, packed), **_format(base, packed))
+        state, how = _bnb_state_dict(base, packed), _format(base, packed)
+        model.save_pretrained(partial, state_dict=_loadable(state, base, packed) if how else state, **how)
         config = read_json(partial / "config.json")
         config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -150,6 +151,36 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
     config: Any = base.config
     other_type = config.to_dict().get("model_type") != config.model_type
     return {"save_original_format": False} if joined or other_type else {}
+
+
+def _loadable(state: dict[str, Tensor], base: Any, packed: Iterable[str]) -> dict[str, Tensor]:
+    """A state dict in which a 4-bit layer has the name that transformers gives it in files, if it would rename its own.
+
+    transformers loads a parameter by its own name too, but not the scales of a 4-bit one, which are no parameters.
+    """
+    loading = import_module("transformers.core_model_loading")
+    get_mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping
+    mapping, saving = get_mapping(base), get_mapping(base, add_legacy=False)
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    others = [entry for entry in mapping if not isinstance(entry, loading.WeightRenaming)]
+    reverse = [entry.reverse_transform() for entry in reversed(saving) if isinstance(entry, loading.WeightRenaming)]
+
+    def is_loaded_as(key: str, name: str) -> bool:
+        how = {"base_model_prefix": base.base_model_prefix, "meta_state_dict": state}
+        return bool(loading.rename_source_key(key, renamings, others, **how) == (name, None))
+
+    renamed = {}
+    for layer in packed:
+        name = f"{layer}.weight"
+        key = loading.apply_renamings(name, reverse)
+        if not is_loaded_as(name, name) and is_loaded_as(key, name):
+            renamed[layer] = key.removesuffix(".weight")
+    return {_renamed(key, renamed): value for key, value in state.items()}
+
+
+def _renamed(key: str, layers: dict[str, str]) -> str:
+    layer, weight, rest = key.partition(".weight")
+    return layers.get(layer, layer) + weight + rest
 
 
 def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:

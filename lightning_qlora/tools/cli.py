@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
@@ -35,6 +37,7 @@ from lightning_qlora.words import install
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)
+WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
 def plan(
@@ -225,8 +228,10 @@ def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:
 
 
 def _show(lines: list[tuple[str, str]]) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0  # whole lines in a file or a pipe
     for name, value in lines:
-        print(f"{name:30} {value}")
+        text = f"{name:30} {value}"
+        print(textwrap.fill(text, width, **WRAPPED) if len(text) > width > 60 else text)
 
 
 def _exit(*_: Any) -> None:

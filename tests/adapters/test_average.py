@@ -92,7 +92,7 @@ def test_another_base_is_refused_in_one_line(checkpoints, tmp_path, capsys, trai
 def test_one_checkpoint_is_refused(checkpoints, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["average", str(checkpoints[0]), str(tmp_path / "out")])
-    assert "1 adapter: pass two or more" in capsys.readouterr().err
+    assert "1 adapter(s) to average: pass two or more, and then" in capsys.readouterr().err
 
 
 def test_adapters_of_two_runs_are_warned_of(tmp_path):

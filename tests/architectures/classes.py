@@ -35,7 +35,7 @@ EXTRA = {
     **dict.fromkeys(("dab-detr", "deformable_detr", "table-transformer"), DETR),
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
-    "inkling2": {"text_config": {"unpadded_vocab_size": 100}},
+    "inkling2": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
     "inkling2_loop": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
     **{name: {"unpadded_vocab_size": 100} for name in ("inkling2_text", "inkling2_loop_text")},
     "reformer": {"is_decoder": True},

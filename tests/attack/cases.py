@@ -48,10 +48,12 @@ def layers(seed: int, count: int, _: Path) -> Counter[str]:
         rank = draw.randint(1, 16)
         if rank * (inputs + outputs) >= inputs * outputs:
             continue  # trains in full
-        convert(
+        report = convert(
             module, r=rank, lora_dropout=0.0, quant_type=draw.choice(["nf4", "fp4", "int4"]),
             block_size=draw.choice(BLOCK_SIZES), double_quant=draw.random() < 0.5, use_rslora=draw.random() < 0.5,
         )  # fmt: skip
+        if not report.converted:
+            continue  # takes fewer bytes in 16 bits
         perturb(module, seed=number)
         x = torch.randn(rows, inputs).to(dtype).requires_grad_()
         y = layer(x)

@@ -3,13 +3,14 @@
 import io
 import pickle
 import random
+import resource
 
 import pytest
 import torch
 from lightning.fabric.utilities import cloud_io
 
 from lightning_qlora import convert, load_from_checkpoint, save_adapter
-from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
+from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint, read_index
 from lightning_qlora.tools.cli import main
 from tests.attack.processes import flipped
 from tests.conftest import Classifier, save_shards
@@ -162,6 +163,15 @@ def test_an_index_that_takes_a_value_from_another_place_is_refused(shards):
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(ValueError, match="is not what the shards contain"):
         read_checkpoint(folder)
+
+
+def test_a_damaged_index_takes_no_memory(tmp_path):
+    """LONG_BINPUT stores an object at a number of 4 bytes, and pickle's code in C makes its list as long as that."""
+    path, before = tmp_path / ".metadata", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path.write_bytes(pickle.PROTO + b"\x04" + pickle.NONE + pickle.LONG_BINPUT + b"\x00\x00\x00\x04" + pickle.STOP)
+    with pytest.raises(pickle.UnpicklingError):
+        read_index(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; it was a GiB
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

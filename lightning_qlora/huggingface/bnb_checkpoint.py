@@ -40,7 +40,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def always_dense_layers(model: nn.Module) -> set[str]:
-    """Names of the linear layers that transformers keeps dense for every folder, such as T5's `wo`."""
+    """Names of the linear layers that transformers keeps dense for every folder, such as T5's `wo`.
+
+    And those with "weight" at the end of a name (`block_inject_weight` of Qwen4Exp), which it takes for the name of
+    their parameter, so that it does not find their scales.
+    """
     words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
 
     def is_replaced(layer: nn.Module) -> bool:
@@ -50,7 +54,7 @@ def always_dense_layers(model: nn.Module) -> set[str]:
     return {
         name
         for name, layer in linear_layers(model).items()
-        if not is_replaced(layer) or any(_skips(word, name) for word in words)
+        if not is_replaced(layer) or any(_skips(word, name) for word in words) or "weight." in f"{name}."
     }
 
 

@@ -27,6 +27,7 @@ from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
@@ -59,7 +60,9 @@ class Case:
 
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
-    for make in (_dequantize_cases, _quantize_cases, _dropout_cases, _lora_cases, _matmul_cases, _adamw_cases):
+    for make in (
+        _dequantize_cases, _quantize_cases, _dropout_cases, _lora_cases, _matmul_cases, _grouped_cases, _adamw_cases,
+    ):  # fmt: skip
         yield from make(target)
 
 
@@ -181,6 +184,50 @@ def _matmul_cases(target: str) -> Iterator[Case]:
 def _matmul(rows: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Callable[[], object]:
     weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
     return partial(add_matmul_, torch.zeros(rows, 128).to(dtype), torch.randn(rows, 512).to(dtype), weight)
+
+
+def _grouped_cases(target: str) -> Iterator[Case]:
+    """128 experts, as in Qwen3-MoE."""
+    for tile, threads in _tiles("grouped", target):
+        rows, weights = tile.get("up_to", 64), tile["N"] * 64 / threads
+        kinds = [*product((torch.bfloat16, torch.float16), (64,), (True, False)), (torch.bfloat16, 32, True)]
+        for dtype, block_size, double_quant in kinds:
+            kind = f"{NAMES[dtype]}, {rows} rows, block {block_size}{', double quantization' * double_quant}"
+            usual = dtype == torch.bfloat16 and block_size == 64 and double_quant and rows > 16
+            for backward in (False, True):
+                name = f"experts{', backward' * backward}, {kind}"
+                launch = _grouped(rows, dtype, block_size, double_quant, backward, 0)
+                yield Case(name, launch, weights * min(block_size, 64) / 64, 20, loop=True, short=usual)
+        elements = tile["M"] * tile["K"] / threads
+        for p in (0.0, 0.1):
+            name = f"adapters of experts bf16, {rows} rows, rank 64{', dropout' * bool(p)}, per element"
+            launch = _grouped(rows, torch.bfloat16, 64, True, False, 1, p)
+            yield Case(name, launch, elements, 20 + 24 * bool(p), loop=True, short=rows > 16 and p > 0)
+            name = f"gradients of adapters of experts bf16, {rows} rows{', dropout' * bool(p)}, per element"
+            launch = _grouped(rows, torch.bfloat16, 64, True, True, 2, p)
+            yield Case(name, launch, elements, 20 + 24 * bool(p), loop=True, short=rows > 16 and p > 0)
+
+
+def _grouped(
+    rows: int, dtype: torch.dtype, block_size: int, double_quant: bool, backward: bool, kernel: int, p: float = 0.0
+) -> Callable[[], object]:
+    """One of the launches for experts: the product, the first product of the adapters, the gradients of A."""
+    experts, seed = 128, torch.tensor([7]) if p else None
+    weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
+    x = torch.zeros(rows * experts, 128 if backward and kernel == 0 else 512, dtype=dtype)
+    h, out = torch.zeros(len(x), 64, dtype=dtype), torch.zeros(len(x), 512 if backward else 128, dtype=dtype)
+    ends, a, b = torch.full((experts,), len(x), dtype=torch.int32), torch.zeros(64, 512), torch.zeros(128, 64)
+
+    def call() -> None:
+        group = Group(x, ends, [weight] * experts, [a] * experts, [b] * experts)
+        if kernel == 0:
+            group.product(x, h, out, 1.0, p, seed, backward)
+        elif kernel == 1:
+            group.project(x, 1.0, p, seed, backward)
+        else:
+            group.gradients(h, x, 1.0, p, seed, transposed=False)
+
+    return call
 
 
 def check(case: Case, target: str) -> tuple[Report, float, list[str]]:

@@ -47,6 +47,7 @@ CELLS = (
     Cell("card", "card:measure", 25, 60, "versions, copy bandwidth, rate of a bf16 product"),
     Cell("tests_training", "tests:training", 120, 260, "GPU tests of the plugin: Trainer, Fabric, resume, compile"),
     Cell("tests_kernels", "tests:kernels", 100, 200, "GPU tests of the ops against the reference"),
+    Cell("experts", "experts:measure", 60, 180, "experts of a mixture together against one by one, on one block"),
     Cell("tests_optim", "tests:optim", 45, 120, "GPU tests of paging; at most 1 GiB of unified memory"),
     Cell("tiles", "tiles:measure", 150, 240, "search for the fused product's tiles; writes tiles.json"),
     Cell("decode", "decode:measure", 30, 90, "decoding against a copy of as many bytes; quantizing an 8B model"),

@@ -12,6 +12,7 @@ from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.adamw import AdamWStep
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
 
 SHAPES = ((3, 5), (128, 64), (257, 192))  # [out, in]
@@ -38,7 +39,7 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def run_kernels(device: torch.device) -> None:
-    """Quantize, dequantize, the layer with few and many rows, with and without dropout, both AdamW steps."""
+    """Quantize, dequantize, the layer with few and many rows, with and without dropout, experts, both AdamW steps."""
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for block_size, double_quant in ((64, True), (64, False), (4096, True)):
@@ -50,6 +51,9 @@ def run_kernels(device: torch.device) -> None:
                 x = torch.randn(rows, shape[1], device=device, dtype=dtype, requires_grad=True)
                 seed = torch.tensor([2**40 + 3]) if p else None
                 lora_linear(x, weight.to_bytes(), None, a, b, 0.5, p, seed).sum().backward()
+            if can_group(x, [weight.to_bytes()] * 3, [a] * 3, [b] * 3):
+                ends = torch.tensor([20, 20, 31], dtype=torch.int32, device=device)
+                grouped_linear(x, ends, [weight.to_bytes()] * 3, [a] * 3, [b] * 3, 0.5, p, seed).sum().backward()
     scalars = AdamWStep(1, 1e-3, 0.9, 0.999, 1e-8, 0.01)
     sizes = (5, 4096, 70_001)
     params, grads = ([torch.randn(size, device=device) for size in sizes] for _ in range(2))

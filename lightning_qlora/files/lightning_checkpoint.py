@@ -81,8 +81,15 @@ def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) ->
     if is_shards(path):
         with one_line_errors(path):
             _check_shards(Path(path), weights_only)
-    elif os.path.isfile(path) and zipfile.is_zipfile(path):
+    elif os.path.isfile(path) and _is_archive(path):
         _check_archive(path, path)
+
+
+def _is_archive(path: str | os.PathLike[str]) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:  # it has an archive's end, but damaged: opening it says so
+        return True
 
 
 def _check_archive(file: Any, name: str | os.PathLike[str]) -> None:

@@ -41,6 +41,18 @@ class Backend(Protocol):
         """See `reference.linear_backward`."""
 
     @property
+    def can_group(self) -> Callable[..., bool]:
+        """Whether the backend computes the layers of several experts at once; then it has the next two functions."""
+
+    @property
+    def grouped_linear(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """See `reference.grouped_linear`."""
+
+    @property
+    def grouped_linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
+        """See `reference.grouped_linear_backward`."""
+
+    @property
     def adamw_step(self) -> Callable[..., None]:
         """See `adamw.adamw_step`."""
 

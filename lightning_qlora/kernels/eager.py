@@ -16,6 +16,8 @@ from lightning_qlora.kernels.adamw import adamw8bit_step as adamw8bit_step
 from lightning_qlora.kernels.adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
 from lightning_qlora.kernels.reference import dropout_threshold
+from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
+from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook
@@ -116,6 +118,11 @@ def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """See `reference.dropout`; `out` may be x, both contiguous."""
     library = _library(x)
     return (dropout_in_chunks if library is None else library.dropout_into)(out, x, *dropout_threshold(p), int(seed))
+
+
+def can_group(*_: object) -> bool:
+    """A CPU computes expert by expert: it knows without waiting how many rows each of them has."""
+    return False
 
 
 @cache

@@ -41,7 +41,7 @@ def lora_linear(
             "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
             "torch.autograd.grad or torch.autograd.functional.vjp."
         )
-    if not _is_eager(x, lora_a):
+    if not is_eager(x, lora_a):
         y, _ = torch.ops.lightning_qlora.lora_linear(
             x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0],
             weight.quant_type, weight.block_size, scaling, p,
@@ -111,7 +111,7 @@ def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 
-def _is_eager(x: Tensor, lora_a: Tensor) -> bool:
+def is_eager(x: Tensor, lora_a: Tensor) -> bool:
     """Whether torch runs op by op on plain tensors with data: no compiler, no tracer, no subclass, no dispatch mode."""
     return not (
         torch.compiler.is_compiling()

@@ -1,5 +1,7 @@
 """Every op in a few lines of torch: the specification that all backends are tested against."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,45 @@ def linear_backward(
         return None, grad_a, grad_b
     grad_x = grad @ dequantize(weight, grad.dtype) + dropout(grad_xa @ lora_a.to(grad.dtype), p, seed)
     return grad_x, grad_a, grad_b
+
+
+def grouped_linear(
+    x: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scaling: float, p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The layers of several experts: rows ends[e - 1] to ends[e] of X go through layer e; Y, and drop(X) A^T.
+
+    Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], lists by expert.
+    """
+    y, xa, dropped = x.new_zeros(len(x), weights[0].shape[0]), x.new_zeros(len(x), len(lora_a[0])), dropout(x, p, seed)
+    for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
+        xa[rows] = lora_project(dropped[rows], a, 0.0, None)
+        linear_into(y[rows], x[rows], xa[rows], weight, None, b, scaling)
+    return y, xa
+
+
+def grouped_linear_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor], scaling: float, p: float, seed: Tensor | None, needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """The gradients of X, of every A [experts, r, in] and of every B [experts, out, r]; see `linear_backward`."""
+    grad_x, dropped = torch.zeros_like(x), dropout(x, p, seed)
+    grads_a, grads_b = list[Tensor](), list[Tensor]()
+    for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
+        _, grad_a, grad_b = linear_backward(
+            grad[rows], dropped[rows], xa[rows], weight, a, b, scaling, 0.0, None, False
+        )
+        grads_a, grads_b = [*grads_a, grad_a], [*grads_b, grad_b]
+        grad_x[rows] = scaling * (grad[rows] @ b.to(grad.dtype)) @ a.to(grad.dtype)
+    grad_x = dropout(grad_x, p, seed)  # its mask depends on the index among all rows
+    for rows, weight in zip(_groups(ends), weights, strict=True):
+        grad_x[rows] += grad[rows] @ dequantize(weight, grad.dtype)
+    return grad_x if needs_x else None, torch.stack(grads_a), torch.stack(grads_b)
+
+
+def _groups(ends: Tensor) -> list[slice]:
+    numbers = ends.tolist()
+    return [slice(begin, end) for begin, end in zip([0, *numbers], numbers, strict=False)]
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:

@@ -1,20 +1,32 @@
-"""The forward pass of transformers' experts in 4 bits: each expert that tokens reached runs once, on its tokens."""
+"""The forward pass of transformers' experts in 4 bits, on rows of tokens sorted by expert.
 
-from typing import Any
+On a GPU all experts run in a few launches, and the host does not wait for the number of rows of each of them
+(`grouped_linear`). Elsewhere, and where that does not support the layers, each expert that tokens reached runs once.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_qlora.kernels.backends import INTERPRETED
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of transformers' experts, expert by expert over the tokens that chose it.
+    """The forward of transformers' experts.
 
-    The same as `grouped_mm_experts_forward` (transformers/integrations/moe.py), with one host synchronization for the
-    number of tokens of each expert.
+    The same as `grouped_mm_experts_forward` (transformers/integrations/moe.py). Expert by expert there is one host
+    synchronization, for the number of tokens of each expert.
 
     Args:
         self: A module that transformers' `use_experts_implementation` decorated, its stacks in 4 bits.
@@ -24,24 +36,37 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     """
     tokens, k = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down = _weights_of(self, up_name), _weights_of(self, "down_proj")
-    counts = _tokens_of_experts(ids, len(up))
-    reached = sum(counts)
-    rows = hidden_states[order[:reached] // k]
-    outputs = []
-    for number, part in enumerate(torch.split(rows, counts)):
-        if not len(part):
-            continue
-        hidden = _product(self, up[number], part, f"{up_name}_bias", number)
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        hidden = _product(self, down[number], hidden, "down_proj_bias", number)
-        outputs.append(self.post_expert_norm(hidden) if self.has_post_expert_norm else hidden)
-    if not outputs:
-        return torch.zeros_like(hidden_states)
-    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order[:reached], None]
-    result = weighted.new_zeros(tokens * k, weighted.shape[1]).index_copy(0, order[:reached], weighted)
+    keys = ("gate_up_proj" if self.has_gate else "up_proj"), "down_proj"
+    stacks = {key: _weights_of(self, key) for key in keys}
+    experts = len(stacks["down_proj"])
+    if groups := _grouped(stacks, hidden_states):
+        ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
+        product = partial(_product_of_all, self, groups, ends, ids.clamp(max=experts - 1))
+        outputs = _feed_forward(self, keys, hidden_states[order // k], product)
+        weights = top_k_weights.reshape(-1)[order] * (ids < experts)
+    else:
+        counts = _tokens_of_experts(ids, experts)
+        order = order[: sum(counts)]
+        parts = enumerate(torch.split(hidden_states[order // k], counts))
+        made = [
+            _feed_forward(self, keys, part, partial(_product_of_one, self, stacks, number))
+            for number, part in parts
+            if len(part)
+        ]
+        if not made:
+            return torch.zeros_like(hidden_states)
+        outputs, weights = torch.cat(made), top_k_weights.reshape(-1)[order]
+    weighted = outputs * weights[:, None]
+    result = weighted.new_zeros(tokens * k, weighted.shape[1]).index_copy(0, order, weighted)
     return result.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _feed_forward(owner: Any, keys: tuple[str, str], x: Tensor, product: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """The feed-forward layer of experts, with a function that multiplies by the weight of a parameter."""
+    hidden = product(keys[0], x)
+    hidden = owner._apply_gate(hidden) if owner.has_gate else owner.act_fn(hidden)
+    y: Tensor = product(keys[1], hidden)
+    return owner.post_expert_norm(y) if owner.has_post_expert_norm else y
 
 
 def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:
@@ -57,12 +82,60 @@ def _weights_of(owner: Any, key: str) -> Any:
     return getattr(owner, key) if stack is None else stack.layers
 
 
-def _product(owner: Any, weight: Any, x: Tensor, bias_name: str, number: int) -> Tensor:
+def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x: Tensor) -> Tensor:
+    weight = stacks[key][number]
     if isinstance(weight, QLoRALinear):
         y: Tensor = weight(x)
     else:
         y = x @ weight if owner.is_transposed else nn.functional.linear(x, weight)
-    return y + getattr(owner, bias_name)[number] if owner.has_bias else y
+    return y + getattr(owner, f"{key}_bias")[number] if owner.has_bias else y
+
+
+class _Group(NamedTuple):
+    """The layers of all experts of a stack, and their tensors."""
+
+    layers: Sequence[QLoRALinear]
+    weights: list[PackedBytes]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+
+    @property
+    def tensors(self) -> tuple[list[PackedBytes], list[Tensor], list[Tensor]]:
+        """What `grouped_linear` takes."""
+        return self.weights, self.lora_a, self.lora_b
+
+
+def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, _Group] | None:
+    """The stacks as `grouped_linear` takes them; None if it can't compute one of them."""
+    if torch.compiler.is_compiling() or not (INTERPRETED or x.is_cuda):
+        return None
+    groups = {}
+    for key, layers in stacks.items():
+        if isinstance(layers, Tensor) or not all(map(_is_plain, layers)):
+            return None
+        held: list[dict[str, Any]] = [layer._parameters for layer in layers]
+        lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
+        group = groups[key] = _Group(layers, [layer.weight_bytes for layer in layers], lora_a, lora_b)
+        if len({layer.scaling for layer in layers}) > 1 or not can_group(x, *group.tensors):
+            return None
+    return groups
+
+
+def _is_plain(layer: QLoRALinear) -> bool:
+    """Whether nothing but the layer's op is to run: no DoRA, no hook (as a calibration registers), no other forward."""
+    own = vars(layer)
+    return layer._parameters["lora_magnitude_vector"] is None and "forward" not in own and not any(map(own.get, HOOKS))
+
+
+def _product_of_all(owner: Any, groups: dict[str, _Group], ends: Tensor, ids: Tensor, key: str, x: Tensor) -> Tensor:
+    group, seed = groups[key], None
+    first = group.layers[0]
+    dtype = first.compute_dtype(x)
+    if first.lora_dropout and first.training:
+        seed = torch.randint(1 << 62, (1,), device="cpu")  # drawn again when checkpointing recomputes
+    y = grouped_linear(x.to(dtype), ends, *group.tensors, first.scaling, first.lora_dropout, seed)
+    y = y if has_autocast(x.device.type) else y.to(x.dtype)
+    return y + getattr(owner, f"{key}_bias")[ids] if owner.has_bias else y
 
 
 def is_routed(kind: type[nn.Module]) -> bool:

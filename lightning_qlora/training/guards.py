@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -10,7 +11,8 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.layers.qlora_linear import REPLACED
+from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
+from lightning_qlora.layers.readable_weight import Readable
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -51,7 +53,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of replaced or frozen weights only, or one that can't skip frozen 4-bit parameters.
+    """Refuse an optimizer of replaced, decoded or frozen weights, or one that can't skip frozen 4-bit parameters.
 
     Raises:
         RuntimeError: As above.
@@ -66,6 +68,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "fabric.setup_optimizers(optimizer). Trainer: make it in configure_optimizers; an optimizer that was made "
             "earlier, as LightningCLI does, gets the adapters only if it has no state yet."
         )
+    if any(isinstance(parameter, Readable) for parameter in parameters):
+        raise RuntimeError(
+            f"The {type(optimizer).__name__} holds the `weight` of a 4-bit layer, which is decoded at each use and "
+            "can't train. Pass the parameters of the module, self.parameters(), or those of the layer: "
+            "layer.parameters() has lora_A and lora_B."
+        )
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         raise RuntimeError(
             f"All {len(parameters)} parameters of the {type(optimizer).__name__} are frozen, so nothing would train. "
@@ -77,6 +85,21 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise RuntimeError(
             "LBFGS flattens all its parameters into one tensor, which frozen 4-bit ones can't be part of. Pass only "
             "the parameters that train: LBFGS([p for p in self.parameters() if p.requires_grad])."
+        )
+
+
+def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Warn of layers whose adapters no optimizer holds: they get gradients, and do not train."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    layers = adapted_layers(module)
+    rest = [
+        n for n, la in layers.items() if any(p.requires_grad and id(p) not in held for p in la.adapter_parameters())
+    ]
+    if optimizers and rest:
+        rank_zero_warn(
+            f"The adapters of {len(rest)} of {len(layers)} layers are in no optimizer, so they do not train: "
+            f"{', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}. Pass self.parameters() to the optimizer, or "
+            "name these layers in exclude_modules."
         )
 
 

@@ -243,7 +243,9 @@ def explain_adapter_checkpoints() -> None:
     """
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(str(key).rpartition(".")[2] == CONFIG for key in state_dict) and not adapted_layers(module):
+        held = {str(key).rpartition(".")[2] for key in state_dict}
+        # A conversion may have found no layer that is large enough; then everything trains in full.
+        if CONFIG in held and not adapted_layers(module) and ("lora_A" in held or not _is_converted(module)):
             name = type(module).__name__
             what = f"This checkpoint holds the adapters of a converted module, and this {name} is not converted. "
             if not isinstance(module, LightningModule):

@@ -178,6 +178,8 @@ class QLoRAPrecision(Precision):
             replace_parameters_by_adapters(optimizer, layers)
             self._set_up_optimizer(optimizer)
         module = None if self._module is None else self._module()  # `model` may be DDP's wrapper
+        if module is not None and not self._evaluating:
+            guards.warn_of_adapters_in_no_optimizer(module, optimizers)
         if module is not None and self.report is not None and not self._evaluating:
             log_hyperparameters(_trainer_of(module), module, self.report)
         return super().connect(model, optimizers, lr_schedulers)

@@ -183,3 +183,15 @@ def test_a_truncated_index_is_one_line(shards):
         with pytest.raises(ValueError, match="not a checkpoint, or truncated") as error:
             read_checkpoint(folder)
         assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", [4, 16], ids=["disk of the directory", "number of disks"])
+def test_a_damaged_end_of_an_archive_is_one_line(field, tmp_path):
+    file = tmp_path / "file.ckpt"
+    torch.save(STATE, file)
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b"PK\x06\x07")  # the ZIP64 locator, whose fields zipfile.is_zipfile reads as well
+    data[at + field] = 7
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"file.ckpt: damaged or truncated \(.*disks"):
+        read_checkpoint(file)

@@ -1,6 +1,7 @@
 """Errors where Lightning would train the wrong parameters, or lose the adapters, without an error."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -205,3 +206,33 @@ def test_a_trainer_whose_callbacks_hold_other_modules_is_accepted(trainer):
     trainer(plugins=QLoRAPrecision(r=4), callbacks=[holder]).fit(module, loader())
     assert isinstance(module.net[0], QLoRALinear)
     assert type(holder.metric) is torch.nn.Linear
+
+
+class Chosen(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.chosen(), lr=1e-3)
+
+
+def test_an_optimizer_of_a_decoded_weight_is_refused(trainer):
+    module = Chosen()
+    module.chosen = lambda: [module.net[0].weight]
+    with pytest.raises(RuntimeError, match=r"AdamW holds the `weight` of a 4-bit layer.*lora_A and lora_B"):
+        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+
+
+def test_adapters_in_no_optimizer_are_named(trainer):
+    module = Chosen()
+    module.chosen = module.net[0].parameters
+    with pytest.warns(UserWarning, match=r"adapters of 1 of 2 layers are in no optimizer.*: net\.4\. Pass self.param"):
+        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    assert module.net[0].lora_B.any() and not module.net[4].lora_B.any()
+
+
+def test_no_warning_if_two_optimizers_hold_all_adapters(trainer):
+    module = Classifier()
+    module.automatic_optimization = False
+    parts = (module.net[0], module.net[4])
+    module.configure_optimizers = lambda: [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in parts]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in no optimizer")
+        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())

@@ -163,6 +163,22 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
         trainer(plugins=QLoRAPrecision(r=4)).fit(Late(None))
 
 
+@pytest.mark.filterwarnings("ignore:No layer was converted")
+def test_a_run_without_a_layer_that_is_large_enough_resumes(trainer, tmp_path):
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    def run(module, steps, checkpoint=None):
+        fit = trainer(plugins=QLoRAPrecision(r=1), max_steps=steps, limit_val_batches=0)
+        fit.fit(module, ckpt_path=checkpoint)
+        return fit
+
+    run(module := BoringModel(), 2).save_checkpoint(tmp_path / "x.ckpt")
+    resumed = run(again := BoringModel(), 3, tmp_path / "x.ckpt")
+    resumed.test(again, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    for loaded in (again, load_from_checkpoint(BoringModel, tmp_path / "x.ckpt")):
+        assert torch.equal(loaded.layer.weight, module.layer.weight)
+
+
 # ---------------------------------------------------------------- a second conversion
 
 

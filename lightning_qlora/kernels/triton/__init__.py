@@ -2,11 +2,12 @@
 
 from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
+from lightning_qlora.kernels.triton.grouped import can_group, grouped_linear, grouped_linear_backward
 from lightning_qlora.kernels.triton.launch import check_launch
 from lightning_qlora.kernels.triton.linear import linear_backward, linear_into, lora_project
 from lightning_qlora.kernels.triton.quantize import quantize
 
 __all__ = [
-    "adamw8bit_step", "adamw_step", "check_launch", "dequantize", "linear_backward", "linear_into", "lora_project",
-    "quantize",
+    "adamw8bit_step", "adamw_step", "can_group", "check_launch", "dequantize", "grouped_linear",
+    "grouped_linear_backward", "linear_backward", "linear_into", "lora_project", "quantize",
 ]  # fmt: skip

@@ -35,6 +35,14 @@ def load_scales(absmax, nested, n_nested, levels8, block, mask, DOUBLE_QUANT: tl
 
 
 @triton.jit
+def levels_of_codes(bytes, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The levels of two codes in each byte, the first in the high half: [ROWS, COLUMNS / 2] -> [ROWS, COLUMNS]."""
+    codes = bytes.to(tl.int32)
+    codes = tl.reshape(tl.join(codes >> 4, codes & 15), (ROWS * COLUMNS,))
+    return tl.reshape(tl.gather(levels, codes, 0), (ROWS, COLUMNS))
+
+
+@triton.jit
 def _dequantize_kernel(
     packed, absmax, nested, levels8, levels, out, n_nested, n,
     RUN: tl.constexpr, RUNS_PER_BLOCK: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
@@ -74,7 +82,7 @@ def _dequantize_kernel(
 
 
 @cache
-def _levels(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor]:
+def tables_of_levels(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor]:
     """The levels of 8-bit scales and of 4-bit codes, on the device."""
     return dynamic_map(device=str(device)), codebook(quant_type, str(device)).levels
 
@@ -90,7 +98,7 @@ def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor,
         absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
     else:
         absmax = _aligned(absmax)
-    return (packed, absmax, nested, *_levels(weight.quant_type, packed.device)), n_nested
+    return (packed, absmax, nested, *tables_of_levels(weight.quant_type, packed.device)), n_nested
 
 
 def _aligned(held: Tensor) -> Tensor:

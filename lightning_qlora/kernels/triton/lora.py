@@ -119,7 +119,7 @@ def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor
 def _down(
     device: torch.device, tile: Tile, m: int, k: int, r: int, stride: tuple[int, ...], dropout: bool
 ) -> tuple[Launch, int]:
-    rank = _rank_tile(r)
+    rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
     run = Launch(
@@ -153,7 +153,7 @@ def _up(
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
     return Launch(
         _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout, BIAS=bias,
-        R=_rank_tile(r),
+        R=rank_tile(r),
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def lora_gradient(
 def _gradient(
     device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool
 ) -> tuple[Launch, int]:
-    rank = _rank_tile(r)
+    rank = rank_tile(r)
     grid = -(-n // tile["N"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
     run = Launch(
@@ -190,7 +190,7 @@ def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
     return find_tile(kernel, x.device, m) if m and r and x.dtype != torch.float32 else NO_TILE
 
 
-def _rank_tile(r: int) -> int:
+def rank_tile(r: int) -> int:
     """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
     return 16 if r <= 16 else 32 if r <= 32 else 64
 

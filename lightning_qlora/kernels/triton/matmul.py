@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.triton.dequantize import load_scales, weight_arguments
+from lightning_qlora.kernels.triton.dequantize import levels_of_codes, load_scales, weight_arguments
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, number_of_sums, share_memory
 from lightning_qlora.kernels.triton.tiles import Tile, find_tile
@@ -37,9 +37,8 @@ def _matmul_kernel(
     total = tl.zeros((N, M), tl.float32)
     runs = tl.cdiv(k // RUN, shares)
     for run in tl.range(share * runs, tl.minimum((share + 1) * runs, k // RUN)):
-        codes = tl.load(bytes_of_row + run * (RUN // 2), mask=row[:, None] < n, other=0).to(tl.int32)
-        codes = tl.reshape(tl.join(codes >> 4, codes & 15), (N * RUN,))
-        level = tl.reshape(tl.gather(table, codes, 0), (N, RUN)).to(x.dtype.element_ty)
+        codes = tl.load(bytes_of_row + run * (RUN // 2), mask=row[:, None] < n, other=0)
+        level = levels_of_codes(codes, table, N, RUN).to(x.dtype.element_ty)
         inputs = tl.load(inputs_of_row + run * RUN, mask=column[:, None] < m, other=0.0)
         block = (row * k + run * RUN) // BLOCK_SIZE
         scales = load_scales(absmax, nested, n_nested, levels8, block, row < n, DOUBLE_QUANT)

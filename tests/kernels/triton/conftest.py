@@ -8,7 +8,10 @@ import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OUTSIDE = ["test_interpreted.py", "test_compiled.py", "test_gpu.py", "test_launch.py"]
-INSIDE = [f"test_{name}.py" for name in ("dequantize", "quantize", "linear", "lora", "matmul", "adamw", "training")]
+INSIDE = [
+    f"test_{name}.py"
+    for name in ("dequantize", "quantize", "linear", "lora", "matmul", "grouped", "adamw", "training", "experts")
+]
 
 collect_ignore = OUTSIDE if INTERPRETED else INSIDE
 

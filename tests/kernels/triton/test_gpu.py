@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from lightning_qlora.kernels import adamw, ops, reference
+from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -66,6 +67,34 @@ def test_layer_forward_and_backward(dtype, rows, p):
     mine = lora_linear(inputs[0], to_card(weight), bias.cuda(), *inputs[1:], 0.5, p, seed)
     for ours, theirs in zip([mine, *torch.autograd.grad(mine, inputs, grad.cuda())], expected, strict=True):
         assert_near(ours.detach(), theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("counts", [[0, 3, 17, 0, 150, 1], [0, 0, 1, 0, 1, 0]])
+def test_experts_forward_and_backward_without_a_host_synchronization(dtype, p, counts):
+    weights = [reference.quantize(torch.randn(200, 512) / 22, "nf4", 64, True) for _ in counts]
+    a, b = [torch.randn(16, 512) / 22 for _ in counts], [torch.randn(200, 16) / 4 for _ in counts]
+    rows, ends = sum(counts) + 2, torch.tensor(counts).cumsum(0).int()
+    x, grad = torch.randn(rows, 512).to(dtype), torch.randn(rows, 200).to(dtype)
+    choices = ends, weights, a, b, 0.5, p, torch.tensor([2**40 + 3]) if p else None
+    y, xa = reference.grouped_linear(x, *choices)
+    grad_x, grad_a, grad_b = reference.grouped_linear_backward(grad, x, xa, *choices, True)
+    inputs = [tensor.cuda().requires_grad_() for tensor in (x, *a, *b)]
+    others = ends.cuda(), [to_card(weight) for weight in weights], inputs[1:7], inputs[7:], *choices[4:]
+    on_gpu = grad.cuda()
+    mine = grouped_linear(inputs[0], *others)  # the first call compiles, and copies the table of addresses
+    torch.autograd.grad(mine, inputs, on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mine = grouped_linear(inputs[0], *others)
+        grads = torch.autograd.grad(mine, inputs, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_near(mine.detach(), y, dtype)
+    assert_near(grads[0], grad_x, dtype)
+    assert_near(torch.stack(grads[1:7]), grad_a, dtype)
+    assert_near(torch.stack(grads[7:]), grad_b, dtype)
 
 
 @pytest.mark.parametrize("rows", [7, 100, 2048])

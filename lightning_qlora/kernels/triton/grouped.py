@@ -1,0 +1,262 @@
+"""The 4-bit layers of all experts in one launch each: row i of x goes through the layer of its expert.
+
+    out[i] = x[i] W_e^T + s (drop(x[i]) A_e^T) B_e^T        for ends[e - 1] <= i < ends[e], zero from the last end on
+
+The rows are sorted by expert, and `ends` is on the device, so the host needs not know how many rows an expert has. The
+grid is as large as it can be needed for any ends; each program finds its expert from them. W is decoded inside, tile by
+tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. As in `adamw.py`, the
+kernels read the addresses of the experts' tensors from a table. The same in torch: `reference.grouped_linear`.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_qlora.kernels.triton.dequantize import levels_of_codes, load_scales, tables_of_levels
+from lightning_qlora.kernels.triton.dropout import dropout_arguments, is_kept
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
+from lightning_qlora.kernels.triton.lora import rank_tile
+from lightning_qlora.kernels.triton.tiles import Tile, find_tile
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+PACKED, ABSMAX, NESTED, LORA_A, LORA_B = (tl.constexpr(row) for row in range(5))  # rows of the table of addresses
+
+
+@triton.jit
+def _find_rows(ends, experts, tile, EXPERTS: tl.constexpr, M: tl.constexpr):
+    """Expert, first row and end of the rows of a tile of at most M rows; expert is `experts` or more past the last."""
+    index = tl.arange(0, EXPERTS)
+    known = index < experts
+    end = tl.load(ends + index, mask=known, other=0)
+    begin = tl.load(ends + index - 1, mask=known & (index > 0), other=0)
+    tiles = tl.cdiv(end - begin, M)
+    until = tl.cumsum(tiles, 0)
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    mine = index == expert
+    return (
+        expert,
+        tl.sum(tl.where(mine, begin + (tile - until + tiles) * M, 0), 0),
+        tl.sum(tl.where(mine, end, 0), 0),
+    )
+
+
+@triton.jit
+def _address(table, experts, row: tl.constexpr, expert, like):
+    """The address of an expert's tensor in a row of the table, a pointer to the type that `like` points to."""
+    address = tl.load(table + row * experts + expert).to(tl.pointer_type(like.dtype.element_ty))
+    return tl.multiple_of(address, 16)
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _product_kernel(
+    table, ends, levels8, levels, x, h, lora, byte, out, n_nested, experts, n, k, r, low, high, least_kept, s,
+    BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, DROPOUT: tl.constexpr,
+    EXPERTS: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program computes x W^T + s h B^T for M rows and N outputs, or backward x W + s drop(h A) for RUN inputs."""
+    expert, first, end = _find_rows(ends, experts, tl.program_id(0), EXPERTS, M)
+    if expert < experts:
+        packed, absmax = _address(table, experts, PACKED, expert, byte), _address(table, experts, ABSMAX, expert, byte)
+        nested = _address(table, experts, NESTED, expert, byte)
+        values = tl.load(levels + tl.arange(0, 16))
+        row = first + tl.arange(0, M)
+        inside = row < end
+        COLUMNS: tl.constexpr = RUN if BACKWARD else N
+        total = tl.zeros((M, COLUMNS), tl.float32)
+        for step in tl.range(0, tl.cdiv(n, N) if BACKWARD else k // RUN):
+            output = (step if BACKWARD else tl.program_id(1)) * N + tl.arange(0, N)
+            run = tl.program_id(1) if BACKWARD else step
+            at = packed + output.to(tl.int64)[:, None] * tl.multiple_of(k // 2, RUN // 2) + run * (RUN // 2)
+            codes = tl.load(at + tl.arange(0, RUN // 2)[None, :], mask=(output < n)[:, None], other=0)
+            block = (output.to(tl.int64) * k + run * RUN) // BLOCK_SIZE
+            scales = load_scales(absmax, nested, n_nested, levels8, block, output < n, DOUBLE_QUANT)
+            weight = (levels_of_codes(codes, values, N, RUN) * scales[:, None]).to(x.dtype.element_ty)
+            if BACKWARD:
+                at = x + row.to(tl.int64)[:, None] * n + output[None, :]
+                inputs = tl.load(at, mask=inside[:, None] & (output < n)[None, :], other=0.0)
+            else:
+                at = x + row.to(tl.int64)[:, None] * k + (run * RUN + tl.arange(0, RUN))[None, :]
+                inputs = tl.load(at, mask=inside[:, None], other=0.0)
+                weight = weight.T
+            total += tl.dot(inputs, weight, input_precision="ieee")
+        # The adapter: B [n, r], or backward A [r, k] as [k, r].
+        width = k if BACKWARD else n
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        matrix = _address(table, experts, LORA_A if BACKWARD else LORA_B, expert, lora)
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        added = tl.zeros((M, COLUMNS), tl.float32)
+        for begin in tl.range(0, r, R):
+            rank = begin + tl.arange(0, R)
+            at = h + row.to(tl.int64)[:, None] * r + rank[None, :]
+            inputs = tl.load(at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
+            at = rank[:, None] * k + column[None, :] if BACKWARD else rank[:, None] + column[None, :] * r
+            factors = tl.load(matrix + at, mask=(rank < r)[:, None] & (column < width)[None, :], other=0.0)
+            added += tl.dot(inputs, factors.to(h.dtype.element_ty), input_precision="ieee")
+        if DROPOUT:
+            added = tl.where(is_kept(place, low, high, least_kept), added, 0.0)
+        total += added * s
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _project_kernel(
+    table, ends, x, lora, out, experts, k, r, rank_stride, stride, low, high, least_kept, s,
+    BACKWARD: tl.constexpr, DROPOUT: tl.constexpr, EXPERTS: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """A program computes s drop(x) A^T, or backward s x B, for M rows and R ranks."""
+    expert, first, end = _find_rows(ends, experts, tl.program_id(0), EXPERTS, M)
+    if expert < experts:
+        matrix = _address(table, experts, LORA_B if BACKWARD else LORA_A, expert, lora)
+        row, rank = first + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
+        total = tl.zeros((M, R), tl.float32)
+        for begin in tl.range(0, k, K):
+            column = begin + tl.arange(0, K)
+            place = row.to(tl.int64)[:, None] * k + column[None, :]
+            inputs = tl.load(x + place, mask=(row < end)[:, None] & (column < k)[None, :], other=0.0)
+            if DROPOUT:
+                inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
+            at = matrix + rank[None, :] * rank_stride + column[:, None] * stride
+            factors = tl.load(at, mask=(rank < r)[None, :] & (column < k)[:, None], other=0.0)
+            total += tl.dot(inputs, factors.to(x.dtype.element_ty), input_precision="ieee")
+        place = row.to(tl.int64)[:, None] * r + rank[None, :]
+        tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=(row < end)[:, None] & (rank < r)[None, :])
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _gradients_kernel(
+    ends, h, x, out, n, r, rank_stride, stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program computes s h^T drop(x) of the rows of one expert, for R ranks and N columns; zeros without rows."""
+    expert = tl.program_id(2)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    column, rank = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
+    total = tl.zeros((R, N), tl.float32)
+    for begin in tl.range(first, end, M):
+        row = begin + tl.arange(0, M)
+        at = h + row.to(tl.int64)[None, :] * r + rank[:, None]
+        factors = tl.load(at, mask=(row < end)[None, :] & (rank < r)[:, None], other=0.0)
+        place = row.to(tl.int64)[:, None] * n + column[None, :]
+        inputs = tl.load(x + place, mask=(row < end)[:, None] & (column < n)[None, :], other=0.0)
+        if DROPOUT:
+            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
+        total += tl.dot(factors, inputs, input_precision="ieee")
+    at = out + expert.to(tl.int64) * r * n + rank[:, None] * rank_stride + column[None, :] * stride
+    tl.store(at, (total * s).to(out.dtype.element_ty), mask=(rank < r)[:, None] & (column < n)[None, :])
+
+
+def can_group(x: Tensor, weights: Sequence[PackedBytes], adapters: Sequence[Tensor]) -> bool:
+    """Whether the kernels can compute these experts: whole runs, contiguous, at addresses that are a multiple of 16."""
+    width, block_size = weights[0].shape[1], weights[0].block_size
+    held = [tensor for weight in weights for tensor in weight[:3]] + list(adapters)
+    return (
+        bool(find_tile("grouped", x.device))
+        and width % min(block_size, 64) == 0
+        and all(tensor.data_ptr() % 16 == 0 and tensor.is_contiguous() for tensor in held)
+    )
+
+
+class Group:
+    """What the launches for one call have in common."""
+
+    def __init__(
+        self, x: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self.ends, self.device, self.experts, self.lora = ends, x.device, len(weights), lora_a[0]
+        self.weight, self.r = weights[0], lora_a[0].shape[0]
+        rows = *zip(*(weight[:3] for weight in weights), strict=True), lora_a, lora_b
+        self.table = _table(tuple(tuple(tensor.data_ptr() for tensor in row) for row in rows), str(x.device))
+        self.tile = find_tile("grouped", x.device, len(x) // self.experts)
+        self.tiles = len(x) // self.tile["M"] + min(len(x), self.experts)  # of M rows: no more, whatever the ends are
+
+    def product(
+        self, x: Tensor, h: Tensor, out: Tensor, s: float, p: float, seed: Tensor | None, backward: bool
+    ) -> Tensor:
+        """Write the product with W and the adapter's second one to `out`; see the kernel."""
+        weight, (n, k), run = self.weight, self.weight.shape, min(self.weight.block_size, 64)
+        n_nested, (*mask, scale) = weight.nested.numel() // 4 - 1, dropout_arguments(p, seed, self.device)
+        tables = tables_of_levels(weight.quant_type, self.device)
+        columns = k // run if backward else -(-n // self.tile["N"])
+        run_product = _launch(
+            _product_kernel, self.device, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), self.tile,
+            BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
+            EXPERTS=triton.next_power_of_2(self.experts), RUN=run, R=rank_tile(self.r),
+        )  # fmt: skip
+        run_product((self.table, self.ends, *tables, x, h, self.lora, weight.packed, out), (*mask, s * scale))
+        return out
+
+    def project(self, x: Tensor, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
+        """s drop(x) A^T, or backward s x B: [rows, r]."""
+        k, out, rank = x.shape[1], x.new_zeros(len(x), self.r), rank_tile(self.r)
+        *mask, scale = dropout_arguments(p, seed, self.device)
+        run = _launch(
+            _project_kernel, self.device, (self.tiles, -(-self.r // rank), 1),
+            (self.experts, k, self.r, *((1, self.r) if backward else (k, 1))), self.tile, BACKWARD=backward,
+            DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), R=rank,
+        )  # fmt: skip
+        run((self.table, self.ends, x, self.lora, out), (*mask, s * scale))
+        return out
+
+    def gradients(self, h: Tensor, x: Tensor, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
+        """s h^T drop(x) of every expert: [experts, r, columns of x], or [experts, columns of x, r] if transposed."""
+        n, rank, (*mask, scale) = x.shape[1], rank_tile(self.r), dropout_arguments(p, seed, self.device)
+        shape = (self.experts, n, self.r) if transposed else (self.experts, self.r, n)
+        out = torch.empty(shape, dtype=self.lora.dtype, device=self.device)
+        run = _launch(
+            _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
+            (n, self.r, *((1, self.r) if transposed else (n, 1))), self.tile, DROPOUT=seed is not None, R=rank,
+        )  # fmt: skip
+        run((self.ends, h, x, out), (*mask, s * scale))
+        return out
+
+
+@lru_cache(3 * MAX_LAUNCHES)
+def _launch(
+    kernel: Any, device: torch.device, grid: tuple[int, int, int], numbers: tuple[int, ...], tile: Tile,
+    **constants: Any,
+) -> Launch:  # fmt: skip
+    return Launch(kernel, device, grid, numbers, tile, **constants)
+
+
+@lru_cache(maxsize=1024)
+def _table(addresses: tuple[tuple[int, ...], ...], device: str) -> Tensor:
+    """The table on the device, int64 [5, experts]; cached, because the host waits for the copy."""
+    return torch.tensor(addresses, device=device)
+
+
+def grouped_linear(
+    x: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scaling: float, p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `reference.grouped_linear`."""
+    y = x.new_zeros(len(x), weights[0].shape[0])
+    if not len(x):
+        return y, x.new_zeros(0, lora_a[0].shape[0])
+    group = Group(x, ends, weights, lora_a, lora_b)
+    xa = group.project(x, 1.0, p, seed, backward=False)
+    return group.product(x, xa, y, scaling, 0.0, None, backward=False), xa
+
+
+def grouped_linear_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor], scaling: float, p: float, seed: Tensor | None, needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """See `reference.grouped_linear_backward`."""
+    grad_x = torch.zeros_like(x) if needs_x else None
+    if not len(x):
+        return grad_x, *(of[0].new_zeros(len(of), *of[0].shape) for of in (lora_a, lora_b))  # type: ignore[return-value]
+    group = Group(x, ends, weights, lora_a, lora_b)
+    grad_xa = group.project(grad, scaling, 0.0, None, backward=True)
+    grad_a = group.gradients(grad_xa, x, 1.0, p, seed, transposed=False)
+    grad_b = group.gradients(xa, grad, scaling, 0.0, None, transposed=True)
+    if grad_x is not None:
+        group.product(grad, grad_xa, grad_x, 1.0, p, seed, backward=True)
+    return grad_x, grad_a, grad_b

@@ -1,0 +1,106 @@
+"""Mixtures of experts whose experts run together, as on a GPU, against the same model expert by expert, as on a CPU."""
+
+import copy
+
+import pytest
+import torch
+
+from lightning_qlora import QLoRALinear, convert
+from lightning_qlora.layers import routed_experts
+from tests.layers.test_experts import gpt_oss, made, qwen3_moe
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+
+def model_of(build, dtype=torch.float32, **arguments):
+    """One layer of experts of 64 x 64, with adapters that do something."""
+    kind, config = build()
+    config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
+    setattr(config, "moe_intermediate_size" if build is qwen3_moe else "intermediate_size", 64)
+    model = made(lambda: (kind, config))
+    if build is gpt_oss:
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_bias"):
+                torch.nn.init.normal_(parameter)
+    convert(model, r=2, lora_alpha=4, **{"lora_dropout": 0.0, **arguments})
+    owner = model.model.layers[0].mlp.experts.to(dtype)
+    for layer in owner.modules():
+        if isinstance(layer, QLoRALinear):
+            torch.nn.init.normal_(layer.lora_B.data, std=0.05)
+    return owner
+
+
+def inputs(owner, dtype):
+    """Rows, experts and weights of 9 tokens: expert 1 has none, and one choice means no expert."""
+    torch.manual_seed(0)
+    index = torch.tensor([[0, 2], [3, 0], [0, 3], [0, 2], [2, 3], [3, 0], [0, 2], [0, 99], [3, 2]])
+    return torch.randn(9, 64).to(dtype).requires_grad_(), index, torch.rand(9, 2).to(dtype).requires_grad_()
+
+
+def results(owner, dtype, monkeypatch, together):
+    """Output, and gradients of the inputs and of every adapter."""
+    called = []
+    grouped = routed_experts.grouped_linear
+    with monkeypatch.context() as patch:
+        patch.setattr(routed_experts, "grouped_linear", lambda *a: called.append(1) or grouped(*a))
+        if not together:
+            patch.setattr(routed_experts, "_grouped", lambda *_: None)
+        x, index, weights = inputs(owner, dtype)
+        y = owner(x, index, weights)
+        y.backward(torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(dtype))
+    assert len(called) == 2 * together
+    adapters = {name: p.grad for name, p in owner.named_parameters() if p.requires_grad}
+    owner.zero_grad()
+    return {"y": y.detach(), "x": x.grad, "weights": weights.grad} | adapters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
+def test_outputs_and_gradients_are_those_of_expert_by_expert(build, dtype, monkeypatch):
+    owner = model_of(build, dtype)
+    ours, theirs = (results(owner, dtype, monkeypatch, together) for together in (True, False))
+    tolerance = 2e-4 if dtype is torch.float32 else 4e-2
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        expected = torch.zeros_like(value) if theirs[name] is None else theirs[name]
+        assert (value - expected).abs().max() <= tolerance * max(expected.abs().max().item(), 1e-3), name
+    unreached = [name for name in ours if theirs[name] is None]
+    assert any("_experts.1." in name for name in unreached)
+
+
+def test_dropout_is_on_in_training_and_drawn_again_by_a_recomputation(monkeypatch):
+    owner = model_of(qwen3_moe, lora_dropout=0.5).train()
+    arguments = inputs(owner, torch.float32)
+    torch.manual_seed(3)
+    first = owner(*arguments)
+    assert not torch.equal(owner(*arguments), first)
+    torch.manual_seed(3)
+    assert torch.equal(owner(*arguments), first)
+    assert torch.equal(owner.eval()(*arguments), owner(*arguments))
+    owner.train()
+    torch.manual_seed(3)
+    again = torch.utils.checkpoint.checkpoint(owner, *arguments, use_reentrant=False)
+    grads = torch.autograd.grad(again.sum(), [p for p in owner.parameters() if p.requires_grad], retain_graph=False)
+    expected = torch.autograd.grad(first.sum(), [p for p in owner.parameters() if p.requires_grad])
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_layers_that_are_not_plain_run_expert_by_expert(monkeypatch):
+    x = torch.randn(1, 64)
+
+    def stacks(owner):
+        return {key: routed_experts._weights_of(owner, key) for key in ("gate_up_proj", "down_proj")}
+
+    owner = model_of(qwen3_moe)
+    assert routed_experts._grouped(stacks(owner), x)
+    hook = owner.down_proj_experts[2].register_forward_pre_hook(lambda *_: None)  # as a calibration does
+    assert routed_experts._grouped(stacks(owner), x) is None
+    hook.remove()
+    assert routed_experts._grouped(stacks(copy.deepcopy(owner)), x)
+    owner.gate_up_proj_experts[0].scaling = 9.0
+    assert routed_experts._grouped(stacks(owner), x) is None
+    assert routed_experts._grouped(stacks(model_of(qwen3_moe, use_dora=True)), x) is None
+    excluded = model_of(qwen3_moe, exclude_modules=["experts.down_proj"])
+    assert routed_experts._grouped(stacks(excluded), x) is None
+    monkeypatch.setattr(routed_experts, "INTERPRETED", False)
+    assert routed_experts._grouped(stacks(model_of(qwen3_moe)), x) is None

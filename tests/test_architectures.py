@@ -43,9 +43,16 @@ def test_a_tiny_model(check, kind, tmp_path):
         pytest.skip(why)
 
 
-@pytest.mark.parametrize("kind", ["exaone:LlamaForCausalLM", "unlimited_ocr:UnlimitedOcrForConditionalGeneration"])
-def test_folders_of_models_whose_own_names_transformers_changes(kind, tmp_path):
-    """It would rename a parameter of the model again, or writes a config.json that does not fit the names."""
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "exaone:LlamaForCausalLM",
+        "unlimited_ocr:UnlimitedOcrForConditionalGeneration",
+        "qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration",
+    ],
+)
+def test_folders_that_need_the_own_names_of_the_model(kind, tmp_path):
+    """It would rename a parameter again, asks for a dense one, or writes a config.json that does not fit the names."""
     if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
         pytest.skip(f"{kind} is not in this version of transformers")
     for check in ("merges", "4-bit folder"):

@@ -152,6 +152,9 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
     mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(base, add_legacy=False)
     reverse = [entry.reverse_transform() for entry in mapping if hasattr(entry, "operations")]
     joined = any(entry.rename_source_key(f"{name}.weight")[1] is not None for entry in reverse for name in packed)
+    for entry in reverse:  # a Transpose with `check_dims` asks the model for a dense parameter (Qwen3-VL-MoE)
+        if any(getattr(operation, "check_dims", False) for operation in entry.operations):
+            joined |= any(entry.rename_source_key(plain_name(name))[1] for name, *_ in expert_stacks(base))
     config: Any = base.config
     other_type = config.to_dict().get("model_type") != config.model_type
     return {"save_original_format": False} if joined or other_type else {}

@@ -192,7 +192,8 @@ class _Op(ConversionOps):
         for prefix, layer in layers.items():
             assert isinstance(layer, QLoRALinear)
             layer.loaded = True
-            layer._is_hf_initialized = True  # type: ignore[assignment]
+            # With a bias, which the files may lack, transformers decides by the marks of its tensors.
+            layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
             own = {name: p for name, p in layer._parameters.items() if p is not None and name != "bias"}
             made |= {f"{prefix}.{name}".lstrip("."): p for name, p in own.items()}
         return made

@@ -158,6 +158,12 @@ TAIL = """
   are no linear layers.
 - Layers so small that their adapter would be larger than they are, or of at most 64 weights, train in full.
 
+## Folders of more classes
+
+`python -m tests.architectures --classes` makes the checks "loads", "merges" and "4-bit folder" for one class of each
+architecture that transformers has, with a head if it can be built with one, and says why a class can't be built here.
+`python -m tests.architectures --classes molmo2 gemma4` makes them for these.
+
 ## What some models need
 
 - **RWKV** divides its weights in place in evaluation, validation included: `config.rescale_every = 0`, which gives the

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from tests.architectures.models import ALL, DETR, SIZES, configuration
+from tests.architectures.models import ALL, DETR, MROPE, SIZES, configuration
 
 HEADS = [
     "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "SEQUENCE_CLASSIFICATION",
@@ -23,6 +23,7 @@ MORE_SIZES = {
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "linear_num_key_heads", "depth"], 2),
     **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
     **dict.fromkeys(["encoder_hidden_size", "decoder_hidden_size", "out_hidden_size", "projection_dim"], 64),
+    "vocab_size_per_layer_input": 128,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1, "mlp_dim": 128,
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "audio_hidden_size": 64,
 }  # fmt: skip
@@ -46,6 +47,7 @@ EXTRA = {
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1], "text_hidden_size": 64}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "ernie4_5_vl_moe": {"text_config": MROPE},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
 }
 

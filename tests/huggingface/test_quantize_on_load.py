@@ -168,6 +168,18 @@ def test_names_apply_and_may_fit_another_part(folder):
     assert list(packed(model)) == ["model.layers.1.self_attn.q_proj"]
 
 
+def test_a_bias_that_the_files_lack_is_initialized(folder):
+    config = transformers.LlamaConfig.from_pretrained(folder("llama"))
+    config.attention_bias = True
+    path = folder("llama")
+    memory = [torch.full((64,), 7.0) for _ in range(200)]  # so that memory without values does not happen to hold zeros
+    del memory
+    with QLoRAPrecision(**ARGUMENTS).init():
+        model = transformers.LlamaForCausalLM.from_pretrained(path, config=config)
+    biases = [p for name, p in model.named_parameters() if name.endswith("proj.bias")]
+    assert len(biases) == 8 and not any(bias.any() for bias in biases)
+
+
 Q = {"llama": "model.layers.0.self_attn.q_proj", "gpt2": "transformer.h.0.attn.c_attn"}
 BLOCK = {"llama": r"model\.layers\.0\..*", "gpt2": r"transformer\.h\.0\..*"}
 CHOICES = {

@@ -127,6 +127,9 @@ def _check_shards(folder: Path, weights_only: bool | None) -> None:
         parts |= {(name, chunk.offsets): chunk.sizes.numel() * itemsize for chunk in chunks}
     require(parts.keys() == {(place.fqn, place.offset) for place in index.storage_data}, "a value")
     ends: dict[str, int] = {}
+    shards = {info.relative_path for info in index.storage_data.values()}
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        raise ValueError(f"{folder}: its shard {missing[0]} is missing. Use another copy of the checkpoint.")
     for place, info in sorted(index.storage_data.items(), key=lambda pair: pair[1].offset):
         # One value begins where the one before ends, so none is there twice, and none is missing.
         require(info.offset == ends.get(info.relative_path, 0), place.fqn)

@@ -217,8 +217,8 @@ def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
     for name, change, error in [
         ("no_meta", lambda folder: (folder / "meta.pt").unlink(), "lacks its file meta.pt"),
         ("no_index", lambda folder: (folder / ".metadata").unlink(), "lacks its file .metadata"),
-        ("no_shard", lambda folder: (folder / shard.name).unlink(), "a shard is missing or broken"),
-        ("cut", lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]), "a shard is missing"),
+        ("no_shard", lambda folder: (folder / shard.name).unlink(), f"its shard {shard.name} is missing"),
+        ("cut", lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]), "damaged or truncated"),
         ("other", lambda folder: (folder / "meta.pt").write_bytes(b"abc"), "not a checkpoint, or truncated"),
     ]:
         path = broken(name, change)

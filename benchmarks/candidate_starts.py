@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.initialization.low_rank import Factors, exact
+from lightning_qlora.layers.initialization.methods import MIN_INPUT_RMS, calibrated_adapter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.quantization.codebooks import codebook
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -50,10 +51,15 @@ class Layer(NamedTuple):
         return int(self.layer.config.r)
 
     @property
+    def input_rms(self) -> Tensor:
+        """d."""
+        return self.moments.diagonal().clamp_min(0).sqrt()
+
+    @property
     def input_size(self) -> Tensor:
-        """d, scaled to a mean square of 1, as `calibrated_adapter` does."""
-        size = self.moments.diagonal().clamp_min(0).sqrt()
-        return (size / size.square().mean().sqrt()).clamp_min(1e-2)
+        """d, scaled to a mean square of 1 and bounded below, as `calibrated_adapter` does."""
+        size = self.input_rms
+        return (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)
 
     def error(self) -> Tensor:
         return self.weight - self.layer.packed_weight.dequantize(torch.float32)
@@ -141,8 +147,8 @@ def written_by(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def calibrated(of: Layer) -> tuple[Tensor, Tensor]:
-    lora_a, lora_b = of.split(exact(of.error() * of.input_size, of.r))
-    return lora_a / of.input_size, lora_b
+    layer = of.layer
+    return calibrated_adapter(of.weight, layer.packed_weight, of.input_rms, layer.config, layer.seed_name)
 
 
 def directions(of: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,10 +161,8 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
         """Without code of the values that are no tensors, which torch unpickles."""
 
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-            plain = io.BytesIO()
-            torch.save(
-                torch.load(value, weights_only=weights_only), plain
-            )  # now without classes that torch.load refuses
+            plain, found = io.BytesIO(), torch.load(value, weights_only=weights_only)
+            torch.save(found, plain)  # now without classes that torch.load refuses
             plain.seek(0)
             super().load_bytes(read_item, plain)
 

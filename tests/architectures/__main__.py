@@ -189,7 +189,7 @@ def class_row(name):
 
 
 def in_a_process(make_row, kind):
-    """The row in a process of its own, forked from this one, which has imported everything already."""
+    """The row, from a forked process: this one has imported everything already."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(make_row, kind).result()
 

@@ -142,7 +142,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The operation that loads 4-bit weights of the files."""
-        return [WeightConverter(STORED, "weight", [_LoadPacked(self)])] if self.pre_quantized else []
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter(source_patterns=STORED, target_patterns="weight", operations=[_LoadPacked(self)])]
 
     def error(self, key: str, message: str) -> ValueError:
         """An error that names the file of a key."""

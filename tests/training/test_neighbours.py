@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
+from lightning_qlora import (
+    PagedOptimizer,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
 from lightning_qlora import save_quantized as save_base
 from tests.conftest import Classifier, loader, make_trainer
 from tests.toys import Lit, ids, logits, perturb, toy
@@ -345,11 +353,12 @@ def test_torchscript_by_tracing_and_after_a_merge():
 def test_the_trainers_of_the_other_packages_name_the_one_to_import_from():
     theirs = pytest.importorskip("pytorch_lightning")
     fabric = pytest.importorskip("lightning_fabric")
-    for plugins in (QLoRAPrecision(r=4), [QLoRAPrecision(r=4)]):
+    plugin, callback = QLoRAPrecision(r=4), PagedOptimizer()
+    for arguments in ({"plugins": plugin}, {"plugins": [plugin]}, {"callbacks": callback}, {"callbacks": [callback]}):
         with pytest.raises(TypeError, match=r"separate package `pytorch_lightning`. Import from lightning\.pytorch "):
-            theirs.Trainer(plugins=plugins, logger=False, accelerator="cpu")
+            theirs.Trainer(**arguments, logger=False, accelerator="cpu")
         with pytest.raises(TypeError, match=r"separate package `lightning_fabric`. Import from lightning\.fabric "):
-            fabric.Fabric(plugins=plugins, accelerator="cpu")
+            fabric.Fabric(**arguments, accelerator="cpu")
     theirs.Trainer(precision="bf16-true", logger=False, accelerator="cpu")
     theirs.Trainer(plugins=[theirs.plugins.precision.Precision()], logger=False, accelerator="cpu")
 

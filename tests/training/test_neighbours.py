@@ -110,10 +110,28 @@ class KohyaLinear(nn.Module):
         self.lora_down, self.lora_up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
 
 
-@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear])
+class LitGPTAttention(nn.Module):
+    """As litgpt/adapter.py, CausalSelfAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.adapter_wte = nn.Linear(64, 64), nn.Embedding(10, 64)
+        self.gating_factor = nn.Parameter(torch.zeros(1, 1, 4, 1))
+
+
+class LitGPTAdapterV2Linear(nn.Module):
+    """As litgpt/adapter_v2.py, AdapterV2Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.adapter_bias, self.adapter_scale = nn.Parameter(torch.zeros(64)), nn.Parameter(torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear, LitGPTAttention, LitGPTAdapterV2Linear])
 def test_lora_matrices_of_other_libraries_are_refused(kind):
     model = nn.Sequential(nn.Linear(64, 64), kind())
-    with pytest.raises(ValueError, match=rf"^1: is tests's {kind.__name__}, a layer with LoRA matrices of its own"):
+    with pytest.raises(ValueError, match=rf"^1: is tests's {kind.__name__}, a layer with an adapter of its own"):
         convert(model, r=2)
     assert type(model[0]) is nn.Linear  # nothing was converted
     report = convert(model, r=2, exclude_modules=["1"])

@@ -34,7 +34,6 @@ from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
-
 STORED = [  # the entries of bitsandbytes for a weight
     "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
     "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight",

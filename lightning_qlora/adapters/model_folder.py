@@ -181,13 +181,13 @@ class ModelFolder(WeightFolder):
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         parameters, made = model.state_dict(), dict[str, Conversion]()
-        how = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": parameters}
+        known = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
         for key in sorted(self.stored.entries, key=loading.dot_natural_key):
             head, companion, _ = key.partition(".weight.")  # such as the scales of a 4-bit weight
             weight = f"{head}.weight" if companion and self.stored.is_packed(f"{head}.weight") else key
-            name, pattern = loading.rename_source_key(weight, renamings, converters, **how)
+            name, pattern = loading.rename_source_key(weight, renamings, converters, *known)
             if name not in parameters and weight in parameters:
-                name, pattern = loading.rename_source_key(weight, [], [], **how)
+                name, pattern = loading.rename_source_key(weight, [], [], *known)
             if name not in parameters or (pattern is not None and self.stored.is_packed(weight)):
                 self.key_of[key] = key
             elif pattern is None:

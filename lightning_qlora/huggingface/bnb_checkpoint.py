@@ -173,13 +173,13 @@ def _loadable(state: dict[str, Tensor], base: Any, packed: Iterable[str]) -> dic
     reverse = [entry.reverse_transform() for entry in reversed(saving) if isinstance(entry, loading.WeightRenaming)]
 
     def is_loaded_as(key: str, name: str) -> bool:
-        how = {"base_model_prefix": base.base_model_prefix, "meta_state_dict": state}
-        return bool(loading.rename_source_key(key, renamings, others, **how) == (name, None))
+        return bool(loading.rename_source_key(key, renamings, others, base.base_model_prefix, state) == (name, None))
 
     renamed = {}
     for layer in packed:
-        name = f"{layer}.weight"
-        key = loading.apply_renamings(name, reverse)
+        key = name = f"{layer}.weight"
+        for entry in reverse:
+            key, _ = entry.rename_source_key(key)
         if not is_loaded_as(name, name) and is_loaded_as(key, name):
             renamed[layer] = key.removesuffix(".weight")
     return {_renamed(key, renamed): value for key, value in state.items()}

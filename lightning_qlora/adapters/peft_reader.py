@@ -7,8 +7,8 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -106,20 +106,22 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     """
     path, weights, end = folder / CONFIG, folder / WEIGHTS, time.monotonic() + PATIENCE
     while True:
-        before, config = _version(path), None
-        with suppress(FileNotFoundError):
-            config = read_json(path)
-        checked = None if config is None else _checked(config, path)
-        if not weights.is_file():
-            why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
-            raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
-        tensors, metadata = _read_weights(weights, end)
+        with _held(path) as before:
+            config = None
+            with suppress(FileNotFoundError):
+                config = read_json(path)
+            checked = None if config is None else _checked(config, path)
+            if not weights.is_file():
+                why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
+                raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
+            tensors, metadata = _read_weights(weights, end)
+            same_config = before == _version(path)
         copy = metadata_entry(metadata, CONFIG_COPY, weights)
         if checked is not None and copy in (None, config):
             return checked, tensors, metadata
         if copy is None:
             raise FileNotFoundError(f"{path}: no such file.")
-        if checked is not None and before == _version(path):
+        if checked is not None and same_config:
             if difference := difference_from_copy(checked, copy):
                 raise ValueError(
                     f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the "
@@ -141,14 +143,16 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
 def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
     for attempt in count():
-        before, error = _version(path), None
-        try:
-            with open_safetensors(path) as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-                metadata = file.metadata() or {}
-        except (ValueError, RuntimeError) as raised:
-            error = raised
-        if before == _version(path):
+        error = None
+        with _held(path) as before:
+            try:
+                with open_safetensors(path) as file:
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+                    metadata = file.metadata() or {}
+            except (ValueError, RuntimeError) as raised:
+                error = raised
+            same_file = before == _version(path)
+        if same_file:
             if error is not None:
                 raise error
             break
@@ -157,10 +161,22 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
-def _version(path: Path) -> tuple[int, int, int] | None:
-    """What changes if a file is replaced; None if there is none."""
+@contextmanager
+def _held(path: Path) -> Iterator[tuple[int, int, int] | None]:
+    """The `_version` of a file, which is open within this: until then no new file can get its inode number."""
     try:
-        found = path.stat()
+        file = path.open("rb")
+    except OSError:  # reading it raises an error that names it
+        yield None
+        return
+    with file:
+        yield _version(file.fileno())
+
+
+def _version(file: Path | int) -> tuple[int, int, int] | None:
+    """What changes if a file is replaced, by its path or descriptor; None if there is none."""
+    try:
+        found = os.stat(file)
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size

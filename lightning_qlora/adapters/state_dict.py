@@ -89,8 +89,11 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig) -> None:
         root: The converted module.
         config: The arguments of its conversion; with checkpoint="full" the base is not left out.
     """
+    has_hooks = "_qlora_frozen" in vars(root)  # converted before, and merged, or without a layer for 4 bits
     root._qlora_config = config  # type: ignore[assignment]
     root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
+    if has_hooks:
+        return
     # Module-level functions: a module with these hooks can be copied and pickled.
     root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS
 
 PREFIX = ".lightning_qlora-incomplete-"  # of the folders that are being written
 LOCK = ".lightning_qlora.lock"  # held while files are renamed into a folder
-LOCK_TIMEOUT = 10.0  # seconds
+LOCK_TIMEOUT = 60.0  # seconds; a busy disk can take 10 for one fsync
 SHARD_BYTES = 2_000_000_000  # size of the files we write, which is held in memory at once
 
 
@@ -55,6 +55,10 @@ def atomic_files(target: Path) -> Iterator[Path]:
     other content is removed before the others are replaced and is written last: a process that is killed in between
     leaves a folder without it, which readers refuse, and never files of two writers. If several processes write the
     same target, all files of the last one to finish remain.
+
+    Raises:
+        TimeoutError: If another process does not finish its renames; nothing is changed.
+        OSError: If the files cannot be written.
     """
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,12 @@ def atomic_files(target: Path) -> Iterator[Path]:
         with _new_folder(target, target) as partial:
             yield partial
             _flush(*partial.iterdir())
-            with lock_file(target / LOCK):
+            with lock_file(target / LOCK, LOCK_TIMEOUT) as locked:
+                if locked is False:
+                    raise TimeoutError(
+                        f"{target}: another process has been replacing its files for {LOCK_TIMEOUT:g} s. Save again "
+                        "when it has ended, or into another folder."
+                    )
                 _replace_files(partial, target)
     except BaseException:
         if not existed:
@@ -163,12 +172,15 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool]:
-    """Lock a file, and delete it at the end; yields False if it is not free, or the file system has no locks."""
-    lock = FileLock(path)
-    with suppress(OSError, NotImplementedError):  # filelock.Timeout is an OSError
-        lock.acquire(timeout=timeout)
-    locked = lock.is_locked
+def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool | None]:
+    """Lock a file, and delete it at the end; yields False if it is not free, None if the file system has no locks."""
+    lock, locked = FileLock(path), None
+    with suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire(timeout=timeout)
+            locked = True
+        except Timeout:
+            locked = False
     try:
         yield locked
     finally:

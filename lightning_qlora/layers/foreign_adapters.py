@@ -1,4 +1,4 @@
-"""LoRA that other libraries put into a module before conversion: it would be frozen, or trained beside ours."""
+"""Adapters of other libraries in a module before conversion: they would be frozen, or trained beside ours."""
 
 import sys
 from typing import Any
@@ -7,8 +7,13 @@ from torch import nn
 
 from lightning_qlora.layers.lora import LoRALayer
 
-# Names of the matrices in lower case, as parameters or modules: in loralib, LitGPT, PEFT and torchtune; in kohya-ss.
-MATRICES = (("lora_a", "lora_b"), ("lora_down", "lora_up"))
+# Parameters or modules by their names in lower case.
+PARTS = (
+    ("lora_a", "lora_b"),  # loralib, LitGPT, PEFT and torchtune
+    ("lora_down", "lora_up"),  # kohya-ss
+    ("adapter_wte", "gating_factor"),  # LLaMA-Adapter in LitGPT
+    ("adapter_bias", "adapter_scale"),  # its second version
+)
 
 
 def foreign_adapter(module: nn.Module) -> str | None:
@@ -21,6 +26,6 @@ def foreign_adapter(module: nn.Module) -> str | None:
     if peft is not None and isinstance(module, peft.PeftModel):
         return f"{kind}, a model with a PEFT adapter"
     held = {name.lower() for name in (*module._parameters, *module._modules)}
-    if not isinstance(module, LoRALayer) and any(a in held and b in held for a, b in MATRICES):
-        return f"{kind}, a layer with LoRA matrices of its own"
+    if not isinstance(module, LoRALayer) and any(a in held and b in held for a, b in PARTS):
+        return f"{kind}, a layer with an adapter of its own"
     return None

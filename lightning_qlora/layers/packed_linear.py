@@ -19,7 +19,7 @@ class PackedLinear(nn.Linear):
     """Stores a 4-bit weight [out, in] in frozen uint8 parameters.
 
     Attributes:
-        packed, absmax, nested: The bytes of the weight, flat or with one row an output; see `packed_weight`.
+        packed, absmax, nested: The bytes of the weight, [n, 1] or with one row an output; see `packed_weight`.
         quant_type, block_size: How the weight was quantized.
         weight_dtype: Type of the float weight, which it decodes to.
     """
@@ -40,8 +40,9 @@ class PackedLinear(nn.Linear):
         self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
         self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
         for name in BASE:
-            data: Tensor = getattr(stored, name).reshape(-1)
-            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
+            data: Tensor = getattr(stored, name).reshape(-1, 1)
+            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs. Two
+            # dimensions in any case: code that casts the norms of a model casts parameters of one dimension.
             if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
                 data = data.view(stored.shape[0], -1)
             held = self._parameters.get(name)

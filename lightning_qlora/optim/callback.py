@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager, PagingReport
-from lightning_qlora.optim.patches import call_on_setup_optimizer
+from lightning_qlora.optim.patches import call_on_setup_optimizer, name_the_package_to_import_from
 
 
 class PagedOptimizer(Callback):
@@ -24,6 +24,7 @@ class PagedOptimizer(Callback):
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self._pager = Pager(min_numel)
         call_on_setup_optimizer()
+        name_the_package_to_import_from()
 
     def report(self) -> PagingReport:
         """Return what is paged now, and how."""

@@ -305,39 +305,5 @@ def answer_words_of_other_libraries() -> None:
     wrap_once(upstream.ArgumentParser, "error", error)
 
 
-def name_the_package_to_import_from() -> None:
-    """Let the Trainer and Fabric of the packages pytorch_lightning and lightning_fabric name the package to use.
-
-    Upstream: pytorch_lightning/trainer/connectors/accelerator_connector.py and lightning_fabric/connector.py,
-    _check_config_and_set_final_flags: "Found invalid type for plugin". These packages have copies of the classes of
-    lightning.pytorch and lightning.fabric, so a plugin of one is none of the other.
-    Supported ways tried: none; upstream only checks the class of a plugin.
-    Removed by: the end of the two packages, or an error of theirs that names the other package.
-    """
-    here = {
-        "pytorch_lightning.trainer.connectors.accelerator_connector": ("_AcceleratorConnector", "lightning.pytorch"),
-        "lightning_fabric.connector": ("_Connector", "lightning.fabric"),
-    }
-    for name, (owner, package) in here.items():
-        if name in sys.modules:
-            wrap_once(getattr(sys.modules[name], owner), "_check_config_and_set_final_flags", _other_package(package))
-
-
-def _other_package(package: str) -> Callable[..., Any]:
-    def refuse(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("plugins") or []
-        for plugin in given if isinstance(given, list) else [given]:
-            if hasattr(plugin, "convert_for_trainer"):
-                theirs = type(connector).__module__.partition(".")[0]
-                raise TypeError(
-                    f"{type(plugin).__name__} is a plugin of the package `lightning`, and this is the separate package "
-                    f"`{theirs}`. Import from {package} (pip install lightning) instead of from {theirs}: the classes "
-                    "have the same names and arguments there."
-                )
-        return original(connector, *args, **kwargs)
-
-    return refuse
-
-
 def _is_converted(module: nn.Module) -> bool:
     return any("_qlora_frozen" in vars(part) for part in module.modules())

@@ -22,6 +22,7 @@ from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.patches import name_the_package_to_import_from
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
@@ -65,7 +66,7 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
-        patches.name_the_package_to_import_from()
+        name_the_package_to_import_from()
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()

@@ -117,6 +117,44 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(rank, tmp_path, 
 
 
 @posix
+def test_a_new_config_never_has_the_inode_number_of_the_one_that_was_read(tmp_path, monkeypatch):
+    """While a reader has the config of 3 and the weights of 4, a writer saves 3 again.
+
+    A file system can give the new config the inode number of the first one, and its clock has steps of milliseconds,
+    so the config seemed to be the same and to belong to the weights of 4 (1 of 10,000 reads beside two writers).
+    """
+    write_adapter(adapter(3), tmp_path / "read")
+    path, (real_json, real_weights) = tmp_path / "read" / CONFIG, (peft_reader.read_json, peft_reader._read_weights)
+    first, steps = path.stat(), ["save 4 after the config is read", "save 3 after the weights are read"]
+
+    def read_json(*arguments):
+        config = real_json(*arguments)
+        if len(steps) == 2:
+            steps.pop()
+            write_adapter(adapter(4), tmp_path / "read")
+        return config
+
+    def read_weights(*arguments):
+        found = real_weights(*arguments)
+        if len(steps) == 1:
+            steps.pop()
+            write_adapter(adapter(3), tmp_path / "read")
+            text = path.read_text()
+            path.unlink()
+            copies = [tmp_path / "read" / str(number) for number in range(200)]
+            for copy in copies:
+                copy.write_text(text)
+            min(copies, key=lambda copy: copy.stat().st_ino != first.st_ino).rename(path)
+            os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns))
+        return found
+
+    monkeypatch.setattr(peft_reader, "PATIENCE", 60.0)
+    monkeypatch.setattr(peft_reader, "read_json", read_json)
+    monkeypatch.setattr(peft_reader, "_read_weights", read_weights)
+    assert number_of(read_adapter(tmp_path / "read")) == 3
+
+
+@posix
 @pytest.mark.filterwarnings("ignore:.*is missing, as after a save that was interrupted")
 @pytest.mark.parametrize("same_config", [False, True])
 def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(same_config, tmp_path, monkeypatch):

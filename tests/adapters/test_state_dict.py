@@ -195,6 +195,20 @@ def test_a_frozen_parameter_that_was_overwritten_with_its_own_value_is_left_out(
     assert "0.weight" not in source.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:No layer was converted")
+@pytest.mark.parametrize("between", [merge, lambda module: None], ids=["merged", "no layer is large enough"])
+def test_a_module_that_is_converted_again_saves_what_one_conversion_saves(between):
+    """As the Trainer does for fit, validate and test; found by test_restart_parity of Lightning's test_loops.py."""
+    module, once = (nn.Sequential(nn.Linear(64, 64) if between is merge else nn.Linear(4, 2)) for _ in range(2))
+    convert(module, r=1)
+    between(module)
+    once.load_state_dict({key: value for key, value in module.state_dict().items() if key in once.state_dict()})
+    convert(module, r=1)
+    convert(once, r=1)
+    found, expected = module.state_dict(), once.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
 def test_copies_and_pickles_keep_the_small_checkpoint():
     source = trained()
     for again in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from lightning_qlora.files import folder_writer
 from lightning_qlora.files.folder_writer import PREFIX, ShardWriter, atomic_files, atomic_folder, check_free
 from lightning_qlora.files.safetensors_folder import WeightFolder
 
@@ -174,6 +175,26 @@ def test_after_an_error_nothing_is_left(writing, tmp_path):
 
 
 @posix
+@posix
+def test_a_writer_that_waits_too_long_for_another_one_changes_nothing(tmp_path, monkeypatch):
+    """It went on without the lock after 10 s: on a busy disk two writers could leave files of both."""
+    import fcntl
+
+    monkeypatch.setattr(folder_writer, "LOCK_TIMEOUT", 0.2)
+    (tmp_path / "x.json").write_text("1")
+    with (tmp_path / folder_writer.LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with (
+            pytest.raises(TimeoutError, match=r"another process has been replacing its files for 0\.2 s"),
+            atomic_files(tmp_path) as partial,
+        ):
+            (partial / "x.json").write_text("2")
+    assert (tmp_path / "x.json").read_text() == "1"
+    with atomic_files(tmp_path) as partial:
+        (partial / "x.json").write_text("2")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "2")]
+
+
 def test_permissions_are_those_of_any_new_folder(tmp_path):
     (tmp_path / "usual").mkdir()
     with atomic_folder(tmp_path / "deep" / "out"):

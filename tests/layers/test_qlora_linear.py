@@ -208,6 +208,21 @@ def test_a_cast_changes_no_byte_of_the_base(cast):
     assert torch.equal(layer.weight, quantize(dense.weight).dequantize())
 
 
+@pytest.mark.parametrize("shape", [(128, 96), (100, 30)], ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_code_that_casts_parameters_of_one_dimension_to_fp32_changes_no_byte(double_quant, shape):
+    """As test_training in tests/quantization/bnb/test_4bit.py of transformers, and many scripts, for the norms."""
+    layer, _ = converted(nn.Linear(*shape).bfloat16(), double_quant=double_quant, r=2)
+    x = torch.randn(3, shape[0])
+    expected = layer(x)
+    for parameter in layer.parameters():
+        parameter.requires_grad = False
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.to(torch.float32)
+    assert layer.bias.dtype == torch.float32
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_type_casts_the_adapter_and_no_byte(dtype):
     layer, _ = converted()

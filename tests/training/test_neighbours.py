@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
+from lightning_qlora import (
+    PagedOptimizer,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
 from lightning_qlora import save_quantized as save_base
 from tests.conftest import Classifier, loader, make_trainer
 from tests.toys import Lit, ids, logits, perturb, toy
@@ -102,10 +110,28 @@ class KohyaLinear(nn.Module):
         self.lora_down, self.lora_up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
 
 
-@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear])
+class LitGPTAttention(nn.Module):
+    """As litgpt/adapter.py, CausalSelfAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.adapter_wte = nn.Linear(64, 64), nn.Embedding(10, 64)
+        self.gating_factor = nn.Parameter(torch.zeros(1, 1, 4, 1))
+
+
+class LitGPTAdapterV2Linear(nn.Module):
+    """As litgpt/adapter_v2.py, AdapterV2Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.adapter_bias, self.adapter_scale = nn.Parameter(torch.zeros(64)), nn.Parameter(torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear, LitGPTAttention, LitGPTAdapterV2Linear])
 def test_lora_matrices_of_other_libraries_are_refused(kind):
     model = nn.Sequential(nn.Linear(64, 64), kind())
-    with pytest.raises(ValueError, match=rf"^1: is tests's {kind.__name__}, a layer with LoRA matrices of its own"):
+    with pytest.raises(ValueError, match=rf"^1: is tests's {kind.__name__}, a layer with an adapter of its own"):
         convert(model, r=2)
     assert type(model[0]) is nn.Linear  # nothing was converted
     report = convert(model, r=2, exclude_modules=["1"])
@@ -345,11 +371,12 @@ def test_torchscript_by_tracing_and_after_a_merge():
 def test_the_trainers_of_the_other_packages_name_the_one_to_import_from():
     theirs = pytest.importorskip("pytorch_lightning")
     fabric = pytest.importorskip("lightning_fabric")
-    for plugins in (QLoRAPrecision(r=4), [QLoRAPrecision(r=4)]):
+    plugin, callback = QLoRAPrecision(r=4), PagedOptimizer()
+    for arguments in ({"plugins": plugin}, {"plugins": [plugin]}, {"callbacks": callback}, {"callbacks": [callback]}):
         with pytest.raises(TypeError, match=r"separate package `pytorch_lightning`. Import from lightning\.pytorch "):
-            theirs.Trainer(plugins=plugins, logger=False, accelerator="cpu")
+            theirs.Trainer(**arguments, logger=False, accelerator="cpu")
         with pytest.raises(TypeError, match=r"separate package `lightning_fabric`. Import from lightning\.fabric "):
-            fabric.Fabric(plugins=plugins, accelerator="cpu")
+            fabric.Fabric(**arguments, accelerator="cpu")
     theirs.Trainer(precision="bf16-true", logger=False, accelerator="cpu")
     theirs.Trainer(plugins=[theirs.plugins.precision.Precision()], logger=False, accelerator="cpu")
 

@@ -11,10 +11,12 @@ import io
 import logging
 import multiprocessing
 import re
+import signal
 import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import peft  # noqa: F401, so that each process has it
@@ -27,6 +29,8 @@ from lightning_qlora.layers.selection import select_in_part
 from tests.architectures.checks import CHECKS, is_loaded_again, known
 from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL
+
+SECONDS = 240  # of one architecture
 
 
 def share(kind):
@@ -190,8 +194,12 @@ def class_row(name):
 
 def in_a_process(make_row, kind):
     """The row, from a forked process: this one has imported everything already."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(make_row, kind).result()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=signal.alarm, initargs=(SECONDS,)) as pool:
+        try:
+            return pool.submit(make_row, kind).result()
+        except BrokenProcessPool:
+            return {"kind": kind, "ended": f"FAILS: the process crashed, or was stopped after {SECONDS} s"}
 
 
 def main():

@@ -53,8 +53,9 @@ EXTRA = {
 
 
 def all_types() -> list[str]:
-    """The architectures that transformers has, those with a head first."""
-    return list(dict.fromkeys(kind for table in _tables() for kind in table))
+    """The architectures that transformers has, those without a row in the table first."""
+    names = dict.fromkeys(name for table in _tables() for name in table)
+    return sorted(names, key=lambda name: name in ALL)
 
 
 def class_of(name: str) -> str:

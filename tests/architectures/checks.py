@@ -191,7 +191,7 @@ def check_merge(kind, folder):
 
 
 def check_4_bit_folder(kind, folder):
-    """What `save_quantized` and a merge to 4 bits write loads with its bytes; the former merges as a base in 32 bits."""
+    """What `save_quantized` and merges to 4 bits write loads with its bytes; the former merges as a base in 32 bits."""
     model, base = saved(kind, folder / "base")
     module = load(model, base)
     convert(module, **ARGUMENTS)

@@ -11,6 +11,7 @@ A variant is a start with the settings that differ from DEFAULTS, such as "calib
     r, alpha, rslora     the adapter: rank, lora_alpha, and use_rslora (1 or 0)
     layers   all, or attention: which layers have adapters; the others are in 4 bits too, and frozen
     dq       double quantization, 1 or 0
+    init     for "lora" only: PEFT's init_lora_weights, default, pissa, olora or lora_ga
 
 The data are the docstrings of examples/quickstart.py; all variants of a seed see the same batches in the same order.
 --output gets fine_tuning.json, .md and .png; a run that was stopped continues there.
@@ -23,14 +24,16 @@ import os
 import statistics
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, preprocess_loraga
+from torch import nn
 
-from benchmarks.candidate_starts import STARTS, CandidateStart
+from benchmarks.candidate_starts import BATCHES, STARTS, CandidateStart
 from benchmarks.data_types import window_losses
 from benchmarks.measure import table
 from benchmarks.starts import windows
@@ -43,15 +46,17 @@ from docstring_qa import DocstringQA
 from smollm2 import load_model, load_tokenizer
 
 DENSE = "lora"
+DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
-    "dq": 1,
+    "dq": 1, "init": "default",
 }  # fmt: skip
 SETS = {
     "starts": [
         *(f"{start}{more}" for more in ("", ",ratio=4", ",ratio=16,lr=1e-4", ",lr=1e-3", ",rslora=1", ",warmup=0.1")
         for start in (DENSE, "calibrated")), "default", "loftq",
     ],
+    "dense": [f"{DENSE},ratio=4{more}" for more in ("", *(f",init={init}" for init in DENSE_INITS))],
     "candidates": ["default,ratio=4", "calibrated,ratio=4", *(f"{start},ratio=4" for start in STARTS)],
     "ablations": [
         DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
@@ -74,6 +79,8 @@ class Variant(NamedTuple):
             if key not in DEFAULTS or not value:
                 raise ValueError(f"{text!r}: {part!r} is no setting. Settings: {', '.join(DEFAULTS)}.")
             settings[key] = type(DEFAULTS[key])(value)
+        if start != DENSE and settings["init"] != DEFAULTS["init"]:
+            raise ValueError(f"{text!r}: init is a setting of {DENSE!r} only; the other starts are initializations.")
         return cls(start, settings)
 
     def adapter(self) -> dict[str, Any]:
@@ -88,8 +95,6 @@ class Module(CausalLM):
     def __init__(self, base: str, variant: Variant, steps: int) -> None:
         super().__init__(base)
         self.variant, self.steps = variant, steps
-        if variant.start == DENSE:
-            self.model = get_peft_model(self.model, LoraConfig(target_modules="all-linear", **variant.adapter()))
 
     def configure_optimizers(self) -> dict[str, Any]:
         each = self.variant.settings
@@ -115,13 +120,32 @@ class Module(CausalLM):
         return {"none": 1.0, "linear": rest, "cosine": (1 - math.cos(math.pi * rest)) / 2}[each["decay"]]
 
 
+def dense_lora(model: Any, variant: Variant, data: DocstringQA) -> Any:
+    """16-bit LoRA of PEFT with one of its initializations; "lora_ga" gets the gradients of BATCHES batches."""
+    init = variant.settings["init"]
+    config = LoraConfig(
+        target_modules="all-linear", init_lora_weights=True if init == "default" else init,
+        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None, **variant.adapter(),
+    )  # fmt: skip
+    if init == "lora_ga":
+        data.setup("fit")
+        batches = islice(data.train_dataloader(), BATCHES)
+        # It wants the names that PEFT finds for "all-linear" later.
+        linear = [name for name, part in model.model.named_modules() if isinstance(part, nn.Linear)]
+        config.target_modules = {name.rpartition(".")[2] for name in linear}
+        preprocess_loraga(model, config, lambda: [model(**batch).loss.backward() for batch in batches])
+    return get_peft_model(model, config)
+
+
 def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune once; return the held-out losses, and with --merge those of the merged model."""
     seed_everything(seed)
     module = Module(base, variant, options.steps)
     data = DocstringQA(options.base, batch_size=4, held_out=options.held_out, seed=seed)
     plugin = None
-    if variant.start != DENSE:
+    if variant.start == DENSE:
+        module.model = dense_lora(module.model, variant, data)
+    else:
         plugin = QLoRAPrecision(
             init_lora_weights="default" if variant.start in STARTS else variant.start,
             double_quant=bool(variant.settings["dq"]),

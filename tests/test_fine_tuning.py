@@ -4,13 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 from benchmarks import fine_tuning
-from benchmarks.fine_tuning import Module, Variant
+from benchmarks.fine_tuning import Module, Variant, dense_lora
 from lightning_qlora import QLoRALinear, convert
 from tests.toys import chat_model
 
@@ -23,6 +24,15 @@ def tiny_llm(tmp_path_factory):
     return chat_model(tmp_path_factory.mktemp("llama"), answers)
 
 
+@pytest.fixture(scope="module")
+def data(tiny_llm):
+    import docstring_qa
+
+    pairs = docstring_qa.DocstringQA(tiny_llm, batch_size=4, held_out=4)
+    pairs.setup("fit")
+    return pairs
+
+
 def test_a_variant_has_the_settings_that_it_names():
     assert Variant.parse("calibrated,lr=1e-3,r=4,layers=attention") == Variant(
         "calibrated", fine_tuning.DEFAULTS | {"lr": 1e-3, "r": 4, "layers": "attention"}
@@ -30,6 +40,8 @@ def test_a_variant_has_the_settings_that_it_names():
     for wrong in ("default,rank=4", "default,lr", "default,lr="):
         with pytest.raises(ValueError, match="is no setting"):
             Variant.parse(wrong)
+    with pytest.raises(ValueError, match="init is a setting of 'lora' only"):
+        Variant.parse("default,init=pissa")
 
 
 def test_rates_rise_and_fall(tiny_llm):
@@ -47,10 +59,13 @@ def test_rates_rise_and_fall(tiny_llm):
 
 
 @pytest.mark.parametrize("start", ["lora", "default"])
-def test_lora_b_learns_at_ratio_times_the_rate(tiny_llm, start):
-    module = Module(tiny_llm, Variant.parse(f"{start},ratio=4,layers=attention,r=2"), steps=10)
+def test_lora_b_learns_at_ratio_times_the_rate(tiny_llm, data, start):
+    variant = Variant.parse(f"{start},ratio=4,layers=attention,r=2")
+    module = Module(tiny_llm, variant, steps=10)
     if start == "default":
         convert(module, r=2)
+    else:
+        module.model = dense_lora(module.model, variant, data)
     slow, fast = module.configure_optimizers()["optimizer"].param_groups
     assert fast["initial_lr"] == 4 * slow["initial_lr"] == pytest.approx(4 * 5e-4)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -59,6 +74,15 @@ def test_lora_b_learns_at_ratio_times_the_rate(tiny_llm, start):
     assert {id(p) for p in fast["params"]} == {
         id(p) for n, p in module.named_parameters() if n in trained and "lora_B" in n
     }
+
+
+def test_lora_ga_starts_with_the_outputs_of_the_model_and_directions_of_the_gradient(tiny_llm, data):
+    module, batch = Module(tiny_llm, Variant.parse("lora"), steps=10), next(iter(data.train_dataloader()))
+    before = module.model(**batch).logits
+    model = dense_lora(module.model, Variant.parse("lora,r=2,init=lora_ga"), data)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=2e-2, atol=2e-2)
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert adapters and all(p.count_nonzero() for p in adapters.values())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """PackedLinear: a linear layer whose weight is held in 4 bits, as frozen parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,9 @@ class PackedLinear(nn.Linear):
     @property
     def weight_bytes(self) -> PackedBytes:
         """The 4-bit weight in the form that the ops take."""
-        return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
+        held: dict[str, Any] = self._parameters  # `self.packed` would cost a search through the module
+        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
+        return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 
     @property
     def whole_bytes(self) -> PackedBytes:

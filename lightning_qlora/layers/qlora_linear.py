@@ -17,7 +17,7 @@ from lightning_qlora.layers.lora import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.state_dict import load_base, save_base
-from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
+from lightning_qlora.quantization.packed_weight import PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
@@ -160,13 +160,11 @@ class QLoRALinear(LoRALayer):
             # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
             seed = torch.randint(1 << 62, (1,), device="cpu")
         held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
-        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
-        weight = PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
         if given is not dtype:
             x = _cast(x, dtype)
         magnitude = held["lora_magnitude_vector"]
         first = bias if magnitude is None else None
-        y = lora_linear(x, weight, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        y = lora_linear(x, self.weight_bytes, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
         if magnitude is not None:
             y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)

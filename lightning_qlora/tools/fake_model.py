@@ -19,7 +19,8 @@ from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.training.convert import check_any, conversion_report, freeze, warn_of_what_stayed
+from lightning_qlora.training.convert import conversion_report, freeze
+from lightning_qlora.training.convert_checks import check_any, warn_of_what_stayed
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.report import ConversionReport, parameter_bytes
 

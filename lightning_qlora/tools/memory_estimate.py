@@ -18,7 +18,7 @@ from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import convert_fake_model, fake_copy, meta_model
-from lightning_qlora.training.convert import check_initialized
+from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.report import ConversionReport, size_text
 from lightning_qlora.words import refuse_unknown_arguments
 

@@ -1,15 +1,11 @@
 """Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
 
-import itertools
 import time
-import warnings
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lightning_qlora.adapters.peft_reader import read_adapter
@@ -24,8 +20,8 @@ from lightning_qlora.huggingface.patches import (
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
-from lightning_qlora.layers.names import inside, named
+from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.names import named
 from lightning_qlora.layers.patches import explain_requires_grad
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
@@ -34,26 +30,21 @@ from lightning_qlora.layers.selection import (
     StackToConvert,
     ToConvert,
     check_names_in_loaded_models,
-    select_in_part,
     select_layers,
 )
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
+from lightning_qlora.training.convert_checks import (
+    check_any,
+    check_has_data,
+    check_initialized,
+    check_loaded,
+    warn_of_other_arguments,
+    warn_of_the_rest,
+    warn_of_what_stayed,
+)
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
-from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters, dense_bytes
-
-LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
-COMPUTE_IT = (
-    "It is in no state dict: its module computes it when it is built. Build the model within "
-    "accelerate.init_empty_weights() in place of torch.device('meta'), or a transformers model by "
-    "from_pretrained(None, config=..., state_dict=...)."
-)
-AT_LOADING = (  # arguments that a layer which was quantized while its model loaded has used already
-    "quant_type", "block_size", "double_quant", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights",
-    "loftq_config",
-)  # fmt: skip
-ARGUMENTS = ("_qlora_config", "_qlora_arguments")  # attributes of a converted module: in checkpoints, and as given
-UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
+from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
 
 
 def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
@@ -86,10 +77,10 @@ def convert_module(
     check_initialized(module)
     start, bytes_before = time.perf_counter(), dense_bytes(module)
     if is_converted(module):
-        _warn_of_other_arguments(module, config)
-        _warn_of_the_rest(module, config)
+        warn_of_other_arguments(module, config)
+        warn_of_the_rest(module, config)
         return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
-    _check_has_data(module)
+    check_has_data(module)
     given = config
     adapter = read_adapter(config.adapter) if config.adapter else None
     if adapter is not None:
@@ -99,7 +90,7 @@ def convert_module(
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
     check_any(choice, config)
-    _check_loaded(module, choice)
+    check_loaded(module, choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     for name, layer in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
@@ -130,91 +121,6 @@ def convert_module(
 def is_converted(module: nn.Module) -> bool:
     """Whether a module, or the part of it with the adapters, went through `convert_module`."""
     return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
-
-
-def _warn_of_other_arguments(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of arguments that differ from those of the first conversion, which is not done again.
-
-    Names of layers in other parts may be new for a part of the module.
-    """
-    for name, part in module.named_modules():
-        # An adapter that was loaded changes the arguments in checkpoints; both are known, then.
-        known = [value for key in ARGUMENTS if isinstance(value := vars(part).get(key), QLoRAConfig)]
-        if not known or config in known:
-            continue
-        pairs = [(field, getattr(known[-1], field), getattr(config, field)) for field in asdict(config)]
-        no_matter = {"paged_optimizer"} | ({"target_modules", "exclude_modules", "modules_to_save"} if name else set())
-        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a not in no_matter]
-        if other:
-            warnings.warn(
-                f"{name or type(part).__name__}: was converted before, with {', '.join(other)}, and stays so. To "
-                "convert with other arguments, build the module again.",
-                stacklevel=2,
-            )
-
-
-def _warn_of_the_rest(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of linear layers beside a part that was converted before: they are neither in 4 bits nor frozen."""
-    parts = [name for name, part in module.named_modules() if "_qlora_frozen" in vars(part)]
-    choice = select_in_part(module, config)
-    rest = [name for name in [*choice.convert, *choice.stacks] if not any(inside(name, part) for part in parts)]
-    if rest:
-        warnings.warn(
-            f"{', '.join(parts)}: converted before, so nothing else is converted now: other linear layers "
-            f"({', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}) are neither in 4 bits nor frozen. Convert the "
-            f"whole module at once, or name them in exclude_modules ({rest[:1]}, ...).",
-            stacklevel=2,
-        )
-
-
-def check_initialized(module: nn.Module) -> None:
-    """Refuse a module with a lazy layer that has not run yet: it has no parameters to quantize, freeze or train."""
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        if is_lazy(tensor):
-            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(
-                f"{name}: belongs to a {owner} that has not run yet, so it has no shape and can be neither quantized "
-                "nor frozen. Run one batch through the module first (in __init__ or configure_model of a "
-                "LightningModule), or build the layer with its input size."
-            )
-
-
-def _check_has_data(module: nn.Module) -> None:
-    """Refuse a module that was built on the meta device if a part of it was never loaded."""
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        if tensor.is_meta:
-            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            owner, _, key = name.rpartition(".")
-            what = COMPUTE_IT if key in module.get_submodule(owner)._non_persistent_buffers_set else LOAD_IT
-            raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {what}")
-
-
-def has_meta(module: nn.Module) -> bool:
-    """Whether a parameter or buffer is on the meta device."""
-    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _check_loaded(module: nn.Module, choice: Selection) -> None:
-    """Refuse other arguments than those that layers were quantized with while their model loaded."""
-    parameter_of = {
-        f"{name}{SUFFIX}.{number}": name for name, _, _, stack in expert_stacks(module) for number in range(len(stack))
-    }
-    for name, layer in module.named_modules():
-        if not isinstance(layer, QLoRALinear) or not layer.loaded:
-            continue
-        name = parameter_of.get(name, name)
-        chosen = choice.convert.get(name) or choice.stacks.get(name)
-        if chosen is None:
-            why = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
-            differing = f"is to stay dense now ({why})"
-        else:
-            pairs = ((w, getattr(layer.config, w), getattr(chosen.config, w)) for w in AT_LOADING)
-            differing = ", ".join(f"{word}={was!r} became {now!r}" for word, was, now in pairs if was != now)
-        if differing:
-            raise ValueError(
-                f"{name}: was quantized while its model loaded, and {differing}. Load and convert with the same "
-                "arguments, or load the model outside of configure_model and plugin.init()."
-            )
 
 
 def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None) -> None:
@@ -262,38 +168,6 @@ def freeze(module: nn.Module, choice: Selection) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(id(parameter) in adapters | trained)
-
-
-def check_any(choice: Selection, config: QLoRAConfig) -> None:
-    """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
-    if choice.convert or choice.stacks:
-        return
-    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()])
-    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
-    if not choice.train:
-        raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))
-    warnings.warn(message + "\nA smaller r converts more layers.", stacklevel=2)
-
-
-def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
-    """Warn of frozen matrices that belong to no linear layer or embedding, if they are a large part of the weights."""
-    _, total, _ = count_parameters(module)
-    kept = {
-        full: parameter.numel()
-        for name, layer in module.named_modules()
-        if not isinstance(layer, (nn.Linear, nn.Embedding)) and type(layer).__name__ != "Conv1D"
-        for key, parameter in layer._parameters.items()
-        if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
-        if (full := f"{name}.{key}".lstrip(".")) not in choice.skip
-    }
-    if sum(kept.values()) > UNEXPECTED_SHARE * total:
-        largest = sorted(kept, key=lambda name: -kept[name])[:5]
-        warnings.warn(
-            f"{100 * sum(kept.values()) / total:.0f}% of the weights are frozen and not in 4 bits, because they belong "
-            f"to layers that are not linear: {', '.join(largest)}{', ...' if len(kept) > 5 else ''}. Name a module "
-            "in modules_to_save to train it.",
-            stacklevel=2,
-        )
 
 
 def conversion_report(

@@ -26,7 +26,8 @@ from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
-from lightning_qlora.training.convert import convert_module, has_meta, is_converted
+from lightning_qlora.training.convert import convert_module, is_converted
+from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers

@@ -1,0 +1,146 @@
+"""What a module must be before it is converted, and what users are warned of afterwards."""
+
+import itertools
+import warnings
+from dataclasses import asdict
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.names import inside
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.selection import Selection, select_in_part
+from lightning_qlora.training.report import ROOT, count_parameters
+
+LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
+COMPUTE_IT = (
+    "It is in no state dict: its module computes it when it is built. Build the model within "
+    "accelerate.init_empty_weights() in place of torch.device('meta'), or a transformers model by "
+    "from_pretrained(None, config=..., state_dict=...)."
+)
+AT_LOADING = (  # arguments that a layer which was quantized while its model loaded has used already
+    "quant_type", "block_size", "double_quant", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights",
+    "loftq_config",
+)  # fmt: skip
+ARGUMENTS = ("_qlora_config", "_qlora_arguments")  # attributes of a converted module: in checkpoints, and as given
+UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
+
+
+def check_initialized(module: nn.Module) -> None:
+    """Refuse a module with a lazy layer that has not run yet: it has no parameters to quantize, freeze or train."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"{name}: belongs to a {owner} that has not run yet, so it has no shape and can be neither quantized "
+                "nor frozen. Run one batch through the module first (in __init__ or configure_model of a "
+                "LightningModule), or build the layer with its input size."
+            )
+
+
+def check_has_data(module: nn.Module) -> None:
+    """Refuse a module that was built on the meta device if a part of it was never loaded."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_meta:
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            owner, _, key = name.rpartition(".")
+            what = COMPUTE_IT if key in module.get_submodule(owner)._non_persistent_buffers_set else LOAD_IT
+            raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {what}")
+
+
+def has_meta(module: nn.Module) -> bool:
+    """Whether a parameter or buffer is on the meta device."""
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def check_loaded(module: nn.Module, choice: Selection) -> None:
+    """Refuse other arguments than those that layers were quantized with while their model loaded."""
+    parameter_of = {
+        f"{name}{SUFFIX}.{number}": name for name, _, _, stack in expert_stacks(module) for number in range(len(stack))
+    }
+    for name, layer in module.named_modules():
+        if not isinstance(layer, QLoRALinear) or not layer.loaded:
+            continue
+        name = parameter_of.get(name, name)
+        chosen = choice.convert.get(name) or choice.stacks.get(name)
+        if chosen is None:
+            why = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
+            differing = f"is to stay dense now ({why})"
+        else:
+            pairs = ((w, getattr(layer.config, w), getattr(chosen.config, w)) for w in AT_LOADING)
+            differing = ", ".join(f"{word}={was!r} became {now!r}" for word, was, now in pairs if was != now)
+        if differing:
+            raise ValueError(
+                f"{name}: was quantized while its model loaded, and {differing}. Load and convert with the same "
+                "arguments, or load the model outside of configure_model and plugin.init()."
+            )
+
+
+def check_any(choice: Selection, config: QLoRAConfig) -> None:
+    """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
+    if choice.convert or choice.stacks:
+        return
+    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()])
+    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
+    if not choice.train:
+        raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))
+    warnings.warn(message + "\nA smaller r converts more layers.", stacklevel=2)
+
+
+def warn_of_other_arguments(module: nn.Module, config: QLoRAConfig) -> None:
+    """Warn of arguments that differ from those of the first conversion, which is not done again.
+
+    Names of layers in other parts may be new for a part of the module.
+    """
+    for name, part in module.named_modules():
+        # An adapter that was loaded changes the arguments in checkpoints; both are known, then.
+        known = [value for key in ARGUMENTS if isinstance(value := vars(part).get(key), QLoRAConfig)]
+        if not known or config in known:
+            continue
+        pairs = [(field, getattr(known[-1], field), getattr(config, field)) for field in asdict(config)]
+        no_matter = {"paged_optimizer"} | ({"target_modules", "exclude_modules", "modules_to_save"} if name else set())
+        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a not in no_matter]
+        if other:
+            warnings.warn(
+                f"{name or type(part).__name__}: was converted before, with {', '.join(other)}, and stays so. To "
+                "convert with other arguments, build the module again.",
+                stacklevel=2,
+            )
+
+
+def warn_of_the_rest(module: nn.Module, config: QLoRAConfig) -> None:
+    """Warn of linear layers beside a part that was converted before: they are neither in 4 bits nor frozen."""
+    parts = [name for name, part in module.named_modules() if "_qlora_frozen" in vars(part)]
+    choice = select_in_part(module, config)
+    rest = [name for name in [*choice.convert, *choice.stacks] if not any(inside(name, part) for part in parts)]
+    if rest:
+        warnings.warn(
+            f"{', '.join(parts)}: converted before, so nothing else is converted now: other linear layers "
+            f"({', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}) are neither in 4 bits nor frozen. Convert the "
+            f"whole module at once, or name them in exclude_modules ({rest[:1]}, ...).",
+            stacklevel=2,
+        )
+
+
+def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
+    """Warn of frozen matrices that belong to no linear layer or embedding, if they are a large part of the weights."""
+    _, total, _ = count_parameters(module)
+    kept = {
+        full: parameter.numel()
+        for name, layer in module.named_modules()
+        if not isinstance(layer, (nn.Linear, nn.Embedding)) and type(layer).__name__ != "Conv1D"
+        for key, parameter in layer._parameters.items()
+        if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
+        if (full := f"{name}.{key}".lstrip(".")) not in choice.skip
+    }
+    if sum(kept.values()) > UNEXPECTED_SHARE * total:
+        largest = sorted(kept, key=lambda name: -kept[name])[:5]
+        warnings.warn(
+            f"{100 * sum(kept.values()) / total:.0f}% of the weights are frozen and not in 4 bits, because they belong "
+            f"to layers that are not linear: {', '.join(largest)}{', ...' if len(kept) > 5 else ''}. Name a module "
+            "in modules_to_save to train it.",
+            stacklevel=2,
+        )

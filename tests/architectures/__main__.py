@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.layers.selection import select_in_part
-from tests.architectures.checks import CHECKS, is_loaded_again, known
+from tests.architectures.checks import CHECKS, known, not_loaded_again
 from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL
 
@@ -189,8 +189,8 @@ def class_row(name):
     found = results(kind, ["loads", "merges", "4-bit folder"])
     if any(result != "yes" for result in found.values()):
         with tempfile.TemporaryDirectory() as folder:
-            if not is_loaded_again(kind, Path(folder)):
-                return {"class": kind, "built": "no: transformers does not load the weights that it saves"}
+            if why := not_loaded_again(kind, Path(folder)):
+                return {"class": kind, "built": f"no: transformers does not load the weights that it saves ({why})"}
     return {"class": kind} | found
 
 

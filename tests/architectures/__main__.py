@@ -3,11 +3,14 @@
 python -m tests.architectures                    all architectures, one process each; writes the page
 python -m tests.architectures llama mixtral      these; prints their rows
 python -m tests.architectures --classes          the checks of folders for one class of each architecture
+
+With `--rows FILE` each row is added to the file as it comes, and rows that the file has are not computed again.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import logging
 import multiprocessing
 import re
@@ -184,14 +187,15 @@ architecture that transformers has, with a head if it can be built with one, and
 def class_row(name):
     """The results of the checks of folders for one class of an architecture."""
     kind = class_of(name)
+    first = {"architecture": name, "class": kind}
     if isinstance(why := find_configuration(kind), str):
-        return {"class": kind, "built": f"no: {why}"}
+        return first | {"built": f"not built: {why}"}
     found = results(kind, ["loads", "merges", "4-bit folder"])
     if any(result != "yes" for result in found.values()):
         with tempfile.TemporaryDirectory() as folder:
             if why := not_loaded_again(kind, Path(folder)):
-                return {"class": kind, "built": f"no: transformers does not load the weights that it saves ({why})"}
-    return {"class": kind} | found
+                return first | {"built": f"transformers does not load the weights that it saves: {why}"}
+    return first | found
 
 
 def in_a_process(make_row, kind):
@@ -210,18 +214,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them if none")
     parser.add_argument("--write", type=Path, help="file for the page")
+    parser.add_argument("--rows", type=Path, help="file of finished rows")
     parser.add_argument("--classes", action="store_true", help="only the checks of folders, of one class each")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # a fork of a process with threads of OpenMP may hang
-    rows = []
-    for kind in arguments.kinds or (all_types() if arguments.classes else ALL):
-        rows.append(in_a_process(class_row if arguments.classes else row, kind))
-        print(" | ".join(rows[-1].values()), flush=True)
+    kinds = arguments.kinds or (all_types() if arguments.classes else ALL)
+    rows = {}
+    if arguments.rows and arguments.rows.exists():
+        rows = {one["architecture"]: one for one in map(json.loads, arguments.rows.read_text().splitlines())}
+    for kind in kinds:
+        if kind not in rows:
+            rows[kind] = in_a_process(class_row if arguments.classes else row, kind)
+            print(" | ".join(rows[kind].values()), flush=True)
+            if arguments.rows:
+                with arguments.rows.open("a") as file:
+                    file.write(json.dumps(rows[kind]) + "\n")
     if arguments.write:
-        arguments.write.write_text(page(rows))
+        arguments.write.write_text(page([rows[kind] for kind in kinds]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -33,6 +33,12 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initia
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.packed_weight import PackedWeight
+
+
+STORED = [  # the entries of bitsandbytes for a weight
+    "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
+    "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight",
+]  # fmt: skip
 
 
 class Quantizers:
@@ -128,16 +134,9 @@ class QLoRAQuantizer(HfQuantizer):
         """The operation that turns a float weight of the files into a 4-bit layer."""
         return _Quantize(self)
 
-    serialized_names: Any = {  # noqa: RUF012, as upstream declares it
-        "weight": [
-            "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
-            "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight",
-        ]
-    }  # fmt: skip
-
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+    def get_weight_conversions(self) -> list[WeightConverter]:
         """The operation that loads 4-bit weights of the files."""
-        return {"deserialize": _LoadPacked}
+        return [WeightConverter(STORED, "weight", [_LoadPacked(self)])] if self.pre_quantized else []
 
     def is_serializable(self) -> bool:
         """Not through transformers; see `save_quantized`."""
@@ -148,10 +147,9 @@ class QLoRAQuantizer(HfQuantizer):
         """Adapters train."""
         return True
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of a quantized weight, for transformers' reservation of GPU memory."""
-        return 0.5
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of a weight, for transformers' reservation of GPU memory."""
+        return 0.5 if self.param_needs_quantization(model, param_name) else param.element_size()
 
 
 class _Op(ConversionOps):

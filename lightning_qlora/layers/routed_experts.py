@@ -66,7 +66,8 @@ def _feed_forward(owner: Any, keys: tuple[str, str], x: Tensor, product: Callabl
     hidden = product(keys[0], x)
     hidden = owner._apply_gate(hidden) if owner.has_gate else owner.act_fn(hidden)
     y: Tensor = product(keys[1], hidden)
-    return owner.post_expert_norm(y) if owner.has_post_expert_norm else y
+    # Older versions of transformers do not have this flag (5.17 has none).
+    return owner.post_expert_norm(y) if getattr(owner, "has_post_expert_norm", False) else y
 
 
 def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.layers.names import is_transformers_model
 
@@ -31,7 +31,7 @@ def new_layers(root: nn.Module) -> dict[int, str]:
     return new
 
 
-def mark_as_loaded(root: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Give parameters that replace others the mark of those, so that their layers are not taken for new ones."""
     models = [model for model in root.modules() if is_transformers_model(model)]
     loaded = {id(p) for model in models if any(map(_was_loaded, model.parameters())) for p in model.parameters()}

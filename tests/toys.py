@@ -1,6 +1,9 @@
 """Small transformers models of four architectures, each in a LightningModule that knows nothing of 4 bits."""
 
+from importlib.metadata import version
+
 import lightning.pytorch as pl
+import pytest
 import torch
 
 # bitsandbytes 0.50 decodes wrongly on a CPU where a width is no multiple of the block: all widths here are of 64.
@@ -21,7 +24,14 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
 NAMES = ("llama", "gpt2", "bert", "t5")
+
+
+def needs_transformers(least: str, reason: str):
+    """A mark for tests of what older versions of transformers can't do."""
+    found = tuple(int(part) for part in version("transformers").split(".")[:2])
+    return pytest.mark.skipif(found < tuple(map(int, least.split("."))), reason=f"transformers {least}: {reason}")
 
 
 def toy(name: str, seed: int = 0, **changes):

@@ -8,7 +8,9 @@ Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and co
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initia
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.packed_weight import PackedWeight
-
 
 STORED = [  # the entries of bitsandbytes for a weight
     "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
@@ -89,6 +90,7 @@ class QLoRAQuantizer(HfQuantizer):
         self.quantizers = quantizers
         self.chosen: dict[str, ToConvert | StackToConvert] = {}  # by the name of the parameter
         self.file_of: dict[str, Path] = {}  # key in the files -> file
+        self.shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
         self.errors: list[ValueError] = []
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
@@ -104,6 +106,7 @@ class QLoRAQuantizer(HfQuantizer):
             self.file_of = WeightFolder(paths[0].parent).file_of  # checks the index too
         else:
             self.file_of = {key: path for path in paths for key in read_header(path)[0]}
+        self.shapes = {name: tensor.shape for name, tensor in _tensors(model)}
         config = self.quantizers.config_for(model)
         if config is None:
             return
@@ -122,6 +125,9 @@ class QLoRAQuantizer(HfQuantizer):
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
         if self.errors:
             raise self.errors[0]
+        for name, tensor in _tensors(model):  # transformers before 5.23 compares no shapes if there is a quantizer
+            if tensor.shape != self.shapes.get(name, tensor.shape):
+                raise self.error(name, _wrong_shape(name, tensor.shape, self.shapes[name]))
         forget_quantizer(model)
         setattr(model, LOADED, self.pre_quantized)
         return model
@@ -136,7 +142,14 @@ class QLoRAQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The operation that loads 4-bit weights of the files."""
-        return [WeightConverter(STORED, "weight", [_LoadPacked(self)])] if self.pre_quantized else []
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter(source_patterns=STORED, target_patterns="weight", operations=[_LoadPacked(self)])]
+
+    def error(self, key: str, message: str) -> ValueError:
+        """An error that names the file of a key."""
+        path = self.file_of.get(key)
+        return ValueError(message if path is None else f"{path}: {message}")
 
     def is_serializable(self) -> bool:
         """Not through transformers; see `save_quantized`."""
@@ -152,6 +165,18 @@ class QLoRAQuantizer(HfQuantizer):
         return 0.5 if self.param_needs_quantization(model, param_name) else param.element_size()
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _wrong_shape(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
+    return (
+        f"{key!r} has shape {list(shape)}, and the model has {list(expected)} there. Load it with the config that "
+        "belongs to the files, or pass ignore_mismatched_sizes=True to from_pretrained to initialize this layer anew "
+        "(transformers 5.23 and newer)."
+    )
+
+
 class _Op(ConversionOps):
     def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
         self.hf_quantizer = hf_quantizer  # upstream looks for this name
@@ -163,11 +188,7 @@ class _Op(ConversionOps):
 
     def mismatch(self, source: str, key: str, shape: tuple[int, ...], place: Tensor) -> dict[str, Tensor]:
         """Let transformers see a weight of another shape: it refuses the load, or initializes the layer."""
-        message = (
-            f"{key!r} has shape {list(shape)}, and the model has {list(place.shape)} there. Load it with the config "
-            "that belongs to the files, or pass ignore_mismatched_sizes=True to from_pretrained to initialize this "
-            "layer anew."
-        )
+        message = _wrong_shape(key, shape, place.shape)
         return self._without_values(source, key, shape, place, message, self.hf_quantizer.quantizers.mismatches)
 
     def failed(self, source: str, key: str, place: Tensor, message: str) -> dict[str, Tensor]:
@@ -177,8 +198,7 @@ class _Op(ConversionOps):
     def _without_values(
         self, source: str, key: str, shape: tuple[int, ...], place: Tensor, message: str, errors: list[ValueError]
     ) -> dict[str, Tensor]:
-        path = self.hf_quantizer.file_of.get(source)
-        errors.append(ValueError(message if path is None else f"{path}: {message}"))
+        errors.append(self.hf_quantizer.error(source, message))
         return self.dense(key, torch.zeros((), dtype=place.dtype, device="cpu").expand(shape))  # takes no memory
 
     @staticmethod

@@ -144,6 +144,17 @@ def test_only_the_experts_that_tokens_reached_are_decoded_and_never_the_stack(mo
     assert len(called) == len(set(called)) == 2 * 2 * 2  # layers, experts of the one token, stacks
 
 
+def test_experts_of_older_versions_of_transformers():
+    """Before 5.19 or 5.20 they have no flag for a norm."""
+    model = made(qwen3_moe)
+    convert_stacks(model)
+    expected = outputs(model).logits
+    for part in model.modules():
+        vars(part).pop("has_post_expert_norm", None)
+    assert not any(hasattr(part, "has_post_expert_norm") for part in model.modules())
+    torch.testing.assert_close(outputs(model).logits, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_copy_computes_the_same(copied):
     model = made(qwen3_moe)

@@ -169,7 +169,11 @@ TAIL = """
 
 `python -m tests.architectures --classes` makes the checks "loads", "merges" and "4-bit folder" for one class of each
 architecture that transformers has, with a head if it can be built with one, and says why a class can't be built here.
-`python -m tests.architectures --classes molmo2 gemma4` makes them for these.
+`python -m tests.architectures --classes molmo2 gemma4` makes them for these, and `--rows FILE` goes on after an
+interruption. On 2026-11-26 it ran for 190 of the 483 architectures that have no row above: 168 passed, none failed, 21
+could not be built here, and one was not loaded by transformers itself (`shieldgemma2`, whose class in transformers'
+table is Gemma 3's). Of these 130 ran at commit 084aa72, and 60 at 4faef25, since which "4-bit folder" includes merges
+to 4 bits. The other 293 did not run.
 
 ## What some models need
 

@@ -216,23 +216,28 @@ def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Plot the mean loss against steps, with standard deviations over the seeds."""
+    """Plot the loss against steps, and that after the last step: means with standard deviations over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, runs in grouped(results).items():
-        steps = [step for step in runs[0]["losses"] if int(step)]  # the losses before training are much higher
-        losses = [[run["losses"][step] for run in runs] for step in steps]
+    figure, (curves, last) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    groups = grouped(results)
+    for number, (name, runs) in enumerate(groups.items()):
+        steps = [int(step) for step in runs[0]["losses"] if int(step)]  # the losses before training are much higher
+        losses = [[run["losses"][str(step)] for run in runs] for step in steps]
         spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in losses]
-        style = "--" if name.split(",")[0] == DENSE else "-"
         means = [statistics.mean(values) for values in losses]
-        axis.errorbar([int(step) for step in steps], means, spreads, fmt=style, capsize=3, label=name)
-    axis.set(xlabel="step", ylabel="held-out loss (answer tokens)")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+        style: dict[str, Any] = {"color": f"C{number}", "capsize": 3}
+        curves.errorbar(steps, means, spreads, linestyle="--" if name.split(",")[0] == DENSE else "-", **style)
+        last.errorbar(means[-1], number, xerr=spreads[-1], marker="o", **style)
+    curves.set(xlabel="step", ylabel="held-out loss (answer tokens)")
+    last.set(xlabel=f"held-out loss after step {steps[-1]}")
+    last.set_yticks(range(len(groups)), groups)
+    last.invert_yaxis()
+    for axis in (curves, last):
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

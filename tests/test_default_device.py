@@ -42,12 +42,13 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.tools import doctor
 from tests.conftest import Classifier, PackageElsewhere, elsewhere, loader
-from tests.toys import Lit, ids, toy
+from tests.toys import Lit, ids, needs, toy
 from tests.training import test_fabric as fabric
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PACKAGE = Path(lightning_qlora.__file__).parent
 SMALL = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
+TORCH_NAMES_DEVICES = needs("torch", "2.12", "before, AdamW and checkpoint make tensors without a device themselves")
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +197,7 @@ def test_deferred_logits(quantized):
     check(run)
 
 
-@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
+@pytest.mark.parametrize("kind", [pytest.param(PagedAdamW, marks=TORCH_NAMES_DEVICES), PagedAdamW8bit])
 def test_paged_optimizers(kind):
     def run():
         params = [nn.Parameter(inputs(70, 70).detach()), nn.Parameter(inputs(3).detach())]
@@ -254,6 +255,7 @@ def test_estimate_memory():
     check(run)
 
 
+@TORCH_NAMES_DEVICES
 def test_doctor():
     def run():
         found = list(doctor.examine())
@@ -356,6 +358,7 @@ def test_configure_model_and_save_quantized(arguments, trainer, tmp_path):
     check(run, PackageElsewhere)
 
 
+@TORCH_NAMES_DEVICES
 def test_a_whole_model_under_the_default_device():
     pytest.importorskip("transformers")
     model, tokens = toy("llama"), ids()

@@ -28,10 +28,10 @@ CHAT_TEMPLATE = (
 NAMES = ("llama", "gpt2", "bert", "t5")
 
 
-def needs_transformers(least: str, reason: str):
-    """A mark for tests of what older versions of transformers can't do."""
-    found = tuple(int(part) for part in version("transformers").split(".")[:2])
-    return pytest.mark.skipif(found < tuple(map(int, least.split("."))), reason=f"transformers {least}: {reason}")
+def needs(package: str, least: str, reason: str):
+    """A mark for tests of what older versions of a package can't do."""
+    found = tuple(int(part) for part in version(package).split(".")[:2])
+    return pytest.mark.skipif(found < tuple(map(int, least.split("."))), reason=f"{package} {least}: {reason}")
 
 
 def toy(name: str, seed: int = 0, **changes):

@@ -30,7 +30,7 @@ def enable_gradient_checkpointing(module: nn.Module) -> int:
     Sequential with two or more children of one class that hold converted layers.
     """
     layers = list(transformers_checkpointing_layers(module))
-    _disable_cache(module)
+    _follow_grad_mode(module)
     for layer in layers:
         setattr(layer, RECOMPUTED, False)
         patches.recompute_transformers_layer(layer, _RecomputeInOwnMode(layer))
@@ -67,21 +67,27 @@ def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> lis
     return [name for key, of_group in names.items() if not ran[key] for name in of_group]
 
 
-def _disable_cache(module: nn.Module) -> None:
-    """Let transformers models run without the cache of keys and values while autograd records.
+def _follow_grad_mode(module: nn.Module) -> None:
+    """Let transformers models recompute, and run without the cache of keys and values, only while autograd records.
 
-    A recomputed layer would write to the cache twice. transformers sets `use_cache=False` itself only in training mode.
+    A recomputed layer would write to the cache twice. transformers sets `use_cache=False` itself only in training mode,
+    and before 5.23 its layers drop the cache in that mode without autograd too, so that `generate` would be wrong.
     """
     for model in module.modules():
         if hasattr(model, "gradient_checkpointing_enable"):
             parameters = list(inspect.signature(model.forward).parameters)
-            if "use_cache" in parameters:
-                hook = partial(_pass_no_cache, parameters.index("use_cache"))
-                model.register_forward_pre_hook(hook, with_kwargs=True)
+            position = parameters.index("use_cache") if "use_cache" in parameters else None
+            hook = partial(_before_forward, list(transformers_checkpointing_layers(model)), position)
+            model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _pass_no_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    if torch.is_grad_enabled() and len(args) <= position:
+def _before_forward(
+    layers: list[nn.Module], position: int | None, _: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    records = torch.is_grad_enabled()
+    for layer in layers:
+        patches.switch_transformers_layer(layer, records)
+    if records and position is not None and len(args) <= position:
         kwargs["use_cache"] = False
     return args, kwargs
 

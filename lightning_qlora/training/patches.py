@@ -45,6 +45,17 @@ def recompute_transformers_layer(layer: nn.Module, function: Callable[..., Any])
     layer._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
+def switch_transformers_layer(layer: nn.Module, recomputes: bool) -> None:
+    """Let a layer of `recompute_transformers_layer` recompute itself, or not.
+
+    Upstream: transformers/modeling_layers.py, as there: before 5.23 it does not ask whether autograd records.
+    Supported ways tried: `gradient_checkpointing_disable` of the model; it walks through all modules, at each call.
+    Removed by: support for transformers 5.22 and older ending.
+    """
+    if bool(layer.gradient_checkpointing) != recomputes:  # no write where nothing changes, for torch.compile
+        layer.gradient_checkpointing = recomputes  # type: ignore[assignment]
+
+
 def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
     """Keep the Trainer's teardown from moving a module whose weights are on the meta device to the CPU.
 

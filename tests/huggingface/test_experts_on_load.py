@@ -14,7 +14,7 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
 from tests.layers.test_experts import SMALL, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
-from tests.toys import needs_transformers
+from tests.toys import needs
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -158,7 +158,7 @@ def test_a_stack_of_another_shape(build, folder):
         transformers.AutoModelForCausalLM.from_pretrained(path, config=config)
 
 
-@needs_transformers("5.23", "with a quantizer, older versions do not compare shapes, so nothing starts anew")
+@needs("transformers", "5.23", "with a quantizer, older versions do not compare shapes, so nothing starts anew")
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
 def test_a_stack_of_another_shape_starts_anew_where_that_is_asked_for(build, folder):
     path = folder(build)

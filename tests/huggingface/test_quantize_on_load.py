@@ -28,7 +28,7 @@ from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.huggingface.bnb_checkpoint import bnb_config as quantization_config
 from lightning_qlora.huggingface.bnb_checkpoint import skip_modules
 from tests.conftest import Classifier, loader
-from tests.toys import NAMES, Lit, ids, logits, needs_transformers, perturb, toy
+from tests.toys import NAMES, Lit, ids, logits, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -436,7 +436,7 @@ def test_a_shape_that_transformers_did_not_compare_is_refused(folder):
         quantizer._process_model_after_weight_loading(model)
 
 
-@needs_transformers("5.23", "with a quantizer, older versions do not compare shapes, so nothing starts anew")
+@needs("transformers", "5.23", "with a quantizer, older versions do not compare shapes, so nothing starts anew")
 def test_layers_of_another_size_start_anew_where_that_is_asked_for(folder, trainer):
     path = folder("bert", changes={"num_labels": 200})
     kind = transformers.BertForSequenceClassification
@@ -592,7 +592,7 @@ def test_dense_layers_are_saved_in_the_4_bits_they_were_loaded_in(name, init, bn
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=0)
 
 
-@needs_transformers("5.22", "older versions cast the bytes to the type of the model, which is refused")
+@needs("transformers", "5.22", "older versions cast the bytes to the type of the model, which is refused")
 def test_another_storage_type_holds_the_same_bytes(bnb_folder, tmp_path):
     path = bnb_folder("llama", bnb_4bit_quant_storage="bfloat16")
     with QLoRAPrecision(**ARGUMENTS).init():

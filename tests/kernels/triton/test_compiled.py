@@ -12,6 +12,7 @@ from benchmarks.compile_kernels import SHORT, cases, check, main
 from benchmarks.compiled import recorded
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
+from tests.toys import needs
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def table(tmp_path, monkeypatch):
     return tmp_path / "tiles.json"
 
 
+@needs("triton", "3.9", "the budgets are those of its code")
 @pytest.mark.parametrize(
     ("target", "case"), [pytest.param(t, c, id=f"{t}, {c.name}") for t in SHORT for c in cases(t) if c.short]
 )

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import resolve_model
@@ -134,10 +135,9 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             "base_model=."
         )
     folder = ModelFolder.open(resolve_model(os.fspath(source), download=base_model is not None))
-    read = lru_cache(maxsize=1)(lambda key: folder.tensors([key])[key])  # one stack has many experts
-    layers = {}
+    read, layers = _float_weights(adapter, folder), {}
     for name, layer in adapter.layers.items():
-        rows = _float_weight(adapter, folder, read, name)
+        rows = read(name)
         # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
         config = replace(
             origin.config, r=layer.r, lora_alpha=layer.alpha, use_rslora=adapter.use_rslora, rank_pattern={},
@@ -151,19 +151,20 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
 
 
-def _float_weight(adapter: Adapter, folder: ModelFolder, read: Callable[[str], Tensor], name: str) -> Tensor:
-    """The weight of a layer, [out, in], as the folder has it."""
-    parameter = adapter.expert_parameter(name)
-    if parameter is None:
-        weight = read(_float_key(folder, f"{name}.weight"))
+def _float_weights(adapter: Adapter, folder: ModelFolder) -> Callable[[str], Tensor]:
+    """A function that reads the weight of a layer, [out, in], as the folder has it."""
+    experts = find_experts(adapter, folder)
+    key_of = {layer: key for key, found in experts.items() for layer in found.layers}
+    split = lru_cache(maxsize=1)(lambda key: experts[key].split(folder.tensors([key])[key]))  # one has many experts
+
+    def read(name: str) -> Tensor:
+        if name in key_of:
+            return split(key_of[name])[name].contiguous()
+        key = _float_key(folder, f"{name}.weight")
+        weight = folder.tensors([key])[key]
         return weight.T.contiguous() if adapter.is_transposed(name, weight.shape) else weight
-    number, stack = int(name.rpartition(".")[2]), adapter.experts[parameter]
-    if folder.find(f"{parameter}.{number}") is not None:
-        weight = read(_float_key(folder, f"{parameter}.{number}"))
-    else:
-        weight = read(_float_key(folder, parameter))
-        weight = weight.view(stack.number, -1, weight.shape[-1])[number]
-    return weight.T.contiguous() if stack.transposed else weight
+
+    return read
 
 
 def _float_key(folder: ModelFolder, name: str) -> str:

@@ -13,6 +13,7 @@ from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.lora import ADAPTER, cancel_calibration
 from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.new_layers import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 
@@ -52,11 +53,12 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         return merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer])
 
     experts = {layer for _, _, _, stack in stacks for layer in stack.layers}
-    for layer in layers.values():
-        if layer not in experts:
-            to_dense(layer, merged(layer))
+    linear = [layer for layer in layers.values() if layer not in experts]
+    for layer in linear:
+        to_dense(layer, merged(layer))
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, stack.stack(merged))
+    mark_as_loaded(module, [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)])
     compute_logits(module)
     if dtype != "auto":
         for parameter in module.parameters():

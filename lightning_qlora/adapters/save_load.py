@@ -248,8 +248,8 @@ def _checked_endings(names: list[str], base: nn.Module) -> list[str]:
         also = [n for n, _ in base.named_modules() if plain_name(n).endswith(name) and plain_name(n) not in names]
         if also:
             raise ValueError(
-                f"{name!r} was trained in full, and PEFT would also select {also[0]!r}, whose name ends the same. "
-                "Rename one of them, or use a Lightning checkpoint instead of a PEFT folder."
+                f"{name!r} was trained in full, and PEFT would also select {also[0]!r}, whose name ends the same: its "
+                "modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
             )
     return sorted(names)
 

@@ -135,7 +135,9 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
         state, how = _bnb_state_dict(base, packed), _format(base, packed)
-        model.save_pretrained(partial, state_dict=_loadable(state, base, packed) if how else state, **how)
+        names = names_in_files(base, packed, state) if how else {}
+        state = {name_in_files(key, names): value for key, value in state.items()}
+        model.save_pretrained(partial, state_dict=state, **how)
         config = read_json(partial / "config.json")
         config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -160,11 +162,18 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
     return {"save_original_format": False} if joined or other_type else {}
 
 
-def _loadable(state: dict[str, Tensor], base: Any, packed: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict in which a 4-bit layer has the name that transformers gives it in files, if it would rename its own.
+def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> dict[str, str]:
+    """Layer -> its name in a 4-bit folder, of those layers that transformers would rename if they had their own names.
 
     transformers loads a parameter by its own name too, but not the scales of a 4-bit one, which are no parameters.
+
+    Args:
+        base: The model.
+        layers: Names of its layers.
+        state: Names of its parameters.
     """
+    if find_spec("transformers.conversion_mapping") is None:
+        return {}
     loading = import_module("transformers.core_model_loading")
     get_mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping
     mapping, saving = get_mapping(base), get_mapping(base, add_legacy=False)
@@ -175,17 +184,18 @@ def _loadable(state: dict[str, Tensor], base: Any, packed: Iterable[str]) -> dic
     def is_loaded_as(key: str, name: str) -> bool:
         return bool(loading.rename_source_key(key, renamings, others, base.base_model_prefix, state) == (name, None))
 
-    renamed = {}
-    for layer in packed:
+    found = {}
+    for layer in layers:
         key = name = f"{layer}.weight"
         for entry in reverse:
             key, _ = entry.rename_source_key(key)
         if not is_loaded_as(name, name) and is_loaded_as(key, name):
-            renamed[layer] = key.removesuffix(".weight")
-    return {_renamed(key, renamed): value for key, value in state.items()}
+            found[layer] = key.removesuffix(".weight")
+    return found
 
 
-def _renamed(key: str, layers: dict[str, str]) -> str:
+def name_in_files(key: str, layers: dict[str, str]) -> str:
+    """The name of a tensor with the name of its layer exchanged, as `names_in_files` says."""
     layer, weight, rest = key.partition(".weight")
     return layers.get(layer, layer) + weight + rest
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_compatibility import BITS, required_base
 from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
+from lightning_qlora.adapters.folder_experts import FLOATS, assign_to_folder, find_experts
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.checks import check_choice
@@ -24,18 +25,17 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
     bnb_config,
     linear_layers,
+    name_in_files,
+    names_in_files,
     skip_modules,
 )
-from lightning_qlora.huggingface.merge_experts import assign_to_folder, find_experts
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.qlora_linear import DTYPES
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
-FLOATS = ("F32", "BF16", "F16")  # names of types in a safetensors header
 OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -96,7 +96,7 @@ class _FolderMerge:
         self.model = folder.model  # on the meta device
         adapter = assign_to_folder(adapter, folder)
         self.folder, self.adapter, self.dtype, self.base = folder, adapter, dtype, base
-        self.experts = find_experts(adapter, folder, FLOATS)
+        self.experts = find_experts(adapter, folder)
         linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
         self.layer_of = {self._key_of(name): name for name in linear}
         keys = {name: folder.find(name) for name in adapter.saved}
@@ -113,6 +113,9 @@ class _FolderMerge:
         if dtype == "4bit" and (folder.folder / "config.json").is_file() and self.model is None:
             empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
         self.always_dense_layers = set() if self.model is None else always_dense_layers(self.model)
+        self.names_in_files: dict[str, str] = {}
+        if dtype == "4bit" and self.model is not None:
+            self.names_in_files = names_in_files(self.model, linear_layers(self.model), self.model.state_dict())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the output, by its key in the folder."""
@@ -122,16 +125,23 @@ class _FolderMerge:
                 head, _, companion = names[0].partition(".weight.")  # such as the scales of a 4-bit weight
                 if not (companion and self.folder.is_packed(head + ".weight")):
                     key = self.folder.key_of[names[0]]
-                    yield from ((key + name[len(names[0]) :], value) for name, value in self._merged(names[0]))
+                    for name, value in self._merged(names[0]):
+                        yield self._own_name(name) if key == names[0] else key + name[len(names[0]) :], value
             elif not self._changed(names):
                 for key in conversion.keys:
                     yield key, self._cast(self.folder.stored.tensors([key])[key])
             else:
                 merged = dict(pair for name in names for pair in self._merged(name))
-                # 4-bit weights can't be converted: they keep the model's names, which transformers loads as well
-                yield from (conversion.restore(merged) if merged.keys() == set(names) else merged).items()
+                if merged.keys() == set(names):
+                    yield from conversion.restore(merged).items()
+                else:  # 4-bit weights can't be converted
+                    yield from ((self._own_name(name), value) for name, value in merged.items())
         for name, value in self.added.items():
             yield name, self._cast(value)
+
+    def _own_name(self, name: str) -> str:
+        """The model's own name of a tensor, by which transformers loads it as well, or that of a 4-bit layer."""
+        return name_in_files(name, self.names_in_files)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.layer_of or name in self.saved or name in self.experts]
@@ -211,15 +221,9 @@ class _FolderMerge:
 
     def _merged_experts(self, key: str) -> Tensor:
         """A tensor of experts, each merged; dense in every case, since bitsandbytes has no experts in 4 bits."""
-        (parameter, number), tensor = self.experts[key], self.folder.tensors([key])[key]
-        stack = self.adapter.experts[parameter]
-        shape = (1 if number is not None else stack.number, -1, tensor.shape[-1])
-        made = []
-        for i, weight in enumerate(tensor.view(shape)):
-            rows = weight.T.contiguous() if stack.transposed else weight
-            rows = self._merged_expert(rows, f"{parameter}{SUFFIX}.{i if number is None else number}", key)
-            made.append(rows.T if stack.transposed else rows)
-        return torch.stack(made).view(tensor.shape)
+        found, tensor = self.experts[key], self.folder.tensors([key])[key]
+        made = [self._merged_expert(rows.contiguous(), name, key) for name, rows in found.split(tensor).items()]
+        return found.join(made, tensor.shape)
 
     def _merged_expert(self, dense: Tensor, name: str, key: str) -> Tensor:
         rows, dtype = self._base_rows(dense, name, key)

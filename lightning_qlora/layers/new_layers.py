@@ -1,9 +1,9 @@
 """Layers of transformers models that have no pretrained weights: classification heads, and what a load left out."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.layers.names import is_transformers_model
 
@@ -29,6 +29,15 @@ def new_layers(root: nn.Module) -> dict[int, str]:
                     if not any(_was_loaded(parameter) for parameter in layer.parameters()):
                         new[id(layer)] = "newly initialized when the model was loaded"
     return new
+
+
+def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Give parameters that replace others the mark of those, so that their layers are not taken for new ones."""
+    models = [model for model in root.modules() if is_transformers_model(model)]
+    loaded = {id(p) for model in models if any(map(_was_loaded, model.parameters())) for p in model.parameters()}
+    for parameter in parameters:
+        if id(parameter) in loaded:
+            setattr(parameter, LOADED_TENSOR, True)
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:

@@ -16,6 +16,8 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.toys import perturb
 
 pytest.importorskip("transformers", minversion="5")
+import transformers
+
 from tests.architectures.checks import ARGUMENTS, assert_equal, keys, load, loaded_and_converted, saved
 
 
@@ -84,6 +86,21 @@ def test_a_fused_weight_into_4_bits_has_the_names_of_the_model(tmp_path):
     ours, again = module.layers[0].self_attn.k_proj, loaded_and_converted(model, tmp_path / "out")
     expected = quantize(ours.decode() + ours.delta()).dequantize()
     assert torch.equal(again.layers[0].self_attn.k_proj.decode(), expected)
+
+
+def test_4_bit_layers_have_names_by_which_transformers_finds_their_scales(tmp_path):
+    """It would rename parameters of Unlimited-OCR again."""
+    kind = "unlimited_ocr:UnlimitedOcrForConditionalGeneration"
+    if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"{kind} is not in this version of transformers")
+    model, base = saved(kind, tmp_path / "base")
+    load(model, base).save_pretrained(tmp_path / "again", save_original_format=False)
+    module = converted(model, base)
+    with pytest.warns(UserWarning, match="Merging into 4 bits"):
+        merge_folder(tmp_path / "again", get_adapter(module), tmp_path / "out", dtype="4bit")
+    again = loaded_and_converted(model, tmp_path / "out")
+    convert(merge(module), **ARGUMENTS)
+    assert_equal(merge(again).state_dict(), merge(module).state_dict())
 
 
 def test_only_some_parameters_of_a_conversion_are_quantized(tmp_path):

@@ -151,6 +151,21 @@ def test_an_embedding_that_was_resized_after_conversion_is_saved(name, tmp_path)
     assert torch.equal(loaded.modules_to_save["default"].weight, lit.model.get_input_embeddings().weight)
 
 
+def test_a_module_that_peft_cannot_name_alone_is_refused(tmp_path):
+    """PEFT's modules_to_save are ends of names, so no form of "head" leaves out "pre_head" (RF-DETR: class_embed)."""
+
+    def model():
+        return nn.ModuleDict({"body": nn.Linear(64, 64), "pre_head": nn.Linear(64, 64), "head": nn.Linear(64, 2)})
+
+    theirs = peft.get_peft_model(model(), peft.LoraConfig(target_modules=["body"], modules_to_save=["head"]))
+    assert {name.partition(".modules_to_save")[0] for name, _ in theirs.named_parameters() if "to_save" in name} == {
+        "base_model.model.pre_head", "base_model.model.head",
+    }  # fmt: skip
+    convert(module := model(), r=2)
+    with pytest.raises(ValueError, match="'head' was trained in full, and PEFT would also select 'pre_head'"):
+        save_adapter(module, tmp_path)
+
+
 def test_modules_to_save_and_small_heads(tmp_path):
     lit = converted("bert", modules_to_save=["pooler"])
     save_adapter(lit, tmp_path)

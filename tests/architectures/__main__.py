@@ -3,18 +3,23 @@
 python -m tests.architectures                    all architectures, one process each; writes the page
 python -m tests.architectures llama mixtral      these; prints their rows
 python -m tests.architectures --classes          the checks of folders for one class of each architecture
+
+With `--rows FILE` each row is added to the file as it comes, and rows that the file has are not computed again.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import logging
 import multiprocessing
 import re
+import signal
 import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import peft  # noqa: F401, so that each process has it
@@ -24,9 +29,11 @@ from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.layers.selection import select_in_part
-from tests.architectures.checks import CHECKS, is_loaded_again, known
+from tests.architectures.checks import CHECKS, known, not_loaded_again
 from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL
+
+SECONDS = 600  # of one architecture
 
 
 def share(kind):
@@ -162,7 +169,11 @@ TAIL = """
 
 `python -m tests.architectures --classes` makes the checks "loads", "merges" and "4-bit folder" for one class of each
 architecture that transformers has, with a head if it can be built with one, and says why a class can't be built here.
-`python -m tests.architectures --classes molmo2 gemma4` makes them for these.
+`python -m tests.architectures --classes molmo2 gemma4` makes them for these, and `--rows FILE` goes on after an
+interruption. On 2026-11-26 it ran for 190 of the 483 architectures that have no row above: 168 passed, none failed, 21
+could not be built here, and one was not loaded by transformers itself (`shieldgemma2`, whose class in transformers'
+table is Gemma 3's). Of these 130 ran at commit 084aa72, and 60 at 4faef25, since which "4-bit folder" includes merges
+to 4 bits. The other 293 did not run.
 
 ## What some models need
 
@@ -180,36 +191,53 @@ architecture that transformers has, with a head if it can be built with one, and
 def class_row(name):
     """The results of the checks of folders for one class of an architecture."""
     kind = class_of(name)
+    first = {"architecture": name, "class": kind}
     if isinstance(why := find_configuration(kind), str):
-        return {"class": kind, "built": f"no: {why}"}
-    with tempfile.TemporaryDirectory() as folder:
-        if not is_loaded_again(kind, Path(folder)):
-            return {"class": kind, "built": "no: transformers does not load the weights that it saves"}
-    return {"class": kind} | results(kind, ["loads", "merges", "4-bit folder"])
+        return first | {"built": f"not built: {why}"}
+    found = results(kind, ["loads", "merges", "4-bit folder"])
+    if any(result != "yes" for result in found.values()):
+        with tempfile.TemporaryDirectory() as folder:
+            if why := not_loaded_again(kind, Path(folder)):
+                return first | {"built": f"transformers does not load the weights that it saves: {why}"}
+    return first | found
 
 
 def in_a_process(make_row, kind):
     """The row, from a forked process: this one has imported everything already."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(make_row, kind).result()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=signal.alarm, initargs=(SECONDS,)) as pool:
+        try:
+            return pool.submit(make_row, kind).result()
+        except BrokenProcessPool:
+            ended = f"FAILS: the process crashed, or was stopped after {SECONDS} s"
+            first = dict.fromkeys(["input", "weights", "in 4 bits", "the rest"], "-")
+            return {"architecture": kind} | first | dict.fromkeys(CHECKS, ended)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="architectures; all of them if none")
     parser.add_argument("--write", type=Path, help="file for the page")
+    parser.add_argument("--rows", type=Path, help="file of finished rows")
     parser.add_argument("--classes", action="store_true", help="only the checks of folders, of one class each")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # a fork of a process with threads of OpenMP may hang
-    rows = []
-    for kind in arguments.kinds or (all_types() if arguments.classes else ALL):
-        rows.append(in_a_process(class_row if arguments.classes else row, kind))
-        print(" | ".join(rows[-1].values()), flush=True)
+    kinds = arguments.kinds or (all_types() if arguments.classes else ALL)
+    rows = {}
+    if arguments.rows and arguments.rows.exists():
+        rows = {one["architecture"]: one for one in map(json.loads, arguments.rows.read_text().splitlines())}
+    for kind in kinds:
+        if kind not in rows:
+            rows[kind] = in_a_process(class_row if arguments.classes else row, kind)
+            print(" | ".join(rows[kind].values()), flush=True)
+            if arguments.rows:
+                with arguments.rows.open("a") as file:
+                    file.write(json.dumps(rows[kind]) + "\n")
     if arguments.write:
-        arguments.write.write_text(page(rows))
+        arguments.write.write_text(page([rows[kind] for kind in kinds]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ MORE_SIZES = {
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "audio_hidden_size": 64,
 }  # fmt: skip
 DEPTH = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"]
-LARGEST = 60_000_000  # parameters of a model
+LARGEST = 100_000_000  # parameters of a model
+FULL_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
 # What configurations lack or check, so that sizes alone do not do.
 EXTRA = {
     **{name: {"vocab_size": 128} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
@@ -48,13 +49,18 @@ EXTRA = {
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1], "text_hidden_size": 64}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "ernie4_5_vl_moe": {"text_config": MROPE},
+    "cohere_compass_text": {"rope_parameters": FULL_ROPE},
+    "cohere_compass": {"text_config": {"rope_parameters": FULL_ROPE}},
+    "zaya": {"num_experts_per_tok": 1},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "out_hidden_size": 64, "hidden_sizes": [32, 32, 64, 64]}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
 }
 
 
 def all_types() -> list[str]:
-    """The architectures that transformers has, those with a head first."""
-    return list(dict.fromkeys(kind for table in _tables() for kind in table))
+    """The architectures that transformers has, those without a row in the table first."""
+    names = dict.fromkeys(name for table in _tables() for name in table)
+    return sorted(names, key=lambda name: name in ALL)
 
 
 def class_of(name: str) -> str:

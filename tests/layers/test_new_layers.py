@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
 from tests.conftest import make_trainer
 from tests.toys import BERT, LLAMA, Lit, ids, perturb, toy
 
@@ -81,6 +81,18 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     assert set(full.values()) == {"newly initialized when the model was loaded"}
     assert all(name.startswith("model.model.layers.2.") for name in full)
     assert "output embedding" in plugin.report.skipped["model.lm_head"]
+
+
+@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_merged_layers_of_a_loaded_model_are_not_new(tmp_path, kind):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    config = transformers.CONFIG_MAPPING[kind](**LLAMA, **experts)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    first = convert(model, r=2)
+    second = convert(merge(model), r=2)
+    assert second.converted == first.converted and second.trained_in_full == first.trained_in_full == {}
 
 
 class Labels(Lit):

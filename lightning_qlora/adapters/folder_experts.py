@@ -4,19 +4,34 @@ model.layers.0.mlp.experts.gate_up_proj       [experts, out, in], [experts, in, 
 model.layers.0.mlp.experts.gate_up_proj.3     expert 3, [out, in] or [in, out] (`model_folder.Conversion`)
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from lightning_qlora.adapters.adapter import PREFIX, Adapter
+import torch
+from torch import Tensor
+
+from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.adapters.peft_experts import assign_parameters, unpack_known
+from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
+
+FLOATS = ("F32", "BF16", "F16")  # names of types in a safetensors header
 
 
 class ExpertTensor(NamedTuple):
-    """What a tensor of a folder holds: all experts of a parameter (number is None), or one."""
+    """What a tensor of a folder holds: these layers, which are all experts of a parameter, or one."""
 
-    parameter: str
-    number: int | None
+    layers: list[str]
+    stack: ExpertStack
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Name of each layer -> its weight, a view of shape [out, in]."""
+        parts = tensor.view(len(self.layers), -1, tensor.shape[-1])
+        return dict(zip(self.layers, parts.mT if self.stack.transposed else parts, strict=True))
+
+    def join(self, weights: list[Tensor], shape: torch.Size) -> Tensor:
+        """The tensor of this shape that holds these weights, [out, in] each, in the order of `layers`."""
+        return torch.stack([weight.T if self.stack.transposed else weight for weight in weights]).view(shape)
 
 
 def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
@@ -36,26 +51,24 @@ def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
     return assign_parameters(adapter, folder.model or empty_model(folder.folder, what_for))
 
 
-def find_experts(adapter: Adapter, folder: ModelFolder, floats: tuple[str, ...]) -> dict[str, ExpertTensor]:
+def find_experts(adapter: Adapter, folder: ModelFolder) -> dict[str, ExpertTensor]:
     """Key of every tensor that holds adapted experts -> what it holds.
 
     Raises:
-        ValueError: If such a tensor is not of one of the types `floats`; names file and key.
+        ValueError: If such a tensor is not of one of the types `FLOATS`; names file and key.
         CheckpointMismatchError: If there is no such tensor, or it is of another number of experts.
     """
     found = {}
     for parameter, stack in adapter.experts.items():
+        layers = [f"{parameter}{SUFFIX}.{i}" for i in range(stack.number)]
         name = folder.find(parameter)
         if name is not None:
-            found[name] = ExpertTensor(parameter, None)
+            found[name] = ExpertTensor(layers, stack)
             sizes = folder.entries[name].shape
             if sizes[0] % stack.number if stack.flat else (len(sizes) != 3 or sizes[0] != stack.number):
-                raise CheckpointMismatchError(
-                    f"{folder.where(name)} has shape {list(sizes)}, the adapter {adapter.source} is for "
-                    f"{stack.number} experts."
-                )
+                _refuse_number(adapter, stack, f"{folder.where(name)} has shape {list(sizes)}")
             continue
-        for number in range(stack.number):
+        for number, layer in enumerate(layers):
             name = folder.find(f"{parameter}.{number}")
             if name is None:
                 raise CheckpointMismatchError(
@@ -63,11 +76,20 @@ def find_experts(adapter: Adapter, folder: ModelFolder, floats: tuple[str, ...])
                     f"neither a tensor {parameter!r} nor one of that expert. Load the model with lightning_qlora and "
                     "the adapter, merge() it, and save it."
                 )
-            found[name] = ExpertTensor(parameter, number)
+            found[name] = ExpertTensor([layer], stack)
+        if (name := folder.find(f"{parameter}.{stack.number}")) is not None:
+            _refuse_number(adapter, stack, f"{folder.where(name)} holds expert {stack.number} of {parameter!r}")
     for name in found:
-        if folder.entries[name].dtype not in floats:
+        if folder.entries[name].dtype not in FLOATS:
             raise ValueError(
-                f"{folder.where(name)} is {folder.entries[name].dtype}: an adapter of experts can be merged into "
-                f"{', '.join(floats)}."
+                f"{folder.where(name)} is {folder.entries[name].dtype}: an adapter of experts fits tensors of type "
+                f"{', '.join(FLOATS)}."
             )
     return found
+
+
+def _refuse_number(adapter: Adapter, stack: ExpertStack, what: str) -> NoReturn:
+    raise CheckpointMismatchError(
+        f"{what}, the adapter {adapter.source} is for {stack.number} experts. An adapter fits the model it was "
+        "trained on."
+    )

@@ -1,10 +1,10 @@
-"""Adapters of experts merged into a folder: the weights of the merged module, and what is refused."""
+"""The experts of an adapter in a folder: merged as the module is, and what is refused."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import CheckpointMismatchError, save_adapter
+from lightning_qlora import CheckpointMismatchError, convert, save_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
@@ -56,15 +56,34 @@ def test_16_bit_experts_are_rounded_as_other_layers(tmp_path):
     torch.testing.assert_close(gate.float(), stack.layers[4].effective_weight()[:32].detach(), atol=4e-3, rtol=8e-3)
 
 
+OTHER_NUMBERS = [
+    (4, False, r"layers.0.mlp.experts.*\(expert 4\) does not fit.*other"),
+    (8, False, r"experts.6.\w+.weight'.* holds expert 6 of .*experts.* is for 6 experts"),
+    (4, True, r"model.safetensors: .*experts.* has shape \[4, .*for 6 experts"),
+    (8, True, r"model.safetensors: .*experts.* has shape \[8, .*for 6 experts"),
+]
+
+
+@pytest.mark.parametrize(("number", "fused", "message"), OTHER_NUMBERS)
+def test_another_number_of_experts_is_refused_by_file_and_key(number, fused, message, tmp_path):
+    model = toys.made(toys.qwen3_moe)
+    convert(model, r=2, init_lora_weights="loftq")
+    other = saved(lambda: toys.qwen3_moe(num_experts=number), tmp_path / "other", fused)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        merge_folder(other, get_adapter(model), tmp_path / "out")
+    with pytest.raises(CheckpointMismatchError, match=message):
+        save_adapter(model, tmp_path / "out", base="float", base_model=other)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_fit_is_refused_by_file_and_key(tmp_path):
     adapter = get_adapter(converted(toys.qwen3_moe))
-    other = saved(lambda: toys.qwen3_moe(num_experts=4), tmp_path / "other")
-    with pytest.raises(CheckpointMismatchError, match=r"layers.0.mlp.experts.*\(expert 4\) does not fit.*other"):
-        merge_folder(other, adapter, tmp_path / "out")
-    fused = saved(lambda: toys.qwen3_moe(num_experts=4), tmp_path / "fused", fused=True)
-    with pytest.raises(CheckpointMismatchError, match=r"model.safetensors: .*experts.* has shape \[4, .*for 6 experts"):
-        merge_folder(fused, adapter, tmp_path / "out")
     wide = saved(lambda: toys.qwen3_moe(moe_intermediate_size=64), tmp_path / "wide")
     with pytest.raises(CheckpointMismatchError, match=r"experts.0.down_proj.weight' has 64 outputs and 64 inputs"):
         merge_folder(wide, adapter, tmp_path / "out")
+    base = saved(toys.qwen3_moe, tmp_path / "base")
+    file = base / "model.safetensors"
+    save_file({key: value.double() for key, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"experts.* is F64: an adapter of experts fits tensors of type F32, BF16"):
+        merge_folder(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

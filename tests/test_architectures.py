@@ -49,10 +49,15 @@ def test_a_tiny_model(check, kind, tmp_path):
         "exaone:LlamaForCausalLM",
         "unlimited_ocr:UnlimitedOcrForConditionalGeneration",
         "qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration",
+        "clvp:ClvpModelForConditionalGeneration",
+        "decision_transformer:DecisionTransformerModel",
     ],
 )
-def test_folders_that_need_the_own_names_of_the_model(kind, tmp_path):
-    """It would rename a parameter again, asks for a dense one, or writes a config.json that does not fit the names."""
+def test_folders_of_classes_with_a_difficulty_of_their_own(kind, tmp_path):
+    """transformers would rename a parameter again, asks for a dense one, or writes a config.json that does not fit.
+
+    The last two have both Conv1D and linear layers, some of them square.
+    """
     if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
         pytest.skip(f"{kind} is not in this version of transformers")
     for check in ("merges", "4-bit folder"):

@@ -162,7 +162,9 @@ def _float_weights(adapter: Adapter, folder: ModelFolder) -> Callable[[str], Ten
             return split(key_of[name])[name].contiguous()
         key = _float_key(folder, f"{name}.weight")
         weight = folder.tensors([key])[key]
-        return weight.T.contiguous() if adapter.is_transposed(name, weight.shape) else weight
+        known = folder.stores_transposed(key)
+        transposed = adapter.is_transposed(name, weight.shape) if known is None else known
+        return weight.T.contiguous() if transposed else weight
 
     return read
 

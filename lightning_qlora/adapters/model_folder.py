@@ -170,6 +170,15 @@ class ModelFolder(WeightFolder):
         keys = [self.key_of[name]] if conversion is None else conversion.keys
         return f"{self.file_of[name]}: {', '.join(map(repr, keys))}"
 
+    def stores_transposed(self, name: str) -> bool | None:
+        """Whether a weight is that of transformers' Conv1D, [in, out]; None if only its shape can tell."""
+        if self.model is None:
+            return None
+        try:
+            return type(self.model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
+        except AttributeError:
+            return None
+
     def _match(self, model: Any) -> list[Conversion]:
         """Fill `key_of`, and return the conversions."""
         if model is None or find_spec("transformers.conversion_mapping") is None:

@@ -262,6 +262,9 @@ class _FolderMerge:
 
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether the weight is [in, out] in the output, as in transformers' Conv1D (in 4 bits it is [out, in])."""
+        known = self.folder.stores_transposed(key)
+        if known is not None:
+            return known
         if name is None or self.folder.is_packed(key):
             return self.adapter.fan_in_fan_out and not key.endswith(OUTPUT)
         return self.adapter.is_transposed(name, self.folder.entries[key].shape)

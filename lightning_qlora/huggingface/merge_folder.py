@@ -6,13 +6,12 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
-from lightning_qlora.adapters.base_compatibility import BITS, required_base
 from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
 from lightning_qlora.adapters.folder_experts import FLOATS, assign_to_folder, find_experts
 from lightning_qlora.adapters.merge import round_stochastically
@@ -29,11 +28,9 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
     names_in_files,
     skip_modules,
 )
-from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.fingerprint import fingerprint_of_weight
+from lightning_qlora.huggingface.merged_weights import MergedWeights
 from lightning_qlora.layers.qlora_linear import DTYPES
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
-from lightning_qlora.quantization.packed_weight import PackedWeight
 
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
@@ -95,7 +92,8 @@ class _FolderMerge:
         folder = ModelFolder.open(base_model)
         self.model = folder.model  # on the meta device
         adapter = assign_to_folder(adapter, folder)
-        self.folder, self.adapter, self.dtype, self.base = folder, adapter, dtype, base
+        self.folder, self.adapter, self.dtype = folder, adapter, dtype
+        self.weights = MergedWeights(folder, adapter, base)
         self.experts = find_experts(adapter, folder)
         linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
         self.layer_of = {self._key_of(name): name for name in linear}
@@ -163,7 +161,7 @@ class _FolderMerge:
         config = read_json(path)
         found = config.pop("quantization_config", None)
         if self.dtype == "4bit":
-            choices, dtype = self._quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+            choices, dtype = self.weights.quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
             layers = set() if self.model is None else linear_layers(self.model).keys()
             skip = skip_modules(layers - self.packed, self.packed)
             made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
@@ -193,72 +191,30 @@ class _FolderMerge:
             return
         transposed = self._is_transposed(key, name)
         if packed:
-            weight = self._read(state, key)
-            if name is not None:
-                self._check_bits(name, weight)
-            rows, dtype = weight.dequantize(), weight.dtype
+            rows, dtype = self.weights.from_packed(state, name, key)
         else:
-            rows, dtype = self._base_rows(state[key].T if transposed else state[key], name, key)
-        if name is not None:
-            rows = self._sum(rows, name, key)
+            assert name is not None  # a dense weight without an adapter was written above
+            rows, dtype = self.weights.from_dense(state[key].T if transposed else state[key], name, key)
         if self.dtype == "4bit" and layer not in self.always_dense_layers:
             self.packed.add(layer)
-            entries = self._quantized(rows.to(dtype), key).bnb_state_dict(key)
+            entries = self.weights.quantized(rows.to(dtype), key).bnb_state_dict(key)
             yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
             return
-        wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
-        rows = rows.to(wanted) if name is None else round_stochastically(rows, wanted, name)
+        rows = rows.to(self._wanted(dtype)) if name is None else round_stochastically(rows, self._wanted(dtype), name)
         yield key, (rows.T if transposed else rows).contiguous()
-
-    def _base_rows(self, dense: Tensor, name: str | None, key: str) -> tuple[Tensor, torch.dtype]:
-        """The weight that the adapter was trained on, [out, in], and the type of the base, from the dense weight."""
-        if name in self.adapter.bases:
-            weight = self.adapter.bases[name]
-            return weight.dequantize(), weight.dtype
-        if (self.adapter.quantization or {}).get("base_moved"):
-            self._refuse_base()
-        return self._quantized(dense, key).dequantize() if self.base == "quantized" else dense, dense.dtype
 
     def _merged_experts(self, key: str) -> Tensor:
         """A tensor of experts, each merged; dense in every case, since bitsandbytes has no experts in 4 bits."""
         found, tensor = self.experts[key], self.folder.tensors([key])[key]
-        made = [self._merged_expert(rows.contiguous(), name, key) for name, rows in found.split(tensor).items()]
+        made = []
+        for name, dense in found.split(tensor).items():
+            rows, dtype = self.weights.from_dense(dense.contiguous(), name, key)
+            made.append(round_stochastically(rows, self._wanted(dtype), name))
         return found.join(made, tensor.shape)
 
-    def _merged_expert(self, dense: Tensor, name: str, key: str) -> Tensor:
-        rows, dtype = self._base_rows(dense, name, key)
-        wanted = dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
-        return round_stochastically(self._sum(rows, name, key), wanted, name)
-
-    def _check_bits(self, name: str, weight: PackedWeight) -> None:
-        """Refuse 4-bit weights on which the adapter was not trained."""
-        if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
-            self._refuse_base()
-        here = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
-        need = required_base(self.adapter.quantization)
-        if need is not None and here != tuple(self._quantization()[key] for key in BITS):
-            there = ", ".join(f"{key}={value}" for key, value in zip(BITS, here, strict=True))
-            raise ValueError(f"{self.adapter.source}: {self.folder.folder} has {name} in {there}. {need}")
-
-    def _refuse_base(self) -> NoReturn:
-        raise ValueError(
-            f"{self.adapter.source}: the initialization of these adapters changed the 4-bit weights that they fit, so "
-            f"they do not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds these weights, or pass "
-            "the folder that save_quantized wrote as base_model."
-        )
-
-    def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
-        """W + s B A in fp32, [out, in]; with DoRA m / ||W + s B A|| times that, m the magnitudes."""
-        layer = self.adapter.layers[name]
-        if tuple(rows.shape) != (layer.lora_B.shape[0], layer.lora_A.shape[1]):
-            raise CheckpointMismatchError(
-                f"{self.folder.where(key)} has {rows.shape[0]} outputs and {rows.shape[1]} inputs, the "
-                f"adapter {self.adapter.source} is for {layer.lora_B.shape[0]} and {layer.lora_A.shape[1]}."
-            )
-        total = rows.float() + self.adapter.scaling(name) * (layer.lora_B.float() @ layer.lora_A.float())
-        if layer.magnitude is not None:
-            total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
-        return total
+    def _wanted(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of the output, for a weight of this type in the base."""
+        return dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
 
     def _is_transposed(self, key: str, name: str | None) -> bool:
         """Whether the weight is [in, out] in the output, as in transformers' Conv1D (in 4 bits it is [out, in])."""
@@ -269,28 +225,8 @@ class _FolderMerge:
             return self.adapter.fan_in_fan_out and not key.endswith(OUTPUT)
         return self.adapter.is_transposed(name, self.folder.entries[key].shape)
 
-    def _quantization(self) -> dict[str, Any]:
-        """How the base was quantized in training; the defaults if the adapter does not say."""
-        known = self.adapter.quantization or {}
-        defaults = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
-        return {name: known.get(name, default) for name, default in defaults.items()}
-
-    def _quantized(self, rows: Tensor, key: str) -> PackedWeight:
-        try:
-            return quantize(rows, **self._quantization())
-        except ValueError as error:
-            raise ValueError(f"{self.folder.where(key)}: {error}") from error
-
-    def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
-        try:
-            return PackedWeight.from_bnb_state_dict(state, key)
-        except ValueError as error:
-            raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
-
     def _cast(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or self.dtype in ("auto", "4bit"):
-            return tensor.contiguous()
-        return tensor.to(DTYPES[self.dtype]).contiguous()
+        return (tensor.to(self._wanted(tensor.dtype)) if tensor.is_floating_point() else tensor).contiguous()
 
     def _key_of(self, name: str) -> str:
         """The key of a layer's weight; refuses one that can have no adapter before anything is written."""

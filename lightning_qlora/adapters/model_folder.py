@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
+from lightning_qlora.layers.dense_reasons import is_conv1d
 
 
 @dataclass
@@ -175,7 +176,7 @@ class ModelFolder(WeightFolder):
         if self.model is None:
             return None
         try:
-            return type(self.model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
+            return is_conv1d(type(self.model.get_submodule(name.removesuffix(".weight"))))
         except AttributeError:
             return None
 

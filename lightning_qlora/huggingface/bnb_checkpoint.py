@@ -22,6 +22,7 @@ from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.files.folder_writer import atomic_folder
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.bnb_linear import original_packed_weight
+from lightning_qlora.layers.dense_reasons import is_conv1d
 from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, is_expert
 from lightning_qlora.layers.names import is_transformers_model, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -35,7 +36,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if (isinstance(layer, nn.Linear) and id(layer) not in experts) or type(layer).__name__ == "Conv1D"
+        if (isinstance(layer, nn.Linear) and id(layer) not in experts) or is_conv1d(type(layer))
     }
 
 
@@ -49,7 +50,7 @@ def always_dense_layers(model: nn.Module) -> set[str]:
 
     def is_replaced(layer: nn.Module) -> bool:
         kind = getattr(layer, "dense_class", type(layer))  # the class before conversion
-        return kind is nn.Linear or kind.__name__ == "Conv1D"
+        return kind is nn.Linear or is_conv1d(kind)
 
     return {
         name

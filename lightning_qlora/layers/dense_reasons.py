@@ -20,9 +20,12 @@ FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is an nn.Linear, of a subclass too, or a transformers Conv1D, in 4 bits or not."""
-    if is_bnb_linear(layer) or isinstance(layer, nn.Linear):
-        return True
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
+    return is_bnb_linear(layer) or isinstance(layer, nn.Linear) or is_conv1d(type(layer))
+
+
+def is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether a class is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def name_clash(layer: nn.Module) -> str | None:

@@ -8,9 +8,8 @@ Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and co
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.bnb_linear import decode_and_store_original
 from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.names import named
+from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
@@ -106,7 +105,7 @@ class QLoRAQuantizer(HfQuantizer):
             self.file_of = WeightFolder(paths[0].parent).file_of  # checks the index too
         else:
             self.file_of = {key: path for path in paths for key in read_header(path)[0]}
-        self.shapes = {name: tensor.shape for name, tensor in _tensors(model)}
+        self.shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
         config = self.quantizers.config_for(model)
         if config is None:
             return
@@ -125,9 +124,10 @@ class QLoRAQuantizer(HfQuantizer):
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
         if self.errors:
             raise self.errors[0]
-        for name, tensor in _tensors(model):  # transformers before 5.23 compares no shapes if there is a quantizer
+        for name, tensor in named_tensors(model):  # transformers before 5.23 compares none if there is a quantizer
             if tensor.shape != self.shapes.get(name, tensor.shape):
-                raise self.error(name, _wrong_shape(name, tensor.shape, self.shapes[name]))
+                known = self.quantizers.mismatches  # these name the files of converted weights too
+                raise known[0] if known else self.error(name, _wrong_shape(name, tensor.shape, self.shapes[name]))
         forget_quantizer(model)
         setattr(model, LOADED, self.pre_quantized)
         return model
@@ -163,10 +163,6 @@ class QLoRAQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes of a weight, for transformers' reservation of GPU memory."""
         return 0.5 if self.param_needs_quantization(model, param_name) else param.element_size()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())
 
 
 def _wrong_shape(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:

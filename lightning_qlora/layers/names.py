@@ -4,10 +4,11 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 
@@ -88,6 +89,11 @@ def named(name: str) -> Iterator[None]:
 def plain_name(name: str) -> str:
     """A name without what torch.compile put into it."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module, then its buffers."""
+    return chain(module.named_parameters(), module.named_buffers())
 
 
 def is_transformers_model(module: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """What a module must be before it is converted, and what users are warned of afterwards."""
 
-import itertools
 import warnings
 from dataclasses import asdict
 
@@ -9,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.experts import expert_stacks
-from lightning_qlora.layers.names import inside
+from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import Selection, select_in_part
@@ -31,7 +30,7 @@ UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 def check_initialized(module: nn.Module) -> None:
     """Refuse a module with a lazy layer that has not run yet: it has no parameters to quantize, freeze or train."""
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+    for name, tensor in named_tensors(module):
         if is_lazy(tensor):
             owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
             raise ValueError(
@@ -43,7 +42,7 @@ def check_initialized(module: nn.Module) -> None:
 
 def check_has_data(module: nn.Module) -> None:
     """Refuse a module that was built on the meta device if a part of it was never loaded."""
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+    for name, tensor in named_tensors(module):
         if tensor.is_meta:
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             owner, _, key = name.rpartition(".")

@@ -53,7 +53,7 @@ def test_a_tiny_model(check, kind, tmp_path):
         "decision_transformer:DecisionTransformerModel",
     ],
 )
-def test_folders_of_classes_with_a_difficulty_of_their_own(kind, tmp_path):
+def test_folders_of_difficult_classes(kind, tmp_path):
     """transformers would rename a parameter again, asks for a dense one, or writes a config.json that does not fit.
 
     The last two have both Conv1D and linear layers, some of them square.

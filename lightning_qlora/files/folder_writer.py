@@ -175,12 +175,13 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
 def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool | None]:
     """Lock a file, and delete it at the end; yields False if it is not free, None if the file system has no locks."""
     lock, locked = FileLock(path), None
-    with suppress(OSError, NotImplementedError):
-        try:
-            lock.acquire(timeout=timeout)
-            locked = True
-        except Timeout:
-            locked = False
+    try:
+        lock.acquire(timeout=timeout)
+        locked = True
+    except Timeout:
+        locked = False
+    except (OSError, NotImplementedError):
+        pass
     try:
         yield locked
     finally:

@@ -27,5 +27,5 @@ def foreign_adapter(module: nn.Module) -> str | None:
         return f"{kind}, a model with a PEFT adapter"
     held = {name.lower() for name in (*module._parameters, *module._modules)}
     if not isinstance(module, LoRALayer) and any(a in held and b in held for a, b in PARTS):
-        return f"{kind}, a layer with an adapter of its own"
+        return f"{kind}, a layer that contains another library's adapter"
     return None

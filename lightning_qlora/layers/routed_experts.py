@@ -66,7 +66,7 @@ def _feed_forward(owner: Any, keys: tuple[str, str], x: Tensor, product: Callabl
     hidden = product(keys[0], x)
     hidden = owner._apply_gate(hidden) if owner.has_gate else owner.act_fn(hidden)
     y: Tensor = product(keys[1], hidden)
-    # Older versions of transformers do not have this flag (5.17 has none).
+    # transformers before 5.20 does not have this flag.
     return owner.post_expert_norm(y) if getattr(owner, "has_post_expert_norm", False) else y
 
 

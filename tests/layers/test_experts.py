@@ -145,7 +145,7 @@ def test_only_the_experts_that_tokens_reached_are_decoded_and_never_the_stack(mo
 
 
 def test_experts_of_older_versions_of_transformers():
-    """Before 5.19 or 5.20 they have no flag for a norm."""
+    """Before 5.20 they have no flag for a norm."""
     model = made(qwen3_moe)
     convert_stacks(model)
     expected = outputs(model).logits

@@ -28,7 +28,7 @@ from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.grouped import Group
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
 
@@ -125,9 +125,7 @@ def _dropout_cases(target: str) -> Iterator[Case]:
 
 def _lora_cases(target: str) -> Iterator[Case]:
     # The hash of the dropout mask takes about 21 instructions per element.
-    budgets = {"lora_down": (22, 9), "lora_up": (50, 18), "lora_gradient": (9, 9)}
-    if target == "sm_100":  # products of tcgen05 read their sums back from tensor memory
-        budgets |= {"lora_down": (22, 18), "lora_gradient": (18, 18)}
+    budgets = {"lora_down": (22, 9), "lora_up": (50, 18), "lora_gradients": (9, 9)}
     for kernel, (few, many) in budgets.items():
         for tile, threads in _tiles(kernel, target):
             m, elements = tile.get("up_to", 4096), tile["M"] * tile.get("K", tile.get("N", 0)) / threads
@@ -146,7 +144,7 @@ def _lora(kernel: str, m: int, r: int, dtype: torch.dtype, p: float) -> Callable
         return partial(lora_down, x, a, p=p, seed=seed)
     if kernel == "lora_up":
         return partial(lora_up, h, a.T, x, p=p, seed=seed)
-    return partial(lora_gradient, h, x, a, p=p, seed=seed)
+    return partial(lora_gradients, h, x, a, h, x, torch.zeros(512, r), 1.0, p, seed)
 
 
 def _adamw_cases(target: str) -> Iterator[Case]:
@@ -171,7 +169,6 @@ def _adamw_cases(target: str) -> Iterator[Case]:
 
 def _matmul_cases(target: str) -> Iterator[Case]:
     halves = torch.bfloat16, torch.float16
-    whole_runs, short_runs = (14, 28) if target == "sm_100" else (13, 24)
     for tile, threads in _tiles("matmul", target):
         rows = tile["up_to"]
         kinds = [*product(halves, (64,), (True, False)), *product(halves[:1], (32, 4096), (True,))]
@@ -180,8 +177,7 @@ def _matmul_cases(target: str) -> Iterator[Case]:
             yield Case(
                 f"matmul {NAMES[dtype]}, {rows} rows, block {block_size}{', double quantization' * double_quant}",
                 _matmul(rows, dtype, block_size, double_quant), run * tile["N"] / threads,
-                whole_runs if run == 64 else short_runs,
-                loop=True, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
+                13 if run == 64 else 24, loop=True, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
 
 

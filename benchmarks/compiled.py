@@ -149,16 +149,21 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][
 
 
 def _instructions(listing: str) -> tuple[list[str], int]:
-    """The names of the instructions, without padding, and the length of the longest loop."""
-    names, labels, longest = [], {}, 0
+    """The names of the instructions, without padding, and the length of the longest loop.
+
+    Code that waits for a barrier may stand behind the end of the kernel: a loop of at most four instructions, and
+    directly after it a jump back to where the kernel goes on, which is no loop.
+    """
+    names, labels, longest, waited = [], {}, 0, -1
     for line in listing.splitlines():
         if label := re.match(r"^(\.L_[\w.]+):", line.strip()):
             labels[label[1]] = len(names)
         elif found := _INSTRUCTION.match(line):
             name, operands = found.groups()
             goal = re.search(r"\.L_[\w.]+", operands) if name.startswith("BRA") else None
-            if goal and goal[0] in labels:
-                longest = max(longest, len(names) - labels[goal[0]])
+            if goal and goal[0] in labels and len(names) != waited:
+                length = len(names) - labels[goal[0]]
+                longest, waited = max(longest, length), len(names) if length <= 4 else -1
             if name not in ("NOP", "BRA", "EXIT"):
                 names.append(name)
     return names, longest

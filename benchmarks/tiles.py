@@ -23,14 +23,14 @@ from benchmarks.timing import seconds
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.tiles import Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 RANK = 64
 # Numbers of rows for which a kernel gets a tile of its own; the last of an adapter's products is for all larger ones.
-ROWS = {"matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096), "lora_gradient": (4096,)}
+ROWS = {"matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096), "lora_gradients": (4096,)}
 
 
 def candidates(kernel: str, rows: int) -> list[Tile]:
@@ -44,7 +44,7 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
         programs = (256, 512, 1024)
     else:
         sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
-        programs = (256, 512, 1024) if kernel == "lora_gradient" else (0,)
+        programs = (256, 512, 1024) if kernel == "lora_gradients" else (0,)
     return [Tile(size, PROGRAMS=p, num_stages=stages) for size, p, stages in product(sizes, programs, (2, 3))]
 
 
@@ -57,8 +57,9 @@ def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) 
         return [partial(lora_down, x, a, 1.0, 0.05, seed)]
     if kernel == "lora_up":
         return [partial(lora_up, h, a.T, x)]
-    if kernel == "lora_gradient":
-        return [partial(lora_gradient, h, x, a, 1.0, 0.05, seed)]
+    if kernel == "lora_gradients":
+        y, b = torch.randn(rows, n, device=device, dtype=torch.bfloat16), torch.randn(n, RANK, device=device)
+        return [partial(lora_gradients, h, x, a, h, y, b, 0.5, 0.05, seed)]
     weight = ops.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16)).to_bytes()
     y, dense = x.new_zeros(rows, n), x.new_empty(n * k)
     decoded = lambda: y.addmm_(x, dequantize_into(dense, weight).view(weight.shape).T)  # noqa: E731

@@ -4,7 +4,7 @@ The product of the adapter is written first and the large product is added to it
 W is decoded into one reused buffer per stream, and cuBLAS or hipBLASLt multiplies. For few rows of x, as in generation,
 `matmul.py` decodes W inside the product. `tiles.json` says for how many rows.
 
-Launches: 4 forward (few rows: 3), 6 backward, with or without dropout. The adapter in fp32 needs no 16-bit copies.
+Launches: 4 forward (few rows: 3), 5 backward, with or without dropout. The adapter in fp32 needs no 16-bit copies.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -40,11 +40,10 @@ def linear_backward(
     """See `reference.linear_backward`."""
     grad_xa = lora_down(grad, lora_b.T, scaling)
     grad_a, grad_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
-    lora_gradient(grad_xa, x, grad_a, 1.0, p, seed)
-    lora_gradient(xa, grad, grad_b.T, scaling)
+    lora_gradients(grad_xa, x, grad_a, xa, grad, grad_b, scaling, p, seed)
     if not needs_x:
         return None, grad_a, grad_b
-    grad_x = lora_up(grad_xa, lora_a.T, x.new_empty(x.shape), p=p, seed=seed)
+    grad_x = lora_up(grad_xa, lora_a.T, torch.empty_like(x, memory_format=torch.contiguous_format), p=p, seed=seed)
     return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
 
 

@@ -2,7 +2,7 @@
 
     lora_down       out[m, r] = s sum_k drop(x)[m, k] w[r, k]                   x A^T, and dY B in the backward pass
     lora_up         out[m, n] = s sum_r h[m, r] w[n, r]  (+ bias, or dropout)   (x A^T) B^T, and (dY B) A
-    lora_gradient   out[r, n] = s sum_m h[m, r] drop(x)[m, n]                   dA, and dB transposed
+    lora_gradients  dA[r, k] = sum_m dXA[m, r] drop(x)[m, k]  and  dB[n, r] = s sum_m dY[m, n] XA[m, r]
 
 One side of these products is the rank, so they are bound by memory: x is read once, an fp32 adapter is rounded to x's
 type inside, a gradient is written in the adapter's type. The dropout mask is that of `reference.dropout`, bit for bit,
@@ -75,13 +75,13 @@ def _up_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
-def _gradient_kernel(
-    h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, low, high, least_kept, s,
+@triton.jit
+def _gradient(
+    tile, h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, low, high, least_kept, s,
     DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program computes R x N sums over its share of the rows of x."""
-    column, rank = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
+    """R x N sums over a share of the rows of x, of the columns of a tile."""
+    column, rank = tile * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
     total = tl.zeros((R, N), tl.float32)
     steps = tl.cdiv(m, M)
@@ -101,6 +101,26 @@ def _gradient_kernel(
         write &= is_last
     place = rank.to(tl.int64)[:, None] * out_rank_stride + column[None, :].to(tl.int64) * out_stride
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _gradients_kernel(
+    grad_xa, x, grad_a, xa, grad, grad_b, memory, m, k, n, r, a_rank_stride, a_stride, b_rank_stride, b_stride, shares,
+    low, high, least_kept, s_a, s_b,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The first programs compute the gradient of A, the others that of B."""
+    tile, tiles_of_a = tl.program_id(0), tl.cdiv(k, N)
+    if tile < tiles_of_a:
+        _gradient(
+            tile, grad_xa, x, grad_a, memory, m, k, r, a_rank_stride, a_stride, shares, low, high, least_kept, s_a,
+            DROPOUT, SPLIT, R, M, N,
+        )  # fmt: skip
+    else:
+        _gradient(
+            tile - tiles_of_a, xa, grad, grad_b, memory, m, n, r, b_rank_stride, b_stride, shares, 0, 0, 0, s_b,
+            False, SPLIT, R, M, N,
+        )  # fmt: skip
 
 
 def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -157,31 +177,39 @@ def _up(
     )  # fmt: skip
 
 
-def lora_gradient(
-    h: Tensor, x: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None
-) -> None:
-    """Write s h^T drop(x) to `out`: h [m, r], x [m, n], out [r, n] of any strides and float type."""
-    (m, n), r = x.shape, h.shape[1]
-    tile = _tile("lora_gradient", x, m, r)
+def lora_gradients(
+    grad_xa: Tensor, x: Tensor, grad_a: Tensor, xa: Tensor, grad: Tensor, grad_b: Tensor, s: float, p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write grad_xa^T drop(x) to `grad_a` [r, k] and s grad^T xa to `grad_b` [n, r], of any strides and float type.
+
+    grad_xa and xa are [m, r], x is [m, k], grad [m, n].
+    """
+    (m, k), (n, r) = x.shape, grad_b.shape
+    tile = _tile("lora_gradients", x, m, r)
     if not tile:
-        out.copy_(torch.addmm(_unread(x), h.T, _dropped(x, p, seed), beta=0, alpha=s))
+        grad_a.copy_(torch.mm(grad_xa.T, _dropped(x, p, seed)))
+        grad_b.copy_(torch.addmm(_unread(x), grad.T, xa, beta=0, alpha=s))
         return
-    run, sums = _gradient(x.device, tile, m, n, r, out.stride(), seed is not None)
-    *mask, scale = dropout_arguments(p, seed, x.device)
-    run((h, x.contiguous(), out, share_memory(sums, out)), (*mask, s * scale))
+    device = x.device
+    run, sums = _gradients(device, tile, m, k, n, r, grad_a.stride(), grad_b.stride(), seed is not None)
+    arguments = dropout_arguments(p, seed, device)
+    tensors = (grad_xa, x.contiguous(), grad_a, xa, grad.contiguous(), grad_b, share_memory(sums, xa))
+    run(tensors, (*arguments, s))
 
 
 @lru_cache(MAX_LAUNCHES)
-def _gradient(
-    device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool
-) -> tuple[Launch, int]:
+def _gradients(
+    device: torch.device, tile: Tile, m: int, k: int, n: int, r: int, a_stride: tuple[int, ...],
+    b_stride: tuple[int, ...], dropout: bool,
+) -> tuple[Launch, int]:  # fmt: skip
     rank = rank_tile(r)
-    grid = -(-n // tile["N"]), -(-r // rank)
+    grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
+    numbers = (m, k, n, r, *a_stride, b_stride[1], b_stride[0], shares)
     run = Launch(
-        _gradient_kernel, device, (*grid, shares), (m, n, r, *stride, shares), tile, fuse=True, DROPOUT=dropout,
-        SPLIT=shares > 1, R=rank,
-    )  # fmt: skip
+        _gradients_kernel, device, (*grid, shares), numbers, tile, fuse=True, DROPOUT=dropout, SPLIT=shares > 1, R=rank
+    )
     return run, number_of_sums(shares, grid[0] * grid[1] * rank * tile["N"])
 
 

@@ -31,6 +31,15 @@ def test_a_launch_compiles_within_its_budget(target, case):
     assert not wrong
 
 
+@needs("triton", "3.9", "the budgets are those of its code")
+def test_code_behind_the_kernel_that_waits_is_not_part_of_the_loop():
+    """On sm_100 it jumps back into the kernel, past the end of the loop and code that runs once."""
+    name = "lora_down bf16, 4096 rows, rank 64, per element"
+    report, per_element, _ = check(next(case for case in cases("sm_100") if case.name == name), "sm_100")
+    assert 1 < per_element < 9
+    assert report.loop_instructions < report.instructions / 4
+
+
 def test_no_kernel_is_left_out():
     modules = [import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__)]
     compiled = set()

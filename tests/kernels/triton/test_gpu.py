@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from lightning_qlora.kernels import adamw, ops, reference
 from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from tests.kernels.forward import forward
 
@@ -120,13 +120,14 @@ def test_products_of_the_adapter_at_the_sizes_of_a_model(rows, r):
     h = torch.randn(rows, r, device="cuda", dtype=torch.bfloat16)
     w, seed = torch.randn(r, 4096, device="cuda"), torch.tensor([2**40 + 7])
     dropped, rounded = reference.dropout(x.double(), 0.1, seed), w.bfloat16().double()
-    gradient = torch.empty_like(w)
-    lora_gradient(h, x, gradient, 0.5, 0.1, seed)
+    grad_a, grad_b = torch.empty_like(w), torch.empty_like(w.T)
+    lora_gradients(h, x, grad_a, h, x, grad_b, 0.5, 0.1, seed)
     up = reference.dropout(0.5 * h.double() @ rounded, 0.1, seed)
     for ours, exact, tolerance in [
         (lora_down(x, w, 0.5, 0.1, seed), 0.5 * dropped @ rounded.T, 1e-2),
         (lora_up(h, w.T, torch.empty_like(x), 0.5, None, 0.1, seed), up, 1e-2),
-        (gradient, 0.5 * h.double().T @ dropped, 3e-5),  # tensor cores truncate where fp32 sums are rounded
+        (grad_a, h.double().T @ dropped, 3e-5),  # tensor cores truncate where fp32 sums are rounded
+        (grad_b, 0.5 * x.double().T @ h.double(), 3e-5),
     ]:
         assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
 

@@ -5,7 +5,7 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.launch import Launch
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradient, lora_up
+from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.shares import COUNTERS, number_of_shares
 from tests.kernels.triton.test_linear import DTYPES, assert_near
 
@@ -33,10 +33,25 @@ def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
         ours = lora_up(h, w.T, torch.empty_like(x), 0.5, None, 0.3, seed)
         assert_near(ours.double(), reference.dropout(up, 0.3, seed), dtype)
         assert_near(lora_up(h, w.T, torch.empty_like(x), 0.5, bias).double(), up + bias.double(), dtype)
-        gradient = torch.full_like(w, 7.0)
-        lora_gradient(h, x, gradient, 0.5, 0.3, seed)
-        coarser = max(dtype, adapter_dtype, key=lambda one: torch.finfo(one).eps)
-        assert_near(gradient.double(), 0.5 * h.double().T @ dropped, coarser)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter_dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
+@pytest.mark.parametrize("out_features", [48, 130])
+@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
+def test_the_gradients(dtype, adapter_dtypes, seed, out_features, m, n, r):
+    """More columns of A than of B, and fewer; matrices in both layouts, of different types."""
+    x, grad_xa, xa = draw(m, n, dtype=dtype), draw(m, r, dtype=dtype), draw(m, r, dtype=dtype).flip(0)
+    grad, dropped = draw(m, out_features, dtype=dtype), reference.dropout(x.double(), 0.3, seed)
+    (of_a, of_b), (k, n) = adapter_dtypes, (n, out_features)
+    for grad_a, grad_b in (
+        (torch.full((r, k), 7.0, dtype=of_a), torch.full((n, r), 7.0, dtype=of_b)),
+        (torch.full((k, r), 7.0, dtype=of_a).T, torch.full((r, n), 7.0, dtype=of_b).T),
+    ):
+        lora_gradients(grad_xa, x, grad_a, xa, grad, grad_b, 0.5, 0.3, seed)
+        for made, exact in ((grad_a, grad_xa.double().T @ dropped), (grad_b, 0.5 * grad.double().T @ xa.double())):
+            assert_near(made.double(), exact, max(dtype, made.dtype, key=lambda one: torch.finfo(one).eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -46,22 +61,24 @@ def test_the_mask_is_that_of_the_reference_in_every_element(dtype):
     expected = reference.dropout(x, 0.5, seed)
     assert torch.equal(lora_down(x, eye, 1.0, 0.5, seed), expected)
     assert torch.equal(lora_up(x, eye, torch.empty_like(x), 1.0, None, 0.5, seed), expected)
-    gradient = torch.empty(64, 64)
-    lora_gradient(eye.to(dtype), x, gradient, 1.0, 0.5, seed)
-    assert torch.equal(gradient, expected.float())
+    grad_a, grad_b = torch.empty(64, 64), torch.empty(64, 64)
+    lora_gradients(eye.to(dtype), x, grad_a, eye.to(dtype), x, grad_b, 1.0, 0.5, seed)
+    assert torch.equal(grad_a, expected.float())
+    assert torch.equal(grad_b, x.float().T)  # the input of B is not dropped
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
 def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatch):
-    x, h, out = draw(600, 64).bfloat16(), draw(600, 8).bfloat16(), torch.empty(8, 64)
+    x, h = draw(600, 64).bfloat16(), draw(600, 8).bfloat16()
     wide, long = draw(4, 1600).bfloat16(), draw(8, 1600)
     results = []
     for programs in (1, 64, 64):
-        for kernel, size in (("lora_down", "K"), ("lora_gradient", "N")):
+        for kernel, size in (("lora_down", "K"), ("lora_gradients", "N")):
             tile = tiles.Tile({"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4})
             monkeypatch.setitem(tiles.TABLE, kernel, {"default": [tile]})
-        lora_gradient(h, x, out, 1.0, 0.3, seed)
-        results.append((lora_down(wide, long, 1.0, 0.3, seed), out.clone()))
+        grad_a, grad_b = torch.empty(8, 64), torch.empty(64, 8)
+        lora_gradients(h, x, grad_a, h, x, grad_b, 1.0, 0.3, seed)
+        results.append((lora_down(wide, long, 1.0, 0.3, seed), grad_a, grad_b))
         assert not scratch(COUNTERS.value, torch.float32, x.device, "shares", zero=True).any()
     assert all(torch.equal(one, other) for one, other in zip(*results[1:], strict=True))
     for one, other in zip(*results[:2], strict=True):

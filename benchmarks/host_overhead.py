@@ -1,4 +1,7 @@
-"""Host time and launches of a layer on a GPU, measured on a CPU: `python -m benchmarks.host_overhead [--peers]`.
+"""Host time and launches of a layer on a GPU, measured on a CPU.
+
+    python -m benchmarks.host_overhead [--peers]        launches and host time of a linear layer
+    python -m benchmarks.host_overhead --experts        host time of a block of Qwen3-MoE
 
 Triton gets a driver that compiles for a card and launches nothing, and the layer is so small that torch's products take
 as long on the CPU as their launch takes on a GPU (2 to 5 us). What is left is the time that Python, autograd and the
@@ -17,13 +20,16 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.experts import block as moe_block
 from benchmarks.measure import table
 from lightning_qlora import convert
-from lightning_qlora.kernels import eager, ops
+from lightning_qlora.kernels import eager, grouped_linear, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.layers import routed_experts
 
 SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
+HEADS = "launches forward", "us forward", "launches backward", "us backward"
 # Ops that run one kernel on a GPU.
 KERNELS = {
     "mm", "addmm", "addmm_", "copy_", "mul", "mul_", "add", "add_", "sum", "native_dropout", "bernoulli_", "div_",
@@ -88,9 +94,9 @@ def launches(call: Callable[[], object]) -> int:
     return ran
 
 
-def measure(layers: nn.Module) -> list[str]:
-    """Cells of the table: launches and microseconds of one layer of several, forward and backward."""
-    x = torch.randn(1, SIZE).bfloat16().requires_grad_()
+def measure(layers: nn.Module, x: Tensor, count: int = LAYERS) -> list[str]:
+    """Cells of the table: launches and microseconds of one of `count` layers, forward and backward."""
+    x = x.bfloat16().requires_grad_()
     trained = [x, *(parameter for parameter in layers.parameters() if parameter.requires_grad)]
     grad = torch.randn_like(x)
 
@@ -102,7 +108,7 @@ def measure(layers: nn.Module) -> list[str]:
 
     counted, took = [launches(forward), launches(both)], [microseconds(forward), microseconds(both)]
     cells = counted[0], took[0], counted[1] - counted[0], took[1] - took[0]
-    return [f"{cell / LAYERS:.0f}" for cell in cells]
+    return [f"{cell / count:.0f}" for cell in cells]
 
 
 def ours(dropout: float, few_rows: bool = False) -> nn.Module:
@@ -114,6 +120,17 @@ def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     tile = tiles.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
     tiles.TABLE["matmul"] = {"default": [tile] if few_rows else []}
     return layers.train()
+
+
+def experts(number: int) -> nn.Module:
+    """A block of Qwen3-MoE, 8 experts for each token, its experts computed together as on a GPU."""
+    shape = argparse.Namespace(hidden=SIZE, width=SIZE, experts=number, active=8)
+    block = nn.Sequential(moe_block(shape))
+    convert(block, r=RANK, lora_dropout=0.0)
+    for module in (ops, grouped_linear):
+        vars(module)["backend"] = lambda device: kernels
+    vars(routed_experts)["INTERPRETED"] = True
+    return block.train()
 
 
 def peft_with_bitsandbytes(dropout: float) -> nn.Module:
@@ -132,19 +149,26 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="also PEFT + bitsandbytes")
+    parser.add_argument("--experts", action="store_true", help="only blocks of experts")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # the memory that no kernel writes holds any bits
     triton.runtime.driver.set_active(Driver())
+    arguments = parser.parse_args(arguments)
+    if arguments.experts:
+        # Not the launches: a block has more kinds of kernels than KERNELS names.
+        made = {f"{number} experts": measure(experts(number), torch.randn(1, 16, SIZE), 1) for number in (8, 128)}
+        print(table(["a block of", *HEADS[1::2]], [[name, *cells[1::2]] for name, cells in made.items()]))
+        return
     cases = {
         "ours, dropout": lambda: ours(0.05),
         "ours, no dropout": lambda: ours(0.0),
         "ours, no dropout, few rows": lambda: ours(0.0, few_rows=True),
     }
-    if parser.parse_args(arguments).peers:
+    if arguments.peers:
         cases["PEFT + bitsandbytes, dropout"] = lambda: peft_with_bitsandbytes(0.05)
         cases["PEFT + bitsandbytes, no dropout"] = lambda: peft_with_bitsandbytes(0.0)
-    rows = [[name, *measure(make())] for name, make in cases.items()]
-    print(table(["", "launches forward", "us forward", "launches backward", "us backward"], rows))
+    rows = [[name, *measure(make(), torch.randn(1, SIZE))] for name, make in cases.items()]
+    print(table(["", *HEADS], rows))
 
 
 if __name__ == "__main__":

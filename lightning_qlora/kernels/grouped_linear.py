@@ -15,10 +15,21 @@ from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
+def is_plain_call(x: Tensor, lora_a: Tensor) -> bool:
+    """Whether torch runs op by op on plain tensors, without a transform of torch.func."""
+    return is_eager(x, lora_a) and not torch._C._are_functorch_transforms_active()
+
+
 def can_group(x: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
-    """Whether `grouped_linear` can compute these experts: eagerly on a GPU, all of one shape and type."""
-    if not is_eager(x, lora_a[0]) or torch._C._are_functorch_transforms_active():
+    """Whether `grouped_linear` can compute these experts: eagerly on a GPU, all of one shape and type.
+
+    Raises:
+        ValueError: If a weight has a wrong number of bytes.
+    """
+    if not is_plain_call(x, lora_a[0]):
         return False
+    for weight in weights:
+        check_bytes(weight)
     kinds = {(weight.shape, weight.quant_type, weight.block_size, weight.nested.numel()) for weight in weights}
     shapes = {(a.shape, a.dtype, b.shape, b.dtype) for a, b in zip(lora_a, lora_b, strict=True)}
     alike = len(kinds) == len(shapes) == 1 and lora_a[0].dtype is lora_b[0].dtype and lora_a[0].numel() > 0
@@ -30,6 +41,8 @@ def grouped_linear(
     scaling: float, p: float = 0.0, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rows ends[e - 1] to ends[e] of x through layer e: y = x W_e^T + s (drop(x) A_e^T) B_e^T.
+
+    The layers must be ones that `can_group` accepts: the kernels read them by address.
 
     Args:
         x: [rows, in], fp32, bf16 or fp16; rows from the last end on belong to no layer and give zeros.
@@ -46,8 +59,6 @@ def grouped_linear(
             f"grouped_linear: x must be [rows, {weights[0].shape[1]}] of a float type with at most 32 bits; got "
             f"{list(x.shape)}, {x.dtype}."
         )
-    for weight in weights:
-        check_bytes(weight)
     made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
     return cast(Tensor, made)
 

@@ -4,22 +4,20 @@ On a GPU all experts run in a few launches, and the host does not wait for the n
 (`grouped_linear`). Elsewhere, and where that does not support the layers, each expert that tokens reached runs once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.kernels.backends import INTERPRETED
-from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.ops import has_autocast
+from lightning_qlora.layers.expert_group import ExpertGroup, expert_group
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.quantization.packed_weight import PackedBytes
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -78,9 +76,9 @@ def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:
 
 
 def _weights_of(owner: Any, key: str) -> Any:
-    """The experts of a stack: layers in 4 bits, or the matrices of a dense parameter."""
+    """The experts of a stack: a `QLoRAExperts`, or the matrices of a dense parameter."""
     stack = owner._modules.get(key + SUFFIX)
-    return getattr(owner, key) if stack is None else stack.layers
+    return getattr(owner, key) if stack is None else stack
 
 
 def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x: Tensor) -> Tensor:
@@ -92,43 +90,22 @@ def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x
     return y + getattr(owner, f"{key}_bias")[number] if owner.has_bias else y
 
 
-class _Group(NamedTuple):
-    """The layers of all experts of a stack, and their tensors."""
-
-    layers: Sequence[QLoRALinear]
-    weights: list[PackedBytes]
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-
-    @property
-    def tensors(self) -> tuple[list[PackedBytes], list[Tensor], list[Tensor]]:
-        """What `grouped_linear` takes."""
-        return self.weights, self.lora_a, self.lora_b
-
-
-def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, _Group] | None:
+def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, ExpertGroup] | None:
     """The stacks as `grouped_linear` takes them; None if it can't compute one of them."""
     if torch.compiler.is_compiling() or not (INTERPRETED or x.is_cuda):
         return None
     groups = {}
-    for key, layers in stacks.items():
-        if isinstance(layers, Tensor) or not all(map(_is_plain, layers)):
+    for key, stack in stacks.items():
+        group = None if isinstance(stack, Tensor) else expert_group(stack, x)
+        if group is None:
             return None
-        held: list[dict[str, Any]] = [layer._parameters for layer in layers]
-        lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
-        group = groups[key] = _Group(layers, [layer.weight_bytes for layer in layers], lora_a, lora_b)
-        if len({layer.scaling for layer in layers}) > 1 or not can_group(x, *group.tensors):
-            return None
+        groups[key] = group
     return groups
 
 
-def _is_plain(layer: QLoRALinear) -> bool:
-    """Whether nothing but the layer's op is to run: no DoRA, no hook (as a calibration registers), no other forward."""
-    own = vars(layer)
-    return layer._parameters["lora_magnitude_vector"] is None and "forward" not in own and not any(map(own.get, HOOKS))
-
-
-def _product_of_all(owner: Any, groups: dict[str, _Group], ends: Tensor, ids: Tensor, key: str, x: Tensor) -> Tensor:
+def _product_of_all(
+    owner: Any, groups: dict[str, ExpertGroup], ends: Tensor, ids: Tensor, key: str, x: Tensor
+) -> Tensor:
     group, seed = groups[key], None
     first = group.layers[0]
     dtype = first.compute_dtype(x)

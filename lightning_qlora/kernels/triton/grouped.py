@@ -155,7 +155,7 @@ def _gradients_kernel(
 def can_group(x: Tensor, weights: Sequence[PackedBytes], adapters: Sequence[Tensor]) -> bool:
     """Whether the kernels can compute these experts: whole runs, contiguous, at addresses that are a multiple of 16."""
     width, block_size = weights[0].shape[1], weights[0].block_size
-    held = [tensor for weight in weights for tensor in weight[:3]] + list(adapters)
+    held = [*(tensor for weight in weights for tensor in weight[:3]), *adapters]
     return (
         bool(find_tile("grouped", x.device))
         and width % min(block_size, 64) == 0
@@ -173,7 +173,7 @@ class Group:
         self.ends, self.device, self.experts, self.lora = ends, x.device, len(weights), lora_a[0]
         self.weight, self.r = weights[0], lora_a[0].shape[0]
         rows = *zip(*(weight[:3] for weight in weights), strict=True), lora_a, lora_b
-        self.table = _table(tuple(tuple(tensor.data_ptr() for tensor in row) for row in rows), str(x.device))
+        self.table = _table(tuple(tuple(map(Tensor.data_ptr, row)) for row in rows), x.device)
         self.tile = find_tile("grouped", x.device, len(x) // self.experts)
         self.tiles = len(x) // self.tile["M"] + min(len(x), self.experts)  # of M rows: no more, whatever the ends are
 
@@ -227,7 +227,7 @@ def _launch(
 
 
 @lru_cache(maxsize=1024)
-def _table(addresses: tuple[tuple[int, ...], ...], device: str) -> Tensor:
+def _table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """The table on the device, int64 [5, experts]; cached, because the host waits for the copy."""
     return torch.tensor(addresses, device=device)
 

@@ -7,6 +7,7 @@ import torch
 
 from lightning_qlora import QLoRALinear, convert
 from lightning_qlora.layers import routed_experts
+from lightning_qlora.layers.expert_group import expert_group
 from tests.layers.test_experts import gpt_oss, made, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -83,6 +84,30 @@ def test_dropout_is_on_in_training_and_drawn_again_by_a_recomputation(monkeypatc
     grads = torch.autograd.grad(again.sum(), [p for p in owner.parameters() if p.requires_grad], retain_graph=False)
     expected = torch.autograd.grad(first.sum(), [p for p in owner.parameters() if p.requires_grad])
     assert all(map(torch.equal, grads, expected))
+
+
+def test_tensors_that_were_replaced_are_checked_again(monkeypatch):
+    owner = model_of(qwen3_moe)
+    stack, x = owner.down_proj_experts, torch.randn(1, 64)
+    group = expert_group(stack, x)
+    assert group is not None and expert_group(stack, x) is group
+    expected = results(owner, torch.float32, monkeypatch, together=True)["y"]
+    layer = stack[1]
+    layer.lora_A.data = layer.lora_A.data.clone()
+    assert expert_group(stack, x) is not group
+    layer.register_parameter("lora_A", torch.nn.Parameter(torch.zeros_like(layer.lora_A)))
+    assert expert_group(stack, x).lora_a[1] is layer.lora_A
+    layer.lora_A.data = torch.zeros(64, 2).T
+    assert expert_group(stack, x) is None
+    layer.write("lora_A", torch.zeros(3, 64))
+    layer.write("lora_B", torch.zeros(64, 3))
+    assert expert_group(stack, x) is None
+    layer.write("lora_A", torch.zeros(2, 64))
+    layer.write("lora_B", torch.zeros(64, 2))
+    assert torch.equal(results(owner, torch.float32, monkeypatch, together=True)["y"], expected)  # expert 1 has no rows
+    layer.packed.data = layer.packed.data[:-1]
+    with pytest.raises(ValueError, match="4-bit weight"):
+        expert_group(stack, x)
 
 
 def test_layers_that_are_not_plain_run_expert_by_expert(monkeypatch):

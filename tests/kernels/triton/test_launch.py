@@ -1,6 +1,9 @@
 """Launches without a card: a driver that keeps what a launch would give to it."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.launch import Launch
 from lightning_qlora.kernels.triton.lora import _up_kernel, lora_down
 
+ROOT = Path(__file__).parents[3]
 X, W, OUT = torch.zeros(3, 64).bfloat16(), torch.zeros(64, 16), torch.zeros(3, 64).bfloat16()
 H = torch.zeros(3, 16).bfloat16()
 
@@ -39,6 +43,15 @@ def driven(monkeypatch):
     monkeypatch.setattr(driver, "_active", Recorder())
     monkeypatch.setattr(tiles, "target", lambda device: "sm_90")
     return calls
+
+
+def test_launches_of_a_layer():
+    """The counts of docs/kernels.md; in a process of its own, because the driver stays."""
+    script = "from benchmarks import host_overhead as one; one.REPEATS = one.CALLS = 1; one.main([])"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    cells = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ours")]
+    launches = {cell[0].removeprefix("| ours, "): (int(cell[1]), int(cell[3])) for cell in cells}
+    assert launches == {"dropout": (4, 5), "no dropout": (4, 5), "no dropout, few rows": (3, 5)}
 
 
 def addresses(arguments):

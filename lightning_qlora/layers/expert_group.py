@@ -1,0 +1,64 @@
+"""The layers of a stack of experts as `grouped_linear` takes them, checked again only if a tensor was replaced."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lightning_qlora.kernels.grouped_linear import can_group, is_plain_call
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class ExpertGroup(NamedTuple):
+    """The layers of all experts of a stack, and their tensors."""
+
+    layers: Sequence[QLoRALinear]
+    weights: list[PackedBytes]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+
+    @property
+    def tensors(self) -> tuple[list[PackedBytes], list[Tensor], list[Tensor]]:
+        """What `grouped_linear` takes."""
+        return self.weights, self.lora_a, self.lora_b
+
+
+class _Checked(NamedTuple):
+    """A group, or None for layers that can't be one, and what that depends on."""
+
+    key: list[Any]
+    tensors: list[Tensor]  # kept, so that no other tensor gets the id of one of them
+    group: ExpertGroup | None
+
+
+_checked: WeakKeyDictionary[nn.Module, _Checked] = WeakKeyDictionary()
+
+
+def expert_group(stack: nn.Module, x: Tensor) -> ExpertGroup | None:
+    """The experts of a `QLoRAExperts` if one call of `grouped_linear` can compute all of them on x, else None."""
+    own = [vars(layer) for layer in stack._modules.values()]
+    held: list[dict[str, Tensor]] = [of["_parameters"] for of in own]
+    scalings = {of["scaling"] for of in own}
+    if not is_plain_call(x, held[0]["lora_A"]) or len(scalings) > 1 or not all(map(_is_plain, own)):
+        return None
+    tensors = [of[name] for name in (*BASE, "lora_A", "lora_B") for of in held]
+    key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+    found = _checked.get(stack)
+    if found is None or found.key != key:
+        layers: Any = list(stack._modules.values())
+        weights = [layer.weight_bytes for layer in layers]
+        lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
+        group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
+        found = _checked[stack] = _Checked(key, tensors, group)
+    return found.group
+
+
+def _is_plain(own: dict[str, Any]) -> bool:
+    """Whether nothing but the layer's op is to run: no DoRA, no hook (as a calibration registers), no other forward."""
+    hooks = own[HOOKS[0]] or own[HOOKS[1]] or own[HOOKS[2]] or own[HOOKS[3]]
+    return not hooks and own["_parameters"]["lora_magnitude_vector"] is None and "forward" not in own

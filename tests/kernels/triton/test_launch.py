@@ -15,7 +15,7 @@ from triton.runtime import driver
 from benchmarks.host_overhead import Driver
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.launch import Launch
-from lightning_qlora.kernels.triton.lora import _up_kernel, lora_down
+from lightning_qlora.kernels.triton.lora import _up_kernel, lora_down, lora_gradients
 
 ROOT = Path(__file__).parents[3]
 X, W, OUT = torch.zeros(3, 64).bfloat16(), torch.zeros(64, 16), torch.zeros(3, 64).bfloat16()
@@ -82,3 +82,13 @@ def test_other_types_and_unaligned_tensors_get_kernels_of_their_own(driven):
     assert functions[:4] == functions[4:]
     assert len(set(functions[:3])) == 3
     assert functions[3] == functions[0]
+
+
+def test_an_integer_scaling_does_not_become_a_part_of_the_kernel(driven):
+    """`layer.scaling = 0` and 1 set by a user between steps: the kernel that is kept takes every later value."""
+    grad_a, grad_b = torch.zeros(16, 64), torch.zeros(64, 16)
+    for s in (1, 0, 0.25):
+        lora_gradients(H, X, grad_a, H, X, grad_b, s)
+    scalings = [arguments[-6] for arguments in driven]
+    assert (scalings, [type(s) for s in scalings]) == ([1.0, 0.0, 0.25], [float] * 3)
+    assert len({arguments[4] for arguments in driven}) == 1

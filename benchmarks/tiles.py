@@ -75,7 +75,7 @@ def with_tile(kernel: str, tile: Tile | None, call: Callable[[], Any]) -> Any:
 def problem(kernel: str, rows: int, target: str, tile: Tile) -> str:
     """Why a candidate is of no use, empty if it compiles and spills nothing; it is then in Triton's cache on disk."""
     with recorded(target) as launches:
-        with_tile(kernel, tile, calls(kernel, rows, (128, 4096), torch.device("cpu"))[0])
+        with_tile(kernel, tile, calls(kernel, rows, SHAPES[0], torch.device("cpu"))[0])
     try:
         report = compile_launch(launches[-1], target)
     except Exception as error:  # the compiler raises many types

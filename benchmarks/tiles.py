@@ -1,9 +1,9 @@
 """Measure the tiles of the layer's kernels on this card and write them into tiles.json: `python -m benchmarks.tiles`.
 
-For each kernel and number of rows the fastest candidate over the shapes is chosen, if it is faster than torch: decoding
-and cuBLAS for `matmul`, cuBLAS with a separate dropout for the products of the adapter. Candidates are compiled in
-parallel first, and those that spill registers are dropped. The file is written after each choice. Run
-`make compile-kernels` afterwards.
+For each kernel and number of rows the fastest candidate over the shapes is chosen, if it is faster than what runs
+without a tile: decoding and cuBLAS for `matmul`, cuBLAS with a separate dropout for the products of the adapter, one
+expert after another for `grouped` (all its kernels have one tile). Candidates are compiled in parallel first, and those
+that spill registers are dropped. The file is written after each choice. Run `make compile-kernels` afterwards.
 """
 
 import json
@@ -21,6 +21,7 @@ import torch
 from benchmarks.compiled import compile_launch, recorded
 from benchmarks.timing import seconds
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
 from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
@@ -28,9 +29,13 @@ from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.tiles import Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+EXPERTS, EXPERT_SHAPES = 64, ((1536, 2048), (2048, 768))  # those of Qwen3-30B-A3B, half as many
 RANK = 64
-# Numbers of rows for which a kernel gets a tile of its own; the last of an adapter's products is for all larger ones.
-ROWS = {"matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096), "lora_gradients": (4096,)}
+# Rows (of each expert) for which a kernel gets a tile of its own; the last is for more rows too, except in `matmul`.
+ROWS = {
+    "matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096), "lora_gradients": (4096,),
+    "grouped": (16, 128),
+}  # fmt: skip
 
 
 def candidates(kernel: str, rows: int) -> list[Tile]:
@@ -39,6 +44,12 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
     if kernel == "matmul":
         sizes = [{"M": min(rows, 64), "N": n, "num_warps": w} for n, w in ((64, 4), (128, 4), (128, 8))]
         programs = (256, 512, 1024)
+    elif kernel == "grouped":
+        sizes = [
+            {"M": m, "N": n, "K": 64, "num_warps": w}
+            for m, n, w in product((16,) if few else (32, 64), (64, 128), (4, 8))
+        ]
+        programs = (0,)
     elif kernel == "lora_down":
         sizes = [{"M": m, "K": k, "num_warps": 4} for m, k in product((16,) if few else (32, 64, 128), (64, 128))]
         programs = (256, 512, 1024)
@@ -49,7 +60,9 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
 
 
 def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:
-    """The kernel on one shape with the tile in the table, and for `matmul` what torch does instead."""
+    """The kernel on one shape with the tile in the table, and what runs without one if that is another function."""
+    if kernel == "grouped":
+        return _calls_of_experts(rows, shape, device)
     n, k = shape
     x, h = (torch.randn(rows, size, device=device, dtype=torch.bfloat16) for size in (k, RANK))
     a, seed = torch.randn(RANK, k, device=device), torch.tensor([7])
@@ -66,6 +79,27 @@ def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) 
     return [partial(add_matmul_, y, x, weight), decoded]
 
 
+def _calls_of_experts(rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:
+    """Forward and backward of all experts together, and of one after another."""
+    n, k = shape
+    x, grad = (torch.randn(EXPERTS * rows, size, device=device, dtype=torch.bfloat16) for size in (k, n))
+    ends = torch.arange(rows, len(x) + 1, rows, device=device, dtype=torch.int32)
+    weights = [ops.quantize(torch.randn(n, k, device=device)).to_bytes() for _ in range(EXPERTS)]
+    lora_a, lora_b = ([torch.randn(size, device=device) for _ in range(EXPERTS)] for size in ((RANK, k), (n, RANK)))
+
+    def together() -> None:
+        _, xa = kernels.grouped_linear(x, ends, weights, lora_a, lora_b, 0.5, 0.0, None)
+        kernels.grouped_linear_backward(grad, x, xa, ends, weights, lora_a, lora_b, 0.5, 0.0, None, True)
+
+    def one_by_one() -> None:
+        for part, of_part, weight, a, b in zip(x.split(rows), grad.split(rows), weights, lora_a, lora_b, strict=True):
+            xa = kernels.lora_project(part, a, 0.0, None)
+            kernels.linear_into(part.new_empty(rows, n), part, xa, weight, None, b, 0.5)
+            kernels.linear_backward(of_part, part, xa, weight, a, b, 0.5, 0.0, None, True)
+
+    return [together, one_by_one]
+
+
 def with_tile(kernel: str, tile: Tile | None, call: Callable[[], Any]) -> Any:
     """Call with this tile in the table; None: with no tile, so that torch computes the product."""
     tiles.TABLE[kernel] = {"default": [tile] if tile else []}
@@ -74,21 +108,26 @@ def with_tile(kernel: str, tile: Tile | None, call: Callable[[], Any]) -> Any:
 
 def problem(kernel: str, rows: int, target: str, tile: Tile) -> str:
     """Why a candidate is of no use, empty if it compiles and spills nothing; it is then in Triton's cache on disk."""
+    # Sizes that Triton takes for those that are measured: divisible by 16, and of products, as many shares.
+    shape = (128, 4096) if kernel == "grouped" else SHAPES[0]
     with recorded(target) as launches:
-        with_tile(kernel, tile, calls(kernel, rows, SHAPES[0], torch.device("cpu"))[0])
-    try:
-        report = compile_launch(launches[-1], target)
-    except Exception as error:  # the compiler raises many types
-        return f"{type(error).__name__}: {error}"
-    if report.shared_kib > report.shared_limit_kib:
-        return "needs more shared memory than the card has"
-    return "spills registers" if report.spill_bytes else ""
+        with_tile(kernel, tile, calls(kernel, rows, shape, torch.device("cpu"))[0])
+    for launch in launches:
+        try:
+            report = compile_launch(launch, target)
+        except Exception as error:  # the compiler raises many types
+            return f"{type(error).__name__}: {error}"
+        if report.shared_kib > report.shared_limit_kib:
+            return "needs more shared memory than the card has"
+        if report.spill_bytes:
+            return "spills registers"
+    return ""
 
 
-def measure(kernel: str, rows: int, usable: list[Tile]) -> dict[str, float]:
+def measure(kernel: str, rows: int, usable: list[Tile], device: torch.device) -> dict[str, float]:
     """Seconds over all shapes of each candidate, by its JSON, and of "torch"."""
-    device, total = torch.device("cuda"), dict[str, float]()
-    for shape in SHAPES:
+    total = dict[str, float]()
+    for shape in EXPERT_SHAPES if kernel == "grouped" else SHAPES:
         call, *decoded = calls(kernel, rows, shape, device)
         functions = {json.dumps(tile): partial(with_tile, kernel, tile, call) for tile in usable}
         functions["torch"] = decoded[0] if decoded else partial(with_tile, kernel, None, call)
@@ -113,7 +152,7 @@ def main() -> int:
                 if not usable:
                     print(f"{kernel}, {rows} rows: no candidate compiles without spilling", flush=True)
                     break
-                took = measure(kernel, rows, usable)
+                took = measure(kernel, rows, usable, torch.device("cuda"))
                 by_torch = took.pop("torch")
                 best = min(took, key=lambda name: took[name])
                 print(

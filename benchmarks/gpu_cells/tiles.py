@@ -1,4 +1,4 @@
-"""The search for the tiles of the fused product (`benchmarks.tiles`), which writes the rows of this card."""
+"""The search for tiles (`benchmarks.tiles`), which writes the entries of this card."""
 
 import subprocess
 import sys

@@ -4,10 +4,11 @@ import gc
 import sys
 import threading
 import time
+from tempfile import TemporaryDirectory
 
 import torch
 from lightning.pytorch import LightningModule
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
 from tests.conftest import make_trainer
@@ -49,8 +50,17 @@ class Watch(threading.Thread):
             time.sleep(0.001)
 
 
+def import_what_loading_needs():
+    """Load a small model: the modules that transformers imports depend on what is installed, and take some MB."""
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    with TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import_what_loading_needs()
     watch = Watch()
     plugin = QLoRAPrecision(r=int(sys.argv[2]))
     lit = Lit(sys.argv[1])

@@ -10,7 +10,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OUTSIDE = ["test_interpreted.py", "test_compiled.py", "test_gpu.py", "test_launch.py"]
 INSIDE = [
     f"test_{name}.py"
-    for name in ("dequantize", "quantize", "linear", "lora", "matmul", "grouped", "adamw", "training", "experts")
+    for name in (
+        "dequantize",
+        "quantize",
+        "linear",
+        "lora",
+        "matmul",
+        "grouped",
+        "adamw",
+        "training",
+        "experts",
+        "tiles",
+    )
 ]
 
 collect_ignore = OUTSIDE if INTERPRETED else INSIDE

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks import tiles as search
 from benchmarks.compile_kernels import SHORT, cases, check, main
 from benchmarks.compiled import recorded
 from lightning_qlora.kernels import triton as kernels
@@ -38,6 +39,12 @@ def test_code_behind_the_kernel_that_waits_is_not_part_of_the_loop():
     report, per_element, _ = check(next(case for case in cases("sm_100") if case.name == name), "sm_100")
     assert 1 < per_element < 9
     assert report.loop_instructions < report.instructions / 4
+
+
+def test_a_candidate_of_the_search_for_tiles_that_does_not_compile_is_dropped(table):
+    usable = search.candidates("lora_up", 16)[0]
+    assert not search.problem("lora_up", 16, "sm_90", usable)
+    assert "CompilationError" in search.problem("lora_up", 16, "sm_90", tiles.Tile(usable, M=24))
 
 
 def test_no_kernel_is_left_out():

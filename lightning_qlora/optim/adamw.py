@@ -158,7 +158,8 @@ class PagedAdamW8bit(Optimizer):
                 groups[int(state["step"]), is_8bit(state), param.device].append(param)
         beta1, beta2 = group["betas"]
         for (step, in_8bit, _), members in groups.items():
-            scalars = AdamWStep(step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
+            numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
+            scalars = AdamWStep(step, *map(float, numbers))  # they may be tensors
             params = [local_part(param) for param in members]
             grads = [local_part(param.grad) for param in members if param.grad is not None]
             if in_8bit:

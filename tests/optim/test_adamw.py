@@ -287,11 +287,16 @@ def test_what_is_no_number_is_refused(arguments, error):
         PagedAdamW8bit([{"params": [param], **arguments}])
 
 
-def test_numbers_may_be_tensors_and_betas_a_list():
+def test_numbers_may_be_tensors_and_betas_a_list(monkeypatch):
+    """The kernels of a GPU get floats: Triton would take a tensor as an address."""
+    given, step = [], adamw.adamw_step
+    monkeypatch.setattr(adamw, "adamw_step", lambda *args: given.append(args[-1]) or step(*args))
     param = torch.nn.Parameter(torch.ones(2))
     param.grad = torch.ones(2)
-    PagedAdamW8bit([param], lr=torch.tensor(0.1), betas=[0.9, 0.99]).step()
+    lr, beta, eps, weight_decay = torch.tensor([0.1, 0.9, 1e-8, 0.0])
+    PagedAdamW8bit([param], lr=lr, betas=[beta, 0.99], eps=eps, weight_decay=weight_decay).step()
     assert torch.allclose(param.detach(), torch.full((2,), 0.9))
+    assert all(type(number) is float for name, number in vars(given[0]).items() if name != "step")
 
 
 def test_what_it_cannot_train_is_refused():

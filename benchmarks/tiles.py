@@ -56,7 +56,8 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
     else:
         sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
         programs = (256, 512, 1024) if kernel == "lora_gradients" else (0,)
-    return [Tile(size, PROGRAMS=p, num_stages=stages) for size, p, stages in product(sizes, programs, (2, 3))]
+    stages = (1, 2) if kernel == "lora_up" else (2, 3)  # its loop over the ranks has one step up to rank 64
+    return [Tile(size, PROGRAMS=p, num_stages=s) for size, p, s in product(sizes, programs, stages)]
 
 
 def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:

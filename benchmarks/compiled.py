@@ -87,15 +87,19 @@ def source(launch: Launch) -> ASTSource:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                hints[(index,)] = [["tt.divisibility", 16]]
+            hints[(index,)] = _divisibility(value.data_ptr())
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                hints[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize:
+                hints[(index,)] = _divisibility(value)
         else:
             signature[parameter.name] = "fp32"
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+
+
+def _divisibility(number: int) -> list[Any]:
+    """The JIT's hint; an empty one too is a part of the key in Triton's cache."""
+    return [] if number % 16 else [["tt.divisibility", 16]]
 
 
 def compile_launch(launch: Launch, target: str) -> Report:

@@ -193,7 +193,8 @@ def _run(options: argparse.Namespace, cells: list[Cell]) -> int:
         save(out, record)
         failed += record["status"] != "ok"
         print(f"{record['cell']}: {record['status']}, {record['seconds']} s", flush=True)
-        for line in record.get("last_lines", [])[-8:]:
+        failures = [row["failure"] for row in record["rows"] if "failure" in row]  # of tests; their cell is "ok"
+        for line in [*failures, *record.get("last_lines", [])[-8:]]:
             print(f"    {line[:200]}", flush=True)
     from benchmarks.gpu_cells.page import goals_text
 

@@ -50,6 +50,7 @@ def bnb_linear(layer: nn.Linear) -> nn.Module:
         bias=layer.bias is not None,
         compute_dtype=torch.bfloat16,
         quant_type="nf4",
+        device="meta",  # random weights on the host, only to replace them, would take half a minute for an 8B model
     )
     made.weight = bnb.nn.Params4bit(  # type: ignore[attr-defined]
         layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made

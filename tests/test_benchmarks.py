@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import deferred_logits, gpu_day, measure, peers, saved_tensors
-from benchmarks.gpu_cells import CELLS, ROW, Cell, page, results
+from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.timing import call_seconds, times
 
 ROOT = Path(__file__).parent.parent
@@ -212,6 +212,24 @@ def test_a_second_run_has_nothing_to_do_and_a_single_cell_runs_in_a_process_of_i
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert sum(line.startswith(ROW) for line in run.stdout.splitlines()) == 3
+
+
+def test_failed_tests_are_printed_although_their_cell_ran(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_day, "card_name", lambda: "a card")
+    monkeypatch.setattr(gpu_day, "install_tiles", lambda records: None)
+    monkeypatch.setattr(gpu_day, "Day", lambda _, out, *rest: Scripted(out, {"tests_optim": row(failure="test_a: no")}))
+    assert gpu_day.main(["--state", str(tmp_path), "--only", "tests_optim"]) == 0
+    assert "tests_optim: ok" in (printed := capsys.readouterr().out)
+    assert "    test_a: no\n" in printed
+
+
+def test_a_card_on_which_the_kernels_do_not_run_is_an_error_at_once(monkeypatch):
+    monkeypatch.setattr(card, "describe", lambda device: "plain torch")
+    monkeypatch.setattr(card, "properties", lambda device: {})
+    rows = card.measure(torch.device("cuda", 0), small=True)
+    assert next(rows)["kernels"] == "plain torch"
+    with pytest.raises(RuntimeError, match="run in plain torch on this card"):
+        next(rows)
 
 
 def test_cells_are_listed_and_unknown_ones_refused(capsys):

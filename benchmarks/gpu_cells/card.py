@@ -8,13 +8,22 @@ import torch
 
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import seconds
+from lightning_qlora.kernels.backends import describe
+from lightning_qlora.optim.paging.unified_memory import why_not_managed
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "peft", "bitsandbytes", "cuda-bindings")
 
 
 def measure(device: torch.device, small: bool) -> Iterator[Row]:
-    """Versions; GB/s of a copy (bytes read plus bytes written); TFLOP/s of an n x n x n product of random numbers."""
-    yield {"versions": versions(), **properties(device)}
+    """Versions; GB/s of a copy (bytes read plus bytes written); TFLOP/s of an n x n x n product of random numbers.
+
+    Raises:
+        RuntimeError: If Triton's kernels do not run on the card: all other cells would measure plain torch.
+    """
+    kernels = describe(device)
+    yield {"versions": versions(), "kernels": kernels, **properties(device)}
+    if device.type == "cuda" and kernels != "Triton kernels":
+        raise RuntimeError(f"The ops run in {kernels} on this card; the warning above says why.")
     size = 1 << 20 if small else 4 << 30
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -38,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def properties(device: torch.device) -> Row:
-    """Name, multiprocessors, memory and CUDA version of a GPU."""
+    """Name, multiprocessors, memory and CUDA version of a GPU, and how optimizer state is paged on it."""
     if device.type != "cuda":
         return {"card": "CPU"}
     card = torch.cuda.get_device_properties(device)
@@ -48,4 +57,5 @@ def properties(device: torch.device) -> Row:
         "multiprocessors": card.multi_processor_count,
         "memory_gib": card.total_memory / 2**30,
         "cuda": torch.version.cuda or torch.version.hip,
+        "paging": why_not_managed(device) or "unified memory",
     }

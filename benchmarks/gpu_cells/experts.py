@@ -27,7 +27,8 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
     """Differences, seconds and bytes. On a CPU both variants are one by one."""
     shapes = {"small": SMALL} if small else {"Qwen3-30B-A3B": QWEN3_30B, "Mixtral-8x7B": MIXTRAL}
     for name, sizes in shapes.items():
-        block = build(OURS, argparse.Namespace(**sizes)).to(device)
+        with device:  # a host would take half a minute for the random weights of Mixtral's block
+            block = build(OURS, argparse.Namespace(**sizes))
         for parameter_name, parameter in block.named_parameters():
             if parameter_name.endswith(ADAPTER[1]):
                 nn.init.normal_(parameter, std=0.02)

@@ -195,7 +195,7 @@ def lora_gradients(
     run, sums = _gradients(device, tile, m, k, n, r, grad_a.stride(), grad_b.stride(), seed is not None)
     arguments = dropout_arguments(p, seed, device)
     tensors = (grad_xa, x.contiguous(), grad_a, xa, grad.contiguous(), grad_b, share_memory(sums, xa))
-    run(tensors, (*arguments, s))
+    run(tensors, (*arguments, float(s)))  # `Launch` keeps the kernel, and Triton compiles another one for an int
 
 
 @lru_cache(MAX_LAUNCHES)

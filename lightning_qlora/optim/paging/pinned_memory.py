@@ -102,7 +102,8 @@ class PinnedPool(Pool):
 
     @override
     def _free(self, address: int) -> None:
-        self._copies.synchronize()  # torch may use the memory again at once
+        # Torch may use the memory again at once. Others copy from it too: Lightning, to the device, when it resumes.
+        torch.cuda.synchronize(self._device)
         del self._blocks[address]
 
     def _pairs(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:

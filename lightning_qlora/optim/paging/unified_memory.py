@@ -95,8 +95,9 @@ class ManagedPool(Pool):
         self._check(self._runtime.cudaFree(address)[0], "cudaFree")  # waits for the kernels that use the memory
 
     def _prefetch_range(self, address: int, nbytes: int) -> None:
-        stream = torch.cuda.current_stream(self._memory_device).cuda_stream
-        error = self._prefetch_async(address, nbytes, self._location("Device"), 0, stream)[0]
+        with torch.cuda.device(self._memory_device):  # the address of a default stream, 0, is that of any device
+            stream = torch.cuda.current_stream(self._memory_device).cuda_stream
+            error = self._prefetch_async(address, nbytes, self._location("Device"), 0, stream)[0]
         self._check(error, "cudaMemPrefetchAsync")
 
     def _location(self, kind: str) -> Any:

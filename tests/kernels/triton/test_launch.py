@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton.compiler
 from triton.runtime import driver
 
+from benchmarks.compiled import recorded, source
 from benchmarks.host_overhead import Driver
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.launch import Launch
-from lightning_qlora.kernels.triton.lora import _up_kernel, lora_down
+from lightning_qlora.kernels.triton.lora import _down_kernel, _up_kernel, lora_down, lora_gradients
 
 ROOT = Path(__file__).parents[3]
 X, W, OUT = torch.zeros(3, 64).bfloat16(), torch.zeros(64, 16), torch.zeros(3, 64).bfloat16()
@@ -82,3 +85,32 @@ def test_other_types_and_unaligned_tensors_get_kernels_of_their_own(driven):
     assert functions[:4] == functions[4:]
     assert len(set(functions[:3])) == 3
     assert functions[3] == functions[0]
+
+
+def test_an_integer_scaling_does_not_become_a_part_of_the_kernel(driven):
+    """`layer.scaling = 0` and 1 set by a user between steps: the kernel that is kept takes every later value."""
+    grad_a, grad_b = torch.zeros(16, 64), torch.zeros(64, 16)
+    for s in (1, 0, 0.25):
+        lora_gradients(H, X, grad_a, H, X, grad_b, s)
+    scalings = [arguments[-6] for arguments in driven]
+    assert (scalings, [type(s) for s in scalings]) == ([1.0, 0.0, 0.25], [float] * 3)
+    assert len({arguments[4] for arguments in driven}) == 1
+
+
+def test_the_compile_gate_builds_what_the_jit_builds(driven, monkeypatch):
+    """One key in Triton's cache (up to 3.6): `benchmarks.tiles` measures what its other processes compiled."""
+    x, memory, by_jit = torch.zeros(5, 80).bfloat16(), torch.zeros(16 * 80 + 1), []
+
+    def compile_and_keep(made, *args, compile=triton.compiler.compile, **options):
+        by_jit.append(made)
+        return compile(made, *args, **options)
+
+    monkeypatch.setattr(triton.compiler, "compile", compile_and_keep)
+    monkeypatch.setattr(_down_kernel, "device_caches", defaultdict(_down_kernel.create_binder))
+    for w in (memory[:-1].view(16, 80), memory[1:].view(16, 80)):  # the second one is not aligned
+        with recorded("sm_90") as launches:
+            lora_down(x, w)
+        lora_down(x, w)
+        ours, theirs = source(launches[0]), by_jit[-1]
+        hints = {place: hint for place, hint in theirs.attrs.items() if place not in theirs.constants}  # Triton 3.9
+        assert (ours.signature, ours.constants, ours.attrs) == (theirs.signature, theirs.constants, hints)

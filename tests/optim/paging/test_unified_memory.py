@@ -158,6 +158,16 @@ def no_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
 
 
+def test_a_prefetch_goes_to_the_stream_of_its_own_device(monkeypatch, no_device):
+    """Default streams of all devices have the address 0, which means that of the current device."""
+    entered, calls = [], []
+    monkeypatch.setattr(unified_memory, "_runtime", lambda: fake_runtime(13, calls))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    ManagedPool(torch.device("cuda", 1))._prefetch_range(4096, 10)
+    assert entered == [torch.device("cuda", 1)]
+    assert calls[0][0] == "prefetch"
+
+
 @pytest.mark.parametrize("version", [12, 13])
 def test_both_signatures_get_locations(monkeypatch, no_device, version):
     calls = []

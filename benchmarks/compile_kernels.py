@@ -125,7 +125,7 @@ def _dropout_cases(target: str) -> Iterator[Case]:
 
 def _lora_cases(target: str) -> Iterator[Case]:
     # The hash of the dropout mask takes about 21 instructions per element.
-    budgets = {"lora_down": (22, 9), "lora_up": (50, 18), "lora_gradients": (9, 9)}
+    budgets = {"lora_down": (22, 9), "lora_up": (38, 13), "lora_gradients": (9, 9)}
     for kernel, (few, many) in budgets.items():
         for tile, threads in _tiles(kernel, target):
             m, elements = tile.get("up_to", 4096), tile["M"] * tile.get("K", tile.get("N", 0)) / threads

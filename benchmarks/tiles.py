@@ -2,8 +2,9 @@
 
 For each kernel and number of rows the fastest candidate over the shapes is chosen, if it is faster than what runs
 without a tile: decoding and cuBLAS for `matmul`, cuBLAS with a separate dropout for the products of the adapter, one
-expert after another for `grouped` (all its kernels have one tile). Candidates are compiled in parallel first, and those
-that spill registers are dropped. The file is written after each choice. Run `make compile-kernels` afterwards.
+expert after another for `grouped` (all its kernels have one tile). `dequantize` always has one. Candidates are compiled
+in parallel first, and those that spill registers are dropped. The file is written after each choice. Run
+`make compile-kernels` afterwards.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch
 
 from benchmarks.compiled import compile_launch, recorded
 from benchmarks.timing import seconds
-from lightning_qlora.kernels import ops
+from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
@@ -33,14 +34,16 @@ EXPERTS, EXPERT_SHAPES = 64, ((1536, 2048), (2048, 768))  # those of Qwen3-30B-A
 RANK = 64
 # Rows (of each expert) for which a kernel gets a tile of its own; the last is for more rows too, except in `matmul`.
 ROWS = {
-    "matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096), "lora_gradients": (4096,),
-    "grouped": (16, 128),
+    "dequantize": (1,), "matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096),
+    "lora_gradients": (4096,), "grouped": (16, 128),
 }  # fmt: skip
 
 
 def candidates(kernel: str, rows: int) -> list[Tile]:
     """Tiles worth trying for so many rows."""
     few = rows <= 16
+    if kernel == "dequantize":
+        return [Tile(WEIGHTS=n, num_warps=w) for n, w in product((1024, 2048, 4096, 8192), (1, 2, 4))]
     if kernel == "matmul":
         sizes = [{"M": min(rows, 64), "N": n, "num_warps": w} for n, w in ((64, 4), (128, 4), (128, 8))]
         programs = (256, 512, 1024)
@@ -56,7 +59,8 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
     else:
         sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
         programs = (256, 512, 1024) if kernel == "lora_gradients" else (0,)
-    return [Tile(size, PROGRAMS=p, num_stages=stages) for size, p, stages in product(sizes, programs, (2, 3))]
+    stages = (1, 2) if kernel == "lora_up" else (2, 3)  # its loop over the ranks has one step up to rank 64
+    return [Tile(size, PROGRAMS=p, num_stages=s) for size, p, s in product(sizes, programs, stages)]
 
 
 def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:
@@ -75,6 +79,8 @@ def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) 
         return [partial(lora_gradients, h, x, a, h, y, b, 0.5, 0.05, seed)]
     weight = ops.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16)).to_bytes()
     y, dense = x.new_zeros(rows, n), x.new_empty(n * k)
+    if kernel == "dequantize":
+        return [partial(dequantize_into, dense, weight), partial(eager.dequantize, weight, dense.dtype)]
     decoded = lambda: y.addmm_(x, dequantize_into(dense, weight).view(weight.shape).T)  # noqa: E731
     return [partial(add_matmul_, y, x, weight), decoded]
 
@@ -161,7 +167,7 @@ def main() -> int:
                 )
                 is_last = rows == numbers[-1]
                 # For few rows an adapter's product is chosen by its launches: torch needs several.
-                is_chosen = took[best] < by_torch or (kernel != "matmul" and not is_last)
+                is_chosen = took[best] < by_torch or kernel == "dequantize" or (kernel != "matmul" and not is_last)
                 if is_chosen:
                     limit = {} if kernel != "matmul" and is_last else {"up_to": rows}
                     chosen.append(Tile(limit, **json.loads(best)))

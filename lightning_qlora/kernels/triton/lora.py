@@ -80,7 +80,7 @@ def _gradient(
     tile, h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, low, high, least_kept, s,
     DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """R x N sums over a share of the rows of x, of the columns of a tile."""
+    """A program computes the R x N sums of one tile of columns over its share of the rows of x."""
     column, rank = tile * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
     total = tl.zeros((R, N), tl.float32)

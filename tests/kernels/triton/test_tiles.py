@@ -1,6 +1,7 @@
 """The search for tiles, whose candidates run here in the interpreter."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def test_candidates_and_what_runs_without_a_tile(kernel, monkeypatch):
     monkeypatch.setattr(search, "seconds", run_once)
     monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
     used, find = [], tiles.find_tile
-    for module in (search.kernels.lora, search.kernels.matmul, search.kernels.grouped):
+    for name in ("dequantize", "matmul", "lora", "grouped"):
+        module = import_module(f"lightning_qlora.kernels.triton.{name}")
         monkeypatch.setattr(module, "find_tile", lambda *key: used.append(find(*key)) or used[-1])
     tile = search.candidates(kernel, 16)[0]
     assert search.measure(kernel, 16, [tile], torch.device("cpu")).keys() == {json.dumps(tile), "torch"}

@@ -4,7 +4,7 @@ For each kernel and number of rows the fastest candidate over the shapes is chos
 without a tile: decoding and cuBLAS for `matmul`, cuBLAS with a separate dropout for the products of the adapter, one
 expert after another for `grouped` (all its kernels have one tile). `dequantize` always has one. Candidates are compiled
 in parallel first, and those that spill registers are dropped. The file is written after each choice. Run
-`make compile-kernels` afterwards.
+`make compile-kernels` and `pytest -m gpu tests/kernels` afterwards.
 """
 
 import json

@@ -378,7 +378,7 @@ def test_a_whole_model_under_the_default_device():
 FACTORIES = {function.__name__ for function in _device_constructors()} | {"Generator"}
 ALLOWED = {
     # file, line of code: why
-    ("kernels/scratch.py", "torch.zeros if zero else torch.empty"): "called with a device in the next line",
+    ("kernels/scratch.py", "torch.zeros if zero else torch.empty"): "called with a device in the next lines",
 }
 
 

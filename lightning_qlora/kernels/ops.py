@@ -77,8 +77,8 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return result
 
 
-# Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would use scratch buffers that were freed with
-# the graph's memory, and would repeat one dropout mask, because the seed is read on the host. torch 2.8 lacks the tag.
+# Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would repeat one dropout mask, because the seed
+# is read on the host. torch 2.8 lacks the tag.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 

@@ -32,15 +32,18 @@ def scratch(
     """A flat tensor of `numel` elements; the next call with the same dtype, device and purpose reuses its memory.
 
     On a GPU this is safe because each stream has its own buffer: a kernel that overwrites the buffer runs after all
-    kernels that read it. The buffer is uninitialized, or with `zero` set to zero when it is allocated.
+    kernels that read it. The buffer is uninitialized, or with `zero` set to zero when it is allocated. A CUDA graph
+    that is captured gets a new tensor of its own memory: a buffer could be freed, or not be zero, when it is replayed.
     """
+    make = torch.zeros if zero else torch.empty
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(numel, dtype=dtype, device=device)
     stream = _stream(device.index) if device.type == "cuda" else 0
     key = (device, stream, dtype, purpose)
     buffer = _thread.buffers.get(key)
     if buffer is None or buffer.numel() < numel:
         # A tensor created in inference mode cannot be written to outside of it.
         with torch.inference_mode(False):
-            make = torch.zeros if zero else torch.empty
             buffer = _thread.buffers[key] = make(numel, dtype=dtype, device=device)
     return buffer if buffer.numel() == numel else buffer[:numel]
 

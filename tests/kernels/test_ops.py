@@ -231,7 +231,7 @@ def test_autocast_around_the_op_or_its_backward_changes_nothing(m):
 
 
 def test_no_op_is_captured_in_a_cuda_graph():
-    """A replay would use freed scratch memory, and the same dropout mask for ever."""
+    """A replay would repeat one dropout mask."""
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     if tag is None:
         pytest.skip("this torch has no such tag")

@@ -219,7 +219,8 @@ def _to_plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
 def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[list[Tensor]]:
     """Yield the parameters in windows of about `numel` elements, each while its state is on the device.
 
-    The state of the next window is copied while the present one is updated: two windows are on the device at most.
+    The copy of the next window's state starts before the present one is updated, so two windows are on the device at
+    most. Pinned memory has a stream for its copies, and overlaps both; unified memory is prefetched on the current one.
     """
     parts: list[list[Tensor]] = []
     size = numel

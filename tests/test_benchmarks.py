@@ -241,6 +241,7 @@ def test_cells_are_listed_and_unknown_ones_refused(capsys):
     assert "no_such_cell" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_deferred_logits_are_measured_and_planned(capsys):
     pytest.importorskip("transformers")
     deferred_logits.main(["--steps", "1", "--threads", "1", "--batch", "1", "--length", "64", "--layers", "1"])

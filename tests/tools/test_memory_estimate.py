@@ -218,7 +218,7 @@ def test_the_measured_peak_is_within_10_percent(name):
 
 
 @pytest.mark.parametrize(
-    "size", ["7B", pytest.param("13B", marks=pytest.mark.slow), pytest.param("33B", marks=pytest.mark.slow), "65B"]
+    "size", ["7B", *(pytest.param(size, marks=pytest.mark.slow) for size in ("13B", "33B", "65B"))]
 )
 def test_the_paper(size):
     """Dettmers et al. 2023, figure 6: 1 x 512 tokens, r = 64 on all linear layers, gradient checkpointing; GB."""

@@ -38,10 +38,10 @@ def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("adapter_dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
-@pytest.mark.parametrize("out_features", [48, 130])
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_the_gradients(dtype, adapter_dtypes, seed, out_features, m, n, r):
+def test_the_gradients(dtype, adapter_dtypes, seed, m, n, r):
     """More columns of A than of B, and fewer; matrices in both layouts, of different types."""
+    out_features = 48 if r % 16 else 130
     x, grad_xa, xa = draw(m, n, dtype=dtype), draw(m, r, dtype=dtype), draw(m, r, dtype=dtype).flip(0)
     grad, dropped = draw(m, out_features, dtype=dtype), reference.dropout(x.double(), 0.3, seed)
     (of_a, of_b), (k, n) = adapter_dtypes, (n, out_features)

@@ -154,8 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # the memory that no kernel writes holds any bits
     triton.runtime.driver.set_active(Driver())
-    arguments = parser.parse_args(arguments)
-    if arguments.experts:
+    chosen = parser.parse_args(arguments)
+    if chosen.experts:
         # Not the launches: a block has more kinds of kernels than KERNELS names.
         made = {f"{number} experts": measure(experts(number), torch.randn(1, 16, SIZE), 1) for number in (8, 128)}
         print(table(["a block of", *HEADS[1::2]], [[name, *cells[1::2]] for name, cells in made.items()]))
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ours, no dropout": lambda: ours(0.0),
         "ours, no dropout, few rows": lambda: ours(0.0, few_rows=True),
     }
-    if arguments.peers:
+    if chosen.peers:
         cases["PEFT + bitsandbytes, dropout"] = lambda: peft_with_bitsandbytes(0.05)
         cases["PEFT + bitsandbytes, no dropout"] = lambda: peft_with_bitsandbytes(0.0)
     rows = [[name, *measure(make(), torch.randn(1, SIZE))] for name, make in cases.items()]

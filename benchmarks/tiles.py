@@ -30,9 +30,10 @@ from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.tiles import Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
-EXPERTS, EXPERT_SHAPES = 64, ((1536, 2048), (2048, 768))  # those of Qwen3-30B-A3B, half as many
+EXPERTS, EXPERT_SHAPES = 64, ((1536, 2048), (2048, 768))  # the shapes of Qwen3-30B-A3B, which has 128 experts
 RANK = 64
-# Rows (of each expert) for which a kernel gets a tile of its own; the last is for more rows too, except in `matmul`.
+# For each kernel the largest numbers of rows that its tiles are for (`grouped`: rows of one expert). The last tile is
+# also used for more rows, except that of `matmul`.
 ROWS = {
     "dequantize": (1,), "matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096),
     "lora_gradients": (4096,), "grouped": (16, 128),

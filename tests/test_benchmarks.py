@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import deferred_logits, gpu_day, measure, peers, saved_tensors
 from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.timing import call_seconds, times
+from lightning_qlora.kernels import eager
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,6 +226,7 @@ def test_failed_tests_are_printed_although_their_cell_ran(tmp_path, monkeypatch,
 
 def test_a_card_on_which_the_kernels_do_not_run_is_an_error_at_once(monkeypatch):
     monkeypatch.setattr(card, "describe", lambda device: "plain torch")
+    monkeypatch.setattr(card, "backend", lambda device: eager)
     monkeypatch.setattr(card, "properties", lambda device: {})
     rows = card.measure(torch.device("cuda", 0), small=True)
     assert next(rows)["kernels"] == "plain torch"

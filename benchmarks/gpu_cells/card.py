@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import seconds
-from lightning_qlora.kernels.backends import describe
+from lightning_qlora.kernels import eager
+from lightning_qlora.kernels.backends import backend, describe
 from lightning_qlora.optim.paging.unified_memory import why_not_managed
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "peft", "bitsandbytes", "cuda-bindings")
@@ -20,10 +21,9 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
     Raises:
         RuntimeError: If Triton's kernels do not run on the card: all other cells would measure plain torch.
     """
-    kernels = describe(device)
-    yield {"versions": versions(), "kernels": kernels, **properties(device)}
-    if device.type == "cuda" and kernels != "Triton kernels":
-        raise RuntimeError(f"The ops run in {kernels} on this card; the warning above says why.")
+    yield {"versions": versions(), "kernels": describe(device), **properties(device)}
+    if device.type == "cuda" and backend(device) is eager:
+        raise RuntimeError(f"The ops run in {describe(device)} on this card; the warning above says why.")
     size = 1 << 20 if small else 4 << 30
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)

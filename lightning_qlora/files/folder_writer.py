@@ -180,7 +180,7 @@ def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool | None
         locked = True
     except Timeout:
         locked = False
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # no locks here: `locked` is still None
         pass
     try:
         yield locked

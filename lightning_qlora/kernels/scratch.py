@@ -32,8 +32,10 @@ def scratch(
     """A flat tensor of `numel` elements; the next call with the same dtype, device and purpose reuses its memory.
 
     On a GPU this is safe because each stream has its own buffer: a kernel that overwrites the buffer runs after all
-    kernels that read it. The buffer is uninitialized, or with `zero` set to zero when it is allocated. A CUDA graph
-    that is captured gets a new tensor of its own memory: a buffer could be freed, or not be zero, when it is replayed.
+    kernels that read it. The buffer is uninitialized, or with `zero` set to zero when it is allocated.
+
+    While a CUDA graph is captured, each call returns a new tensor from the memory of the graph. A buffer could be freed
+    before the graph is replayed, or contain the sums of another graph.
     """
     make = torch.zeros if zero else torch.empty
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

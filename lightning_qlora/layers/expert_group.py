@@ -39,20 +39,20 @@ class _Checked(NamedTuple):
 _checked: WeakKeyDictionary[nn.Module, _Checked] = WeakKeyDictionary()
 
 
-def expert_group(stack: nn.Module, x: Tensor) -> ExpertGroup | None:
+def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
     """The experts of a `QLoRAExperts` if one call of `grouped_linear` can compute all of them on x, else None."""
-    own = [vars(layer) for layer in stack._modules.values()]
+    layers: list[QLoRALinear] = stack.layers
+    own = [vars(layer) for layer in layers]
     held: list[dict[str, Tensor]] = [of["_parameters"] for of in own]
     scalings = {of["scaling"] for of in own}
     if not is_plain_call(x, held[0]["lora_A"]) or len(scalings) > 1 or not all(map(_is_plain, own)):
         return None
-    tensors = [of[name] for name in (*BASE, "lora_A", "lora_B") for of in held]
+    lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
+    tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]
     key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
     found = _checked.get(stack)
     if found is None or found.key != key:
-        layers: Any = list(stack._modules.values())
         weights = [layer.weight_bytes for layer in layers]
-        lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
         group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
         found = _checked[stack] = _Checked(key, tensors, group)
     return found.group
@@ -60,5 +60,5 @@ def expert_group(stack: nn.Module, x: Tensor) -> ExpertGroup | None:
 
 def _is_plain(own: dict[str, Any]) -> bool:
     """Whether nothing but the layer's op is to run: no DoRA, no hook (as a calibration registers), no other forward."""
-    hooks = own[HOOKS[0]] or own[HOOKS[1]] or own[HOOKS[2]] or own[HOOKS[3]]
-    return not hooks and own["_parameters"]["lora_magnitude_vector"] is None and "forward" not in own
+    has_hook = any(map(own.get, HOOKS))
+    return not has_hook and own["_parameters"]["lora_magnitude_vector"] is None and "forward" not in own

@@ -49,7 +49,7 @@ def driven(monkeypatch):
 
 
 def test_launches_of_a_layer():
-    """The counts of docs/kernels.md; in a process of its own, because the driver stays."""
+    """The counts in docs/kernels.md. A new process counts, because `host_overhead` does not remove its driver."""
     script = "from benchmarks import host_overhead as one; one.REPEATS = one.CALLS = 1; one.main([])"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     cells = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ours")]

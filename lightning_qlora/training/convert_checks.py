@@ -6,12 +6,14 @@ from dataclasses import asdict
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qlora.adapters.base_compatibility import check_one_folder
+from lightning_qlora.adapters.state_dict import Conversion
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.experts import expert_stacks
-from lightning_qlora.layers.names import inside, named_tensors
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.names import named_tensors
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.selection import Selection, select_in_part
+from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, count_parameters
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
@@ -24,7 +26,6 @@ AT_LOADING = (  # arguments that a layer which was quantized while its model loa
     "quant_type", "block_size", "double_quant", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights",
     "loftq_config",
 )  # fmt: skip
-ARGUMENTS = ("_qlora_config", "_qlora_arguments")  # attributes of a converted module: in checkpoints, and as given
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
@@ -89,39 +90,31 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     warnings.warn(message + "\nA smaller r converts more layers.", stacklevel=2)
 
 
-def warn_of_other_arguments(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of arguments that differ from those of the first conversion, which is not done again.
-
-    Names of layers in other parts may be new for a part of the module.
-    """
-    for name, part in module.named_modules():
-        # An adapter that was loaded changes the arguments in checkpoints; both are known, then.
-        known = [value for key in ARGUMENTS if isinstance(value := vars(part).get(key), QLoRAConfig)]
-        if not known or config in known:
-            continue
-        pairs = [(field, getattr(known[-1], field), getattr(config, field)) for field in asdict(config)]
-        no_matter = {"paged_optimizer"} | ({"target_modules", "exclude_modules", "modules_to_save"} if name else set())
-        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a not in no_matter]
-        if other:
-            warnings.warn(
-                f"{name or type(part).__name__}: was converted before, with {', '.join(other)}, and stays so. To "
-                "convert with other arguments, build the module again.",
-                stacklevel=2,
-            )
-
-
-def warn_of_the_rest(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of linear layers beside a part that was converted before: they are neither in 4 bits nor frozen."""
-    parts = [name for name, part in module.named_modules() if "_qlora_frozen" in vars(part)]
-    choice = select_in_part(module, config)
-    rest = [name for name in [*choice.convert, *choice.stacks] if not any(inside(name, part) for part in parts)]
-    if rest:
+def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
+    """Warn of arguments that differ from those of the earlier conversion, which is not done again."""
+    if config in (conversion.config, *conversion.given):
+        return
+    known = conversion.given[-1]
+    pairs = [(field, getattr(known, field), getattr(config, field)) for field in asdict(config)]
+    other = [
+        f"{name}={was!r} and not {new!r}"
+        for name, was, new in pairs
+        if was != new and name not in ("paged_optimizer", "adapter")
+    ]
+    if other:
         warnings.warn(
-            f"{', '.join(parts)}: converted before, so nothing else is converted now: other linear layers "
-            f"({', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}) are neither in 4 bits nor frozen. Convert the "
-            f"whole module at once, or name them in exclude_modules ({rest[:1]}, ...).",
+            f"{type(module).__name__}: was converted before, with {', '.join(other)}, and stays so. To convert with "
+            "other arguments, build the module again, or merge the adapters first (lightning_qlora.merge).",
             stacklevel=2,
         )
+
+
+def warn_of_two_configs(module: nn.Module) -> None:
+    """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
+    try:
+        check_one_folder({name: layer.config for name, layer in adapted_layers(module).items()})
+    except ValueError as error:
+        warnings.warn(f"save_adapter will refuse this module: {error}", stacklevel=2)
 
 
 def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:

@@ -146,7 +146,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     text = json.dumps(arguments).encode()
     text = text.ljust(-(-len(text) // PAGE) * PAGE)
     state_dict[prefix + CONFIG] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
-    for name, _ in _conversions(root):  # of parts that were converted alone, too
+    for name, _conversion in _conversions(root):  # of parts that were converted alone, too
         for key in (CONFIG, CHECKSUMS) if name else ():
             state_dict.pop(f"{prefix}{name}.{key}", None)
     add_checksums(state_dict, prefix)
@@ -178,7 +178,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     if saved is not None:
         _check_same_function(root, saved, about)
         _keep_initialization(root, saved, about)
-    for name, _ in _conversions(root):
+    for name, _conversion in _conversions(root):
         if name:
             state_dict[f"{prefix}{name}.{CONFIG}"] = None  # this call does all for the parts that were converted alone
     read: dict[int, int] = {}  # tied parameters are read once

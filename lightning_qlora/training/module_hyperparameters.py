@@ -38,8 +38,8 @@ class LeftOut(nn.Module):
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"{name!r} of a {vars(self).get('kind')}: this checkpoint of a converted module does not hold that network, "
-            "which was a hyperparameter. Load it with lightning_qlora.load_from_checkpoint, and pass the network: "
+            f"{name!r} of a {vars(self).get('kind')}: this network was a hyperparameter, and the checkpoint of a "
+            "converted module does not hold it. Load it with lightning_qlora.load_from_checkpoint, and pass the network: "
             "load_from_checkpoint(MODULE_CLASS, PATH, net=...)."
         )
 

@@ -1,7 +1,6 @@
 import copy
 import threading
 import time
-import warnings
 
 import pytest
 import torch

@@ -115,16 +115,23 @@ def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
 
     That is what trained before it was frozen, and a resized embedding. A shared module has several names.
     """
-    changed = {
-        id(parameter)
-        for part in module.modules()
-        for key, parameter in part._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and not is_base(part, key, parameter)
-    }
+    return _holders_of_trained(find_base_model(module)[1])
+
+
+def trained_outside(module: nn.Module) -> list[str]:
+    """Names of the same outside of the base model, as a head of the LightningModule."""
+    inside = set(find_base_model(module)[1].modules())
+    return [name for name, part in _holders_of_trained(module).items() if part not in inside]
+
+
+def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
     return {
         plain_name(name): part
-        for name, part in find_base_model(module)[1].named_modules(remove_duplicate=False)
-        if not isinstance(part, QLoRALinear) and any(id(p) in changed for p in part._parameters.values())
+        for name, part in module.named_modules(remove_duplicate=False)
+        if not isinstance(part, QLoRALinear)
+        and any(
+            p is not None and p.is_floating_point() and not is_base(part, key, p) for key, p in part._parameters.items()
+        )
     }
 
 

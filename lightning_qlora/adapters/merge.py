@@ -14,7 +14,7 @@ from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.lora import ADAPTER, cancel_calibration
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.new_layers import mark_as_loaded
+from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import undo

@@ -26,6 +26,7 @@ from lightning_qlora.adapters.base_model import (
     tie_error,
     tied_names,
     trained_in_full,
+    trained_outside,
 )
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters
@@ -73,7 +74,14 @@ def save_adapter(
         adapter = convert_to_float_base(adapter, base_model)
     elif needed := required_base(adapter.quantization):
         warnings.warn(needed, stacklevel=2)
-    rank_zero_only(_write)(adapter, find_base_model(module)[1], folder)
+    prefix, inner = find_base_model(module)
+    if outside := trained_outside(module):
+        warnings.warn(
+            f"The folder gets the adapters of {prefix!r}, a {type(inner).__name__}, and not what trains outside of it: "
+            f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
+            stacklevel=2,
+        )
+    rank_zero_only(_write)(adapter, inner, folder)
 
 
 def _write(adapter: Adapter, base: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.bnb_linear import is_bnb_linear
-from lightning_qlora.layers.dense_reasons import LOADED, ModuleFacts, is_linear, name_clash, too_small, weight_shape
+from lightning_qlora.layers.dense_reasons import (
+    FROZEN,
+    LOADED,
+    ModuleFacts,
+    is_linear,
+    name_clash,
+    too_small,
+    weight_shape,
+)
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules, plain_name
-from lightning_qlora.layers.new_layers import new_layers
+from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import is_recorded
@@ -47,8 +54,9 @@ class Selection:
     Attributes:
         convert: Name -> layer that becomes a QLoRALinear.
         stacks: Name -> parameter that becomes QLoRAExperts.
-        train: Name -> why a module trains in full.
+        train: Name -> why a module, or a parameter of a module with others inside, trains in full.
         skip: Name -> why a linear layer, or a parameter of experts, stays dense and frozen.
+        stop: Names of modules and parameters that trained before, are no linear layers, and are frozen.
         refused: Name -> why a layer that target_modules names can't be converted.
         names: Id of each module -> its names.
     """
@@ -57,6 +65,7 @@ class Selection:
     stacks: dict[str, StackToConvert] = field(default_factory=dict)
     train: dict[str, str] = field(default_factory=dict)
     skip: dict[str, str] = field(default_factory=dict)
+    stop: dict[str, None] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     names: dict[int, LayerNames] = field(default_factory=dict)
 
@@ -85,11 +94,14 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
     """
     choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
-    excluded, new = config.exclude_modules or [], new_layers(module)
+    excluded, new = config.exclude_modules or [], new_parameters(module)
     experts = {id(expert) for *_, stack in expert_stacks(module) for expert in stack.layers}
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
+
+    def is_excluded(forms: list[str]) -> bool:
+        return any(matches_outer(form, excluded) for form in forms)
 
     in_full = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
     choice.train.update(dict.fromkeys(in_full, IN_MODULES_TO_SAVE))
@@ -105,19 +117,23 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
             for stack in stacks:
                 _select_stack(choice, name, stack, config, facts, saved)
             continue
-        target, is_new = not everything and bool(name) and named(layer, config.target_modules), id(layer) in new
+        target = not everything and bool(name) and named(layer, config.target_modules)
+        forms, seed_name = choice.names[id(layer)]
+        own = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
+        is_new = bool(own) and not layer._modules
+        if layer._modules and not is_excluded(forms):
+            choice.train.update({f"{name}.{key}".lstrip("."): reason for key, reason in own.items()})
         if _is_converted(layer) or not (is_linear(layer) or target or is_new):
             continue
         if id(layer) in experts:  # selected with the module that held the parameter
             continue
-        forms, seed_name = choice.names[id(layer)]
         of_layer = config.for_layer(forms)
         if saved is not None and plain_name(name) in saved:
             choice.convert[name] = ToConvert(layer, _as_saved(of_layer, saved[plain_name(name)]), seed_name)
-        elif any(matches_outer(form, excluded) for form in forms):
+        elif is_excluded(forms):
             choice.skip[name] = "in exclude_modules"
         elif is_new and not target:
-            choice.train[name] = new[id(layer)]
+            choice.train[name] = next(iter(own.values()))
         elif not everything and not target:
             choice.skip[name] = "not in target_modules"
         elif not is_linear(layer):
@@ -127,8 +143,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         elif reason := facts.unable(layer) or (facts.unasked(name, layer, of_layer) if everything else None):
             choice.skip[name] = reason
         elif everything and (small := too_small(weight_shape(layer), of_layer)):
-            trains = is_bnb_linear(layer) or layer.weight.requires_grad  # bitsandbytes freezes what it quantizes
-            (choice.train if trains else choice.skip)[name] = small
+            (choice.train if facts.trains else choice.skip)[name] = small
         elif 0 in weight_shape(layer):
             choice.skip[name] = "its {}x{} weight is empty".format(*weight_shape(layer))
         elif saved is not None:
@@ -159,6 +174,8 @@ def _select_stack(
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):
         choice.skip[name] = "not in target_modules"
+    elif everything and facts.is_frozen(stack.owner if stack.loaded is None else stack.loaded.layers[0], stack.key):
+        choice.skip[name] = FROZEN
     elif reason or (reason := too_small(stack.shape, of_stack) if everything else None):
         choice.skip[name] = reason
     elif saved is not None:

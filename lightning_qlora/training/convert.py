@@ -20,6 +20,7 @@ from lightning_qlora.huggingface.patches import (
 )
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
@@ -42,6 +43,7 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
+    warn_of_large_new_parts,
     warn_of_other_arguments,
     warn_of_two_configs,
     warn_of_what_stayed,
@@ -49,6 +51,8 @@ from lightning_qlora.training.convert_checks import (
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
+
+BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 
 
 def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
@@ -134,7 +138,9 @@ def convert_module(
         warn_of_two_configs(module)
     if config.start == "calibrated" and layers:
         Calibration(module, config)
-    return conversion_report(module, choice, bytes_before, start, deferred)
+    report = conversion_report(module, choice, bytes_before, start, deferred)
+    warn_of_large_new_parts(module, choice, report)
+    return report
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -198,11 +204,20 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
         new: The parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
         kept: Layers of an earlier conversion.
     """
-    train = {id(p): reason for name, reason in choice.train.items() for p in module.get_submodule(name).parameters()}
-    for owner, key, _ in new:
+    modules, named_parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
+    train = {
+        id(parameter): reason
+        for name, reason in choice.train.items()
+        for parameter in (modules[name].parameters() if name in modules else [named_parameters[name]])
+    }
+    name_of = {part: name for name, part in modules.items()}
+    for owner, key, trained in new:
         parameter = owner._parameters.get(key)
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(id(parameter) in train)
+            name = f"{name_of[owner]}.{key}".lstrip(".") if owner._modules else name_of[owner]
+            if trained and not parameter.requires_grad and not is_linear(owner) and name not in choice.skip:
+                choice.stop[name] = None
     trains = {id(p) for layer in {*adapted_layers(module).values()} - {*kept} for p in layer.adapter_parameters()}
     trains |= {key for key, reason in train.items() if reason == IN_MODULES_TO_SAVE}
     for parameter in module.parameters():
@@ -215,6 +230,7 @@ def conversion_report(
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
+    frozen = _frozen_weights(module, choice)
     layers = adapted_layers(module)
     calibration = calibration_of(module)
     return ConversionReport(
@@ -227,6 +243,17 @@ def conversion_report(
         bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+        frozen=list(choice.stop),
+        adapter_parameters=sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters()),
+        frozen_by_module=sum(weight.nbytes for weight in frozen),
+        bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),
         deferred_logits=deferred,
         calibration=None if calibration is None else calibration.report,
     )
+
+
+def _frozen_weights(module: nn.Module, choice: Selection) -> list[nn.Parameter]:
+    """The weights of the layers, and the experts, that the module froze before conversion."""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    keys = [name for name, why in choice.skip.items() if why == FROZEN]
+    return [tensors[key] for name in keys for key in (f"{name}.weight".lstrip("."), name) if key in tensors]

@@ -39,8 +39,8 @@ class LeftOut(nn.Module):
             raise AttributeError(name)
         raise AttributeError(
             f"{name!r} of a {vars(self).get('kind')}: this network was a hyperparameter, and the checkpoint of a "
-            "converted module does not hold it. Load it with lightning_qlora.load_from_checkpoint, and pass the network: "
-            "load_from_checkpoint(MODULE_CLASS, PATH, net=...)."
+            "converted module does not hold it. Load it with the network: "
+            "lightning_qlora.load_from_checkpoint(MODULE_CLASS, PATH, net=...)."
         )
 
 

@@ -50,8 +50,8 @@ patches.answer_words_of_other_libraries()
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter, and only the adapters are trained
-    (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
+    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter. The adapters train, and in full
+    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
     `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:

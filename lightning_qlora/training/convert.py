@@ -149,8 +149,8 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    """Load the adapter of other arguments into a module whose layers are all converted; warn of the other arguments."""
-    if config.adapter not in (None, conversion.given[-1].adapter):
+    """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
+    if config.adapter not in (None, *(known.adapter for known in conversion.given)):
         set_adapter_of_module(module, read_adapter(config.adapter))
     warn_of_other_arguments(module, conversion, config)
     if config not in conversion.given:

@@ -97,18 +97,13 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice)
-    prepare_step(fake_model, config)
-    warn_of_what_stayed(fake_model, choice)
-    report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
-    return list(adapted_layers(fake_model).values()), report
-
-
-def prepare_step(fake_model: nn.Module, config: QLoRAConfig) -> None:
-    """Set how a step of the model runs: deferred logits, gradient checkpointing, and functions that need no data."""
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(fake_model)
     defer_output_embeddings(fake_model, config.deferred_logits)
     run_without_data(fake_model)
+    warn_of_what_stayed(fake_model, choice)
+    report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
+    return list(adapted_layers(fake_model).values()), report
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:

@@ -30,7 +30,6 @@ from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.tools.fit import what_fits
 from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
 from lightning_qlora.tools.patches import print_warnings_in_one_line
-from lightning_qlora.training.patches import answer_words_of_other_libraries
 from lightning_qlora.words import install
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
@@ -189,7 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
     signal.signal(signal.SIGTERM, _exit)
-    answer_words_of_other_libraries()
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8

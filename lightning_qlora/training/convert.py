@@ -22,7 +22,6 @@ from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.patches import explain_requires_grad
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import (
@@ -107,7 +106,6 @@ def convert_module(
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
-    explain_requires_grad()
     use_adapter_state_dict(module, config)
     module._qlora_arguments = given  # type: ignore[assignment]
     refuse_save_pretrained()

@@ -42,8 +42,6 @@ patches.allow_keys_without_attributes()
 patches.check_crc_before_loading()
 patches.count_weights_in_model_summary()
 patches.explain_adapter_checkpoints()
-patches.explain_unfreezing()
-patches.answer_words_of_other_libraries()
 
 
 class QLoRAPrecision(Precision):

@@ -77,7 +77,7 @@ def _model_of_config(config: Any) -> nn.Module:
 
 
 def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list[QLoRALinear], ConversionReport]:
-    """Convert a model without data as `convert_module` converts one with data: its 4-bit layers and a report."""
+    """Convert a model without data as `convert_module` does one with data; returns its 4-bit layers and a report."""
     if config.adapter is not None:
         config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
     check_output_embeddings(fake_model, config.deferred_logits)
@@ -86,8 +86,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
     check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        turned = not isinstance(layer, nn.Linear)
-        packed = _packed(weight.T if turned else weight, config)
+        packed = _packed(weight if isinstance(layer, nn.Linear) else weight.T, config)
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 

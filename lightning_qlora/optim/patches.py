@@ -33,8 +33,9 @@ def name_the_package_to_import_from() -> None:
     """Let the Trainer and Fabric of pytorch_lightning and lightning_fabric refuse our plugin and callback by name.
 
     Upstream: pytorch_lightning/trainer/trainer.py, Trainer.__init__, and lightning_fabric/fabric.py, Fabric.__init__.
-    These packages have copies of the classes of lightning.pytorch and lightning.fabric, so an object of one is none of
-    the other: "Found invalid type for plugin", "'PagedOptimizer' object is not iterable", or no error and no paging.
+    These packages have copies of the classes of lightning.pytorch and lightning.fabric, and an object of one package
+    is no instance of the other's classes: "Found invalid type for plugin", "'PagedOptimizer' object is not iterable",
+    or no error and no paging.
     Supported ways tried: none; upstream only checks the classes.
     Removed by: the end of the two packages, or an error of theirs that names the other package.
     """

@@ -43,16 +43,14 @@ patches.check_crc_before_loading()
 patches.leave_networks_out_of_hyperparameters()
 patches.count_weights_in_model_summary()
 patches.explain_adapter_checkpoints()
-patches.explain_unfreezing()
-patches.answer_words_of_other_libraries()
 
 
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter. The adapters train, and in full
-    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
-    `QLoRAConfig`; `__init__` has their descriptions.
+    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full what
+    has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
+    arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:
         config: The arguments, checked.

@@ -48,8 +48,8 @@ patches.explain_adapter_checkpoints()
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full what
-    has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
+    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full
+    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
     arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
-from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, may_be_target
+from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, is_target, key_of
 from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS
 from lightning_qlora.adapters.peft_metadata import (
     CONFIG_COPY,
@@ -74,16 +74,17 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     if not parts:
         raise ValueError(f"{path}: holds no lora_A and lora_B.")
     layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
-    packed = {name: layer for name, layer in layers.items() if may_be_target(config, name)}
-    stacks = metadata_entry(metadata, EXPERTS, path) or {}
-    for name, stack in stacks.items():
-        if not isinstance(stack, list) or len(stack) != len(ExpertStack._fields):
-            raise ValueError(f"{path}: its metadata {EXPERTS!r} has {name!r}: {stack!r}. Copy or save it again.")
+    experts = _experts(metadata_entry(metadata, EXPERTS, path) or {}, layers, path)
+    packed = layers if config.get("target_parameters") else {}
+    if EXPERTS in metadata or CONFIG_COPY in metadata:  # ours, so these are all experts
+        keys = {key_of(name, stack) for name, stack in experts.items()}
+        packed = {name: layers[name] for name in layers if name in keys}
     return Adapter(
         layers={name: layer for name, layer in layers.items() if name not in packed},
-        experts={name: ExpertStack(*stack) for name, stack in stacks.items()},
+        experts=experts,
         packed=packed,
         peft_config=config,
+        as_parameters=frozenset(name for name in layers.keys() - packed.keys() if is_target(config, f"{name}.weight")),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
         target_modules=config.get("target_modules") or sorted(parts.keys() - packed.keys()),
@@ -218,11 +219,25 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
             f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
             f"{list(parts['lora_B'].shape)}, whose ranks differ."
         )
+    parameter = f"{name}.weight"
     try:
-        alpha = alpha_of_name(config, name)
+        alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
     except PatternError as error:
         raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
     return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, parts.get(MAGNITUDE))
+
+
+def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path) -> dict[str, ExpertStack]:
+    """The expert parameters that the metadata name."""
+    found = {}
+    for name, value in entry.items():
+        fits = isinstance(value, list) and [type(part) for part in value] == [int, int, bool, bool, bool]
+        stack = ExpertStack(*value) if fits else None
+        layer = layers.get(key_of(name, stack)) if stack is not None and stack.wrappers in range(len(layers)) else None
+        if stack is None or layer is None or stack.number < 1 or layer.r % stack.number:
+            raise ValueError(f"{path}: its metadata {EXPERTS!r} has {name!r}: {value!r}. Copy or save it again.")
+        found[name] = stack
+    return found
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:

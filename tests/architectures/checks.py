@@ -256,8 +256,11 @@ def check_own_folder(kind, folder):
         convert(module, **{**ARGUMENTS, **arguments})
         return module
 
-    last = re.sub(r"_experts\.\d+$", "", list(adapted_layers(make()))[-1]).rpartition(".")[2]
-    module = perturb(make(rank_pattern={last: 3}, alpha_pattern={last: 5}))
+    names = [re.sub(r"_experts\.\d+$", "", name) for name in adapted_layers(make())]
+    if not names:
+        return "the model has no adapter"
+    last = names[-1].rpartition(".")[2]
+    module = perturb(make(rank_pattern={last: 1}, alpha_pattern={last: 5}))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PEFT would")
         try:
@@ -272,7 +275,7 @@ def check_own_folder(kind, folder):
         assert all(torch.equal(layer.lora_B, there[name].lora_B) for name, layer in layers.items())
         if kind in ALL:
             with torch.no_grad():
-                assert all(map(torch.equal, other.outputs(), module.outputs()))
+                torch.testing.assert_close(other.outputs(), module.outputs(), atol=1e-5, rtol=1e-5)
     return None
 
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
+from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import add_checksums, check_checksums
+from lightning_qlora.checks import check_names
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, like, reshard
 from lightning_qlora.layers.fingerprint import fingerprint
@@ -121,6 +122,12 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
     kinds = {"prefix": str, "trained_in_full": list, "lora_alphas": dict, "seed_names": dict, "experts": dict}
     if not isinstance(about, dict) or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items()):
         raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r} is {str(about)[:80]!r}. {DAMAGED}")
+    try:
+        check_names("trained_in_full", about.get("trained_in_full", []))
+        if about.get("quantization") is not None:
+            check_quantization(about["quantization"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r}: {error}. {DAMAGED}") from error
     if "" not in about.get("lora_alphas", {"": 1}):
         raise ValueError(f"{prefix + CONFIG}: the lora_alpha of most layers is missing. {DAMAGED}")
     return about
@@ -132,7 +139,7 @@ def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
     try:
         content = json.loads(bytes(state_dict[prefix + CONFIG].contiguous().tolist()))
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # a value of another type raises any
         raise ValueError(f"{prefix + CONFIG}: is not valid JSON ({error}). {DAMAGED}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{prefix + CONFIG}: is a JSON {type(content).__name__}, not an object. {DAMAGED}")

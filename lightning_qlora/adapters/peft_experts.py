@@ -32,7 +32,8 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     """Name of every expert parameter that was converted -> how PEFT writes its adapters."""
     found = {}
     for name, owner in base.named_modules():
-        keys = [key for key in _parameter_order(owner) if isinstance(owner._modules.get(key + SUFFIX), QLoRAExperts)]
+        converted = vars(owner).get(PARAMETERS, ())
+        keys = [key for key in converted if isinstance(owner._modules.get(key + SUFFIX), QLoRAExperts)]
         for wrappers, key in enumerate(reversed(keys)):
             found[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
     return found

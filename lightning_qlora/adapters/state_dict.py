@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import add_checksums, check_checksums
-from lightning_qlora.checks import check_names
+from lightning_qlora.checks import check_string
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, like, reshard
 from lightning_qlora.layers.fingerprint import fingerprint
@@ -123,7 +123,8 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
     if not isinstance(about, dict) or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items()):
         raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r} is {str(about)[:80]!r}. {DAMAGED}")
     try:
-        check_names("trained_in_full", about.get("trained_in_full", []))
+        for name in about.get("trained_in_full", []):
+            check_string("trained_in_full", name)
         if about.get("quantization") is not None:
             check_quantization(about["quantization"])
     except (KeyError, TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, fits
@@ -84,7 +85,11 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
 
     saved = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
     choice.train.update(dict.fromkeys(saved, "in modules_to_save"))
+    scripted: list[str] = []
     for name, layer in layers.items():
+        if isinstance(layer, torch.jit.ScriptModule) and not any(inside(name, s) for s in [*saved, *scripted]):
+            scripted.append(name)
+            choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
         if stacks := expert_parameters(layer):
             if not any(inside(name, s) for s in saved):
                 for stack in stacks:

@@ -13,11 +13,20 @@ from typing import Any
 from lightning_qlora.words import our_value
 
 
+def shown(value: Any) -> str:
+    """The value as Python writes it, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4300 digits
+        return f"{type(value).__name__} of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         words = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name}={value!r}: must be one of {words}.{our_value(name, value)}")
+        raise ValueError(f"{name}={shown(value)}: must be one of {words}.{our_value(name, value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -40,7 +49,7 @@ def check_integer(name: str, value: Any, at_least: float = -math.inf) -> None:
     """Raise TypeError or ValueError unless `value` is an integer in the range; a bool is not."""
     _check(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
     if value < at_least:
-        raise ValueError(f"{name}={value!r}: must be an integer >= {at_least}.")
+        raise ValueError(f"{name}={shown(value)}: must be an integer >= {at_least}.")
 
 
 def check_number(
@@ -52,7 +61,7 @@ def check_number(
         limits = [
             f"{sign} {limit}" for sign, limit in ((">=", at_least), (">", above), ("<", below)) if math.isfinite(limit)
         ]
-        raise ValueError(f"{name}={value!r}: must be a finite number {' and '.join(limits)}".rstrip() + ".")
+        raise ValueError(f"{name}={shown(value)}: must be a finite number {' and '.join(limits)}".rstrip() + ".")
 
 
 def check_names(name: str, value: Any, or_regex: bool = False) -> None:
@@ -69,7 +78,7 @@ def check_regex(name: str, value: str) -> None:
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name}={value!r}: not a valid regular expression ({error}).") from error
+        raise ValueError(f"{name}={shown(value)}: not a valid regular expression ({error}).") from error
 
 
 def check_dict(name: str, value: Any) -> None:
@@ -83,9 +92,9 @@ def check_patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> 
     check_dict(name, value)
     for pattern, item in value.items():
         check_regex(name, pattern)
-        check(f"{name}[{pattern!r}]", item)
+        check(f"{name}[{shown(pattern)}]", item)
 
 
 def _check(good: bool, name: str, value: Any, allowed: str) -> None:
     if not good:
-        raise TypeError(f"{name}={value!r}: must be {allowed}.{our_value(name, value)}")
+        raise TypeError(f"{name}={shown(value)}: must be {allowed}.{our_value(name, value)}")

@@ -17,6 +17,11 @@ from tests.architectures.models import ALL, FOLDERS, MODELS, configuration
 from tests.toys import ids
 
 # Loading and merging are worth a test where transformers converts the tensors of a folder; the others are slow tests.
+# Mixtures with dense layers beside their experts, which PEFT adapts as parameters.
+MIXTURES = [
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "hunyuan_v1_moe", "ernie4_5_moe",
+    "longcat_flash", "afmoe", "solar_open", "qwen3_next",
+]  # fmt: skip
 DEFAULT = {
     "trains": MODELS,
     "recomputes": MODELS,
@@ -24,6 +29,7 @@ DEFAULT = {
     "merges": ["vit", *FOLDERS],
     "4-bit folder": ["nomic_bert", "conditional_detr"],
     "PEFT": [],
+    "own folder": ["llama", "gpt2", *MIXTURES],
     "generates": [],
 }
 CASES = [

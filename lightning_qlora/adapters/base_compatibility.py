@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import Adapter, round_alpha
 from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
+from lightning_qlora.checks import check_bool, check_dict
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import resolve_model
 from lightning_qlora.layers.initialization import methods
@@ -38,6 +39,14 @@ def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
         "base_moved": methods.changes_base_weights(config),
         **({"loftq_config": dict(config.loftq_config)} if config.loftq_config else {}),
     }
+
+
+def check_quantization(known: Mapping[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError if a dict is none that `quantization_of` returns."""
+    check_dict("the quantization", known)
+    arguments = {name: known[name] for name in (*BITS, "init_lora_weights")}
+    QLoRAConfig(**arguments, loftq_config=known.get("loftq_config"))
+    check_bool("base_moved", known["base_moved"])
 
 
 def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
     return {
         plain_name(name): part
         for name, part in module.named_modules(remove_duplicate=False)
-        if not isinstance(part, QLoRALinear)
+        if not isinstance(part, (QLoRALinear, torch.jit.ScriptModule))
         and any(
             p is not None and p.is_floating_point() and not is_base(part, key, p) for key, p in part._parameters.items()
         )

@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import checksum
+from lightning_qlora.layers.lora import ADAPTER
+from lightning_qlora.layers.state_dict import FINGERPRINT
 
 CHECKSUMS = "qlora_checksums"  # key of a JSON object in a uint8 tensor: key -> `layers.fingerprint.checksum`
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Last part of a key -> its dimensions and types.
+KINDS = {**dict.fromkeys(ADAPTER[:2], (2, FLOATS)), ADAPTER[2]: (1, FLOATS), FINGERPRINT: (0, (torch.int64,))}
 
 
 def add_checksums(state_dict: dict[str, Any], prefix: str) -> None:
@@ -33,12 +40,21 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
     Raises:
         ValueError: If an entry, or the checksums themselves, are damaged; names the file, if it is known, and the key.
     """
+    for key, value in state_dict.items():
+        dimensions, allowed = KINDS.get(str(key).rpartition(".")[2], (None, ()))
+        if dimensions is None:
+            continue
+        has_data = getattr(value, "layout", None) is torch.strided and not (isinstance(value, Tensor) and value.is_meta)
+        if not has_data or value.dtype not in allowed or value.ndim != dimensions:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise ValueError(f"{source}: {key!r} must be {kinds} in {dimensions} dimensions, and is {what}.")
     held = state_dict.pop(prefix + CHECKSUMS, None)
     if held is None:
         return
     try:
         sums: dict[str, str] = dict(json.loads(bytes(held.contiguous().tolist())))
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # a value of another type raises any
         raise ValueError(f"{source}: {prefix + CHECKSUMS!r} is damaged ({error}). Use another copy of it.") from error
     for key, expected in sums.items():
         # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.

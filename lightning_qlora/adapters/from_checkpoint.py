@@ -35,7 +35,8 @@ def read_adapter_from_checkpoint(
         config, about = config_of(state, root), base_model_of(state, root)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    assert config is not None  # read_converted_state_dict found it
+    if config is None or "prefix" not in about:
+        raise ValueError(f"{path}: its {CONFIG!r} does not name the base model. Use another copy of it.")
     inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
     outer = plain_name(root) + (f"{inner}." if inner else "")
     names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.layers.dense_reasons import is_conv1d
 
@@ -141,7 +142,7 @@ class ModelFolder(WeightFolder):
     def open(folder: str | os.PathLike[str]) -> "ModelFolder":
         """A folder with the model of its config.json, or with None where transformers can't make that model."""
         model = None
-        if (Path(folder) / "config.json").is_file():
+        if is_file(Path(folder) / "config.json"):
             with suppress(ValueError):
                 model = empty_model(Path(folder), "the names of its tensors")
         return ModelFolder(folder, model)
@@ -244,9 +245,9 @@ def empty_model(folder: Path, what_for: str) -> nn.Module:
         kind: Any = getattr(transformers, config.architectures[0])
         with torch.device("meta"):
             model: nn.Module = kind._from_config(config)
-    except (ImportError, AttributeError, TypeError, IndexError, ValueError, OSError) as error:
+    except Exception as error:  # any error of the model's own code
+        why = next(iter(str(error).splitlines()), type(error).__name__)[:240]
         raise ValueError(
-            f"{folder / 'config.json'}: transformers can't make a model of it ({str(error).splitlines()[0]}), and only "
-            f"that says {what_for}."
+            f"{folder / 'config.json'}: transformers can't make a model of it ({why}), and only that says {what_for}."
         ) from error
     return model

@@ -102,6 +102,8 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
     made = {} if made is None else made
     if id(module) in made:
         return made[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):
+        return nn.Module()  # PEFT adapts nothing inside it
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)  # no hooks
     kept = (key for key in vars(module) if key not in vars(new) and (key == PARAMETERS or not key.startswith("_qlora")))
@@ -123,7 +125,7 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
         to_dense(new, module._as_rows(weight))
         return new
     for key, part in module._modules.items():
-        new._modules[key] = None if part is None else _without_weights(part._modules.get(COMPILED) or part, made)
+        new._modules[key] = None if part is None else _without_weights(getattr(part, COMPILED, part), made)
     for key, part in module._modules.items():
         if isinstance(part, QLoRAExperts):
             stack = torch.empty(part.weight_shape, dtype=part.layers[0].weight_dtype, device="meta")

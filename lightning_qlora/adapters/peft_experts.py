@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
+from lightning_qlora.layers.dense_reasons import is_linear
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
@@ -32,7 +32,8 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     """Name of every expert parameter that was converted -> how PEFT writes its adapters."""
     found = {}
     for name, owner in base.named_modules():
-        keys = [key for key in _parameter_order(owner) if isinstance(owner._modules.get(key + SUFFIX), QLoRAExperts)]
+        converted = vars(owner).get(PARAMETERS, ())
+        keys = [key for key in converted if isinstance(owner._modules.get(key + SUFFIX), QLoRAExperts)]
         for wrappers, key in enumerate(reversed(keys)):
             found[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
     return found
@@ -61,7 +62,7 @@ def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     pairs = [(p.lora_B.T, p.lora_A.T) if stack.exchanged else (p.lora_A, p.lora_B) for p in parts]
     lora_a = torch.cat([a for a, _ in pairs])
     lora_b = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
-    return name.rpartition(".")[0] + BASE_LAYER * stack.wrappers, LayerAdapter(lora_a, lora_b, parts[0].alpha)
+    return key_of(name, stack), LayerAdapter(lora_a, lora_b, parts[0].alpha)
 
 
 def unpack(packed: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
@@ -75,40 +76,42 @@ def unpack(packed: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
 
 def unpack_known(adapter: Adapter) -> Adapter:
     """The adapter with each expert's adapter in `layers`, if its folder says what the experts are, as ours do."""
-    if not adapter.packed or not adapter.experts:
+    if not adapter.experts or not adapter.packed:
         return adapter
     layers = dict(adapter.layers)
     for name, stack in adapter.experts.items():
-        key = name.rpartition(".")[0] + BASE_LAYER * stack.wrappers
-        packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, name))
+        packed = replace(adapter.packed[key_of(name, stack)], alpha=alpha_of_name(adapter.peft_config, name))
         layers |= {f"{name}{SUFFIX}.{i}": part for i, part in enumerate(unpack(packed, stack))}
-    experts = {name.rpartition(".")[0] for name in adapter.experts}
-    for key, layer in adapter.packed.items():
-        if _outermost(key) not in experts:
-            layers[key] = replace(layer, alpha=alpha_of_name(adapter.peft_config, f"{key}.weight"))
     return replace(adapter, layers=layers, packed={})
 
 
+def key_of(name: str, stack: ExpertStack) -> str:
+    """The key in a folder of the adapters of an expert parameter."""
+    return name.rpartition(".")[0] + BASE_LAYER * stack.wrappers
+
+
 def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
-    """The adapter with the names that the model has for its parameters; `packed` is empty then.
+    """The adapter with the names that the model has for its layers and parameters; `packed` is empty then.
 
     Args:
-        adapter: From a folder with `target_parameters`; another is returned as it is.
+        adapter: From a folder. What is `packed` is for a linear layer, or for expert parameters of a module.
         base: The base model, dense or converted.
 
     Raises:
         CheckpointMismatchError: If the adapter does not fit the model; names file and key.
     """
-    if not adapter.packed:
-        return adapter
-    layers, experts = dict(adapter.layers), dict[str, ExpertStack]()
+    layers, experts = dict(adapter.layers), dict(adapter.experts)
     modules = {plain_name(name): part for name, part in base.named_modules()}
-    for owner in dict.fromkeys(key.removesuffix(BASE_LAYER) for key in map(_outermost, adapter.packed)):
-        keys = [key for key in adapter.packed if _outermost(key) == owner]
+    for owner in dict.fromkeys(map(outermost, adapter.packed)):
+        keys = [key for key in adapter.packed if outermost(key) == owner]
         if owner not in modules:
             _refuse(adapter, keys[0], base, "has no such module")
         module = modules[owner]
         names = [key for key in _parameter_order(module) if is_target(adapter.peft_config, f"{owner}.{key}")]
+        matrix = is_linear(module) or (names == ["weight"] and len(_shape(module, "weight")) == 2)
+        if keys == [owner] and matrix:
+            layers[owner] = adapter.packed[owner]
+            continue
         expected = [owner + BASE_LAYER * wrappers for wrappers in reversed(range(len(names)))]
         if set(expected) != set(keys):
             found = ", ".join(names) or "none"
@@ -116,29 +119,20 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
         for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
             full = f"{owner}.{name}"
             packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, full))
-            if isinstance(module, QLoRALinear) or _dimensions(module, name) == 2:
-                layers[owner] = packed
-                continue
             experts[full] = stack = _stack(module, name, wrappers)
             _check_shape(adapter, packed, stack, key, base, _shape(module, name))
             layers |= {f"{full}{SUFFIX}.{i}": part for i, part in enumerate(unpack(packed, stack))}
-    return replace(adapter, layers=layers, experts=experts, packed={})
+    return replace(adapter, layers=layers, experts=experts, packed={}, as_parameters=frozenset())
 
 
 def modules_of(adapter: Adapter) -> set[str]:
     """Names of the modules that a folder's adapter is for: linear layers, and modules that hold expert parameters."""
-    return {*adapter.layers, *map(_outermost, adapter.packed)}
+    return {*adapter.layers, *map(outermost, adapter.packed)}
 
 
 def is_target(config: dict[str, Any], name: str) -> bool:
     """Whether PEFT's target_parameters name a parameter, in full or by the end of its name."""
     return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
-
-
-def may_be_target(config: dict[str, Any], key: str) -> bool:
-    """Whether target_parameters name a parameter of the module that an adapter's key names."""
-    ends = {target.rpartition(".")[2] for target in config.get("target_parameters") or []}
-    return any(is_target(config, f"{_outermost(key)}.{end}") for end in ends)
 
 
 def alpha_of_name(config: dict[str, Any], name: str) -> float:
@@ -147,7 +141,8 @@ def alpha_of_name(config: dict[str, Any], name: str) -> float:
     return float(next((a for key, a in patterns if fits_peft_pattern(name, key)), config["lora_alpha"]))
 
 
-def _outermost(key: str) -> str:
+def outermost(key: str) -> str:
+    """Name of the module that a key in a folder is for."""
     return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
 
 
@@ -163,10 +158,6 @@ def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     if not isinstance(held, QLoRAExperts):
         return ExpertStack(_shape(owner, key)[0], wrappers, as_transposed, exchanged=False, flat=False)
     return ExpertStack(len(held), wrappers, held.transposed, held.transposed != as_transposed, held.flat)
-
-
-def _dimensions(owner: nn.Module, key: str) -> int:
-    return len(_shape(owner, key))
 
 
 def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:

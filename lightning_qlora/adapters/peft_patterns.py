@@ -7,14 +7,17 @@ is tried twice and the result is that of `re`.
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from typing import Any
 
+from lightning_qlora.checks import check_dict, check_patterns
+
 # The parser of `re`, which has no public name.
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 STEPS = 20_000  # parts of an expression that are tried for one name
+LONGEST = 4000  # characters of an expression
 MOST = 100  # expressions in one file; names, of which there may be one for each layer, do not count
 
 
@@ -22,10 +25,16 @@ class PatternError(ValueError):
     """A pattern that cannot be matched in bounded time."""
 
 
-def check_patterns_of_file(patterns: Iterable[str]) -> None:
-    """Raise PatternError if a file has more expressions than `MOST`."""
+def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
+    """`checks.check_patterns`, and raise PatternError if an expression is too long, or if there are too many."""
+    check_dict(name, patterns)
+    if (longest := max(map(len, patterns), default=0)) > LONGEST:
+        raise PatternError(f"{name}: a pattern of {longest} characters is longer than {LONGEST}.")
     if (count := sum(not _is_quick(pattern) for pattern in patterns)) > MOST:
-        raise PatternError(f"{count} regular expressions are more than {MOST}. Write the names of the layers instead.")
+        raise PatternError(
+            f"{name}: {count} regular expressions are more than {MOST}. Write the names of the layers instead."
+        )
+    check_patterns(name, patterns, check)
 
 
 def fits_peft_pattern(name: str, pattern: str) -> bool:
@@ -36,7 +45,7 @@ def fits_peft_pattern(name: str, pattern: str) -> bool:
     """
     if _is_quick(pattern):
         return _compiled(pattern).match(name) is not None
-    return _Matcher(name, pattern).fits(_whole(pattern))
+    return _Matcher(name, pattern).fits()
 
 
 def _is_quick(pattern: str) -> bool:
@@ -53,15 +62,20 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(_whole(pattern))
 
 
+@cache
+def _parsed(pattern: str) -> Any:
+    try:
+        return _parser.parse(_whole(pattern))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise PatternError(f"{pattern[:80]!r}: not a valid regular expression ({error}).") from error
+
+
 class _Matcher:
     def __init__(self, name: str, pattern: str) -> None:
         self.name, self.pattern, self.steps = name, pattern, 0
 
-    def fits(self, expression: str) -> bool:
-        try:
-            parsed = _parser.parse(expression)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise PatternError(f"{self.pattern[:80]!r}: not a valid regular expression ({error}).") from error
+    def fits(self) -> bool:
+        parsed = _parsed(self.pattern)
         if parsed.state.flags & ~re.UNICODE:
             self._refuse("flags")
         return bool(self.ends(parsed, {0}))

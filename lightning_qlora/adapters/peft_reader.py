@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
-from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, may_be_target
+from lightning_qlora.adapters.base_compatibility import check_quantization
+from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, is_target, key_of
 from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS
 from lightning_qlora.adapters.peft_metadata import (
     CONFIG_COPY,
@@ -30,10 +31,13 @@ from lightning_qlora.adapters.peft_metadata import (
     metadata_entry,
 )
 from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
-from lightning_qlora.checks import check_bool, check_names, check_number, check_patterns, check_string
+from lightning_qlora.checks import check_bool, check_integer, check_names, check_number, check_string, shown
 from lightning_qlora.config import MOST_ALPHA
+from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of adapters
+LONGEST_KEY = 1000  # characters
 PATIENCE = 1.0  # seconds to wait for another process that is writing the folder
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
@@ -59,6 +63,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
+        if len(key) > LONGEST_KEY:
+            raise ValueError(f"{path}: key {key[:80]!r}... has {len(key)} characters, more than {LONGEST_KEY}.")
         # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
         # another shape: the base has its own.
         owner, base_layer, _ = key.partition(".base_layer.")
@@ -67,6 +73,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
         name, part = _split(key, path)
+        if tensor.dtype not in DTYPES and (part or tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(
+                f"{path}: key {key!r} is {str(tensor.dtype).removeprefix('torch.')}, and adapters must be float16, "
+                "bfloat16, float32 or float64. Save it in one of these types."
+            )
         if part is None:
             saved[name] = tensor
         else:
@@ -74,16 +85,23 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     if not parts:
         raise ValueError(f"{path}: holds no lora_A and lora_B.")
     layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
-    packed = {name: layer for name, layer in layers.items() if may_be_target(config, name)}
-    stacks = metadata_entry(metadata, EXPERTS, path) or {}
-    for name, stack in stacks.items():
-        if not isinstance(stack, list) or len(stack) != len(ExpertStack._fields):
-            raise ValueError(f"{path}: its metadata {EXPERTS!r} has {name!r}: {stack!r}. Copy or save it again.")
+    quantization = metadata_entry(metadata, QUANTIZATION, path)
+    try:
+        if quantization is not None:
+            check_quantization(quantization)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata {QUANTIZATION!r}: {error}. Copy or save it again.") from None
+    experts = _experts(metadata_entry(metadata, EXPERTS, path) or {}, layers, path)
+    packed = layers if config.get("target_parameters") else {}
+    if EXPERTS in metadata or CONFIG_COPY in metadata:  # ours, so these are all experts
+        keys = {key_of(name, stack) for name, stack in experts.items()}
+        packed = {name: layers[name] for name in layers if name in keys}
     return Adapter(
         layers={name: layer for name, layer in layers.items() if name not in packed},
-        experts={name: ExpertStack(*stack) for name, stack in stacks.items()},
+        experts=experts,
         packed=packed,
         peft_config=config,
+        as_parameters=frozenset(name for name in layers.keys() - packed.keys() if is_target(config, f"{name}.weight")),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
         target_modules=config.get("target_modules") or sorted(parts.keys() - packed.keys()),
@@ -92,7 +110,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
-        quantization=metadata_entry(metadata, QUANTIZATION, path),
+        quantization=quantization,
         base_fingerprints=metadata_entry(metadata, FINGERPRINTS, path) or {},
         source=str(path),
     )
@@ -111,7 +129,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
             with suppress(FileNotFoundError):
                 config = read_json(path)
             checked = None if config is None else _checked(config, path)
-            if not weights.is_file():
+            if not is_file(weights):
                 why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
                 raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
             tensors, metadata = _read_weights(weights, end)
@@ -165,8 +183,10 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
 def _held(path: Path) -> Iterator[tuple[int, int, int] | None]:
     """The `_version` of a file, which is open within this: until then no new file can get its inode number."""
     try:
-        file = path.open("rb")
-    except OSError:  # reading it raises an error that names it
+        file = path.open("rb") if path.is_file() else None
+    except OSError:
+        file = None
+    if file is None:  # reading it raises an error that names it
         yield None
         return
     with file:
@@ -174,10 +194,10 @@ def _held(path: Path) -> Iterator[tuple[int, int, int] | None]:
 
 
 def _version(file: Path | int) -> tuple[int, int, int] | None:
-    """What changes if a file is replaced, by its path or descriptor; None if there is none."""
+    """What changes if a file is replaced, by its path or descriptor; None if it can't be read."""
     try:
         found = os.stat(file)
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
 
@@ -195,12 +215,7 @@ def _split(key: str, path: Path) -> tuple[str, str | None]:
 
 def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
     for part, tensor in parts.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            raise ValueError(
-                f"{path}: key '{PREFIX}{name}.{part}.weight' is {str(tensor.dtype).removeprefix('torch.')} of shape "
-                f"{list(tensor.shape)}: an adapter must be of a floating-point type and of rank 1 or more."
-            )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # float64 too large for fp32, in which adapters are trained
             raise ValueError(
                 f"{path}: key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is "
                 "damaged. Use an adapter that was saved earlier."
@@ -208,38 +223,62 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
     for part in ("lora_A", "lora_B"):
         if part not in parts:
             raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' is missing.")
-        if parts[part].ndim != 2:
+        if parts[part].ndim != 2 or not parts[part].numel():
             raise ValueError(
                 f"{path}: key '{PREFIX}{name}.{part}.weight' has shape {list(parts[part].shape)}: only adapters of "
-                "linear layers can be read."
+                "linear layers, of rank 1 or more, can be read."
             )
     if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
         raise ValueError(
             f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
             f"{list(parts['lora_B'].shape)}, whose ranks differ."
         )
+    magnitude = parts.get(MAGNITUDE)
+    if magnitude is not None and magnitude.shape != parts["lora_B"].shape[:1]:
+        raise ValueError(
+            f"{path}: key '{PREFIX}{name}.{MAGNITUDE}' has shape {list(magnitude.shape)}, and lora_B "
+            f"{list(parts['lora_B'].shape)}: there must be one magnitude for each output."
+        )
+    parameter = f"{name}.weight"
     try:
-        alpha = alpha_of_name(config, name)
+        alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
     except PatternError as error:
         raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
-    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, parts.get(MAGNITUDE))
+    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, magnitude)
+
+
+def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path) -> dict[str, ExpertStack]:
+    """The expert parameters that the metadata name."""
+    found = {}
+    for name, value in entry.items():
+        fits = isinstance(value, list) and [type(part) for part in value] == [int, int, bool, bool, bool]
+        stack = ExpertStack(*value) if fits else None
+        layer = layers.get(key_of(name, stack)) if stack is not None and stack.wrappers in range(len(layers)) else None
+        if stack is None or layer is None or stack.number < 1 or layer.r % stack.number:
+            raise ValueError(
+                f"{path}: its metadata {EXPERTS!r} has {shown(name)}: {shown(value)}. Copy or save it again."
+            )
+        found[name] = stack
+    return found
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content of adapter_config.json with its default, checked."""
     config = {"lora_alpha": DEFAULT_ALPHA, **config}
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read.")
+        raise ValueError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only 'LORA' can be read.")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={config['bias']!r}: adapters that train biases can't be read, only 'none'.")
+        raise ValueError(
+            f"{path}: bias={shown(config['bias'])}: adapters that train biases can't be read, only 'none'."
+        )
     for name in UNSUPPORTED:
         if config.get(name):
-            raise ValueError(f"{path}: {name}={config[name]!r}: adapters of this kind can't be read.")
+            raise ValueError(f"{path}: {name}={shown(config[name])}: adapters of this kind can't be read.")
     method = config.get("init_lora_weights")
     if isinstance(method, str) and method.lower().startswith(CHANGE_THE_BASE):
         raise ValueError(
-            f"{path}: init_lora_weights={method!r}: PEFT changed the base weights for this initialization, and the "
-            "adapter fits only those. Save it with PEFT's "
+            f"{path}: init_lora_weights={shown(method)}: PEFT changed the base weights for this initialization, and "
+            "the adapter fits only those. Save it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain adapter. 'loftq' "
             "can be merged in PEFT instead."
         )
@@ -247,8 +286,6 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
         if config.get(name) is not None or name == "lora_alpha":
             try:
                 check(name, config[name])
-                if name.endswith("_pattern"):
-                    check_patterns_of_file(config[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from None
     return config
@@ -256,15 +293,16 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 # Checks of the values that are read from the file. A value that is null is PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "r": partial(check_integer, at_least=1),
     "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
     "use_rslora": check_bool,
     "use_dora": check_bool,
     "fan_in_fan_out": check_bool,
     "task_type": check_string,
     "base_model_name_or_path": check_string,
-    "lora_dropout": check_number,
+    "lora_dropout": partial(check_number, at_least=0, below=1),
     "modules_to_save": check_names,
     "target_parameters": check_names,
-    "target_modules": partial(check_names, or_regex=True),
-    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
+    "target_modules": lambda name, value: None if isinstance(value, str) else check_names(name, value, or_regex=True),
+    "alpha_pattern": partial(check_patterns_of_file, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

@@ -198,7 +198,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     adapter = assign_parameters(adapter, base)
     names = {plain_name(name): f"{prefix}.{name}".strip(".") for name, _ in base.named_modules()}
     names |= {name: f"{prefix}.{name}".strip(".") for name in adapter.experts}
-    targets = list(dict.fromkeys(adapter.name_in_peft(name) for name in adapter.layers))
+    targets = list(dict.fromkeys(adapter.expert_parameter(name) or name for name in adapter.layers))
     missing = [name for name in targets if name not in names]
     if missing:
         _refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
+from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import CHECKSUMS, add_checksums, check_checksums
+from lightning_qlora.checks import check_string
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import like, reshard
 from lightning_qlora.layers.lora import ADAPTER
@@ -96,11 +97,15 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
     kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
     if not isinstance(about, dict) or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items()):
         raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r} is {str(about)[:80]!r}. {DAMAGED}")
-    for own in {json.dumps(own): own for own in about.get("layers", {}).values()}.values():
-        try:
+    try:
+        for name in about.get("trained_in_full", []):
+            check_string("trained_in_full", name)
+        if about.get("quantization") is not None:
+            check_quantization(about["quantization"])
+        for own in {json.dumps(own): own for own in about.get("layers", {}).values()}.values():
             QLoRAConfig(**own)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{prefix + CONFIG}: the arguments of a layer: {error} {DAMAGED}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r}: {error}. {DAMAGED}") from error
     return about
 
 
@@ -118,7 +123,7 @@ def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
     try:
         content = json.loads(bytes(state_dict[prefix + CONFIG].contiguous().tolist()))
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # a value of another type raises any
         raise ValueError(f"{prefix + CONFIG}: is not valid JSON ({error}). {DAMAGED}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{prefix + CONFIG}: is a JSON {type(content).__name__}, not an object. {DAMAGED}")

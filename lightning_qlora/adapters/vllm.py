@@ -16,11 +16,11 @@ def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:
         reasons.append(f"it trains modules in full ({modules}): vLLM supports no modules_to_save. Merge it instead.")
     if adapter.use_dora:
         reasons.append("use_dora: vLLM does not support DoRA. Merge it instead.")
-    if adapter.rank_pattern or adapter.alpha_pattern:
-        name = next(iter(adapter.rank_pattern or adapter.alpha_pattern))
-        reasons.append(f"{name} has another rank or alpha: vLLM uses one scaling for all layers. Merge it instead.")
     if adapter.experts or adapter.packed:
         reasons.append("it adapts experts, which vLLM supports for a few models only. Merge it instead.")
+    elif adapter.rank_pattern or adapter.alpha_pattern:
+        name = next(iter(adapter.rank_pattern or adapter.alpha_pattern))
+        reasons.append(f"{name} has another rank or alpha: vLLM uses one scaling for all layers. Merge it instead.")
     rank = max((layer.r for layer in adapter.layers.values()), default=0)
     if rank > max_lora_rank:
         reasons.append(f"rank {rank} is above vLLM's limit of {max_lora_rank}.")

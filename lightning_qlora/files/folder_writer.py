@@ -84,7 +84,7 @@ def _replace_files(source: Path, target: Path) -> None:
     """Move the files of a folder into another one, as `atomic_files` describes."""
     for path in source.glob("*.json"):
         old = target / path.name
-        if old.is_file() and old.read_bytes() != path.read_bytes():
+        if old.is_file() and (old.stat().st_size != path.stat().st_size or old.read_bytes() != path.read_bytes()):
             old.unlink()
     _flush(target)
     for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config

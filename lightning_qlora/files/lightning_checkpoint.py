@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lightning_qlora.files.regular_file import is_file
+
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
 INDEX = ".metadata"  # the shard of every tensor
 OTHER = ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json")
@@ -56,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
         check_crc(path, weights_only)
         with one_line_errors(path):
             return _read_shards(Path(path), weights_only)
-    if not os.path.isfile(path):
+    if os.path.isdir(path) or not is_file(path):
         kind = "a folder of a model or an adapter, not of a checkpoint" if _has_file(path, OTHER) else "no file"
         if os.path.isdir(path) and not _has_file(path, OTHER):
             kind = f"no checkpoint (no {META} in it)"
@@ -81,7 +83,7 @@ def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) ->
     if is_shards(path):
         with one_line_errors(path):
             _check_shards(Path(path), weights_only)
-    elif os.path.isfile(path) and _is_archive(path):
+    elif not os.path.isdir(path) and is_file(path) and _is_archive(path):
         _check_archive(path, path)
 
 
@@ -107,7 +109,7 @@ def _check_archive(file: Any, name: str | os.PathLike[str]) -> None:
 def _check_shards(folder: Path, weights_only: bool | None) -> None:
     """Compare every value in shards with its CRC-32, and the index, which has none, with what the shards contain."""
     check_crc(folder / META)
-    if not (folder / INDEX).is_file():
+    if not is_file(folder / INDEX):
         return  # reading names it
     index = read_index(folder / INDEX, weights_only)
 
@@ -128,7 +130,7 @@ def _check_shards(folder: Path, weights_only: bool | None) -> None:
     require(parts.keys() == {(place.fqn, place.offset) for place in index.storage_data}, "a value")
     ends: dict[str, int] = {}
     shards = {info.relative_path for info in index.storage_data.values()}
-    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+    if missing := sorted(name for name in shards if not is_file(folder / name)):
         raise ValueError(f"{folder}: its shard {missing[0]} is missing. Use another copy of the checkpoint.")
     for place, info in sorted(index.storage_data.items(), key=lambda pair: pair[1].offset):
         # One value begins where the one before ends, so none is there twice, and none is missing.
@@ -167,7 +169,7 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
             super().load_bytes(read_item, plain)
 
     for name in (INDEX, META):
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise FileNotFoundError(f"{folder}: a checkpoint in shards that lacks its file {name}.")
     state: dict[str, Any] = {}
     index = read_index(folder / INDEX, weights_only)

@@ -14,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_qlora.files.regular_file import is_file, reading
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_JSON = 100_000_000  # bytes; the index of DeepSeek-V3 has 9 million
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,13 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         ValueError: If it is not a safetensors file, or is truncated; names the first tensor that is incomplete.
     """
     _check_utf8(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        key = _incomplete_tensor(path)
-        what = f"truncated: {key!r} is incomplete" if key else f"not a safetensors file, or truncated ({error})"
-        raise ValueError(f"{path}: {what}. Copy or download it again.") from error
+    with reading(path):
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            key = _incomplete_tensor(path)
+            what = f"truncated: {key!r} is incomplete" if key else f"not a safetensors file, or truncated ({error})"
+            raise ValueError(f"{path}: {what}. Copy or download it again.") from error
     with file:
         try:
             yield file
@@ -104,12 +106,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: If there is no such file, or it does not contain a JSON object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
+    with reading(path):
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"{path}: has {size:,} bytes, and at most {MOST_JSON:,} are read. Write the file again.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: contains a JSON {type(content).__name__}, not an object.")
     return content
@@ -135,14 +138,14 @@ class WeightFolder:
         self.file_of: dict[str, Path] = {}
         index = self.folder / INDEX
         indexed = _indexed(index)
-        if not indexed and not (self.folder / WEIGHTS).is_file():
+        if not indexed and not is_file(self.folder / WEIGHTS):
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
                 f"{self.folder}: has neither {WEIGHTS} nor {INDEX}, only {others[:5]}. Other formats cannot be read."
             )
         for name in sorted(set(indexed.values()) or {WEIGHTS}):
             path = self.folder / name
-            if not path.is_file():
+            if not is_file(path):
                 key = next(key for key, file in indexed.items() if file == name)
                 raise FileNotFoundError(f"{path}: this shard is missing; {INDEX} says it holds {key!r}.")
             entries, _ = read_header(path)
@@ -181,7 +184,7 @@ class WeightFolder:
 
 def _indexed(index: Path) -> dict[str, str]:
     """Keys of the index and their files; empty if there is no index."""
-    if not index.is_file():
+    if not is_file(index):
         return {}
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:

@@ -19,6 +19,7 @@ from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, FolderDtype
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
+from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
@@ -107,7 +108,7 @@ class _FolderMerge:
         self._check_ties()
         self._check_conversions()
         self.packed: set[str] = set()  # layers that the output has in 4 bits, for quantization_config
-        if dtype == "4bit" and (folder.folder / "config.json").is_file() and self.model is None:
+        if dtype == "4bit" and is_file(folder.folder / "config.json") and self.model is None:
             empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
         self.always_dense_layers = set() if self.model is None else always_dense_layers(self.model)
         self.names_in_files: dict[str, str] = {}
@@ -155,7 +156,7 @@ class _FolderMerge:
     def config(self) -> dict[str, Any] | None:
         """The base's config.json, changed so that it describes the output."""
         path = self.folder.folder / "config.json"
-        if not path.is_file():
+        if not is_file(path):
             return None
         config = read_json(path)
         found = config.pop("quantization_config", None)
@@ -246,7 +247,7 @@ class _FolderMerge:
     def _check_ties(self) -> None:
         """Refuse an embedding that breaks a tie: in a folder only an output embedding can be untied."""
         path = self.folder.folder / "config.json"
-        content = read_json(path) if self.adapter.saved and path.is_file() else {}
+        content = read_json(path) if self.adapter.saved and is_file(path) else {}
         sizes = {config.get("vocab_size") for config in (content, content.get("text_config") or {})}
         trained = [value.shape for value in self.adapter.saved.values() if value.ndim == 2 and len(value) in sizes]
         if not trained:

@@ -97,11 +97,21 @@ def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> t
     return packed, absmax, nested_bytes
 
 
+def _refuse_onnx() -> None:
+    """Raise RuntimeError while torch.onnx exports. Called within ops, which torch.export runs and does not trace."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "4-bit layers can't be exported to ONNX. Merge first, in a copy if the training goes on: "
+            "lightning_qlora.merge(copy.deepcopy(module)) has dense layers with the adapters added."
+        )
+
+
 @torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
 def _dequantize(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    _refuse_onnx()
     weight = PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
     check_bytes(weight)
     return backend(packed.device).dequantize(weight, dtype)
@@ -112,6 +122,7 @@ def _(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    _refuse_onnx()
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -121,6 +132,7 @@ def lora_linear_op(
     seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
+    _refuse_onnx()
     weight = PackedBytes(packed, absmax, nested, (out_features, x.shape[-1]), cast(QuantType, quant_type), block_size)
     y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
     linear_into(y, x, xa, weight, bias, lora_b, scaling)
@@ -132,6 +144,7 @@ def _(
     x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
     seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _refuse_onnx()
     rows = x.reshape(-1, x.shape[-1]).shape[0]
     return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows, lora_a.shape[0])
 

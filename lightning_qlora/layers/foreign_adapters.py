@@ -25,7 +25,7 @@ def foreign_adapter(module: nn.Module) -> str | None:
     peft = sys.modules.get("peft.peft_model")
     if peft is not None and isinstance(module, peft.PeftModel):
         return f"{kind}, a model with a PEFT adapter"
-    held = {name.lower() for name in (*module._parameters, *module._modules)}
+    held = {name.lower() for name in (*module._parameters.keys(), *module._modules.keys())}  # ScriptModules need keys()
     if not isinstance(module, LoRALayer) and any(a in held and b in held for a, b in PARTS):
         return f"{kind}, a layer that contains another library's adapter"
     return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.kernels.flops import register_flop_formulas
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.bnb_linear import ORIGINAL_PACKED
@@ -103,6 +104,7 @@ class QLoRALinear(LoRALayer):
             _fingerprint=None,
         )  # fmt: skip
         layer.__dict__.pop(ORIGINAL_PACKED, None)
+        register_flop_formulas()
         layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)
         if layer.bias is not None:

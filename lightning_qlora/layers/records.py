@@ -54,9 +54,11 @@ class Unrecorded(NamedTuple):
 
 
 def unrecorded(module: nn.Module) -> list[Unrecorded]:
-    """The float parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
+    """The float parameters of a module that no conversion has seen, without those of a ScriptModule, which stays."""
     found = []
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
         held: dict[str, Any] = part._parameters
         if isinstance(part, QLoRALinear):
             held = {"weight": part.lora_A, "bias": part.bias} if part.loaded else {}

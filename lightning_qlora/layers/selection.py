@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, fits
@@ -105,8 +106,13 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
 
     in_full = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
     choice.train.update(dict.fromkeys(in_full, IN_MODULES_TO_SAVE))
+    scripted: list[str] = []
     for name, layer in layers.items():
-        if any(inside(name, outer) for outer in in_full):
+        if any(inside(name, outer) for outer in (*in_full, *scripted)):
+            continue
+        if isinstance(layer, torch.jit.ScriptModule):
+            scripted.append(name)
+            choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
             continue
         if is_recorded(layer):
             if is_linear(layer) and not isinstance(layer, QLoRALinear):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -50,6 +51,8 @@ def meta_model(model: Any) -> nn.Module:
         raise TypeError(
             f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
         )
+    if named:
+        is_file(os.path.join(model, "config.json"))  # transformers would wait for a pipe
     try:
         config = transformers.AutoConfig.from_pretrained(model) if named else model
         with torch.device("meta"):

@@ -15,6 +15,7 @@ from lightning_qlora.adapters.peft_files import CONFIG
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.lightning_checkpoint import is_shards
+from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_json, resolve_model
 from lightning_qlora.training.report import size_text
 
@@ -29,12 +30,12 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     Raises:
         FileNotFoundError, ValueError: If it does not exist or is broken.
     """
-    if os.path.isfile(path) or is_shards(path):
+    if is_shards(path) or (not os.path.isdir(path) and is_file(path)):
         state, _ = read_converted_state_dict(path, weights_only)
         adapter = read_adapter_from_checkpoint(path, weights_only=weights_only)
         lines = [("kind", "Lightning checkpoint of a converted module"), *_adapter_lines(adapter)]
         return [*lines, ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base")]
-    if os.path.isfile(os.path.join(path, CONFIG)):
+    if is_file(os.path.join(path, CONFIG)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
     return _model_lines(WeightFolder(resolve_model(path)))
 
@@ -77,17 +78,18 @@ def _counts(counter: Counter[int] | Counter[float]) -> str:
 
 def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
     path = folder.folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if is_file(path) else {}
     packed = {key for key in folder.entries if folder.is_packed(key)}
     types = Counter[str]()
     for key, entry in folder.entries.items():
         weight = key.partition(".weight.")[0] + ".weight" if ".weight." in key else key  # or its scales
         types["4-bit" if weight in packed else entry.dtype] += entry.nbytes
-    stored = config.get("quantization_config") or {}
+    named, stored = config.get("architectures"), config.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
     return [
         ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
-        ("architecture", ", ".join(config.get("architectures") or ["unknown"])),
-        ("quantization", f"{stored['quant_method']}, {_quant_type(folder, packed)}" if stored and packed else "none"),
+        ("architecture", ", ".join(map(str, named)) if named and isinstance(named, list) else "unknown"),
+        ("quantization", f"{method}, {_quant_type(folder, packed)}" if method and packed else "none"),
         ("4-bit layers", str(len(packed))),
         ("tensors", str(len(folder.entries))),
         ("files", f"{len(folder.files())}: {_names(folder.files())}"),

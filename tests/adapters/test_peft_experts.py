@@ -1,5 +1,6 @@
 """Adapters of experts: PEFT computes our logits from our folders, and we PEFT's from PEFT's."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
+from lightning_qlora.adapters.average import average
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
@@ -118,6 +120,41 @@ def test_we_read_pefts(build, rslora, tmp_path):
     before = load_file(tmp_path / "theirs/adapter_model.safetensors")
     after = load_file(tmp_path / "ours/adapter_model.safetensors")
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("dense", [[], ["down_proj.weight"], ["model.layers.0.mlp.up_proj.weight"]])
+def test_we_read_pefts_parameters_beside_dense_layers_of_their_names(dense, tmp_path):
+    """`layers.0.mlp.down_proj` is a linear layer, and `layers.1.mlp.experts.down_proj` a parameter of experts."""
+    model = converted(deepseek_v3)
+    base = decoded_base(deepseek_v3, model)
+    config = peft.LoraConfig(
+        r=2, target_modules=["o_proj"], target_parameters=["gate_up_proj", "down_proj", *dense],
+        alpha_pattern={"mlp.*weight": 3, "mlp.*": 5, "o_proj": 7},
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    started, layers = toys.made(deepseek_v3), adapted_layers(model)
+    convert(started, adapter=str(tmp_path))
+    for name, layer in adapted_layers(started).items():
+        assert torch.equal(layer.lora_B, layers[name].lora_B) and layer.scaling == layers[name].scaling
+
+
+def test_the_mean_of_folders_with_linear_layers_as_parameters(tmp_path):
+    """Without the model: our folders say which parameters are experts, so the others are linear layers."""
+    for seed in (0, 1):
+        save_adapter(converted(deepseek_v3, seed), tmp_path / str(seed))
+    with pytest.warns(UserWarning, match="different runs"):
+        write_adapter(average([read_adapter(tmp_path / str(seed)) for seed in (0, 1)]), tmp_path / "mean")
+    model = converted(deepseek_v3)
+    load_adapter(model, tmp_path / "mean")
+    theirs = peft.PeftModel.from_pretrained(decoded_base(deepseek_v3, model), tmp_path / "mean")
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_written_of_experts(tmp_path):

@@ -68,7 +68,8 @@ def test_no_pattern_hangs(pattern):
     [
         ({r"(?=proj)proj": 2}, "assert of regular expressions can't be used here"),
         ({f"(a|{i})": 2 for i in range(MOST + 1)}, f"101 regular expressions are more than {MOST}"),
-        ({"(" * 5000 + ")" * 5000: 2}, "not a valid regular expression"),
+        ({"(" * 1500 + ")" * 1500: 2}, "not a valid regular expression"),
+        ({"(a{1,9}){1,9}" * 3000: 2}, "a pattern of 39000 characters is longer than 4000"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(patterns, message, tmp_path):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
-from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, merge, save_adapter, save_quantized
+from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter, save_quantized
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.bnb_checkpoint import always_dense_layers
 from lightning_qlora.huggingface.merge_folder import merge_folder
@@ -248,6 +248,37 @@ def check_peft(kind, folder):
     return None
 
 
+def check_own_folder(kind, folder):
+    """`load_adapter`, and `adapter=FOLDER` at conversion, give the outputs of the module that the folder is of."""
+
+    def make(**arguments):
+        module = lit_of(kind) if kind in ALL else build_class(kind)
+        convert(module, **{**ARGUMENTS, **arguments})
+        return module
+
+    names = [re.sub(r"_experts\.\d+$", "", name) for name in adapted_layers(make())]
+    if not names:
+        return "the model has no adapter"
+    last = names[-1].rpartition(".")[2]
+    module = perturb(make(rank_pattern={last: 1}, alpha_pattern={last: 5}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PEFT would")
+        try:
+            save_adapter(module, folder)
+        except ValueError as error:
+            return _first_sentence(error)
+    loaded, layers = perturb(make(), seed=1), adapted_layers(module)
+    load_adapter(loaded, folder)
+    for other in (loaded, make(adapter=str(folder))):
+        there = adapted_layers(other)
+        assert {name: layer.scaling for name, layer in there.items()} == {k: x.scaling for k, x in layers.items()}
+        assert all(torch.equal(layer.lora_B, there[name].lora_B) for name, layer in layers.items())
+        if kind in ALL:
+            with torch.no_grad():
+                torch.testing.assert_close(other.outputs(), module.outputs(), atol=1e-5, rtol=1e-5)
+    return None
+
+
 def _first_sentence(message):
     """Without the names of layers."""
     return re.sub(r" \(.*?\)", "", str(message)).partition(". ")[0]
@@ -275,6 +306,7 @@ CHECKS = {
     "merges": check_merge,
     "4-bit folder": check_4_bit_folder,
     "PEFT": check_peft,
+    "own folder": check_own_folder,
     "generates": check_generation,
 }
 

@@ -44,6 +44,11 @@ DECODER = {**TEXT, "head_dim": 16, "num_key_value_heads": 2}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
 MANY = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+DEEPSEEK = {
+    **MANY, **GROUPS, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+INDEX = {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 4}
 MAMBA = {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 DETR = {
@@ -82,14 +87,7 @@ FOLDERS = {  # transformers renames or converts the tensors of these when it sav
     "conditional_detr": ("image", DETR),
     "nomic_bert": ("text", {}),
     "mixtral": ("text", EXPERTS),
-    "deepseek_v3": (
-        "text",
-        {
-            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
-            "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
-        },
-    ),
+    "deepseek_v3": ("text", DEEPSEEK),
 }  # fmt: skip
 MORE = {
     "qwen3_moe": ("text", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
@@ -132,6 +130,9 @@ MORE = {
         },
     ),
     "glm4_moe": ("text", {**MANY, **GROUPS}),
+    "solar_open": ("text", {**MANY, **GROUPS, "n_shared_experts": 1}),
+    "deepseek_v2": ("text", {**DEEPSEEK, "topk_method": "greedy"}),
+    **dict.fromkeys(["deepseek_v32", "glm_moe_dsa"], ("text", {**DEEPSEEK, **INDEX})),
     "dots1": ("text", {**MANY, **GROUPS, "n_shared_experts": 1}),
     "ernie4_5_moe": ("text", {**MANY, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}),
     "afmoe": ("text", {**MANY, "num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1}),

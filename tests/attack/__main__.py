@@ -20,6 +20,7 @@ ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
     "files that may not become large": (files.full_disks, 30),
     "changed bits and truncations, of each of 7 files": (lambda seed, n, f: files.damages(seed, n, n // 5, f), 40),
     "arguments": (cases.arguments, 2000),
+    "values in PEFT's files": (cases.foreign_values, 60),
     "layers": (cases.layers, 60),
     "modules": (cases.modules, 30),
     "threads": (cases.threads, 20),

@@ -1,19 +1,29 @@
 """Attacks with random cases: arguments, layers, modules, threads, and many conversions in one process."""
 
 import gc
+import json
 import math
 import random
 import resource
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
+from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, write_adapter
+from lightning_qlora.adapters.peft_metadata import CHECKSUMS, CONFIG_COPY, EXPERTS, FINGERPRINTS, QUANTIZATION
+from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
+from tests.adapters.test_peft_metadata import adapter
 from tests.toys import perturb
+
+JSON = (type(None), bool, int, float, str, list)
 
 VALUES = (
     None, True, False, 0, 1, -1, 64, 3.5, math.nan, math.inf, 1e308, 10**30, "", "nf4", "auto", "x" * 500, "(", b"a",
@@ -67,6 +77,50 @@ def layers(seed: int, count: int, _: Path) -> Counter[str]:
             scale = other.abs().max().item() + 1e-6
             assert (one.double() - other).abs().max().item() <= error * scale, f"seed {seed}, case {number}: {module}"
         found["right"] += 1
+    return found
+
+
+def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
+    """Random values in PEFT's two files, of any JSON and tensor type: an adapter, or an error of one line, soon."""
+    draw, found = random.Random(seed), Counter[str]()
+    values = [value for value in VALUES if isinstance(value, JSON)]
+    values += [
+        10**400,
+        "(a{1,9}){1,9}" * 3000,
+        {"a?" * 20_000: 3},
+        {"(a|b)": 10**400},
+        [[1]],
+        [4, 0, False, False, True],
+    ]
+    names = ("float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "int64", "bool", "bfloat16")
+    for number in range(count):
+        write_adapter(adapter(1), folder)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        config = json.loads((folder / CONFIG).read_text())
+        del metadata[CHECKSUMS], metadata[CONFIG_COPY]
+        which = number % 3
+        if which == 0:
+            config |= {name: draw.choice(values) for name in draw.sample([*config, "target_parameters"], 2)}
+        elif which == 1:
+            keys = (QUANTIZATION, FINGERPRINTS, EXPERTS, CONFIG_COPY)
+            inner = {draw.choice(["quant_type", "init_lora_weights", "layers.0.proj", "a"]): draw.choice(values)}
+            metadata |= {draw.choice(keys): json.dumps(draw.choice([*values, inner]))}
+        else:
+            key = draw.choice(list(tensors))
+            value = tensors[key].to(getattr(torch, draw.choice(names)))
+            tensors[key] = draw.choice([value, value[:0], value[None], value.view(-1)[:1]]).contiguous()
+        save_file(tensors, folder / WEIGHTS, metadata=metadata)
+        (folder / CONFIG).write_text(json.dumps(config))
+        start = time.perf_counter()
+        try:
+            read_adapter(folder)
+            found["read"] += 1
+        except (ValueError, FileNotFoundError) as error:
+            text = str(error)
+            assert str(folder) in text and "\n" not in text and len(text) < 1500, f"seed {seed}, case {number}: {text}"
+            found["refused"] += 1
+        assert time.perf_counter() - start < 2, f"seed {seed}, case {number}"
     return found
 
 

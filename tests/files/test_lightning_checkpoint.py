@@ -180,7 +180,7 @@ def test_a_truncated_index_is_one_line(shards):
     good = (folder / ".metadata").read_bytes()
     for position in range(0, len(good), 97):
         (folder / ".metadata").write_bytes(good[:position])
-        with pytest.raises(ValueError, match="not a checkpoint, or truncated") as error:
+        with pytest.raises(ValueError, match=r"not a checkpoint, or truncated|is empty") as error:
             read_checkpoint(folder)
         assert str(folder) in str(error.value) and "\n" not in str(error.value)
 

@@ -1,5 +1,6 @@
 """What users do next to the plugin with other libraries' functions: it works, or one error says what to use."""
 
+import copy
 import sys
 import warnings
 
@@ -374,6 +375,87 @@ def test_torchscript_by_tracing_and_after_a_merge():
     merge(module)
     torch.testing.assert_close(module.net.to(torch.float32)(x), expected)
     torch.testing.assert_close(torch.jit.script(module.net)(x), expected)
+
+
+class WithScripted(pl.LightningModule):
+    """A network with a TorchScript module in the middle, alone or in a list."""
+
+    def __init__(self, how="script", in_list=False):
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            inner = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+            self.before, self.after = nn.Linear(64, 64), nn.Linear(64, 64)
+        inner = torch.jit.script(inner) if how == "script" else torch.jit.trace(inner, torch.ones(4, 64))
+        self.inner = nn.ModuleList([inner]) if in_list else inner
+
+    def forward(self, x):
+        inner = self.inner[0] if isinstance(self.inner, nn.ModuleList) else self.inner
+        return self.after(inner(self.before(x)))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    train_dataloader, configure_optimizers = Classifier.train_dataloader, Classifier.configure_optimizers
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("in_list", [False, True])
+def test_a_torchscript_module_stays_as_it_is(how, in_list, tmp_path):
+    module, plugin = WithScripted(how, in_list), QLoRAPrecision(r=4)
+    name, before = "inner.0" if in_list else "inner", copy.deepcopy(module.inner.state_dict())
+    trainer = make_trainer(tmp_path, plugins=plugin)
+    trainer.fit(module, loader())
+    assert plugin.report.converted == ["before", "after"]
+    assert plugin.report.skipped == {name: "a torch.jit.ScriptModule, which can't be changed"}
+    assert all(torch.equal(value, before[key]) for key, value in module.inner.state_dict().items())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT loads the folder, too
+        save_adapter(module, tmp_path / "adapter")
+    loaded, x = load_from_checkpoint(WithScripted, tmp_path / "x.ckpt"), torch.randn(3, 64)
+    expected = module.eval()(x)
+    assert expected.requires_grad and torch.equal(loaded.eval()(x), expected)
+    load_adapter(loaded, tmp_path / "adapter")
+    torch.testing.assert_close(merge(loaded)(x), expected)
+
+
+def test_a_torchscript_module_that_is_named_or_the_whole():
+    with pytest.raises(ValueError, match=r"target_modules=\['inner'\] names 'inner'.*only linear layers"):
+        convert(WithScripted(), target_modules=["inner"])
+    with pytest.raises(ValueError, match=r"\(the module itself\): a torch.jit.ScriptModule, which can't be changed"):
+        convert(torch.jit.script(nn.Sequential(nn.Linear(64, 64))))
+    module = WithScripted()
+    convert(module, r=4, modules_to_save=["inner"])
+    assert all(parameter.requires_grad for parameter in module.inner.parameters())
+
+
+class Reads(nn.Module):
+    """Code that reads the weight instead of calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x @ self.layer.weight.T
+
+
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [Reads, lambda: Classifier().net])
+def test_onnx_needs_a_merge(build, dynamo, tmp_path):
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    module, x = build().eval(), torch.randn(3, 64)
+    convert(module, r=4)
+    with pytest.raises(Exception, match=r"4-bit layers can't be exported to ONNX. Merge first.*merge\(copy"):
+        torch.onnx.export(module, (x,), tmp_path / "x.onnx", dynamo=dynamo)
+    if build is not Reads:
+        exported = torch.export.export(module, (x,))
+        torch.testing.assert_close(exported.module()(x), module(x))
+    if dynamo:
+        torch.onnx.export(merge(module), (x,), tmp_path / "x.onnx", dynamo=True)
 
 
 # ---------------------------------------------------------------- pytorch_lightning and lightning_fabric

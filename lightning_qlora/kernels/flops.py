@@ -1,0 +1,33 @@
+"""Operations of a 4-bit layer for torch's FlopCounterMode, and so for Lightning's measure_flops and ThroughputMonitor.
+
+They are those of a frozen dense layer with an adapter; decoding is not counted. With a dispatch mode as FlopCounterMode
+`lora_linear` runs the ops of `ops`, which the mode sees.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+
+
+@cache
+def register_flop_formulas() -> None:
+    """Register the formulas with torch."""
+    from torch.utils.flop_counter import register_flop_formula  # imports Triton, where it is installed
+
+    register_flop_formula(torch.ops.lightning_qlora.lora_linear)(_forward)
+    register_flop_formula(torch.ops.lightning_qlora.lora_linear_backward)(_backward)
+
+
+def _forward(x: Sequence[int], *rest: Any, **_: Any) -> int:
+    """x W^T, x A^T, (x A^T) B^T; shapes instead of tensors."""
+    (r, inputs), outputs = rest[4], rest[7]
+    return 2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs))
+
+
+def _backward(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:
+    """dY^T (x A^T), dY B, (dY B)^T x; and dY W and (dY B) A if x needs a gradient."""
+    (r, inputs), outputs, needs_x = rest[4], grad[-1], rest[11]
+    return 2 * prod(x[:-1]) * (r * (inputs + 2 * outputs) + (inputs * (outputs + r) if needs_x else 0))

@@ -22,6 +22,7 @@ from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.lightning_copies import classes
 
 TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
     "ForCausalLM": "CAUSAL_LM",
@@ -35,7 +36,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 
     Else the only child with parameters of a LightningModule, else the module itself, whose name is "".
     """
-    if isinstance(module, _FabricModule):
+    if isinstance(module, classes(_FabricModule)):
         module = module.module
     adapted = {id(layer) for layer in adapted_layers(module).values()}
     for name, part in module.named_modules():

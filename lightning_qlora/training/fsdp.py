@@ -12,13 +12,14 @@ from torch.torch_version import TorchVersion
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import inside
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training import patches
 from lightning_qlora.training.convert import is_converted
 
 
 def shards_module(trainer: Trainer | None) -> bool:
     """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
-    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+    return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lightning_qlora.layers.state_dict import load_base, save_base
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
+REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 
 
 class QLoRALinear(LoRALayer):
@@ -60,7 +60,7 @@ class QLoRALinear(LoRALayer):
             seed_name: The name that the seed of its adapter is made from, the same on every rank; None: `name`.
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
-        setattr(weight, REPLACED, name)
+        setattr(weight, REPLACED, layer)
         QLoRALinear._become(layer, type(layer), config, name, seed_name).initialize(weight, device)
         layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
 

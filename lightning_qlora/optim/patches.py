@@ -7,7 +7,7 @@ from lightning_qlora.lightning_copies import modules
 
 
 def call_on_setup_optimizer() -> None:
-    """Call `on_setup_optimizer(optimizer)` of Fabric callbacks that have it, for every optimizer that is set up.
+    """Call `on_setup_optimizer(optimizer)` of the plugin and callbacks of a Fabric for each optimizer that is set up.
 
     Upstream: lightning/fabric/wrappers.py, _FabricOptimizer.__init__. No supported hook gets the optimizers of one
     Fabric before they have state: `on_after_setup` gets none, and `setup_optimizers` does not call it;
@@ -19,8 +19,8 @@ def call_on_setup_optimizer() -> None:
 
     def init(original: Any, self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
         original(self, optimizer, strategy, callbacks)
-        for callback in callbacks or []:
-            hook = getattr(callback, "on_setup_optimizer", None)
+        for listener in (strategy.precision, *(callbacks or [])):
+            hook = getattr(listener, "on_setup_optimizer", None)
             if callable(hook):
                 hook(optimizer)
 

@@ -130,7 +130,7 @@ def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None
         return
     _check_not_sharded(layer._parameters["weight"])
     if is_bnb_linear(layer):
-        setattr(layer._parameters["weight"], REPLACED, name)  # for an optimizer that was made too early
+        setattr(layer._parameters["weight"], REPLACED, layer)  # for an optimizer that was made before
         QLoRALinear.from_packed(layer, *pop_bnb_weight(layer), config, name, seed_name)
     else:
         QLoRALinear.from_linear(layer, config, name, device, seed_name)

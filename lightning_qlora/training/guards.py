@@ -62,12 +62,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
     if replaced:
+        name = next((layer.full_name for part in replaced for layer in adapted_layers(part).values()), "merged since")
         raise RuntimeError(
-            f"The {type(optimizer).__name__} was created before the module was converted: it holds the replaced "
-            f"weights of {len(replaced)} layers ({replaced[0]}, ...) and not their adapters, so nothing would train. "
-            "Fabric: model = fabric.setup_module(model), then make the optimizer from model.parameters(), then "
-            "fabric.setup_optimizers(optimizer). Trainer: make it in configure_optimizers; an optimizer that was made "
-            "earlier, as LightningCLI does, gets the adapters only if it has no state yet."
+            f"The {type(optimizer).__name__} was created before the module was converted and has state: it holds the "
+            f"replaced weights of {len(replaced)} layers ({name}, ...) and not their adapters, so nothing would train. "
+            "Create it in configure_optimizers, or after fabric.setup_module; one with no state, which has made no "
+            "step, gets the adapters when fabric.setup or the Trainer sets it up."
         )
     if any(isinstance(parameter, Readable) for parameter in parameters):
         raise RuntimeError(

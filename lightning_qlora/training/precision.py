@@ -23,6 +23,7 @@ from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.patches import call_on_setup_optimizer
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
@@ -166,10 +167,8 @@ class QLoRAPrecision(Precision):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Check the Trainer's optimizers and page their state; a checkpoint restores the state after this."""
-        layers = {layer.full_name: layer for layer in self._layers()}
         for optimizer in optimizers:
-            replace_parameters_by_adapters(optimizer, layers)
-            self._set_up_optimizer(optimizer)
+            self.on_setup_optimizer(optimizer)
         module = None if self._module is None else self._module()  # `model` may be DDP's wrapper
         if module is not None and not self._evaluating:
             guards.warn_of_adapters_in_no_optimizer(module, optimizers)
@@ -185,7 +184,12 @@ class QLoRAPrecision(Precision):
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
 
-    def _set_up_optimizer(self, optimizer: Optimizer) -> None:
+    def on_setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
+
+        Fabric calls this in `setup` and `setup_optimizers`; see `optim.patches.call_on_setup_optimizer`.
+        """
+        replace_parameters_by_adapters(optimizer)
         guards.check_optimizer(optimizer)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
@@ -217,7 +221,7 @@ class QLoRAPrecision(Precision):
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
-        self._set_up_optimizer(optimizer)
+        self.on_setup_optimizer(optimizer)
         if closure is None:
             self._before_step(optimizer)
         else:
@@ -278,6 +282,7 @@ def _precision_class(module: nn.Module | None) -> type[Any]:
 def _fit_into_loaded_packages() -> None:
     """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
     inherit_from_copies(QLoRAPrecision)
+    call_on_setup_optimizer()
     patches.convert_before_checkpoint_is_restored()
     patches.load_full_state_dicts_into_sharded_modules()
     patches.allow_keys_without_attributes()

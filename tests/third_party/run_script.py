@@ -1,7 +1,7 @@
-"""Run a script of another project with one added argument, the plugin: `python -m tests.third_party.run_script SCRIPT ...`.
+"""Run a script or module of another project with the plugin: `python -m tests.third_party.run_script SCRIPT ...`.
 
-Trainers and Fabrics get the plugin and a CPU, Trainers a limit of two batches. Data sets that the script downloads are
-random numbers. The last line of the output has the number of converted layers, and of those whose adapter trained.
+Trainers and Fabrics get the plugin in place of `precision` and a CPU, Trainers a limit of two batches. Data sets that
+the script downloads are random numbers. The last line of the output has the number of converted layers, and of those whose adapter trained.
 """
 
 import functools
@@ -32,16 +32,18 @@ class Plugin(QLoRAPrecision):
 
 
 class Images(Dataset):
-    """In place of MNIST (grey) and CIFAR10."""
+    """In place of MNIST (grey), CIFAR10 and CelebA."""
 
-    def __init__(self, root=None, train=True, transform=None, download=False, size=(28, 28)):
+    def __init__(self, *_, transform=None, size=(28, 28), **__):
         self.transform, self.size = transform, size
 
     def __len__(self):
         return 60_000
 
     def __getitem__(self, index):
-        pixels = torch.randint(0, 255, self.size, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        pixels = torch.randint(
+            0, 255, self.size, dtype=torch.uint8, generator=torch.Generator().manual_seed(int(index))
+        )
         image = torchvision.transforms.functional.to_pil_image(pixels)
         return (self.transform or torchvision.transforms.functional.to_tensor)(image), index % 10
 
@@ -69,22 +71,25 @@ def with_arguments(kind, **added):
         names = list(inspect.signature(original).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         plugins = [plugin for plugin in given.get("plugins") or []] + [Plugin(r=4)]
-        original(self, **{**given, **added, "plugins": plugins, "accelerator": "cpu", "devices": 1})
+        original(self, **{**given, **added, "plugins": plugins, "accelerator": "cpu", "devices": 1, "precision": None})
 
     kind.__init__ = init
 
 
 if __name__ == "__main__":
     torchvision.datasets.MNIST = mnist.MNIST = mnist._MNIST = Images
+    torchvision.datasets.CelebA = functools.partial(Images, size=(3, 64, 64))
     torchvision.datasets.CIFAR10 = functools.partial(Images, size=(3, 32, 32))
     language.WikiText2 = lightning.pytorch.demos.WikiText2 = Text
     with_arguments(lightning.fabric.Fabric)
     limits = {f"limit_{stage}_batches": 2 for stage in ("train", "val", "test", "predict")}
     with_arguments(lightning.pytorch.Trainer, max_epochs=1, **limits)
-    script = sys.argv[1]
     sys.argv = sys.argv[1:]
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    if Path(sys.argv[0]).is_file():
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__")
     layers = [layer for module in modules for layer in adapted_layers(module).values()]
     layers = list({id(layer): layer for layer in layers}.values())
     print(json.dumps({"converted": len(layers), "trained": sum(bool(layer.lora_B.any()) for layer in layers)}))

@@ -117,8 +117,8 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
         ),
         (lambda text: json.dumps({**json.loads(text), "base_model": 3}).encode(), ["'base_model' is '3'"]),
         (
-            lambda text: json.dumps({**json.loads(text), "base_model": {"lora_alphas": {}}}).encode(),
-            ["the lora_alpha of most layers is missing"],
+            lambda text: json.dumps({**json.loads(text), "base_model": {"layers": {"a": {"r": 0}}}}).encode(),
+            ["the arguments of a layer", "r=0", "use another copy"],
         ),
         (
             lambda text: json.dumps({**json.loads(text), "of_2030": 1}).encode(),

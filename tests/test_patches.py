@@ -29,7 +29,7 @@ ALLOWED = {
     "layers/deferred_head.py": {"head.__class__"},
     "layers/experts.py": {"owner._parameters.pop(key)", "owner._modules[key + SUFFIX]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
-    "layers/new_layers.py": {"setattr(parameter, LOADED_TENSOR, True)"},
+    "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/quantizer.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
     # ctypes: types of functions in our own compiled library.
     "kernels/cpu/library.py": {"function.argtypes", "function.restype", "loaded.form.restype"},

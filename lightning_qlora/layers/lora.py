@@ -46,9 +46,9 @@ class LoRALayer(PackedLinear):
     seed_name: str
     dense_weight: Tensor | None
     input_rms: Tensor | None
-    was_called = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
-    weight_was_read = False
-    weight_was_called = False  # whether other code passed the weight to F.linear or matmul
+    was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
+    weight_was_read: bool = False
+    weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`."""

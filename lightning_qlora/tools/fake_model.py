@@ -15,6 +15,7 @@ from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -82,7 +83,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
         config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
     check_output_embeddings(fake_model, config.deferred_logits)
     start, bytes_before = time.perf_counter(), parameter_bytes(fake_model)
-    choice = select_layers(fake_model, config)
+    choice, new = select_layers(fake_model, config), unrecorded(fake_model)
     check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -96,7 +97,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
             QLoRALinear.from_packed(layer, packed, nn.Linear, config, f"{name}{SUFFIX}.{number}")
 
         QLoRAExperts.from_slices(*stack, convert)
-    freeze(fake_model, choice)
+    freeze(fake_model, choice, new)
     prepare_step(fake_model, config)
     warn_of_what_stayed(fake_model, choice)
     report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))

@@ -15,11 +15,12 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.adapters.state_dict import CONFIG, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes, modules
+from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 from lightning_qlora.words import our_words
 
@@ -203,6 +204,26 @@ def check_crc_before_loading() -> None:
         wrap_once(fabric.Fabric, "load_raw", load_with_fabric)
 
 
+def leave_networks_out_of_hyperparameters() -> None:
+    """Let checkpoints of a converted module hold no second copy of its base among the hyperparameters.
+
+    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, puts `module.hparams` into
+    the checkpoint, with every network that `save_hyperparameters` found, and pickles it.
+    Supported ways tried: Precision.on_save_checkpoint is called before the hyperparameters are there, and not for
+    checkpoints of weights only; `on_save_checkpoint` and `hparams` belong to the user's module, whose code may read
+    `self.hparams.net`.
+    Removed by: a hook of Precision that gets the complete checkpoint.
+    """
+
+    def dump(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = original(connector, *args, **kwargs)
+        leave_out_networks(checkpoint, connector.trainer.lightning_module)
+        return checkpoint
+
+    for connectors in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        wrap_once(connectors._CheckpointConnector, "dump_checkpoint", dump)
+
+
 def count_weights_in_model_summary() -> None:
     """Let Lightning's ModelSummary count the weights of 4-bit layers, and the bytes that all parameters really take.
 
@@ -259,12 +280,16 @@ def explain_adapter_checkpoints() -> None:
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         held = {str(key).rpartition(".")[2] for key in state_dict}
+        of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
         # A conversion may have found no layer that is large enough; then everything trains in full.
-        if CONFIG in held and not adapted_layers(module) and ("lora_A" in held or not _is_converted(module)):
+        if not adapted_layers(module) and (of_layers or (CONFIG in held and not _is_converted(module))):
             name = type(module).__name__
-            what = f"This checkpoint holds the adapters of a converted module, and this {name} is not converted. "
+            what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
             if not isinstance(module, classes(LightningModule)):
-                raise ValueError(f"{what}Call lightning_qlora.convert with the arguments of the training before.")
+                raise ValueError(
+                    f"{what}Call lightning_qlora.convert with the arguments of the training before; for code that "
+                    "loads into the dense module, call lightning_qlora.merge before it saves."
+                )
             raise ValueError(
                 f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
                 "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
@@ -311,4 +336,4 @@ def answer_words_of_other_libraries() -> None:
 
 
 def _is_converted(module: nn.Module) -> bool:
-    return any("_qlora_frozen" in vars(part) for part in module.modules())
+    return any(conversion_of(part) is not None for part in module.modules())

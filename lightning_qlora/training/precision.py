@@ -41,8 +41,8 @@ from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torc
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter, and only the adapters are trained
-    (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
+    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter. The adapters train, and in full
+    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
     `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:
@@ -109,14 +109,16 @@ class QLoRAPrecision(Precision):
             device = trainer.strategy.root_device
             if has_meta(module):
                 patches.skip_moving_meta_module_at_teardown(trainer)
+        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
-        report = convert_module(module, self.config, device, sharded=shards_module(trainer))
+        report = convert_module(
+            module, self.config, device, sharded=shards_module(trainer), evaluating=self._evaluating
+        )
         if not converted_before:
             rank_zero_only(report.show)()
         if not converted_before or self.report is None:
             self.report = report
         self._module = weakref.ref(module)
-        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
@@ -287,6 +289,7 @@ def _fit_into_loaded_packages() -> None:
     patches.load_full_state_dicts_into_sharded_modules()
     patches.allow_keys_without_attributes()
     patches.check_crc_before_loading()
+    patches.leave_networks_out_of_hyperparameters()
     patches.count_weights_in_model_summary()
     patches.explain_adapter_checkpoints()
     patches.explain_unfreezing()

@@ -139,7 +139,8 @@ def test_what_peft_has_no_place_for_is_refused_and_nothing_is_written(tmp_path):
     ranks = converted(toys.qwen3_moe)
     layer = ranks.model.layers[0].mlp.experts.down_proj_experts[1]
     layer.set_adapter(layer.lora_A.detach()[:1], layer.lora_B.detach()[:, :1])
-    dora = converted(toys.qwen3_moe, use_dora=True, target_modules=["q_proj"])
+    dora = toys.made(toys.qwen3_moe)
+    convert(dora, r=2, use_dora=True)
     for model, name, why in (
         (flat, "transformer.blocks.0.ffn.experts.mlp.w2", "one matrix"),
         (ranks, "model.layers.0.mlp.experts.down_proj", "one rank"),

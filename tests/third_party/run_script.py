@@ -1,7 +1,8 @@
 """Run a script or module of another project with the plugin: `python -m tests.third_party.run_script SCRIPT ...`.
 
-Trainers and Fabrics get the plugin in place of `precision` and a CPU, Trainers a limit of two batches. Data sets that
-the script downloads are random numbers. The last line of the output has the number of converted layers, and of those whose adapter trained.
+Trainers and Fabrics get the plugin in place of `precision`, and a CPU; Trainers get a limit of two batches. Data sets
+that a script downloads are random numbers. The last line of the output has the number of converted layers, and of
+those whose adapter trained.
 """
 
 import functools
@@ -41,9 +42,8 @@ class Images(Dataset):
         return 60_000
 
     def __getitem__(self, index):
-        pixels = torch.randint(
-            0, 255, self.size, dtype=torch.uint8, generator=torch.Generator().manual_seed(int(index))
-        )
+        generator = torch.Generator().manual_seed(int(index))
+        pixels = torch.randint(0, 255, self.size, dtype=torch.uint8, generator=generator)
         image = torchvision.transforms.functional.to_pil_image(pixels)
         return (self.transform or torchvision.transforms.functional.to_tensor)(image), index % 10
 
@@ -70,7 +70,7 @@ def with_arguments(kind, **added):
     def init(self, *args, **kwargs):
         names = list(inspect.signature(original).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        plugins = [plugin for plugin in given.get("plugins") or []] + [Plugin(r=4)]
+        plugins = [*(given.get("plugins") or []), Plugin(r=4)]
         original(self, **{**given, **added, "plugins": plugins, "accelerator": "cpu", "devices": 1, "precision": None})
 
     kind.__init__ = init

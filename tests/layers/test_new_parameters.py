@@ -1,5 +1,7 @@
 """Classification heads, and layers that a load reported as newly initialized, train in full."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ def test_a_classification_head_trains_in_full(name, head, targets):
         targets = [targets[name == "bert"]]
     model = classifier(name)
     report = convert(model, r=2, target_modules=targets)
-    assert report.trained_in_full == {head: f"classification head of the {type(model).__name__}"}
+    assert report.trained_in_full == {head: f"new: classification head of the {type(model).__name__}"}
     assert all(p.requires_grad for p in model.get_submodule(head).parameters())
 
 
@@ -39,9 +41,11 @@ def test_a_classification_head_that_is_named_is_converted_or_excluded():
     assert report.skipped["score"] == "in exclude_modules" and not model.score.weight.requires_grad
 
 
-def test_a_head_that_the_user_froze_is_converted_as_any_layer():
+def test_a_head_that_the_user_froze_stays_as_it_is():
     model = classifier()
     model.score.requires_grad_(False)
+    assert convert(model, r=2).skipped["score"] == "frozen by the module"
+    model = classifier().requires_grad_(False)  # the preparation of a run
     assert "score" in convert(model, r=2).converted
 
 
@@ -78,7 +82,7 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     plugin.convert_module(model)
     full = plugin.report.trained_in_full
     assert len(plugin.report.converted) == 14 and len(full) == 9
-    assert set(full.values()) == {"newly initialized when the model was loaded"}
+    assert set(full.values()) == {"new: initialized when the model was loaded"}
     assert all(name.startswith("model.model.layers.2.") for name in full)
     assert "output embedding" in plugin.report.skipped["model.lm_head"]
 
@@ -133,3 +137,119 @@ def test_a_new_head_is_trained_saved_and_loaded(tmp_path):
 def test_layers_of_other_modules_are_not_heads():
     model = nn.ModuleDict({"score": nn.Linear(64, 64), "classifier": nn.Linear(64, 64)})
     assert convert(model, r=2).converted == ["score", "classifier"]
+
+
+class WithNewParts(Lit):
+    """A loaded encoder and new parts of all kinds, as classifiers of real projects have them."""
+
+    def __init__(self, folder, copied=False):
+        super().__init__(None)
+        self.save_hyperparameters()
+        self.model = transformers.BertModel.from_pretrained(folder)
+        if copied:
+            self.model = copy.deepcopy(self.model)  # which loses the marks of loaded tensors
+        width = self.model.config.hidden_size
+        torch.manual_seed(1)
+        self.proj = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.LayerNorm(4 * width), nn.Linear(4 * width, 8)
+        )
+        self.conv = nn.Conv1d(width, 4, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, tokens):
+        hidden = self.model(input_ids=tokens).last_hidden_state
+        return self.proj(hidden).mean() + self.conv(hidden.mT).mean() * self.scale.sum()
+
+    def training_step(self, batch, batch_idx):
+        return self(ids())
+
+
+@pytest.fixture
+def bert(tmp_path):
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert")
+
+
+NEW = {"scale", "proj.0", "proj.2", "proj.3", "conv"}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_path):
+    module = WithNewParts(bert, copied)
+    with pytest.warns(UserWarning, match=r"'proj' trains in full.*adapters have.*target_modules=\['dense'.*'proj\.0'"):
+        report = convert(module, r=2)
+    assert report.trained_in_full == dict.fromkeys(report.trained_in_full, "new: outside of the loaded BertModel")
+    assert set(report.trained_in_full) == NEW
+    assert all(name.startswith("model.") for name in report.converted) and len(report.converted) == 13
+    trains = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[0] or name for name in trains if "lora_" not in name} == NEW
+    norms = {n for n, part in module.model.named_modules() if isinstance(part, (nn.LayerNorm, nn.Embedding))}
+    assert set(report.frozen) == {f"model.{name}" for name in norms}
+    assert "in adapters and" in str(report)
+    with pytest.warns(
+        UserWarning, match=r"adapters of 'model', a BertModel, and not .* proj\.0, proj\.2, proj\.3, conv"
+    ):
+        save_adapter(module, tmp_path / "folder")
+
+
+def test_new_layers_that_are_named_are_converted_and_a_checkpoint_keeps_all(bert, tmp_path):
+    module, trainer = (
+        WithNewParts(bert),
+        make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, target_modules=["query", "proj.0"])),
+    )
+    trainer.fit(module, [0] * 3)
+    assert isinstance(module.proj[0], QLoRALinear) and type(module.proj[3]) is nn.Linear
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    loaded = load_from_checkpoint(WithNewParts, tmp_path / "c.ckpt")
+    assert torch.equal(loaded.eval()(ids()), module.eval()(ids()))
+
+
+def test_a_model_without_weights_of_files_is_converted_as_a_whole():
+    module = nn.ModuleDict({"model": classifier("bert"), "proj": nn.Linear(64, 64)})
+    report = convert(module, r=2)
+    assert "proj" in report.converted and set(report.trained_in_full) == {"model.classifier"}
+
+
+@pytest.mark.parametrize("frozen", ["a network", "its layers", "all"])
+def test_what_the_module_froze_stays_as_it_is_while_something_else_trains(frozen):
+    torch.manual_seed(0)
+    module = nn.ModuleDict(
+        {name: nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for name in ("student", "teacher")}
+    )
+    if frozen == "its layers":
+        module["teacher"][0].weight.requires_grad_(False)
+    else:
+        (module if frozen == "all" else module["teacher"]).requires_grad_(False)
+    x = torch.randn(4, 64)
+    expected, was = module["teacher"](x), {n: p.requires_grad for n, p in module["teacher"].named_parameters()}
+    report = convert(module, r=2)
+    if frozen == "all":
+        assert report.converted == ["student.0", "teacher.0"] and report.frozen == []
+        return
+    assert report.converted == ["student.0"] and report.skipped == {"teacher.0": "frozen by the module"}
+    assert torch.equal(module["teacher"](x), expected)
+    assert report.frozen_by_module == 4 * 4096 and report.bytes_4_bits_would_save == 4 * 4096 - round(4096 * 4.127 / 8)
+    assert "would save 14.27 kB" in str(report)
+    if frozen == "a network":
+        assert {n: p.requires_grad for n, p in module["teacher"].named_parameters()} == was
+    named = nn.ModuleDict({name: nn.Sequential(nn.Linear(64, 64)) for name in ("student", "teacher")})
+    named["teacher"].requires_grad_(False)
+    assert convert(named, r=2, target_modules=["0"]).converted == ["student.0", "teacher.0"]
+
+
+def test_a_frozen_model_that_was_quantized_while_loading_is_refused_with_the_remedy(bert):
+    plugin = QLoRAPrecision(r=2)
+    with plugin.init():
+        module = WithNewParts(bert)
+    module.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"quantized while its model loaded.*frozen by the module.*exclude_modules"):
+        plugin.convert_module(module)
+
+
+def test_a_frozen_encoder_and_a_new_head(bert):
+    module = WithNewParts(bert)
+    module.model.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"No layer was converted(.|\n)*target_modules converts frozen layers"):
+        report = convert(module, r=2)
+    assert set(report.trained_in_full) == NEW and report.converted == []

@@ -8,7 +8,6 @@ from litgpt import GPT, Config
 from litgpt.utils import save_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-
 WORDS = (
     "[UNK]",
     "</s>",

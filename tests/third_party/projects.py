@@ -33,7 +33,8 @@ class Project:
         build: Makes the module and the keyword arguments of `Trainer.fit` that hold its data.
         own: Trains, saves and loads with the package's own functions; its argument is an empty folder.
         lightning: The package of its LightningModule.
-        load: Makes the arguments of `load_from_checkpoint` that the hyperparameters do not have, from the module.
+        load: Makes the arguments of `load_from_checkpoint` that the hyperparameters do not have, from the module; None
+            if the class has a `load_from_checkpoint` of its own that reads the weights.
         attributes: What the package sets in a module that it trains, and no checkpoint holds.
         resumes: Whether a resumed run of the plain module is bit-equal to a straight one.
     """
@@ -42,7 +43,7 @@ class Project:
     build: Callable[[], tuple[Any, dict[str, Any]]]
     own: Callable[[Path], None]
     lightning: str = "lightning.pytorch"
-    load: Callable[[Any], dict[str, Any]] = lambda module: {}
+    load: Callable[[Any], dict[str, Any]] | None = lambda module: {}
     attributes: tuple[str, ...] = ()
     resumes: bool = True
 
@@ -76,10 +77,10 @@ def arguments_of_fit(train: Callable[[Any], Any], lightning: str) -> tuple[Any, 
 
 
 def refuses(message: str) -> Any:
-    return pytest.raises((ValueError, RuntimeError, TypeError), match=message)
+    return pytest.raises(Exception, match=message)
 
 
-NOT_CONVERTED = "This checkpoint holds the adapters of a converted module, and this {} is not converted"
+NOT_CONVERTED = "This state dict holds the adapters of a converted module, and this {} is not converted"
 
 
 # ---------------------------------------------------------------- pytorch-forecasting
@@ -192,8 +193,8 @@ def own_scvi(folder: Path) -> None:
     model = scvi_model()
     model.train(**SCVI_TRAIN, plugins=plugin())
     expected = model.get_latent_representation()
-    with refuses("SCVI"):  # the state dict of a part of the plan
-        model.save(folder / "part")
+    model.save(folder / "part")  # the state dict of a part of what was converted
+    with refuses(NOT_CONVERTED.format("VAE")):
         type(model).load(folder / "part", model.adata)
     merge(model.module)
     model.save(folder / "merged")
@@ -231,9 +232,11 @@ def own_darts(folder: Path) -> None:
     model, _ = darts_model(pl_trainer_kwargs={**QUIET, "strategy": strategy})
     model.fit(**data)
     assert next(p for n, p in model.model.named_parameters() if n.endswith("lora_B")).any()
-    model, _ = darts_model()
-    model.fit(**data, trainer=DARTS.trainer(folder, plugins=plugin()))  # a Trainer of one's own
-    expected = model.predict(4, trainer=DARTS.trainer(folder)).values()
+    with refuses("accelerator set through both strategy class and accelerator flag"):
+        model.predict(4)  # by a second Trainer with the same strategy
+    model, _ = darts_model(pl_trainer_kwargs={**QUIET})
+    model.fit(**data, trainer=DARTS.trainer(folder, plugins=plugin()))
+    expected = model.predict(4).values()
     model.save(str(folder / "adapters.pt"))
     with refuses(NOT_CONVERTED.format("_TFTModule")):
         type(model).load(str(folder / "adapters.pt"), trusted=True)
@@ -464,7 +467,7 @@ PROJECTS: dict[str, Project] = {
         resumes=False,
     ),
     "lightly": Project("lightly", lightly, own_lightly, "pytorch_lightning", lambda module: {"model": Backbone()}),
-    "chemprop MPNN": Project("chemprop", chemprop, own_chemprop),
+    "chemprop MPNN": Project("chemprop", chemprop, own_chemprop, load=None),
     "lightning-hydra-template": Project("torchmetrics", hydra, own_hydra),
 }
 FORECASTING = {

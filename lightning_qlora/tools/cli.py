@@ -29,10 +29,7 @@ from lightning_qlora.huggingface.merge_folder import FolderDtype, merge_folder
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.tools.fit import what_fits
 from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
-from lightning_qlora.tools.memory_figure import compare, draw
 from lightning_qlora.tools.patches import print_warnings_in_one_line
-from lightning_qlora.training.patches import answer_words_of_other_libraries
-from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
@@ -46,7 +43,6 @@ def plan(
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
     gpu_memory: str | None = None,
-    plot: str | None = None,
     **arguments: Any,
 ) -> None:
     """Estimate the memory of a training run without loading the model.
@@ -57,23 +53,16 @@ def plan(
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
         gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say what fits on it, and which settings help.
-        plot: Write a picture to this file (.png, .svg, .pdf): full fine-tuning, LoRA and QLoRA, by part.
         **arguments: The arguments of `QLoRAPrecision`; jsonargparse finds them through this call.
     """
     if importlib.util.find_spec("transformers") is not None:
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
-    estimate = estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments)
-    print(estimate)
-    config = QLoRAConfig(**arguments)
+    print(estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments))
     if gpu_memory is not None:
-        for line in what_fits(model, gpu_memory, batch_size, sequence_length, optimizer, config):
+        for line in what_fits(model, gpu_memory, batch_size, sequence_length, optimizer, QLoRAConfig(**arguments)):
             print(line, flush=True)
-    if plot is not None:
-        bars = compare(model, estimate, batch_size, sequence_length, optimizer, config)
-        draw(bars, f"{Path(model).name}, {batch_size} x {sequence_length} tokens", Path(plot))
-        print(f"{plot}: {', '.join(f'{name} {size_text(sum(bar.values()))}' for name, bar in bars.items())}")
 
 
 def inspect(path: str, weights_only: bool = True) -> None:
@@ -199,7 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
     signal.signal(signal.SIGTERM, _exit)
-    answer_words_of_other_libraries()
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8

@@ -78,7 +78,7 @@ def what_fits(
 
 
 def needed(estimate: MemoryEstimate) -> int:
-    """Bytes on a GPU, whose backward pass decodes weights into buffers of its own."""
+    """Bytes that a run needs on a GPU, where the backward pass decodes weights into buffers of its own."""
     return estimate.device + estimate.parts["decode buffer"]
 
 

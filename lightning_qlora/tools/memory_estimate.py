@@ -37,8 +37,8 @@ class MemoryEstimate:
     Attributes:
         parts: Part -> bytes. Parts: 4-bit weights, other frozen weights, trained weights, gradients, optimizer state,
             decode buffer, activations (with the temporary tensors of operations, at their peak).
-        gradients_at_peak: Those of the gradients that exist when all parts together take most memory: none of them at
-            the start of the backward pass, all of them at its end.
+        gradients_at_peak: Bytes of the gradients that exist when all parts together take most memory: none at the start
+            of the backward pass, all at its end.
         paged: Whether the optimizer state can move to host memory when the device is full.
         trainable_parameters: Number of trained weights.
         total_parameters: Number of all weights, with the adapters.
@@ -59,7 +59,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: all parts, of the gradients those that exist then."""
+        """Bytes at the peak: all parts, with only the gradients that exist then."""
         return sum(self.parts.values()) - self.parts["gradients"] + self.gradients_at_peak
 
     @property

@@ -24,7 +24,6 @@ from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.patches import explain_requires_grad
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import Unrecorded, record, unrecorded
@@ -129,7 +128,6 @@ def convert_module(
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
-    explain_requires_grad()
     use_adapter_state_dict(module, config, given)
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()
@@ -149,8 +147,8 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    """Load the adapter of other arguments into a module whose layers are all converted; warn of the other arguments."""
-    if config.adapter not in (None, conversion.given[-1].adapter):
+    """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
+    if config.adapter is not None and config.adapter not in [known.adapter for known in conversion.given]:
         set_adapter_of_module(module, read_adapter(config.adapter))
     warn_of_other_arguments(module, conversion, config)
     if config not in conversion.given:

@@ -22,7 +22,6 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
-from lightning_qlora.words import our_words
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -298,41 +297,6 @@ def explain_adapter_checkpoints() -> None:
         return original(module, state_dict, *args, **kwargs)
 
     wrap_once(nn.Module, "load_state_dict", load)
-
-
-def explain_unfreezing() -> None:
-    """Let `unfreeze()` of a converted module raise the error of `requires_grad_(True)`, and change nothing.
-
-    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze, sets requires_grad of every parameter and
-    stops at the first 4-bit one with torch's error, which names no layer.
-    Supported ways tried: none; the method belongs to the user's module.
-    Removed by: upstream calling requires_grad_ of the module, which `layers.patches.explain_requires_grad` explains.
-    """
-
-    def unfreeze(original: Any, module: nn.Module) -> Any:
-        module.requires_grad_(True)
-        return original(module)
-
-    for kind in classes(LightningModule):
-        wrap_once(kind, "unfreeze", unfreeze)
-
-
-def answer_words_of_other_libraries() -> None:
-    """Let errors of jsonargparse about arguments of other libraries say what they are called here, if it is loaded.
-
-    Upstream: jsonargparse/_core.py, ArgumentParser.error, for a YAML file of LightningCLI and for our command line:
-    "Option 'lora_r' is not accepted". It checks names and values before it calls `QLoRAPrecision`, whose errors say it.
-    Supported ways tried: a subclass of the parser serves our command line, and LightningCLI makes its own.
-    Removed by: jsonargparse asking the class for a message.
-    """
-    upstream: Any = sys.modules.get("jsonargparse")
-    if upstream is None:
-        return
-
-    def error(original: Any, parser: Any, message: str, *args: Any, **kwargs: Any) -> Any:
-        return original(parser, message + our_words(message), *args, **kwargs)
-
-    wrap_once(upstream.ArgumentParser, "error", error)
 
 
 def _is_converted(module: nn.Module) -> bool:

@@ -41,9 +41,9 @@ from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torc
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter. The adapters train, and in full
-    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
-    `QLoRAConfig`; `__init__` has their descriptions.
+    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full
+    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
+    arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:
         config: The arguments, checked.
@@ -66,6 +66,7 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
+        self._trains_fp32 = False  # parameters that are no adapters
 
     def __repr__(self) -> str:
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
@@ -119,6 +120,10 @@ class QLoRAPrecision(Precision):
         if not converted_before or self.report is None:
             self.report = report
         self._module = weakref.ref(module)
+        adapters = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
+        self._trains_fp32 = any(
+            p.requires_grad and p.dtype is torch.float32 and id(p) not in adapters for p in module.parameters()
+        )
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
@@ -157,9 +162,12 @@ class QLoRAPrecision(Precision):
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast, if fp32 weights are computed in 16 bit, so that all layers compute in 16 bit."""
+        """Autocast, if the module has fp32 weights and computes in 16 bit, so that all layers compute in 16 bit.
+
+        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit.
+        """
         layer = next(self._layers(), None)
-        if layer is None or layer.weight_dtype is not torch.float32:
+        if layer is None or (layer.weight_dtype is not torch.float32 and not self._trains_fp32):
             return nullcontext()
         dtype = layer.compute_dtype(layer.packed)
         return nullcontext() if dtype is torch.float32 else torch.autocast(layer.packed.device.type, dtype)
@@ -292,8 +300,6 @@ def _fit_into_loaded_packages() -> None:
     patches.leave_networks_out_of_hyperparameters()
     patches.count_weights_in_model_summary()
     patches.explain_adapter_checkpoints()
-    patches.explain_unfreezing()
-    patches.answer_words_of_other_libraries()
 
 
 _fit_into_loaded_packages()

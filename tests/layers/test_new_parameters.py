@@ -253,3 +253,10 @@ def test_a_frozen_encoder_and_a_new_head(bert):
     with pytest.warns(UserWarning, match=r"No layer was converted(.|\n)*target_modules converts frozen layers"):
         report = convert(module, r=2)
     assert set(report.trained_in_full) == NEW and report.converted == []
+
+
+def test_a_new_head_in_fp32_trains_beside_a_model_in_bf16(tmp_path, bert):
+    module = WithNewParts(bert)
+    module.model.to(torch.bfloat16)
+    make_trainer(tmp_path, plugins=QLoRAPrecision(r=2)).fit(module, [0] * 3)
+    assert module.proj[0].weight.dtype is torch.float32 and module.proj[0].weight.grad is not None

@@ -295,15 +295,24 @@ def test_a_module_without_the_plugin_loads_its_checkpoints(trainer):
 
 
 @pytest.mark.parametrize("call", ["requires_grad_", "unfreeze", "part"])
-def test_unfreezing_4_bit_layers_is_one_sentence_and_changes_nothing(call):
+def test_4_bit_weights_cannot_be_unfrozen(call):
     module = Classifier()
     convert(module, r=4)
-    before = [p.requires_grad for p in module.parameters()]
-    with pytest.raises(RuntimeError, match=r"0: requires_grad_\(True\) can't train a 4-bit weight.*modules_to_save"):
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
         {"requires_grad_": module.requires_grad_, "unfreeze": module.unfreeze, "part": module.net.requires_grad_}[
             call
         ]()
-    assert [p.requires_grad for p in module.parameters()] == before
+    assert not module.net[0].packed.requires_grad
+
+
+def test_what_an_unfreezing_reached_before_its_error_trains_and_is_saved():
+    pytest.importorskip("transformers")
+    model = toy("llama")
+    convert(model, r=4)
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        model.requires_grad_(True)
+    assert model.get_input_embeddings().weight.requires_grad
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"], model.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize(

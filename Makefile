@@ -40,7 +40,7 @@ test: lint
 
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not third_party"
 
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).
 THIRD := .venv-third-party/bin/python

@@ -32,6 +32,8 @@ ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
+FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]  # of the weights that `lightning-qlora merge` writes
+OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32

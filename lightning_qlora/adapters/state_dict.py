@@ -35,7 +35,8 @@ class Conversion:
 
     Attributes:
         config: The arguments that checkpoints hold; an adapter that was loaded changes them.
-        given: The arguments of every conversion of the module or of a part of it, as they were passed.
+        given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
+            are those of this conversion.
         has_layers: Whether layers were converted.
         replaced: Whether the state dict that is being loaded holds a dense base.
     """

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_qlora.adapters.folder_experts import FLOATS, assign_to_folder, fi
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.checks import check_choice
-from lightning_qlora.config import Base
+from lightning_qlora.config import Base, FolderDtype
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
 from lightning_qlora.files.safetensors_folder import check_links, read_json
 from lightning_qlora.huggingface.bnb_checkpoint import (
@@ -32,7 +32,6 @@ from lightning_qlora.huggingface.merged_weights import MergedWeights
 from lightning_qlora.layers.qlora_linear import DTYPES
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
-FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 

@@ -6,14 +6,14 @@ activations and temporary tensors are counted, not guessed.
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_qlora.checks import check_choice, check_integer
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import OptimizerName, QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory
@@ -22,7 +22,6 @@ from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.report import ConversionReport, size_text
 from lightning_qlora.words import refuse_unknown_arguments
 
-OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}

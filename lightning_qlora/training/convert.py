@@ -45,6 +45,7 @@ from lightning_qlora.training.convert_checks import (
     warn_of_large_new_parts,
     warn_of_other_arguments,
     warn_of_two_configs,
+    warn_of_unused_arguments,
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
@@ -132,8 +133,8 @@ def convert_module(
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()
     warn_of_what_stayed(module, choice)
-    if kept and layers:
-        warn_of_two_configs(module)
+    if kept:
+        (warn_of_two_configs if layers else warn_of_unused_arguments)(module, config)
     if config.start == "calibrated" and layers:
         Calibration(module, config)
     report = conversion_report(module, choice, bytes_before, start, deferred)
@@ -152,7 +153,7 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         set_adapter_of_module(module, read_adapter(config.adapter))
     warn_of_other_arguments(module, conversion, config)
     if config not in conversion.given:
-        conversion.given.append(config)
+        conversion.given.insert(0, config)  # the last one is that of the conversion
 
 
 def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None) -> None:

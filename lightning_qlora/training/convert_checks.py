@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
+from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.state_dict import Conversion
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
@@ -118,7 +119,17 @@ def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: Q
         )
 
 
-def warn_of_two_configs(module: nn.Module) -> None:
+def warn_of_unused_arguments(module: nn.Module, config: QLoRAConfig) -> None:
+    """Warn of the arguments of layers that differ from those of the earlier conversion, if it made all layers."""
+    for name, layer in adapted_layers(module).items():
+        pairs = [(key, getattr(layer.config, key), getattr(config, key)) for key in OF_LAYER]
+        other = [f"{key}={was!r} and not {new!r}" for key, was, new in pairs if was != new]
+        if other and not config.rank_pattern and not config.alpha_pattern:
+            warnings.warn(f"{name}: was converted before, with {', '.join(other)}, and stays so.", stacklevel=2)
+            return
+
+
+def warn_of_two_configs(module: nn.Module, _: QLoRAConfig) -> None:
     """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
     try:
         check_one_folder({name: layer.config for name, layer in adapted_layers(module).items()})

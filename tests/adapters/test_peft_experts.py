@@ -49,6 +49,8 @@ def converted(build, seed=0, **arguments):
     """A model with its experts and linear layers in 4 bits, and adapters that are not 0."""
     model = toys.made(build).eval()
     toys.convert_stacks(model)
+    for parameter in model.parameters():  # what is frozen beside trainable adapters would stay as it is
+        parameter.requires_grad_(parameter.is_floating_point())
     convert(model, r=2, lora_alpha=4, lora_dropout=0.1, **arguments)
     torch.manual_seed(seed)
     for layer in adapted_layers(model).values():

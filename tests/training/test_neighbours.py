@@ -219,7 +219,7 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer):
     outer = nn.Module()
     outer.net = Classifier().net
     convert(outer.net, r=4)
-    with pytest.warns(UserWarning, match=r"net: was converted before, with r=4 and not 8"):
+    with pytest.warns(UserWarning, match=r"net\.0: was converted before, with r=4 and not 8"):
         convert(outer, r=8)
 
 

@@ -172,7 +172,7 @@ def test_a_part_that_was_converted_alone_becomes_a_part_of_the_whole(tmp_path):
     convert(module.net, r=4, exclude_modules=["3"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = convert(module, r=8)
+        report = convert(module, r=4)
     assert report.converted == ["net.0"]
     assert report.skipped == {"net.3": "as an earlier conversion left it"}
     assert [key for key in module.state_dict() if key.endswith("qlora_config")] == ["qlora_config"]

@@ -612,7 +612,7 @@ def test_a_compiled_model_is_calibrated_on_its_first_batch(trainer, how):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_float64_inputs_calibrate_and_integers_are_the_layers_error(dtype):
-    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.float64)).train()
+    model = nn.Sequential(nn.Linear(64, 64)).train()
     convert(model, r=4, init_lora_weights="calibrated")
     if dtype is torch.int64:
         with pytest.raises(TypeError, match=r"x: must be float32.*not torch\.int64"):

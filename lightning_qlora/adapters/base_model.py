@@ -23,6 +23,7 @@ from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_c
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import is_base
+from lightning_qlora.lightning_copies import classes
 
 OF_LAYER = (  # arguments that a layer may have of its own
     "quant_type", "block_size", "double_quant", "compute_dtype", "r", "lora_alpha", "lora_dropout", "use_rslora",
@@ -40,7 +41,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 
     Else the only child with parameters of a LightningModule, else the module itself, whose name is "".
     """
-    if isinstance(module, _FabricModule):
+    if isinstance(module, classes(_FabricModule)):
         module = module.module
     adapted = {id(layer) for layer in adapted_layers(module).values()}
     for name, part in module.named_modules():
@@ -128,7 +129,7 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
     return {
         plain_name(name): part
         for name, part in module.named_modules(remove_duplicate=False)
-        if not isinstance(part, (QLoRALinear, torch.jit.ScriptModule))
+        if not isinstance(part, QLoRALinear)
         and any(
             p is not None and p.is_floating_point() and not is_base(part, key, p) for key, p in part._parameters.items()
         )

@@ -24,10 +24,11 @@ def register_flop_formulas() -> None:
 def _forward(x: Sequence[int], *rest: Any, **_: Any) -> int:
     """x W^T, x A^T, (x A^T) B^T; shapes instead of tensors."""
     (r, inputs), outputs = rest[4], rest[7]
-    return 2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs))
+    return int(2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs)))
 
 
 def _backward(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:
     """dY^T (x A^T), dY B, (dY B)^T x; and dY W and (dY B) A if x needs a gradient."""
     (r, inputs), outputs, needs_x = rest[4], grad[-1], rest[11]
-    return 2 * prod(x[:-1]) * (r * (inputs + 2 * outputs) + (inputs * (outputs + r) if needs_x else 0))
+    products = r * (inputs + 2 * outputs) + (inputs * (outputs + r) if needs_x else 0)
+    return int(2 * prod(x[:-1]) * products)

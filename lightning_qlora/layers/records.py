@@ -53,13 +53,16 @@ class Unrecorded(NamedTuple):
     trained: bool
 
 
+def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module holds itself, by key; those of a ScriptModule are in no dict."""
+    return {key: parameter for key, parameter in owner._parameters.items() if parameter is not None}
+
+
 def unrecorded(module: nn.Module) -> list[Unrecorded]:
-    """The float parameters of a module that no conversion has seen, without those of a ScriptModule, which stays."""
+    """The float parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
     found = []
     for part in module.modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            continue
-        held: dict[str, Any] = part._parameters
+        held: dict[str, Any] = own_parameters(part)
         if isinstance(part, QLoRALinear):
             held = {"weight": part.lora_A, "bias": part.bias} if part.loaded else {}
         known = vars(part).get(RECORDS, {})
@@ -73,7 +76,7 @@ def record(parameters: Iterable[Unrecorded]) -> None:
     """Record the parameters after conversion decided which of them are frozen."""
     read: dict[int, Value] = {}  # tied parameters are read once
     for owner, key, trained in parameters:
-        parameter, frozen = owner._parameters.get(key), None
+        parameter, frozen = own_parameters(owner).get(key), None
         if parameter is not None and not parameter.requires_grad:
             if id(parameter) not in read:
                 read[id(parameter)] = Value.of(parameter, fingerprint(parameter))
@@ -130,5 +133,5 @@ def undo(module: nn.Module) -> None:
     """Let each parameter require a gradient if it did before conversion, and remove all records."""
     for part in module.modules():
         for key, known in vars(part).pop(RECORDS, {}).items():
-            if (parameter := part._parameters.get(key)) is not None:
+            if (parameter := own_parameters(part).get(key)) is not None:
                 parameter.requires_grad_(known.trained)

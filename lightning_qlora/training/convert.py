@@ -26,7 +26,7 @@ from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.records import Unrecorded, record, unrecorded
+from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
     IN_MODULES_TO_SAVE,
     SavedLayers,
@@ -211,7 +211,7 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
     }
     name_of = {part: name for name, part in modules.items()}
     for owner, key, trained in new:
-        parameter = owner._parameters.get(key)
+        parameter = own_parameters(owner).get(key)
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(id(parameter) in train)
             name = f"{name_of[owner]}.{key}".lstrip(".") if owner._modules else name_of[owner]

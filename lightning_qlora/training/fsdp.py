@@ -13,12 +13,13 @@ from torch.torch_version import TorchVersion
 from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import inside
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training import patches
 
 
 def shards_module(trainer: Trainer | None) -> bool:
     """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
-    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+    return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Changes to code and objects of Lightning, torch and transformers that training needs, where they offer no hook.
 
 One function for each change, with the upstream file, the reason, the supported ways that were tried, and the upstream
-change that would remove it. None of them has an effect on a run without this package's plugin or layers.
+change that would remove it. None of them has an effect on a run without this package's plugin or layers. A change to
+Lightning is also made to its copies (`lightning_copies`).
 """
 
 import sys
@@ -18,6 +19,7 @@ from lightning_qlora.adapters.state_dict import CONFIG, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 
@@ -90,13 +92,13 @@ def convert_before_checkpoint_is_restored() -> None:
     Trainer of the environment; Strategy.restore_checkpoint_after_setup also delays callbacks and `on_load_checkpoint`.
     Removed by: a hook of Precision between `configure_model` and the restore.
     """
-    from lightning.pytorch.trainer import call
 
     def convert(original: Any, trainer: Any) -> None:
         with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):
             original(trainer)
 
-    wrap_once(call, "_call_configure_model", convert)
+    for call in modules("lightning.pytorch.trainer.call"):
+        wrap_once(call, "_call_configure_model", convert)
 
 
 @contextmanager
@@ -149,7 +151,8 @@ def load_full_state_dicts_into_sharded_modules() -> None:
         else:
             original(state_dict, module, world_size, strict)
 
-    wrap_once(import_module("lightning.fabric.strategies.model_parallel"), "_load_raw_module_state", load)
+    for strategy in modules("lightning.fabric.strategies.model_parallel"):
+        wrap_once(strategy, "_load_raw_module_state", load)
 
 
 def allow_keys_without_attributes() -> None:
@@ -193,10 +196,11 @@ def check_crc_before_loading() -> None:
             check_crc(path)
         return original(fabric, path, *args, **kwargs)
 
-    connector: Any = import_module("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
-    for name in ("load", "load_raw"):
-        wrap_once(import_module("lightning.fabric.fabric").Fabric, name, load_with_fabric)
+    for connector in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
+    for fabric in modules("lightning.fabric.fabric"):
+        wrap_once(fabric.Fabric, "load", load_with_fabric)
+        wrap_once(fabric.Fabric, "load_raw", load_with_fabric)
 
 
 def leave_networks_out_of_hyperparameters() -> None:
@@ -215,8 +219,8 @@ def leave_networks_out_of_hyperparameters() -> None:
         leave_out_networks(checkpoint, connector.trainer.lightning_module)
         return checkpoint
 
-    connector: Any = import_module("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    wrap_once(connector._CheckpointConnector, "dump_checkpoint", dump)
+    for connectors in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        wrap_once(connectors._CheckpointConnector, "dump_checkpoint", dump)
 
 
 def count_weights_in_model_summary() -> None:
@@ -228,7 +232,6 @@ def count_weights_in_model_summary() -> None:
     Supported ways tried: none; the callback chooses its summary class by the strategy (DeepSpeedSummary).
     Removed by: ModelSummary asking a module for its number of parameters and bytes.
     """
-    summary: Any = import_module("lightning.pytorch.utilities.model_summary.model_summary")
 
     def layer_parameters(original: Any, layer: Any) -> Any:
         return original(layer) + weights_minus_elements(layer._module)
@@ -239,9 +242,10 @@ def count_weights_in_model_summary() -> None:
     def megabytes(original: Any, model: Any) -> Any:
         return parameter_bytes(model._model) / 1e6 if _is_converted(model._model) else original(model)
 
-    wrap_once(summary.LayerSummary, "num_parameters", layer_parameters)
-    wrap_once(summary.ModelSummary, "total_parameters", all_parameters)
-    wrap_once(summary.ModelSummary, "model_size", megabytes)
+    for summary in modules("lightning.pytorch.utilities.model_summary.model_summary"):
+        wrap_once(summary.LayerSummary, "num_parameters", layer_parameters)
+        wrap_once(summary.ModelSummary, "total_parameters", all_parameters)
+        wrap_once(summary.ModelSummary, "model_size", megabytes)
 
 
 def count_weights_in_transformers() -> None:
@@ -280,7 +284,7 @@ def explain_adapter_checkpoints() -> None:
         if not adapted_layers(module) and (of_layers or (CONFIG in held and not _is_converted(module))):
             name = type(module).__name__
             what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
-            if not isinstance(module, LightningModule):
+            if not isinstance(module, classes(LightningModule)):
                 raise ValueError(
                     f"{what}Call lightning_qlora.convert with the arguments of the training before; for code that "
                     "loads into the dense module, call lightning_qlora.merge before it saves."

@@ -21,8 +21,9 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.patches import call_on_setup_optimizer, name_the_package_to_import_from
+from lightning_qlora.optim.patches import call_on_setup_optimizer
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
@@ -35,14 +36,6 @@ from lightning_qlora.training.gradient_checkpointing import transformers_checkpo
 from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
-
-patches.convert_before_checkpoint_is_restored()
-patches.load_full_state_dicts_into_sharded_modules()
-patches.allow_keys_without_attributes()
-patches.check_crc_before_loading()
-patches.leave_networks_out_of_hyperparameters()
-patches.count_weights_in_model_summary()
-patches.explain_adapter_checkpoints()
 
 
 class QLoRAPrecision(Precision):
@@ -65,8 +58,7 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
-        call_on_setup_optimizer()
-        name_the_package_to_import_from()
+        _fit_into_loaded_packages()
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()
@@ -253,6 +245,11 @@ class QLoRAPrecision(Precision):
         super()._after_closure(model, optimizer)
 
     @override
+    def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """See Precision; it clips only for a LightningModule of its own package."""
+        _precision_class(model)._clip_gradients(self, model, *args, **kwargs)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The states of torch's random generators, which dropout masks are drawn from, and what computes the layers."""
         return {"random_state": gather_torch_rng_states(), "kernels": self._kernels()}
@@ -281,8 +278,28 @@ class QLoRAPrecision(Precision):
 
 def _trainer_of(module: nn.Module | None) -> Trainer | None:
     """The Trainer a module is attached to; None in Fabric."""
-    return module._trainer if isinstance(module, LightningModule) else None
+    return module._trainer if isinstance(module, classes(LightningModule)) else None
 
 
 def _precision_class(module: nn.Module | None) -> type[Any]:
-    return FabricPrecision if _trainer_of(module) is None else Precision
+    """Fabric's class, or the Trainer's of the package that the module is from."""
+    if _trainer_of(module) is None:
+        return FabricPrecision
+    pairs = zip(classes(LightningModule), classes(Precision), strict=True)
+    return next(precision for kind, precision in pairs if isinstance(module, kind))
+
+
+def _fit_into_loaded_packages() -> None:
+    """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
+    inherit_from_copies(QLoRAPrecision)
+    call_on_setup_optimizer()
+    patches.convert_before_checkpoint_is_restored()
+    patches.load_full_state_dicts_into_sharded_modules()
+    patches.allow_keys_without_attributes()
+    patches.check_crc_before_loading()
+    patches.leave_networks_out_of_hyperparameters()
+    patches.count_weights_in_model_summary()
+    patches.explain_adapter_checkpoints()
+
+
+_fit_into_loaded_packages()

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_qlora import (
-    PagedOptimizer,
     QLoRAPrecision,
     convert,
     load_adapter,
@@ -456,30 +455,3 @@ def test_onnx_needs_a_merge(build, dynamo, tmp_path):
         torch.testing.assert_close(exported.module()(x), module(x))
     if dynamo:
         torch.onnx.export(merge(module), (x,), tmp_path / "x.onnx", dynamo=True)
-
-
-# ---------------------------------------------------------------- pytorch_lightning and lightning_fabric
-
-
-def test_the_trainers_of_the_other_packages_name_the_one_to_import_from():
-    theirs = pytest.importorskip("pytorch_lightning")
-    fabric = pytest.importorskip("lightning_fabric")
-    plugin, callback = QLoRAPrecision(r=4), PagedOptimizer()
-    for arguments in ({"plugins": plugin}, {"plugins": [plugin]}, {"callbacks": callback}, {"callbacks": [callback]}):
-        with pytest.raises(TypeError, match=r"separate package `pytorch_lightning`. Import from lightning\.pytorch "):
-            theirs.Trainer(**arguments, logger=False, accelerator="cpu")
-        with pytest.raises(TypeError, match=r"separate package `lightning_fabric`. Import from lightning\.fabric "):
-            fabric.Fabric(**arguments, accelerator="cpu")
-    theirs.Trainer(precision="bf16-true", logger=False, accelerator="cpu")
-    theirs.Trainer(plugins=[theirs.plugins.precision.Precision()], logger=False, accelerator="cpu")
-
-
-def test_a_module_of_the_other_package_is_converted_like_any_module():
-    theirs = pytest.importorskip("pytorch_lightning")
-
-    class Module(theirs.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(64, 64))
-
-    assert convert(Module(), r=4).converted == ["net.0"]

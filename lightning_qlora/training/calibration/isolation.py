@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training.rng_state import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
@@ -32,9 +33,9 @@ Restore = Callable[[], Any]
 # Not saved: what can't change, what a forward pass does not change, and what is too large to copy.
 NOT_SAVED = (
     int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, ModuleType, FunctionType,
-    Trainer, Fabric, Logger, Callback, LightningDataModule, Dataset, DataLoader, Optimizer,
-    nn.Parameter, QLoRALinear, np.memmap,
+    Dataset, DataLoader, Optimizer, nn.Parameter, QLoRALinear, np.memmap,
 )  # fmt: skip
+OF_LIGHTNING = (Trainer, Fabric, Logger, Callback, LightningDataModule)  # not saved either
 # Another thread may change an object with one of these attributes meanwhile: restoring it would undo that change.
 SHARED_WITH_THREADS = (threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, IOBase)
 
@@ -67,10 +68,11 @@ def restore_each(values: Iterable[T]) -> Iterator[T]:
 def _restored(*values: Any) -> Iterator[None]:
     """Save the values and everything they contain, and restore them in place on exit."""
     rest, seen = [*values], set[int]()
+    not_saved: tuple[type, ...] = (*NOT_SAVED, *(copy for kind in OF_LIGHTNING for copy in classes(kind)))
     with ExitStack() as stack:
         while rest:
             value = rest.pop()
-            if id(value) not in seen and not isinstance(value, NOT_SAVED):
+            if id(value) not in seen and not isinstance(value, not_saved):
                 seen.add(id(value))
                 restore, parts = _save(value)
                 rest.extend(parts)

@@ -5,6 +5,7 @@ from lightning_qlora.adapters.save_load import load_adapter, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.bnb_checkpoint import save_quantized
 from lightning_qlora.kernels.ops import quantize
+from lightning_qlora.layers.disable_adapter import disable_adapter
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
@@ -30,6 +31,7 @@ __all__ = [
     "QLoRALinear",
     "QLoRAPrecision",
     "convert",
+    "disable_adapter",
     "estimate_memory",
     "load_adapter",
     "load_from_checkpoint",

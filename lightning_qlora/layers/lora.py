@@ -20,6 +20,7 @@ from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
+DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter` a layer is in
 
 
 class LoRALayer(PackedLinear):
@@ -46,6 +47,7 @@ class LoRALayer(PackedLinear):
     seed_name: str
     dense_weight: Tensor | None
     input_rms: Tensor | None
+    _qlora_disabled: int = 0
     was_called = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
     weight_was_read = False
     weight_was_called = False  # whether other code passed the weight to F.linear or matmul
@@ -111,6 +113,8 @@ class LoRALayer(PackedLinear):
 
     def effective_weight(self) -> Tensor:
         """W + s B A, with DoRA g (W + s B A), in the weight's type; [out, in], differentiable in the adapter."""
+        if self._qlora_disabled:
+            return ops.dequantize(self.whole_bytes, self.weight_dtype)
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):

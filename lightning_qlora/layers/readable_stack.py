@@ -64,7 +64,8 @@ class ReadableStack(Readable):
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapters of all experts."""
-        return [parameter for layer in self._experts.layers for parameter in layer.adapter_parameters()]
+        layers = self._experts.layers
+        return [] if layers[0]._qlora_disabled else [of for layer in layers for of in layer.adapter_parameters()]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Those of the adapters of all experts."""

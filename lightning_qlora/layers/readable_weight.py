@@ -37,6 +37,10 @@ class WeightSource(Protocol):
     def weight_dtype(self) -> torch.dtype:
         """Type of the weight."""
 
+    @property
+    def _qlora_disabled(self) -> int:
+        """Whether the effective weight is W alone."""
+
     def adapter_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the effective weight depends on."""
 
@@ -177,7 +181,7 @@ class ReadableWeight(Readable):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapter."""
-        return self._source.adapter_parameters()
+        return [] if self._source._qlora_disabled else self._source.adapter_parameters()
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Those of the adapter."""

@@ -19,10 +19,11 @@ from lightning_qlora.huggingface.patches import (
 )
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.patches import explain_requires_grad
+from lightning_qlora.layers.patches import explain_requires_grad, recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import (
@@ -101,6 +102,8 @@ def convert_module(
             decode_bnb_layer(layer)
     forget_quantizer(module)
     freeze(module, choice)
+    if config.keep_initial:
+        keep_initial(module)
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
@@ -108,6 +111,7 @@ def convert_module(
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
     explain_requires_grad()
+    recompute_as_called()
     use_adapter_state_dict(module, config)
     module._qlora_arguments = given  # type: ignore[assignment]
     refuse_save_pretrained()

@@ -151,9 +151,11 @@ class DeferredLogits(Readable):
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients of `parameters()` from that of the logits."""
+        again = torch.is_grad_enabled()  # with `create_graph=True`
         with torch.enable_grad():
-            hidden = self.hidden.detach().requires_grad_()
-            return torch.autograd.grad(self.compute(hidden), [hidden, *self.source.trained], grad, allow_unused=True)
+            hidden = self.hidden if again and self.hidden.requires_grad else self.hidden.detach().requires_grad_()
+            inputs = [hidden, *self.source.trained]
+            return torch.autograd.grad(self.compute(hidden), inputs, grad, create_graph=again, allow_unused=True)
 
     @property
     def data(self) -> Tensor:

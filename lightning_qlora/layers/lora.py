@@ -124,11 +124,11 @@ class LoRALayer(PackedLinear):
             total = self.gain().unsqueeze(1) * total
         return total.to(self.weight_dtype)
 
-    @torch.no_grad()
     def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Gradients of A, B (and the magnitudes) from that of the effective weight, [out, in].
 
         dA = s B^T G,  dB = s G A^T,  with G = dW; with DoRA G = g dW, and dm = sum over in of dW (W + s B A) / norm.
+        Differentiable where autograd records.
         """
         grad, a, b = grad.float(), whole(self.lora_A).float(), whole(self.lora_B).float()
         magnitudes: tuple[Tensor, ...] = ()

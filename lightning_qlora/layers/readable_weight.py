@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -148,7 +147,6 @@ class _Effective(torch.autograd.Function):
         return readable.detached()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *([None] * ctx.count if grad is None else ctx.readable.gradients(grad))
 

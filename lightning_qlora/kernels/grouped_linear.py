@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.lora_linear import is_eager, times_weight
+from lightning_qlora.kernels.lora_linear import PLAIN, is_eager, times_weight
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -59,7 +59,8 @@ def grouped_linear(
             f"grouped_linear: x must be [rows, {weights[0].shape[1]}] of a float type with at most 32 bits; got "
             f"{list(x.shape)}, {x.dtype}."
         )
-    made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
+    with PLAIN():
+        made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
     return cast(Tensor, made)
 
 
@@ -87,7 +88,8 @@ class _GroupedLinear(torch.autograd.Function):
                     grad, x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x, times_weight
                 )
         else:
-            grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
-                grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
-            )
+            with PLAIN():
+                grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
+                    grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
+                )
         return grad_x, *[None] * 5, *grad_a.unbind(), *grad_b.unbind()

@@ -15,6 +15,9 @@ from torch import Tensor
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
+# Within this, torch does not ask a `PackedParameter` before each call, which takes 4 us: it is a tensor as any other.
+PLAIN = torch._C.DisableTorchFunctionSubclass
+
 
 def lora_linear(
     x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float = 0.0,
@@ -49,10 +52,11 @@ def lora_linear(
         )  # fmt: skip
         return cast(Tensor, y)
     projected: list[Tensor] = []
-    # One argument for all that has no gradient: `apply` and autograd do something for each.
-    y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
+    with PLAIN():
+        # One argument for all that has no gradient: `apply` and autograd do something for each.
+        y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
     return cast(Tensor, y)
 
 
@@ -83,7 +87,8 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # with `create_graph=True` alone
             grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
         else:
-            grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+            with PLAIN():
+                grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
         return grads[0], _grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
 
 

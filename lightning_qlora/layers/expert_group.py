@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.grouped_linear import can_group, is_plain_call
+from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.lora import DISABLED
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -67,12 +68,13 @@ def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
         return None
     lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
     tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]
-    key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
-    found = _checked.get(stack)
-    if found is None or found.key != key:
-        weights = [layer.weight_bytes for layer in layers]
-        group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
-        found = _checked[stack] = _Checked(key, tensors, group)
+    with PLAIN():
+        key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+        found = _checked.get(stack)
+        if found is None or found.key != key:
+            weights = [layer.weight_bytes for layer in layers]
+            group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
+            found = _checked[stack] = _Checked(key, tensors, group)
     return found.group.without_adapters() if disabled and found.group else found.group
 
 

@@ -15,6 +15,7 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.state_dict import load_base, save_base
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -163,6 +164,8 @@ class QLoRALinear(LoRALayer):
         else:
             if not torch.compiler.is_compiling():
                 self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+                if unfinished:
+                    refuse_unfinished()
             if p and self.training:
                 # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
                 seed = torch.randint(1 << 62, (1,), device="cpu")

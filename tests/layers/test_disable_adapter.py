@@ -128,12 +128,11 @@ def test_gradient_checkpointing(kind):
         perturb(model)
         if on and kind == "transformers":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        for embedding in (model.get_input_embeddings(),):
-            embedding.weight.requires_grad_()
+        model.get_input_embeddings().weight.requires_grad_()
         with pytest.warns(UserWarning, match="1 parameters train in full"), disable_adapter(model):
             base = model(input_ids=ids()).logits.square().mean()
         own = model(input_ids=ids()).logits.square().mean()
-        with pytest.warns(UserWarning), disable_adapter(model):
+        with pytest.warns(UserWarning, match="train in full"), disable_adapter(model):
             (own - 0.5 * base).backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for ours, expected in zip(*grads, strict=True):
@@ -214,10 +213,12 @@ def test_parameters_that_train_in_full_have_their_initial_values_if_they_were_ke
                 own.sum().backward()  # recomputed with the trained values
             assert net.head.bias.grad is not None
         else:
+            context = disable_adapter(net)
             with pytest.warns(UserWarning, match=r"2 parameters train in full .* embed.weight, head.bias"):
-                context = disable_adapter(net)
                 context.__enter__()
-            expected = F.linear(F.linear(net.embed(x), net.body.decode(), net.body.bias), net.head.weight, net.head.bias)
+            expected = F.linear(
+                F.linear(net.embed(x), net.body.decode(), net.body.bias), net.head.weight, net.head.bias
+            )
             torch.testing.assert_close(net(x), expected)
             context.__exit__(None, None, None)
         assert list(net.state_dict()) == names

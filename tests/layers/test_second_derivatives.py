@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import QLoRALinear, convert, disable_adapter
 from lightning_qlora.kernels import reference
+from lightning_qlora.layers.deferred_head import defer_logits
 from tests.layers.test_experts import made, qwen3_moe
 from tests.toys import perturb
 
@@ -110,7 +111,9 @@ def test_disabled_adapters_and_the_op_of_torch_library():
     net, dense = both()
     for part in dense:
         part.scaling = 0.0
-    expected = gradients(dense, lambda *a: penalty(*a) + 0 * sum(p.sum() for p in dense.parameters()), nn.Module.__call__)
+    expected = gradients(
+        dense, lambda *a: penalty(*a) + 0 * sum(p.sum() for p in dense.parameters()), nn.Module.__call__
+    )
 
     def without(net, x):
         with disable_adapter(net):
@@ -137,37 +140,48 @@ def test_no_decoded_weight_is_kept():
     assert kept and torch.Size([256, 256]) not in kept
 
 
-def test_experts_and_weights_that_are_read():
-    losses = []
-    for decoded in (False, True):
-        model = made(qwen3_moe).requires_grad_(True)
-        convert(model, r=2, lora_dropout=0.0)
-        perturb(model, 0.2)
-        owner = model.model.layers[0].mlp.experts
-        x = points(9, 64).requires_grad_()
-        index = torch.arange(18).view(9, 2) % len(owner.down_proj_experts)
-        if decoded:  # the experts' own forward on stacks that are read as a whole
-            one = {key: torch.stack([layer.decode() + layer.scaling * layer.lora_B @ layer.lora_A for layer in getattr(owner, f"{key}_experts")]) for key in ("gate_up_proj", "down_proj")}
-            def run(x):
-                up = torch.einsum("ti,tkoi->tko", x, one["gate_up_proj"][index])
-                gate, up = up.chunk(2, -1)
-                return torch.einsum("tki,tkoi->to", F.silu(gate) * up, one["down_proj"][index]) / 2
-        else:
-            def run(x):
-                return owner(x, index, torch.full((9, 2), 0.5))
-        y = run(x)
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        adapters = [p for p in owner.parameters() if p.requires_grad]
-        losses.append([y, *torch.autograd.grad(grad.square().sum(), adapters)])
-    for ours, theirs in zip(*losses, strict=True):
+def effective(layer):
+    """W + s B A in plain torch."""
+    return layer.decode() + layer.scaling * layer.lora_B @ layer.lora_A
+
+
+def of_squares(y, x, inputs):
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), inputs)
+
+
+def test_experts():
+    model = made(qwen3_moe).requires_grad_(True)
+    convert(model, r=2, lora_dropout=0.0)
+    owner = perturb(model, 0.2).model.layers[0].mlp.experts
+    x, adapters = points(9, 64).requires_grad_(), [p for p in owner.parameters() if p.requires_grad]
+    index = torch.arange(18).view(9, 2) % len(owner.down_proj_experts)
+    y = owner(x, index, torch.full((9, 2), 0.5))
+    up, down = (
+        torch.stack([effective(layer) for layer in stack])[index]
+        for stack in (owner.gate_up_proj_experts, owner.down_proj_experts)
+    )
+    gate, hidden = torch.einsum("ti,tkoi->tko", x, up).chunk(2, -1)
+    expected = torch.einsum("tki,tkoi->to", F.silu(gate) * hidden, down) / 2
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(of_squares(y, x, adapters), of_squares(expected, x, adapters), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * max(1, theirs.abs().max().item()))
 
+
+def test_weights_that_are_read_and_deferred_logits():
     layer = nn.Linear(64, 48)
     convert(layer, r=4, use_dora=True)
     perturb(layer, 0.2)
-    grads = []
-    for weight in (layer.weight, layer.gain()[:, None] * (layer.decode() + layer.scaling * layer.lora_B @ layer.lora_A)):
-        x = points(3, 64, 5).requires_grad_()
-        (grad,) = torch.autograd.grad(F.conv1d(x, weight[..., None]).square().sum(), x, create_graph=True)
-        grads.append(torch.autograd.grad(grad.square().sum(), list(parameters(layer).values())))
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-2)
+    x, adapter = points(3, 64, 5).requires_grad_(), list(parameters(layer).values())
+    ours, theirs = (
+        of_squares(F.conv1d(x, weight[..., None]), x, adapter)
+        for weight in (layer.weight, layer.gain()[:, None] * effective(layer))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+
+    head = nn.Linear(64, 96)
+    convert(head, r=4, lora_dropout=0.0)
+    hidden, adapter = points(5, 64).requires_grad_(), list(parameters(perturb(head, 0.2)).values())
+    expected = of_squares(head(hidden).tanh(), hidden, adapter)
+    defer_logits(head)
+    torch.testing.assert_close(of_squares(head(hidden).tanh(), hidden, adapter), expected)

@@ -41,9 +41,6 @@ class Preferences(DocstringQA):
         order = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.preferences, self.batch_size, shuffle=True, generator=order, collate_fn=pad_both)
 
-    def val_dataloader(self) -> list[None]:
-        return []
-
 
 def pad_both(pairs: list[tuple[Example, Example]]) -> dict[str, Tensor]:
     """Stack the preferred answers and then the rejected ones."""
@@ -54,7 +51,7 @@ def log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The log-probability of each answer, [answers]."""
     labels = batch["labels"][:, 1:]  # the token at t predicts the one at t + 1
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE)
     return -losses.view(labels.shape).sum(1)
 
 
@@ -122,7 +119,9 @@ def main(args: list[str] | None = None) -> dict[str, list[float] | int]:
     )
     if options.two_models:
         module.reference[0].to(trainer.strategy.root_device)
-    trainer.fit(module, Preferences(options.base, batch_size=2 if options.fast else 4))
+    data = Preferences(options.base, batch_size=2 if options.fast else 4)
+    data.setup("fit")
+    trainer.fit(module, data.train_dataloader())
 
     result = {"losses": module.losses, "peak_memory_bytes": peak_memory(trainer.strategy.root_device)}
     output = Path(options.output)

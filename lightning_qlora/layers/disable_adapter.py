@@ -85,7 +85,7 @@ def _warn_of_trained(names: list[str]) -> None:
         f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
         f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}. For their initial values pass keep_initial=True "
         "at conversion.",
-        stacklevel=6,
+        stacklevel=5,
     )
 
 

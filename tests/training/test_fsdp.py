@@ -187,7 +187,7 @@ def test_adapters_are_disabled_in_shards(setup_module):
             layer.lora_B.add_(0.1)
     with disable_adapter(net), torch.no_grad():
         assert torch.equal(net(x), untouched(x))
-        assert torch.equal(net[0].weight, untouched[0].decode())
+        assert torch.equal(net.module[0].weight, untouched[0].decode())
     with disable_adapter(net):
         base = net(x)
     fabric.backward((net(x) - base.detach()).square().sum())

@@ -93,14 +93,12 @@ def keep_initial(module: nn.Module) -> None:
     """Keep a copy of the parameters that train in full, for `disable_adapter`; called by the conversion."""
     kept: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for part in module.modules():
-        trained = {} if isinstance(part, LoRALayer) else {k: p for k, p in part._parameters.items() if p is not None}
-        of_part = {
-            key: kept.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=False))
-            for key, p in trained.items()
-            if p.requires_grad
-        }
-        if of_part:
-            vars(part)[INITIAL] = of_part
+        own = () if isinstance(part, LoRALayer) else part.named_parameters(recurse=False)
+        trained = {key: p for key, p in own if p.requires_grad}
+        for p in trained.values():
+            kept.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=False))
+        if trained:
+            vars(part)[INITIAL] = {key: kept[id(p)] for key, p in trained.items()}
 
 
 def contexts() -> tuple[_Context, ...]:

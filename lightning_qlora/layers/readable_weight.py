@@ -46,8 +46,10 @@ class WeightSource(Protocol):
     def effective_weight(self) -> Tensor:
         """W + s B A, a plain tensor; differentiable."""
 
-    def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the adapter's parameters from that of the effective weight."""
+    def effective_weight_backward(
+        self, grad: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the adapter's parameters, as they were, from that of the effective weight."""
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias with the adapter, without a dense weight, for code that has the weight and not the layer."""
@@ -57,6 +59,7 @@ class Readable(Tensor):
     """A tensor without memory whose values are computed when an operation reads them; nothing can write to it."""
 
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
+    _inputs: list[Any]  # the parameters when the tensor was made: those of a layer may be those of another call later
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class Readable(Tensor):
 
     def attached(self) -> Tensor:
         """The same as a function of the parameters, where autograd records."""
-        parameters = self.parameters()
+        parameters = self._inputs = self.parameters()
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             made: Tensor = _Effective.apply(self, *parameters)  # type: ignore[no-untyped-call]
             return made
@@ -183,7 +186,7 @@ class ReadableWeight(Readable):
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Those of the adapter."""
-        return self._source.effective_weight_backward(grad.T if self._transposed else grad)
+        return self._source.effective_weight_backward(grad.T if self._transposed else grad, *self._inputs)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

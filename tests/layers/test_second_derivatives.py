@@ -185,3 +185,29 @@ def test_weights_that_are_read_and_deferred_logits():
     expected = of_squares(head(hidden).tanh(), hidden, adapter)
     defer_logits(head)
     torch.testing.assert_close(of_squares(head(hidden).tanh(), hidden, adapter), expected)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_weight_that_is_read_in_a_functional_call_has_the_gradients_of_that_call(use_dora):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 48)
+
+        def forward(self, x):
+            return F.conv1d(x, self.fc.weight[..., None])
+
+    net, x = Net(), points(3, 64, 5)
+    convert(net, r=4, use_dora=use_dora)
+    moved = {
+        name: (1.5 * p.detach()).requires_grad_()
+        for name, p in perturb(net, 0.2).named_parameters()
+        if "_A" in name or "_B" in name
+    }
+    a, b = moved.values()
+    weight = net.fc.decode() + net.fc.scaling * b @ a
+    if use_dora:
+        weight = (net.fc.lora_magnitude_vector / weight.detach().norm(dim=1))[:, None] * weight
+    results = functional_call(net, moved, (x,)), F.conv1d(x, weight[..., None])
+    ours, theirs = (torch.autograd.grad(y.square().sum(), [a, b]) for y in results)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)

@@ -86,6 +86,8 @@ class _Arithmetic:
             return _write(func, name, args)
         with PLAIN():
             made = func(*args, **kwargs)
+            if name == "__set__":  # of `data`: the module moved
+                vars(args[0]).pop("_qlora_weight", None)
             if func in ALIASES and isinstance(args[0], (PackedParameter, _Bytes)):
                 made = made.as_subclass(_Bytes)
                 made._qlora_weight = _weight(args[0])
@@ -117,12 +119,12 @@ ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach}  # type: ignore[att
 
 
 def _weight(value: Any) -> _Weight:
-    """The weight of an operand; of a parameter whose data was replaced, a new one."""
-    held: _Weight | None = vars(value).get("_qlora_weight")
-    with PLAIN():
-        if held is None or (isinstance(value, PackedParameter) and held.data.data_ptr() != value.data_ptr()):
-            held = value._qlora_weight = _Weight(value.data)
-    return held
+    """The weight of an operand, made at the first use."""
+    if "_qlora_weight" not in vars(value):
+        with PLAIN():
+            value._qlora_weight = _Weight(value.data)
+    weight: _Weight = value._qlora_weight
+    return weight
 
 
 def _share(value: Any) -> Any:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
     from lightning_qlora.huggingface.bnb_checkpoint import save_quantized as save_quantized
     from lightning_qlora.kernels.ops import quantize as quantize
+    from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
     from lightning_qlora.layers.state_dict import CheckpointMismatchError as CheckpointMismatchError
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
@@ -44,6 +45,7 @@ _PLACES = {
     "QLoRALinear": "layers.qlora_linear",
     "QLoRAPrecision": "training.precision",
     "convert": "training.convert",
+    "disable_adapter": "layers.disable_adapter",
     "estimate_memory": "tools.memory_estimate",
     "load_adapter": "adapters.save_load",
     "load_from_checkpoint": "training.load_from_checkpoint",

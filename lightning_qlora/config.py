@@ -76,6 +76,8 @@ class QLoRAConfig:
         exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
             stands for all layers inside it.
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
+        keep_initial: Keep a copy of the parameters that train in full, so that `disable_adapter` computes with their
+            initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
             "calibrated" (computed from the first training batches).
@@ -110,6 +112,7 @@ class QLoRAConfig:
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
     calibration_batches: int | None = None
@@ -134,7 +137,7 @@ class QLoRAConfig:
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
         check_integer("block_size", self.block_size)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
-        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
+        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "keep_initial"):
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)
         check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)

@@ -27,6 +27,8 @@ ALLOWED = {
     "lightning_copies.py": {"kind.__bases__"},
     # Conversion of an output embedding, and of a module whose expert parameters become layers.
     "layers/deferred_head.py": {"head.__class__"},
+    # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
+    "layers/disable_adapter.py": {"owner._parameters[name]"},
     "layers/experts.py": {"owner._parameters.pop(key)", "owner._modules[key + SUFFIX]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},

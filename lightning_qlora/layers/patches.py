@@ -9,6 +9,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch.utils.checkpoint
+
+from lightning_qlora.layers.disable_adapter import as_called
+
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Replace the function or property `owner.name` by `replacement(original, *args)`; a second call does nothing."""
@@ -24,3 +28,23 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
     setattr(wrapper, mark, True)
     setattr(owner, name, property(wrapper) if isinstance(held, property) else wrapper)
+
+
+def recompute_as_called() -> None:
+    """Let torch's activation checkpointing recompute a block with or without adapters, as it was called.
+
+    Upstream: torch/utils/checkpoint.py restores random generators and autocast for the recomputation, and knows nothing
+    of `disable_adapter`: a forward pass inside of it would be recomputed with adapters, and one before it without them
+    if the backward pass runs inside.
+    Supported ways tried: the argument `context_fn` of `checkpoint`, which is the caller's (transformers, the user).
+    Removed by: upstream restoring context variables in the recomputation.
+    """
+
+    def function(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(as_called(function), *args, **kwargs)
+
+    def function_of(original: Any, ctx: Any, function: Any, *args: Any) -> Any:
+        return original(ctx, as_called(function), *args)
+
+    wrap_once(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", function)
+    wrap_once(torch.utils.checkpoint.CheckpointFunction, "forward", function_of)

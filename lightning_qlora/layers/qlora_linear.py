@@ -16,6 +16,7 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.state_dict import load_base, save_base
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -154,19 +155,24 @@ class QLoRALinear(LoRALayer):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
-        if not torch.compiler.is_compiling():
-            self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         dtype, given = self.compute_dtype(x), x.dtype
-        p, seed = self.lora_dropout, None
-        if p and self.training:
-            # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
-            seed = torch.randint(1 << 62, (1,), device="cpu")
-        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
         if given is not dtype:
             x = _cast(x, dtype)
-        magnitude = held["lora_magnitude_vector"]
+        p, seed = self.lora_dropout, None
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        a, b, magnitude = held["lora_A"], held["lora_B"], held["lora_magnitude_vector"]
+        if self._qlora_disabled:
+            a, b, magnitude = a.detach()[:0], b.detach()[:, :0], None  # rank 0
+        else:
+            if not torch.compiler.is_compiling():
+                self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+                if unfinished:
+                    refuse_unfinished()
+            if p and self.training:
+                # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
+                seed = torch.randint(1 << 62, (1,), device="cpu")
         first = bias if magnitude is None else None
-        y = lora_linear(x, self.weight_bytes, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        y = lora_linear(x, self.weight_bytes, first, a, b, self.scaling, p, seed)
         if magnitude is not None:
             y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)

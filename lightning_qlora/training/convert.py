@@ -21,9 +21,11 @@ from lightning_qlora.huggingface.patches import (
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
+from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
+from lightning_qlora.layers.patches import recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
@@ -123,12 +125,15 @@ def convert_module(
     forget_quantizer(module)
     freeze(module, choice, new, kept.values())
     record(new)
+    if config.keep_initial:
+        keep_initial(module)
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
+    recompute_as_called()
     use_adapter_state_dict(module, config, given)
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()

@@ -1,4 +1,11 @@
-"""QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it."""
+"""QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it.
+
+    w = dequantize(packed, absmax, nested)            [out, in], into a buffer that all layers share
+    xa = dropout(x, p, seed) @ lora_A.T               [..., r], the mask from the seed
+    y = x @ w.T + bias + scaling * xa @ lora_B.T
+
+`kernels/reference.py` specifies this, and the gradient. `kernels/lora_linear.py` is the op that `forward` calls.
+"""
 
 from collections.abc import Callable
 from functools import cache

@@ -1,4 +1,14 @@
-"""Which layers of a module become 4-bit layers, which stay dense, and why."""
+"""Which layers of a module become 4-bit layers, which stay dense, and why. The first line that fits decides:
+
+    in modules_to_save                                   trains in full
+    seen by an earlier conversion                        stays as it is
+    in exclude_modules                                   skipped: dense and frozen
+    new (`new_parameters`), and not in target_modules    trains in full
+    not in target_modules                                skipped
+    can't be converted, or only if named                 skipped (`dense_reasons`: tied, frozen by the module, routers)
+    not larger than its adapter, with "all-linear"       trains in full
+    everything else                                      4 bits and an adapter
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

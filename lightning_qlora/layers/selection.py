@@ -1,4 +1,6 @@
-"""Which layers of a module become 4-bit layers, which stay dense, and why. The first line that fits decides:
+"""Which layers of a module become 4-bit layers, which stay dense, and why.
+
+The first line that fits decides on a layer:
 
     in modules_to_save                                   trains in full
     seen by an earlier conversion                        stays as it is
@@ -7,7 +9,7 @@
     not in target_modules                                skipped
     can't be converted, or only if named                 skipped (`dense_reasons`: tied, frozen by the module, routers)
     not larger than its adapter, with "all-linear"       trains in full
-    everything else                                      4 bits and an adapter
+    any other linear layer                               4 bits and an adapter
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-all lint docs bench compile-kernels clean
+.PHONY: help setup quickstart test test-all test-third-party lint docs bench compile-kernels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   fine-tune SmolLM2-135M in 4 bits on this machine (under 6 minutes on 2 CPU cores after set-up)"
 	@echo "make test         lint, types and tests (under 15 minutes on 2 CPU cores)"
 	@echo "make test-all     the tests above and the long ones"
+	@echo "make test-third-party  modules and scripts of other packages, in an environment of their own (some minutes, 3 GB)"
 	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"
 	@echo "make lint | docs | bench | clean"
 
@@ -39,7 +40,17 @@ test: lint
 
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not third_party"
+
+# LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).
+THIRD := .venv-third-party/bin/python
+test-third-party:
+	test -x $(THIRD) || $(PYTHON) -m venv .venv-third-party
+	$(THIRD) -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
+		pytorch-forecasting gluonts scvi-tools darts neuralforecast lightly chemprop gymnasium
+	# --no-deps: LitGPT asks for one version of lightning and an older huggingface_hub.
+	$(THIRD) -m pip install --quiet --disable-pip-version-check --no-deps litgpt
+	$(THIRD) -m pytest -m third_party tests/third_party
 
 docs: setup
 	$(PIP) --editable ".[docs]"
@@ -54,4 +65,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) outputs site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-third-party outputs site .pytest_cache .mypy_cache .ruff_cache

@@ -1,41 +1,70 @@
-"""QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`."""
+"""QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`.
 
-from lightning_qlora.adapters.merge import merge
-from lightning_qlora.adapters.save_load import load_adapter, save_adapter
-from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.bnb_checkpoint import save_quantized
-from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
-from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
-from lightning_qlora.optim.callback import PagedOptimizer
-from lightning_qlora.optim.loraplus import loraplus_groups
-from lightning_qlora.quantization.packed_weight import PackedWeight
-from lightning_qlora.tools.memory_estimate import MemoryEstimate, estimate_memory
-from lightning_qlora.training.convert import convert
-from lightning_qlora.training.load_from_checkpoint import load_from_checkpoint
-from lightning_qlora.training.precision import QLoRAPrecision
-from lightning_qlora.training.report import ConversionReport
+A name is imported when it is first used, so that the command line starts without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_qlora.adapters.merge import merge as merge
+    from lightning_qlora.adapters.save_load import load_adapter as load_adapter
+    from lightning_qlora.adapters.save_load import save_adapter as save_adapter
+    from lightning_qlora.config import QLoRAConfig as QLoRAConfig
+    from lightning_qlora.huggingface.bnb_checkpoint import save_quantized as save_quantized
+    from lightning_qlora.kernels.ops import quantize as quantize
+    from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
+    from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
+    from lightning_qlora.layers.state_dict import CheckpointMismatchError as CheckpointMismatchError
+    from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
+    from lightning_qlora.optim.adamw import PagedAdamW8bit as PagedAdamW8bit
+    from lightning_qlora.optim.callback import PagedOptimizer as PagedOptimizer
+    from lightning_qlora.optim.loraplus import loraplus_groups as loraplus_groups
+    from lightning_qlora.quantization.packed_weight import PackedWeight as PackedWeight
+    from lightning_qlora.tools.memory_estimate import (
+        MemoryEstimate as MemoryEstimate,
+    )
+    from lightning_qlora.tools.memory_estimate import (
+        estimate_memory as estimate_memory,
+    )
+    from lightning_qlora.training.convert import convert as convert
+    from lightning_qlora.training.load_from_checkpoint import load_from_checkpoint as load_from_checkpoint
+    from lightning_qlora.training.precision import QLoRAPrecision as QLoRAPrecision
+    from lightning_qlora.training.report import ConversionReport as ConversionReport
 
 __version__ = "0.1.0"
-__all__ = [
-    "CheckpointMismatchError",
-    "ConversionReport",
-    "MemoryEstimate",
-    "PackedWeight",
-    "PagedAdamW",
-    "PagedAdamW8bit",
-    "PagedOptimizer",
-    "QLoRAConfig",
-    "QLoRALinear",
-    "QLoRAPrecision",
-    "convert",
-    "estimate_memory",
-    "load_adapter",
-    "load_from_checkpoint",
-    "loraplus_groups",
-    "merge",
-    "quantize",
-    "save_adapter",
-    "save_quantized",
-]
+_PLACES = {
+    "CheckpointMismatchError": "layers.state_dict",
+    "ConversionReport": "training.report",
+    "MemoryEstimate": "tools.memory_estimate",
+    "PackedWeight": "quantization.packed_weight",
+    "PagedAdamW": "optim.adamw",
+    "PagedAdamW8bit": "optim.adamw",
+    "PagedOptimizer": "optim.callback",
+    "QLoRAConfig": "config",
+    "QLoRALinear": "layers.qlora_linear",
+    "QLoRAPrecision": "training.precision",
+    "convert": "training.convert",
+    "disable_adapter": "layers.disable_adapter",
+    "estimate_memory": "tools.memory_estimate",
+    "load_adapter": "adapters.save_load",
+    "load_from_checkpoint": "training.load_from_checkpoint",
+    "loraplus_groups": "optim.loraplus",
+    "merge": "adapters.merge",
+    "quantize": "kernels.ops",
+    "save_adapter": "adapters.save_load",
+    "save_quantized": "huggingface.bnb_checkpoint",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -32,6 +32,8 @@ ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
+FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]  # of the weights that `lightning-qlora merge` writes
+OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
@@ -74,6 +76,8 @@ class QLoRAConfig:
         exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
             stands for all layers inside it.
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
+        keep_initial: Keep a copy of the parameters that train in full, so that `disable_adapter` computes with their
+            initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
             "calibrated" (computed from the first training batches).
@@ -108,6 +112,7 @@ class QLoRAConfig:
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
     calibration_batches: int | None = None
@@ -132,7 +137,7 @@ class QLoRAConfig:
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
         check_integer("block_size", self.block_size)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
-        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
+        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "keep_initial"):
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)
         check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)

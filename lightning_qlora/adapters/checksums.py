@@ -1,5 +1,6 @@
 """Checksums of the entries of a state dict: damaged values are refused when they are loaded.
 
+A plain loop needs them: `torch.load` does not compare the CRC-32 in its file, so a changed bit changes an adapter.
 Older checkpoints have none. A module in shards (FSDP2) has none either: torch.distributed.checkpoint loads only files
 with the entries that the module has now, and could not load older ones. `files.lightning_checkpoint.check_crc` compares
 the shards with the CRC-32 that is in them.
@@ -43,7 +44,11 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
         dimensions, types = KINDS.get(str(key).rpartition(".")[2], (None, ()))
         kind = [getattr(value, name, None) for name in ("dtype", "ndim", "layout")]
         if dimensions is not None and (kind[0] not in types or kind[1:] != [dimensions, torch.strided]):
-            raise ValueError(f"{source}: {key!r} is {kind[0] or shown(value)}, which it can't be. Use another copy.")
+            kinds = str(types[0]).removeprefix("torch.")
+            what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise ValueError(
+                f"{source}: {key!r} is {what}, and must have a type as {kinds} in {dimensions} dimensions."
+            )
     held = state_dict.pop(prefix + CHECKSUMS, None)
     if held is None:
         return

@@ -5,8 +5,8 @@ import os
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
-from lightning_qlora.adapters.base_compatibility import quantization_of
-from lightning_qlora.adapters.base_model import alpha_of, seed_name_of
+from lightning_qlora.adapters.base_compatibility import alpha_in_folder, check_one_folder, quantization_of
+from lightning_qlora.adapters.base_model import config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
@@ -57,6 +57,10 @@ def read_adapter_from_checkpoint(
         if _parameter_of(inside) in known
     }
 
+    configs = {name: config_of_layer(about, inside, config) for name, inside in in_base.items()}
+    check_one_folder(configs)
+    use_rslora = all(of_layer.use_rslora for of_layer in configs.values())
+
     def base_fingerprint(name: str) -> int | None:
         value = state.get(f"{keys[name]}.weight.{FINGERPRINT}")
         return None if value is None else int(value)
@@ -66,7 +70,7 @@ def read_adapter_from_checkpoint(
             name: LayerAdapter(
                 state[f"{key}.lora_A"],
                 state[f"{key}.lora_B"],
-                alpha_of(about, in_base[name], full_names[name], config),
+                alpha_in_folder(configs[name], use_rslora),
                 state.get(f"{key}.{MAGNITUDE}"),
             )
             for name, key in keys.items()
@@ -78,10 +82,10 @@ def read_adapter_from_checkpoint(
             if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
         },
         modules_to_save=sorted(about["trained_in_full"]),
-        # Older checkpoints don't hold it. Then full names, since the last part of a name may fit other layers too.
+        # With another prefix: full names, since the last part of a name may fit other layers too.
         target_modules=(about.get("target_modules") if inner == about["prefix"] else None)
         or sorted(name for name in keys if _parameter_of(name) not in experts),
-        use_rslora=config.use_rslora,
+        use_rslora=use_rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=config.lora_dropout,
         task_type=about["task_type"],
@@ -93,8 +97,10 @@ def read_adapter_from_checkpoint(
             if f"{key}.weight.absmax" in state
         },
         origin=Origin(
-            config.with_initialization(quantization["init_lora_weights"], quantization.get("loftq_config")),
-            {name: seed_name_of(about, in_base[name], full) for name, full in full_names.items()},
+            configs[next(iter(configs))].with_initialization(
+                quantization["init_lora_weights"], quantization.get("loftq_config")
+            ),
+            {name: seed_name_of(about, inside) for name, inside in in_base.items()},
             {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
             base_fingerprint,
         ),

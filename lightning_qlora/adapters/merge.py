@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
+from lightning_qlora.adapters.state_dict import CONVERSION
 from lightning_qlora.checks import check_choice
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.lora import ADAPTER, cancel_calibration
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.new_layers import mark_as_loaded
+from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
+from lightning_qlora.layers.records import undo
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -27,7 +29,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     Experts become the parameter that they were, in the same way.
 
     The new weight is the decoded 4-bit weight plus s B A, on which the adapter was trained. The sum is computed in fp32
-    and rounded once, stochastically (`round_stochastically`). It is frozen, as PEFT leaves it.
+    and rounded once, stochastically (`round_stochastically`). Every parameter requires a gradient if it did before
+    conversion.
 
     Args:
         module: A converted module.
@@ -60,6 +63,9 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         stack.restore(owner, key, stack.stack(merged))
     mark_as_loaded(module, [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)])
     compute_logits(module)
+    for part in module.modules():
+        vars(part).pop(CONVERSION, None)
+    undo(module)
     if dtype != "auto":
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -96,11 +102,11 @@ def round_stochastically(weight: Tensor, dtype: torch.dtype, name: str) -> Tenso
 
     Args:
         weight: fp32, of any shape.
-        dtype: Type to round to; fp32 returns the weight itself.
+        dtype: Type to round to; fp32 and fp64 hold the weight as it is.
         name: The layer's name, which the random numbers are made from: the same weight is always rounded the same way.
     """
-    if dtype is torch.float32:
-        return weight
+    if dtype not in (torch.bfloat16, torch.float16):
+        return weight.to(dtype)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
     chance = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)

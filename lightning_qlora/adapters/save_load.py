@@ -12,24 +12,27 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.base_compatibility import (
+    alpha_in_folder,
+    check_one_folder,
     check_required_base,
     convert_to_float_base,
     record_initialization,
     required_base,
 )
 from lightning_qlora.adapters.base_model import (
-    alpha_of_layer,
     breaks_tie,
     describe_base,
     find_base_model,
     tie_error,
     tied_names,
     trained_in_full,
+    trained_outside,
 )
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, like, reshard, whole
@@ -71,7 +74,14 @@ def save_adapter(
         adapter = convert_to_float_base(adapter, base_model)
     elif needed := required_base(adapter.quantization):
         warnings.warn(needed, stacklevel=2)
-    rank_zero_only(_write)(adapter, find_base_model(module)[1], folder)
+    prefix, inner = find_base_model(module)
+    if outside := trained_outside(module):
+        warnings.warn(
+            f"The folder gets the adapters of {prefix!r}, a {type(inner).__name__}, and not what trains outside of it: "
+            f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
+            stacklevel=2,
+        )
+    rank_zero_only(_write)(adapter, inner, folder)
 
 
 def _write(adapter: Adapter, base: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -102,7 +112,9 @@ def get_adapter(module: nn.Module) -> Adapter:
             "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
         )
     first = next(iter(layers.values()))
-    about = describe_base(module)
+    check_one_folder({name: layer.config for name, layer in layers.items()})
+    use_rslora = all(layer.config.use_rslora for layer in layers.values())
+    about = describe_base(module, first.config)
     experts = {name: ExpertStack(*stack) for name, stack in about.get("experts", {}).items()}
     trained = trained_in_full(module)
     if "" in trained:
@@ -115,7 +127,7 @@ def get_adapter(module: nn.Module) -> Adapter:
             name: LayerAdapter(
                 whole(layer.lora_A).detach(),
                 whole(layer.lora_B).detach(),
-                alpha_of_layer(layer),
+                alpha_in_folder(layer.config, use_rslora),
                 None if layer.lora_magnitude_vector is None else whole(layer.lora_magnitude_vector).detach(),
             )
             for name, layer in layers.items()
@@ -124,7 +136,7 @@ def get_adapter(module: nn.Module) -> Adapter:
         saved={f"{name}.{key}": value for name, part in trained.items() for key, value in _state_of(part).items()},
         modules_to_save=_checked_endings(list(trained), base),
         target_modules=about["target_modules"],
-        use_rslora=first.config.use_rslora,
+        use_rslora=use_rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=first.lora_dropout,
         task_type=about["task_type"],
@@ -172,9 +184,8 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
             tensors[key].copy_(like(value, tensors[key]))
     cancel_calibration(module)
     for part in module.modules():
-        config = getattr(part, "_qlora_config", None)
-        if isinstance(config, QLoRAConfig):  # checkpoints hold it
-            part._qlora_config = replace(config, **_arguments(part, adapter, layers))  # type: ignore[assignment]
+        if (conversion := conversion_of(part)) is not None:  # checkpoints hold it
+            conversion.config = replace(conversion.config, **_arguments(part, adapter, layers))
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
@@ -210,7 +221,7 @@ def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinea
     for name, layer in layers.items():
         if name not in adapter.layers:
             ranks |= {name: layer.r} if layer.r != adapter.r else {}
-            alphas |= {name: alpha_of_layer(layer)} if alpha_of_layer(layer) != adapter.alpha else {}
+            alphas |= {name: layer.config.lora_alpha} if layer.config.lora_alpha != adapter.alpha else {}
 
     def exact(pattern: dict[str, Any]) -> dict[str, Any]:
         return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}

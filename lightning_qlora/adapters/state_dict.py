@@ -2,102 +2,77 @@
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
-from lightning_qlora.adapters.base_model import alpha_of, alpha_of_layer, describe_base, find_base_model, seed_name_of
-from lightning_qlora.adapters.checksums import add_checksums, check_checksums
+from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
+from lightning_qlora.adapters.checksums import CHECKSUMS, add_checksums, check_checksums
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded, like, reshard
-from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.dtensor import like, reshard
 from lightning_qlora.layers.lora import ADAPTER
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.state_dict import FINGERPRINT, CheckpointMismatchError
+from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew
+from lightning_qlora.layers.state_dict import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
 
+CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`
+HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
 CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # key in that JSON of what `describe_base` returns
 DAMAGED = "The checkpoint is damaged: use another copy."
 PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
 
 
-class _Known(NamedTuple):
-    """A parameter when it was last read."""
+@dataclass
+class Conversion:
+    """What a converted module knows of its conversion.
 
-    version: int
-    dtype: torch.dtype
-    shape: torch.Size
-    address: int  # `parameter.data = tensor` changes it, but not the version
-    fingerprint: int
+    Attributes:
+        config: The arguments that checkpoints hold; an adapter that was loaded changes them.
+        given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
+            are those of this conversion.
+        has_layers: Whether layers were converted.
+        replaced: Whether the state dict that is being loaded holds a dense base.
+    """
 
-    @staticmethod
-    def read(parameter: Tensor) -> "_Known":
-        """Read all of a parameter."""
-        return _Known.of(parameter, fingerprint(parameter))
-
-    @staticmethod
-    def of(parameter: Tensor, known: int) -> "_Known":
-        """The entry of a parameter whose fingerprint is known."""
-        address = 0 if is_sharded(parameter) else parameter.data_ptr()
-        return _Known(parameter._version, parameter.dtype, parameter.shape, address, known)
+    config: QLoRAConfig
+    given: list[QLoRAConfig]
+    has_layers: bool
+    replaced: bool = False
 
 
-class FrozenParameters:
-    """Fingerprints of the dense parameters (embeddings, norms) that conversion froze, as they were then."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.known: dict[str, _Known] = {}
-        self.has_layers = bool(adapted_layers(module))
-        self.replaced = False  # whether the state that is being loaded holds a dense base
-        read: dict[int, _Known] = {}  # tied parameters are read once
-        for name, parameter in ((plain_name(name), parameter) for name, parameter in _dense_parameters(module)):
-            if not parameter.requires_grad:
-                if id(parameter) not in read:
-                    read[id(parameter)] = _Known.read(parameter)
-                self.known[name] = read[id(parameter)]
-
-    def unchanged(self, name: str, parameter: Tensor) -> bool:
-        """Whether a parameter is still frozen and that of the base; it is read again only if it was written to."""
-        known = self.known.get(plain_name(name))
-        if known is None or parameter.requires_grad or parameter.shape != known.shape:
-            return False
-        now = _Known.of(parameter, known.fingerprint)
-        moved = now.address != known.address and now.dtype is known.dtype and not is_sharded(parameter)
-        if now.version != known.version or moved:
-            if fingerprint(parameter) != known.fingerprint:
-                return False  # it was replaced, or trained for a while and frozen again
-            self.known[plain_name(name)] = now._replace(dtype=known.dtype)
-        return True
-
-    def current(self, name: str, parameter: Tensor) -> int:
-        """The fingerprint of a parameter as it is now; of one that was cast since, the fingerprint before the cast."""
-        known = self.known.get(plain_name(name))
-        cast = known is not None and known.dtype is not parameter.dtype and known.shape == parameter.shape
-        return known.fingerprint if known is not None and cast else fingerprint(parameter)
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion of a module; None for a module that is not converted, and for a part of a converted one."""
+    return vars(module).get(CONVERSION)
 
 
-def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig) -> None:
-    """Make `root.state_dict()` leave out the frozen base, and `load_state_dict` complete it, so that it can be strict.
+def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
+    """Make state dicts of a converted module hold what trains, and loading complete them, so that it can be strict.
+
+    The state dict of a part of the module also holds the base of that part, since the part may be saved alone.
 
     Args:
         root: The converted module.
         config: The arguments of its conversion; with checkpoint="full" the base is not left out.
+        given: The same as they were passed.
     """
-    has_hooks = "_qlora_frozen" in vars(root)  # converted before, and merged, or without a layer for 4 bits
-    root._qlora_config = config  # type: ignore[assignment]
-    root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
-    if has_hooks:
-        return
-    # Module-level functions: a module with these hooks can be copied and pickled.
-    root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
-    root.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
-    root.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+    layers = adapted_layers(root)
+    earlier = [known for _, conversion in _conversions(root) for known in conversion.given]
+    root._qlora_conversion = Conversion(config, [*earlier, given], bool(layers))  # type: ignore[assignment]
+    inner = {name[:end] for name in layers for end in (0, *(i for i, c in enumerate(name) if c == "."), len(name))}
+    for part in (root.get_submodule(name) for name in {"", *inner}):
+        if HOOKED not in vars(part):
+            vars(part)[HOOKED] = True
+            # Module-level functions: a module with these hooks can be copied and pickled.
+            part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
+            part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
+            part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
 
 def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | None:
@@ -118,17 +93,29 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
 def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
     about: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
-    kinds = {"prefix": str, "trained_in_full": list, "lora_alphas": dict, "seed_names": dict, "experts": dict}
+    kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
+    source = f"{prefix + CONFIG}: {BASE_MODEL!r}"
     if (
         not isinstance(about, dict)
         or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items())
         or not all(isinstance(name, str) for name in about.get("trained_in_full", []))
     ):
-        raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r} is {str(about)[:80]!r}. {DAMAGED}")
-    check_quantization(about.get("quantization"), f"{prefix + CONFIG}: {BASE_MODEL!r}")
-    if "" not in about.get("lora_alphas", {"": 1}):
-        raise ValueError(f"{prefix + CONFIG}: the lora_alpha of most layers is missing. {DAMAGED}")
+        raise ValueError(f"{source} is {str(about)[:80]!r}. {DAMAGED}")
+    check_quantization(about.get("quantization"), source)
+    try:
+        for own in {json.dumps(own): own for own in about.get("layers", {}).values()}.values():
+            QLoRAConfig(**own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the arguments of a layer: {error} {DAMAGED}") from error
     return about
+
+
+def saved_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of each layer with an adapter in the state dict of a converted module -> the arguments of its own."""
+    about = base_model_of(state_dict)
+    own = {f"{about.get('prefix', '')}.{name}".lstrip("."): given for name, given in about.get("layers", {}).items()}
+    names = [plain_name(key).rpartition(".") for key in state_dict]
+    return {name: own.get(name, {}) for name, _, last in names if last == "lora_A"}
 
 
 def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -146,50 +133,73 @@ def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Replace frozen parameters by their fingerprints, and add the arguments of the conversion and checksums."""
-    if _is_merged(root):
+    if not _is_outermost(root, prefix):
         return
-    config = _config(root)
+    conversion = conversion_of(root)
+    if conversion is None:  # a part that is saved alone
+        config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
+        _add_bases(root, state_dict, prefix)
+    else:
+        config = conversion.config
     if config.checkpoint == "adapter":
-        for name, parameter in _dense_parameters(root):
-            if prefix + name in state_dict and _frozen(root).unchanged(name, parameter):
+        for name, owner, key, parameter in _dense_parameters(root):
+            if prefix + name in state_dict and is_base(owner, key, parameter):
                 del state_dict[prefix + name]
-                known = _frozen(root).known[plain_name(name)].fingerprint
-                state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(known, device="cpu")
+                known = frozen_value(owner, key)
+                assert known is not None
+                state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(known.fingerprint, device="cpu")
     # adapter: a folder that is read once, at conversion
-    arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root)}
+    arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root, config)}
     text = json.dumps(arguments).encode()
     text = text.ljust(-(-len(text) // PAGE) * PAGE)
     state_dict[prefix + CONFIG] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    for name, _conversion in _conversions(root):  # of parts that were converted alone, too
+        for key in (CONFIG, CHECKSUMS) if name else ():
+            state_dict.pop(f"{prefix}{name}.{key}", None)
     add_checksums(state_dict, prefix)
+
+
+def _add_bases(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace the fingerprints of 4-bit weights by the weights, which all ranks gather if they are sharded."""
+    for name, layer in part.named_modules(remove_duplicate=False):
+        key = f"{prefix}{name}.weight".replace("..", ".").lstrip(".")
+        if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
+            state_dict.update(layer.packed_weight.bnb_state_dict(key))
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Check that a state fits the module, and complete it with the frozen parameters of the module."""
-    if _is_merged(root):
+    done = state_dict.get(prefix + CONFIG, "") is None  # by the module around this one
+    if done:
+        del state_dict[prefix + CONFIG]
+    if done or not _is_outermost(root, prefix):
         return
     reshard(root)
     check_checksums(state_dict, prefix)
-    frozen = _frozen(root)
-    frozen.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
+    conversion = conversion_of(root)
+    if conversion is not None:
+        conversion.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
     saved, about = config_of(state_dict, prefix), base_model_of(state_dict, prefix)
     state_dict.pop(prefix + CONFIG, None)
     if saved is not None:
         _check_same_function(root, saved, about)
         _keep_initialization(root, saved, about)
+    for name, _conversion in _conversions(root):
+        if name:
+            state_dict[f"{prefix}{name}.{CONFIG}"] = None  # this call does all for the parts that were converted alone
     read: dict[int, int] = {}  # tied parameters are read once
-    for name, parameter in _dense_parameters(root):
+    for name, owner, key, parameter in _dense_parameters(root):
         value = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if value is None:
             continue
         if id(parameter) not in read:
-            read[id(parameter)] = frozen.current(name, parameter)
+            read[id(parameter)] = fingerprint_of(owner, key, parameter)
         expected, current = int(value.contiguous()), read[id(parameter)]
         if expected != current:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint was trained on another base model (this frozen parameter has fingerprint "
-                f"{expected:x} there, {current:x} here). Load the base model of the training, and do not change its "
-                "frozen parameters afterwards."
+                f"{expected:x} there, {current:x} here). {LOAD_THE_BASE}"
             )
         state_dict[prefix + name] = parameter.detach()
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -199,8 +209,10 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 def _after_load(root: nn.Module, _: Any) -> None:
     """After a checkpoint of the dense module its parameters are the base."""
-    if _frozen(root).replaced:
-        root._qlora_frozen = FrozenParameters(root)  # type: ignore[assignment]
+    conversion = conversion_of(root)
+    if conversion is not None and conversion.replaced and not _is_merged(root):
+        conversion.replaced = False
+        renew(root)
 
 
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -218,35 +230,38 @@ def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str)
 
 def _check_same_function(root: nn.Module, saved: QLoRAConfig, about: dict[str, Any]) -> None:
     """Refuse arguments that have no effect on shapes, but on what the adapters compute."""
-    here = _config(root)
-    pairs = {name: (getattr(saved, name), getattr(here, name)) for name in ("use_rslora", "use_dora")}
     for name, full_name, layer in _layers_of_base(root):
-        pairs[f"{full_name}: lora_alpha"] = alpha_of(about, name, full_name, saved), alpha_of_layer(layer)
-    for name, (there, value) in pairs.items():
-        if there != value:
-            raise CheckpointMismatchError(
-                f"{name} is {there!r} in the checkpoint and {value!r} here: the adapters would compute something else "
-                "than in training. Set it (lora_alpha also by alpha_pattern) to the value of the checkpoint."
-            )
+        there = config_of_layer(about, name, saved)
+        for argument in ("use_rslora", "use_dora", "lora_alpha"):
+            was, now = getattr(there, argument), getattr(layer.config, argument)
+            if was != now:
+                raise CheckpointMismatchError(
+                    f"{full_name}: {argument} is {was!r} in the checkpoint and {now!r} here: the adapters would "
+                    "compute something else than in training. Set it (lora_alpha also by alpha_pattern) to the value "
+                    "of the checkpoint."
+                )
 
 
 def _keep_initialization(root: nn.Module, saved: QLoRAConfig, about: dict[str, Any]) -> None:
     """Store in the module how the adapters of a checkpoint were initialized: it decides which base they fit."""
-    here, layers, quantization = _config(root), adapted_layers(root).values(), about.get("quantization")
-    for name, full_name, layer in _layers_of_base(root):
-        layer.seed_name = seed_name_of(about, name, full_name)
+    layers, conversion = _layers_of_base(root), conversion_of(root)
+    for name, _, layer in layers:
+        layer.seed_name = seed_name_of(about, name)
+        there = config_of_layer(about, name, saved)
+        layer.config = layer.config.with_initialization(there.init_lora_weights, there.loftq_config)
     method, loftq_config = saved.init_lora_weights, saved.loftq_config
-    if (here.init_lora_weights, here.loftq_config) != (method, loftq_config):
-        warnings.warn(
-            f"The adapters of the checkpoint were initialized as {method!r}, so init_lora_weights="
-            f"{here.init_lora_weights!r} is not used.",
-            stacklevel=2,
-        )
-        root._qlora_config = here.with_initialization(method, loftq_config)  # type: ignore[assignment]
-        for layer in layers:
-            layer.config = layer.config.with_initialization(method, loftq_config)
+    if conversion is not None:
+        here = conversion.config
+        if (here.init_lora_weights, here.loftq_config) != (method, loftq_config):
+            warnings.warn(
+                f"The adapters of the checkpoint were initialized as {method!r}, so init_lora_weights="
+                f"{here.init_lora_weights!r} is not used.",
+                stacklevel=2,
+            )
+            conversion.config = here.with_initialization(method, loftq_config)
+    quantization = about.get("quantization")
     if required_base(quantization):  # the adapters came from a folder, whose initialization the arguments don't name
-        for layer in layers:
+        for _, _, layer in layers:
             record_initialization(layer, quantization)
 
 
@@ -257,26 +272,29 @@ def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:
     return [(plain_name(name), f"{prefix}.{name}".strip("."), layer) for name, layer in layers]
 
 
+def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
+    """Name and conversion of a module and of its parts, under each of their names."""
+    for name, part in root.named_modules(remove_duplicate=False):
+        if (conversion := conversion_of(part)) is not None:
+            yield name, conversion
+
+
+def _is_outermost(root: nn.Module, prefix: str) -> bool:
+    """Whether a state dict is that of this converted module, or of this part alone, and holds adapters."""
+    return not _is_merged(root) and (conversion_of(root) is not None or not prefix)
+
+
 def _is_merged(root: nn.Module) -> bool:
     """Whether the adapters were merged, in the root or in a part of it: its state dict is that of a dense module."""
-    return _frozen(root).has_layers and not adapted_layers(root)
+    conversion = conversion_of(root)
+    return (conversion is None or conversion.has_layers) and not adapted_layers(root)
 
 
-def _frozen(root: nn.Module) -> FrozenParameters:
-    return root._qlora_frozen  # type: ignore[return-value]
-
-
-def _config(root: nn.Module) -> QLoRAConfig:
-    return root._qlora_config  # type: ignore[return-value]
-
-
-def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Every parameter under each of its names, except those that QLoRALinear saves and checks itself."""
-    own = {
-        f"{name}.{key}".lstrip(".")
-        for name, layer in root.named_modules(remove_duplicate=False)
-        if isinstance(layer, QLoRALinear)
-        for key in layer._parameters
-        if key in (*BASE, *ADAPTER)
-    }
-    return [(n, p) for n, p in root.named_parameters(remove_duplicate=False) if n not in own]
+def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Name, owner, key and value of every parameter under each of its names, but what QLoRALinear saves itself."""
+    return [
+        (f"{name}.{key}".lstrip("."), owner, key, parameter)
+        for name, owner in root.named_modules(remove_duplicate=False)
+        for key, parameter in owner._parameters.items()
+        if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER))
+    ]

@@ -23,7 +23,7 @@ def is_file(path: str | os.PathLike[str]) -> bool:
         kind = {"d": "folder", "p": "pipe", "s": "socket"}.get(stat.filemode(found.st_mode)[0], "device")
         raise ValueError(f"{path}: is a {kind}, not a file. Put a copy of the file there.")
     if not found.st_size:
-        raise ValueError(f"{path}: is empty (0 bytes). Copy or save it again.")
+        raise ValueError(f"{path}: is empty (0 bytes): truncated, or a file of /proc. Use another copy of it.")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Folders in bitsandbytes' 4 bits: which layers transformers makes 4-bit ones when it loads them, and writing them.
+"""Folders in bitsandbytes' 4 bits: writing them, and which layers transformers converts when it loads them.
 
 Source: transformers 5, quantizers/quantizers_utils.py (should_convert_module), quantizers/quantizer_bnb_4bit.py and
 integrations/bitsandbytes.py (replace_with_bnb_linear): every nn.Linear and Conv1D becomes a Linear4bit unless an entry
@@ -43,8 +43,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def always_dense_layers(model: nn.Module) -> set[str]:
     """Names of the linear layers that transformers keeps dense for every folder, such as T5's `wo`.
 
-    And those with "weight" at the end of a name (`block_inject_weight` of Qwen4Exp), which it takes for the name of
-    their parameter, so that it does not find their scales.
+    Also of layers whose name ends in "weight" (`block_inject_weight` of Qwen4Exp): transformers takes that for the name
+    of a parameter, and does not find their scales.
     """
     words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
 
@@ -145,7 +145,7 @@ def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Pa
 
 
 def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
-    """Arguments of save_pretrained: the model's own names, where transformers could not read those of the files again.
+    """Arguments of save_pretrained: use the model's own names, where transformers could not load the original ones.
 
     It joins q, k and v of NomicBert into one tensor, as the original files have them, and can't split 4-bit weights
     again. And a LlamaForCausalLM from a folder of EXAONE 3.0 would get EXAONE's names, but Llama's config.json.
@@ -164,9 +164,10 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
 
 
 def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> dict[str, str]:
-    """Layer -> its name in a 4-bit folder, of those layers that transformers would rename if they had their own names.
+    """Layer -> its name in a 4-bit folder, for the layers that can't be loaded by the model's own names.
 
-    transformers loads a parameter by its own name too, but not the scales of a 4-bit one, which are no parameters.
+    transformers loads every parameter by its own name too, but renames the scales of a 4-bit weight: they are no
+    parameters of the model.
 
     Args:
         base: The model.
@@ -196,7 +197,7 @@ def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> 
 
 
 def name_in_files(key: str, layers: dict[str, str]) -> str:
-    """The name of a tensor with the name of its layer exchanged, as `names_in_files` says."""
+    """The name of a tensor with the name of its layer replaced, as `names_in_files` says."""
     layer, weight, rest = key.partition(".weight")
     return layers.get(layer, layer) + weight + rest
 
@@ -204,7 +205,7 @@ def name_in_files(key: str, layers: dict[str, str]) -> str:
 def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:
     """Layer name -> 4-bit weight to write, of converted layers and of dense ones that were decoded from 4 bits.
 
-    Without those layers that transformers keeps dense.
+    Layers that transformers keeps dense are left out.
     """
     kept, packed = always_dense_layers(base), {}
     for name, layer in linear_layers(base).items():

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_qlora.adapters.folder_experts import FLOATS, assign_to_folder, fi
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.checks import check_choice
-from lightning_qlora.config import Base
+from lightning_qlora.config import Base, FolderDtype
 from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import check_links, read_json
@@ -33,7 +33,6 @@ from lightning_qlora.huggingface.merged_weights import MergedWeights
 from lightning_qlora.layers.qlora_linear import DTYPES
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
-FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]
 OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -87,7 +86,7 @@ def merge_folder(
 
 
 class _FolderMerge:
-    """A base folder and an adapter, with their names matched: those of the parameters in the model."""
+    """A base folder and an adapter, with their names matched: all names are those of the model's parameters."""
 
     def __init__(self, base_model: str | os.PathLike[str], adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
         folder = ModelFolder.open(base_model)
@@ -139,7 +138,7 @@ class _FolderMerge:
             yield name, self._cast(value)
 
     def _own_name(self, name: str) -> str:
-        """The model's own name of a tensor, by which transformers loads it as well, or that of a 4-bit layer."""
+        """The model's own name of a tensor, which transformers loads as well, or its name in a 4-bit folder."""
         return name_in_files(name, self.names_in_files)
 
     def _changed(self, names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ class MergedWeights:
     Args:
         folder: The base.
         adapter: The adapter.
-        base: Whether a dense weight is quantized and decoded first, as in training.
+        base: "quantized": a dense weight is quantized and decoded first, as in training. "float": it is used as it is.
     """
 
     def __init__(self, folder: ModelFolder, adapter: Adapter, base: Base) -> None:
@@ -63,7 +63,7 @@ class MergedWeights:
         return self.quantized(dense, key).dequantize() if self.base == "quantized" else dense, dense.dtype
 
     def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
-        """W + s B A in fp32, [out, in]; with DoRA m / ||W + s B A|| times that, m the magnitudes."""
+        """W + s B A in fp32, [out, in]; with DoRA times m / ||W + s B A||, where m are the magnitudes."""
         layer = self.adapter.layers[name]
         if tuple(rows.shape) != (layer.lora_B.shape[0], layer.lora_A.shape[1]):
             raise CheckpointMismatchError(

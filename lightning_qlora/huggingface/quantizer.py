@@ -3,7 +3,7 @@
 One weight is in memory at a time. A parameter of experts counts as one weight: transformers stacks the experts of the
 files in two steps, so two copies of the largest stack are in memory at the peak.
 
-Imports transformers: `quantize_while_loading` imports this file when there is a transformers to load models with.
+This file imports transformers, so `quantize_while_loading` imports it only if transformers is installed.
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
 """
 
@@ -47,7 +47,8 @@ class Quantizers:
     Attributes:
         config: The arguments.
         adapter: The adapter to start from, until the first model that has its layers gets it.
-        mismatches: Errors of weights of another shape in the load that began last, which may allow them.
+        mismatches: Errors for weights of another shape, of the load that began last. It may allow them
+            (`ignore_mismatched_sizes`).
     """
 
     def __init__(self, config: QLoRAConfig) -> None:
@@ -78,7 +79,7 @@ class QLoRAQuantizer(HfQuantizer):
     """Quantizes the layers that conversion would choose, by their names in the model; all else loads as usual.
 
     Args:
-        quantizers: What it has in common with other loads.
+        quantizers: What it shares with the other loads of its `quantize_while_loading`.
         pre_quantized: Whether the files hold bitsandbytes' 4-bit weights, to be loaded without requantizing.
     """
 
@@ -199,14 +200,14 @@ class _Op(ConversionOps):
 
     @staticmethod
     def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
-        """The parameters of the layers, by name, that a parameter became, for transformers, which sets them again."""
+        """The parameters, by name, of the layers that one parameter became; transformers sets them again."""
         if missing_keys is not None:
             missing_keys.discard(key)
         made: dict[str, nn.Parameter] = {}
         for prefix, layer in layers.items():
             assert isinstance(layer, QLoRALinear)
             layer.loaded = True
-            # With a bias, which the files may lack, transformers decides by the marks of its tensors.
+            # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
             layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
             own = {name: p for name, p in layer._parameters.items() if p is not None and name != "bias"}
             made |= {f"{prefix}.{name}".lstrip("."): p for name, p in own.items()}

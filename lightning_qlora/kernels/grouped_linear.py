@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.lora_linear import is_eager
+from lightning_qlora.kernels.lora_linear import PLAIN, is_eager, times_weight
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -59,7 +59,8 @@ def grouped_linear(
             f"grouped_linear: x must be [rows, {weights[0].shape[1]}] of a float type with at most 32 bits; got "
             f"{list(x.shape)}, {x.dtype}."
         )
-    made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
+    with PLAIN():
+        made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
     return cast(Tensor, made)
 
 
@@ -76,13 +77,19 @@ class _GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, ends, *adapters = ctx.saved_tensors
         weights, scaling, p, seed = ctx.choices
-        count = len(weights)
-        grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
-            grad.contiguous(), x, xa, ends, weights, adapters[:count], adapters[count:], scaling, p, seed,
-            ctx.needs_input_grad[0],
-        )  # fmt: skip
+        lora_a, lora_b, needs_x = adapters[: len(weights)], adapters[len(weights) :], ctx.needs_input_grad[0]
+        if torch.is_grad_enabled():  # with `create_graph=True` alone: from operations that autograd differentiates
+            with ops.no_autocast(x):
+                xa = reference.grouped_project(x, ends, lora_a, p, seed)
+                grad_x, grad_a, grad_b = reference.grouped_linear_backward(
+                    grad, x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x, times_weight
+                )
+        else:
+            with PLAIN():
+                grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
+                    grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
+                )
         return grad_x, *[None] * 5, *grad_a.unbind(), *grad_b.unbind()

@@ -3,16 +3,20 @@
 The backward pass needs x, drop(x) A^T, A and B. They are saved before the large product: when activation checkpointing
 recomputes a block and the saved tensors are complete, torch stops the recomputation, which then skips the decoding and
 the product of the last layer.
+
+With `create_graph=True` the gradients come from differentiable operations (`differentiable_backward`).
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lightning_qlora.kernels import ops
+from lightning_qlora.kernels import ops, reference
 from lightning_qlora.quantization.packed_weight import PackedBytes
+
+# Within this, torch does not ask a `PackedParameter` before each call, which takes 4 us: it is a tensor as any other.
+PLAIN = torch._C.DisableTorchFunctionSubclass
 
 
 def lora_linear(
@@ -48,10 +52,11 @@ def lora_linear(
         )  # fmt: skip
         return cast(Tensor, y)
     projected: list[Tensor] = []
-    # One argument for all that has no gradient: `apply` and autograd do something for each.
-    y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
+    with PLAIN():
+        # One argument for all that has no gradient: `apply` and autograd do something for each.
+        y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
     return cast(Tensor, y)
 
 
@@ -76,19 +81,50 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on with `create_graph=True` alone; `once_differentiable` would always cost 2 us.
-        return _backward_once(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
+        x, xa, lora_a, lora_b = ctx.saved_tensors
+        weight, scaling, p, seed, bias_dtype = ctx.choices
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # with `create_graph=True` alone
+            grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+        else:
+            with PLAIN():
+                grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+        return grads[0], _grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, xa, lora_a, lora_b = ctx.saved_tensors
-    weight, scaling, p, seed, bias_dtype = ctx.choices
-    needs_x, needs_bias, *_ = ctx.needs_input_grad
-    grad_x, grad_a, grad_b = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
-    return grad_x, _grad_bias(grad, bias_dtype) if needs_bias else None, grad_a, grad_b, None
+def differentiable_backward(
+    grad: Tensor, x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
+    seed: Tensor | None, needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x (shaped like x), A and B as functions of dY, x, A and B that autograd differentiates again.
+
+    W is decoded for each product and not kept: the gradient of dY W is the layer's own product.
+    """
+    shape, (x, grad) = x.shape, (of.reshape(-1, of.shape[-1]) for of in (x, grad))
+    with ops.no_autocast(x):
+        xa = reference.lora_project(x, lora_a, p, seed)
+        of_x, grad_a, grad_b = reference.linear_backward(
+            grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x, times_weight
+        )
+    return None if of_x is None else of_x.reshape(shape), grad_a, grad_b
 
 
-_backward_once = once_differentiable(_backward)  # its result refuses a second derivative
+def times_weight(grad: Tensor, weight: PackedBytes) -> Tensor:
+    """grad W, differentiable as often as needed."""
+    return cast(Tensor, _TimesWeight.apply(grad, weight))  # type: ignore[no-untyped-call]
+
+
+class _TimesWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: PackedBytes) -> Tensor:
+        ctx.weight = weight
+        return grad @ ops.dequantize(weight, grad.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, columns = ctx.weight.shape
+        no_a, no_b = grad.new_empty(0, columns), grad.new_empty(rows, 0)
+        return lora_linear(grad, ctx.weight, None, no_a, no_b, 1.0), None
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -102,9 +138,15 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
     needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-    grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
-        grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x
-    )
+    if torch.is_grad_enabled():  # with `create_graph=True`
+        quant_type, block_size, scaling, p = ctx.choices
+        weight = PackedBytes(packed, absmax, nested, (grad.shape[-1], x.shape[-1]), quant_type, block_size)
+        grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+    else:
+        grads = torch.ops.lightning_qlora.lora_linear_backward(
+            grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x
+        )
+    grad_x, grad_a, grad_b = grads
     grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs_bias else None
     return grad_x if needs_x else None, None, None, None, grad_bias, grad_a, grad_b, *[None] * 6
 

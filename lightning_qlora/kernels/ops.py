@@ -174,7 +174,7 @@ def lora_project(
 ) -> tuple[Tensor, Tensor]:
     """First part of the layer: an uninitialized y [..., out] for `linear_into`, and drop(x) A^T [m, r]."""
     _check_linear(x, lora_a, lora_b, weight, bias)
-    with _no_autocast(x):
+    with no_autocast(x):
         xa = backend(x.device).lora_project(_rows(x), lora_a, p, seed)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), xa
 
@@ -183,7 +183,7 @@ def linear_into(
     y: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
     """Second part, with the large product: writes x W^T + bias + s xa B^T to y."""
-    with _no_autocast(x):
+    with no_autocast(x):
         backend(x.device).linear_into(_rows(y), _rows(x), xa, weight, bias, lora_b, scaling)
 
 
@@ -192,7 +192,7 @@ def lora_linear_backward(
     seed: Tensor | None, needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (shaped like x; None if it is not needed), A and B."""
-    with _no_autocast(x):
+    with no_autocast(x):
         grad_x, grad_a, grad_b = backend(x.device).linear_backward(
             _rows(grad), _rows(x), xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
         )
@@ -211,7 +211,7 @@ def has_autocast(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Kernels write x's type by address, so autocast must not give torch's products another type."""
     device = x.device.type
     changes_type = has_autocast(device) and torch.get_autocast_dtype(device) is not x.dtype

@@ -1,6 +1,6 @@
 """Every op in a few lines of torch: the specification that all backends are tested against."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,20 +81,26 @@ def linear_into(
     out.copy_(y if bias is None else y + bias.to(x.dtype))
 
 
+def times_weight(grad: Tensor, weight: PackedBytes) -> Tensor:
+    """dY W: [m, out] -> [m, in]."""
+    return grad @ dequantize(weight, grad.dtype)
+
+
 def linear_backward(
     grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    p: float, seed: Tensor | None, needs_x: bool,
+    p: float, seed: Tensor | None, needs_x: bool, product: Callable[[Tensor, PackedBytes], Tensor] = times_weight,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
-    dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
+    dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass. `product`
+    computes dY W.
     """
     grad_xa = scaling * (grad @ lora_b.to(grad.dtype))
     grad_b = (scaling * (grad.T @ xa)).to(lora_b.dtype)
     grad_a = (grad_xa.T @ dropout(x, p, seed)).to(lora_a.dtype)
     if not needs_x:
         return None, grad_a, grad_b
-    grad_x = grad @ dequantize(weight, grad.dtype) + dropout(grad_xa @ lora_a.to(grad.dtype), p, seed)
+    grad_x = product(grad, weight) + dropout(grad_xa @ lora_a.to(grad.dtype), p, seed)
     return grad_x, grad_a, grad_b
 
 
@@ -106,16 +112,24 @@ def grouped_linear(
 
     Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], lists by expert.
     """
-    y, xa, dropped = x.new_zeros(len(x), weights[0].shape[0]), x.new_zeros(len(x), len(lora_a[0])), dropout(x, p, seed)
-    for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
-        xa[rows] = lora_project(dropped[rows], a, 0.0, None)
+    y, xa = x.new_zeros(len(x), weights[0].shape[0]), grouped_project(x, ends, lora_a, p, seed)
+    for rows, weight, b in zip(_groups(ends), weights, lora_b, strict=True):
         linear_into(y[rows], x[rows], xa[rows], weight, None, b, scaling)
     return y, xa
+
+
+def grouped_project(x: Tensor, ends: Tensor, lora_a: Sequence[Tensor], p: float, seed: Tensor | None) -> Tensor:
+    """drop(X) A^T of every expert: [m, r]."""
+    xa, dropped = x.new_zeros(len(x), len(lora_a[0])), dropout(x, p, seed)
+    for rows, a in zip(_groups(ends), lora_a, strict=True):
+        xa[rows] = lora_project(dropped[rows], a, 0.0, None)
+    return xa
 
 
 def grouped_linear_backward(
     grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor], scaling: float, p: float, seed: Tensor | None, needs_x: bool,
+    product: Callable[[Tensor, PackedBytes], Tensor] = times_weight,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """The gradients of X, of every A [experts, r, in] and of every B [experts, out, r]; see `linear_backward`."""
     grad_x, dropped = torch.zeros_like(x), dropout(x, p, seed)
@@ -128,7 +142,7 @@ def grouped_linear_backward(
         grad_x[rows] = scaling * (grad[rows] @ b.to(grad.dtype)) @ a.to(grad.dtype)
     grad_x = dropout(grad_x, p, seed)  # its mask depends on the index among all rows
     for rows, weight in zip(_groups(ends), weights, strict=True):
-        grad_x[rows] += grad[rows] @ dequantize(weight, grad.dtype)
+        grad_x[rows] += product(grad[rows], weight)
     return grad_x if needs_x else None, torch.stack(grads_a), torch.stack(grads_b)
 
 

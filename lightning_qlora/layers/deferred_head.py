@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
+from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
@@ -50,7 +51,7 @@ def _can_defer(head: Any, input: Tensor) -> bool:
     if "_is_fsdp_managed_module" in head.__dict__ or "forward" in head.__dict__:
         return False
     # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
-    if not all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values()):
+    if not all(p is None or type(p) in (nn.Parameter, PackedParameter, FakeTensor) for p in head._parameters.values()):
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False

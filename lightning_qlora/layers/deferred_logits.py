@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
+from lightning_qlora.layers.disable_adapter import contexts, restored
+from lightning_qlora.layers.lora import DISABLED
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
 from lightning_qlora.layers.readable_weight import Readable
 
@@ -29,7 +31,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Source:
-    """One call of a head: its input, its parameters as they were, and autocast.
+    """One call of a head: its input, its parameters as they were, autocast, and whether adapters were disabled.
 
     Attributes:
         head: The output embedding, a `DeferredHead`.
@@ -38,8 +40,9 @@ class Source:
 
     def __init__(self, hidden: Tensor, head: Any) -> None:
         self.head, device = head, hidden.device.type
-        self.trained = [p for p in head.parameters() if p.requires_grad]
+        self.trained = [] if vars(head).get(DISABLED) else [p for p in head.parameters() if p.requires_grad]
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._contexts = contexts()
         self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
 
     def compute(self, hidden: Tensor) -> Tensor:
@@ -48,16 +51,16 @@ class Source:
         Raises:
             RuntimeError: If the head or its input changed since the call.
         """
-        now = [self._tensors[0][0], *self.head.parameters()]
-        for (tensor, version), held in zip(self._tensors, now, strict=True):
-            if tensor is not held or tensor._version != version:
-                raise RuntimeError(
-                    "These logits were not computed yet, and they can't be computed any more: the weight of the output "
-                    "embedding or its input changed since (an optimizer step, an operation in place). Read the logits "
-                    "before that, for example by logits.detach(), or pass deferred_logits=False."
-                )
         enabled, dtype = self._autocast
-        with torch.autocast(hidden.device.type, dtype, enabled=enabled):
+        with restored(self._contexts), torch.autocast(hidden.device.type, dtype, enabled=enabled):
+            now = [self._tensors[0][0], *self.head.parameters()]
+            for (tensor, version), held in zip(self._tensors, now, strict=True):
+                if tensor is not held or tensor._version != version:
+                    raise RuntimeError(
+                        "These logits were not computed yet, and they can't be computed any more: the weight of the "
+                        "output embedding or its input changed since (an optimizer step, an operation in place). Read "
+                        "the logits before that, for example by logits.detach(), or pass deferred_logits=False."
+                    )
             logits: Tensor = self.head.plain_forward(hidden)
         return logits
 
@@ -148,9 +151,11 @@ class DeferredLogits(Readable):
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients of `parameters()` from that of the logits."""
+        again = torch.is_grad_enabled()  # with `create_graph=True`
         with torch.enable_grad():
-            hidden = self.hidden.detach().requires_grad_()
-            return torch.autograd.grad(self.compute(hidden), [hidden, *self.source.trained], grad, allow_unused=True)
+            hidden = self.hidden if again and self.hidden.requires_grad else self.hidden.detach().requires_grad_()
+            inputs = [hidden, *self.source.trained]
+            return torch.autograd.grad(self.compute(hidden), inputs, grad, create_graph=again, allow_unused=True)
 
     @property
     def data(self) -> Tensor:

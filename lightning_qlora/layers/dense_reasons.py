@@ -9,12 +9,14 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.expert_selection import is_router
+from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 ROUTERS = ("gate", "router")
+FROZEN = "frozen by the module"
 FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
@@ -53,6 +55,14 @@ class ModuleFacts:
                 if parameter is not None:
                     owners[id(parameter)].add(id(layer))
                     self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
+        # bitsandbytes freezes what it quantizes, so there the rest of a model decides whether the user froze it.
+        self.trains = any(parameter.requires_grad for parameter in module.parameters())
+        self.frozen_models = {
+            id(layer)
+            for model in module.modules()
+            if is_transformers_model(model) and not any(parameter.requires_grad for parameter in model.parameters())
+            for layer in model.modules()
+        }
         self.shared = {key for key, layers in owners.items() if len(layers) > 1}
         self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
         self.left_dense = {
@@ -68,6 +78,13 @@ class ModuleFacts:
             for name, parent in module.named_modules()
             for child, _ in parent.named_children()
         }
+
+    def is_frozen(self, layer: nn.Module, key: str = "weight") -> bool:
+        """Whether the module froze the weight of a layer, while something else trains."""
+        if is_bnb_linear(layer) or not self.trains:
+            return self.trains and id(layer) in self.frozen_models
+        held: dict[str, Any] = layer._parameters
+        return not held["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
 
     def unable(self, layer: nn.Module) -> str | None:
         """Why a layer can't be converted, even if target_modules names it."""
@@ -95,6 +112,8 @@ class ModuleFacts:
             return "output embedding; name it in target_modules to convert it"
         if (last in ROUTERS and hasattr(self.parents[name], "experts")) or is_router(name, layer, self.modules):
             return "router of experts; name it in target_modules to convert it"
+        if self.is_frozen(layer):
+            return FROZEN
         if id(layer) in self.left_dense and not too_small(weight_shape(layer), config):
             return "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
         return None

@@ -1,12 +1,16 @@
 """The layers of a stack of experts as `grouped_linear` takes them, checked again only if a tensor was replaced."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.grouped_linear import can_group, is_plain_call
+from lightning_qlora.kernels.lora_linear import PLAIN
+from lightning_qlora.layers.lora import DISABLED
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -27,6 +31,19 @@ class ExpertGroup(NamedTuple):
         """What `grouped_linear` takes."""
         return self.weights, self.lora_a, self.lora_b
 
+    def without_adapters(self) -> "ExpertGroup":
+        """The same with adapters of rank 1 that are zero."""
+        (_, columns), (rows, _), like = self.lora_a[0].shape, self.lora_b[0].shape, self.lora_a[0]
+        a, b = (_zeros(*shape, like.dtype, like.device) for shape in ((1, columns), (rows, 1)))
+        return self._replace(lora_a=[a] * len(self.layers), lora_b=[b] * len(self.layers))
+
+
+@cache
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, so that the table of addresses in a kernel stays the same. Not of inference mode: autograd saves it."""
+    with torch.inference_mode(False):
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
+
 
 class _Checked(NamedTuple):
     """A group, or None for layers that can't be one, and what that depends on."""
@@ -44,18 +61,21 @@ def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
     layers: list[QLoRALinear] = stack.layers
     own = [vars(layer) for layer in layers]
     held: list[dict[str, Tensor]] = [of["_parameters"] for of in own]
-    scalings = {of["scaling"] for of in own}
+    scalings, disabled = {of["scaling"] for of in own}, sum(DISABLED in of for of in own)
     if not is_plain_call(x, held[0]["lora_A"]) or len(scalings) > 1 or not all(map(_is_plain, own)):
+        return None
+    if disabled not in (0, len(own)):
         return None
     lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
     tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]
-    key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
-    found = _checked.get(stack)
-    if found is None or found.key != key:
-        weights = [layer.weight_bytes for layer in layers]
-        group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
-        found = _checked[stack] = _Checked(key, tensors, group)
-    return found.group
+    with PLAIN():
+        key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+        found = _checked.get(stack)
+        if found is None or found.key != key:
+            weights = [layer.weight_bytes for layer in layers]
+            group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
+            found = _checked[stack] = _Checked(key, tensors, group)
+    return found.group.without_adapters() if disabled and found.group else found.group
 
 
 def _is_plain(own: dict[str, Any]) -> bool:

@@ -58,8 +58,10 @@ class QLoRAExperts(nn.ModuleList):
             seed = f"{name if seed_name is None else seed_name}.{number}"
             QLoRALinear.from_linear(layer, config, f"{name}{SUFFIX}.{number}", device, seed)
 
-        setattr(owner._parameters[key], REPLACED, name + SUFFIX)  # for an optimizer that was made too early
-        return QLoRAExperts.from_slices(owner, key, experts, transposed, convert)
+        stack = owner._parameters[key]
+        made = QLoRAExperts.from_slices(owner, key, experts, transposed, convert)
+        setattr(stack, REPLACED, made)  # for an optimizer that was made before
+        return made
 
     @staticmethod
     def from_slices(

@@ -20,6 +20,8 @@ from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
+TINY = torch.finfo(torch.float32).tiny
+DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter` a layer is in
 
 
 class LoRALayer(PackedLinear):
@@ -46,9 +48,10 @@ class LoRALayer(PackedLinear):
     seed_name: str
     dense_weight: Tensor | None
     input_rms: Tensor | None
-    was_called = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
-    weight_was_read = False
-    weight_was_called = False  # whether other code passed the weight to F.linear or matmul
+    _qlora_disabled: int = 0
+    was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
+    weight_was_read: bool = False
+    weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`."""
@@ -111,6 +114,8 @@ class LoRALayer(PackedLinear):
 
     def effective_weight(self) -> Tensor:
         """W + s B A, with DoRA g (W + s B A), in the weight's type; [out, in], differentiable in the adapter."""
+        if self._qlora_disabled:
+            return ops.dequantize(self.whole_bytes, self.weight_dtype)
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):
@@ -120,35 +125,39 @@ class LoRALayer(PackedLinear):
             total = self.gain().unsqueeze(1) * total
         return total.to(self.weight_dtype)
 
-    @torch.no_grad()
-    def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
+    def effective_weight_backward(
+        self, grad: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Gradients of A, B (and the magnitudes) from that of the effective weight, [out, in].
 
         dA = s B^T G,  dB = s G A^T,  with G = dW; with DoRA G = g dW, and dm = sum over in of dW (W + s B A) / norm.
+        Differentiable where autograd records.
         """
-        grad, a, b = grad.float(), whole(self.lora_A).float(), whole(self.lora_B).float()
+        grad, a, b = grad.float(), whole(lora_a).float(), whole(lora_b).float()
         magnitudes: tuple[Tensor, ...] = ()
-        if self.lora_magnitude_vector is not None:
-            base = ops.dequantize(self.whole_bytes, torch.float32) + self._product(a, b)
-            magnitudes = ((grad * base).sum(1) / self._safe_row_norm(),)
-            grad = self.gain().unsqueeze(1) * grad
+        if magnitude is not None:
+            norm = self._row_norm(a, b).clamp_min(TINY)
+            magnitudes = (
+                (grad * (ops.dequantize(self.whole_bytes, torch.float32) + self._product(a, b))).sum(1) / norm,
+            )
+            grad = (whole(magnitude) / norm).unsqueeze(1) * grad
         grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
-        return grad_a.to(self.lora_A.dtype), grad_b.to(self.lora_B.dtype), *magnitudes
+        return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
 
     def row_norm(self) -> Tensor:
         """||W + s B A|| of every row, [out], fp32."""
+        return self._row_norm(whole(self.lora_A), whole(self.lora_B))
+
+    def _row_norm(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         weight = self.whole_bytes
         if self._base_squares is None or self._base_squares.device != weight.packed.device:
             self._base_squares = row_squares(weight)
-        return row_norm(weight, self._base_squares, whole(self.lora_A), whole(self.lora_B), self.scaling)
-
-    def _safe_row_norm(self) -> Tensor:
-        return self.row_norm().clamp_min(torch.finfo(torch.float32).tiny)
+        return row_norm(weight, self._base_squares, lora_a, lora_b, self.scaling)
 
     def gain(self) -> Tensor:
         """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
         assert self.lora_magnitude_vector is not None
-        return whole(self.lora_magnitude_vector) / self._safe_row_norm()
+        return whole(self.lora_magnitude_vector) / self.row_norm().clamp_min(TINY)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.lightning_copies import classes
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 
@@ -35,7 +36,7 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
     gets the same adapter whether it is converted while its model loads or later.
     """
     names: dict[int, LayerNames] = {}
-    is_lightning, only_child, model = isinstance(root, LightningModule), only_child_of(root), None
+    is_lightning, only_child, model = isinstance(root, classes(LightningModule)), only_child_of(root), None
     for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
         if model is None or not inside(name, model):
             model = name if is_transformers_model(part) else None
@@ -53,7 +54,7 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
 
 def only_child_of(module: nn.Module) -> str | None:
     """Name of the child that holds all parameters of a LightningModule; None if there is no such child."""
-    if not isinstance(module, LightningModule) or module._parameters:
+    if not isinstance(module, classes(LightningModule)) or module._parameters:
         return None
     holders = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
     return holders[0] if len(holders) == 1 else None

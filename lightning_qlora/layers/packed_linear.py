@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.dtensor import is_sharded, like, whole
 from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
 BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
@@ -47,7 +49,7 @@ class PackedLinear(nn.Linear):
                 data = data.view(stored.shape[0], -1)
             held = self._parameters.get(name)
             if held is None:
-                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+                self.register_parameter(name, PackedParameter(data, requires_grad=False))
             elif is_sharded(held):
                 held.data.copy_(like(data, held))
             else:
@@ -63,7 +65,8 @@ class PackedLinear(nn.Linear):
     @property
     def whole_bytes(self) -> PackedBytes:
         """The same; of a sharded layer it is gathered, so all ranks must read it together."""
-        packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
+        with PLAIN():
+            packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
         # Not `_replace`, which torch.compile of torch 2.8 does not trace.
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 

@@ -1,4 +1,4 @@
-"""Changes to torch's code and modules for 4-bit layers, and the function that every file named patches.py wraps with.
+"""`wrap_once`, the function that every file named patches.py wraps with.
 
 Code and objects of other libraries are changed in files named patches.py only. One function makes one change; its
 docstring has the upstream file, the reason, the supported ways that were tried, and what would remove it.
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from torch import nn
+import torch.utils.checkpoint
 
-from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.disable_adapter import as_called
 
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -30,23 +30,21 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     setattr(owner, name, property(wrapper) if isinstance(held, property) else wrapper)
 
 
-def explain_requires_grad() -> None:
-    """Let `requires_grad_(True)` of a module with 4-bit layers name the layer, and change nothing.
+def recompute_as_called() -> None:
+    """Let torch's activation checkpointing recompute a block with or without adapters, as it was called.
 
-    Upstream: torch/nn/modules/module.py, Module.requires_grad_, sets one parameter after the other and stops at the
-    first 4-bit one with "only Tensors of floating point dtype can require gradients", which names no layer.
-    Supported ways tried: overriding it in PackedLinear; the module that is called is the user's own.
-    Removed by: upstream leaving out parameters that can't have a gradient, or naming them.
+    Upstream: torch/utils/checkpoint.py restores random generators and autocast for the recomputation, and knows nothing
+    of `disable_adapter`: a forward pass inside of it would be recomputed with adapters, and one before it without them
+    if the backward pass runs inside.
+    Supported ways tried: the argument `context_fn` of `checkpoint`, which is the caller's (transformers, the user).
+    Removed by: upstream restoring context variables in the recomputation.
     """
 
-    def require(original: Any, module: nn.Module, requires_grad: bool = True) -> Any:
-        packed = (name for name, part in module.named_modules() if isinstance(part, PackedLinear))
-        if requires_grad and (name := next(packed, None)) is not None:
-            raise RuntimeError(
-                f"{name or type(module).__name__}: requires_grad_(True) can't train a 4-bit weight. The adapters train "
-                "already. To train a layer in full, name it in modules_to_save; to train the adapters again after "
-                "requires_grad_(False), set requires_grad of their parameters (lora_A, lora_B)."
-            )
-        return original(module, requires_grad)
+    def function(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(as_called(function), *args, **kwargs)
 
-    wrap_once(nn.Module, "requires_grad_", require)
+    def function_of(original: Any, ctx: Any, function: Any, *args: Any) -> Any:
+        return original(ctx, as_called(function), *args)
+
+    wrap_once(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", function)
+    wrap_once(torch.utils.checkpoint.CheckpointFunction, "forward", function_of)

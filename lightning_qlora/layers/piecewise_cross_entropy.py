@@ -103,7 +103,8 @@ def _run(
         piece = hidden[rows].requires_grad_(needs_hidden)
         with torch.set_grad_enabled(needed is not None):
             made = logits.compute(piece)
-        of_rows, grad = _losses_and_gradient(made.detach(), target[rows], **options)
+        with torch.autocast(hidden.device.type, enabled=False):
+            of_rows, grad = _losses_and_gradient(made.detach(), target[rows], **options)
         if losses is not None:
             losses[rows] = of_rows
         if needed is None:
@@ -128,34 +129,29 @@ def _losses_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of every row and its gradient [rows, vocabulary], fp32, in one buffer of the size of the logits.
 
-    With p = softmax(z), class weights w, smoothing e and n classes:
+    With p = softmax(z), class weights w, n classes, h = (1 - smoothing) w[y] and s = smoothing / n:
 
-        loss = (1 - e) w[y] (lse - z[y]) + e / n * sum_c w[c] (lse - z[c])
-        gradient = ((1 - e) w[y] + e / n * sum(w)) p - (1 - e) w[y] onehot(y) - e / n * w
+        loss = (h + s sum(w)) logsumexp(z) - h z[y] - s sum_c w[c] z[c]
+        gradient = (h + s sum(w)) p - h onehot(y) - s w
+
+    `F.cross_entropy` and its gradient take 1.7 (bf16) to 1.9 (fp32) times the memory of a piece, and more time.
     """
     z = logits.to(torch.float32, copy=True)
-    kept = target != ignore_index
-    label = torch.where(kept, target, 0).unsqueeze(1)
     z -= z.amax(dim=1, keepdim=True)
-    of_label = z.gather(1, label)
-    of_all = None
+    w = z.new_ones(z.shape[1]) if weight is None else weight.float()
+    kept = (target != ignore_index).unsqueeze(1)
+    label = torch.where(kept, target.unsqueeze(1), 0)
+    h, s = (1 - label_smoothing) * kept * w[label], label_smoothing / len(w) * kept
+    scale, dot = h + s * w.sum(), h * z.gather(1, label)
     if label_smoothing:
-        of_all = (z.sum(dim=1) if weight is None else z @ weight.float()).unsqueeze(1)
+        dot += s * z.mv(w).unsqueeze(1)
     z.exp_()
     total = z.sum(dim=1, keepdim=True)
-    lse = total.log()
-    hard = kept.unsqueeze(1) * (1 - label_smoothing)
-    if weight is not None:
-        hard = hard * weight.float()[label]
-    loss, scale = hard * (lse - of_label), hard
-    if of_all is not None:
-        smooth = kept.unsqueeze(1) * (label_smoothing / z.shape[1])
-        sum_of_weights = float(z.shape[1]) if weight is None else weight.float().sum()
-        loss, scale = loss + smooth * (lse * sum_of_weights - of_all), hard + smooth * sum_of_weights
+    loss = scale * total.log() - dot
     z *= scale / total
-    if of_all is not None:
-        z -= smooth if weight is None else smooth * weight.float()
-    z.scatter_add_(1, label, -hard.float())
+    if label_smoothing:
+        z.addr_(s.squeeze(1), w, alpha=-1)
+    z.scatter_add_(1, label, -h)
     return loss.squeeze(1), z
 
 

@@ -1,4 +1,11 @@
-"""QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it."""
+"""QLoRALinear: what an nn.Linear becomes, a frozen 4-bit weight with a LoRA adapter beside it.
+
+    w = dequantize(packed, absmax, nested)            [out, in], into a buffer that all layers share
+    xa = dropout(x, p, seed) @ lora_A.T               [..., r], the mask from the seed
+    y = x @ w.T + bias + scaling * xa @ lora_B.T
+
+`kernels/reference.py` specifies this, and the gradient. `kernels/lora_linear.py` is the op that `forward` calls.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,12 +23,13 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.state_dict import load_base, save_base
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-REPLACED = "_qlora_layer"  # mark, with the layer's name, of a dense weight that conversion replaced
+REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 
 
 class QLoRALinear(LoRALayer):
@@ -61,7 +69,7 @@ class QLoRALinear(LoRALayer):
             seed_name: The name that the seed of its adapter is made from, the same on every rank; None: `name`.
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
-        setattr(weight, REPLACED, name)
+        setattr(weight, REPLACED, layer)
         QLoRALinear._become(layer, type(layer), config, name, seed_name).initialize(weight, device)
         layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
 
@@ -154,19 +162,24 @@ class QLoRALinear(LoRALayer):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
-        if not torch.compiler.is_compiling():
-            self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         dtype, given = self.compute_dtype(x), x.dtype
-        p, seed = self.lora_dropout, None
-        if p and self.training:
-            # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
-            seed = torch.randint(1 << 62, (1,), device="cpu")
-        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
         if given is not dtype:
             x = _cast(x, dtype)
-        magnitude = held["lora_magnitude_vector"]
+        p, seed = self.lora_dropout, None
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        a, b, magnitude = held["lora_A"], held["lora_B"], held["lora_magnitude_vector"]
+        if self._qlora_disabled:
+            a, b, magnitude = a.detach()[:0], b.detach()[:, :0], None  # rank 0
+        else:
+            if not torch.compiler.is_compiling():
+                self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+                if unfinished:
+                    refuse_unfinished()
+            if p and self.training:
+                # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
+                seed = torch.randint(1 << 62, (1,), device="cpu")
         first = bias if magnitude is None else None
-        y = lora_linear(x, self.weight_bytes, first, held["lora_A"], held["lora_B"], self.scaling, p, seed)
+        y = lora_linear(x, self.weight_bytes, first, a, b, self.scaling, p, seed)
         if magnitude is not None:
             y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)

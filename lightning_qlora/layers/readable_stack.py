@@ -64,14 +64,17 @@ class ReadableStack(Readable):
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapters of all experts."""
-        return [parameter for layer in self._experts.layers for parameter in layer.adapter_parameters()]
+        layers = self._experts.layers
+        return [] if layers[0]._qlora_disabled else [of for layer in layers for of in layer.adapter_parameters()]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Those of the adapters of all experts."""
         parts = grad.reshape(-1, *self._experts.expert_shape)
         rows = (part.T if self._experts.transposed else part for part in parts)
-        pairs = zip(self._experts.layers, rows, strict=True)
-        return tuple(of for layer, part in pairs for of in layer.effective_weight_backward(part))
+        each = len(self._inputs) // len(parts)
+        adapters = [self._inputs[i::each] for i in range(each)]  # A of all experts, B of all
+        grads = map(QLoRALinear.effective_weight_backward, self._experts.layers, rows, *adapters)
+        return tuple(of for grads_of_layer in grads for of in grads_of_layer)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -37,14 +36,20 @@ class WeightSource(Protocol):
     def weight_dtype(self) -> torch.dtype:
         """Type of the weight."""
 
+    @property
+    def _qlora_disabled(self) -> int:
+        """Whether the effective weight is W alone."""
+
     def adapter_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the effective weight depends on."""
 
     def effective_weight(self) -> Tensor:
         """W + s B A, a plain tensor; differentiable."""
 
-    def effective_weight_backward(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the adapter's parameters from that of the effective weight."""
+    def effective_weight_backward(
+        self, grad: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the adapter's parameters, as they were, from that of the effective weight."""
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias with the adapter, without a dense weight, for code that has the weight and not the layer."""
@@ -54,6 +59,7 @@ class Readable(Tensor):
     """A tensor without memory whose values are computed when an operation reads them; nothing can write to it."""
 
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
+    _inputs: list[Any]  # the parameters when the tensor was made: those of a layer may be those of another call later
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
@@ -76,7 +82,7 @@ class Readable(Tensor):
 
     def attached(self) -> Tensor:
         """The same as a function of the parameters, where autograd records."""
-        parameters = self.parameters()
+        parameters = self._inputs = self.parameters()
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             made: Tensor = _Effective.apply(self, *parameters)  # type: ignore[no-untyped-call]
             return made
@@ -144,7 +150,6 @@ class _Effective(torch.autograd.Function):
         return readable.detached()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *([None] * ctx.count if grad is None else ctx.readable.gradients(grad))
 
@@ -177,11 +182,11 @@ class ReadableWeight(Readable):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapter."""
-        return self._source.adapter_parameters()
+        return [] if self._source._qlora_disabled else self._source.adapter_parameters()
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Those of the adapter."""
-        return self._source.effective_weight_backward(grad.T if self._transposed else grad)
+        return self._source.effective_weight_backward(grad.T if self._transposed else grad, *self._inputs)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

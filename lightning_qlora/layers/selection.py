@@ -1,7 +1,7 @@
 """Which layers of a module become 4-bit layers, which stay dense, and why."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,14 +9,27 @@ import torch
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.bnb_linear import is_bnb_linear
-from lightning_qlora.layers.dense_reasons import LOADED, ModuleFacts, is_linear, name_clash, too_small, weight_shape
+from lightning_qlora.layers.dense_reasons import (
+    FROZEN,
+    LOADED,
+    ModuleFacts,
+    is_linear,
+    name_clash,
+    too_small,
+    weight_shape,
+)
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
-from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
-from lightning_qlora.layers.new_layers import new_layers
+from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules, plain_name
+from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.records import is_recorded
+
+IN_MODULES_TO_SAVE = "in modules_to_save"
+NOT_SAVED = "not in 4 bits in the checkpoint"
+SavedLayers = Mapping[str, Mapping[str, Any]]  # full name of a layer in a checkpoint -> the arguments of its own
 
 
 class ToConvert(NamedTuple):
@@ -42,8 +55,9 @@ class Selection:
     Attributes:
         convert: Name -> layer that becomes a QLoRALinear.
         stacks: Name -> parameter that becomes QLoRAExperts.
-        train: Name -> why a module trains in full.
+        train: Name -> why a module, or a parameter of a module with others inside, trains in full.
         skip: Name -> why a linear layer, or a parameter of experts, stays dense and frozen.
+        stop: Names of modules and parameters that trained before, are no linear layers, and are frozen.
         refused: Name -> why a layer that target_modules names can't be converted.
         names: Id of each module -> its names.
     """
@@ -52,60 +66,80 @@ class Selection:
     stacks: dict[str, StackToConvert] = field(default_factory=dict)
     train: dict[str, str] = field(default_factory=dict)
     skip: dict[str, str] = field(default_factory=dict)
+    stop: dict[str, None] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     names: dict[int, LayerNames] = field(default_factory=dict)
 
 
-def select_layers(module: nn.Module, config: QLoRAConfig) -> Selection:
+def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     """`select_in_part` for a whole module.
+
+    With `saved` exactly these layers are chosen: those that have adapters in a checkpoint.
 
     Raises:
         ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
             If a part of the module has adapters of another library.
     """
-    choice = select_in_part(module, config)
-    _check_patterns(module, config, choice)
+    choice = select_in_part(module, config, saved)
+    if saved is None:
+        _check_patterns(module, config, choice)
     _check_no_adapters(module, config, choice)
     return choice
 
 
-def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
+def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     """Decide for every linear layer of a module, to which patterns for other modules may be given as well.
 
-    A layer that was quantized while its model loaded counts as the dense layer that it was; layers of an earlier
-    conversion are left out.
+    A layer that was quantized while its model loaded counts as the dense layer that it was. What an earlier conversion
+    has seen stays as it is.
     """
     choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
-    excluded, new = config.exclude_modules or [], new_layers(module)
+    excluded, new = config.exclude_modules or [], new_parameters(module)
     experts = {id(expert) for *_, stack in expert_stacks(module) for expert in stack.layers}
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
 
-    saved = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
-    choice.train.update(dict.fromkeys(saved, "in modules_to_save"))
+    def is_excluded(forms: list[str]) -> bool:
+        return any(matches_outer(form, excluded) for form in forms)
+
+    in_full = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
+    choice.train.update(dict.fromkeys(in_full, IN_MODULES_TO_SAVE))
     scripted: list[str] = []
     for name, layer in layers.items():
-        if isinstance(layer, torch.jit.ScriptModule) and not any(inside(name, s) for s in [*saved, *scripted]):
+        if any(inside(name, outer) for outer in (*in_full, *scripted)):
+            continue
+        if isinstance(layer, torch.jit.ScriptModule):
             scripted.append(name)
             choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
-        if stacks := expert_parameters(layer):
-            if not any(inside(name, s) for s in saved):
-                for stack in stacks:
-                    _select_stack(choice, name, stack, config, facts)
             continue
-        target, is_new = not everything and bool(name) and named(layer, config.target_modules), id(layer) in new
-        if _is_converted(layer) or not (is_linear(layer) or target or is_new) or any(inside(name, s) for s in saved):
+        if is_recorded(layer):
+            if is_linear(layer) and not isinstance(layer, QLoRALinear):
+                kept = choice.train if any(p.requires_grad for p in layer.parameters()) else choice.skip
+                kept[name] = "as an earlier conversion left it"
+            continue
+        if stacks := expert_parameters(layer):
+            for stack in stacks:
+                _select_stack(choice, name, stack, config, facts, saved)
+            continue
+        target = not everything and bool(name) and named(layer, config.target_modules)
+        forms, seed_name = choice.names[id(layer)]
+        own = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
+        is_new = bool(own) and not layer._modules
+        if layer._modules and not is_excluded(forms):
+            choice.train.update({f"{name}.{key}".lstrip("."): reason for key, reason in own.items()})
+        if _is_converted(layer) or not (is_linear(layer) or target or is_new):
             continue
         if id(layer) in experts:  # selected with the module that held the parameter
             continue
-        forms, seed_name = choice.names[id(layer)]
         of_layer = config.for_layer(forms)
-        if any(matches_outer(form, excluded) for form in forms):
+        if saved is not None and plain_name(name) in saved:
+            choice.convert[name] = ToConvert(layer, _as_saved(of_layer, saved[plain_name(name)]), seed_name)
+        elif is_excluded(forms):
             choice.skip[name] = "in exclude_modules"
         elif is_new and not target:
-            choice.train[name] = new[id(layer)]
+            choice.train[name] = next(iter(own.values()))
         elif not everything and not target:
             choice.skip[name] = "not in target_modules"
         elif not is_linear(layer):
@@ -115,32 +149,45 @@ def select_in_part(module: nn.Module, config: QLoRAConfig) -> Selection:
         elif reason := facts.unable(layer) or (facts.unasked(name, layer, of_layer) if everything else None):
             choice.skip[name] = reason
         elif everything and (small := too_small(weight_shape(layer), of_layer)):
-            trains = is_bnb_linear(layer) or layer.weight.requires_grad  # bitsandbytes freezes what it quantizes
-            (choice.train if trains else choice.skip)[name] = small
+            (choice.train if facts.trains else choice.skip)[name] = small
         elif 0 in weight_shape(layer):
             choice.skip[name] = "its {}x{} weight is empty".format(*weight_shape(layer))
+        elif saved is not None:
+            choice.skip[name] = NOT_SAVED
         else:
             choice.convert[name] = ToConvert(layer, of_layer, seed_name)
     return choice
 
 
+def _as_saved(config: QLoRAConfig, own: Mapping[str, Any]) -> QLoRAConfig:
+    return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
+
+
 def _select_stack(
-    choice: Selection, owner_name: str, stack: ExpertParameter, config: QLoRAConfig, facts: ModuleFacts
-) -> None:
+    choice: Selection, owner_name: str, stack: ExpertParameter, config: QLoRAConfig, facts: ModuleFacts,
+    saved: SavedLayers | None,
+) -> None:  # fmt: skip
     """Decide for a parameter of experts. Patterns match its name, or that of the module that holds it."""
     names = choice.names[id(stack.owner)]
     name, forms = f"{owner_name}.{stack.key}".lstrip("."), _forms_of_stack(names, stack)
     of_stack = config.for_layer(forms)
     everything = config.target_modules == "all-linear"
     reason = facts.unable_parameter(stack.owner._parameters[stack.key]) if stack.loaded is None else None
-    if any(matches_outer(form, config.exclude_modules or []) for form in forms):
+    seed_name, first = f"{names.seed_name}.{stack.key}".lstrip("."), plain_name(f"{name}{SUFFIX}.0")
+    if saved is not None and first in saved:
+        choice.stacks[name] = StackToConvert(stack, _as_saved(of_stack, saved[first]), seed_name)
+    elif any(matches_outer(form, config.exclude_modules or []) for form in forms):
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):
         choice.skip[name] = "not in target_modules"
+    elif everything and facts.is_frozen(stack.owner if stack.loaded is None else stack.loaded.layers[0], stack.key):
+        choice.skip[name] = FROZEN
     elif reason or (reason := too_small(stack.shape, of_stack) if everything else None):
         choice.skip[name] = reason
+    elif saved is not None:
+        choice.skip[name] = NOT_SAVED
     elif 0 not in stack.shape:
-        choice.stacks[name] = StackToConvert(stack, of_stack, f"{names.seed_name}.{stack.key}".lstrip("."))
+        choice.stacks[name] = StackToConvert(stack, of_stack, seed_name)
 
 
 def _forms_of_stack(names: LayerNames, stack: ExpertParameter) -> list[str]:

@@ -11,6 +11,11 @@ from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 INPUT_RMS = "input_rms"  # key of the input sizes that a "calibrated" adapter was computed from
+LOAD_THE_BASE = (
+    "Load the base model of the training, with its quantization arguments, and do not change it afterwards. If the "
+    "module initializes it at random, set the same seed before it is built; a checkpoint that is saved with "
+    "checkpoint='full' holds the base."
+)
 FINGERPRINT = "fingerprint"  # of a frozen parameter NAME a checkpoint holds NAME.fingerprint only
 
 
@@ -55,8 +60,7 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing
     if expected is not None and expected != layer.base_fingerprint():
         raise CheckpointMismatchError(
             f"{name}: the checkpoint was trained on another base weight (fingerprint {expected:x} there, "
-            f"{layer.base_fingerprint():x} here). Load the base model, and use the quantization arguments, of the "
-            "training."
+            f"{layer.base_fingerprint():x} here). {LOAD_THE_BASE}"
         )
     lora_a = state_dict.get(prefix + "lora_A")
     if lora_a is not None:

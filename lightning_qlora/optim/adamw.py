@@ -72,7 +72,7 @@ class PagedAdamW8bit(Optimizer):
         paged: Page the state to host memory when it is on a GPU.
 
     Raises:
-        TypeError: If one of them, or of a parameter group's own, is not a number (betas: a pair; paged: a bool).
+        TypeError: If an argument, or a value in a parameter group, is not a number (betas: a pair; paged: a bool).
         ValueError: If a number is out of its range, or betas are not two.
     """
 

@@ -11,7 +11,7 @@ def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.
     Args:
         module: A converted module.
         lr: Learning rate of lora_A and of all else that trains.
-        loraplus_lr_ratio: lora_B learns at this times lr; the paper recommends 16.
+        loraplus_lr_ratio: The learning rate of lora_B is this times lr; the paper recommends 16.
 
     Raises:
         ValueError: If the module has no adapter, or a number is not above 0.

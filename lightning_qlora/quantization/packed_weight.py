@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple
 
 
 def aligned(held: Tensor) -> Tensor:
-    """Flat bytes that can be viewed as fp32: a copy if they start inside a larger tensor at no multiple of 4."""
+    """Flat bytes that can be viewed as fp32: a copy if their offset in a larger tensor is not a multiple of 4."""
     flat = held.contiguous().view(-1)
     return flat.clone() if flat.storage_offset() % 4 else flat
 
@@ -242,7 +242,7 @@ def _read_meta(prefix: str, key: str, held: Tensor) -> dict[str, Any]:
             f"{key}: must be the bytes of a JSON object with quant_type, blocksize, dtype and shape "
             f"({type(error).__name__}: {error}). The file is damaged: copy or write it again."
         ) from error
-    check_choice(f"{prefix}: quant_type", quant_type, ("nf4", "fp4", "int4"))
+    check_choice(f"{prefix}: quant_type", quant_type, get_args(QuantType))
     if not key.endswith(_BNB_META + quant_type):
         raise ValueError(f"{key}: has quant_type={quant_type!r}, which is not the one in its name.")
     check_choice(f"{prefix}: blocksize", block_size, BLOCK_SIZES)

@@ -1,7 +1,7 @@
 """The memory of a training step beside the model, counted by running the step on tensors without data.
 
 The forward and the backward pass run operation by operation, and each tensor that they make is followed until autograd
-or Python frees it. So the peak is counted where it is: in the loss, in the backward pass of a block, or at the end.
+or Python frees it. So the peak is found wherever it is: in the loss, in the backward pass of a block, or at the end.
 """
 
 import weakref
@@ -29,7 +29,7 @@ class StepMemory(NamedTuple):
     """Bytes at the peak of a forward and a backward pass, without parameters, buffers and inputs.
 
     Attributes:
-        activations: What autograd saved, tensors that an operation or the loss needs for a moment, and the buffer for
+        activations: Tensors that autograd saved, temporary tensors of operations and of the loss, and the buffer for
             the largest input of an adapter after dropout.
         gradients: Gradients of parameters that exist at that moment.
     """
@@ -118,7 +118,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory
 
 
 def _backward(output: Any) -> None:
-    """Run the backward pass of a model's output, of which the caller keeps no reference."""
+    """Run the backward pass of a model's output. The caller keeps no reference to it, so that it can be freed."""
     loss = output.get("loss") if isinstance(output, Mapping) else None
     outputs = [leaf for leaf in tree_leaves(output if loss is None else loss) if isinstance(leaf, Tensor)]
     del output, loss
@@ -139,7 +139,7 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         peak: Most bytes at once.
-        gradients_at_peak: Those of them that were gradients of parameters.
+        gradients_at_peak: Bytes of the gradients of parameters at that moment.
         dropped: Bytes of the buffer that the kernels keep for drop(x) (`kernels/scratch.py`).
     """
 
@@ -149,7 +149,7 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def add_gradient(self, parameter: Tensor) -> None:
-        """Hook of parameters, which is called when the gradient was stored."""
+        """Hook of a parameter, called after its gradient was stored."""
         self._gradients += 0 if parameter.grad is None else parameter.grad.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,10 @@
-"""`lightning-qlora`: plan, inspect, merge, export, average, doctor."""
+"""`lightning-qlora`: plan, inspect, merge, export, average, doctor.
 
-import importlib.util
-import json
+A command imports what it runs, so that help and mistakes are answered without torch.
+"""
+
+import inspect as signatures
+import json as json_format
 import os
 import re
 import shutil
@@ -10,43 +13,43 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.average import average as mean_of_adapters
-from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
-from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
-from lightning_qlora.config import Base, QLoRAConfig
-from lightning_qlora.files.folder_writer import check_free
-from lightning_qlora.files.lightning_checkpoint import is_shards
-from lightning_qlora.files.safetensors_folder import resolve_model
-from lightning_qlora.huggingface.merge_folder import FolderDtype, merge_folder
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
-from lightning_qlora.tools.fit import what_fits
-from lightning_qlora.tools.memory_estimate import OptimizerName, estimate_memory
-from lightning_qlora.tools.memory_figure import compare, draw
+from lightning_qlora.config import Base, FolderDtype, OptimizerName, QLoRAConfig
 from lightning_qlora.tools.patches import print_warnings_in_one_line
-from lightning_qlora.training.patches import answer_words_of_other_libraries
-from lightning_qlora.training.report import size_text
-from lightning_qlora.words import install
+from lightning_qlora.words import ARGUMENTS, install
+
+if TYPE_CHECKING:
+    from lightning_qlora.adapters.adapter import Adapter
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
-EXPECTED = (ValueError, TypeError, OSError, ImportError, CheckpointMismatchError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError)
 WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
+def _with_arguments_of_config(command: Any) -> Any:
+    """A command with the arguments of QLoRAConfig in place of **arguments, and their descriptions."""
+    own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    of_config = signatures.signature(QLoRAConfig).parameters.values()
+    parameters = own + [parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY) for parameter in of_config]
+    command.__signature__ = signatures.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    descriptions = re.split(r"\n\s*(?:Args|Raises):\n", QLoRAConfig.__doc__ or "")[1]
+    command.__doc__ = re.sub(r"        \*\*arguments: .*", lambda _: descriptions.strip("\n"), command.__doc__)
+    return command
+
+
+@_with_arguments_of_config
 def plan(
     model: str,
     batch_size: int = 1,
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
     gpu_memory: str | None = None,
-    plot: str | None = None,
+    json: bool = False,
     **arguments: Any,
 ) -> None:
     """Estimate the memory of a training run without loading the model.
@@ -57,39 +60,45 @@ def plan(
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
         gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say what fits on it, and which settings help.
-        plot: Write a picture to this file (.png, .svg, .pdf): full fine-tuning, LoRA and QLoRA, by part.
-        **arguments: The arguments of `QLoRAPrecision`; jsonargparse finds them through this call.
+        json: Print JSON.
+        **arguments: The arguments of `QLoRAPrecision`.
     """
-    if importlib.util.find_spec("transformers") is not None:
+    from lightning_qlora.tools.fit import what_fits
+    from lightning_qlora.tools.memory_estimate import estimate_memory
+
+    if find_spec("transformers") is not None:
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     estimate = estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments)
+    fits = () if gpu_memory is None else what_fits(
+        model, gpu_memory, batch_size, sequence_length, optimizer, QLoRAConfig(**arguments)
+    )  # fmt: skip
+    if json:
+        totals = {name: getattr(estimate, name) for name in ("total", "device")}
+        _print_json({**vars(estimate), **totals, **({"fits": list(fits)} if gpu_memory else {})})
+        return
     print(estimate)
-    config = QLoRAConfig(**arguments)
-    if gpu_memory is not None:
-        for line in what_fits(model, gpu_memory, batch_size, sequence_length, optimizer, config):
-            print(line, flush=True)
-    if plot is not None:
-        bars = compare(model, estimate, batch_size, sequence_length, optimizer, config)
-        draw(bars, f"{Path(model).name}, {batch_size} x {sequence_length} tokens", Path(plot))
-        print(f"{plot}: {', '.join(f'{name} {size_text(sum(bar.values()))}' for name, bar in bars.items())}")
+    for line in fits:
+        print(line, flush=True)
 
 
-def inspect(path: str, weights_only: bool = True) -> None:
+def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:
     """Show the content of a checkpoint, an adapter folder or a model folder.
 
     Args:
         path: A Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model.
         weights_only: As in torch.load. False also reads checkpoints whose hyperparameters are not plain values, which
             can run code of whoever wrote the file.
+        json: Print JSON.
     """
     from lightning_qlora.tools.inspect_path import inspect_path
 
-    _show(inspect_path(path, weights_only))
+    lines = inspect_path(path, weights_only)
+    _print_json(dict(lines)) if json else _show(lines)
 
 
-def merge(
+def merge_adapter(
     adapter: str,
     output: str,
     base_model: str | None = None,
@@ -97,6 +106,7 @@ def merge(
     base: Base = "quantized",
     prefix: str | None = None,
     weights_only: bool = True,
+    json: bool = False,
 ) -> None:
     """Merge an adapter into its base model and write the result as a folder of safetensors, tensor by tensor.
 
@@ -109,7 +119,13 @@ def merge(
         prefix: Name of the base model in the LightningModule, where a checkpoint does not say it.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
+        json: Print JSON.
     """
+    from lightning_qlora.adapters.base_compatibility import convert_to_float_base
+    from lightning_qlora.files.folder_writer import check_free
+    from lightning_qlora.files.safetensors_folder import resolve_model
+    from lightning_qlora.huggingface.merge_folder import merge_folder
+
     check_free(Path(output))
     found = _adapter(adapter, prefix, weights_only)
     source = base_model or found.base_model
@@ -119,7 +135,11 @@ def merge(
     if base == "float":
         found = convert_to_float_base(found, folder)
     merge_folder(folder, found, output, dtype, base)
-    print(f"{output}: {source} with {adapter} merged")
+    files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
+    if json:
+        _print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
+        return
+    print(f"{output}: {source} with {adapter} merged; {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB")
 
 
 def export(
@@ -145,6 +165,10 @@ def export(
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
+    from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
+    from lightning_qlora.adapters.peft_files import write_adapter
+    from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
+
     adapter = _adapter(checkpoint, prefix, weights_only)
     if base == "float":
         adapter = convert_to_float_base(adapter, base_model)
@@ -167,6 +191,10 @@ def average(checkpoints: list[str], output: str, prefix: str | None = None, weig
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
+    from lightning_qlora.adapters.average import average as mean_of_adapters
+    from lightning_qlora.adapters.base_compatibility import required_base
+    from lightning_qlora.adapters.peft_files import write_adapter
+
     adapter = mean_of_adapters([_adapter(path, prefix, weights_only) for path in checkpoints])
     if need := required_base(adapter.quantization):
         warnings.warn(need, stacklevel=2)
@@ -174,16 +202,25 @@ def average(checkpoints: list[str], output: str, prefix: str | None = None, weig
     print(f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.packed)} layers")
 
 
-def doctor() -> None:
-    """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong."""
+def doctor(json: bool = False) -> None:
+    """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong.
+
+    Args:
+        json: Print JSON.
+    """
     from lightning_qlora.tools.doctor import environment, examine
 
-    all_good = True
-    for name, found, good in examine():
-        _show([(name, found if good else f"{found}  <-- wrong")])
-        all_good = all_good and good
-    _show(list(environment().items()))
-    if not all_good:
+    found = []
+    for name, what, good in examine():
+        found.append((name, what, good))
+        if not json:
+            _show([(name, what if good else f"{what}  <-- wrong")])
+    if json:
+        checks = {name: {"found": what, "good": good} for name, what, good in found}
+        _print_json({"checks": checks, "environment": dict(environment())})
+    else:
+        _show(list(environment().items()))
+    if not all(good for _, _, good in found):
         raise SystemExit(1)
 
 
@@ -195,20 +232,33 @@ def _with_underscores(arguments: list[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 success, 1 error, 2 wrong arguments."""
     try:
-        from jsonargparse import auto_cli
+        from jsonargparse import ArgumentParser, auto_cli
     except ImportError:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
+
+    class Parser(ArgumentParser):
+        """A parser whose errors have no usage of many lines."""
+
+        def error(self, message: str, *_: Any) -> Any:
+            """Print a mistake and where the help is."""
+            self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{self.prog} --help lists the arguments.\n")
+
     signal.signal(signal.SIGTERM, _exit)
-    answer_words_of_other_libraries()
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
-    commands: list[Any] = [plan, inspect, merge, export, average, doctor]
+    commands: dict[str, Any] = {
+        # jsonargparse asks the package for a function's name: `merge` would import torch
+        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export,
+        "average": average, "doctor": doctor,
+    }  # fmt: skip
     try:
         given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
         version = sys.modules["lightning_qlora"].__version__
-        auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False)
-    except EXPECTED as error:
+        auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False, parser_class=Parser)
+    except Exception as error:
+        if not isinstance(error, EXPECTED) and type(error).__name__ != "CheckpointMismatchError":  # which imports torch
+            raise
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -218,10 +268,14 @@ def _with_list(arguments: list[str]) -> list[str]:
     if arguments[:1] != ["average"]:
         return arguments
     paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
-    return ["average", *([json.dumps(paths[:-1]), paths[-1]] if paths else []), *arguments[1 + len(paths) :]]
+    return ["average", *([json_format.dumps(paths[:-1]), paths[-1]] if paths else []), *arguments[1 + len(paths) :]]
 
 
-def _adapter(path: str, prefix: str | None, weights_only: bool) -> Adapter:
+def _adapter(path: str, prefix: str | None, weights_only: bool) -> "Adapter":
+    from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+    from lightning_qlora.adapters.peft_reader import read_adapter
+    from lightning_qlora.files.lightning_checkpoint import is_shards
+
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path)
     return read_adapter_from_checkpoint(path, prefix, weights_only)
@@ -232,6 +286,16 @@ def _show(lines: list[tuple[str, str]]) -> None:
     for name, value in lines:
         text = f"{name:30} {value}"
         print(textwrap.fill(text, width, **WRAPPED) if len(text) > width > 60 else text)
+
+
+def _print_json(values: Any) -> None:
+    print(json_format.dumps(values, indent=2, default=str))
+
+
+def _plain(message: str) -> str:
+    """A message of jsonargparse in one line, with what an argument of another library is called here."""
+    ours = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
+    return " ".join([*message.split(), *ours])
 
 
 def _exit(*_: Any) -> None:

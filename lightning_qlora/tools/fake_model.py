@@ -16,6 +16,7 @@ from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -80,17 +81,16 @@ def _model_of_config(config: Any) -> nn.Module:
 
 
 def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list[QLoRALinear], ConversionReport]:
-    """Convert a model without data as `convert_module` converts one with data: its 4-bit layers and a report."""
+    """Convert a model without data as `convert_module` does one with data; returns its 4-bit layers and a report."""
     if config.adapter is not None:
         config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
     check_output_embeddings(fake_model, config.deferred_logits)
     start, bytes_before = time.perf_counter(), parameter_bytes(fake_model)
-    choice = select_layers(fake_model, config)
+    choice, new = select_layers(fake_model, config), unrecorded(fake_model)
     check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        turned = not isinstance(layer, nn.Linear)
-        packed = _packed(weight.T if turned else weight, config)
+        packed = _packed(weight if isinstance(layer, nn.Linear) else weight.T, config)
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 
@@ -99,19 +99,14 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
             QLoRALinear.from_packed(layer, packed, nn.Linear, config, f"{name}{SUFFIX}.{number}")
 
         QLoRAExperts.from_slices(*stack, convert)
-    freeze(fake_model, choice)
-    prepare_step(fake_model, config)
-    warn_of_what_stayed(fake_model, choice)
-    report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
-    return list(adapted_layers(fake_model).values()), report
-
-
-def prepare_step(fake_model: nn.Module, config: QLoRAConfig) -> None:
-    """Set how a step of the model runs: deferred logits, gradient checkpointing, and functions that need no data."""
+    freeze(fake_model, choice, new)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(fake_model)
     defer_output_embeddings(fake_model, config.deferred_logits)
     run_without_data(fake_model)
+    warn_of_what_stayed(fake_model, choice)
+    report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
+    return list(adapted_layers(fake_model).values()), report
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:

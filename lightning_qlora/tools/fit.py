@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import OptimizerName, QLoRAConfig
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.tools.activations import positions_of
-from lightning_qlora.tools.memory_estimate import MemoryEstimate, OptimizerName, PlannedRun
+from lightning_qlora.tools.memory_estimate import MemoryEstimate, PlannedRun
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.report import parameter_bytes, size_text
 
@@ -78,7 +78,7 @@ def what_fits(
 
 
 def needed(estimate: MemoryEstimate) -> int:
-    """Bytes on a GPU, whose backward pass decodes weights into buffers of its own."""
+    """Bytes that a run needs on a GPU, where the backward pass decodes weights into buffers of its own."""
     return estimate.device + estimate.parts["decode buffer"]
 
 

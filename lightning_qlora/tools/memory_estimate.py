@@ -6,14 +6,14 @@ activations and temporary tensors are counted, not guessed.
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_qlora.checks import check_choice, check_integer
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import OptimizerName, QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory
@@ -22,7 +22,6 @@ from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.report import ConversionReport, size_text
 from lightning_qlora.words import refuse_unknown_arguments
 
-OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
@@ -37,8 +36,8 @@ class MemoryEstimate:
     Attributes:
         parts: Part -> bytes. Parts: 4-bit weights, other frozen weights, trained weights, gradients, optimizer state,
             decode buffer, activations (with the temporary tensors of operations, at their peak).
-        gradients_at_peak: Those of the gradients that exist when all parts together take most memory: none of them at
-            the start of the backward pass, all of them at its end.
+        gradients_at_peak: Bytes of the gradients that exist when all parts together take most memory: none at the start
+            of the backward pass, all at its end.
         paged: Whether the optimizer state can move to host memory when the device is full.
         trainable_parameters: Number of trained weights.
         total_parameters: Number of all weights, with the adapters.
@@ -59,7 +58,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: all parts, of the gradients those that exist then."""
+        """Bytes at the peak: all parts, with only the gradients that exist then."""
         return sum(self.parts.values()) - self.parts["gradients"] + self.gradients_at_peak
 
     @property

@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from lightning_qlora.layers.routed_experts import is_routed, routed_forward
+if TYPE_CHECKING:
+    from torch import Tensor, nn  # the command line imports this file, and starts without torch
 
 
 @contextmanager
@@ -29,7 +28,7 @@ def silence_fake_tensor_log() -> Iterator[None]:
         logger.disabled = before
 
 
-def run_without_data(fake_model: nn.Module) -> None:
+def run_without_data(fake_model: "nn.Module") -> None:
     """Replace functions of a model whose tensors have no data, which can't run on them.
 
     Upstream: torch/nn/modules/module.py, Module._apply, which the forward pass of some routers calls (`.to`): it can't
@@ -37,13 +36,17 @@ def run_without_data(fake_model: nn.Module) -> None:
     such tensors; our loop over experts needs as much memory.
     Removed by: upstream running both under FakeTensorMode.
     """
+    from lightning_qlora.layers.routed_experts import is_routed, routed_forward
+
     for part in fake_model.modules():
         part._apply = partial(_replace_parameters, part)  # type: ignore[method-assign]
         if is_routed(type(part)):
             part.forward = partial(routed_forward, part)
 
 
-def _replace_parameters(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _replace_parameters(part: "nn.Module", fn: "Callable[[Tensor], Tensor]", recurse: bool = True) -> "nn.Module":
+    from torch import nn
+
     for child in part.children() if recurse else ():
         child._apply(fn)  # type: ignore[no-untyped-call]
     for key, parameter in part._parameters.items():

@@ -1,8 +1,8 @@
 """Indices with values on a model without data: positions, masks, and the experts that tokens choose.
 
 The code of models reads values. transformers omits the causal mask if positions show that nothing is packed, and some
-mixtures loop over the experts that tokens chose (`nonzero`, `tolist`). Within `RealIndices`, tensors that are made of
-nothing but numbers and such tensors are real, and so are the indices that `topk` and `argmax` return: every expert gets
+mixtures loop over the experts that tokens chose (`nonzero`, `tolist`). Within `RealIndices`, tensors that are computed
+from numbers and real tensors alone are real, and so are the indices that `topk` and `argmax` return: every expert gets
 the same number of tokens. All other tensors stay without data.
 """
 
@@ -27,7 +27,7 @@ class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._choices = 0  # so that a second choice of one expert (argmax of what is left) is another expert
+        self._choices = 0  # so that a second choice (argmax of the rest) is another expert
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -31,11 +31,11 @@ def check_loss(loss: Any) -> None:
     """
     if isinstance(loss, Tensor) and not loss.requires_grad:
         raise RuntimeError(
-            "The loss needs no gradient, so no adapter can train. Either it was computed without a converted layer or "
-            "under torch.no_grad(), or all parameters were frozen after conversion (freeze()), or the model runs its "
-            "layers inside an autograd.Function (Reformer, reentrant checkpointing), which records nothing if its "
-            "inputs need no gradient, and the embeddings are frozen: call model.enable_input_require_grads() of the "
-            "transformers model, and model.train() if it asks for it."
+            "The loss needs no gradient, so no adapter can train. Either it was computed without a converted layer, "
+            "under torch.no_grad() or inside disable_adapter, or all parameters were frozen after conversion "
+            "(freeze()), or the model runs its layers inside an autograd.Function (Reformer, reentrant checkpointing), "
+            "which records nothing if its inputs need no gradient, and the embeddings are frozen: call "
+            "model.enable_input_require_grads() of the transformers model, and model.train() if it asks for it."
         )
 
 

@@ -1,6 +1,7 @@
 """Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
 
 import time
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
-from lightning_qlora.adapters.state_dict import use_adapter_state_dict
+from lightning_qlora.adapters.state_dict import Conversion, conversion_of, use_adapter_state_dict
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import (
     forget_quantizer,
@@ -19,13 +20,18 @@ from lightning_qlora.huggingface.patches import (
 )
 from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
+from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.patches import explain_requires_grad
+from lightning_qlora.layers.patches import recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
+    IN_MODULES_TO_SAVE,
+    SavedLayers,
     Selection,
     StackToConvert,
     ToConvert,
@@ -38,13 +44,17 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
+    warn_of_large_new_parts,
     warn_of_other_arguments,
-    warn_of_the_rest,
+    warn_of_two_configs,
+    warn_of_unused_arguments,
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import count_weights_in_transformers
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
+
+BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 
 
 def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
@@ -64,32 +74,45 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
 
 
 def convert_module(
-    module: nn.Module, config: QLoRAConfig, device: torch.device | None = None, sharded: bool = False
+    module: nn.Module,
+    config: QLoRAConfig,
+    device: torch.device | None = None,
+    sharded: bool = False,
+    saved: SavedLayers | None = None,
+    evaluating: bool = False,
 ) -> ConversionReport:
     """`convert` with a config.
+
+    Layers that an earlier conversion made, of this module or of a part of it, stay as they are. Layers that were added
+    since are converted.
 
     Args:
         module: As in `convert`.
         config: The arguments.
         device: Where to quantize; None: where each weight is.
         sharded: Whether a strategy shards the module afterwards. Its logits are not deferred.
+        saved: The layers of a checkpoint, to convert these; None: those that the arguments choose.
+        evaluating: Whether the module will not train, so that layers which were added later stay as they are.
     """
     check_initialized(module)
     start, bytes_before = time.perf_counter(), dense_bytes(module)
-    if is_converted(module):
-        warn_of_other_arguments(module, config)
-        warn_of_the_rest(module, config)
+    new, conversion = unrecorded(module), conversion_of(module)
+    if conversion is not None and (evaluating or not new):
+        _convert_again(module, conversion, config)
         return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
     check_has_data(module)
+    kept = {name: layer for name, layer in adapted_layers(module).items() if not layer.loaded}
     given = config
     adapter = read_adapter(config.adapter) if config.adapter else None
     if adapter is not None:
         config = config_of_adapter(module, adapter, config)
-    check_output_embeddings(module, config.deferred_logits)
-    choice = select_layers(module, config)
+    if not kept:
+        check_output_embeddings(module, config.deferred_logits)
+    choice = select_layers(module, config, saved)
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
-    check_any(choice, config)
+    if not kept:
+        check_any(choice, config)
     check_loaded(module, choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
@@ -100,27 +123,42 @@ def convert_module(
         if is_bnb_linear(layer):
             decode_bnb_layer(layer)
     forget_quantizer(module)
-    freeze(module, choice)
+    freeze(module, choice, new, kept.values())
+    record(new)
+    if config.keep_initial:
+        keep_initial(module)
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
-    explain_requires_grad()
-    use_adapter_state_dict(module, config)
-    module._qlora_arguments = given  # type: ignore[assignment]
+    recompute_as_called()
+    use_adapter_state_dict(module, config, given)
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()
     warn_of_what_stayed(module, choice)
+    if kept:
+        (warn_of_two_configs if layers else warn_of_unused_arguments)(module, config)
     if config.start == "calibrated" and layers:
         Calibration(module, config)
-    return conversion_report(module, choice, bytes_before, start, deferred)
+    report = conversion_report(module, choice, bytes_before, start, deferred)
+    warn_of_large_new_parts(module, choice, report)
+    return report
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a module, or the part of it with the adapters, went through `convert_module`."""
-    return bool(adapted_layers(module)) and any("_qlora_frozen" in vars(part) for part in module.modules())
+    """Whether all of a module went through `convert_module`."""
+    return conversion_of(module) is not None and not unrecorded(module)
+
+
+def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
+    """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
+    if config.adapter is not None and config.adapter not in [known.adapter for known in conversion.given]:
+        set_adapter_of_module(module, read_adapter(config.adapter))
+    warn_of_other_arguments(module, conversion, config)
+    if config not in conversion.given:
+        conversion.given.insert(0, config)  # the last one is that of the conversion
 
 
 def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None) -> None:
@@ -130,7 +168,7 @@ def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None
         return
     _check_not_sharded(layer._parameters["weight"])
     if is_bnb_linear(layer):
-        setattr(layer._parameters["weight"], REPLACED, name)  # for an optimizer that was made too early
+        setattr(layer._parameters["weight"], REPLACED, layer)  # for an optimizer that was made before
         QLoRALinear.from_packed(layer, *pop_bnb_weight(layer), config, name, seed_name)
     else:
         QLoRALinear.from_linear(layer, config, name, device, seed_name)
@@ -161,13 +199,34 @@ def _check_not_sharded(weight: Any) -> None:
         )
 
 
-def freeze(module: nn.Module, choice: Selection) -> None:
-    """Let only the adapters, and the modules that were chosen to train in full, train."""
-    trained = {id(p) for name in choice.train for p in module.get_submodule(name).parameters()}
-    adapters = {id(p) for layer in adapted_layers(module).values() for p in layer.adapter_parameters()}
+def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear] = ()) -> None:
+    """Let only the adapters, and the modules that were chosen to train in full, train.
+
+    Args:
+        module: The module, its layers converted.
+        choice: What was chosen.
+        new: The parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
+        kept: Layers of an earlier conversion.
+    """
+    modules, named_parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
+    train = {
+        id(parameter): reason
+        for name, reason in choice.train.items()
+        for parameter in (modules[name].parameters() if name in modules else [named_parameters[name]])
+    }
+    name_of = {part: name for name, part in modules.items()}
+    for owner, key, trained in new:
+        parameter = own_parameters(owner).get(key)
+        if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
+            parameter.requires_grad_(id(parameter) in train)
+            name = f"{name_of[owner]}.{key}".lstrip(".") if owner._modules else name_of[owner]
+            if trained and not parameter.requires_grad and not is_linear(owner) and name not in choice.skip:
+                choice.stop[name] = None
+    trains = {id(p) for layer in {*adapted_layers(module).values()} - {*kept} for p in layer.adapter_parameters()}
+    trains |= {key for key, reason in train.items() if reason == IN_MODULES_TO_SAVE}
     for parameter in module.parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(id(parameter) in adapters | trained)
+        if id(parameter) in trains and parameter.is_floating_point():
+            parameter.requires_grad_(True)
 
 
 def conversion_report(
@@ -175,6 +234,7 @@ def conversion_report(
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
+    frozen = _frozen_weights(module, choice)
     layers = adapted_layers(module)
     calibration = calibration_of(module)
     return ConversionReport(
@@ -187,6 +247,17 @@ def conversion_report(
         bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+        frozen=list(choice.stop),
+        adapter_parameters=sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters()),
+        frozen_by_module=sum(weight.nbytes for weight in frozen),
+        bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),
         deferred_logits=deferred,
         calibration=None if calibration is None else calibration.report,
     )
+
+
+def _frozen_weights(module: nn.Module, choice: Selection) -> list[nn.Parameter]:
+    """The weights of the layers, and the experts, that the module froze before conversion."""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    keys = [name for name, why in choice.skip.items() if why == FROZEN]
+    return [tensors[key] for name in keys for key in (f"{name}.weight".lstrip("."), name) if key in tensors]

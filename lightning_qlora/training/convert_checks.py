@@ -1,18 +1,26 @@
 """What a module must be before it is converted, and what users are warned of afterwards."""
 
+import re
 import warnings
+from collections import Counter
 from dataclasses import asdict
 
+from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qlora.adapters.base_compatibility import check_one_folder
+from lightning_qlora.adapters.base_model import OF_LAYER
+from lightning_qlora.adapters.state_dict import Conversion
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import inside, named_tensors
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.new_parameters import OUTSIDE
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.selection import Selection, select_in_part
-from lightning_qlora.training.report import ROOT, count_parameters
+from lightning_qlora.layers.selection import Selection
+from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 COMPUTE_IT = (
@@ -24,7 +32,6 @@ AT_LOADING = (  # arguments that a layer which was quantized while its model loa
     "quant_type", "block_size", "double_quant", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights",
     "loftq_config",
 )  # fmt: skip
-ARGUMENTS = ("_qlora_config", "_qlora_arguments")  # attributes of a converted module: in checkpoints, and as given
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
@@ -74,7 +81,8 @@ def check_loaded(module: nn.Module, choice: Selection) -> None:
         if differing:
             raise ValueError(
                 f"{name}: was quantized while its model loaded, and {differing}. Load and convert with the same "
-                "arguments, or load the model outside of configure_model and plugin.init()."
+                "arguments (exclude_modules keeps layers dense from the start), or load the model outside of "
+                "configure_model and plugin.init()."
             )
 
 
@@ -82,46 +90,74 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
     if choice.convert or choice.stacks:
         return
-    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in [*choice.train.items(), *choice.skip.items()])
+    dense = [*choice.train.items(), *choice.skip.items()]
+    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in dense)
     message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
     if not choice.train:
         raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))
-    warnings.warn(message + "\nA smaller r converts more layers.", stacklevel=2)
+    frozen = FROZEN in choice.skip.values()
+    remedy = "target_modules converts frozen layers that it names." if frozen else "A smaller r converts more layers."
+    warnings.warn(f"{message}\n{remedy}", stacklevel=2)
 
 
-def warn_of_other_arguments(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of arguments that differ from those of the first conversion, which is not done again.
-
-    Names of layers in other parts may be new for a part of the module.
-    """
-    for name, part in module.named_modules():
-        # An adapter that was loaded changes the arguments in checkpoints; both are known, then.
-        known = [value for key in ARGUMENTS if isinstance(value := vars(part).get(key), QLoRAConfig)]
-        if not known or config in known:
-            continue
-        pairs = [(field, getattr(known[-1], field), getattr(config, field)) for field in asdict(config)]
-        no_matter = {"paged_optimizer"} | ({"target_modules", "exclude_modules", "modules_to_save"} if name else set())
-        other = [f"{a}={was!r} and not {new!r}" for a, was, new in pairs if was != new and a not in no_matter]
-        if other:
-            warnings.warn(
-                f"{name or type(part).__name__}: was converted before, with {', '.join(other)}, and stays so. To "
-                "convert with other arguments, build the module again.",
-                stacklevel=2,
-            )
-
-
-def warn_of_the_rest(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of linear layers beside a part that was converted before: they are neither in 4 bits nor frozen."""
-    parts = [name for name, part in module.named_modules() if "_qlora_frozen" in vars(part)]
-    choice = select_in_part(module, config)
-    rest = [name for name in [*choice.convert, *choice.stacks] if not any(inside(name, part) for part in parts)]
-    if rest:
+def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
+    """Warn of arguments that differ from those of the earlier conversion, which is not done again."""
+    if config in (conversion.config, *conversion.given):
+        return
+    known = conversion.given[-1]
+    pairs = [(field, getattr(known, field), getattr(config, field)) for field in asdict(config)]
+    other = [
+        f"{name}={was!r} and not {new!r}"
+        for name, was, new in pairs
+        if was != new and name not in ("paged_optimizer", "adapter")
+    ]
+    if other:
         warnings.warn(
-            f"{', '.join(parts)}: converted before, so nothing else is converted now: other linear layers "
-            f"({', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}) are neither in 4 bits nor frozen. Convert the "
-            f"whole module at once, or name them in exclude_modules ({rest[:1]}, ...).",
+            f"{type(module).__name__}: was converted before, with {', '.join(other)}, and stays so. To convert with "
+            "other arguments, build the module again, or merge the adapters first (lightning_qlora.merge).",
             stacklevel=2,
         )
+
+
+def warn_of_unused_arguments(module: nn.Module, config: QLoRAConfig) -> None:
+    """Warn of the arguments of layers that differ from those of the earlier conversion, if it made all layers."""
+    for name, layer in adapted_layers(module).items():
+        pairs = [(key, getattr(layer.config, key), getattr(config, key)) for key in OF_LAYER]
+        other = [f"{key}={was!r} and not {new!r}" for key, was, new in pairs if was != new]
+        if other and not config.rank_pattern and not config.alpha_pattern:
+            warnings.warn(f"{name}: was converted before, with {', '.join(other)}, and stays so.", stacklevel=2)
+            return
+
+
+def warn_of_two_configs(module: nn.Module, _: QLoRAConfig) -> None:
+    """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
+    try:
+        check_one_folder({name: layer.config for name, layer in adapted_layers(module).items()})
+    except ValueError as error:
+        warnings.warn(f"save_adapter will refuse this module: {error}", stacklevel=2)
+
+
+def warn_of_large_new_parts(module: nn.Module, choice: Selection, report: ConversionReport) -> None:
+    """Warn if more trains in full as new than in the adapters: it may have been loaded by hand, as no mark says."""
+    named = dict(module.named_parameters())
+    new = [name for name, reason in choice.train.items() if reason.startswith(OUTSIDE)]
+    sizes = Counter[str]()
+    for name, parameter in named.items():
+        if any(inside(name, outer) for outer in new):
+            sizes[name.partition(".")[0]] += parameter.numel()
+    if sizes.total() <= report.adapter_parameters:
+        return
+    largest, size = sizes.most_common(1)[0]
+    layers = [name for name, layer in module.named_modules() if inside(name, largest) and is_linear(layer)]
+    # The last part of a name, or the last two where that is a number.
+    endings = sorted({re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", name) for name in [*report.converted, *layers]})
+    rank_zero_warn(
+        f"{largest!r} trains in full ({size:,} parameters; adapters have {report.adapter_parameters:,}), because it is "
+        f"{choice.train[next(name for name in new if inside(name, largest))].removeprefix('new: ')}. If it was "
+        f"loaded from weights, {f'convert it too (target_modules={endings}), or ' if layers else ''}freeze it before "
+        "conversion (requires_grad_(False)).",
+        stacklevel=2,
+    )
 
 
 def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:

@@ -10,15 +10,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.torch_version import TorchVersion
 
+from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import inside
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training import patches
-from lightning_qlora.training.convert import is_converted
 
 
 def shards_module(trainer: Trainer | None) -> bool:
     """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
-    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+    return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def convert_before_sharding(
     at_conversion: set[nn.Module] = set()
 
     def before(to_shard: list[nn.Module]) -> None:
-        if not is_converted(module) and not set(module.modules()).isdisjoint(to_shard):
+        if conversion_of(module) is None and not set(module.modules()).isdisjoint(to_shard):
             _check_can_shard(config)
             convert(module)
             at_conversion.update(module.modules())

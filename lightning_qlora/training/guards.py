@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
+from lightning_qlora.lightning_copies import classes
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -23,7 +24,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             made before conversion, prunes weights, or freezes and unfreezes parameters.
     """
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, _MultiProcessingLauncher):
+    if isinstance(launcher, classes(_MultiProcessingLauncher)):
         raise RuntimeError(
             f"strategy={_strategy_name(trainer)!r} trains in processes spawned or forked from this one. When they end, "
             "Lightning copies back only the weights that the module in this process has, and it has no adapters: they "
@@ -31,19 +32,19 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        if isinstance(callback, BaseFinetuning):
+        if isinstance(callback, classes(BaseFinetuning)):
             raise RuntimeError(
                 f"{name} freezes parameters before the module is converted, and conversion decides again which "
                 "parameters train; later it makes all parameters trainable, which 4-bit ones can't be. Remove the "
                 "callback: QLoRA trains the adapters, and in full the modules named in modules_to_save."
             )
-        if isinstance(callback, ModelPruning):
+        if isinstance(callback, classes(ModelPruning)):
             raise RuntimeError(
                 f"{name} sets entries of float weights to zero, and the weights of converted layers are 4-bit and "
                 "frozen. Remove the callback; to prune, merge the adapters first (lightning_qlora.merge) and prune "
                 "the dense module."
             )
-        copy = _copy_held_by(callback, module, isinstance(trainer.strategy, ModelParallelStrategy))
+        copy = _copy_held_by(callback, module, isinstance(trainer.strategy, classes(ModelParallelStrategy)))
         if copy is not None:
             raise RuntimeError(
                 f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
@@ -61,12 +62,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
     if replaced:
+        name = next((layer.full_name for part in replaced for layer in adapted_layers(part).values()), "merged since")
         raise RuntimeError(
-            f"The {type(optimizer).__name__} was created before the module was converted: it holds the replaced "
-            f"weights of {len(replaced)} layers ({replaced[0]}, ...) and not their adapters, so nothing would train. "
-            "Fabric: model = fabric.setup_module(model), then make the optimizer from model.parameters(), then "
-            "fabric.setup_optimizers(optimizer). Trainer: make it in configure_optimizers; an optimizer that was made "
-            "earlier, as LightningCLI does, gets the adapters only if it has no state yet."
+            f"The {type(optimizer).__name__} was created before the module was converted and has state: it holds the "
+            f"replaced weights of {len(replaced)} layers ({name}, ...) and not their adapters, so nothing would train. "
+            "Create it in configure_optimizers, or after fabric.setup_module; one with no state, which has made no "
+            "step, gets the adapters when fabric.setup or the Trainer sets it up."
         )
     if any(isinstance(parameter, Readable) for parameter in parameters):
         raise RuntimeError(

@@ -10,9 +10,10 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
+from lightning_qlora.adapters.state_dict import CONFIG, config_of, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
 from lightning_qlora.training.convert import convert_module
+from lightning_qlora.training.module_hyperparameters import networks_of
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -32,7 +33,8 @@ def load_from_checkpoint(
         map_location: As in `torch.load`; shards are loaded to host memory.
         weights_only: As in `LightningModule.load_from_checkpoint`; False loads hyperparameters of any class, and can
             run code that the file contains. None is True for a folder and for an http address, too.
-        **hyperparameters: Arguments of the class that replace those in the checkpoint.
+        **hyperparameters: Arguments of the class that replace those in the checkpoint. A network among them must be
+            passed, since checkpoints don't hold it; with checkpoint="full" weights_only=False builds it anew.
 
     Returns:
         The module, on the device of the loaded adapters.
@@ -51,7 +53,7 @@ def load_from_checkpoint(
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     try:
-        config, _ = config_of(state), base_model_of(state)  # both are checked
+        config, layers = config_of(state), saved_layers(state)  # both are checked
     except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
@@ -59,8 +61,12 @@ def load_from_checkpoint(
             f"{str(checkpoint_path)!r} holds no {CONFIG!r}: it was not saved from a converted module. Load it with "
             f"{module_class.__name__}.load_from_checkpoint."
         )
-    module = _build(module_class, checkpoint, weights_only, hyperparameters)
-    convert_module(module, config)
+    try:
+        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint_path}: {error}") from error
+    module = _build(module_class, checkpoint, weights_only, {**networks, **hyperparameters})
+    convert_module(module, config, saved=layers)
     module.load_state_dict(state)
     return module.to(next(iter(state.values())).device)
 

@@ -1,7 +1,8 @@
 """Changes to code and objects of Lightning, torch and transformers that training needs, where they offer no hook.
 
 One function for each change, with the upstream file, the reason, the supported ways that were tried, and the upstream
-change that would remove it. None of them has an effect on a run without this package's plugin or layers.
+change that would remove it. None of them has an effect on a run without this package's plugin or layers. A change to
+Lightning is also made to its copies (`lightning_copies`).
 """
 
 import sys
@@ -14,12 +15,13 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.adapters.state_dict import CONFIG, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.lightning_copies import classes, modules
+from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
-from lightning_qlora.words import our_words
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -90,13 +92,13 @@ def convert_before_checkpoint_is_restored() -> None:
     Trainer of the environment; Strategy.restore_checkpoint_after_setup also delays callbacks and `on_load_checkpoint`.
     Removed by: a hook of Precision between `configure_model` and the restore.
     """
-    from lightning.pytorch.trainer import call
 
     def convert(original: Any, trainer: Any) -> None:
         with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):
             original(trainer)
 
-    wrap_once(call, "_call_configure_model", convert)
+    for call in modules("lightning.pytorch.trainer.call"):
+        wrap_once(call, "_call_configure_model", convert)
 
 
 @contextmanager
@@ -149,7 +151,8 @@ def load_full_state_dicts_into_sharded_modules() -> None:
         else:
             original(state_dict, module, world_size, strict)
 
-    wrap_once(import_module("lightning.fabric.strategies.model_parallel"), "_load_raw_module_state", load)
+    for strategy in modules("lightning.fabric.strategies.model_parallel"):
+        wrap_once(strategy, "_load_raw_module_state", load)
 
 
 def allow_keys_without_attributes() -> None:
@@ -193,10 +196,31 @@ def check_crc_before_loading() -> None:
             check_crc(path)
         return original(fabric, path, *args, **kwargs)
 
-    connector: Any = import_module("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
-    for name in ("load", "load_raw"):
-        wrap_once(import_module("lightning.fabric.fabric").Fabric, name, load_with_fabric)
+    for connector in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
+    for fabric in modules("lightning.fabric.fabric"):
+        wrap_once(fabric.Fabric, "load", load_with_fabric)
+        wrap_once(fabric.Fabric, "load_raw", load_with_fabric)
+
+
+def leave_networks_out_of_hyperparameters() -> None:
+    """Let checkpoints of a converted module hold no second copy of its base among the hyperparameters.
+
+    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, puts `module.hparams` into
+    the checkpoint, with every network that `save_hyperparameters` found, and pickles it.
+    Supported ways tried: Precision.on_save_checkpoint is called before the hyperparameters are there, and not for
+    checkpoints of weights only; `on_save_checkpoint` and `hparams` belong to the user's module, whose code may read
+    `self.hparams.net`.
+    Removed by: a hook of Precision that gets the complete checkpoint.
+    """
+
+    def dump(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = original(connector, *args, **kwargs)
+        leave_out_networks(checkpoint, connector.trainer.lightning_module)
+        return checkpoint
+
+    for connectors in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        wrap_once(connectors._CheckpointConnector, "dump_checkpoint", dump)
 
 
 def count_weights_in_model_summary() -> None:
@@ -208,7 +232,6 @@ def count_weights_in_model_summary() -> None:
     Supported ways tried: none; the callback chooses its summary class by the strategy (DeepSpeedSummary).
     Removed by: ModelSummary asking a module for its number of parameters and bytes.
     """
-    summary: Any = import_module("lightning.pytorch.utilities.model_summary.model_summary")
 
     def layer_parameters(original: Any, layer: Any) -> Any:
         return original(layer) + weights_minus_elements(layer._module)
@@ -219,9 +242,10 @@ def count_weights_in_model_summary() -> None:
     def megabytes(original: Any, model: Any) -> Any:
         return parameter_bytes(model._model) / 1e6 if _is_converted(model._model) else original(model)
 
-    wrap_once(summary.LayerSummary, "num_parameters", layer_parameters)
-    wrap_once(summary.ModelSummary, "total_parameters", all_parameters)
-    wrap_once(summary.ModelSummary, "model_size", megabytes)
+    for summary in modules("lightning.pytorch.utilities.model_summary.model_summary"):
+        wrap_once(summary.LayerSummary, "num_parameters", layer_parameters)
+        wrap_once(summary.ModelSummary, "total_parameters", all_parameters)
+        wrap_once(summary.ModelSummary, "model_size", megabytes)
 
 
 def count_weights_in_transformers() -> None:
@@ -255,12 +279,16 @@ def explain_adapter_checkpoints() -> None:
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         held = {str(key).rpartition(".")[2] for key in state_dict}
+        of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
         # A conversion may have found no layer that is large enough; then everything trains in full.
-        if CONFIG in held and not adapted_layers(module) and ("lora_A" in held or not _is_converted(module)):
+        if not adapted_layers(module) and (of_layers or (CONFIG in held and not _is_converted(module))):
             name = type(module).__name__
-            what = f"This checkpoint holds the adapters of a converted module, and this {name} is not converted. "
-            if not isinstance(module, LightningModule):
-                raise ValueError(f"{what}Call lightning_qlora.convert with the arguments of the training before.")
+            what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
+            if not isinstance(module, classes(LightningModule)):
+                raise ValueError(
+                    f"{what}Call lightning_qlora.convert with the arguments of the training before; for code that "
+                    "loads into the dense module, call lightning_qlora.merge before it saves."
+                )
             raise ValueError(
                 f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
                 "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
@@ -271,39 +299,5 @@ def explain_adapter_checkpoints() -> None:
     wrap_once(nn.Module, "load_state_dict", load)
 
 
-def explain_unfreezing() -> None:
-    """Let `unfreeze()` of a converted module raise the error of `requires_grad_(True)`, and change nothing.
-
-    Upstream: lightning/pytorch/core/module.py, LightningModule.unfreeze, sets requires_grad of every parameter and
-    stops at the first 4-bit one with torch's error, which names no layer.
-    Supported ways tried: none; the method belongs to the user's module.
-    Removed by: upstream calling requires_grad_ of the module, which `layers.patches.explain_requires_grad` explains.
-    """
-
-    def unfreeze(original: Any, module: nn.Module) -> Any:
-        module.requires_grad_(True)
-        return original(module)
-
-    wrap_once(LightningModule, "unfreeze", unfreeze)
-
-
-def answer_words_of_other_libraries() -> None:
-    """Let errors of jsonargparse about arguments of other libraries say what they are called here, if it is loaded.
-
-    Upstream: jsonargparse/_core.py, ArgumentParser.error, for a YAML file of LightningCLI and for our command line:
-    "Option 'lora_r' is not accepted". It checks names and values before it calls `QLoRAPrecision`, whose errors say it.
-    Supported ways tried: a subclass of the parser serves our command line, and LightningCLI makes its own.
-    Removed by: jsonargparse asking the class for a message.
-    """
-    upstream: Any = sys.modules.get("jsonargparse")
-    if upstream is None:
-        return
-
-    def error(original: Any, parser: Any, message: str, *args: Any, **kwargs: Any) -> Any:
-        return original(parser, message + our_words(message), *args, **kwargs)
-
-    wrap_once(upstream.ArgumentParser, "error", error)
-
-
 def _is_converted(module: nn.Module) -> bool:
-    return any("_qlora_frozen" in vars(part) for part in module.modules())
+    return any(conversion_of(part) is not None for part in module.modules())

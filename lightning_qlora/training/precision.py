@@ -21,8 +21,9 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.patches import name_the_package_to_import_from
+from lightning_qlora.optim.patches import call_on_setup_optimizer
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
@@ -36,22 +37,13 @@ from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 
-patches.convert_before_checkpoint_is_restored()
-patches.load_full_state_dicts_into_sharded_modules()
-patches.allow_keys_without_attributes()
-patches.check_crc_before_loading()
-patches.count_weights_in_model_summary()
-patches.explain_adapter_checkpoints()
-patches.explain_unfreezing()
-patches.answer_words_of_other_libraries()
-
 
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits. Each gets a LoRA adapter, and only the adapters are trained
-    (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The arguments are those of
-    `QLoRAConfig`; `__init__` has their descriptions.
+    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full
+    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
+    arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:
         config: The arguments, checked.
@@ -66,7 +58,7 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
-        name_the_package_to_import_from()
+        _fit_into_loaded_packages()
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()
@@ -74,6 +66,7 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
+        self._trains_fp32 = False  # parameters that are no adapters
 
     def __repr__(self) -> str:
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
@@ -117,14 +110,20 @@ class QLoRAPrecision(Precision):
             device = trainer.strategy.root_device
             if has_meta(module):
                 patches.skip_moving_meta_module_at_teardown(trainer)
+        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
-        report = convert_module(module, self.config, device, sharded=shards_module(trainer))
+        report = convert_module(
+            module, self.config, device, sharded=shards_module(trainer), evaluating=self._evaluating
+        )
         if not converted_before:
             rank_zero_only(report.show)()
         if not converted_before or self.report is None:
             self.report = report
         self._module = weakref.ref(module)
-        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        adapters = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
+        self._trains_fp32 = any(
+            p.requires_grad and p.dtype is torch.float32 and id(p) not in adapters for p in module.parameters()
+        )
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
@@ -163,9 +162,12 @@ class QLoRAPrecision(Precision):
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast, if fp32 weights are computed in 16 bit, so that all layers compute in 16 bit."""
+        """Autocast, if the module has fp32 weights and computes in 16 bit, so that all layers compute in 16 bit.
+
+        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit.
+        """
         layer = next(self._layers(), None)
-        if layer is None or layer.weight_dtype is not torch.float32:
+        if layer is None or (layer.weight_dtype is not torch.float32 and not self._trains_fp32):
             return nullcontext()
         dtype = layer.compute_dtype(layer.packed)
         return nullcontext() if dtype is torch.float32 else torch.autocast(layer.packed.device.type, dtype)
@@ -175,10 +177,8 @@ class QLoRAPrecision(Precision):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Check the Trainer's optimizers and page their state; a checkpoint restores the state after this."""
-        layers = {layer.full_name: layer for layer in self._layers()}
         for optimizer in optimizers:
-            replace_parameters_by_adapters(optimizer, layers)
-            self._set_up_optimizer(optimizer)
+            self.on_setup_optimizer(optimizer)
         module = None if self._module is None else self._module()  # `model` may be DDP's wrapper
         if module is not None and not self._evaluating:
             guards.warn_of_adapters_in_no_optimizer(module, optimizers)
@@ -194,7 +194,12 @@ class QLoRAPrecision(Precision):
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
 
-    def _set_up_optimizer(self, optimizer: Optimizer) -> None:
+    def on_setup_optimizer(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
+
+        Fabric calls this in `setup` and `setup_optimizers`; see `optim.patches.call_on_setup_optimizer`.
+        """
+        replace_parameters_by_adapters(optimizer)
         guards.check_optimizer(optimizer)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
@@ -226,7 +231,7 @@ class QLoRAPrecision(Precision):
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
-        self._set_up_optimizer(optimizer)
+        self.on_setup_optimizer(optimizer)
         if closure is None:
             self._before_step(optimizer)
         else:
@@ -238,6 +243,11 @@ class QLoRAPrecision(Precision):
         """See `_before_step`; the Trainer calls this between its backward pass and its step."""
         self._before_step(optimizer)
         super()._after_closure(model, optimizer)
+
+    @override
+    def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """See Precision; it clips only for a LightningModule of its own package."""
+        _precision_class(model)._clip_gradients(self, model, *args, **kwargs)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -268,8 +278,28 @@ class QLoRAPrecision(Precision):
 
 def _trainer_of(module: nn.Module | None) -> Trainer | None:
     """The Trainer a module is attached to; None in Fabric."""
-    return module._trainer if isinstance(module, LightningModule) else None
+    return module._trainer if isinstance(module, classes(LightningModule)) else None
 
 
 def _precision_class(module: nn.Module | None) -> type[Any]:
-    return FabricPrecision if _trainer_of(module) is None else Precision
+    """Fabric's class, or the Trainer's of the package that the module is from."""
+    if _trainer_of(module) is None:
+        return FabricPrecision
+    pairs = zip(classes(LightningModule), classes(Precision), strict=True)
+    return next(precision for kind, precision in pairs if isinstance(module, kind))
+
+
+def _fit_into_loaded_packages() -> None:
+    """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
+    inherit_from_copies(QLoRAPrecision)
+    call_on_setup_optimizer()
+    patches.convert_before_checkpoint_is_restored()
+    patches.load_full_state_dicts_into_sharded_modules()
+    patches.allow_keys_without_attributes()
+    patches.check_crc_before_loading()
+    patches.leave_networks_out_of_hyperparameters()
+    patches.count_weights_in_model_summary()
+    patches.explain_adapter_checkpoints()
+
+
+_fit_into_loaded_packages()

@@ -31,6 +31,10 @@ class ConversionReport:
         bytes_after: Bytes of the parameters now, adapters included.
         seconds: Time of the conversion.
         shapes: Name -> (out_features, in_features) of the converted layers.
+        frozen: Names of modules and parameters that trained before and are frozen now, without the linear layers.
+        adapter_parameters: Number of parameters of all adapters.
+        frozen_by_module: Bytes of the layers that the module itself froze before conversion.
+        bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
         calibration: Status of adapters that are initialized from the first training batch; None if none are.
@@ -46,12 +50,16 @@ class ConversionReport:
     bytes_after: int
     seconds: float
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    frozen: list[str] = field(default_factory=list)
+    adapter_parameters: int = 0
+    frozen_by_module: int = 0
+    bytes_4_bits_would_save: int = 0
     deferred_logits: dict[str, int] = field(default_factory=dict)
     calibration: CalibrationReport | None = None
     unused: dict[str, str] = field(default_factory=dict, repr=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Name, status and number of layers (or parameters of experts) whose names differ only in a number."""
+        """Name, status and number of layers or parameters whose names differ only in a number."""
         groups: dict[tuple[str, str], list[str]] = {}
 
         def add(name: str, status: str) -> None:
@@ -67,14 +75,24 @@ class ConversionReport:
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
                 add(name, f"{verb}: {reason}")
+        for name in self.frozen:
+            add(name, "frozen, trained before")
         return [(n[0] if len(n) == 1 else name, status, str(len(n))) for (name, status), n in groups.items()]
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        in_full = self.trainable_parameters - self.adapter_parameters
         return (
-            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)\n"
-            f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"
+            + (f": {self.adapter_parameters:,} in adapters and {in_full:,} in full\n" if in_full > 0 else "\n")
+            + (
+                f"layers that the module froze take {size_text(self.frozen_by_module)}; naming them in target_modules "
+                f"would save {size_text(self.bytes_4_bits_would_save)}\n"
+                if self.frozen_by_module
+                else ""
+            )
+            + f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
             + "".join(
                 f"\nlogits of {name or 'the module itself'}: "

@@ -13,14 +13,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file
 
-from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
-from lightning_qlora.adapters.base_compatibility import convert_to_float_base
+from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.checksums import CHECKSUMS
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import write_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.adapters.state_dict import CONFIG
-from lightning_qlora.layers.names import names_of_modules
 from lightning_qlora.tools.cli import main
 from tests.conftest import elsewhere
 from tests.toys import Lit, logits, toy
@@ -178,34 +175,3 @@ def test_a_checkpoint_gives_each_layer_the_scaling_that_it_had(pattern, saved):
     assert (lit.model["head"].scaling, lit.decoder["head"].scaling) == (8, 2 if "model" in pattern else 8)
     for name, layer in lit.named_children():
         assert adapter.scaling(f"{name}.head") == layer["head"].scaling
-
-
-def test_a_checkpoint_of_the_version_before_keeps_its_seeds_and_scalings(saved, tmp_path, monkeypatch):
-    """It recorded neither: seeds were made from full names, and a pattern matched with and without the first part."""
-    toy("llama").save_pretrained(tmp_path / "base")
-    arguments = {"init_lora_weights": "pissa_niter_1", "alpha_pattern": {r"model\.layers\.0\..*q_proj": 3}}
-
-    def by_full_names(root):
-        return {key: names._replace(seed_name=names.forms[0]) for key, names in names_of_modules(root).items()}
-
-    with monkeypatch.context() as before:
-        before.setattr("lightning_qlora.layers.selection.names_of_modules", by_full_names)
-        lit = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
-        path = saved(lit, **arguments)
-    expected = convert_to_float_base(get_adapter(lit))
-    checkpoint = torch.load(path, weights_only=False)
-    words = json.loads(bytes(checkpoint["state_dict"][CONFIG].tolist()))
-    assert words["base_model"].pop("seed_names") and words["base_model"].pop("lora_alphas")
-    checkpoint["state_dict"][CONFIG] = torch.tensor(list(json.dumps(words).encode()), dtype=torch.uint8)
-    del checkpoint["state_dict"][CHECKSUMS]
-    torch.save(checkpoint, path)
-    resumed = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
-    convert(resumed, **ARGUMENTS, **arguments)
-    resumed.load_state_dict(checkpoint["state_dict"])
-    for adapter in (read_adapter_from_checkpoint(path), get_adapter(resumed)):
-        made = convert_to_float_base(adapter, tmp_path / "base")
-        assert made.layers.keys() == expected.layers.keys()
-        for name, layer in made.layers.items():
-            other = expected.layers[name]
-            assert torch.equal(layer.lora_A, other.lora_A) and torch.equal(layer.lora_B, other.lora_B)
-            assert layer.alpha == other.alpha and adapter.layers[name].alpha == (3 if ".0.self_attn.q" in name else 8)

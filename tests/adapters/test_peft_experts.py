@@ -51,6 +51,8 @@ def converted(build, seed=0, **arguments):
     """A model with its experts and linear layers in 4 bits, and adapters that are not 0."""
     model = toys.made(build).eval()
     toys.convert_stacks(model)
+    for parameter in model.parameters():  # what is frozen beside trainable adapters would stay as it is
+        parameter.requires_grad_(parameter.is_floating_point())
     convert(model, r=2, lora_alpha=4, lora_dropout=0.1, **arguments)
     torch.manual_seed(seed)
     for layer in adapted_layers(model).values():
@@ -176,7 +178,8 @@ def test_what_peft_has_no_place_for_is_refused_and_nothing_is_written(tmp_path):
     ranks = converted(toys.qwen3_moe)
     layer = ranks.model.layers[0].mlp.experts.down_proj_experts[1]
     layer.set_adapter(layer.lora_A.detach()[:1], layer.lora_B.detach()[:, :1])
-    dora = converted(toys.qwen3_moe, use_dora=True, target_modules=["q_proj"])
+    dora = toys.made(toys.qwen3_moe)
+    convert(dora, r=2, use_dora=True)
     for model, name, why in (
         (flat, "transformer.blocks.0.ffn.experts.mlp.w2", "one matrix"),
         (ranks, "model.layers.0.mlp.experts.down_proj", "one rank"),

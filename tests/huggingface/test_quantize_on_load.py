@@ -149,9 +149,10 @@ def test_plugin_init_and_a_head_beside_the_model(folder, trainer):
         lit = WithHead(path)
     assert len(packed(lit)) == 14
     trainer(plugins=plugin, max_steps=1).fit(lit)
-    assert len(packed(lit)) == 15 and len(plugin.report.converted) == 15
+    assert len(packed(lit)) == len(plugin.report.converted) == 14
+    assert plugin.report.trained_in_full == {"head": "new: outside of the loaded LlamaModel"}
     trainer(plugins=QLoRAPrecision(), max_steps=1).fit(lit)
-    assert len(packed(lit)) == 15
+    assert len(packed(lit)) == 14 and lit.head.weight.requires_grad
 
 
 def test_outside_of_the_context_nothing_changes(folder):

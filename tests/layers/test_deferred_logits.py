@@ -143,6 +143,18 @@ def test_bf16_and_autocast(kind):
         torch.testing.assert_close(ours, expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
 
 
+def test_autocast_does_not_round_the_smoothed_and_weighted_loss():
+    losses = []
+    for defers in (True, False):
+        head, hidden = made_head("frozen"), torch.randn(21, H, generator=torch.Generator().manual_seed(1))
+        if defers:
+            defer_logits(head)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head(100 * hidden.requires_grad_())
+            losses.append(F.cross_entropy(logits, labels(21), WEIGHT, label_smoothing=0.2).detach())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
 def test_an_autograd_function_gets_values_and_its_gradient_reaches_the_hidden_states():
     class Square(torch.autograd.Function):
         @staticmethod

@@ -160,7 +160,7 @@ def test_errors_are_one_line(tmp_path, capsys):
 
 @pytest.mark.usefixtures("trained")
 def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lightning_qlora.tools.cli.read_adapter", lambda path: pytest.fail("work was done"))
+    monkeypatch.setattr("lightning_qlora.adapters.peft_reader.read_adapter", lambda path: pytest.fail("work was done"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
@@ -273,3 +273,29 @@ def test_the_version_is_printed(capsys):
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.strip() == f"lightning-qlora {lightning_qlora.__version__}"
+
+
+def test_help_and_mistakes_do_not_import_torch():
+    script = (
+        "import sys; from lightning_qlora.tools.cli import main\n"
+        "for arguments in (['--help'], ['plan', '--help'], ['plan', 'x', '--lora_rank', '4'], ['merge']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: print(end.code)\n"
+        "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "2", "2"]
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--lora_rank" in done.stderr and "lora_rank: use r." in done.stderr and "usage:" not in done.stderr
+
+
+@pytest.mark.usefixtures("trained")
+def test_json(tmp_path, capsys):
+    def read(*arguments):
+        return json.loads(prints([*arguments, "--json", "true"], capsys))
+
+    assert read("inspect", tmp_path / "adapter")["kind"].startswith("PEFT adapter")
+    merged = read("merge", tmp_path / "last.ckpt", tmp_path / "merged")
+    assert merged["files"].keys() == {path.name for path in (tmp_path / "merged").iterdir()}
+    plan = read("plan", tmp_path / "base", "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB")
+    assert plan["total"] >= plan["device"] > plan["parts"]["4-bit weights"] > 0 and plan["fits"]

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 from lightning_qlora import PagedAdamW8bit, convert, estimate_memory
-from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import scratch
 from lightning_qlora.tools.fake_model import meta_model
-from lightning_qlora.tools.memory_figure import compare
 from lightning_qlora.training.report import count_parameters
 from tests.conftest import Classifier
 from tests.toys import LLAMA, NAMES, Lit, ids, needs, toy
@@ -231,11 +229,7 @@ def test_the_paper(size):
     estimate = estimate_memory(config, 1, 512, gradient_checkpointing=True)
     assert estimate.total / 1e9 == pytest.approx(gigabytes, rel=0.1)
     if size == "65B":
-        arguments = QLoRAConfig(gradient_checkpointing=True)
-        bars = compare(config, estimate, 1, 512, "adamw", arguments)
-        full, lora, qlora, paged = (sum(bar.values()) for bar in bars.values())
-        assert full > 780e9 and lora > 130e9 and paged < 48e9
-        assert (qlora, paged) == (estimate.total, estimate.device)
+        assert 12 * (estimate.total_parameters - estimate.trainable_parameters) > 780e9 and estimate.device < 48e9
 
 
 LLAMAS = {

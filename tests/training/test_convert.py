@@ -1,7 +1,6 @@
 import copy
 import threading
 import time
-import warnings
 
 import pytest
 import torch
@@ -32,18 +31,6 @@ def test_converting_again_changes_nothing():
     again = convert(model, r=4)
     assert again.converted == ["1", "3"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_layers_beside_a_part_that_was_converted_before_are_named():
-    model = nn.ModuleDict({"body": mlp(), "head": nn.Linear(128, 128)})
-    convert(model["body"], r=8, exclude_modules=["3"])
-    with pytest.warns(UserWarning, match=r"body: converted before.*\(head\)"):
-        report = convert(model, r=8)
-    assert report.converted == ["body.1"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convert(model, r=8, exclude_modules=["head"])  # said to be meant
-        convert(model["body"], r=8, exclude_modules=["3"])
 
 
 def test_aliases_and_a_root_layer_are_converted_once():

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from tests.conftest import Classifier, loader
 
@@ -23,7 +22,7 @@ def test_each_adapter_replaces_its_weight_in_the_same_group():
     )
     groups = list(optimizer.param_groups)
     convert(module, r=4, use_dora=True)
-    replace_parameters_by_adapters(optimizer, adapted_layers(module))
+    replace_parameters_by_adapters(optimizer)
     assert names_of(module, optimizer) == [
         ["net.4.lora_A", "net.4.lora_B", "net.4.lora_magnitude_vector", "net.4.bias"],
         ["net.2.weight", "net.0.lora_A", "net.0.lora_B", "net.0.lora_magnitude_vector"],
@@ -38,20 +37,29 @@ def test_names_of_named_parameters_are_replaced_too():
     if "param_names" not in optimizer.param_groups[0]:
         pytest.skip("this torch keeps no names")
     convert(module, r=4)
-    replace_parameters_by_adapters(optimizer, adapted_layers(module))
+    replace_parameters_by_adapters(optimizer)
     assert [optimizer.param_groups[0]["param_names"]] == names_of(module, optimizer)
     assert "0.lora_A" in optimizer.param_groups[0]["param_names"]
 
 
-def test_an_optimizer_with_state_or_weights_of_another_module_is_not_changed():
+def test_an_optimizer_of_two_modules_with_equal_names_gets_the_adapters_of_both():
     module, other = Classifier(), Classifier()
-    optimizer = torch.optim.AdamW([*module.parameters(), *other.parameters()])
+    optimizer = torch.optim.AdamW([{"params": module.parameters()}, {"params": other.parameters()}])
     convert(module, r=4)
     convert(other, r=4)
+    replace_parameters_by_adapters(optimizer)
+    for group, owner in zip(optimizer.param_groups, (module, other), strict=True):
+        trained = {id(p) for p in owner.parameters() if p.requires_grad}
+        assert trained and trained <= {id(p) for p in group["params"]}
+
+
+def test_an_optimizer_with_state_is_not_changed():
+    module = Classifier()
+    optimizer = torch.optim.AdamW(module.parameters())
+    convert(module, r=4)
     before = list(optimizer.param_groups[0]["params"])
-    replace_parameters_by_adapters(optimizer, {})
     optimizer.state[before[0]] = {"step": torch.tensor(1.0)}
-    replace_parameters_by_adapters(optimizer, adapted_layers(module))
+    replace_parameters_by_adapters(optimizer)
     assert all(now is was for now, was in zip(optimizer.param_groups[0]["params"], before, strict=True))
 
 

@@ -74,13 +74,39 @@ def test_a_checkpoint_is_small_and_is_refused_by_another_base(tmp_path):
         fabric.load(tmp_path / "c.ckpt", {"model": other})
 
 
-def test_an_optimizer_made_before_setup_is_refused():
+@pytest.mark.parametrize("separately", [False, True])
+def test_an_optimizer_made_before_setup_trains_as_one_made_after_it(separately):
+    def losses(early):
+        fabric, _ = launch(lora_dropout=0.0)
+        module = Classifier()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2) if early else None
+        if early and not separately:
+            return train(fabric, *fabric.setup(module, optimizer), list(loader(64)))
+        model = fabric.setup_module(module)
+        optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return train(fabric, model, fabric.setup_optimizers(optimizer), list(loader(64)))
+
+    assert losses(early=True) == losses(early=False)
+
+
+def test_an_optimizer_that_has_stepped_before_setup_is_refused_there():
     fabric, _ = launch()
     module = Classifier()
-    model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-2))
-    fabric.backward(model(torch.randn(2, 64)).sum())
-    with pytest.raises(RuntimeError, match=r"created before the module was converted.*net\.0.*setup_module"):
-        optimizer.step()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    module(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"before the module was converted and has state.*net\.0.*fabric.setup"):
+        fabric.setup(module, optimizer)
+
+
+def test_two_modules_and_optimizers_that_were_made_first():
+    fabric, _ = launch(lora_dropout=0.0)
+    modules = [Classifier(seed=0), Classifier(seed=1)]
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules]
+    models = [fabric.setup_module(module) for module in modules]
+    optimizers = fabric.setup_optimizers(*optimizers)
+    train(fabric, models[0], optimizers[0], list(loader()))
+    assert modules[0].net[0].lora_B.any() and not modules[1].net[0].lora_B.any()
 
 
 def test_a_second_setup_of_the_same_module_changes_nothing():

@@ -14,7 +14,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
+from lightning_qlora import (
+    QLoRAPrecision,
+    convert,
+    disable_adapter,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
 from lightning_qlora.layers.dtensor import whole
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
@@ -168,6 +176,31 @@ def test_parameters_gathered_by_an_evaluation_are_sharded_again_before_saving_an
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
     for name, value in before.items():
         assert value.dtype is after[name].dtype is torch.float32 and torch.equal(value, after[name])
+
+
+def test_adapters_are_disabled_in_shards(setup_module):
+    fabric, net = setup_module(shard)
+    untouched, x = Classifier().net.eval(), torch.randn(2, 64)
+    convert(untouched, **ARGUMENTS)
+    with torch.no_grad():
+        for layer in adapted_layers(net).values():
+            layer.lora_B.add_(0.1)
+    with disable_adapter(net), torch.no_grad():
+        assert torch.equal(net(x), untouched(x))
+        assert torch.equal(net.module[0].weight, untouched[0].decode())
+    with disable_adapter(net):
+        base = net(x)
+    fabric.backward((net(x) - base.detach()).square().sum())
+    assert all(p.grad is not None for layer in adapted_layers(net).values() for p in layer.adapter_parameters())
+
+
+def test_initial_values_of_shards_are_refused(one_rank):
+    plugin = QLoRAPrecision(**ARGUMENTS, modules_to_save=["4"], keep_initial=True)
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricStrategy(shard, 1, 1), plugins=plugin)
+    fabric.launch()
+    net = fabric.setup_module(Classifier().net)
+    with pytest.raises(RuntimeError, match=r"sharded.*keep_initial=False"), disable_adapter(net):
+        pass
 
 
 def test_merging_is_refused_after_an_evaluation_too(setup_module):

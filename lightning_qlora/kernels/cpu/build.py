@@ -27,7 +27,7 @@ FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=off", "-Wno-psabi")
 THREADS = "-fopenmp"
 VARIANTS = (("-march=native", THREADS), ("-march=native",), ("-mcpu=native",), ())
 TIMEOUT = 120  # seconds for one compiler call
-LITTLE = 4_000_000  # bytes of free space that a compilation may not get along with
+LITTLE = 4_000_000  # bytes: with less free space a compilation may fail
 OWN_FOLDER = "Set LIGHTNING_QLORA_CACHE to a folder that belongs to you and that only you can write to (chmod 700)."
 _log = logging.getLogger("lightning_qlora")
 

@@ -2,8 +2,8 @@
 
 A smaller scale clips the largest weights of a block and rounds the others more finely. For a whole weight this makes a
 language model worse: its few outliers matter more than their squared error says (SmolLM2-135M, WikiText-2 perplexity
-32.3 -> 34.5 to 35.3). For the residual that is left after the largest singular vectors are removed it makes it better,
-and only there `methods` uses it.
+32.3 -> 34.5 to 35.3). For the residual of PiSSA, without the largest singular vectors, it makes the model better, so
+`methods` uses it only there.
 """
 
 import torch

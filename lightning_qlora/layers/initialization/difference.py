@@ -1,7 +1,8 @@
 """What training changed: an adapter minus its initial values.
 
 An adapter that was initialized from the weight or its quantization error (`methods`) belongs to the 4-bit base of its
-run. On the float weight W the trained layer is, apart from the quantization error that the initial values left,
+run. With the float weight W in place of that base, the trained layer is (up to the part of the quantization error that
+the initial values did not correct)
 
     W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]        an adapter of rank 2 r with the same s (as PEFT does for PiSSA)
 
@@ -27,7 +28,7 @@ class Origin:
     Attributes:
         config: The arguments of the conversion.
         seed_names: Name of a layer in the base model -> the name that the seed of its adapter was made from.
-        input_rms: Name of a layer in the base model -> the input sizes that a "calibrated" adapter was computed from.
+        input_rms: Name of a layer in the base model -> the input RMS that a "calibrated" adapter was computed from.
         fingerprint_of: Name of a layer in the base model -> fingerprint of its 4-bit weight; None if not known.
     """
 

@@ -46,7 +46,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     Args:
         weight: The float weight [out, in].
         config: The arguments of the conversion.
-        name: The layer's name: its rank, its scaling and the seed of its random numbers depend on it.
+        name: The layer's name; the seed of its random numbers is made from it.
 
     Raises:
         ValueError: If the rank is larger than the number of singular values.
@@ -61,7 +61,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 
 
 def changes_base_weights(config: QLoRAConfig) -> bool:
-    """Whether the base is not quantize(W): then the last bits of an SVD, which differ between machines, decide it."""
+    """Whether the base is not quantize(W): it depends on the last bits of an SVD, which differ between machines."""
     return config.start == "pissa" or (config.start == "loftq" and config.loftq_iterations > 1)
 
 
@@ -82,7 +82,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
 def calibrated_adapter(
     weight: Tensor, base: PackedWeight, input_rms: Tensor, config: QLoRAConfig, name: str
 ) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r], fp32, that best replace the quantization error on inputs of the given size.
+    """A [r, in] and B [out, r], fp32, that best correct the quantization error for inputs of the given RMS.
 
     Formula: the minimum over A and B of E ||(W - Q - s B A) x||^2, with E[x x^T] taken as diag(d^2).
 

@@ -102,7 +102,7 @@ class PinnedPool(Pool):
 
     @override
     def _free(self, address: int) -> None:
-        # Torch may use the memory again at once. Others copy from it too: Lightning, to the device, when it resumes.
+        # torch may reuse the memory at once, while a copy from it still runs: ours, or Lightning's when it resumes.
         torch.cuda.synchronize(self._device)
         del self._blocks[address]
 

@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
@@ -257,7 +258,9 @@ def _after_state_dict(root: nn.Module, *_: Any) -> None:
 def _after_load_state_dict(root: nn.Module, _: Any) -> None:
     calibration = calibration_of(root)
     if calibration is not None:
-        calibration.after_load(root._qlora_config)  # type: ignore[arg-type]
+        conversion = conversion_of(root)
+        assert conversion is not None
+        calibration.after_load(conversion.config)
 
 
 def _is_compiled(module: nn.Module) -> bool:

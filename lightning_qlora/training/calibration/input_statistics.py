@@ -45,7 +45,9 @@ class InputStatistics:
     @staticmethod
     def _count(total: Tensor, _: QLoRALinear, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         x = (*args, *kwargs.values())[0].detach()
-        rows = x.reshape(-1, x.shape[-1])
+        if not x.is_floating_point():
+            return  # the layer refuses it
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32 if x.dtype is torch.float64 else None)
         total[-1] += len(rows)
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
         if not torch.isfinite(squares).all():

@@ -1,10 +1,15 @@
-"""Run a module once more without an effect: buffers, metrics, counters, inputs and random generators are restored."""
+"""Run a module once more without an effect: buffers, metrics, counters, inputs and random generators are restored.
+
+The module itself runs, not a copy of it: forward hooks and replaced forward methods are often closures over the module,
+so they would change the original (a batch norm counts twice) or miss what the copy has (a list of features is empty).
+"""
 
 import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import IOBase
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
@@ -19,17 +24,18 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training.rng_state import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
-Restore = Callable[[], None]
+Restore = Callable[[], Any]
 
 # Not saved: what can't change, what a forward pass does not change, and what is too large to copy.
 NOT_SAVED = (
     int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, ModuleType, FunctionType,
-    Trainer, Fabric, Logger, Callback, LightningDataModule, Dataset, DataLoader, Optimizer,
-    nn.Parameter, QLoRALinear, np.memmap,
+    Dataset, DataLoader, Optimizer, nn.Parameter, QLoRALinear, np.memmap,
 )  # fmt: skip
+OF_LIGHTNING = (Trainer, Fabric, Logger, Callback, LightningDataModule)  # not saved either
 # Another thread may change an object with one of these attributes meanwhile: restoring it would undo that change.
 SHARED_WITH_THREADS = (threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, IOBase)
 
@@ -60,85 +66,72 @@ def restore_each(values: Iterable[T]) -> Iterator[T]:
 
 @contextmanager
 def _restored(*values: Any) -> Iterator[None]:
-    restores = _save_all([*values])
-    try:
+    """Save the values and everything they contain, and restore them in place on exit."""
+    rest, seen = [*values], set[int]()
+    not_saved: tuple[type, ...] = (*NOT_SAVED, *(copy for kind in OF_LIGHTNING for copy in classes(kind)))
+    with ExitStack() as stack:
+        while rest:
+            value = rest.pop()
+            if id(value) not in seen and not isinstance(value, not_saved):
+                seen.add(id(value))
+                restore, parts = _save(value)
+                rest.extend(parts)
+                if restore is not None:
+                    stack.callback(restore)
         yield
-    finally:
-        for restore in restores:
-            restore()
 
 
-def _save_all(values: list[Any]) -> list[Restore]:
-    """Save values and everything they contain; the functions that restore them in place."""
-    seen: set[int] = set()
-    restores: list[Restore] = []
-    while values:
-        value = values.pop()
-        if id(value) in seen or isinstance(value, NOT_SAVED):
-            continue
-        seen.add(id(value))
-        restore, parts = _save(value)
-        restores.append(restore)
-        values.extend(parts)
-    return restores
-
-
-def _save(value: Any) -> tuple[Restore, list[Any]]:
-    """The function that restores one value, and what the value contains."""
+def _save(value: Any) -> tuple[Restore | None, Iterable[Any]]:
+    """The function that restores one value in place, None if nothing can be restored, and what the value contains."""
     if isinstance(value, Tensor):
-        return _save_tensor(value), []
+        return _save_tensor(value), ()
     if isinstance(value, np.ndarray):
-        return _save_array(value), []
+        return partial(value.__setitem__, ..., value.copy()) if value.flags.writeable else None, ()
     if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: _ignore(value.set_state(state)), []
+        return partial(value.set_state, value.get_state()), ()
     if isinstance(value, random.Random):
-        version = value.getstate()
-        return lambda: value.setstate(version), []
-    if isinstance(value, (np.random.Generator, np.random.RandomState)):
-        bits: Any = getattr(value, "bit_generator", None) or value._bit_generator  # type: ignore[union-attr]
-        before = bits.state
-        return lambda: setattr(bits, "state", before), []
+        return partial(value.setstate, value.getstate()), ()
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state(legacy=False)), ()
+    if isinstance(value, np.random.Generator):
+        bits, before = value.bit_generator, value.bit_generator.state
+        return lambda: setattr(bits, "state", before), ()
     if isinstance(value, MutableMapping):
-        return _save_container(value, lambda: [*value, *value.values()], dict(value)), [*value.values()]
+        return partial(_refill, value, dict(value)), [*value.values()]
     if isinstance(value, (list, deque, set)):
-        return _save_container(value, lambda: [*value], list(value)), [*value]
+        return partial(_refill, value, [*value]), [*value]
     if isinstance(value, (tuple, frozenset)):
-        return _nothing, [*value]
+        return None, value
     return _save_object(value)
 
 
-def _save_object(value: Any) -> tuple[Restore, list[Any]]:
+def _save_object(value: Any) -> tuple[Restore | None, Iterable[Any]]:
     """The same for an object: its attributes, which are in its dict or its slots."""
-    slots = {name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))}
-    in_slots = {name: getattr(value, name) for name in slots - {"__dict__", "__weakref__"} if hasattr(value, name)}
-    in_dict = getattr(value, "__dict__", None)
-    if any(isinstance(part, SHARED_WITH_THREADS) for part in (*in_slots.values(), *(in_dict or {}).values())):
-        return _nothing, []
+    declared = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = {name for names in declared for name in ([names] if isinstance(names, str) else names)}
+    slots = {name: getattr(value, name) for name in names - {"__dict__", "__weakref__"} if hasattr(value, name)}
+    attributes = getattr(value, "__dict__", {})
+    if any(isinstance(part, SHARED_WITH_THREADS) for part in (*slots.values(), *attributes.values())):
+        return None, ()
 
     def restore() -> None:
-        for name, part in in_slots.items():
+        for name, part in slots.items():
             if getattr(value, name, None) is not part:
                 object.__setattr__(value, name, part)
 
-    return restore, [*in_slots.values(), *([in_dict] if isinstance(in_dict, dict) else [])]
+    return restore, [*slots.values(), attributes]
 
 
-def _save_container(container: Any, parts: Callable[[], list[Any]], content: Any) -> Restore:
-    before = parts()
-
-    def restore() -> None:
-        now = parts()
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-            container.clear()
-            (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-
-    return restore
+def _refill(container: Any, content: Any) -> None:
+    before, now = ([*x, *x.values()] if isinstance(x, MutableMapping) else [*x] for x in (content, container))
+    if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
 
-def _save_tensor(value: Tensor) -> Restore:
+def _save_tensor(value: Tensor) -> Restore | None:
     if value.is_inference() or value.is_nested or value.is_meta:
-        return _nothing
+        return None
     copy, dense = value.detach().clone(), value.layout is torch.strided
 
     def restore() -> None:
@@ -150,25 +143,3 @@ def _save_tensor(value: Tensor) -> Restore:
                 value.copy_(copy)
 
     return restore
-
-
-def _save_array(value: np.ndarray[Any, Any]) -> Restore:
-    copy = value.copy()
-
-    def restore() -> None:
-        if value.flags.writeable:
-            value[...] = copy
-
-    return restore
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _ignore(_: Any) -> None:
-    pass
-
-
-def _nothing() -> None:
-    pass

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training.rng_state import is_rng_state_of_process, set_rng_states
 
 
@@ -62,7 +63,7 @@ def logging_disabled(module: nn.Module) -> Iterator[None]:
     Supported ways tried: none; `Trainer(logger=False)` is fixed when the Trainer is made, and `log` checks no switch.
     Removed by: a switch for logging.
     """
-    modules: list[Any] = [part for part in module.modules() if isinstance(part, LightningModule)]
+    modules: list[Any] = [part for part in module.modules() if isinstance(part, classes(LightningModule))]
     trainers = {id(part._trainer): part._trainer for part in modules if part._trainer is not None}.values()
     loggers = [(trainer, trainer.loggers) for trainer in trainers]
     own = [{name: vars(part)[name] for name in ("log", "log_dict") if name in vars(part)} for part in modules]

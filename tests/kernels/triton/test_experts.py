@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lightning_qlora import QLoRALinear, convert
+from lightning_qlora import QLoRALinear, convert, disable_adapter
 from lightning_qlora.layers import routed_experts
 from lightning_qlora.layers.expert_group import expert_group
 from tests.layers.test_experts import gpt_oss, made, qwen3_moe
@@ -84,6 +84,21 @@ def test_dropout_is_on_in_training_and_drawn_again_by_a_recomputation(monkeypatc
     grads = torch.autograd.grad(again.sum(), [p for p in owner.parameters() if p.requires_grad], retain_graph=False)
     expected = torch.autograd.grad(first.sum(), [p for p in owner.parameters() if p.requires_grad])
     assert all(map(torch.equal, grads, expected))
+
+
+def test_disabled_adapters(monkeypatch):
+    owner = model_of(qwen3_moe, torch.bfloat16, lora_dropout=0.5).train()
+    untouched = copy.deepcopy(owner).eval()
+    for layer in untouched.modules():
+        if isinstance(layer, QLoRALinear):
+            torch.nn.init.zeros_(layer.lora_B)
+    with disable_adapter(owner):
+        ours = results(owner, torch.bfloat16, monkeypatch, together=True)
+    theirs = results(untouched, torch.bfloat16, monkeypatch, together=True)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("y", "x", "weights"))
+    assert all(value is None for name, value in ours.items() if "lora" in name)
+    with disable_adapter(owner.down_proj_experts[1]):  # one expert alone: expert by expert
+        results(owner, torch.bfloat16, monkeypatch, together=False)
 
 
 def test_tensors_that_were_replaced_are_checked_again(monkeypatch):

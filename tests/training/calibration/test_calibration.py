@@ -608,3 +608,15 @@ def test_a_compiled_model_is_calibrated_on_its_first_batch(trainer, how):
     assert len(plugin.report.calibration.calibrated) == 2
     for one, other in zip(adapters(module).values(), adapters(plain).values(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_float64_inputs_calibrate_and_integers_are_the_layers_error(dtype):
+    model = nn.Sequential(nn.Linear(64, 64)).train()
+    convert(model, r=4, init_lora_weights="calibrated")
+    if dtype is torch.int64:
+        with pytest.raises(TypeError, match=r"x: must be float32.*not torch\.int64"):
+            model(torch.ones(8, 64, dtype=dtype))
+        return
+    model(torch.randn(8, 64, dtype=dtype))
+    assert model[0].lora_B.any()

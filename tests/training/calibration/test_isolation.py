@@ -109,6 +109,30 @@ def test_a_cache_that_is_an_argument_is_filled_once():
     assert started
 
 
+def test_closures_over_the_module_see_its_attributes_and_their_changes_are_restored():
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.features = nn.Linear(64, 64), nn.BatchNorm1d(64), []
+            self.linear.register_forward_hook(lambda *call: self.features.append(call[2]))
+            forward = self.norm.forward
+            self.norm.forward = lambda x: 2 * forward(x)
+
+        def forward(self, x):
+            self.linear(x)
+            return self.norm(self.features[-1])
+
+    def run(start):
+        net = Hooked()
+        report = convert(net, r=4, init_lora_weights=start)
+        net(torch.randn(4, 64))
+        return (len(net.features), net.norm.num_batches_tracked.item()), report.calibration
+
+    (plain, _), (calibrated, report) = both({}, run)
+    assert calibrated == plain == (1, 1)
+    assert report.calibrated == ["linear"]
+
+
 def test_a_batch_of_any_class_is_restored(trainer):
     @dataclass
     class Batch:

@@ -34,7 +34,7 @@ void quantize(const void *x, int type, int64_t n, int64_t shift, const float *bo
     }
 }
 
-/* Scales [n] -> 8-bit codes [n] and nested scales [ceil(n / 256)]; code_of_grid [65536] is that of blockwise.py. */
+/* Scales [n] -> 8-bit codes [n] and nested scales [ceil(n / 256)]; code_of_grid [65536] is blockwise.py, code_of_place. */
 void quantize_scales(const float *absmax, int64_t n, float offset, const uint8_t *code_of_grid, uint8_t *codes,
                      float *nested) {
     for (int64_t begin = 0; begin < n; begin += 256) {

@@ -1,0 +1,80 @@
+"""Parameters without pretrained values: what stands outside a model that was loaded, and what its files lack."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from lightning_qlora.layers.names import is_transformers_model
+
+CLASSIFIERS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")  # names of transformers' classes
+HEADS = ("score", "classifier", "qa_outputs")  # names of the head where a model does not say which part is its base
+OUTSIDE = "new: outside"  # beginning of a reason
+LOADED_TENSOR = "_is_hf_initialized"  # transformers 5 sets it on each tensor that it found in the files
+
+
+def new_parameters(root: nn.Module) -> dict[int, str]:
+    """Id -> reason, of each trainable parameter that has to train in full because its value is random.
+
+    If a transformers model was loaded, that is everything outside of such models. In each model it is the head of a
+    model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
+    """
+    new: dict[int, str] = {}
+    models = list(_outermost_models(root))
+    loaded = [model for model in models if _is_loaded(model)]
+    if loaded:
+        kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
+        inside = {id(parameter) for model in loaded for parameter in model.parameters()}
+        new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in root.parameters() if id(p) not in inside}
+    for model in (part for outer in models for part in outer.modules() if is_transformers_model(part)):
+        for parameter in _head(model):
+            new.setdefault(id(parameter), f"new: classification head of the {type(model).__name__}")
+        if any(_has_mark(parameter) for parameter in model.parameters()):
+            for parameter in _without_mark(model):
+                new[id(parameter)] = "new: initialized when the model was loaded"
+    frozen = {id(parameter) for parameter in root.parameters() if not parameter.requires_grad}
+    return {key: reason for key, reason in new.items() if key not in frozen}
+
+
+def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
+    models = [model for model in root.modules() if is_transformers_model(model)]
+    loaded = {id(p) for model in models if any(map(_has_mark, model.parameters())) for p in model.parameters()}
+    for parameter in parameters:
+        if id(parameter) in loaded:
+            setattr(parameter, LOADED_TENSOR, True)
+
+
+def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
+    """The transformers models that are in no other one."""
+    if is_transformers_model(root):
+        yield root
+    else:
+        for child in root.children():
+            yield from _outermost_models(child)
+
+
+def _is_loaded(model: nn.Module) -> bool:
+    """Whether a transformers model has weights of files. A copy has lost the marks of its tensors, but not its name."""
+    return any(map(_has_mark, model.parameters())) or bool(getattr(model, "name_or_path", ""))
+
+
+def _head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a classification model outside of its base model."""
+    if CLASSIFIERS.search(type(model).__name__):
+        base = getattr(model, str(model.base_model_prefix), None)
+        for name, child in model.named_children():
+            if child is not base if isinstance(base, nn.Module) else name in HEADS:
+                yield from child.parameters()
+
+
+def _without_mark(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that were in no file. A layer of which the files have a part, as all but its bias, has none."""
+    for part in model.modules():
+        own = [parameter for parameter in part._parameters.values() if parameter is not None]
+        if part._modules or not any(map(_has_mark, own)):
+            yield from (parameter for parameter in own if not _has_mark(parameter))
+
+
+def _has_mark(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, LOADED_TENSOR, False))

@@ -1,0 +1,137 @@
+"""What conversion records of a parameter: whether it trained before, and the value that was frozen.
+
+The record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
+module. A parameter without a record has not been part of a conversion.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+
+RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
+
+
+class Value(NamedTuple):
+    """The value of a parameter when it was last read."""
+
+    version: int
+    dtype: torch.dtype
+    shape: torch.Size
+    address: int  # `parameter.data = tensor` changes it, but not the version
+    fingerprint: int
+
+    @staticmethod
+    def of(parameter: Tensor, known: int) -> "Value":
+        """The value of a parameter whose fingerprint is known."""
+        address = 0 if is_sharded(parameter) else parameter.data_ptr()
+        return Value(parameter._version, parameter.dtype, parameter.shape, address, known)
+
+
+class Record(NamedTuple):
+    """What conversion records of a parameter.
+
+    Attributes:
+        trained: Whether it required a gradient before conversion.
+        frozen: Its value, if it is dense and conversion froze it.
+    """
+
+    trained: bool
+    frozen: Value | None
+
+
+class Unrecorded(NamedTuple):
+    """A parameter that no conversion has seen, before conversion."""
+
+    owner: nn.Module
+    key: str
+    trained: bool
+
+
+def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module holds itself, by key; those of a ScriptModule are in no dict."""
+    return {key: parameter for key, parameter in owner._parameters.items() if parameter is not None}
+
+
+def unrecorded(module: nn.Module) -> list[Unrecorded]:
+    """The float parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
+    found = []
+    for part in module.modules():
+        held: dict[str, Any] = own_parameters(part)
+        if isinstance(part, QLoRALinear):
+            held = {"weight": part.lora_A, "bias": part.bias} if part.loaded else {}
+        known = vars(part).get(RECORDS, {})
+        found += [
+            Unrecorded(part, key, p.requires_grad) for key, p in held.items() if p is not None and key not in known
+        ]
+    return found
+
+
+def record(parameters: Iterable[Unrecorded]) -> None:
+    """Record the parameters after conversion decided which of them are frozen."""
+    read: dict[int, Value] = {}  # tied parameters are read once
+    for owner, key, trained in parameters:
+        parameter, frozen = own_parameters(owner).get(key), None
+        if parameter is not None and not parameter.requires_grad:
+            if id(parameter) not in read:
+                read[id(parameter)] = Value.of(parameter, fingerprint(parameter))
+            frozen = read[id(parameter)]
+        vars(owner).setdefault(RECORDS, {})[key] = Record(trained, frozen)
+
+
+def is_recorded(owner: nn.Module) -> bool:
+    """Whether a conversion has seen all parameters that a module holds itself, one at least, or made them."""
+    if isinstance(owner, QLoRALinear):
+        return not owner.loaded
+    known = vars(owner).get(RECORDS)
+    return known is not None and all(key in known for key, p in owner._parameters.items() if p is not None)
+
+
+def frozen_value(owner: nn.Module, key: str) -> Value | None:
+    """The value of a dense parameter that conversion froze; None if it did not."""
+    known: Record | None = vars(owner).get(RECORDS, {}).get(key)
+    return None if known is None else known.frozen
+
+
+def is_base(owner: nn.Module, key: str, parameter: Tensor) -> bool:
+    """Whether a parameter is frozen and has the value that conversion froze; only one that was written to is read."""
+    known = frozen_value(owner, key)
+    if known is None or parameter.requires_grad or parameter.shape != known.shape:
+        return False
+    now = Value.of(parameter, known.fingerprint)
+    moved = now.address != known.address and now.dtype is known.dtype and not is_sharded(parameter)
+    if now.version != known.version or moved:
+        if fingerprint(parameter) != known.fingerprint:
+            return False  # it was replaced, or trained for a while and frozen again
+        vars(owner)[RECORDS][key] = Record(vars(owner)[RECORDS][key].trained, now._replace(dtype=known.dtype))
+    return True
+
+
+def fingerprint_of(owner: nn.Module, key: str, parameter: Tensor) -> int:
+    """The fingerprint of a parameter as it is now; after a cast: the fingerprint before it."""
+    known = frozen_value(owner, key)
+    cast = known is not None and known.dtype is not parameter.dtype and known.shape == parameter.shape
+    return known.fingerprint if known is not None and cast else fingerprint(parameter)
+
+
+def renew(module: nn.Module) -> None:
+    """Take the values that the frozen parameters have now for those of the base."""
+    record(
+        Unrecorded(part, key, known.trained)
+        for part in module.modules()
+        for key, known in vars(part).get(RECORDS, {}).items()
+        if known.frozen is not None
+    )
+
+
+def undo(module: nn.Module) -> None:
+    """Let each parameter require a gradient if it did before conversion, and remove all records."""
+    for part in module.modules():
+        for key, known in vars(part).pop(RECORDS, {}).items():
+            if (parameter := own_parameters(part).get(key)) is not None:
+                parameter.requires_grad_(known.trained)

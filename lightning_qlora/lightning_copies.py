@@ -1,0 +1,39 @@
+"""Lightning's modules and classes, and their copies under other names: `pytorch_lightning` and `lightning_fabric`.
+
+These packages have the source of lightning.pytorch and lightning.fabric, so an object of one is none of the other. A
+copy counts if it is loaded: this package imports none.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any, TypeVar
+
+Class = TypeVar("Class")
+COPIES = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+
+
+def modules(name: str) -> list[Any]:
+    """The module of `lightning` with this name, and its copy."""
+    package = ".".join(name.split(".")[:2])
+    version: str = getattr(sys.modules.get(COPIES[package]), "__version__", "0")
+    copy = sys.modules.get(COPIES[package] + name.removeprefix(package))
+    recent = [int(number) for number in version.split(".")[:2]] >= [2, 5]  # older ones do not have all modules
+    return [import_module(name), *([copy] if copy and recent else [])]
+
+
+def classes(kind: type[Class]) -> tuple[type[Class], ...]:
+    """A class of `lightning`, and its copy; `isinstance` takes the tuple."""
+    return tuple(getattr(module, kind.__qualname__) for module in modules(kind.__module__))
+
+
+def inherit_from_copies(kind: type) -> None:
+    """Make a class that inherits from one of `lightning` inherit from the copies too, which their Trainer checks for.
+
+    The methods of `lightning` come first; where the copy's differ, because they check for classes of their own
+    package, the class has to choose.
+    """
+    bases: list[type] = [kind.__bases__[0]]
+    for base in bases[0].__mro__:
+        found: tuple[type, ...] = classes(base) if base.__module__.startswith("lightning.") else ()
+        bases += [copy for copy in found if not any(issubclass(held, copy) for held in bases)]
+    kind.__bases__ = tuple(bases)

@@ -1,0 +1,110 @@
+"""Networks among the hyperparameters of a checkpoint (`save_hyperparameters()` with `net` as an argument).
+
+Lightning pickles them, so a checkpoint would hold the base a second time. `LeftOut` takes the place of a network that
+has parameters of the converted module. It holds the structure of the network, without the values of parameters, if
+checkpoints hold the base themselves (checkpoint="full").
+"""
+
+import base64
+import io
+import pickle
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from lightning_qlora.adapters.state_dict import conversion_of
+
+
+class LeftOut(nn.Module):
+    """A network that a checkpoint does not hold.
+
+    Attributes:
+        kind: The name of its class.
+        structure: The pickled network without the values of its parameters, in base64, since `torch.load` takes no
+            bytes with weights_only=True; empty if checkpoints lack its base.
+    """
+
+    def __init__(self, kind: str, structure: str) -> None:
+        super().__init__()
+        self.kind, self.structure = kind, structure
+
+    def __reduce__(self) -> Any:
+        return LeftOut, (self.kind, self.structure)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse what the network had, with the way to load the checkpoint."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{name!r} of a {vars(self).get('kind')}: this network was a hyperparameter, and the checkpoint of a "
+            "converted module does not hold it. Load it with the network: "
+            "lightning_qlora.load_from_checkpoint(MODULE_CLASS, PATH, net=...)."
+        )
+
+
+torch.serialization.add_safe_globals([LeftOut])  # so that `torch.load` with weights_only=True accepts the file
+
+
+def leave_out_networks(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Replace the networks among a checkpoint's hyperparameters that share parameters with a converted module."""
+    conversion = conversion_of(module)
+    if conversion is None:
+        return
+    own, full = {id(parameter) for parameter in module.parameters()}, conversion.config.checkpoint == "full"
+
+    def without(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            shared = any(id(parameter) in own for parameter in value.parameters())
+            return LeftOut(type(value).__name__, _structure(value) if full else "") if shared else value
+        if isinstance(value, dict):
+            return {key: without(item) for key, item in value.items()}
+        return type(value)(map(without, value)) if type(value) in (list, tuple) else value
+
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint[key] = without(checkpoint[key])
+
+
+def networks_of(hyperparameters: Any, given: Mapping[str, Any], unpickle: bool) -> dict[str, nn.Module]:
+    """The networks that were left out of a checkpoint's hyperparameters and are not given, without their values.
+
+    Args:
+        hyperparameters: Those in the checkpoint.
+        given: The ones that the caller passes.
+        unpickle: Whether the file may run code.
+
+    Raises:
+        ValueError: If a network is neither given nor in the checkpoint; names the argument.
+    """
+    held = hyperparameters.items() if isinstance(hyperparameters, dict) else ()
+    missing = {key: value for key, value in held if isinstance(value, LeftOut) and key not in given}
+    for key, value in missing.items():
+        if not (value.structure and unpickle):
+            others = ", or weights_only=False, which unpickles its structure" if value.structure else ""
+            raise ValueError(
+                f"the hyperparameter {key!r} was a {value.kind}, and checkpoints of a converted module do not hold "
+                f"networks among the hyperparameters. Pass {key}=..., as for training{others}."
+            )
+    return {key: pickle.loads(base64.b64decode(value.structure)) for key, value in missing.items()}
+
+
+class _WithoutValues(pickle.Pickler):
+    """Pickles the parameters of a network without their values."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """See pickle.Pickler."""
+        if isinstance(value, nn.Parameter):
+            return _zeros, (tuple(value.shape), value.dtype, value.requires_grad)
+        return NotImplemented
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"), requires_grad)
+
+
+def _structure(network: nn.Module) -> str:
+    stream = io.BytesIO()
+    _WithoutValues(stream).dump(network)
+    return base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,233 @@
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qlora import convert, disable_adapter
+from lightning_qlora.layers.deferred_head import defer_logits
+from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, qwen3_moe
+from tests.toys import ids, perturb, toy
+
+
+def trained(net=None, **arguments):
+    """A converted module whose adapters changed, and the same before they did, in eval mode."""
+    net = net or nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    convert(net, **{"r": 4, "lora_dropout": 0.3, **arguments})
+    untouched = copy.deepcopy(net).eval()
+    perturb(net, scale=0.5)
+    return net.train(), untouched
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])  # the C kernels decode inside the product for few rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [False, True])
+def test_it_computes_bit_for_bit_what_an_untouched_model_computes(rows, dtype, dora):
+    net, untouched = trained(nn.Linear(128, 96).to(dtype), use_dora=dora)
+    x = torch.randn(rows, 128, dtype=dtype)
+    expected = nn.functional.linear(x, untouched.decode(), untouched.bias) if dora else untouched(x)
+    with disable_adapter(net):
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0 if not dora or dtype is torch.bfloat16 else 1e-5)
+        assert torch.equal(net.weight, untouched.decode())
+    assert not torch.allclose(net.eval()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_log_probabilities_are_those_of_a_second_4_bit_model(name):
+    model, untouched = trained(toy(name))
+    batch = {"input_ids": ids(), "labels": ids()}
+    with torch.no_grad(), disable_adapter(model.eval()):
+        ours = F.log_softmax(model(**batch).logits.float(), -1)
+    with torch.no_grad():
+        assert torch.equal(ours, F.log_softmax(untouched(**batch).logits.float(), -1))
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, dbrx, jetmoe])
+def test_experts(build):
+    model, untouched = trained(made(build).requires_grad_(True))
+    with torch.no_grad(), disable_adapter(model.eval()):
+        ours = model(input_ids=ids() % 96).logits
+    with torch.no_grad():
+        assert torch.equal(ours, untouched(input_ids=ids() % 96).logits)
+        assert not torch.equal(ours, model(input_ids=ids() % 96).logits)
+
+
+def test_gradients_reach_the_input_and_no_adapter():
+    net, untouched = trained()
+    x = torch.randn(5, 64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    with disable_adapter(net):
+        net(x).square().sum().backward()
+    untouched(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_contexts_nest_overlap_and_end_with_an_exception():
+    net, untouched = trained()
+    x = torch.randn(5, 64)
+    own, base = net.eval()(x), untouched(x)
+    first, second = disable_adapter(net), disable_adapter(net)
+    with pytest.raises(KeyError), disable_adapter(net), disable_adapter(net[0]):
+        raise KeyError
+    assert torch.equal(net(x), own)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(net(x), base)
+    second.__exit__(None, None, None)
+    with disable_adapter(net[0]):
+        assert not torch.equal(net(x), own)
+        assert not torch.equal(net(x), base)
+    assert torch.equal(net(x), own)
+
+
+def test_the_context_is_that_of_the_module_in_every_thread():
+    net, untouched = trained()
+    x, seen = torch.randn(5, 64), []
+    with disable_adapter(net):
+        thread = threading.Thread(target=lambda: seen.append(net(x)))
+        thread.start()
+        thread.join()
+    assert torch.equal(seen[0], untouched(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_block_is_computed_as_it_was_called(reentrant):
+    net, untouched = trained()
+    grads = []
+    for recomputes in (True, False):
+
+        def run(x, recomputes=recomputes):
+            torch.manual_seed(0)
+            return checkpoint(net, x, use_reentrant=reentrant) if recomputes else net(x)
+
+        net.zero_grad()
+        x = torch.linspace(-1, 1, 320).view(5, 64).requires_grad_()
+        with disable_adapter(net):
+            base = run(x)
+        assert torch.equal(base, untouched(x))
+        own = run(x)
+        base.square().sum().backward()  # recomputed outside of the context
+        with disable_adapter(net):
+            own.square().sum().backward()  # and inside
+        grads.append([x.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["our checkpointing", "transformers"])
+def test_gradient_checkpointing(kind):
+    grads = []
+    for on in (False, True):
+        model = toy("llama").train()
+        convert(model, r=4, lora_dropout=0.0, gradient_checkpointing=on and kind == "our checkpointing")
+        perturb(model)
+        if on and kind == "transformers":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.get_input_embeddings().weight.requires_grad_()
+        with pytest.warns(UserWarning, match="1 parameters train in full"), disable_adapter(model):
+            base = model(input_ids=ids()).logits.square().mean()
+        own = model(input_ids=ids()).logits.square().mean()
+        with pytest.warns(UserWarning, match="train in full"), disable_adapter(model):
+            (own - 0.5 * base).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_deferred_logits_are_computed_as_they_were_called():
+    head, untouched = trained(nn.Linear(64, 512))
+    defer_logits(head)
+    head.lora_dropout = 0.0
+    hidden, labels = torch.randn(6, 64, requires_grad=True), torch.arange(6)
+    expected = F.cross_entropy(untouched(hidden), labels)
+    with disable_adapter(head):
+        base = head(hidden)
+    own = head(hidden)
+    torch.testing.assert_close(F.cross_entropy(base, labels), expected)
+    with disable_adapter(head):
+        inside = F.cross_entropy(own, labels)
+    assert not torch.allclose(inside, expected)
+    torch.testing.assert_close(inside, F.cross_entropy(head.plain_forward(hidden), labels))
+
+
+def test_a_compiled_module_is_compiled_once_more_and_not_each_time():
+    net, untouched = trained(lora_dropout=0.0)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled, x = torch.compile(net, backend=count), torch.randn(5, 64)
+    own = net(x)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), own)
+        with torch.no_grad(), disable_adapter(compiled):
+            torch.testing.assert_close(compiled(x), untouched(x))
+    assert len(graphs) == 2
+
+    @torch.compile(backend="eager")
+    def step(x):
+        with torch.no_grad(), disable_adapter(net):
+            base = net(x)
+        return net(x) - base
+
+    torch.testing.assert_close(step(x), own - untouched(x))
+
+
+def test_parameters_that_train_in_full_have_their_initial_values_if_they_were_kept():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = nn.Embedding(10, 64), nn.Linear(64, 64)
+            self.head = nn.Linear(64, 10)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.body(self.embed(x)))
+
+    x = torch.arange(10)
+    for keeps in (True, False):
+        net, untouched = trained(
+            Net(), target_modules=["body"], modules_to_save=["embed", "head"], lora_dropout=0.0, keep_initial=keeps
+        )
+        with torch.no_grad():
+            net.head.bias += 1
+            net.embed.weight *= 1.5
+        names, own = list(net.state_dict()), net(x)
+        if keeps:
+            with disable_adapter(net), disable_adapter(net):
+                assert torch.equal(net(x), untouched(x))
+                net.double().float()
+                out = checkpoint(net, x, use_reentrant=False)
+            assert net.embed.weight is net.head.weight
+            assert torch.equal(net(x), own)
+            assert not out.requires_grad
+            own = checkpoint(net, x, use_reentrant=False)
+            with disable_adapter(net):
+                own.sum().backward()  # recomputed with the trained values
+            assert net.head.bias.grad is not None
+        else:
+            context = disable_adapter(net)
+            with pytest.warns(UserWarning, match=r"2 parameters train in full .* embed.weight, head.bias"):
+                context.__enter__()
+            expected = F.linear(
+                F.linear(net.embed(x), net.body.decode(), net.body.bias), net.head.weight, net.head.bias
+            )
+            torch.testing.assert_close(net(x), expected)
+            context.__exit__(None, None, None)
+        assert list(net.state_dict()) == names
+
+
+def test_a_module_without_adapters_and_pissa_are_errors():
+    with pytest.raises(ValueError, match="Sequential has no converted layer"), disable_adapter(nn.Sequential()):
+        pass
+    net = nn.Linear(64, 64)
+    convert(net, r=4, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="PiSSA"), disable_adapter(net):
+        pass

@@ -1,0 +1,262 @@
+"""Classification heads, and layers that a load reported as newly initialized, train in full."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
+from tests.conftest import make_trainer
+from tests.toys import BERT, LLAMA, Lit, ids, perturb, toy
+
+transformers = pytest.importorskip("transformers")
+LABELS = 40  # so many that a head of rank 2 would be smaller than the layer
+
+
+def classifier(name="llama", labels=LABELS, **arguments):
+    torch.manual_seed(0)
+    if name == "bert":
+        return transformers.BertForTokenClassification(transformers.BertConfig(**{**BERT, "num_labels": labels}))
+    config = transformers.LlamaConfig(**LLAMA, num_labels=labels, pad_token_id=0)
+    return transformers.LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama", "score"), ("bert", "classifier")])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "query"]])
+def test_a_classification_head_trains_in_full(name, head, targets):
+    if targets != "all-linear":
+        targets = [targets[name == "bert"]]
+    model = classifier(name)
+    report = convert(model, r=2, target_modules=targets)
+    assert report.trained_in_full == {head: f"new: classification head of the {type(model).__name__}"}
+    assert all(p.requires_grad for p in model.get_submodule(head).parameters())
+
+
+def test_a_classification_head_that_is_named_is_converted_or_excluded():
+    report = convert(model := classifier(), r=2, target_modules=["q_proj", "score"])
+    assert "score" in report.converted and not report.trained_in_full
+    assert isinstance(model.score, QLoRALinear)
+    report = convert(model := classifier(), r=2, exclude_modules=["score"])
+    assert report.skipped["score"] == "in exclude_modules" and not model.score.weight.requires_grad
+
+
+def test_a_head_that_the_user_froze_stays_as_it_is():
+    model = classifier()
+    model.score.requires_grad_(False)
+    assert convert(model, r=2).skipped["score"] == "frozen by the module"
+    model = classifier().requires_grad_(False)  # the preparation of a run
+    assert "score" in convert(model, r=2).converted
+
+
+def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = transformers.RobertaConfig(**{**BERT, "num_labels": LABELS})
+    model = transformers.RobertaForSequenceClassification(config)
+    report = convert(model, r=2)
+    assert set(report.trained_in_full) == {"classifier.dense", "classifier.out_proj"}
+    theirs = peft.get_peft_model(
+        transformers.RobertaForSequenceClassification(config),
+        peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"]),
+    )
+    trained = {n.split("model.", 1)[1] for n, p in theirs.named_parameters() if p.requires_grad and "lora" not in n}
+    ours = {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    assert {n.replace(".modules_to_save.default", "").removeprefix("model.") for n in trained} == ours
+
+
+@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
+    toy("llama").save_pretrained(tmp_path / "llama")
+    wider = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 3})  # the third layer is not in the files
+
+    def load():
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", config=wider)
+
+    plugin = QLoRAPrecision(r=2)
+    if streamed:
+        with plugin.init():
+            model = Lit(load())
+    else:
+        model = Lit(load())
+    plugin.convert_module(model)
+    full = plugin.report.trained_in_full
+    assert len(plugin.report.converted) == 14 and len(full) == 9
+    assert set(full.values()) == {"new: initialized when the model was loaded"}
+    assert all(name.startswith("model.model.layers.2.") for name in full)
+    assert "output embedding" in plugin.report.skipped["model.lm_head"]
+
+
+@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_merged_layers_of_a_loaded_model_are_not_new(tmp_path, kind):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    config = transformers.CONFIG_MAPPING[kind](**LLAMA, **experts)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    first = convert(model, r=2)
+    second = convert(merge(model), r=2)
+    assert second.converted == first.converted and second.trained_in_full == first.trained_in_full == {}
+
+
+class Labels(Lit):
+    """A classifier from files without a head."""
+
+    def __init__(self, folder, labels=LABELS):
+        super().__init__(None)
+        self.save_hyperparameters()
+        torch.manual_seed(1)  # as in every process of a run
+        self.model = transformers.LlamaForSequenceClassification.from_pretrained(
+            folder, num_labels=labels, pad_token_id=0
+        )
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=ids(), labels=torch.tensor([1, LABELS - 1])).loss
+
+
+def test_a_new_head_is_trained_saved_and_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    toy("llama").save_pretrained(tmp_path / "llama")
+    module = Labels(str(tmp_path / "llama"))
+    before = module.model.score.weight.detach().clone()
+    run = make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, lora_dropout=0.0))
+    run.fit(module)
+    assert not torch.equal(module.model.score.weight, before)
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    again = load_from_checkpoint(Labels, tmp_path / "c.ckpt")
+    assert torch.equal(again.model.score.weight, module.model.score.weight)
+    perturb(module)
+    save_adapter(module, tmp_path / "adapter")
+    base = transformers.LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "llama", num_labels=LABELS, pad_token_id=0
+    )
+    merged = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    assert torch.equal(merged.score.weight, module.model.score.weight)
+
+
+def test_layers_of_other_modules_are_not_heads():
+    model = nn.ModuleDict({"score": nn.Linear(64, 64), "classifier": nn.Linear(64, 64)})
+    assert convert(model, r=2).converted == ["score", "classifier"]
+
+
+class WithNewParts(Lit):
+    """A loaded encoder and new parts of all kinds, as classifiers of real projects have them."""
+
+    def __init__(self, folder, copied=False):
+        super().__init__(None)
+        self.save_hyperparameters()
+        self.model = transformers.BertModel.from_pretrained(folder)
+        if copied:
+            self.model = copy.deepcopy(self.model)  # which loses the marks of loaded tensors
+        width = self.model.config.hidden_size
+        torch.manual_seed(1)
+        self.proj = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.LayerNorm(4 * width), nn.Linear(4 * width, 8)
+        )
+        self.conv = nn.Conv1d(width, 4, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, tokens):
+        hidden = self.model(input_ids=tokens).last_hidden_state
+        return self.proj(hidden).mean() + self.conv(hidden.mT).mean() * self.scale.sum()
+
+    def training_step(self, batch, batch_idx):
+        return self(ids())
+
+
+@pytest.fixture
+def bert(tmp_path):
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert")
+
+
+NEW = {"scale", "proj.0", "proj.2", "proj.3", "conv"}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_path):
+    module = WithNewParts(bert, copied)
+    with pytest.warns(UserWarning, match=r"'proj' trains in full.*adapters have.*target_modules=\['dense'.*'proj\.0'"):
+        report = convert(module, r=2)
+    assert report.trained_in_full == dict.fromkeys(report.trained_in_full, "new: outside of the loaded BertModel")
+    assert set(report.trained_in_full) == NEW
+    assert all(name.startswith("model.") for name in report.converted) and len(report.converted) == 13
+    trains = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[0] or name for name in trains if "lora_" not in name} == NEW
+    norms = {n for n, part in module.model.named_modules() if isinstance(part, (nn.LayerNorm, nn.Embedding))}
+    assert set(report.frozen) == {f"model.{name}" for name in norms}
+    assert "in adapters and" in str(report)
+    with pytest.warns(
+        UserWarning, match=r"adapters of 'model', a BertModel, and not .* proj\.0, proj\.2, proj\.3, conv"
+    ):
+        save_adapter(module, tmp_path / "folder")
+
+
+def test_new_layers_that_are_named_are_converted_and_a_checkpoint_keeps_all(bert, tmp_path):
+    module, trainer = (
+        WithNewParts(bert),
+        make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, target_modules=["query", "proj.0"])),
+    )
+    trainer.fit(module, [0] * 3)
+    assert isinstance(module.proj[0], QLoRALinear) and type(module.proj[3]) is nn.Linear
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    loaded = load_from_checkpoint(WithNewParts, tmp_path / "c.ckpt")
+    assert torch.equal(loaded.eval()(ids()), module.eval()(ids()))
+
+
+def test_a_model_without_weights_of_files_is_converted_as_a_whole():
+    module = nn.ModuleDict({"model": classifier("bert"), "proj": nn.Linear(64, 64)})
+    report = convert(module, r=2)
+    assert "proj" in report.converted and set(report.trained_in_full) == {"model.classifier"}
+
+
+@pytest.mark.parametrize("frozen", ["a network", "its layers", "all"])
+def test_what_the_module_froze_stays_as_it_is_while_something_else_trains(frozen):
+    torch.manual_seed(0)
+    module = nn.ModuleDict(
+        {name: nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for name in ("student", "teacher")}
+    )
+    if frozen == "its layers":
+        module["teacher"][0].weight.requires_grad_(False)
+    else:
+        (module if frozen == "all" else module["teacher"]).requires_grad_(False)
+    x = torch.randn(4, 64)
+    expected, was = module["teacher"](x), {n: p.requires_grad for n, p in module["teacher"].named_parameters()}
+    report = convert(module, r=2)
+    if frozen == "all":
+        assert report.converted == ["student.0", "teacher.0"] and report.frozen == []
+        return
+    assert report.converted == ["student.0"] and report.skipped == {"teacher.0": "frozen by the module"}
+    assert torch.equal(module["teacher"](x), expected)
+    assert report.frozen_by_module == 4 * 4096 and report.bytes_4_bits_would_save == 4 * 4096 - round(4096 * 4.127 / 8)
+    assert "would save 14.27 kB" in str(report)
+    if frozen == "a network":
+        assert {n: p.requires_grad for n, p in module["teacher"].named_parameters()} == was
+    named = nn.ModuleDict({name: nn.Sequential(nn.Linear(64, 64)) for name in ("student", "teacher")})
+    named["teacher"].requires_grad_(False)
+    assert convert(named, r=2, target_modules=["0"]).converted == ["student.0", "teacher.0"]
+
+
+def test_a_frozen_model_that_was_quantized_while_loading_is_refused_with_the_remedy(bert):
+    plugin = QLoRAPrecision(r=2)
+    with plugin.init():
+        module = WithNewParts(bert)
+    module.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"quantized while its model loaded.*frozen by the module.*exclude_modules"):
+        plugin.convert_module(module)
+
+
+def test_a_frozen_encoder_and_a_new_head(bert):
+    module = WithNewParts(bert)
+    module.model.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"No layer was converted(.|\n)*target_modules converts frozen layers"):
+        report = convert(module, r=2)
+    assert set(report.trained_in_full) == NEW and report.converted == []
+
+
+def test_a_new_head_in_fp32_trains_beside_a_model_in_bf16(tmp_path, bert):
+    module = WithNewParts(bert)
+    module.model.to(torch.bfloat16)
+    make_trainer(tmp_path, plugins=QLoRAPrecision(r=2)).fit(module, [0] * 3)
+    assert module.proj[0].weight.dtype is torch.float32 and module.proj[0].weight.grad is not None

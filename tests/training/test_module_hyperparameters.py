@@ -1,0 +1,82 @@
+"""A network as an argument that `save_hyperparameters` keeps, as in lightning-hydra-template."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_qlora import QLoRAPrecision, load_from_checkpoint
+from tests.conftest import loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance")
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.BatchNorm1d(256), nn.Linear(256, 64), nn.Linear(64, 8))
+
+
+class Template(pl.LightningModule):
+    def __init__(self, net, lr=1e-2, parts=None):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+@pytest.fixture(params=["adapter", "full"])
+def saved(request, trainer, tmp_path):
+    net = make_net()
+    module = Template(net, parts={"first": [net[0]]})
+    used = trainer(plugins=QLoRAPrecision(r=4, checkpoint=request.param))
+    used.fit(module, loader())
+    used.save_checkpoint(tmp_path / "c.ckpt")
+    used.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert module.hparams.net is net  # the user's code may read it
+    return module.eval(), tmp_path / "c.ckpt", request.param
+
+
+def test_the_network_is_passed_or_built_from_a_full_checkpoint(saved, tmp_path):
+    module, path, kind = saved
+    x = torch.randn(4, 64)
+    for file in (path, tmp_path / "weights.ckpt"):
+        loaded = load_from_checkpoint(Template, file, net=make_net()).eval()
+        assert torch.equal(loaded(x), module(x)) and loaded.hparams.lr == 1e-2
+    if kind == "full":
+        loaded = load_from_checkpoint(Template, path, weights_only=False).eval()
+        assert torch.equal(loaded(x), module(x))
+    for given in ({}, {"weights_only": False}) if kind == "adapter" else ({},):
+        with pytest.raises(ValueError, match=r"c\.ckpt: the hyperparameter 'net' was a Sequential.*Pass net=\.\.\."):
+            load_from_checkpoint(Template, path, **given)
+
+
+def test_the_base_is_not_in_the_file_a_second_time(saved):
+    module, path, kind = saved
+    base = sum(p.nbytes for p in module.parameters() if p.dtype is torch.uint8)
+    hyperparameters = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert [type(hyperparameters[key]).__name__ for key in ("net", "lr")] == ["LeftOut", "float"]
+    assert type(hyperparameters["parts"]["first"][0]).__name__ == "LeftOut"
+    assert len(hyperparameters["net"].structure) < (base if kind == "full" else 1)
+
+
+def test_lightnings_own_loading_says_how(saved):
+    with pytest.raises(ValueError, match=r"adapters of a converted module.*lightning_qlora\.load_from_checkpoint"):
+        Template.load_from_checkpoint(saved[1])
+    with pytest.raises(AttributeError, match=r"'in_features' of a Sequential: .*load_from_checkpoint"):
+        _ = torch.load(saved[1], weights_only=True)["hyper_parameters"]["net"].in_features
+
+
+def test_the_trainer_resumes(saved, trainer):
+    _, path, kind = saved
+    resumed = trainer(plugins=QLoRAPrecision(r=4, checkpoint=kind), max_epochs=2)
+    resumed.fit(Template(make_net()), loader(), ckpt_path=path)
+    assert resumed.current_epoch == 2

@@ -1,0 +1,288 @@
+"""A module that is merged and converted again, or becomes a part of another one: equal afterwards, or refused."""
+
+import copy
+import random
+import warnings
+from contextlib import nullcontext
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRALinear,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
+from lightning_qlora.adapters.base_model import OF_LAYER
+from lightning_qlora.adapters.state_dict import conversion_of
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import Classifier, loader
+
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+
+
+def body(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64))
+
+
+def trained(module, seed=0):
+    """Give adapters and what trains in full other values, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+class Built(pl.LightningModule):
+    """A LightningModule around a body and what was added to it."""
+
+    def __init__(self, layers=(), net=None):
+        super().__init__()
+        self.save_hyperparameters("layers")
+        self.net = net or body()
+        for seed in layers[len(self.net) - 4 :]:
+            torch.manual_seed(seed)
+            self.net.append(nn.Linear(64, 64))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def save(module, path):
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    torch.save(
+        {"state_dict": state, "hyper_parameters": dict(module.hparams), "pytorch-lightning_version": pl.__version__},
+        path,
+    )
+
+
+def test_merge_gives_back_what_conversion_took():
+    module = body()
+    module[3].bias.requires_grad_(False)
+    module[1].weight.requires_grad_(False)
+    before = {name: (p.requires_grad, p.dtype, p.shape) for name, p in module.named_parameters()}
+    convert(module, r=4)
+    merge(trained(module))
+    assert {name: (p.requires_grad, p.dtype, p.shape) for name, p in module.named_parameters()} == before
+    assert module.state_dict().keys() == body().state_dict().keys()
+    assert not [name for part in module.modules() for name in vars(part) if name.startswith(("was_", "lora_"))]
+
+
+def test_stages_of_relora_are_those_of_fresh_modules():
+    module = body()
+    for stage in range(3):
+        fresh = body()
+        fresh.load_state_dict({key: value.clone() for key, value in module.state_dict().items()})
+        for net in (module, fresh):
+            convert(net, r=4, lora_alpha=4 + stage)
+            net(X).sum().backward()
+            trained(net, stage)
+        assert torch.equal(module(X), fresh(X))
+        assert module.state_dict().keys() == fresh.state_dict().keys()
+        merge(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_merge_after_a_cast_of_the_module(dtype):
+    module = trained(body())
+    convert(module, r=4)
+    trained(module).to(dtype)
+    expected = module(X.to(dtype))
+    merge(module)
+    assert module[0].weight.dtype is dtype
+    torch.testing.assert_close(module(X.to(dtype)), expected, rtol=0.02, atol=0.05)
+
+
+def test_a_second_module_around_a_converted_network(trainer, tmp_path):
+    class Preferences(pl.LightningModule):
+        def __init__(self, net=None):
+            super().__init__()
+            self.policy = net or Classifier().net
+
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(self.policy(batch[0]), torch.zeros(1))
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    first = Classifier()
+    trainer(plugins=QLoRAPrecision(r=4)).fit(first, loader())
+    before = {name: p.detach().clone() for name, p in first.net.named_parameters()}
+    second = Preferences(first.net)
+    used = trainer(plugins=QLoRAPrecision(r=4))
+    used.fit(second, loader())
+    changed = {name for name, p in second.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    used.save_checkpoint(tmp_path / "c.ckpt")
+    loaded = load_from_checkpoint(Preferences, tmp_path / "c.ckpt")
+    assert torch.equal(loaded.eval().policy(X), second.eval().policy(X))
+    assert {key: value.shape for key, value in first.state_dict().items()}  # the first module still saves itself
+
+
+OTHERS = [
+    {"use_rslora": True}, {"r": 8, "lora_alpha": 2}, {"quant_type": "fp4"}, {"block_size": 32}, {"use_dora": True},
+    {"init_lora_weights": "pissa"}, {"double_quant": False}, {"target_modules": ["4"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=[next(iter(other)) for other in OTHERS])
+def test_new_layers_get_the_new_arguments_and_a_checkpoint_those_of_each_layer(other, tmp_path):
+    module = Built()
+    convert(module, r=4, lora_alpha=16)
+    trained(module)
+    old = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    torch.manual_seed(9)
+    module.hparams.layers = [9]
+    module.net.append(nn.Linear(64, 64))
+    one_folder = set(other) <= {"use_rslora", "r", "lora_alpha", "target_modules"}
+    with nullcontext() if one_folder else pytest.warns(UserWarning, match="save_adapter will refuse this module"):
+        report = convert(module, **{"r": 4, **other})
+    assert report.converted == ["net.0", "net.3", "net.4"]
+    assert all(parameter is dict(module.named_parameters())[name] for name, parameter in old.items())
+    trained(module, 1)
+    save(module, tmp_path / "c.ckpt")
+    loaded = load_from_checkpoint(Built, tmp_path / "c.ckpt").eval()
+    assert torch.equal(loaded(X), module(X))
+    for name, layer in adapted_layers(module).items():
+        there = adapted_layers(loaded)[name].config
+        assert all(getattr(there, key) == getattr(layer.config, key) for key in OF_LAYER)
+    if not one_folder:
+        with pytest.raises(ValueError, match=rf"0 has {next(iter(other))}=.* and 4 has"):
+            save_adapter(module.net, tmp_path / "folder")
+        return
+    save_adapter(module, tmp_path / "folder")
+    from_folder = Built([9])
+    convert(from_folder, adapter=str(tmp_path / "folder"))
+    torch.testing.assert_close(from_folder.eval()(X), module(X))
+
+
+def test_a_part_that_was_converted_alone_becomes_a_part_of_the_whole(tmp_path):
+    module = Built()
+    convert(module.net, r=4, exclude_modules=["3"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = convert(module, r=4)
+    assert report.converted == ["net.0"]
+    assert report.skipped == {"net.3": "as an earlier conversion left it"}
+    assert [key for key in module.state_dict() if key.endswith("qlora_config")] == ["qlora_config"]
+    save(trained(module), tmp_path / "c.ckpt")
+    assert torch.equal(load_from_checkpoint(Built, tmp_path / "c.ckpt").eval()(X), module(X))
+
+
+def test_layers_added_later_stay_dense_in_evaluation_and_are_converted_for_training(trainer):
+    module = Classifier()
+    trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    module.net.append(nn.Linear(8, 8))
+    module.probe = nn.Linear(64, 64)
+    used = trainer(plugins=QLoRAPrecision(r=4))
+    used.validate(module, loader(), verbose=False)
+    assert type(module.probe) is nn.Linear
+    used.fit(module, loader())
+    assert isinstance(module.probe, QLoRALinear)
+
+
+def test_an_adapter_folder_for_a_converted_module_is_loaded_once_or_refused(tmp_path):
+    source = body()
+    convert(source, r=2, lora_alpha=3)
+    save_adapter(trained(source), tmp_path / "folder")
+    arguments = {"r": 4, "adapter": str(tmp_path / "folder")}
+    module = body()
+    convert(module, r=4)
+    convert(module, **arguments)
+    assert torch.equal(module.eval()(X), source(X))
+    trained(module, 5)
+    expected = module(X)
+    convert(module, **arguments)  # as the Trainer does for each of its methods
+    assert torch.equal(module(X), expected)
+    other = nn.Sequential(nn.Linear(64, 64))
+    convert(other, r=4)
+    with pytest.raises(CheckpointMismatchError, match=r"key 'base_model\.model\.3\.lora_A\.weight' does not fit"):
+        convert(other, **arguments)
+
+
+def test_the_state_dict_of_a_part_is_complete(tmp_path):
+    module = Built()
+    convert(module, r=4)
+    trained(module)
+    state = copy.deepcopy(module.net.state_dict())
+    assert not [key for key in state if key.endswith("fingerprint")]
+    other = Built()
+    with torch.no_grad():
+        other.net[3].weight.mul_(2)
+        other.net[1].bias.add_(1)
+    convert(other, r=4)
+    other.net.load_state_dict(state)
+    assert torch.equal(other.eval()(X), module(X))
+    with pytest.raises(ValueError, match=r"adapters of a converted module, and this Sequential.*merge before it saves"):
+        body().load_state_dict(state, strict=False)
+    with pytest.raises(ValueError, match="this Linear is not converted"):
+        nn.Linear(64, 64).load_state_dict(module.net[0].state_dict())
+    wrong = Built()
+    convert(wrong, r=4, lora_alpha=32)
+    with pytest.raises(CheckpointMismatchError, match=r"0: lora_alpha is 16 in the checkpoint and 32 here"):
+        wrong.net.load_state_dict(state)
+    target = Built().eval()  # a target network is synchronized in this way
+    convert(target, r=4)
+    target.net[0].load_state_dict(module.net[0].state_dict())
+    assert torch.equal(target.net[0](X), module.net[0](X))
+
+
+ARGUMENTS = {
+    "r": [2, 4], "lora_alpha": [4, 16], "use_rslora": [False, True], "quant_type": ["nf4", "fp4", "int4"],
+    "block_size": [32, 64], "double_quant": [False, True], "use_dora": [False, True],
+    "init_lora_weights": ["default", "loftq", "pissa"], "checkpoint": ["adapter", "full"],
+    "exclude_modules": [[], ["3"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_orders_are_equal_or_refused(seed, tmp_path):
+    draw, module, layers, refused = random.Random(seed), Built(), [], 0
+    for step in range(6):
+        what = draw.choice(["convert", "convert", "merge", "wrap", "append", "part"])
+        arguments = {name: draw.choice(values) for name, values in ARGUMENTS.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if what == "convert":
+                convert(module, **arguments)
+                trained(module, step)
+            elif what == "part":
+                convert(module.net, **arguments)
+            elif what == "merge" and adapted_layers(module):
+                merge(module)
+            elif what == "wrap":
+                module = Built(layers, module.net)
+            elif what == "append":
+                layers = [*layers, step + 10]
+                module = Built(layers, module.net)
+            module.eval()
+            expected = module(X)
+            if conversion_of(module) is None:
+                continue
+            save(module, tmp_path / "c.ckpt")
+            try:
+                loaded = load_from_checkpoint(Built, tmp_path / "c.ckpt").eval()
+                assert torch.equal(loaded(X), expected), (what, arguments)
+            except CheckpointMismatchError:
+                refused += 1  # a base that was merged is not the base that the class builds
+            try:
+                save_adapter(module, tmp_path / "folder")
+            except ValueError:
+                continue
+            again = copy.deepcopy(module)
+            for layer in adapted_layers(again).values():
+                layer.lora_B.data.zero_()
+            load_adapter(again, tmp_path / "folder")
+            torch.testing.assert_close(again(X), expected)
+    assert refused <= 4

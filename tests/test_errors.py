@@ -155,7 +155,12 @@ def test_a_4_bit_weight_of_another_shape(older):
 @pytest.mark.parametrize(
     ("value", "words", "kind"),
     [
-        (torch.tensor(1.0), ["has shape [] in the checkpoint, [4, 64] here"], CheckpointMismatchError),
+        (torch.tensor(1.0), ["'net.0.lora_A' is torch.float32 []", "in 2 dimensions"], ValueError),
+        (
+            torch.ones(4, 64).to(torch.float8_e4m3fn),
+            ["is torch.float8_e4m3fn [4, 64]", "a type as float32"],
+            ValueError,
+        ),
         (torch.ones(0, 64), ["has rank 0 for 64 inputs"], CheckpointMismatchError),
         (torch.full((4, 64), float("nan")), ["holds NaN or Inf", "Use an earlier checkpoint"], ValueError),
     ],
@@ -178,7 +183,7 @@ KEY = "base_model.model.0.lora_A.weight"
         ({"lora_alpha": 1e308}, None, ["adapter_config.json: lora_alpha=1e+308: must be", "< 1e+30"]),
         ({"alpha_pattern": {"0": -1}}, None, ["adapter_config.json: alpha_pattern['0']=-1: must be"]),
         (None, {KEY: torch.ones(0, 64)}, [KEY, "of rank 1 or more"]),
-        (None, {KEY: torch.ones(4, 64, dtype=torch.int64)}, [KEY, "is int64", "must be of a floating-point type"]),
+        (None, {KEY: torch.ones(4, 64, dtype=torch.int64)}, [KEY, "is int64", "must be float16"]),
         (None, {KEY: torch.full((4, 64), float("inf"))}, [KEY, "holds NaN or Inf"]),
     ],
 )  # fmt: skip

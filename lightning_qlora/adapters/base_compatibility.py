@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import Adapter, round_alpha
 from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
-from lightning_qlora.checks import check_bool, check_dict
+from lightning_qlora.checks import check_bool
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import resolve_model
 from lightning_qlora.layers.initialization import methods
@@ -41,12 +41,15 @@ def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     }
 
 
-def check_quantization(known: Mapping[str, Any]) -> None:
-    """Raise KeyError, TypeError or ValueError if a dict is none that `quantization_of` returns."""
-    check_dict("the quantization", known)
-    arguments = {name: known[name] for name in (*BITS, "init_lora_weights")}
-    QLoRAConfig(**arguments, loftq_config=known.get("loftq_config"))
-    check_bool("base_moved", known["base_moved"])
+def check_quantization(known: Any, source: str) -> None:
+    """Raise ValueError, with the source, if a value is neither None nor what `quantization_of` returns."""
+    try:
+        if known is not None:
+            check_bool("base_moved", known["base_moved"])
+            names = (*BITS, "init_lora_weights")
+            QLoRAConfig(**{name: known[name] for name in names}, loftq_config=known.get("loftq_config"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}. The file is damaged: use another copy.") from error
 
 
 def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:

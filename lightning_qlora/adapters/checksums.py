@@ -41,14 +41,14 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
         ValueError: If an entry, or the checksums themselves, are damaged; names the file, if it is known, and the key.
     """
     for key, value in state_dict.items():
-        dimensions, allowed = KINDS.get(str(key).rpartition(".")[2], (None, ()))
-        if dimensions is None:
-            continue
-        has_data = getattr(value, "layout", None) is torch.strided and not (isinstance(value, Tensor) and value.is_meta)
-        if not has_data or value.dtype not in allowed or value.ndim != dimensions:
-            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        dimensions, types = KINDS.get(str(key).rpartition(".")[2], (None, ()))
+        kind = [getattr(value, name, None) for name in ("dtype", "ndim", "layout")]
+        if dimensions is not None and (kind[0] not in types or kind[1:] != [dimensions, torch.strided]):
+            kinds = str(types[0]).removeprefix("torch.")
             what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
-            raise ValueError(f"{source}: {key!r} must be {kinds} in {dimensions} dimensions, and is {what}.")
+            raise ValueError(
+                f"{source}: {key!r} is {what}, and must have a type as {kinds} in {dimensions} dimensions."
+            )
     held = state_dict.pop(prefix + CHECKSUMS, None)
     if held is None:
         return

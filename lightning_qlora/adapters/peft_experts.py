@@ -105,7 +105,7 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     for owner in dict.fromkeys(map(outermost, adapter.packed)):
         keys = [key for key in adapter.packed if outermost(key) == owner]
         if owner not in modules:
-            _refuse(adapter, keys[0], base, "has no such module")
+            refuse(adapter, f"{keys[0]}.lora_A.weight", base, "has no such module")
         module = modules[owner]
         names = [key for key in _parameter_order(module) if is_target(adapter.peft_config, f"{owner}.{key}")]
         matrix = is_linear(module) or (names == ["weight"] and len(_shape(module, "weight")) == 2)
@@ -115,7 +115,12 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
         expected = [owner + BASE_LAYER * wrappers for wrappers in reversed(range(len(names)))]
         if set(expected) != set(keys):
             found = ", ".join(names) or "none"
-            _refuse(adapter, keys[0], base, f"has other parameters there that target_parameters names: {found}")
+            refuse(
+                adapter,
+                f"{keys[0]}.lora_A.weight",
+                base,
+                f"has other parameters there that target_parameters names: {found}",
+            )
         for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
             full = f"{owner}.{name}"
             packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, full))
@@ -171,17 +176,23 @@ def _check_shape(
     swapped = stack.transposed == stack.exchanged  # PEFT reads [experts, out, in]
     outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
     if stack.flat:
-        _refuse(adapter, key, base, "has all experts in one matrix there, with one adapter for each expert")
+        refuse(
+            adapter,
+            f"{key}.lora_A.weight",
+            base,
+            "has all experts in one matrix there, with one adapter for each expert",
+        )
     if packed.r % stack.number or (packed.lora_B.shape[0], packed.lora_A.shape[1]) != (outputs, inputs):
-        _refuse(
-            adapter, key, base,
+        refuse(
+            adapter, f"{key}.lora_A.weight", base,
             f"has {stack.number} experts of {inputs} inputs and {outputs} outputs there (as PEFT counts them), the "
             f"adapter has lora_A {list(packed.lora_A.shape)} and lora_B {list(packed.lora_B.shape)}",
         )  # fmt: skip
 
 
-def _refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
+def refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
+    """Raise the error for an adapter that does not fit a model."""
     raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{key}.lora_A.weight' does not fit: the {type(base).__name__} {what}. An "
-        "adapter fits the architecture it was trained on."
+        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {what}. An adapter fits the "
+        "architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
     )

@@ -86,11 +86,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise ValueError(f"{path}: holds no lora_A and lora_B.")
     layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
     quantization = metadata_entry(metadata, QUANTIZATION, path)
-    try:
-        if quantization is not None:
-            check_quantization(quantization)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata {QUANTIZATION!r}: {error}. Copy or save it again.") from None
+    check_quantization(quantization, f"{path}: its metadata {QUANTIZATION!r}")
     experts = _experts(metadata_entry(metadata, EXPERTS, path) or {}, layers, path)
     packed = layers if config.get("target_parameters") else {}
     if EXPERTS in metadata or CONFIG_COPY in metadata:  # ours, so these are all experts
@@ -214,37 +210,29 @@ def _split(key: str, path: Path) -> tuple[str, str | None]:
 
 
 def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
-    for part, tensor in parts.items():
-        if not torch.isfinite(tensor.float()).all():  # float64 too large for fp32, in which adapters are trained
-            raise ValueError(
-                f"{path}: key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is "
-                "damaged. Use an adapter that was saved earlier."
-            )
+    def require(fits: bool, part: str, what: str) -> None:
+        if not fits:
+            raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' {what}")
+
     for part in ("lora_A", "lora_B"):
-        if part not in parts:
-            raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' is missing.")
-        if parts[part].ndim != 2 or not parts[part].numel():
-            raise ValueError(
-                f"{path}: key '{PREFIX}{name}.{part}.weight' has shape {list(parts[part].shape)}: only adapters of "
-                "linear layers, of rank 1 or more, can be read."
-            )
-    if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
-        raise ValueError(
-            f"{path}: '{PREFIX}{name}' has lora_A {list(parts['lora_A'].shape)} and lora_B "
-            f"{list(parts['lora_B'].shape)}, whose ranks differ."
-        )
-    magnitude = parts.get(MAGNITUDE)
-    if magnitude is not None and magnitude.shape != parts["lora_B"].shape[:1]:
-        raise ValueError(
-            f"{path}: key '{PREFIX}{name}.{MAGNITUDE}' has shape {list(magnitude.shape)}, and lora_B "
-            f"{list(parts['lora_B'].shape)}: there must be one magnitude for each output."
-        )
+        require(part in parts, part, "is missing.")
+    a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get(MAGNITUDE)
+    for part, tensor in parts.items():
+        fits = tensor.ndim == (1 if part == MAGNITUDE else 2) and tensor.numel() > 0
+        what = f"has shape {list(tensor.shape)}: only adapters of linear layers, of rank 1 or more, can be read."
+        require(fits, part, what)
+        # A float64 may be too large for fp32, in which adapters are trained.
+        what = "holds NaN or Inf: the training diverged, or the file is damaged. Use an adapter that was saved earlier."
+        require(bool(torch.isfinite(tensor.float()).all()), part, what)
+    what = f"has shape {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ."
+    require(a.shape[0] == b.shape[1], "lora_A", what)
+    require(magnitude is None or len(magnitude) == len(b), MAGNITUDE, f"has not {len(b)} values, as lora_B has rows.")
     parameter = f"{name}.weight"
     try:
         alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
     except PatternError as error:
         raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
-    return LayerAdapter(parts["lora_A"], parts["lora_B"], alpha, magnitude)
+    return LayerAdapter(a, b, alpha, magnitude)
 
 
 def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path) -> dict[str, ExpertStack]:

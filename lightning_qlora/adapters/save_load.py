@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from dataclasses import replace
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -29,7 +29,7 @@ from lightning_qlora.adapters.base_model import (
     trained_outside,
 )
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
-from lightning_qlora.adapters.peft_experts import assign_parameters
+from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.state_dict import conversion_of
@@ -201,7 +201,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     targets = list(dict.fromkeys(adapter.expert_parameter(name) or name for name in adapter.layers))
     missing = [name for name in targets if name not in names]
     if missing:
-        _refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
+        refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
     owners = {key.rpartition(".")[0] for key in adapter.saved}
     return replace(
         config.with_initialization("default"),
@@ -272,9 +272,9 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
         if layer is None:
             part = modules.get(name)
             what = "has no such layer" if part is None else f"has a {type(part).__name__} without an adapter there"
-            _refuse(adapter, key, base, what)
+            refuse(adapter, key, base, what)
         if loaded.lora_A.shape[1] != layer.in_features or loaded.lora_B.shape[0] != layer.out_features:
-            _refuse(
+            refuse(
                 adapter, key, base,
                 f"has a layer of {layer.in_features} inputs and {layer.out_features} outputs there, the adapter is for "
                 f"{loaded.lora_A.shape[1]} and {loaded.lora_B.shape[0]}",
@@ -286,20 +286,13 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
             )
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
             with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
-            _refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
+            refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
     for tied in tied_names(base):
         if breaks_tie(adapter, tied):
             raise CheckpointMismatchError(tie_error(adapter, tied))
     tensors = _tensors_by_plain_name(base)
     for key, value in adapter.saved.items():
         if key not in tensors:
-            _refuse(adapter, key, base, "has no such parameter")
+            refuse(adapter, key, base, "has no such parameter")
         if tensors[key].shape != value.shape:
-            _refuse(adapter, key, base, f"has shape {list(tensors[key].shape)} there, the adapter {list(value.shape)}")
-
-
-def _refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
-    raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {what}. An adapter fits the "
-        "architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
-    )
+            refuse(adapter, key, base, f"has shape {list(tensors[key].shape)} there, the adapter {list(value.shape)}")

@@ -12,7 +12,6 @@ from torch import nn
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import CHECKSUMS, add_checksums, check_checksums
-from lightning_qlora.checks import check_string
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import like, reshard
 from lightning_qlora.layers.lora import ADAPTER
@@ -95,17 +94,19 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
     """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
     about: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
     kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
-    if not isinstance(about, dict) or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items()):
-        raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r} is {str(about)[:80]!r}. {DAMAGED}")
+    source = f"{prefix + CONFIG}: {BASE_MODEL!r}"
+    if (
+        not isinstance(about, dict)
+        or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items())
+        or not all(isinstance(name, str) for name in about.get("trained_in_full", []))
+    ):
+        raise ValueError(f"{source} is {str(about)[:80]!r}. {DAMAGED}")
+    check_quantization(about.get("quantization"), source)
     try:
-        for name in about.get("trained_in_full", []):
-            check_string("trained_in_full", name)
-        if about.get("quantization") is not None:
-            check_quantization(about["quantization"])
         for own in {json.dumps(own): own for own in about.get("layers", {}).values()}.values():
             QLoRAConfig(**own)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{prefix + CONFIG}: {BASE_MODEL!r}: {error}. {DAMAGED}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the arguments of a layer: {error} {DAMAGED}") from error
     return about
 
 

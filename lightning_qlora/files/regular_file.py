@@ -5,8 +5,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-
 
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file; all files are checked here before they are opened.
@@ -22,10 +20,10 @@ def is_file(path: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: can't be read ({getattr(error, 'strerror', error)}).") from error
     if not stat.S_ISREG(found.st_mode):
-        kind = KINDS.get(stat.S_IFMT(found.st_mode), "device")
+        kind = {"d": "folder", "p": "pipe", "s": "socket"}.get(stat.filemode(found.st_mode)[0], "device")
         raise ValueError(f"{path}: is a {kind}, not a file. Put a copy of the file there.")
     if not found.st_size:
-        raise ValueError(f"{path}: is empty (0 bytes). Copy or save it again.")
+        raise ValueError(f"{path}: is empty (0 bytes): truncated, or a file of /proc. Use another copy of it.")
     return True
 
 
@@ -42,6 +40,6 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        if getattr(error, "filename", None) is not None:
             raise
         raise OSError(f"{path}: could not be read ({error or type(error).__name__}).") from error

@@ -14,21 +14,15 @@ import torch
 
 @cache
 def register_flop_formulas() -> None:
-    """Register the formulas with torch."""
+    """Register the formulas with torch; they get shapes instead of tensors."""
     from torch.utils.flop_counter import register_flop_formula  # imports Triton, where it is installed
 
-    register_flop_formula(torch.ops.lightning_qlora.lora_linear)(_forward)
-    register_flop_formula(torch.ops.lightning_qlora.lora_linear_backward)(_backward)
+    @register_flop_formula(torch.ops.lightning_qlora.lora_linear)
+    def _(x: Sequence[int], *rest: Any, **_: Any) -> int:  # x W^T, x A^T, (x A^T) B^T
+        (r, inputs), outputs = rest[4], rest[7]
+        return int(2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs)))
 
-
-def _forward(x: Sequence[int], *rest: Any, **_: Any) -> int:
-    """x W^T, x A^T, (x A^T) B^T; shapes instead of tensors."""
-    (r, inputs), outputs = rest[4], rest[7]
-    return int(2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs)))
-
-
-def _backward(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:
-    """dY^T (x A^T), dY B, (dY B)^T x; and dY W and (dY B) A if x needs a gradient."""
-    (r, inputs), outputs, needs_x = rest[4], grad[-1], rest[11]
-    products = r * (inputs + 2 * outputs) + (inputs * (outputs + r) if needs_x else 0)
-    return int(2 * prod(x[:-1]) * products)
+    @register_flop_formula(torch.ops.lightning_qlora.lora_linear_backward)
+    def _(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:  # for A, B, and x if that needs one
+        (r, inputs), outputs, needs_x = rest[4], grad[-1], rest[11]
+        return int(2 * prod(x[:-1]) * (r * (inputs + 2 * outputs) + needs_x * inputs * (outputs + r)))

@@ -67,11 +67,6 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing
         if expected is None and prefix + "weight" not in state_dict:
             missing_keys.append(f"{prefix}weight.{FINGERPRINT}")
         _check_finite(state_dict, prefix)
-        if lora_a.ndim != 2:
-            raise CheckpointMismatchError(
-                f"{prefix}lora_A: has shape {list(lora_a.shape)} in the checkpoint, {list(layer.lora_A.shape)} here. "
-                "The file is damaged: use another copy."
-            )
         if lora_a.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "

@@ -338,7 +338,7 @@ def change_tensors(folder, change):
         ),
         (
             lambda f: change_tensors(f, lambda t: t.update({KEY: torch.ones(9, 64)})),
-            r"model.safetensors: 'base.*q_proj' has lora_A \[9, 64\]",
+            r"model.safetensors: key 'base.*q_proj.lora_A.weight' has shape \[9, 64\] and lora_B",
         ),
     ],
 )

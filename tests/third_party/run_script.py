@@ -54,7 +54,7 @@ class Text(Dataset):
     vocab_size = 100
 
     def __init__(self, **_):
-        self.words = torch.randint(0, 100, (4040, 36), generator=torch.Generator().manual_seed(0))
+        self.words = torch.randint(0, 100, (4020, 6), generator=torch.Generator().manual_seed(0))
 
     def __len__(self):
         return len(self.words)

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lightning_qlora import convert, merge
 
 pytestmark = pytest.mark.third_party
 
@@ -67,3 +70,18 @@ def test_fine_tuning_of_litgpt(tmp_path, name):
         "eval.max_new_tokens": 2, "out_dir": tmp_path / "out",
     }  # fmt: skip
     check(run(tmp_path, "litgpt", name, model, *(f"--{key}={value}" for key, value in arguments.items())), name)
+    if name == "finetune_full":
+        from litgpt import GPT, Config
+
+        trained, base = torch.load(tmp_path / "out/final/lit_model.pth")["model"], torch.load(model / "lit_model.pth")
+        network = GPT(Config.from_file(model / "model_config.yaml"))
+        network.load_state_dict(base)
+        convert(network, r=4)
+        network.load_state_dict(trained)
+        merged = merge(network).state_dict()
+        assert {key for key in base if not torch.equal(base[key], merged[key])} == {
+            f"transformer.h.{block}.{layer}.weight"
+            for block in range(3)
+            for layer in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+        }
+        assert merged.keys() == base.keys()

@@ -47,12 +47,17 @@ def olmoe():
 FAMILIES = (toys.qwen3_moe, mixtral, toys.gpt_oss, deepseek_v3, olmoe, toys.llama4, toys.nemotron_h, toys.jetmoe)
 
 
+def unfreeze(model):
+    """What is frozen beside trainable adapters would stay as it is."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
 def converted(build, seed=0, **arguments):
     """A model with its experts and linear layers in 4 bits, and adapters that are not 0."""
     model = toys.made(build).eval()
     toys.convert_stacks(model)
-    for parameter in model.parameters():  # what is frozen beside trainable adapters would stay as it is
-        parameter.requires_grad_(parameter.is_floating_point())
+    unfreeze(model)
     convert(model, r=2, lora_alpha=4, lora_dropout=0.1, **arguments)
     torch.manual_seed(seed)
     for layer in adapted_layers(model).values():
@@ -213,6 +218,7 @@ def test_the_order_of_conversion_does_not_matter(tmp_path):
         for key in ("down_proj", "gate_up_proj"):
             if key in owner._parameters and owner._parameters[key].ndim == 3:
                 toys.QLoRAExperts.from_parameter(owner, key, toys.CONFIG, f"{name}.{key}", 6, False)
+    unfreeze(reverse)
     convert(reverse, r=2, lora_alpha=4)
     save_adapter(model, tmp_path)
     load_adapter(reverse, tmp_path)

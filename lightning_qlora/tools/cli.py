@@ -174,12 +174,16 @@ def average(checkpoints: list[str], output: str, prefix: str | None = None, weig
     print(f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.packed)} layers")
 
 
-def doctor() -> None:
-    """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong."""
+def doctor(check: bool = False) -> None:
+    """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong.
+
+    Args:
+        check: Compare the Triton kernels with plain torch again, and store which ops fall back.
+    """
     from lightning_qlora.tools.doctor import environment, examine
 
     all_good = True
-    for name, found, good in examine():
+    for name, found, good in examine(check):
         _show([(name, found if good else f"{found}  <-- wrong")])
         all_good = all_good and good
     _show(list(environment().items()))
@@ -206,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands: list[Any] = [plan, inspect, merge, export, average, doctor]
     try:
         given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
+        if given[-1:] == ["--check"]:  # jsonargparse asks for a value
+            given.append("true")
         version = sys.modules["lightning_qlora"].__version__
         auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False)
     except EXPECTED as error:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
-from lightning_qlora.kernels.backends import describe
+from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.optim.patches import name_the_package_to_import_from
@@ -119,6 +119,7 @@ class QLoRAPrecision(Precision):
                 patches.skip_moving_meta_module_at_teardown(trainer)
         converted_before = is_converted(module)
         report = convert_module(module, self.config, device, sharded=shards_module(trainer))
+        agree(device)
         if not converted_before:
             rank_zero_only(report.show)()
         if not converted_before or self.report is None:

@@ -1,12 +1,23 @@
-"""What to expect of a GPU before it is measured, from bytes, operations and launches: `python -m benchmarks.predict`.
+"""What to expect of a GPU before it is measured, from bytes, operations and launches.
+
+    python -m benchmarks.predict            the kernels as they are
+    python -m benchmarks.predict --designs  other ways to decode, on an H100 (docs/kernels.md describes them)
 
 The time of a launch is the longest of three: its bytes at 85% of the memory bandwidth, its instructions at one per
 scheduler and cycle, its matrix product at 70% of the tensor cores' peak; at least 2 us. Instructions per element are
 those of the compiled kernels (docs/compile-report.md). A step waits for Python where that takes longer
 (`host_overhead`).
+
+The designs: "persistent" decodes inside the product, once for each 256 rows of x, while the tensor cores work; it takes
+2 us more to fill its pipeline and to add shares; "taking turns" is the same kernel if its instructions and its tensor
+cores never work at the same time. "pieces" decodes 16 MiB at a time, which stay in the L2 cache, on a second stream;
+"whole waves" is the same if a piece is multiplied in tiles of 128 x 128 (or 128 x 64 if that is faster) without sharing
+their sums. "kept" decodes once for the recomputed forward pass and the backward pass of a checkpointed block.
 """
 
+import argparse
 from dataclasses import dataclass
+from math import ceil
 
 from benchmarks.measure import table
 
@@ -15,68 +26,118 @@ HASH = 21  # instructions per element for the dropout mask
 LLAMA_8B = 32 * [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
 VOCABULARY, WIDTH, BLOCKS = 128256, 4096, 32
 PASSES = 60  # over a hidden state, 16 bits: norms, rotary embedding, activation, residuals, forward and backward
+NOW, KEPT, PIECES, WAVES = "as it is", "kept", "pieces", "pieces, whole waves"
+PERSISTENT, TURNS = "persistent", "persistent, taking turns"
 
 
 @dataclass(frozen=True)
 class Card:
-    """Bytes and bf16 operations per second, and schedulers times clock (data sheets)."""
+    """Bytes and bf16 operations per second, multiprocessors and clock (data sheets)."""
 
     name: str
     bandwidth: float
     operations: float
-    instructions: float
+    multiprocessors: int
+    clock: float
 
     def seconds(self, moved: float, instructions: float = 0, operations: float = 0) -> float:
         """Time of one launch."""
-        by_bytes, by_instructions = moved / (0.85 * self.bandwidth), instructions / 32 / self.instructions
+        slots = 4 * self.multiprocessors * self.clock
+        by_bytes, by_instructions = moved / (0.85 * self.bandwidth), instructions / 32 / slots
         return max(2e-6, by_bytes, by_instructions, operations / (0.7 * self.operations))
 
-    def layer(self, m: int, n: int, k: int, fused_rows: int = 64) -> tuple[float, float]:
-        """Seconds forward and backward of a layer [n, k] with m rows of input and dropout."""
-        decode = self.seconds(2.516 * n * k, 6 * n * k)
-        down, up = self.seconds(2 * m * k, (5 + HASH) * m * k), self.seconds(2 * m * n, 11 * m * n)
-        product = self.seconds(2 * (m * k + n * k + 2 * m * n), 0, 2 * m * n * k)
-        if m <= fused_rows:
-            forward = down + up + self.seconds(0.516 * n * k, 10 * n * k, 2 * max(m, 16) * n * k)
-        else:
-            forward = down + up + decode + product
-        adapter = self.seconds(2 * m * n, 5 * m * n) + self.seconds(2 * m * k, (11 + HASH) * m * k)
-        adapter += self.seconds(2 * m * (n + k), 5 * m * n + (5 + HASH) * m * k)
-        return forward, adapter + decode + self.seconds(2 * (m * n + n * k + 2 * m * k), 0, 2 * m * n * k)
+    def decode(self, numel: int) -> float:
+        """Decoding a weight into memory."""
+        return self.seconds(2.516 * numel, 6 * numel)
 
-    def step(self, tokens: int) -> tuple[float, float]:
-        """Seconds on the GPU of a step of an 8B model without checkpointing, and of the bf16 products alone."""
-        layers = sum(sum(self.layer(tokens, n, k)) for n, k in LLAMA_8B)
+    def product(self, m: int, n: int, k: int, design: str = NOW) -> float:
+        """y += x W^T with its decoding, x [m, k] and W [n, k]; the product with dY is that with n and k exchanged."""
+        moved, operations = 2 * (m * k + 2 * m * n), 2 * m * n * k
+        if design in (PERSISTENT, TURNS):
+            inside = moved + 0.516 * n * k, 10 * n * k * ceil(m / 256)
+            if design == PERSISTENT:
+                return 2e-6 + self.seconds(*inside, operations)
+            return 2e-6 + self.seconds(*inside) + self.seconds(0, 0, operations)
+        if design in (PIECES, WAVES):
+            pieces = ceil(n * k / 2**23)
+            rows, column = (
+                n / pieces,
+                2 * 128 * k * self.multiprocessors / (0.7 * self.operations),
+            )  # of a tile, seconds
+            times = (w * column * ceil(ceil(m / 128) * ceil(rows / w) / self.multiprocessors) for w in (128, 64))
+            decode = self.seconds(0.516 * rows * k, 6 * rows * k)
+            product = self.seconds(moved / pieces, 0, operations / pieces)
+            return decode + pieces * max(decode, product, min(times) if design == WAVES else 0)
+        return self.decode(n * k) + self.seconds(moved + 2 * n * k, 0, operations)
+
+    def layer(self, m: int, n: int, k: int, design: str = NOW, fused_rows: int = 64) -> tuple[float, float]:
+        """Seconds forward and backward of a layer [n, k] with m rows of input and dropout."""
+        forward = self.seconds(2 * m * k, (5 + HASH) * m * k) + self.seconds(2 * m * n, 11 * m * n)
+        if m <= fused_rows:
+            forward += self.seconds(0.516 * n * k, 10 * n * k, 2 * max(m, 16) * n * k)
+        else:
+            forward += self.product(m, n, k, design)
+        backward = self.seconds(2 * m * n, 5 * m * n) + self.seconds(2 * m * k, (11 + HASH) * m * k)
+        backward += self.seconds(2 * m * (n + k), 5 * m * n + (5 + HASH) * m * k)
+        return forward, backward + self.product(m, k, n, design)
+
+    def step(self, tokens: int, design: str = NOW, forwards: int = 1) -> tuple[float, float]:
+        """Seconds on the GPU of a step of an 8B model, and of the bf16 products alone; 2 forwards: checkpointed."""
+        layers = 0.0
+        for n, k in LLAMA_8B:
+            forward, backward = self.layer(tokens, n, k, design)
+            layers += forwards * forward + backward - (self.decode(n * k) if design == KEPT else 0)
         head = 2 * self.seconds(2 * VOCABULARY * (WIDTH + tokens), 0, 2 * tokens * VOCABULARY * WIDTH)
-        attention = 3.5 * BLOCKS * self.seconds(0, 0, 2 * tokens * tokens * WIDTH)
-        passes = BLOCKS * PASSES * self.seconds(2 * tokens * WIDTH)
-        dense = 2 * sum(self.seconds(2 * n * k, 0, 2 * tokens * n * k) for n, k in LLAMA_8B) + head + attention + passes
-        return layers + head + attention + passes, dense
+        rest = head + (2.5 + forwards) * BLOCKS * self.seconds(0, 0, 2 * tokens * tokens * WIDTH)
+        rest += (1 + forwards) / 2 * BLOCKS * PASSES * self.seconds(2 * tokens * WIDTH)
+        products = sum(self.seconds(2 * n * k, 0, 2 * tokens * n * k) for n, k in LLAMA_8B)
+        return layers + rest, (1 + forwards) * products + rest
 
 
 CARDS = (
-    Card("RTX 4090", 1.008e12, 165e12, 128 * 4 * 2.52e9),
-    Card("A100 80GB", 2.039e12, 312e12, 108 * 4 * 1.41e9),
-    Card("H100 SXM", 3.35e12, 989e12, 132 * 4 * 1.755e9),
+    Card("RTX 4090", 1.008e12, 165e12, 128, 2.52e9),
+    Card("A100 80GB", 2.039e12, 312e12, 108, 1.41e9),
+    Card("H100 SXM", 3.35e12, 989e12, 132, 1.755e9),
 )
 
 
-def main() -> None:
-    """Print the table."""
+def kernels() -> str:
+    """The kernels as they are, on each card."""
     rows = [["decode 4096 x 4096 to bf16, us"]]
     rows += [[f"layer 4096 x 4096, rank 64, dropout, {m} rows: forward / backward, us"] for m in (1, 64, 512, 4096)]
     rows += [[f"step of an 8B model, {tokens} tokens, ms"] for tokens in (512, 4096)]
     rows += [[f"the same, compared with a 16-bit base without adapters, {tokens} tokens"] for tokens in (512, 4096)]
     host = sum(HOST) * len(LLAMA_8B)
     for card in CARDS:
-        rows[0].append(f"{1e6 * card.seconds(2.516 * 4096**2, 6 * 4096**2):.0f}")
+        rows[0].append(f"{1e6 * card.decode(4096**2):.0f}")
         for row, m in zip(rows[1:5], (1, 64, 512, 4096), strict=True):
             row.append(" / ".join(f"{1e6 * seconds:.0f}" for seconds in card.layer(m, 4096, 4096)))
         for row, extra, tokens in zip(rows[5:7], rows[7:9], (512, 4096), strict=True):
             ours, dense = card.step(tokens)
             row.append(f"{1e3 * max(ours, host):.0f}{' (Python)' * (host > ours)}")
             extra.append(f"+{100 * (ours / dense - 1):.0f}%")
-    print(table(["predicted", *(card.name for card in CARDS)], rows))
+    return table(["predicted", *(card.name for card in CARDS)], rows)
+
+
+def designs(tokens: tuple[int, ...] = (65, 128, 256, 512, 1024, 4096)) -> str:
+    """Ways to decode on an H100: a product, and a step compared with a 16-bit base without adapters."""
+    card, rows = CARDS[-1], []
+    for design in (NOW, PERSISTENT, TURNS, PIECES, WAVES):
+        times = (card.product(m, 4096, 4096, design) for m in tokens)
+        rows.append([f"decode and product, 4096 x 4096, us: {design}", *(f"{1e6 * each:.0f}" for each in times)])
+    for forwards, text in ((1, "step"), (2, "checkpointed step")):
+        for design in (NOW, KEPT, PERSISTENT, TURNS, PIECES, WAVES):
+            if forwards == 2 or design != KEPT:
+                ratios = (ours / dense - 1 for ours, dense in (card.step(m, design, forwards) for m in tokens))
+                rows.append([f"{text}: {design}", *(f"{100 * each:+.0f}%" for each in ratios)])
+    return table(["predicted for an H100, tokens", *map(str, tokens)], rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--designs", action="store_true", help="other ways to decode, on an H100")
+    print(designs() if parser.parse_args(arguments).designs else kernels())
 
 
 if __name__ == "__main__":

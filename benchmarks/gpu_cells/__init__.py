@@ -44,6 +44,7 @@ class Cell:
 
 
 CELLS = (
+    Cell("check", "check:measure", 40, 300, "the check of all kernels at the first use of a card, seconds"),
     Cell("card", "card:measure", 25, 60, "versions, copy bandwidth, rate of a bf16 product"),
     Cell("tests_training", "tests:training", 120, 260, "GPU tests of the plugin: Trainer, Fabric, resume, compile"),
     Cell("tests_kernels", "tests:kernels", 100, 200, "GPU tests of the ops against the reference"),

@@ -8,8 +8,7 @@ import torch
 
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import seconds
-from lightning_qlora.kernels import eager
-from lightning_qlora.kernels.backends import backend, describe
+from lightning_qlora.kernels.backends import Backend, backend, describe
 from lightning_qlora.optim.paging.unified_memory import why_not_managed
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "peft", "bitsandbytes", "cuda-bindings")
@@ -22,7 +21,7 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
         RuntimeError: If Triton's kernels do not run on the card: all other cells would measure plain torch.
     """
     yield {"versions": versions(), "kernels": describe(device), **properties(device)}
-    if device.type == "cuda" and backend(device) is eager:
+    if device.type == "cuda" and not isinstance(backend(device), Backend):
         raise RuntimeError(f"The ops run in {describe(device)} on this card; the warning above says why.")
     size = 1 << 20 if small else 4 << 30
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()

@@ -110,6 +110,11 @@ def _card(rows: list[Row]) -> str:
     )
 
 
+def _check(rows: list[Row]) -> str:
+    took = ", ".join(f"{row['check']} {row['seconds']:.1f} s" for row in rows if "check" in row)
+    return "\n".join([f"{took}.", *(f"- plain torch: `{row['failure']}`" for row in rows if "failure" in row)])
+
+
 def _tests(rows: list[Row]) -> str:
     counts = [row["tests"] for row in rows if "tests" in row]
     passed = ", ".join(f"{number} {name}" for name, number in counts[-1].items()) if counts else "not run to the end"
@@ -203,9 +208,9 @@ def _sanitizer(rows: list[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "card": _card, "tests_training": _tests, "tests_kernels": _tests, "tests_optim": _tests, "decode": _decode,
-    "layer": _layer, "step": _step, "step_4bit": _step, "largest": _largest, "paging": _paging, "launches": _launches,
-    "sanitizer": _sanitizer,
+    "check": _check, "card": _card, "tests_training": _tests, "tests_kernels": _tests, "tests_optim": _tests,
+    "decode": _decode, "layer": _layer, "step": _step, "step_4bit": _step, "largest": _largest, "paging": _paging,
+    "launches": _launches, "sanitizer": _sanitizer,
 }  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import os
 import stat
 from pathlib import Path
 
+OWN_FOLDER = "Set LIGHTNING_QLORA_CACHE to a folder that belongs to you and that only you can write to (chmod 700)."
+
 
 def objection(path: Path) -> str | None:
     """Why another user could have written a file or folder, or could replace it; None if nobody could.
@@ -51,3 +53,20 @@ def make_private(folder: Path) -> None:
         part.mkdir(mode=0o700, exist_ok=True)
     if why := objection(folder.resolve()):
         raise PermissionError(f"{folder}: {why}")
+
+
+def cache_folder() -> Path:
+    """Where things are kept: $LIGHTNING_QLORA_CACHE, else `lightning_qlora` in the user's cache folder.
+
+    It is created if it does not exist.
+
+    Raises:
+        OSError: If it cannot be created, or another user could have written to it, or the user has no home folder.
+    """
+    chosen, caches = os.environ.get("LIGHTNING_QLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(chosen or Path(caches or Path.home() / ".cache") / "lightning_qlora").absolute()  # for dlopen
+        make_private(folder)
+    except (OSError, RuntimeError) as error:  # no home: the user is not in the password file, as in some containers
+        raise OSError(f"{error}. {OWN_FOLDER}") from error
+    return folder

@@ -1,93 +1,150 @@
-"""Which module computes the ops on a device, and the functions that such a module must have."""
+"""Who computes each op on a device: Triton's kernels where they compute the right values, else plain torch."""
 
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from types import ModuleType
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_qlora.config import QuantType
-from lightning_qlora.kernels import eager
+from lightning_qlora.kernels import eager, scratch
+from lightning_qlora.kernels.verdict import KERNELS, verdict
+from lightning_qlora.kernels.verify import OPS
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
+Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
-class Backend(Protocol):
-    """The functions of a backend module; `reference` and `adamw` specify what they compute."""
+class Backend:
+    """The ops on a device with Triton; `reference` and `adamw` specify what they compute.
 
-    @property
-    def quantize(self) -> Callable[[Tensor, QuantType, int, bool], PackedBytes]:
-        """See `reference.quantize`."""
+    Attributes:
+        failures: The ops that `eager` computes, each with what its kernels do wrong.
+    """
 
-    @property
-    def dequantize(self) -> Callable[[PackedBytes, torch.dtype], Tensor]:
-        """See `reference.dequantize`."""
+    quantize: Callable[..., PackedBytes]
+    dequantize: Callable[..., Tensor]
+    lora_project: Callable[..., Tensor]
+    linear_into: Callable[..., None]
+    linear_backward: Callable[..., Gradients]
+    grouped_linear: Callable[..., tuple[Tensor, Tensor]]
+    grouped_linear_backward: Callable[..., Gradients]
+    can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast
+    adamw_step: Callable[..., None]
+    adamw8bit_step: Callable[..., None]
 
-    @property
-    def lora_project(self) -> Callable[[Tensor, Tensor, float, Tensor | None], Tensor]:
-        """See `reference.lora_project`."""
+    def __init__(self, device: torch.device, kernels: ModuleType) -> None:
+        self.device, self.failures = device, dict[str, str]()
+        for op in OPS:
+            setattr(self, op, self._guarded(op, getattr(kernels, op), getattr(eager, op)))
+        self.can_group = kernels.can_group
 
-    @property
-    def linear_into(self) -> Callable[[Tensor, Tensor, Tensor, PackedBytes, Tensor | None, Tensor, float], None]:
-        """See `reference.linear_into`."""
+    def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on."""
 
-    @property
-    def linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
-        """See `reference.linear_backward`."""
+        def run(*arguments: Any) -> Any:
+            try:
+                return kernel(*arguments)
+            except Exception as error:  # Triton, its compilers and the driver raise many types
+                if isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
+                    raise
+                result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
+                self.fall_back({op: f"{type(error).__name__}: {error}"})
+                return result
 
-    @property
-    def can_group(self) -> Callable[..., bool]:
-        """Whether the backend computes the layers of several experts at once; then it has the next two functions."""
+        return run
 
-    @property
-    def grouped_linear(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """See `reference.grouped_linear`."""
+    def fall_back(self, failures: dict[str, str]) -> None:
+        """Compute these ops, of which the kernels do something wrong, in plain torch from now on, and say so."""
+        if not failures:
+            return
+        self.failures |= failures
+        for op in failures:
+            setattr(self, op, getattr(eager, op))
+        if any(op.startswith("grouped") for op in failures):
+            self.can_group = eager.can_group
+        scratch.release()  # of a kernel that failed, the counters of shares.py may be wrong
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
+        warnings.warn(
+            f"{name} ({self.device}): plain torch computes {', '.join(failures)}, because the Triton kernels fail. The "
+            f"results are right, and slower. {'; '.join(f'{op}: {why}' for op, why in failures.items())}. "
+            "`lightning-qlora doctor --check` checks them again.",
+            stacklevel=3,
+        )
 
-    @property
-    def grouped_linear_backward(self) -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
-        """See `reference.grouped_linear_backward`."""
 
-    @property
-    def adamw_step(self) -> Callable[..., None]:
-        """See `adamw.adamw_step`."""
-
-    @property
-    def adamw8bit_step(self) -> Callable[..., None]:
-        """See `adamw.adamw8bit_step`."""
+_EAGER = cast(Backend, eager)
+_made: dict[torch.device, Backend] = {}
 
 
 def backend(device: torch.device) -> Backend:
-    """The backend module for a device: Triton's on a GPU or under TRITON_INTERPRET=1, else the eager one."""
-    # ROCm devices are also named "cuda".
-    if device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
-        return _triton(device) or eager
-    return eager
+    """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else the module `eager`."""
+    if not has_kernels(device):
+        return _EAGER
+    made = _made.get(device)
+    return _make(device) if made is None else made
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels are for this type of device; ROCm devices are also named "cuda"."""
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+def failures(device: torch.device, repeat: bool = False) -> dict[str, str]:
+    """The ops whose kernels are not used on a device, each with what they do wrong; `repeat` checks all again now."""
+    made = _make(device, repeat) if repeat and has_kernels(device) else backend(device)
+    return getattr(made, "failures", {})
 
 
 def describe(device: torch.device) -> str:
     """What computes on a device, as a text for users: results of another one differ in their last bits."""
-    if backend(device) is not eager:
-        return "Triton kernels"
-    return eager.path() if device.type == "cpu" else "plain torch"
+    kernels = backend(device)
+    if kernels is _EAGER:
+        return eager.path() if device.type == "cpu" else "plain torch"
+    return ", ".join(["Triton kernels", *(f"{op} in plain torch" for op in OPS if op in kernels.failures)])
 
 
-@cache
-def _triton(device: torch.device) -> Backend | None:
-    """Triton's backend; None, with one warning, if a kernel does not run on the device."""
+def agree(device: torch.device | None = None) -> None:
+    """Let an op fall back on all ranks if it does on one. All ranks must call it, as for wrapping a module in DDP.
+
+    Ranks of one host share a verdict; those of another host, or of another card, have their own.
+
+    Args:
+        device: Of this rank; None: the current GPU, or the CPU if this process does not use CUDA.
+    """
+    if device is None:
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device()) if in_use else torch.device("cpu")
+    if not (has_kernels(device) and dist.is_available() and dist.is_initialized()):
+        return
+    kernels = backend(device)
+    failed = torch.tensor([kernels is _EAGER or op in kernels.failures for op in OPS], device=device).int()
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if kernels is not _EAGER:
+        others = [op for op, fails in zip(OPS, failed.tolist(), strict=True) if fails and op not in kernels.failures]
+        kernels.fall_back(dict.fromkeys(others, "fails on another rank"))
+
+
+def _make(device: torch.device, repeat: bool = False) -> Backend:
+    """Triton's backend; `eager`, with one warning, if no kernel runs on the device."""
+    made = _EAGER
     try:
-        kernels = import_module("lightning_qlora.kernels.triton")
+        kernels = import_module(KERNELS)
         kernels.check_launch(device)
-        return cast(Backend, kernels)
-    except Exception as error:  # Triton, its compilers and the driver raise many types
+        checked = verdict(device, repeat)
+        made = Backend(device, kernels)
+        made.fall_back({op: why for op, why in checked.items() if why})
+    except Exception as error:
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "
             "PyTorch there. The results are the same, but a product takes several passes over memory. Install Triton "
             "(`pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return None
+    _made[device] = made
+    return made

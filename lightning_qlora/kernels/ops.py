@@ -237,7 +237,11 @@ def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes
 def adamw_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
 ) -> None:
-    """One AdamW step with fp32 state over tensors of one device, in place; see `adamw.adamw_step`."""
+    """One AdamW step with fp32 state, in place; see `adamw.adamw_step`.
+
+    The parameters have one device and one type, and so have the gradients: a backend takes one launch, so that nothing
+    is written if that fails.
+    """
     backend(params[0].device).adamw_step(params, grads, exp_avgs, exp_avg_sqs, scalars)
 
 
@@ -245,7 +249,7 @@ def adamw8bit_step(
     params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
     exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
 ) -> None:  # fmt: skip
-    """One AdamW step with 8-bit state over tensors of one device, in place; see `adamw.adamw8bit_step`."""
+    """The same with 8-bit state; see `adamw.adamw8bit_step`."""
     backend(params[0].device).adamw8bit_step(
         params, grads, exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, scalars
     )

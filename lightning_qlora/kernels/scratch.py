@@ -38,7 +38,7 @@ def scratch(
     before the graph is replayed, or contain the sums of another graph.
     """
     make = torch.zeros if zero else torch.empty
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         return make(numel, dtype=dtype, device=device)
     stream = _stream(device.index) if device.type == "cuda" else 0
     key = (device, stream, dtype, purpose)
@@ -48,6 +48,11 @@ def scratch(
         with torch.inference_mode(False):
             buffer = _thread.buffers[key] = make(numel, dtype=dtype, device=device)
     return buffer if buffer.numel() == numel else buffer[:numel]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(index: int) -> int:

@@ -150,14 +150,16 @@ class PagedAdamW8bit(Optimizer):
                 )
             if not self.state[param]:
                 self.state[param].update(_new_state(param))
-        groups: dict[tuple[int, bool, torch.device], list[Tensor]] = defaultdict(list)  # one kernel launch each
+        groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)  # one kernel launch each
         for param in params:
             state = self.state[param]
             state["step"] += 1
-            if local_part(param).numel():  # the last ranks may have no rows of a small sharded parameter
-                groups[int(state["step"]), is_8bit(state), param.device].append(param)
+            # The last ranks may have no rows of a small sharded parameter.
+            if param.grad is not None and local_part(param).numel():
+                kind = int(state["step"]), is_8bit(state), param.device, param.dtype, param.grad.dtype
+                groups[kind].append(param)
         beta1, beta2 = group["betas"]
-        for (step, in_8bit, _), members in groups.items():
+        for (step, in_8bit, *_), members in groups.items():
             numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
             scalars = AdamWStep(step, *map(float, numbers))  # they may be tensors
             params = [local_part(param) for param in members]

@@ -42,6 +42,14 @@ def _with_arguments_of_config(command: Any) -> Any:
     return command
 
 
+def _with_true(arguments: list[str]) -> list[str]:
+    """--check and --json without a value, which jsonargparse asks for, as true."""
+    with_values = []
+    for name, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        with_values += [name, "true"] if name in ("--check", "--json") and following.startswith("--") else [name]
+    return with_values
+
+
 @_with_arguments_of_config
 def plan(
     model: str,
@@ -202,16 +210,17 @@ def average(checkpoints: list[str], output: str, prefix: str | None = None, weig
     print(f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.packed)} layers")
 
 
-def doctor(json: bool = False) -> None:
+def doctor(check: bool = False, json: bool = False) -> None:
     """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong.
 
     Args:
+        check: Compare the Triton kernels with plain torch again, and store which ops fall back.
         json: Print JSON.
     """
     from lightning_qlora.tools.doctor import environment, examine
 
     found = []
-    for name, what, good in examine():
+    for name, what, good in examine(check):
         found.append((name, what, good))
         if not json:
             _show([(name, what if good else f"{what}  <-- wrong")])
@@ -253,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "average": average, "doctor": doctor,
     }  # fmt: skip
     try:
-        given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
+        given = _with_true(_with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments))))
         version = sys.modules["lightning_qlora"].__version__
         auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False, parser_class=Parser)
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qlora.kernels import backends, eager, ops
+from lightning_qlora.kernels import backends, ops
 from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.optim.paging.unified_memory import why_not_managed
@@ -26,8 +26,8 @@ PACKAGES = {  # package -> the extra that installs it
 REQUIRED = ("torch", "lightning", "safetensors")
 
 
-def examine() -> Iterator[tuple[str, str, bool]]:
-    """Yield the name of each check, what was found, and whether that is good."""
+def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Yield the name of each check, what was found, and whether that is good; `check` compares all kernels again."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
     for name, extra in PACKAGES.items():
         try:
@@ -35,7 +35,7 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         except PackageNotFoundError:
             hint = f" (extra {extra}: {install(extra)})" if extra else ""
             yield name, f"not installed{hint}", name not in REQUIRED
-    yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {eager.path()}", True
+    yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     try:
         yield "C compiler", build.compiler(), True
     except build.BuildError as error:
@@ -44,10 +44,15 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         facts = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
         yield str(device), f"{facts.name}, {size_text(free)} of {size_text(total)} free", True
-        yield f"{device} kernels", backends.backend(device).__name__.rpartition(".")[2], True  # type: ignore[attr-defined]
         yield f"{device} paging", paging(device, facts), True
     if len(devices()) == 1:
         yield "GPU", "none that torch supports", True
+    for device in devices():
+        wrong = backends.failures(device, check)
+        yield f"{device} kernels", backends.describe(device), True
+        yield from (
+            (f"{device} {op}", f"in plain torch, because its kernels fail: {why}", False) for op, why in wrong.items()
+        )
     for device in devices():
         yield from _self_test(device)
 

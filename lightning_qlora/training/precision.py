@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
-from lightning_qlora.kernels.backends import describe
+from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.paging.pager import Pager
@@ -115,6 +115,7 @@ class QLoRAPrecision(Precision):
         report = convert_module(
             module, self.config, device, sharded=shards_module(trainer), evaluating=self._evaluating
         )
+        agree(device)
         if not converted_before:
             rank_zero_only(report.show)()
         if not converted_before or self.report is None:

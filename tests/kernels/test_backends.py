@@ -8,9 +8,9 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def forget():
-    backends._triton.cache_clear()
+    backends._made.clear()
     yield
-    backends._triton.cache_clear()
+    backends._made.clear()
 
 
 @pytest.fixture
@@ -21,13 +21,38 @@ def kernels():
     return triton
 
 
-def test_a_gpu_gets_the_kernels_after_one_trial_launch_and_a_cpu_the_eager_path(monkeypatch, kernels):
-    tried = []
+def test_a_gpu_gets_the_kernels_after_one_trial_launch_and_one_check_and_a_cpu_the_eager_path(monkeypatch, kernels):
+    tried, checked = [], []
     monkeypatch.setattr(backends, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "check_launch", tried.append)
-    assert backends.backend(CUDA) is backends.backend(CUDA) is kernels
-    assert tried == [CUDA]
+    monkeypatch.setattr(
+        backends, "verdict", lambda *arguments: checked.append(arguments) or dict.fromkeys(backends.OPS)
+    )
+    made = backends.backend(CUDA)
+    assert made is backends.backend(CUDA) and made.can_group is kernels.can_group and not made.failures
+    assert (tried, checked) == ([CUDA], [(CUDA, False)])
+    assert backends.failures(CUDA, repeat=True) == {} and checked[1] == (CUDA, True)
+    assert backends.describe(CUDA) == "Triton kernels"
     assert backends.backend(torch.device("cpu")) is eager
+
+
+def test_an_op_whose_kernels_fail_the_check_is_eager_alone_and_one_warning_names_card_and_op(
+    monkeypatch, kernels, recwarn
+):
+    monkeypatch.setattr(kernels, "check_launch", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    found = dict.fromkeys(backends.OPS) | {"grouped_linear": "differs by 1", "quantize": "no result after 120 s"}
+    monkeypatch.setattr(backends, "verdict", lambda device, repeat: found)
+    made = backends.backend(CUDA)
+    assert made.quantize is eager.quantize and made.grouped_linear is eager.grouped_linear
+    assert made.can_group is eager.can_group, "experts run one by one"
+    assert made.dequantize is not eager.dequantize
+    assert [str(warning.message) for warning in recwarn] == [
+        "NVIDIA H100 (cuda:0): plain torch computes quantize, grouped_linear, because the Triton kernels fail. The "
+        "results are right, and slower. quantize: no result after 120 s; grouped_linear: differs by 1. "
+        "`lightning-qlora doctor --check` checks them again."
+    ]
+    assert backends.describe(CUDA) == "Triton kernels, quantize in plain torch, grouped_linear in plain torch"
 
 
 @pytest.mark.parametrize("reason", ["No module named 'triton'", "libtriton.so: undefined symbol: x"])

@@ -109,6 +109,17 @@ def test_doctor(capsys):
     assert time.perf_counter() - start < 30
 
 
+def test_doctor_lists_the_ops_whose_kernels_fail_and_checks_them_again(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("lightning_qlora.tools.doctor._self_test", lambda device: [])
+    wrong = {"adamw_step": "differs by 1"}
+    monkeypatch.setattr("lightning_qlora.kernels.backends.failures", lambda *given: asked.append(given) or wrong)
+    with pytest.raises(SystemExit) as raised:
+        main(["doctor", "--check"])
+    assert raised.value.code == 1 and asked == [(torch.device("cpu"), True)]
+    assert "in plain torch, because its kernels fail: differs by 1  <-- wrong" in capsys.readouterr().out
+
+
 def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monkeypatch):
     from lightning_qlora.tools import doctor
 
@@ -133,7 +144,7 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
 
 
 def test_doctor_fails_if_something_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr("lightning_qlora.tools.doctor.examine", lambda: [("CPU", "on fire", False)])
+    monkeypatch.setattr("lightning_qlora.tools.doctor.examine", lambda check: [("CPU", "on fire", False)])
     with pytest.raises(SystemExit) as raised:
         main(["doctor"])
     assert raised.value.code == 1
@@ -292,7 +303,7 @@ def test_help_and_mistakes_do_not_import_torch():
 @pytest.mark.usefixtures("trained")
 def test_json(tmp_path, capsys):
     def read(*arguments):
-        return json.loads(prints([*arguments, "--json", "true"], capsys))
+        return json.loads(prints([*arguments, "--json"], capsys))
 
     assert read("inspect", tmp_path / "adapter")["kind"].startswith("PEFT adapter")
     merged = read("merge", tmp_path / "last.ckpt", tmp_path / "merged")

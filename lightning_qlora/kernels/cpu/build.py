@@ -19,7 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lightning_qlora.files.folder_writer import lock_file
-from lightning_qlora.files.private_folder import make_private, objection
+from lightning_qlora.files.private_folder import OWN_FOLDER, cache_folder, objection
 
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP code can use the thread pool of torch's OpenMP library
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=off", "-Wno-psabi")
@@ -28,7 +28,6 @@ THREADS = "-fopenmp"
 VARIANTS = (("-march=native", THREADS), ("-march=native",), ("-mcpu=native",), ())
 TIMEOUT = 120  # seconds for one compiler call
 LITTLE = 4_000_000  # bytes: with less free space a compilation may fail
-OWN_FOLDER = "Set LIGHTNING_QLORA_CACHE to a folder that belongs to you and that only you can write to (chmod 700)."
 _log = logging.getLogger("lightning_qlora")
 
 
@@ -46,16 +45,6 @@ def compiler() -> str:
         if found := shutil.which(name):
             return found
     raise BuildError(f"no C compiler on PATH (tried the environment variable CC and {', '.join(COMPILERS)})")
-
-
-def cache_folder() -> Path:
-    """Where libraries are cached: $LIGHTNING_QLORA_CACHE, else `lightning_qlora` in the user's cache folder."""
-    if chosen := os.environ.get("LIGHTNING_QLORA_CACHE"):
-        return Path(chosen).absolute()  # dlopen searches the system's libraries for a name without a slash
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lightning_qlora"
-    except RuntimeError as error:  # the user has no entry in the password file, as in some containers
-        raise BuildError(f"{error} {OWN_FOLDER}") from error
 
 
 def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctypes.CDLL:
@@ -86,11 +75,10 @@ def _loaded(source: Path, program: str, flags: tuple[str, ...], symbols: Collect
     binary = Path(program).resolve()
     inputs = (_text(source), binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
     name = f"{source.stem}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]}"
-    folder = cache_folder()
     try:
-        make_private(folder)
+        folder = cache_folder()
     except OSError as error:
-        raise BuildError(f"{error}. {OWN_FOLDER}") from error
+        raise BuildError(str(error)) from error
     if (found := _cached(folder, name, symbols)) is not None:
         return found
     try:

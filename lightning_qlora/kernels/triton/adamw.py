@@ -168,28 +168,28 @@ def adamw8bit_step(
 
 
 @torch.no_grad()
-def _step(kernel: triton.JITFunction, tensors: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
-    """One launch for each pair of parameter type and gradient type: usually one."""
-    given = tensors
+def _step(kernel: triton.JITFunction, given: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
+    """One launch, before which nothing is written."""
+    kinds = {(param.dtype, grad.dtype) for param, grad in zip(*given[:2], strict=True)}
+    assert len(kinds) == 1, f"the kernels read all parameters as one type, and all gradients; got {kinds}"
     tensors = [[tensor.contiguous() for tensor in column] for column in given]  # usually no copies
     device = tensors[0][0].device
     tile = find_tile("adamw", device)
     per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
-    for kinds in {(param.dtype, grad.dtype) for param, grad in zip(*tensors[:2], strict=True)}:
-        rows = [row for row in zip(*tensors, strict=True) if (row[0].dtype, row[1].dtype) == kinds]
-        columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in zip(*rows, strict=True))
-        sizes = tuple(row[0].numel() for row in rows)
-        floats = (
-            scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
-            1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
-            math.sqrt(1 - scalars.beta2**scalars.step),
-        )  # fmt: skip
-        launch = Launch(
-            kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1), (), tile,
-            STEPS=(len(rows) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
-            ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
-        )  # fmt: skip
-        launch((_table(sizes, columns, per_program, str(device)), *rows[0][:2], *levels), floats)
+    columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in tensors)
+    sizes = tuple(param.numel() for param in tensors[0])
+    floats = (
+        scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
+        1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
+        math.sqrt(1 - scalars.beta2**scalars.step),
+    )  # fmt: skip
+    launch = Launch(
+        kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1), (), tile,
+        STEPS=(len(sizes) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
+        ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
+    )  # fmt: skip
+    likes = tensors[0][0], tensors[1][0]
+    launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats)
     for column, copies in zip([given[0], *given[2:]], [tensors[0], *tensors[2:]], strict=True):  # all but gradients
         for tensor, copy in zip(column, copies, strict=True):
             if copy is not tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.reference import as_int32, dropout_threshold
+from lightning_qlora.kernels.scratch import is_capturing
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 
@@ -44,7 +45,7 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
     """What the kernels take: the halves of the seed, the smallest hash of a kept element, the factor 1 / (1 - p)."""
     if seed is None:
         return 0, 0, 0, 1.0
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         raise RuntimeError(
             "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
             "lora_dropout=0, or call eval() first."

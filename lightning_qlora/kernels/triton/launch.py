@@ -78,13 +78,8 @@ def _store_one(out):
 
 
 def check_launch(device: torch.device) -> None:
-    """Run a tiny kernel twice and raise what goes wrong: no C compiler, no driver, a card that Triton does not support.
-
-    The second run takes the short path of `Launch`, which calls Triton by an interface that may change.
-    """
-    launch, out = Launch(_store_one, device, (1, 1, 1), (), Tile()), torch.zeros(1, dtype=torch.int32, device=device)
-    for _ in range(2):
-        out.zero_()
-        launch((out,))
-        if out.item() != 1:
-            raise RuntimeError("a kernel ran without an error and did nothing")
+    """Run a tiny kernel and raise what goes wrong: no C compiler, no driver, a card that Triton does not support."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    Launch(_store_one, device, (1, 1, 1), (), Tile())((out,))
+    if out.item() != 1:
+        raise RuntimeError("a kernel ran without an error and did nothing")

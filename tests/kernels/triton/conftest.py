@@ -21,6 +21,7 @@ INSIDE = [
         "training",
         "experts",
         "tiles",
+        "verdict",
     )
 ]
 

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from lightning_qlora.kernels import adamw as reference
+from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
+from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.quantization.codebooks import dynamic_map
 
 SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
@@ -65,15 +67,20 @@ def test_8_bit_steps_equal_a_float64_reference_in_every_code():
     assert undecided < 10  # of a quarter of a million codes
 
 
-def test_tensors_of_several_types_and_many_rows():
-    params = [torch.randn(5 + i).to([torch.float32, torch.bfloat16][i % 2]) for i in range(37)]
-    expected = [param.clone() for param in params]
-    grads = [torch.randn(param.shape) for param in params]
-    moments = [[torch.zeros(param.shape) for param in params] for _ in range(4)]
-    adamw_step(params, grads, *moments[:2], AdamWStep(1, **SCALARS))
-    reference.adamw_step(expected, grads, *moments[2:], AdamWStep(1, **SCALARS))
+def test_tensors_of_several_types_and_many_rows(monkeypatch):
+    """The optimizer launches once for each type; the kernels refuse two types."""
+    kinds = [torch.float32, torch.bfloat16]
+    params = [torch.randn(5 + i).to(kinds[i % 2]).requires_grad_() for i in range(37)]
+    expected = [param.detach().clone().requires_grad_() for param in params]
+    for mine, yours in zip(params, expected, strict=True):
+        mine.grad = yours.grad = torch.randn(mine.shape).to(mine.dtype)
+    PagedAdamW8bit(params, lr=1e-2).step()
+    monkeypatch.setattr(ops, "backend", lambda device: reference)
+    PagedAdamW8bit(expected, lr=1e-2).step()
     for mine, yours in zip(params, expected, strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-2 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    with pytest.raises(AssertionError, match="as one type"):
+        adamw_step(params, params, params, params, AdamWStep(1, **SCALARS))
 
 
 def test_state_that_begins_off_a_16_byte_border():

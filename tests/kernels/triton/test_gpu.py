@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightning_qlora.kernels import adamw, ops, reference, scratch
+from lightning_qlora.kernels import adamw, ops, reference, scratch, verdict
 from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
@@ -37,6 +37,10 @@ def to_card(weight: PackedBytes) -> PackedBytes:
 
 def assert_near(ours, theirs, dtype):
     assert (ours.cpu() - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max()
+
+
+def test_the_check_of_the_first_use_finds_no_fault():
+    assert verdict.examine(torch.device("cuda", 0)) == dict.fromkeys(verdict.OPS)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])

@@ -1,0 +1,25 @@
+"""The check of every op at the first use of a card, and the seconds that it takes."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu_cells import Row
+from lightning_qlora.kernels import eager
+from lightning_qlora.kernels.verdict import verdict
+from lightning_qlora.kernels.verify import OPS, fault
+
+
+def measure(device: torch.device, small: bool) -> Iterator[Row]:
+    """Seconds of the first check, and of another one for which all kernels are compiled; what each op does wrong."""
+    for name in ("first", "again"):
+        start = time.perf_counter()
+        if device.type == "cuda":
+            found = verdict(device, repeat=True)
+        else:  # no kernels: the eager backend
+            found = {op: fault(eager, device, op) for op in OPS}
+        yield {"check": name, "seconds": time.perf_counter() - start}
+    for op, why in found.items():
+        if why:
+            yield {"failure": f"{op}: {why}"}

@@ -1,0 +1,193 @@
+"""Which ops compute wrongly on a card: found out at its first use, and kept in the private cache folder.
+
+The kernels run in a child process, so a kernel that hangs or faults ends the child and not the run.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import IO, Any, TypeVar
+
+import torch
+
+from lightning_qlora.files.folder_writer import atomic_files, lock_file
+from lightning_qlora.files.private_folder import cache_folder, objection
+from lightning_qlora.kernels.verify import OPS, fault
+
+LIMIT = 120.0  # seconds for one op, most of which compile its kernels
+READY, ENDED = "ready", "the process of the check ended"
+MARK = "@verdict "  # of the child's lines that are for us
+KERNELS = "lightning_qlora.kernels.triton"
+PACKAGE = Path(__file__).parents[1]
+Result = TypeVar("Result")
+Verdict = dict[str, str | None]  # op -> what its kernels do wrong
+_log = logging.getLogger("lightning_qlora")
+
+
+def verdict(device: torch.device, repeat: bool = False) -> Verdict:
+    """What the kernels of each op do wrong on a device, None for those that are right; from the cache if it is there.
+
+    Any number of processes may ask at the same time: one checks, and the others wait for it.
+    """
+    facts = setup(device)
+    try:
+        file = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.json"
+        if not repeat and (found := _read(file)):
+            return found
+        with lock_file(file.with_suffix(".lock"), timeout=LIMIT * len(OPS)):
+            if repeat or not (found := _read(file)):  # it may be there now
+                found = examine(device)
+                if not any("out of memory" in (why or "") for why in found.values()):  # the next process may have some
+                    _write(file, {"setup": facts, "ops": found})
+            return found
+    except OSError as error:  # of `cache_folder`
+        _log.warning("The kernels are checked again in each process: %s", error)
+        return examine(device)
+
+
+def setup(device: torch.device) -> dict[str, str]:
+    """What a verdict depends on: card, driver, versions, and the sources of the kernels."""
+    facts = {name: import_module(name).__version__ for name in ("lightning_qlora", "torch", "triton")}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        drivers = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+        facts["card"] = f"{card.name}, {card.gcnArchName if torch.version.hip else f'{card.major}.{card.minor}'}"
+        facts["toolkit"] = str(torch.version.cuda or torch.version.hip)
+        facts["supported by the driver"] = str(getattr(torch._C, "_cuda_getDriverVersion", int)())
+        facts["driver"] = " ".join(file.read_text().strip() for file in drivers if file.exists())
+    digest = hashlib.sha256()
+    for file in sorted(path for part in ("kernels", "quantization") for path in (PACKAGE / part).rglob("*")):
+        if file.suffix in (".py", ".json"):
+            digest.update(file.read_bytes())
+    if device.type == "cpu":  # Triton's interpreter, where tests replace functions in their process
+        digest.update(repr([*_code_of_kernels()]).encode())
+    return facts | {"sources": digest.hexdigest()}
+
+
+def _code_of_kernels() -> Iterable[tuple[str, bytes, list[Any]]]:
+    """Name, code and constants of every function."""
+    modules = [sys.modules[name] for name in sorted(sys.modules) if name.startswith(KERNELS)]
+    for name, held in (pair for module in modules for pair in vars(module).items()):
+        is_class = isinstance(held, type) and held.__module__.startswith(KERNELS)
+        for value in vars(held).values() if is_class else [held]:
+            code = getattr(getattr(inspect.unwrap(value), "fn", value), "__code__", None)
+            if code is not None:
+                yield name, code.co_code, [const for const in code.co_consts if isinstance(const, int | float | str)]
+
+
+def _read(file: Path) -> Verdict | None:
+    """The verdict in a file; None if there is none, it is damaged, or another user could have written it."""
+    try:
+        found: Any = None if objection(file) else json.loads(file.read_text())["ops"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = isinstance(found, dict) and list(found) == list(OPS)
+    return found if known and all(why is None or isinstance(why, str) for why in found.values()) else None
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    try:
+        with atomic_files(file.parent) as folder:
+            (folder / file.name).write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        _log.warning("The kernels are checked again in each process: %s", error)
+
+
+def examine(device: torch.device) -> Verdict:
+    """Check every op now. After one that is wrong another child goes on, because a fault leaves a device unusable."""
+    found: Verdict = {}
+    while left := [op for op in OPS if op not in found]:
+        op = ""
+        try:
+            with _child(device, left) as said:
+                if said.get(timeout=2 * LIMIT) == READY:
+                    for op in left:
+                        found[op] = said.get(timeout=LIMIT)
+                        if found[op]:
+                            break
+        except Empty:
+            if op:
+                found[op] = f"no result after {LIMIT:g} s"
+        if not op:  # a card for one process, or without memory for a second one: here, without a time limit
+            return _in_a_new_thread(lambda: {op: fault(import_module(KERNELS), device, op) for op in OPS})
+    return {op: found[op] for op in OPS}
+
+
+@contextmanager
+def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | None]"]:
+    """A process that checks ops and is killed at the end; yields the queue of what it says."""
+    end, output = (_fork if device.type == "cpu" else _spawn)(device, ops)
+    said: SimpleQueue[str | None] = SimpleQueue()
+
+    def listen() -> None:
+        with output:
+            for line in output:
+                if line.startswith(MARK):
+                    said.put(json.loads(line.removeprefix(MARK)))
+        said.put(ENDED)
+
+    Thread(target=listen, daemon=True).start()
+    try:
+        yield said
+    finally:
+        end()
+
+
+def _spawn(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
+    """A new process, because CUDA can't be used in a fork. Python looks in its working folder first."""
+    code = f"import sys; from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(device), *ops], cwd=PACKAGE.parent, env=os.environ | {"PYTHONPATH": paths},
+        text=True, errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert child.stdout is not None
+    return child.kill, child.stdout
+
+
+def _fork(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
+    """For Triton's interpreter: a fork has the functions that a test replaced."""
+    read, write = os.pipe()
+
+    def run() -> None:
+        torch.set_num_threads(1)  # a fork does not have the threads of its parent
+        with os.fdopen(write, "w") as output:
+            _in_a_new_thread(lambda: check(str(device), ops, output))
+
+    child = get_context("fork").Process(target=run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of the parent's threads
+        child.start()
+    os.close(write)
+    return child.kill, os.fdopen(read)
+
+
+def check(name: str, ops: Iterable[str], output: IO[str]) -> None:
+    """In a child: write what each op does wrong on the device of this name, until one does."""
+    kernels, device = import_module(KERNELS), torch.device(name)
+    torch.zeros(1, device=device)
+    print(MARK + json.dumps(READY), file=output, flush=True)
+    for op in ops:
+        found = fault(kernels, device, op)
+        print(MARK + json.dumps(found), file=output, flush=True)
+        if found:
+            return
+
+
+def _in_a_new_thread(call: Callable[[], Result]) -> Result:
+    """Torch's modes (a default device, autocast, inference) are those of a thread: a new one has none."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()

@@ -1,0 +1,171 @@
+"""Compares every op of a backend with the reference, on small inputs that reach the variants of its kernels.
+
+All tensors, also those that an op allocates, lie between bytes of 255 (NaN as floats), so that a kernel that reads or
+writes past the end of a tensor is found.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_qlora.kernels import adamw, reference, scratch
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+OPS = (
+    "quantize", "dequantize", "lora_project", "linear_into", "linear_backward", "grouped_linear",
+    "grouped_linear_backward", "adamw_step", "adamw8bit_step",
+)  # fmt: skip
+EXACT = ("quantize", "dequantize")  # the same bits everywhere
+# Largest difference, as a share of the largest value; half of it for the norm. Of floats, that of the coarsest type.
+LIMITS = {torch.uint8: 5e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+BORDER = 1 << 14  # bytes before and after each tensor; a multiple of 16, so that tensors stay aligned
+ATEN = torch.ops.aten
+EMPTY, ZEROS = (ATEN.empty, ATEN.new_empty, ATEN.empty_like), (ATEN.zeros, ATEN.new_zeros, ATEN.zeros_like)
+WEIGHTS: tuple[tuple[Any, ...], ...] = (  # outputs, inputs, type, block size, double quantization
+    (72, 256, "nf4", 64, True),
+    (37, 75, "fp4", 32, False),
+    (37, 75, "nf4", 256, True),
+)
+LAYERS: tuple[tuple[Any, ...], ...] = (  # rows, outputs, inputs, rank, block size, double quantization, dropout
+    (70, 75, 515, 8, 64, True, 0.3),  # odd widths; several programs share each sum of lora_project
+    (7, 66, 512, 24, 64, True, 0.0),  # few rows: W is decoded inside the product, whose sums are shared
+    (20, 66, 128, 8, 256, False, 0.0),  # the same, not shared; blocks cross rows
+    (650, 520, 70, 70, 64, True, 0.3),  # two tiles of ranks; two launches of linear_backward share sums
+)
+EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
+    ((5, 0, 66), 70, 128, 8, 64, True, 0.0),
+    ((3, 0, 7), 66, 96, 70, 32, False, 0.3),  # two tiles of ranks
+)
+SIZES = ((300,), (1,), (20, 70)), ((512,), (16, 64)), ((512,), (16, 64))  # of parameters, for each type
+STEP = adamw.AdamWStep(3, lr=0.5, beta1=0.9, beta2=0.99, eps=1e-3, weight_decay=0.1)
+Case = TypeVar("Case")
+
+
+def fault(kernels: ModuleType, device: torch.device, op: str) -> str | None:
+    """What an op of a backend does wrong on a device: it raises, or differs from the reference. None if it is right."""
+    compiled = device.type != "cpu"
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    for arguments in _cases(op, types if compiled else types[::2]):  # Triton's interpreter computes wrongly with bf16
+        theirs, memory = _copy(arguments, torch.device("cpu"), []), list[Tensor]()
+        expected = getattr(adamw if op.startswith("adamw") else reference, op)(*theirs)
+        scratch.release()  # so that the op allocates its buffers again
+        for _ in range(1 + compiled):  # the second launch takes the short path of `triton/launch.py`
+            try:
+                ours = _copy(arguments, device, memory)
+                with _Framed(memory):
+                    result = getattr(kernels, op)(*ours)
+                found = _difference((result, ours), (expected, theirs), op in EXACT)
+                if not all(bool((end == 255).all()) for each in memory for end in (each[:BORDER], each[-BORDER:])):
+                    found = "writes past the end of a tensor"
+            except Exception as error:  # Triton, its compilers and the driver raise many types
+                found = f"{type(error).__name__}: {error}"
+            if found:
+                first = _tensors(arguments)[0]
+                return f"{found}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}"
+    return None
+
+
+def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
+    """Arguments of an op on the CPU, the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+    def codes(like: Tensor) -> Tensor:
+        return torch.randint(256, like.shape, generator=generator, dtype=torch.uint8, device="cpu")
+
+    def layer(n: int, k: int, r: int, block_size: int, double_quant: bool) -> tuple[PackedBytes, Tensor, Tensor]:
+        weight = reference.quantize(normal(n, k) / k**0.5, "nf4", block_size, double_quant)
+        return weight, normal(r, k) / k**0.5, normal(n, r) / r**0.5
+
+    def seed(p: float) -> Tensor | None:
+        return torch.tensor([2**40 + 7], device="cpu") if p else None
+
+    if op == "quantize":
+        for (n, k, *form), dtype in _in_types(WEIGHTS, types):
+            yield normal(n, k, dtype=dtype), *form
+    elif op == "dequantize":
+        for (n, k, _, *form), dtype in _in_types(WEIGHTS, types):
+            yield layer(n, k, 1, *form)[0], dtype
+    elif op.startswith("adamw"):
+        for sizes, dtype in zip(SIZES, types, strict=False):
+            params, grads = ([normal(*size, dtype=dtype) for size in sizes] for _ in range(2))
+            m, v = ([normal(*size) for size in sizes], [normal(*size).square() for size in sizes])
+            scales = [normal(-(-param.numel() // 256)).abs() for param in params]
+            state = (m, v) if op == "adamw_step" else (list(map(codes, m)), scales, list(map(codes, v)), scales)
+            yield params, grads, *state, STEP
+    elif op.startswith("grouped"):
+        for (counts, *shape, p), dtype in _in_types(EXPERTS, types):
+            weights, a, b = map(list, zip(*(layer(*shape) for _ in counts), strict=True))
+            x, grad = (normal(sum(counts) + 2, width, dtype=dtype) for width in (shape[1], shape[0]))
+            rest = torch.tensor(counts, device="cpu").cumsum(0).int(), weights, a, b, 0.7, p, seed(p)
+            yield (
+                (x, *rest) if op == "grouped_linear" else (grad, x, reference.grouped_linear(x, *rest)[1], *rest, True)
+            )
+    else:
+        for (m, n, k, *form, p), dtype in _in_types(LAYERS, types):
+            weight, lora_a, lora_b = layer(n, k, *form)
+            x, grad, bias = normal(m, k, dtype=dtype), normal(m, n, dtype=dtype), None if p else normal(n)
+            xa = reference.lora_project(x, lora_a, p, seed(p))
+            yield {
+                "lora_project": (x, lora_a, p, seed(p)),
+                "linear_into": (torch.full_like(grad, torch.nan), x, xa, weight, bias, lora_b, 0.7),
+                "linear_backward": (grad, x, xa, weight, lora_a, lora_b, 0.7, p, seed(p), True),
+            }[op]
+
+
+def _in_types(cases: Sequence[Case], types: Sequence[torch.dtype]) -> Iterator[tuple[Case, torch.dtype]]:
+    """All cases in types[1], which most models train in, and one in each other type: compiling takes time."""
+    for number, dtype in enumerate(types):
+        yield from ((case, dtype) for case in (cases if number == 1 else cases[number // 2 :][:1]))
+
+
+def _frame(like: Tensor, device: torch.device, memory: list[Tensor]) -> Tensor:
+    """A contiguous tensor of 255 in each byte, with borders; `memory` gets all of it."""
+    whole = torch.full((2 * BORDER + like.nbytes,), 255, dtype=torch.uint8, device=device)
+    memory.append(whole)
+    return whole[BORDER : BORDER + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class _Framed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this, the tensors that are allocated have borders."""
+
+    def __init__(self, memory: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in EMPTY:
+            return _frame(made, made.device, self._memory)
+        return _frame(made, made.device, self._memory).zero_() if func.overloadpacket in ZEROS else made
+
+
+def _copy(arguments: Any, device: torch.device, memory: list[Tensor]) -> Any:
+    """The arguments on the device, with borders. The seed, which is the only int64, stays on the CPU."""
+    return tree_map_only(
+        Tensor, lambda t: t if t.dtype == torch.int64 else _frame(t, device, memory).copy_(t), arguments
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _difference(ours: Any, theirs: Any, exact: bool) -> str | None:
+    """How results and arguments after a call differ from those of the reference by more than the limit, or None."""
+    coarsest = max(LIMITS[tensor.dtype] for tensor in _tensors(theirs) if tensor.is_floating_point())
+    for mine, yours in zip(_tensors(ours), _tensors(theirs), strict=True):
+        if mine.shape != yours.shape or mine.dtype != yours.dtype:
+            return f"gives {mine.dtype} {list(mine.shape)} and not {yours.dtype} {list(yours.shape)}"
+        limit = 0.0 if exact else coarsest if yours.is_floating_point() else LIMITS.get(yours.dtype, 0.0)
+        off, size = (mine.cpu().double() - yours.double()).abs(), yours.double().abs()
+        if yours.numel() and not (off.max() <= limit * size.max() and off.norm() <= limit / 2 * size.norm()):
+            return f"differs from the reference by {off.max() / size.max():.2g} of the largest value, limit {limit:g}"
+    return None

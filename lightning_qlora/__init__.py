@@ -1,6 +1,6 @@
 """QLoRA for every LightningModule in one argument: `Trainer(plugins=QLoRAPrecision())`.
 
-A name is imported when it is first used, so that the command line starts without torch.
+The package is imported when one of its names is first used, so that the command line starts without torch.
 """
 
 from importlib import import_module
@@ -61,6 +61,7 @@ __all__ = list(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.training.precision")  # its changes to Lightning answer files of ours everywhere
     return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 

@@ -20,7 +20,7 @@ import conversations  # noqa: E402
 import finetune  # noqa: E402
 from chat_model import Chat  # noqa: E402
 
-from lightning_qlora import PagedAdamW, QLoRALinear  # noqa: E402
+from lightning_qlora import PagedAdamW, QLoRALinear, convert, load_from_checkpoint  # noqa: E402
 from tests.toys import chat_model  # noqa: E402
 
 TEXTS = [
@@ -89,7 +89,8 @@ def test_labels_are_those_of_transformers_generation_markers(tokenizer, name):
 def test_a_template_that_rewrites_earlier_answers_gives_one_example_for_each(tokenizer):
     tokenizer.chat_template = (  # as Qwen3's: the last answer has thoughts
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>"
-        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     first, second = conversations.encode(TALKS[1], tokenizer)
     assert answers(first, tokenizer) == ["<think></think>A mutable sequence.  <|im_end|>"]
@@ -112,7 +113,7 @@ def test_three_sources_are_read(tmp_path, monkeypatch):
     assert read[:2] == [TALKS[0], as_messages]
     assert read[2][0]["content"] == "Add."
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FileNotFoundError, match="me/talks: no such file.*pip install datasets"):
+    with pytest.raises(FileNotFoundError, match=r"me/talks: no such file\..*pip install datasets"):
         list(conversations.read("me/talks"))
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
     assert list(conversations.read("me/talks")) == read
@@ -149,6 +150,8 @@ def test_packed_and_padded_losses_are_equal(base, tmp_path, attention):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
     without = module.loss({key: value for key, value in packed.items() if key != "position_ids"})[0]
     assert abs(without - other[0]) > 1e-2  # the check can fail: here documents see those before them
+    convert(module, r=4, deferred_logits=True)
+    torch.testing.assert_close(module.loss(packed)[0], module.loss(padded)[0], rtol=1e-5, atol=1e-4)
 
 
 def test_packs_hold_every_example_once_in_at_most_so_many_tokens():
@@ -189,7 +192,10 @@ def test_a_run_prints_samples_and_saves_the_adapter(base, tmp_path, monkeypatch,
     assert all(f"step {step} > What does `shutil.move` do?" in printed for step in (1, 2))
     assert (tmp_path / "outputs/chat/adapters/newest").read_text() == "step-2\n"
     assert sum(isinstance(layer, QLoRALinear) for layer in run.model.modules()) == 14
-    assert any(name.endswith("lora_B") and value.any() for name, value in run.model.state_dict().items())
+    run.trainer.save_checkpoint("end.ckpt")
+    loaded, trained = (module.state_dict() for module in (load_from_checkpoint(Chat, "end.ckpt"), run.model))
+    assert any(name.endswith("lora_B") and value.any() for name, value in loaded.items())
+    assert all(torch.equal(value, trained[name]) for name, value in loaded.items())
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Chat(LightningModule):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of the answer tokens, and their number."""
         count = (batch["labels"][:, 1:] != IGNORE).sum().float()
-        # num_items_in_batch=1: the sum. use_cache=False: with a cache, transformers would not read position_ids as packs.
+        # num_items_in_batch=1: the sum. use_cache=False: with a cache, transformers does not separate packed examples.
         return self.model(**batch, num_items_in_batch=1, use_cache=False).loss, count
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

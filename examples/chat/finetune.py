@@ -2,9 +2,9 @@
 
     cd examples/chat
     python finetune.py fit --config paper.yaml --config smollm2.yaml
-    python finetune.py fit --config paper.yaml --config 7b.yaml --data.path conversations.jsonl
+    python finetune.py fit --config paper.yaml --config 7b.yaml --data.path my.jsonl
 
-`--fast` makes it a run of 2 steps.
+`--fast` makes it a run of 2 steps. docs/chat.md describes the recipe.
 """
 
 import sys

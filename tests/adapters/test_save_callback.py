@@ -71,3 +71,13 @@ def test_nothing_is_written_before_a_step_and_in_a_trial_run(tmp_path):
     assert names(folder) == []
     fit(tmp_path, SaveAdapter(folder), plugins=QLoRAPrecision(r=4, init_lora_weights="calibrated"))
     assert names(folder) == ["newest", "step-4"]
+
+
+def test_newest_stays_when_a_folder_cannot_be_written(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "step-8").write_text("a file where the second folder goes")
+    with pytest.raises(OSError, match="step-8"):
+        fit(tmp_path, SaveAdapter(folder), max_epochs=2)
+    assert names(folder) == ["newest", "step-4", "step-8"]
+    assert (folder / "newest").read_text() == "step-4\n"

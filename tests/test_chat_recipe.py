@@ -40,7 +40,7 @@ TALKS.append([{"role": "system", "content": "Be short."}, *TALKS[1]])
 TEMPLATES = {
     "chatml": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{G}{{ m.content }}<|im_end|>{E}"
-        "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "llama 2": (  # no header before an answer, and a space at its beginning

@@ -48,6 +48,10 @@ def test_sharded_training_is_that_of_one_device_and_resumes_exactly(loop, single
     torch.testing.assert_close(ranks[0]["straight"], alone["straight"], atol=1e-4, rtol=1e-4)
     assert adapters_in(tmp_path / "two/adapter0").keys() == adapters_in(tmp_path / "one/adapter0").keys()
     if loop == "trainer":
+        newest = (tmp_path / "two/during/newest").read_text().strip()
+        torch.testing.assert_close(
+            adapters_in(tmp_path / "two/during" / newest), adapters_in(tmp_path / "two/adapter0"), atol=0, rtol=0
+        )
         assert "another base" in ranks[0]["refused"]
         assert "4-bit + adapter" in ranks[0]["report"]
 

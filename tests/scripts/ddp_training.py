@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_qlora import QLoRAPrecision
+from lightning_qlora import QLoRAPrecision, SaveAdapter
 from tests.conftest import Classifier, loader, make_trainer
 
 
@@ -17,6 +17,7 @@ def main(root: str, epochs: int, ckpt: str | None, devices: int) -> None:
     run = make_trainer(
         root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp" if devices > 1 else "auto", devices=devices,
         max_epochs=epochs, use_distributed_sampler=True, logger=CSVLogger(root, name="log", version=0),
+        callbacks=SaveAdapter(Path(root) / "adapters", keep=1),
     )  # fmt: skip
     if ckpt:
         torch.manual_seed(1000 + run.global_rank)

@@ -37,6 +37,7 @@ PROGRAMS = {
     "git",
     "pytest",
     "vllm",
+    "curl",
     "ollama",
     "llama-cli",
     "python -m",

@@ -1,0 +1,144 @@
+"""Conversations as training examples: the model's chat template, with labels on the answers only."""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from docstring_qa import read_pairs
+from lightning.pytorch import LightningDataModule
+from smollm2 import load_tokenizer
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+IGNORE = -100  # label that the loss ignores
+Messages = list[dict[str, str]]
+Example = dict[str, list[int]]
+
+
+def read(path: str | None) -> Iterator[Messages]:
+    """Yield the conversations of a JSONL file or of a hub data set; None: questions about Python's standard library."""
+    rows: Iterable[dict[str, Any]]
+    if path is None:
+        rows = ({"instruction": pair.question, "output": pair.answer} for pair in read_pairs())
+    elif Path(path).is_file():
+        rows = map(json.loads, filter(str.strip, Path(path).read_text().splitlines()))
+    else:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise FileNotFoundError(f"{path}: no such file. To read it from the hub: pip install datasets") from error
+        rows = load_dataset(path, split="train")
+    for row in rows:
+        if "messages" in row:  # OpenAI's form
+            yield row["messages"]
+        elif "instruction" in row:  # Alpaca's form
+            question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+            yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        else:
+            raise ValueError(f"{path}: a row has {', '.join(row)}; expected `messages`, or `instruction` and `output`.")
+
+
+def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    """Tokenize a conversation; only what the model has to write has labels: the answers and their end-of-turn tokens.
+
+    An answer is what the template adds to the prompt of a generation. Some templates write an earlier answer in another
+    way when others follow (Qwen3 removes its thoughts). Then each answer is an example of its own, with the
+    conversation before it as the model will see it.
+    """
+
+    def render(count: int, **options: bool) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, **options)
+
+    turns = [
+        (render(index, add_generation_prompt=True), render(index + 1))
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    for prompt, text in turns:
+        if not text.startswith(prompt):
+            raise ValueError(f"The chat template does not begin with its prompt {prompt!r} when it has the answer.")
+    if turns and all(turns[-1][1].startswith(text) for _, text in turns):
+        yield label(turns[-1][1], turns, tokenizer)
+    else:
+        for turn in turns:
+            yield label(turn[1], [turn], tokenizer)
+
+
+def label(text: str, turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Tokenize a text; the tokens that begin between a prompt and the end of its answer have labels."""
+    spans = [(len(prompt), len(answered.rstrip())) for prompt, answered in turns]  # "\n" after the end of turn is input
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return {
+        "input_ids": tokens.input_ids,
+        "labels": [
+            token if any(start <= at < end for start, end in spans) else IGNORE
+            for token, (at, _) in zip(tokens.input_ids, tokens.offset_mapping, strict=True)
+        ],
+    }
+
+
+def packs(examples: list[Example], tokens: int) -> list[list[Example]]:
+    """Collect examples, in their order, into packs of at most so many tokens."""
+    packed, size = [], tokens
+    for example in examples:
+        size += len(example["input_ids"])
+        if size > tokens:
+            packed.append([])
+            size = len(example["input_ids"])
+        packed[-1].append(example)
+    return packed
+
+
+class Conversations(LightningDataModule):
+    """Conversations from a file or the hub, in batches of similar lengths or in packs.
+
+    Args:
+        path: JSONL file or hub name. Default: questions about Python's standard library.
+        base: Hub name or folder of the model, for its tokenizer and chat template.
+        batch_size: Examples in a batch; a pack has up to batch_size x max_length tokens.
+        max_length: Tokens after which an example is cut; examples without an answer before it are left out.
+        pack: Whether a batch is one row of examples without padding, with position_ids that begin at 0 in each.
+        held_out: Conversations for validation.
+        seed: Seed of the split and of the order.
+    """
+
+    def __init__(
+        self, path: str | None = None, base: str | None = None, batch_size: int = 4, max_length: int = 512,
+        pack: bool = False, held_out: int = 64, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.path, self.base, self.batch_size, self.max_length = path, base, batch_size, max_length
+        self.pack, self.held_out, self.seed = pack, held_out, seed
+
+    def setup(self, stage: str) -> None:
+        tokenizer = load_tokenizer(self.base)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE)
+        conversations = list(read(self.path))
+        random.Random(self.seed).shuffle(conversations)
+        self.val, self.train = (
+            [example for messages in part for example in self.examples(messages, tokenizer)]
+            for part in (conversations[: self.held_out], conversations[self.held_out :])
+        )
+
+    def examples(self, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+        for example in encode(messages, tokenizer):
+            cut = {key: values[: self.max_length] for key, values in example.items()}
+            if any(token != IGNORE for token in cut["labels"]):
+                yield cut
+
+    def train_dataloader(self) -> DataLoader:
+        order = torch.Generator().manual_seed(self.seed)
+        if self.pack:
+            rows = packs(self.train, self.batch_size * self.max_length)
+            return DataLoader(rows, None, shuffle=True, generator=order, collate_fn=DataCollatorWithFlattening())
+        lengths = [len(example["input_ids"]) for example in self.train]
+        grouped = LengthGroupedSampler(self.batch_size, lengths=lengths, generator=order)
+        return DataLoader(self.train, self.batch_size, sampler=grouped, collate_fn=self.pad)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, self.batch_size, collate_fn=self.pad)

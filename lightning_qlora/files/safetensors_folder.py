@@ -84,9 +84,7 @@ def _check_utf8(path: Path) -> None:
         os.fspath(path).encode()
     except UnicodeEncodeError as error:
         shown = os.fspath(path).encode(errors="backslashreplace").decode()
-        raise ValueError(
-            f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder."
-        ) from error
+        raise ValueError(f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder.") from error
 
 
 def _incomplete_tensor(path: Path) -> str | None:
@@ -136,8 +134,7 @@ class WeightFolder:
             raise FileNotFoundError(f"{self.folder}: no such folder.")
         self.entries: dict[str, TensorEntry] = {}
         self.file_of: dict[str, Path] = {}
-        index = self.folder / INDEX
-        indexed = _indexed(index)
+        indexed = _indexed(self.folder / INDEX)
         if not indexed and not is_file(self.folder / WEIGHTS):
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
@@ -219,10 +216,7 @@ def check_links(folder: Path) -> None:
 def resolve_model(name: str, download: bool = True) -> str:
     """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
 
-    Args:
-        name: Folder or hub name.
-        download: Whether the hub may be asked. False for a name that is read from a file and not given by the user:
-            then the snapshot must be in the local cache.
+    `download` is False for a name that is read from a file and not given by the user: then only the cache is searched.
 
     Raises:
         FileNotFoundError: If it is neither.
@@ -243,4 +237,7 @@ def resolve_model(name: str, download: bool = True) -> str:
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
                 f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
             ) from error
-        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error
+        unasked = ", and the connection: the hub did not answer" if isinstance(error, LocalEntryNotFoundError) else ""
+        raise FileNotFoundError(
+            f"{name}: neither a folder nor a model on the hub. Check the spelling{unasked}."
+        ) from error

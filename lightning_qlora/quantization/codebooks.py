@@ -15,6 +15,13 @@ NF4_LEVELS = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # one sign, two exponent and one mantissa bit, in their order
+_INT4 = (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0)  # symmetric, so two codes mean zero
+_LEVELS = {
+    "nf4": NF4_LEVELS,
+    "fp4": tuple(level / 12 for level in (*_FP4, *(-level for level in _FP4))),
+    "int4": tuple(level / 7 for level in (*_INT4, *(-level for level in reversed(_INT4)))),
+}
 
 
 @dataclass(frozen=True)
@@ -42,29 +49,10 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
     if device != "cpu":
         return codebook(quant_type).to(torch.device(device))
     check_choice("quant_type", quant_type, tuple(_LEVELS))
-    levels = _LEVELS[quant_type]()
+    levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)
     ascending = levels[order]
     return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2)
-
-
-def float4_levels() -> Tensor:
-    """FP4: one sign, two exponent and one mantissa bit, in the order of the bits, divided by the largest; fp32 [16]."""
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32, device="cpu")
-    return torch.cat([positive, -positive]) / 12
-
-
-def integer4_levels() -> Tensor:
-    """INT4: the integers 7 to 0 and 0 to -7, divided by 7 (symmetric, so two codes mean zero); fp32 [16]."""
-    positive = torch.arange(7, -1, -1, dtype=torch.float32, device="cpu")
-    return torch.cat([positive, -positive.flip(0)]) / 7
-
-
-_LEVELS = {
-    "nf4": lambda: torch.tensor(NF4_LEVELS, dtype=torch.float32, device="cpu"),
-    "fp4": float4_levels,
-    "int4": integer4_levels,
-}
 
 
 @cache

@@ -41,16 +41,13 @@ class StepMemory(NamedTuple):
 def forward_function(fake_model: nn.Module, batch_size: int, length: int, example: Any) -> Callable[[], Any] | None:
     """A function that runs the model once and returns its output; None if its inputs are not known.
 
-    The function raises ValueError, with a message of one line, if the model fails, and torch's error where the code of
-    the model depends on values.
-
     Raises:
         ValueError: If the model has fewer positions than `length`.
     """
     if isinstance(example, Mapping):
         return lambda: fake_model(**example)
     if example is not None:
-        return lambda: fake_model(*example) if isinstance(example, tuple) else fake_model(example)
+        return lambda: fake_model(*(example if isinstance(example, tuple) else (example,)))
     base: Any = find_base_model(fake_model)[1]
     if not is_transformers_model(base) or base.main_input_name != "input_ids":
         return None
@@ -60,13 +57,9 @@ def forward_function(fake_model: nn.Module, batch_size: int, length: int, exampl
             f"sequence_length={length}: {type(base).__name__} has {positions} positions. Choose a sequence_length of "
             "at most that, or pass a config with more positions if the model is to be extended."
         )
-    ids = torch.zeros(batch_size, length, dtype=torch.long, device="cpu")
-    inputs = {"input_ids": ids}
-    if base.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if base.get_output_embeddings() is not None:
-        inputs["labels"] = ids
-    return lambda: base(**inputs)
+    asked = {"decoder_input_ids": base.config.is_encoder_decoder, "labels": base.get_output_embeddings() is not None}
+    names = ["input_ids", *(name for name, is_asked in asked.items() if is_asked)]
+    return lambda: base(**dict.fromkeys(names, torch.zeros(batch_size, length, dtype=torch.long, device="cpu")))
 
 
 def positions_of(fake_model: nn.Module) -> int | None:
@@ -137,10 +130,8 @@ def _cross_entropy(logits: Tensor) -> Tensor:
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this, the bytes of all new tensors are counted until they are freed.
 
-    Attributes:
-        peak: Most bytes at once.
-        gradients_at_peak: Bytes of the gradients of parameters at that moment.
-        dropped: Bytes of the buffer that the kernels keep for drop(x) (`kernels/scratch.py`).
+    `peak` and `gradients_at_peak` are those of `StepMemory`, but `dropped`, the buffer that the kernels keep for
+    drop(x) (`kernels/scratch.py`), is counted apart.
     """
 
     def __init__(self, known: list[Tensor]) -> None:

@@ -70,12 +70,11 @@ def plan(
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
-    estimate = estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments)
-    fits = () if gpu_memory is None else what_fits(
-        model, gpu_memory, batch_size, sequence_length, optimizer, QLoRAConfig(**arguments)
-    )  # fmt: skip
+    run = batch_size, sequence_length, optimizer
+    estimate = estimate_memory(model, *run, example=None, **arguments)
+    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, QLoRAConfig(**arguments))
     if json:
-        totals = {name: getattr(estimate, name) for name in ("total", "device")}
+        totals = {"total": estimate.total, "device": estimate.device}
         _print_json({**vars(estimate), **totals, **({"fits": list(fits)} if gpu_memory else {})})
         return
     print(estimate)
@@ -176,9 +175,9 @@ def export(
         warnings.warn(need, stacklevel=2)
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
-    objections = vllm_objections(adapter, max_lora_rank)
     print(f"trained on: {trained_on(adapter.quantization)}")
-    print(f"vLLM can load it; {VLLM_BASE}" if not objections else "vLLM cannot load it: " + " ".join(objections))
+    objections = " ".join(vllm_objections(adapter, max_lora_rank))
+    print(f"vLLM cannot load it: {objections}" if objections else f"vLLM can load it; {VLLM_BASE}")
 
 
 def average(checkpoints: list[str], output: str, prefix: str | None = None, weights_only: bool = True) -> None:
@@ -210,17 +209,13 @@ def doctor(json: bool = False) -> None:
     """
     from lightning_qlora.tools.doctor import environment, examine
 
-    found = []
+    checks = {}
     for name, what, good in examine():
-        found.append((name, what, good))
+        checks[name] = {"found": what, "good": good}
         if not json:
             _show([(name, what if good else f"{what}  <-- wrong")])
-    if json:
-        checks = {name: {"found": what, "good": good} for name, what, good in found}
-        _print_json({"checks": checks, "environment": dict(environment())})
-    else:
-        _show(list(environment().items()))
-    if not all(good for _, _, good in found):
+    _print_json({"checks": checks, "environment": environment()}) if json else _show(list(environment().items()))
+    if not all(check["good"] for check in checks.values()):
         raise SystemExit(1)
 
 
@@ -243,15 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             """Print a mistake and where the help is."""
             self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{self.prog} --help lists the arguments.\n")
 
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that incomplete folders are deleted
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
-    commands: dict[str, Any] = {
-        # jsonargparse asks the package for a function's name: `merge` would import torch
-        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export,
-        "average": average, "doctor": doctor,
-    }  # fmt: skip
+    # jsonargparse asks the package for the name of a function: one named `merge` would import torch
+    commands = {"merge": merge_adapter, **{f.__name__: f for f in (plan, inspect, export, average, doctor)}}
     try:
         given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
         version = sys.modules["lightning_qlora"].__version__
@@ -296,10 +288,6 @@ def _plain(message: str) -> str:
     """A message of jsonargparse in one line, with what an argument of another library is called here."""
     ours = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
     return " ".join([*message.split(), *ours])
-
-
-def _exit(*_: Any) -> None:
-    raise SystemExit(143)  # an exception, so that incomplete folders are deleted
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def _check_utf8(path: Path) -> None:
         os.fspath(path).encode()
     except UnicodeEncodeError as error:
         shown = os.fspath(path).encode(errors="backslashreplace").decode()
-        raise ValueError(f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder.") from error
+        raise ValueError(
+            f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder."
+        ) from error
 
 
 def _incomplete_tensor(path: Path) -> str | None:

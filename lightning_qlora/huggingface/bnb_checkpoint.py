@@ -47,16 +47,13 @@ def always_dense_layers(model: nn.Module) -> set[str]:
     of a parameter, and does not find their scales.
     """
     words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
-
-    def is_replaced(layer: nn.Module) -> bool:
+    dense = set()
+    for name, layer in linear_layers(model).items():
         kind = getattr(layer, "dense_class", type(layer))  # the class before conversion
-        return kind is nn.Linear or is_conv1d(kind)
-
-    return {
-        name
-        for name, layer in linear_layers(model).items()
-        if not is_replaced(layer) or any(_skips(word, name) for word in words) or "weight." in f"{name}."
-    }
+        replaced = kind is nn.Linear or is_conv1d(kind)
+        if not replaced or any(_skips(word, name) for word in words) or "weight." in f"{name}.":
+            dense.add(name)
+    return dense
 
 
 def skip_modules(dense: Iterable[str], packed: Collection[str]) -> list[str]:
@@ -65,9 +62,7 @@ def skip_modules(dense: Iterable[str], packed: Collection[str]) -> list[str]:
     A plain name also matches every name that ends in it ("classifier" matches "pre_classifier"). Where that is a 4-bit
     layer, the entry is a regular expression for the whole name: no name ends in "$".
     """
-    return [
-        f"{re.escape(name)}$" if any(_skips(name, other) for other in packed) else name for name in sorted(set(dense))
-    ]
+    return [f"{re.escape(name)}$" if any(_skips(name, other) for other in packed) else name for name in sorted(dense)]
 
 
 def _skips(word: str, name: str) -> bool:
@@ -88,8 +83,7 @@ def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str)
         llm_int8_skip_modules=skip,
     )
     config.load_in_4bit = True  # as an argument it makes transformers 4 ask for bitsandbytes
-    made: dict[str, Any] = config.to_dict()
-    return made
+    return dict(config.to_dict())
 
 
 def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -166,13 +160,8 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
 def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> dict[str, str]:
     """Layer -> its name in a 4-bit folder, for the layers that can't be loaded by the model's own names.
 
-    transformers loads every parameter by its own name too, but renames the scales of a 4-bit weight: they are no
-    parameters of the model.
-
-    Args:
-        base: The model.
-        layers: Names of its layers.
-        state: Names of its parameters.
+    transformers loads every parameter by its own name too (`state` has these), but renames the scales of a 4-bit
+    weight: they are no parameters of the model.
     """
     if find_spec("transformers.conversion_mapping") is None:
         return {}
@@ -182,16 +171,13 @@ def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> 
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     others = [entry for entry in mapping if not isinstance(entry, loading.WeightRenaming)]
     reverse = [entry.reverse_transform() for entry in reversed(saving) if isinstance(entry, loading.WeightRenaming)]
-
-    def is_loaded_as(key: str, name: str) -> bool:
-        return bool(loading.rename_source_key(key, renamings, others, base.base_model_prefix, state) == (name, None))
-
-    found = {}
+    rules, found = (renamings, others, base.base_model_prefix, state), {}
     for layer in layers:
         key = name = f"{layer}.weight"
         for entry in reverse:
             key, _ = entry.rename_source_key(key)
-        if not is_loaded_as(name, name) and is_loaded_as(key, name):
+        loaded_as, key_loaded_as = (loading.rename_source_key(k, *rules) for k in (name, key))
+        if loaded_as != (name, None) and key_loaded_as == (name, None):
             found[layer] = key.removesuffix(".weight")
     return found
 
@@ -207,12 +193,13 @@ def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:
 
     Layers that transformers keeps dense are left out.
     """
-    kept, packed = always_dense_layers(base), {}
-    for name, layer in linear_layers(base).items():
-        weight = layer.packed_weight if isinstance(layer, QLoRALinear) else original_packed_weight(layer)
-        if weight is not None and name not in kept:
-            packed[plain_name(name)] = weight
-    return packed
+    kept = always_dense_layers(base)
+    weights = {
+        plain_name(name): layer.packed_weight if isinstance(layer, QLoRALinear) else original_packed_weight(layer)
+        for name, layer in linear_layers(base).items()
+        if name not in kept
+    }
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
@@ -226,9 +213,8 @@ def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[st
         for key, stack in part._modules.items():
             if isinstance(stack, QLoRAExperts):
                 own[key.removesuffix(SUFFIX)] = stack.decode()
-        if plain_name(name) in packed:
-            entries = packed[plain_name(name)].bnb_state_dict(prefix + "weight")
-            state |= {key: value.clone() for key, value in entries.items()}
+        if weight := packed.get(plain_name(name)):
+            state |= {key: value.clone() for key, value in weight.bnb_state_dict(prefix + "weight").items()}
             own = {"bias": part._parameters["bias"]}
         elif isinstance(part, QLoRALinear):
             own = {"weight": part.decode().contiguous(), "bias": part._parameters["bias"]}

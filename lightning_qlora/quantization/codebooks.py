@@ -1,7 +1,7 @@
 """Code to value: the 16 levels of NF4, FP4 and INT4 for weights, and the 256 dynamic levels for their scales."""
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ _LEVELS = {
 }
 
 
-@dataclass(frozen=True)
-class Codebook:
+class Codebook(NamedTuple):
     """Sixteen levels in [-1, 1], and what is needed to find the nearest one.
 
     Attributes:
@@ -38,16 +37,12 @@ class Codebook:
     order: Tensor
     bounds: Tensor
 
-    def to(self, device: torch.device) -> "Codebook":
-        """The same codebook on another device."""
-        return Codebook(self.levels.to(device), self.order.to(device), self.bounds.to(device))
-
 
 @cache
 def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codebook:
     """The codebook of a 4-bit type, on a device; codes as in bitsandbytes (functional.py, get_4bit_type)."""
     if device != "cpu":
-        return codebook(quant_type).to(torch.device(device))
+        return Codebook(*(table.to(device) for table in codebook(quant_type)))
     check_choice("quant_type", quant_type, tuple(_LEVELS))
     levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)

@@ -57,9 +57,13 @@ def forward_function(fake_model: nn.Module, batch_size: int, length: int, exampl
             f"sequence_length={length}: {type(base).__name__} has {positions} positions. Choose a sequence_length of "
             "at most that, or pass a config with more positions if the model is to be extended."
         )
-    asked = {"decoder_input_ids": base.config.is_encoder_decoder, "labels": base.get_output_embeddings() is not None}
-    names = ["input_ids", *(name for name, is_asked in asked.items() if is_asked)]
-    return lambda: base(**dict.fromkeys(names, torch.zeros(batch_size, length, dtype=torch.long, device="cpu")))
+    ids = torch.zeros(batch_size, length, dtype=torch.long, device="cpu")
+    inputs = {"input_ids": ids}
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    if base.get_output_embeddings() is not None:
+        inputs["labels"] = ids
+    return lambda: base(**inputs)
 
 
 def positions_of(fake_model: nn.Module) -> int | None:

@@ -107,14 +107,12 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
-    """The 4-bit weight by the op's shape function."""
-    packed, absmax, nested = torch.ops.lightning_qlora.quantize(
-        weight, config.quant_type, config.block_size, config.double_quant
-    )
-    scales = (absmax, nested.view(torch.float32)[:-1]) if config.double_quant else (absmax.view(torch.float32), None)
-    return PackedWeight(
-        packed[:, None], *scales, 0.0, tuple(weight.shape), config.quant_type, config.block_size, weight.dtype
-    )
+    """A 4-bit weight without data, by the shape function of the op."""
+    how = config.quant_type, config.block_size
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(weight, *how, config.double_quant)
+    nested_absmax = nested.view(torch.float32)[:-1] if config.double_quant else None
+    absmax = absmax if config.double_quant else absmax.view(torch.float32)
+    return PackedWeight(packed[:, None], absmax, nested_absmax, 0.0, tuple(weight.shape), *how, weight.dtype)
 
 
 def one_line(error: Exception) -> str:

@@ -16,8 +16,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 DRIVER, FRAGMENTATION = 0.8e9, 0.04  # bytes, and share of the memory, that a run can't use
 STEP = 128  # tokens between the lengths that are tried
 LONGEST, MOST = 1 << 20, 1 << 12  # tokens and sequences that are tried at most
-# Arguments in the order in which they are tried: those that cost nothing, time, quality.
-CHANGES = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True, "r": 16}
+# Arguments that are tried, in this order: those that cost nothing, time, quality.
+TRIED: dict[str, Any] = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True, "r": 16}
 
 
 def parse_memory(text: str) -> int:
@@ -42,7 +42,7 @@ def what_fits(
         f"fragmentation {FRAGMENTATION:.0%}. A card that is sold as 24 GB has 24 GiB: pass 24GiB."
     )
     run, names = PlannedRun(model, optimizer, config), list[str]()
-    for name, value in [("", None), *CHANGES.items()]:
+    for name, value in [("", None), *TRIED.items()]:
         if name:
             if not _saves_memory(run.config, name, value):
                 continue

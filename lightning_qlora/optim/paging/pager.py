@@ -48,11 +48,7 @@ class PagingReport:
 
 
 class Pager:
-    """Pages the state of the optimizers attached to it.
-
-    Args:
-        min_numel: State tensors with fewer elements stay in device memory.
-    """
+    """Pages the state of the optimizers attached to it: tensors of `min_numel` elements and more."""
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self._min_numel = min_numel
@@ -86,7 +82,7 @@ class Pager:
         paged = [item for pages in self._pages.values() for item in pages.paged()]
         if not paged:
             return PagingReport("plain", "no state on a GPU", 0, 0, 0)
-        pool, sizes = paged[0][0], [t.numel() * t.element_size() for _, tensors in paged for t in tensors]
+        pool, sizes = paged[0][0], [tensor.nbytes for _, tensors in paged for tensor in tensors]
         return PagingReport(pool.kind, pool.reason, len(sizes), sum(sizes), sum(pool.nbytes for pool, _ in paged))
 
     def close(self) -> None:

@@ -26,11 +26,7 @@ from lightning_qlora.words import install
 
 
 class ManagedPool(Pool):
-    """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times.
-
-    Args:
-        device: A CUDA device on which `why_not_managed` is None.
-    """
+    """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times."""
 
     kind = "managed"
 
@@ -58,10 +54,9 @@ class ManagedPool(Pool):
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
         ranges: list[list[int]] = []  # neighbours are joined into one call
         for start, end in sorted(self._ranges(tensors)):
-            if ranges and start - ranges[-1][1] < ALIGNMENT:
-                ranges[-1][1] = end
-            else:
+            if not ranges or start - ranges[-1][1] >= ALIGNMENT:
                 ranges.append([start, end])
+            ranges[-1][1] = end
         for start, end in ranges:
             self._prefetch_range(start, end - start)
 
@@ -109,9 +104,8 @@ class ManagedPool(Pool):
     def _check(self, error: Any, call: str) -> None:
         if error != self._runtime.cudaError_t.cudaSuccess:
             self._runtime.cudaGetLastError()
-            raise RuntimeError(
-                f"{call} failed with {error.name} while paging optimizer state on {self._memory_device}."
-            )
+            where = f"while paging optimizer state on {self._memory_device}"
+            raise RuntimeError(f"{call} failed with {error.name} {where}.")
 
 
 def why_not_managed(device: torch.device) -> str | None:

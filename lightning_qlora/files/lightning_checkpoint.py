@@ -69,9 +69,7 @@ def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) ->
     """Compare a checkpoint with the CRC-32 that `torch.save` writes of each part of a file; torch.load does not.
 
     In shards every value is saved so, at the place that the index has. Does nothing for other files, and for addresses.
-
-    Raises:
-        ValueError: If a part is damaged; names it.
+    Raises ValueError if a part is damaged, with its name.
     """
     if is_shards(path):
         with one_line_errors(path):

@@ -109,36 +109,34 @@ def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     rank_zero_only(_write_quantized)(base, layers, Path(folder))
 
 
-def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Path) -> None:
+def _write_quantized(base: Any, layers: dict[str, QLoRALinear], folder: Path) -> None:
     first = next(iter(layers.values()))
-    model: Any = base
     dtype = str(first.weight_dtype).removeprefix("torch.")
     packed, linear = _packed_weights(base), {plain_name(name) for name in linear_layers(base)}
+    decoded = []
     if stacks := [plain_name(name) for name, *_ in expert_stacks(base)]:
-        warnings.warn(
-            f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...) "
-            f"are written decoded, as {dtype}.",
-            stacklevel=2,
+        decoded.append(
+            f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...)"
         )
-    dense_again = {name for name in layers if not is_expert(name)} - packed.keys()
-    if dense_again:
-        warnings.warn(
+    if dense_again := {name for name in layers if not is_expert(name)} - packed.keys():
+        decoded.append(
             f"transformers keeps {len(dense_again)} of the 4-bit layers dense in a {type(base).__name__} "
-            f"({min(dense_again)}, ...), so they are written decoded, as {dtype}.",
-            stacklevel=2,
+            f"({min(dense_again)}, ...), so they"
         )
+    for what in decoded:
+        warnings.warn(f"{what} are written decoded, as {dtype}.", stacklevel=2)
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
         state, how = _bnb_state_dict(base, packed), _format(base, packed)
         names = names_in_files(base, packed, state) if how else {}
         state = {name_in_files(key, names): value for key, value in state.items()}
-        model.save_pretrained(partial, state_dict=state, **how)
+        base.save_pretrained(partial, state_dict=state, **how)
         config = read_json(partial / "config.json")
         config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
+def _format(base: Any, packed: Iterable[str]) -> dict[str, bool]:
     """Arguments of save_pretrained: use the model's own names, where transformers could not load the original ones.
 
     It joins q, k and v of NomicBert into one tensor, as the original files have them, and can't split 4-bit weights
@@ -152,8 +150,7 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
     for entry in reverse:  # a Transpose with `check_dims` asks the model for a dense parameter (Qwen3-VL-MoE)
         if any(getattr(operation, "check_dims", False) for operation in entry.operations):
             joined |= any(entry.rename_source_key(plain_name(name))[1] for name, *_ in expert_stacks(base))
-    config: Any = base.config
-    other_type = config.to_dict().get("model_type") != config.model_type
+    other_type = base.config.to_dict().get("model_type") != base.config.model_type
     return {"save_original_format": False} if joined or other_type else {}
 
 

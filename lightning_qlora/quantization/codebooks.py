@@ -25,17 +25,11 @@ _LEVELS = {
 
 
 class Codebook(NamedTuple):
-    """Sixteen levels in [-1, 1], and what is needed to find the nearest one.
+    """Sixteen levels in [-1, 1], and what is needed to find the nearest one."""
 
-    Attributes:
-        levels: Level of each 4-bit code, fp32 [16].
-        order: The codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first.
-        bounds: Midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level.
-    """
-
-    levels: Tensor
-    order: Tensor
-    bounds: Tensor
+    levels: Tensor  # level of each 4-bit code, fp32 [16]
+    order: Tensor  # the codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first
+    bounds: Tensor  # midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level
 
 
 @cache

@@ -20,23 +20,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be
 
 
 class PackedBytes(NamedTuple):
-    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change.
+    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change."""
 
-    Attributes:
-        packed: Two codes per byte, ceil(n / 2) bytes in any shape.
-        absmax: The 8-bit code of each block's scale, or the bytes of fp32 scales without double quantization.
-        nested: The bytes of the fp32 second-level scales and, last, of the offset; empty without double quantization.
-        shape: [out_features, in_features] of the weight, n = out_features * in_features.
-        quant_type: "nf4", "fp4" or "int4".
-        block_size: Weights that share one scale.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    nested: Tensor
-    shape: tuple[int, int]
+    packed: Tensor  # two codes per byte, ceil(n / 2) bytes in any shape
+    absmax: Tensor  # the 8-bit code of each block's scale, or the bytes of fp32 scales without double quantization
+    nested: Tensor  # with double quantization, the bytes of the fp32 second-level scales and, last, of the offset
+    shape: tuple[int, int]  # [out_features, in_features], n = out_features * in_features
     quant_type: QuantType
-    block_size: int
+    block_size: int  # weights that share one scale
 
     @property
     def numel(self) -> int:

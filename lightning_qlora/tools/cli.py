@@ -3,7 +3,6 @@
 A command imports what it runs, so that help and mistakes are answered without torch.
 """
 
-import inspect as signatures
 import json as json_format
 import os
 import re
@@ -30,19 +29,6 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError)
 WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
-def _with_arguments_of_config(command: Any) -> Any:
-    """A command with the arguments of QLoRAConfig in place of **arguments, and their descriptions."""
-    own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    of_config = signatures.signature(QLoRAConfig).parameters.values()
-    parameters = own + [parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY) for parameter in of_config]
-    command.__signature__ = signatures.Signature(parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    descriptions = re.split(r"\n\s*(?:Args|Raises):\n", QLoRAConfig.__doc__ or "")[1]
-    command.__doc__ = re.sub(r"        \*\*arguments: .*", lambda _: descriptions.strip("\n"), command.__doc__)
-    return command
-
-
-@_with_arguments_of_config
 def plan(
     model: str,
     batch_size: int = 1,
@@ -63,6 +49,7 @@ def plan(
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
+    config = QLoRAConfig(**arguments)  # where jsonargparse finds them
     from lightning_qlora.tools.fit import what_fits
     from lightning_qlora.tools.memory_estimate import estimate_memory
 
@@ -71,8 +58,8 @@ def plan(
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     run = batch_size, sequence_length, optimizer
-    estimate = estimate_memory(model, *run, example=None, **arguments)
-    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, QLoRAConfig(**arguments))
+    estimate = estimate_memory(model, *run, example=None, **vars(config))
+    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, config)
     if json:
         totals = {"total": estimate.total, "device": estimate.device}
         _print_json({**vars(estimate), **totals, **({"fits": list(fits)} if gpu_memory else {})})
@@ -242,8 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
-    # jsonargparse asks the package for the name of a function: one named `merge` would import torch
-    commands = {"merge": merge_adapter, **{f.__name__: f for f in (plan, inspect, export, average, doctor)}}
+    commands: dict[str, Any] = {
+        # jsonargparse asks the package for a function's name: `merge` would import torch
+        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export,
+        "average": average, "doctor": doctor,
+    }  # fmt: skip
     try:
         given = _with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments)))
         version = sys.modules["lightning_qlora"].__version__

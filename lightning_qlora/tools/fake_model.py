@@ -91,9 +91,8 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 
-        def convert(layer: nn.Linear, number: int, name: str = name, config: QLoRAConfig = of_stack) -> None:
-            packed = _packed(layer.weight, config)
-            QLoRALinear.from_packed(layer, packed, nn.Linear, config, f"{name}{SUFFIX}.{number}")
+        def convert(layer: nn.Linear, number: int, name: str = f"{name}{SUFFIX}", own: QLoRAConfig = of_stack) -> None:
+            QLoRALinear.from_packed(layer, _packed(layer.weight, own), nn.Linear, own, f"{name}.{number}")
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice, new)

@@ -69,8 +69,9 @@ class MemoryEstimate:
     def __str__(self) -> str:
         texts = {part: _row(part, count) for part, count in self.parts.items()}
         if not self.counted_activations:
-            unknown = "unknown  (pass example=; loops over experts can't be counted)"
-            texts["activations"] = f"{'activations':27}{unknown}"
+            texts["activations"] = (
+                "activations".ljust(27) + "unknown  (pass example=; loops over experts can't be counted)"
+            )
         if self.gradients_at_peak < self.parts["gradients"]:
             at_peak = size_text(self.gradients_at_peak) if self.gradients_at_peak else "none"
             texts["gradients"] += f"  ({at_peak} of it at the peak of all parts)"
@@ -82,7 +83,7 @@ class MemoryEstimate:
         texts["notes"] = (
             f"{self.trainable_parameters:,} of {self.total_parameters:,} weights are trained. Before quantization the "
             f"weights alone take {size_text(self.dense_bytes)}. Not counted: the driver's own memory (0.3 to 0.8 GB on "
-            "CUDA) and fragmentation (a few percent)."
+            "CUDA), on a CPU what libraries keep (about 60 MB), and fragmentation (a few percent)."
         )
         texts |= {name: f"{name}  x{count}  {status}" for name, status, count in self.layers}
         return "\n".join(texts.values())

@@ -23,21 +23,13 @@ MIN_NUMEL = 4096  # below it the bookkeeping costs more than the memory; bitsand
 
 @dataclass(frozen=True)
 class PagingReport:
-    """What a pager pages.
+    """What a pager pages."""
 
-    Attributes:
-        kind: "managed" (CUDA unified memory), "pinned" (pinned memory and copies), "plain" (no GPU, nothing to page).
-        reason: Why it is not "managed"; empty if it is.
-        tensors: Number of paged state tensors.
-        nbytes: Their bytes.
-        allocated: Bytes of host memory that are allocated for them.
-    """
-
-    kind: str
-    reason: str
-    tensors: int
-    nbytes: int
-    allocated: int
+    kind: str  # "managed" (CUDA unified memory), "pinned" (pinned memory and copies), "plain" (nothing to page)
+    reason: str  # why it is not "managed"; empty if it is
+    tensors: int  # number of paged state tensors
+    nbytes: int  # their bytes
+    allocated: int  # bytes of host memory that are allocated for them
 
     def __str__(self) -> str:
         if self.kind == "plain":

@@ -176,11 +176,10 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
 
 
 def read_index(path: Path, weights_only: bool | None = True) -> Any:
-    """The index of shards (torch.distributed.checkpoint.metadata.Metadata), from a pickle, whose code False runs.
+    """The index of shards (torch.distributed.checkpoint.metadata.Metadata); weights_only=False runs code in its pickle.
 
-    Raises:
-        UnpicklingError: If the index holds anything but what torch.distributed.checkpoint writes into it.
-        ValueError: If it names a shard outside of its folder.
+    Raises UnpicklingError for anything but what torch.distributed.checkpoint writes into an index, and ValueError for
+    a shard outside of its folder.
     """
     try:
         with path.open("rb") as file:

@@ -4,7 +4,7 @@ The weight is flattened row by row and cut into blocks, so a block may cross row
 Every step rounds like bitsandbytes 0.50 on the CPU (backends/default/ops.py, csrc/cpu_ops.cpp), bit for bit.
 """
 
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -130,7 +130,4 @@ def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:
 
 
 def _in_order(terms: list[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return reduce(torch.add, terms)

@@ -49,8 +49,9 @@ def meta_model(model: Any) -> nn.Module:
     if named:
         is_file(os.path.join(model, "config.json"))  # transformers would wait for a pipe
     elif not isinstance(model, transformers.PretrainedConfig):
-        kind = type(model).__name__
-        raise TypeError(f"model={kind}: must be a module, a transformers config, a folder or a hub name.")
+        raise TypeError(
+            f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(model) if named else model
         with torch.device("meta"):

@@ -26,7 +26,6 @@ from lightning_qlora.words import refuse_unknown_arguments
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
 STATE_8BIT = 2 * (1 + 4 / 256)
-OWN = ("batch_size", "sequence_length", "optimizer", "example")  # arguments of `estimate_memory` alone
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,8 @@ class MemoryEstimate:
     def __str__(self) -> str:
         texts = {part: _row(part, count) for part, count in self.parts.items()}
         if not self.counted_activations:
-            texts["activations"] = (
-                "activations".ljust(27) + "unknown  (pass example=; loops over experts can't be counted)"
-            )
+            hint = "(pass example=; loops over experts can't be counted)"
+            texts["activations"] = f"{'activations':22}{'unknown':>12}  {hint}"
         if self.gradients_at_peak < self.parts["gradients"]:
             at_peak = size_text(self.gradients_at_peak) if self.gradients_at_peak else "none"
             texts["gradients"] += f"  ({at_peak} of it at the peak of all parts)"
@@ -118,7 +116,8 @@ def estimate_memory(
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
     """
-    refuse_unknown_arguments(arguments, [*OWN, *QLoRAConfig.__dataclass_fields__])
+    own = ("batch_size", "sequence_length", "optimizer", "example")
+    refuse_unknown_arguments(arguments, [*own, *QLoRAConfig.__dataclass_fields__])
     check_choice("optimizer", optimizer, get_args(OptimizerName))
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("sequence_length", sequence_length, at_least=1)

@@ -43,31 +43,25 @@ class Pager:
     """Pages the state of the optimizers attached to it: tensors of `min_numel` elements and more."""
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
-        self._min_numel = min_numel
+        self.min_numel = min_numel
         self._pages: weakref.WeakKeyDictionary[Optimizer, OptimizerPages] = weakref.WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"min_numel": self._min_numel}  # optimizers and their pages are not copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return Pager, (self.min_numel,)  # optimizers and their pages are not copied
 
     def attach(self, optimizer: Optimizer) -> None:
         """Page the state of a torch optimizer from now on, state that exists already included.
 
         An optimizer that is paged already, by another pager or by itself (PagedAdamW), keeps its pages; this pager's
-        `close` frees them too.
-
-        Raises:
-            TypeError: If it is not a `torch.optim.Optimizer`.
-            MemoryError: If memory for the existing state is refused.
+        `close` frees them too. Raises TypeError for what is no `torch.optim.Optimizer`, and MemoryError if memory for
+        the existing state is refused.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"Paging works with torch.optim.Optimizer, not with {type(optimizer).__name__}. "
                 "Pass paged_optimizer=False to train without it."
             )
-        self._pages[optimizer] = page_optimizer(optimizer, self._min_numel)
+        self._pages[optimizer] = page_optimizer(optimizer, self.min_numel)
 
     def report(self) -> PagingReport:
         """Return what is paged now, and how."""

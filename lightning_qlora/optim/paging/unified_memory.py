@@ -104,8 +104,9 @@ class ManagedPool(Pool):
     def _check(self, error: Any, call: str) -> None:
         if error != self._runtime.cudaError_t.cudaSuccess:
             self._runtime.cudaGetLastError()
-            where = f"while paging optimizer state on {self._memory_device}"
-            raise RuntimeError(f"{call} failed with {error.name} {where}.")
+            raise RuntimeError(
+                f"{call} failed with {error.name} while paging optimizer state on {self._memory_device}."
+            )
 
 
 def why_not_managed(device: torch.device) -> str | None:

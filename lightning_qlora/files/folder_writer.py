@@ -112,8 +112,8 @@ class ShardWriter:
     """Writes the tensors of a model to safetensors files in a folder, with at most one file in memory."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.shards: list[dict[str, int]] = []  # key -> bytes
+        self.folder, self.shard_bytes, self.total = folder, shard_bytes, 0
+        self.shards: list[list[str]] = []  # the keys in each file
         self.held: dict[str, Tensor] = {}
 
     def add(self, key: str, tensor: Tensor) -> None:
@@ -124,27 +124,22 @@ class ShardWriter:
         self.held[key] = tensor.contiguous()
 
     def _write(self) -> None:
-        self.shards.append({key: tensor.nbytes for key, tensor in self.held.items()})
-        save_file(self.held, self._name(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.held))
+        save_file(self.held, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        self.total += sum(tensor.nbytes for tensor in self.held.values())
         self.held = {}
-
-    def _name(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.safetensors"
 
     def finish(self) -> None:
         """Write the last file and the index, with the names that transformers uses."""
         self._write()
-        count = len(self.shards)
-        if count == 1:
-            self._name(1).rename(self.folder / WEIGHTS)
-            return
-        file_of: dict[str, str] = {}
-        for number, shard in enumerate(self.shards, 1):
-            name = f"model-{number:05}-of-{count:05}.safetensors"
-            self._name(number).rename(self.folder / name)
-            file_of |= dict.fromkeys(shard, name)
-        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": file_of}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        count, file_of = len(self.shards), dict[str, str]()
+        for number, keys in enumerate(self.shards, 1):
+            name = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / name)
+            file_of |= dict.fromkeys(keys, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": file_of}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextmanager
@@ -175,13 +170,12 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
 def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool | None]:
     """Lock a file, and delete it at the end; yields False if it is not free, None if the file system has no locks."""
     lock, locked = FileLock(path), None
-    try:
-        lock.acquire(timeout=timeout)
-        locked = True
-    except Timeout:
-        locked = False
-    except (OSError, NotImplementedError):  # no locks here: `locked` is still None
-        pass
+    with suppress(NotImplementedError, OSError):  # no locks here: `locked` is still None
+        try:
+            lock.acquire(timeout=timeout)
+            locked = True
+        except Timeout:
+            locked = False
     try:
         yield locked
     finally:

@@ -45,26 +45,23 @@ def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
 def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
-    Args:
-        path: The file, or the folder of shards.
-        weights_only: As in `torch.load`: refuse objects that are neither tensors nor plain values, and run no code of
-            the files, the index of shards included.
+    `weights_only` is torch.load's: refuse objects that are neither tensors nor plain values, and run no code of the
+    files, the index of shards included.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If it is broken, or contains objects that weights_only refuses.
     """
-    if is_shards(path):
-        check_crc(path, weights_only)
-        with one_line_errors(path):
-            return _read_shards(Path(path), weights_only)
-    if os.path.isdir(path) or not is_file(path):
-        kind = "a folder of a model or an adapter, not of a checkpoint" if _has_file(path, OTHER) else "no file"
-        if os.path.isdir(path) and not _has_file(path, OTHER):
-            kind = f"no checkpoint (no {META} in it)"
+    shards, folder = is_shards(path), os.path.isdir(path)
+    if not shards and (folder or not is_file(path)):
+        kind = f"no checkpoint (no {META} in it)" if folder else "no file"
+        if _has_file(path, OTHER):
+            kind = "a folder of a model or an adapter, not of a checkpoint"
         raise FileNotFoundError(f"{path}: {kind}.")
-    check_crc(path)
+    check_crc(path, weights_only)
     with one_line_errors(path):
+        if shards:
+            return _read_shards(Path(path), weights_only)
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
@@ -72,13 +69,7 @@ def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) ->
     """Compare a checkpoint with the CRC-32 that `torch.save` writes of each part of a file; torch.load does not.
 
     In shards every value is saved so, at the place that the index has. Does nothing for other files, and for addresses.
-
-    Args:
-        path: The file, or the folder of shards.
-        weights_only: As in `read_checkpoint`, for the index of shards.
-
-    Raises:
-        ValueError: If a part is damaged; names it.
+    Raises ValueError if a part is damaged, with its name.
     """
     if is_shards(path):
         with one_line_errors(path):
@@ -90,7 +81,7 @@ def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) ->
 def _is_archive(path: str | os.PathLike[str]) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except Exception:  # it has an archive's end, but damaged: opening it says so
+    except Exception:  # a truncated archive: opening it gives the reason
         return True
 
 
@@ -185,15 +176,10 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
 
 
 def read_index(path: Path, weights_only: bool | None = True) -> Any:
-    """The index of shards (torch.distributed.checkpoint.metadata.Metadata), from a pickle.
+    """The index of shards (torch.distributed.checkpoint.metadata.Metadata); weights_only=False runs code in its pickle.
 
-    Args:
-        path: The file.
-        weights_only: False runs the code in the pickle.
-
-    Raises:
-        UnpicklingError: If the index holds anything but what torch.distributed.checkpoint writes into it.
-        ValueError: If it names a shard outside of its folder.
+    Raises UnpicklingError for anything but what torch.distributed.checkpoint writes into an index, and ValueError for
+    a shard outside of its folder.
     """
     try:
         with path.open("rb") as file:
@@ -209,26 +195,21 @@ def read_index(path: Path, weights_only: bool | None = True) -> Any:
     return index
 
 
-# In Python: one changed bit can let the unpickler in C allocate 32 GB for its list of known objects.
+# Python's unpickler: the one in C can allocate 32 GB for its list of known objects if one bit is damaged.
 _Unpickler: Any = pickle._Unpickler
 
 
 class _IndexUnpickler(_Unpickler):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
-        if name in INDEX_CLASSES.get(module, ()) or (
-            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        ):
+        is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if is_dtype or name in INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong into an index of shards")
 
 
 @contextmanager
 def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the errors of `torch.load` for a broken or refused checkpoint into ValueErrors of one line.
-
-    Raises:
-        ValueError: Names the file and, if it was refused, the object.
-    """
+    """Turn the errors of `torch.load` into ValueErrors of one line that name the file, and the object it refused."""
     try:
         yield
     except pickle.UnpicklingError as error:

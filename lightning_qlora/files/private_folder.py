@@ -44,9 +44,7 @@ def _is_private_group(gid: int) -> bool:
 def make_private(folder: Path) -> None:
     """Create a folder, and those above it, that only this user can enter (mode 0700).
 
-    Raises:
-        OSError: If it cannot be created.
-        PermissionError: If it exists, and another user could have written to it, or could replace it.
+    Raises PermissionError if it exists, and another user could have written to it, or could replace it.
     """
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     for part in reversed(missing):

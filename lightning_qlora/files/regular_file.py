@@ -9,9 +9,8 @@ from contextlib import contextmanager
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file; all files are checked here before they are opened.
 
-    Raises:
-        ValueError: If there is something else at the path: a folder, a pipe, a socket, a device, a loop of links, or a
-            file of 0 bytes, as those of /proc, which can be without end.
+    Raises ValueError if there is something else at the path: a folder, a pipe, a socket, a device, a loop of links, or
+    a file of 0 bytes, as those of /proc, which can be without end.
     """
     try:
         found = os.stat(path)
@@ -29,12 +28,7 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Check a file (`is_file`), and let errors of reading it name it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        OSError: If it can't be read.
-    """
+    """Check a file (`is_file`; FileNotFoundError if there is none), and let errors of reading it name it (OSError)."""
     if not is_file(path):
         raise FileNotFoundError(f"{path}: no such file.")
     try:

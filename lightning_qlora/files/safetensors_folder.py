@@ -36,12 +36,7 @@ class TensorEntry:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """`safetensors.safe_open` on the CPU, with errors that name the file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file, or is truncated; names the first tensor that is incomplete.
-    """
+    """`safetensors.safe_open` on the CPU, with errors that name the file, and the first tensor that is incomplete."""
     _check_utf8(path)
     with reading(path):
         try:
@@ -101,11 +96,7 @@ def _incomplete_tensor(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it does not contain a JSON object.
-    """
+    """Read the object in a JSON file; FileNotFoundError or ValueError if there is none."""
     with reading(path):
         if (size := path.stat().st_size) > MOST_JSON:
             raise ValueError(f"{path}: has {size:,} bytes, and at most {MOST_JSON:,} are read. Write the file again.")
@@ -119,11 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class WeightFolder:
-    """The safetensors files of a model's folder: one file, or several with an index. They are checked when opened.
-
-    Attributes:
-        entries: Key -> dtype and shape of the tensor.
-        file_of: Key -> file of the tensor.
+    """The safetensors files of a model's folder: one file, or several with an index.
 
     Raises:
         FileNotFoundError: If there is no safetensors file, or a file that the index lists is missing.
@@ -134,10 +121,9 @@ class WeightFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such folder.")
-        self.entries: dict[str, TensorEntry] = {}
-        self.file_of: dict[str, Path] = {}
-        index = self.folder / INDEX
-        indexed = _indexed(index)
+        self.entries: dict[str, TensorEntry] = {}  # key -> type and shape
+        self.file_of: dict[str, Path] = {}  # key -> file
+        indexed = _indexed(self.folder / INDEX)
         if not indexed and not is_file(self.folder / WEIGHTS):
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
@@ -199,12 +185,9 @@ def _indexed(index: Path) -> dict[str, str]:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder with a symbolic link to a file outside of it, whose content would get into what is made of it.
+    """Raise ValueError for a symbolic link to a file outside of a folder, which would get into what is made of it.
 
     A snapshot in a Hugging Face cache consists of links to the `blobs` of its model, which are allowed.
-
-    Raises:
-        ValueError: As above; names the link.
     """
     inside = folder.resolve()
     if inside.parent.name == "snapshots":
@@ -219,13 +202,8 @@ def check_links(folder: Path) -> None:
 def resolve_model(name: str, download: bool = True) -> str:
     """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
 
-    Args:
-        name: Folder or hub name.
-        download: Whether the hub may be asked. False for a name that is read from a file and not given by the user:
-            then the snapshot must be in the local cache.
-
-    Raises:
-        FileNotFoundError: If it is neither.
+    `download` is False for a name that is read from a file and not given by the user: then only the cache is searched.
+    Raises FileNotFoundError if it is neither.
     """
     if os.path.isdir(name):
         return name
@@ -243,4 +221,7 @@ def resolve_model(name: str, download: bool = True) -> str:
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
                 f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
             ) from error
-        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub ({type(error).__name__}).") from error
+        unasked = ", and the connection: the hub did not answer" if isinstance(error, LocalEntryNotFoundError) else ""
+        raise FileNotFoundError(
+            f"{name}: neither a folder nor a model on the hub. Check the spelling{unasked}."
+        ) from error

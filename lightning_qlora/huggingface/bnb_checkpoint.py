@@ -47,16 +47,13 @@ def always_dense_layers(model: nn.Module) -> set[str]:
     of a parameter, and does not find their scales.
     """
     words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
-
-    def is_replaced(layer: nn.Module) -> bool:
+    dense = set()
+    for name, layer in linear_layers(model).items():
         kind = getattr(layer, "dense_class", type(layer))  # the class before conversion
-        return kind is nn.Linear or is_conv1d(kind)
-
-    return {
-        name
-        for name, layer in linear_layers(model).items()
-        if not is_replaced(layer) or any(_skips(word, name) for word in words) or "weight." in f"{name}."
-    }
+        replaced = kind is nn.Linear or is_conv1d(kind)
+        if not replaced or any(_skips(word, name) for word in words) or "weight." in f"{name}.":
+            dense.add(name)
+    return dense
 
 
 def skip_modules(dense: Iterable[str], packed: Collection[str]) -> list[str]:
@@ -65,9 +62,7 @@ def skip_modules(dense: Iterable[str], packed: Collection[str]) -> list[str]:
     A plain name also matches every name that ends in it ("classifier" matches "pre_classifier"). Where that is a 4-bit
     layer, the entry is a regular expression for the whole name: no name ends in "$".
     """
-    return [
-        f"{re.escape(name)}$" if any(_skips(name, other) for other in packed) else name for name in sorted(set(dense))
-    ]
+    return [f"{re.escape(name)}$" if any(_skips(name, other) for other in packed) else name for name in sorted(dense)]
 
 
 def _skips(word: str, name: str) -> bool:
@@ -88,8 +83,7 @@ def bnb_config(quant_type: str, double_quant: bool, skip: list[str], dtype: str)
         llm_int8_skip_modules=skip,
     )
     config.load_in_4bit = True  # as an argument it makes transformers 4 ask for bitsandbytes
-    made: dict[str, Any] = config.to_dict()
-    return made
+    return dict(config.to_dict())
 
 
 def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -115,36 +109,34 @@ def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     rank_zero_only(_write_quantized)(base, layers, Path(folder))
 
 
-def _write_quantized(base: nn.Module, layers: dict[str, QLoRALinear], folder: Path) -> None:
+def _write_quantized(base: Any, layers: dict[str, QLoRALinear], folder: Path) -> None:
     first = next(iter(layers.values()))
-    model: Any = base
     dtype = str(first.weight_dtype).removeprefix("torch.")
     packed, linear = _packed_weights(base), {plain_name(name) for name in linear_layers(base)}
+    decoded = []
     if stacks := [plain_name(name) for name, *_ in expert_stacks(base)]:
-        warnings.warn(
-            f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...) "
-            f"are written decoded, as {dtype}.",
-            stacklevel=2,
+        decoded.append(
+            f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...)"
         )
-    dense_again = {name for name in layers if not is_expert(name)} - packed.keys()
-    if dense_again:
-        warnings.warn(
+    if dense_again := {name for name in layers if not is_expert(name)} - packed.keys():
+        decoded.append(
             f"transformers keeps {len(dense_again)} of the 4-bit layers dense in a {type(base).__name__} "
-            f"({min(dense_again)}, ...), so they are written decoded, as {dtype}.",
-            stacklevel=2,
+            f"({min(dense_again)}, ...), so they"
         )
+    for what in decoded:
+        warnings.warn(f"{what} are written decoded, as {dtype}.", stacklevel=2)
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
         state, how = _bnb_state_dict(base, packed), _format(base, packed)
         names = names_in_files(base, packed, state) if how else {}
         state = {name_in_files(key, names): value for key, value in state.items()}
-        model.save_pretrained(partial, state_dict=state, **how)
+        base.save_pretrained(partial, state_dict=state, **how)
         config = read_json(partial / "config.json")
         config["quantization_config"] = bnb_config(first.quant_type, first.nested.numel() > 0, skip, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
+def _format(base: Any, packed: Iterable[str]) -> dict[str, bool]:
     """Arguments of save_pretrained: use the model's own names, where transformers could not load the original ones.
 
     It joins q, k and v of NomicBert into one tensor, as the original files have them, and can't split 4-bit weights
@@ -158,21 +150,15 @@ def _format(base: nn.Module, packed: Iterable[str]) -> dict[str, bool]:
     for entry in reverse:  # a Transpose with `check_dims` asks the model for a dense parameter (Qwen3-VL-MoE)
         if any(getattr(operation, "check_dims", False) for operation in entry.operations):
             joined |= any(entry.rename_source_key(plain_name(name))[1] for name, *_ in expert_stacks(base))
-    config: Any = base.config
-    other_type = config.to_dict().get("model_type") != config.model_type
+    other_type = base.config.to_dict().get("model_type") != base.config.model_type
     return {"save_original_format": False} if joined or other_type else {}
 
 
 def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> dict[str, str]:
     """Layer -> its name in a 4-bit folder, for the layers that can't be loaded by the model's own names.
 
-    transformers loads every parameter by its own name too, but renames the scales of a 4-bit weight: they are no
-    parameters of the model.
-
-    Args:
-        base: The model.
-        layers: Names of its layers.
-        state: Names of its parameters.
+    transformers loads every parameter by its own name too (`state` has these), but renames the scales of a 4-bit
+    weight: they are no parameters of the model.
     """
     if find_spec("transformers.conversion_mapping") is None:
         return {}
@@ -182,16 +168,13 @@ def names_in_files(base: Any, layers: Iterable[str], state: Collection[str]) -> 
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     others = [entry for entry in mapping if not isinstance(entry, loading.WeightRenaming)]
     reverse = [entry.reverse_transform() for entry in reversed(saving) if isinstance(entry, loading.WeightRenaming)]
-
-    def is_loaded_as(key: str, name: str) -> bool:
-        return bool(loading.rename_source_key(key, renamings, others, base.base_model_prefix, state) == (name, None))
-
-    found = {}
+    rules, found = (renamings, others, base.base_model_prefix, state), {}
     for layer in layers:
         key = name = f"{layer}.weight"
         for entry in reverse:
             key, _ = entry.rename_source_key(key)
-        if not is_loaded_as(name, name) and is_loaded_as(key, name):
+        loaded_as, key_loaded_as = (loading.rename_source_key(k, *rules) for k in (name, key))
+        if loaded_as != (name, None) and key_loaded_as == (name, None):
             found[layer] = key.removesuffix(".weight")
     return found
 
@@ -207,12 +190,13 @@ def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:
 
     Layers that transformers keeps dense are left out.
     """
-    kept, packed = always_dense_layers(base), {}
-    for name, layer in linear_layers(base).items():
-        weight = layer.packed_weight if isinstance(layer, QLoRALinear) else original_packed_weight(layer)
-        if weight is not None and name not in kept:
-            packed[plain_name(name)] = weight
-    return packed
+    kept = always_dense_layers(base)
+    weights = {
+        plain_name(name): layer.packed_weight if isinstance(layer, QLoRALinear) else original_packed_weight(layer)
+        for name, layer in linear_layers(base).items()
+        if name not in kept
+    }
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
@@ -226,9 +210,8 @@ def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[st
         for key, stack in part._modules.items():
             if isinstance(stack, QLoRAExperts):
                 own[key.removesuffix(SUFFIX)] = stack.decode()
-        if plain_name(name) in packed:
-            entries = packed[plain_name(name)].bnb_state_dict(prefix + "weight")
-            state |= {key: value.clone() for key, value in entries.items()}
+        if weight := packed.get(plain_name(name)):
+            state |= {key: value.clone() for key, value in weight.bnb_state_dict(prefix + "weight").items()}
             own = {"bias": part._parameters["bias"]}
         elif isinstance(part, QLoRALinear):
             own = {"weight": part.decode().contiguous(), "bias": part._parameters["bias"]}

@@ -100,11 +100,9 @@ class _FolderMerge:
         keys = {name: folder.find(name) for name in adapter.saved}
         self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
         # Trained tensors that the base lacks, except those that are tied to one that it has.
-        self.added = {
-            name: value
-            for name, value in adapter.saved.items()
-            if keys[name] is None and not any(v.ndim == 2 and torch.equal(value, v) for v in self.saved.values())
-        }
+        known = [value for value in self.saved.values() if value.ndim == 2]
+        missing = {name: adapter.saved[name] for name, key in keys.items() if key is None}
+        self.added = {name: v for name, v in missing.items() if not any(torch.equal(v, other) for other in known)}
         self._check_ties()
         self._check_conversions()
         self.packed: set[str] = set()  # layers that the output has in 4 bits, for quantization_config
@@ -124,22 +122,20 @@ class _FolderMerge:
                 if not (companion and self.folder.is_packed(head + ".weight")):
                     key = self.folder.key_of[names[0]]
                     for name, value in self._merged(names[0]):
-                        yield self._own_name(name) if key == names[0] else key + name[len(names[0]) :], value
+                        own = name_in_files(name, self.names_in_files)  # the model's, or that of a 4-bit folder
+                        yield own if key == names[0] else key + name.removeprefix(names[0]), value
             elif not self._changed(names):
                 for key in conversion.keys:
                     yield key, self._cast(self.folder.stored.tensors([key])[key])
             else:
                 merged = dict(pair for name in names for pair in self._merged(name))
                 if merged.keys() == set(names):
-                    yield from conversion.restore(merged).items()
+                    merged = conversion.restore(merged)
                 else:  # 4-bit weights can't be converted
-                    yield from ((self._own_name(name), value) for name, value in merged.items())
+                    merged = {name_in_files(name, self.names_in_files): value for name, value in merged.items()}
+                yield from merged.items()
         for name, value in self.added.items():
             yield name, self._cast(value)
-
-    def _own_name(self, name: str) -> str:
-        """The model's own name of a tensor, which transformers loads as well, or its name in a 4-bit folder."""
-        return name_in_files(name, self.names_in_files)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.layer_of or name in self.saved or name in self.experts]
@@ -180,8 +176,7 @@ class _FolderMerge:
             return
         name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
         if name is None and not packed:
-            tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
-            yield key, self._cast(tensor)
+            yield key, self._cast(self.saved[key] if key in self.saved else self.folder.tensors([key])[key])
             return
         state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
         layer = key.removesuffix(".weight")

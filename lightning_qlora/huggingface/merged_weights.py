@@ -18,10 +18,7 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 class MergedWeights:
     """Adds an adapter to weights, [out, in]; a weight whose layer has no adapter (name None) stays as it is.
 
-    Args:
-        folder: The base.
-        adapter: The adapter.
-        base: "quantized": a dense weight is quantized and decoded first, as in training. "float": it is used as it is.
+    With base="quantized" a dense weight is quantized and decoded first, as in training.
     """
 
     def __init__(self, folder: ModelFolder, adapter: Adapter, base: Base) -> None:
@@ -29,16 +26,23 @@ class MergedWeights:
 
     def from_packed(self, state: dict[str, Tensor], name: str | None, key: str) -> tuple[Tensor, torch.dtype]:
         """The sum, and the type of the base, from bitsandbytes' entries."""
-        weight = self._read(state, key)
+        try:
+            weight = PackedWeight.from_bnb_state_dict(state, key)
+        except ValueError as error:
+            raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
         if name is None:
             return weight.dequantize(), weight.dtype
         self._check_bits(name, weight)
         return self._sum(weight.dequantize(), name, key), weight.dtype
 
     def from_dense(self, dense: Tensor, name: str, key: str) -> tuple[Tensor, torch.dtype]:
-        """The same from a dense weight."""
-        rows, dtype = self._base_rows(dense, name, key)
-        return self._sum(rows, name, key), dtype
+        """The same from a dense weight, or from the weight that the adapter has with it."""
+        if (own := self.adapter.bases.get(name)) is not None:
+            return self._sum(own.dequantize(), name, key), own.dtype
+        if (self.adapter.quantization or {}).get("base_moved"):
+            self._refuse_base()
+        rows = self.quantized(dense, key).dequantize() if self.base == "quantized" else dense
+        return self._sum(rows, name, key), dense.dtype
 
     def quantization(self) -> dict[str, Any]:
         """How the base was quantized in training; the defaults if the adapter does not say."""
@@ -52,15 +56,6 @@ class MergedWeights:
             return quantize(rows, **self.quantization())
         except ValueError as error:
             raise ValueError(f"{self.folder.where(key)}: {error}") from error
-
-    def _base_rows(self, dense: Tensor, name: str, key: str) -> tuple[Tensor, torch.dtype]:
-        """The weight that the adapter was trained on, [out, in], and the type of the base, from the dense weight."""
-        if name in self.adapter.bases:
-            weight = self.adapter.bases[name]
-            return weight.dequantize(), weight.dtype
-        if (self.adapter.quantization or {}).get("base_moved"):
-            self._refuse_base()
-        return self.quantized(dense, key).dequantize() if self.base == "quantized" else dense, dense.dtype
 
     def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
         """W + s B A in fp32, [out, in]; with DoRA times m / ||W + s B A||, where m are the magnitudes."""
@@ -91,9 +86,3 @@ class MergedWeights:
             f"they do not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds these weights, or pass "
             "the folder that save_quantized wrote as base_model."
         )
-
-    def _read(self, state: dict[str, Tensor], key: str) -> PackedWeight:
-        try:
-            return PackedWeight.from_bnb_state_dict(state, key)
-        except ValueError as error:
-            raise ValueError(f"{self.folder.file_of[key]}: {error}") from error

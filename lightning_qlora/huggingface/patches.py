@@ -1,11 +1,9 @@
 """Changes to transformers' code and objects, each with the upstream file, the reason, and what would remove it."""
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +17,6 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
 
 _quantizer_for: ContextVar[QuantizerFor | None] = ContextVar("lightning_qlora_quantizer_for", default=None)
-_lock = threading.Lock()
 
 
 @contextmanager
@@ -31,36 +28,21 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
     for a folder in bitsandbytes' 4 bits, whose own quantization_config takes precedence.
     Removed by: a context in transformers that sets the quantization_config of the models loaded within it.
     """
-    _install()
+
+    def ask(original: Any, config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer_of_context = _quantizer_for.get()
+        named = quantization_config is not None or kwargs.get("gguf_file") is not None
+        quantizer = None if named or quantizer_of_context is None else quantizer_of_context(config)
+        if quantizer is None:
+            return original(config, quantization_config, device_map, *args, **kwargs)
+        return quantizer, config, device_map
+
+    wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
     token = _quantizer_for.set(quantizer_for)
     try:
         yield
     finally:
         _quantizer_for.reset(token)
-
-
-def _install() -> None:
-    """Replace get_hf_quantizer, once; outside of `default_quantizer` the new one only calls the original.
-
-    Upstream: transformers/quantizers/auto.py, as in `default_quantizer`. Removed by: as there.
-    """
-    upstream: Any = import_module("transformers.modeling_utils")
-    with _lock:
-        original = upstream.get_hf_quantizer
-        if getattr(original, "asks_the_context", False):
-            return
-
-        @wraps(original)
-        def get_hf_quantizer(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
-            quantizer_for = _quantizer_for.get()
-            named = quantization_config is not None or kwargs.get("gguf_file") is not None
-            quantizer = None if named or quantizer_for is None else quantizer_for(config)
-            if quantizer is None:
-                return original(config, quantization_config, device_map, *args, **kwargs)
-            return quantizer, config, device_map
-
-        get_hf_quantizer.asks_the_context = True  # type: ignore[attr-defined]
-        upstream.get_hf_quantizer = get_hf_quantizer
 
 
 def forget_quantizer(module: nn.Module) -> None:
@@ -77,8 +59,7 @@ def forget_quantizer(module: nn.Module) -> None:
                 vars(part).pop(name, None)
             for name in ("quantization_config", "_is_quantized"):
                 vars(part.config).pop(name, None)
-            conversions = vars(part).get("_weight_conversions")
-            if conversions:
+            if conversions := vars(part).get("_weight_conversions"):
                 part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
 
 

@@ -19,7 +19,6 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.peft_experts import modules_of
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
@@ -42,18 +41,14 @@ STORED = [  # the entries of bitsandbytes for a weight
 
 
 class Quantizers:
-    """Makes the quantizers of the models that are loaded within one `quantize_while_loading`.
-
-    Attributes:
-        config: The arguments.
-        adapter: The adapter to start from, until the first model that has its layers gets it.
-        mismatches: Errors for weights of another shape, of the load that began last. It may allow them
-            (`ignore_mismatched_sizes`).
-    """
+    """Makes the quantizers of the models that are loaded within one `quantize_while_loading`."""
 
     def __init__(self, config: QLoRAConfig) -> None:
-        self.config, self.mismatches = config, list[ValueError]()
-        self.adapter: Adapter | None = None if config.adapter is None else read_adapter(config.adapter)
+        self.config = config
+        # Errors for weights of another shape, of the load that began last, which may `ignore_mismatched_sizes`.
+        self.mismatches: list[ValueError] = []
+        # The adapter to start from, until the first model that has its layers gets it.
+        self.adapter = None if config.adapter is None else read_adapter(config.adapter)
 
     def quantizer_for(self, model_config: Any) -> "QLoRAQuantizer | None":
         """The quantizer of a model; None for a model in another quantized format."""
@@ -78,9 +73,7 @@ class Quantizers:
 class QLoRAQuantizer(HfQuantizer):
     """Quantizes the layers that conversion would choose, by their names in the model; all else loads as usual.
 
-    Args:
-        quantizers: What it shares with the other loads of its `quantize_while_loading`.
-        pre_quantized: Whether the files hold bitsandbytes' 4-bit weights, to be loaded without requantizing.
+    If the files hold bitsandbytes' 4-bit weights (pre_quantized), these are loaded without requantizing.
     """
 
     requires_calibration = False
@@ -143,9 +136,8 @@ class QLoRAQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The operation that loads 4-bit weights of the files."""
-        if not self.pre_quantized:
-            return []
-        return [WeightConverter(source_patterns=STORED, target_patterns="weight", operations=[_LoadPacked(self)])]
+        load = WeightConverter(source_patterns=STORED, target_patterns="weight", operations=[_LoadPacked(self)])
+        return [load] if self.pre_quantized else []
 
     def error(self, key: str, message: str) -> ValueError:
         """An error that names the file of a key."""
@@ -209,8 +201,8 @@ class _Op(ConversionOps):
             layer.loaded = True
             # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
             layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
-            own = {name: p for name, p in layer._parameters.items() if p is not None and name != "bias"}
-            made |= {f"{prefix}.{name}".lstrip("."): p for name, p in own.items()}
+            own = layer.named_parameters(prefix, recurse=False)
+            made |= {name: p for name, p in own if p is not layer.bias}
         return made
 
 

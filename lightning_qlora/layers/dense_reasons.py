@@ -145,4 +145,4 @@ def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
         return f"its {rows}x{columns} weights are too few for 4 bits"
     if config.r * (rows + columns) < rows * columns:
         return None
-    return f"an adapter of rank {config.r} would be larger than its {rows}x{columns} weights"
+    return f"an adapter of rank {config.r} would not be smaller than its {rows}x{columns} weights"

@@ -103,8 +103,7 @@ class PagedAdamW8bit(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once; `closure` computes the loss and the gradients and is called first.
 
-        Raises:
-            TypeError: If a parameter is not fp32, bf16 or fp16, or a gradient is sparse.
+        Raises TypeError if a parameter is not fp32, bf16 or fp16, or a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -120,10 +119,8 @@ class PagedAdamW8bit(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; every tensor keeps its type.
 
-        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16.
-
-        Raises:
-            ValueError: If 8-bit state was saved on another number of FSDP ranks.
+        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16. Raises
+        ValueError if 8-bit state was saved on another number of FSDP ranks.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

@@ -51,8 +51,5 @@ class PagedOptimizer(Callback):
         """Page an optimizer of Fabric; see `patches.call_on_setup_optimizer`. Its pages are freed with it."""
         self._pager.attach(optimizer)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._pager.__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return type(self), (self._pager.min_numel,)

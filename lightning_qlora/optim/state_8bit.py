@@ -61,11 +61,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def shard_count(param: Tensor) -> int:
-    """Return the number of shards of a parameter; 1 for a plain tensor.
-
-    Raises:
-        ValueError: If it is not sharded along its first dimension alone, as `fully_shard` does.
-    """
+    """Return the number of shards of a parameter, 1 for a plain tensor; ValueError unless `fully_shard` made them."""
     if not isinstance(param, DTensor):
         return 1
     sharded = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]

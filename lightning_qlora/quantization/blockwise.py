@@ -4,7 +4,7 @@ The weight is flattened row by row and cut into blocks, so a block may cross row
 Every step rounds like bitsandbytes 0.50 on the CPU (backends/default/ops.py, csrc/cpu_ops.cpp), bit for bit.
 """
 
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -34,12 +34,6 @@ def normalize(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     return torch.cat([scaled, (flat[full:] / absmax[-1:]).clamp(-1, 1)]) if full < flat.numel() else scaled
 
 
-def nearest_codes(values: Tensor, codebook: Codebook) -> Tensor:
-    """The code of the nearest level, the lower one on a tie: fp32 [n] -> uint8 [n]."""
-    rank = torch.bucketize(values, codebook.bounds, out_int32=True)
-    return codebook.order[rank]
-
-
 def pack(codes: Tensor) -> Tensor:
     """Two codes per byte, the first in the high half: uint8 [n] -> uint8 [n / 2]; n even (the caller pads a zero)."""
     return (codes[::2] << 4) | codes[1::2]
@@ -52,7 +46,8 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
     values = normalize(flat, absmax, block_size)
     if values.numel() % 2:
         values = torch.cat([values, values.new_zeros(1)])
-    return pack(nearest_codes(values, codebook)), absmax
+    nearest = torch.bucketize(values, codebook.bounds, out_int32=True)
+    return pack(codebook.order[nearest]), absmax
 
 
 def dequantize_4bit(
@@ -135,7 +130,4 @@ def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:
 
 
 def _in_order(terms: list[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return reduce(torch.add, terms)

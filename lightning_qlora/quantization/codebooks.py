@@ -1,7 +1,7 @@
 """Code to value: the 16 levels of NF4, FP4 and INT4 for weights, and the 256 dynamic levels for their scales."""
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,56 +15,33 @@ NF4_LEVELS = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # one sign, two exponent and one mantissa bit, in their order
+_INT4 = (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0)  # symmetric, so two codes mean zero
+_LEVELS = {
+    "nf4": NF4_LEVELS,
+    "fp4": tuple(level / 12 for level in (*_FP4, *(-level for level in _FP4))),
+    "int4": tuple(level / 7 for level in (*_INT4, *(-level for level in reversed(_INT4)))),
+}
 
 
-@dataclass(frozen=True)
-class Codebook:
-    """Sixteen levels in [-1, 1], and what is needed to find the nearest one.
+class Codebook(NamedTuple):
+    """Sixteen levels in [-1, 1], and what is needed to find the nearest one."""
 
-    Attributes:
-        levels: Level of each 4-bit code, fp32 [16].
-        order: The codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first.
-        bounds: Midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level.
-    """
-
-    levels: Tensor
-    order: Tensor
-    bounds: Tensor
-
-    def to(self, device: torch.device) -> "Codebook":
-        """The same codebook on another device."""
-        return Codebook(self.levels.to(device), self.order.to(device), self.bounds.to(device))
+    levels: Tensor  # level of each 4-bit code, fp32 [16]
+    order: Tensor  # the codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first
+    bounds: Tensor  # midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level
 
 
 @cache
 def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codebook:
     """The codebook of a 4-bit type, on a device; codes as in bitsandbytes (functional.py, get_4bit_type)."""
     if device != "cpu":
-        return codebook(quant_type).to(torch.device(device))
+        return Codebook(*(table.to(device) for table in codebook(quant_type)))
     check_choice("quant_type", quant_type, tuple(_LEVELS))
-    levels = _LEVELS[quant_type]()
+    levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)
     ascending = levels[order]
     return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2)
-
-
-def float4_levels() -> Tensor:
-    """FP4: one sign, two exponent and one mantissa bit, in the order of the bits, divided by the largest; fp32 [16]."""
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32, device="cpu")
-    return torch.cat([positive, -positive]) / 12
-
-
-def integer4_levels() -> Tensor:
-    """INT4: the integers 7 to 0 and 0 to -7, divided by 7 (symmetric, so two codes mean zero); fp32 [16]."""
-    positive = torch.arange(7, -1, -1, dtype=torch.float32, device="cpu")
-    return torch.cat([positive, -positive.flip(0)]) / 7
-
-
-_LEVELS = {
-    "nf4": lambda: torch.tensor(NF4_LEVELS, dtype=torch.float32, device="cpu"),
-    "fp4": float4_levels,
-    "int4": integer4_levels,
-}
 
 
 @cache

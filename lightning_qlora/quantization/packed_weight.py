@@ -20,23 +20,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be
 
 
 class PackedBytes(NamedTuple):
-    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change.
+    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change."""
 
-    Attributes:
-        packed: Two codes per byte, ceil(n / 2) bytes in any shape.
-        absmax: The 8-bit code of each block's scale, or the bytes of fp32 scales without double quantization.
-        nested: The bytes of the fp32 second-level scales and, last, of the offset; empty without double quantization.
-        shape: [out_features, in_features] of the weight, n = out_features * in_features.
-        quant_type: "nf4", "fp4" or "int4".
-        block_size: Weights that share one scale.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    nested: Tensor
-    shape: tuple[int, int]
+    packed: Tensor  # two codes per byte, ceil(n / 2) bytes in any shape
+    absmax: Tensor  # the 8-bit code of each block's scale, or the bytes of fp32 scales without double quantization
+    nested: Tensor  # with double quantization, the bytes of the fp32 second-level scales and, last, of the offset
+    shape: tuple[int, int]  # [out_features, in_features], n = out_features * in_features
     quant_type: QuantType
-    block_size: int
+    block_size: int  # weights that share one scale
 
     @property
     def numel(self) -> int:
@@ -69,11 +60,10 @@ def check_bytes(weight: PackedBytes) -> None:
 def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple[int, int, int]:
     """Bytes of the three tensors of a weight."""
     check_choice("block_size", block_size, BLOCK_SIZES)
-    blocks = -(-shape[0] * shape[1] // block_size)
-    packed = (shape[0] * shape[1] + 1) // 2
-    if not double_quant:
-        return packed, 4 * blocks, 0
-    return packed, blocks, 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
+    numel = shape[0] * shape[1]
+    blocks = -(-numel // block_size)
+    nested = 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
+    return (numel + 1) // 2, *((blocks, nested) if double_quant else (4 * blocks, 0))
 
 
 def aligned(held: Tensor) -> Tensor:
@@ -124,21 +114,14 @@ class PackedWeight:
         scales = self.absmax
         if self.nested_absmax is not None:
             scales = blockwise.dequantize_absmax(self.absmax, self.nested_absmax, self.offset)
-        book = codebook(self.quant_type, str(self.packed.device))
-        flat = blockwise.dequantize_4bit(
-            self.packed.view(-1), scales, math.prod(self.shape), book, self.block_size, dtype or self.dtype
-        )
-        return flat.view(self.shape)
+        book, numel = codebook(self.quant_type, str(self.packed.device)), math.prod(self.shape)
+        packed, dtype = self.packed.view(-1), dtype or self.dtype
+        return blockwise.dequantize_4bit(packed, scales, numel, book, self.block_size, dtype).view(self.shape)
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The same weight on another device."""
-        nested = self.nested_absmax
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            absmax=self.absmax.to(device),
-            nested_absmax=None if nested is None else nested.to(device),
-        )
+        nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
+        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested_absmax=nested)
 
     def to_bytes(self) -> PackedBytes:
         """The uint8 tensors that a layer stores; a weight of one dimension becomes one row."""
@@ -157,10 +140,8 @@ class PackedWeight:
             nested_absmax, offset = nested[:-1], nested[-1].item()
         else:
             absmax = aligned(absmax).view(torch.float32)
-        return cls(
-            weight.packed.reshape(-1, 1), absmax, nested_absmax, offset, weight.shape, weight.quant_type,
-            weight.block_size, dtype,
-        )  # fmt: skip
+        packed, (shape, quant_type, block_size) = weight.packed.reshape(-1, 1), weight[3:]
+        return cls(packed, absmax, nested_absmax, offset, shape, quant_type, block_size, dtype)
 
     def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
@@ -172,16 +153,12 @@ class PackedWeight:
         }
         entries = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).levels.to(self.packed.device)}
         if self.nested_absmax is not None:
-            meta |= {
-                "nested_blocksize": blockwise.NESTED_BLOCK_SIZE,
-                "nested_dtype": "float32",
-                "nested_offset": self.offset,
-            }
+            meta |= {"nested_blocksize": blockwise.NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
+            meta["nested_offset"] = self.offset
             entries["nested_absmax"] = self.nested_absmax
             entries["nested_quant_map"] = dynamic_map(device=self.packed.device)
-        entries[_BNB_META + self.quant_type] = torch.tensor(
-            list(json.dumps(meta).encode()), dtype=torch.uint8, device="cpu"
-        )
+        text = json.dumps(meta).encode()
+        entries[_BNB_META + self.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
         return {prefix: self.packed, **{f"{prefix}.{name}": value for name, value in entries.items()}}
 
     @classmethod
@@ -204,10 +181,9 @@ class PackedWeight:
         packed = state[prefix].contiguous().view(torch.uint8).reshape(-1, 1)
         absmax, nested = state[f"{prefix}.absmax"], state.get(f"{prefix}.nested_absmax")
         blocks = -(-numel // block_size)
-        if packed.numel() != (numel + 1) // 2 or absmax.numel() != blocks:
+        if packed.numel() != (numel + 1) // 2:
             raise ValueError(
-                f"{prefix}: a weight of shape {meta['shape']} in blocks of {block_size} has {(numel + 1) // 2} "
-                f"bytes and {blocks} scales; got {packed.numel()} and {absmax.numel()}."
+                f"{prefix}: a weight of shape {meta['shape']} has {(numel + 1) // 2} bytes; got {packed.numel()}."
             )
         if (nested is not None) is not has_nested:
             raise ValueError(
@@ -220,16 +196,9 @@ class PackedWeight:
             _check_scales(f"{prefix}.nested_absmax", nested, -(-blocks // blockwise.NESTED_BLOCK_SIZE), torch.float32)
             _check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
             nested = nested.reshape(-1)
-        return cls(
-            packed,
-            absmax.reshape(-1),
-            nested,
-            meta["nested_offset"] if has_nested else 0.0,
-            tuple(meta["shape"]),
-            cast(QuantType, meta["quant_type"]),
-            block_size,
-            getattr(torch, meta["dtype"]),
-        )
+        quant_type, dtype = cast(QuantType, meta["quant_type"]), getattr(torch, meta["dtype"])
+        shape, offset = tuple(meta["shape"]), meta.get("nested_offset", 0.0)
+        return cls(packed, absmax.reshape(-1), nested, offset, shape, quant_type, block_size, dtype)
 
 
 def _read_meta(prefix: str, key: str, held: Tensor) -> dict[str, Any]:

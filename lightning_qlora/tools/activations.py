@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.layers.deferred_logits import DeferredLogits
@@ -26,31 +26,18 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 
 
 class StepMemory(NamedTuple):
-    """Bytes at the peak of a forward and a backward pass, without parameters, buffers and inputs.
+    """Bytes at the peak of a forward and a backward pass, without parameters, buffers and inputs."""
 
-    Attributes:
-        activations: Tensors that autograd saved, temporary tensors of operations and of the loss, and the buffer for
-            the largest input of an adapter after dropout.
-        gradients: Gradients of parameters that exist at that moment.
-    """
-
-    activations: int
-    gradients: int
+    activations: int  # also temporary tensors, of the loss too, and the buffer for an adapter's input after dropout
+    gradients: int  # of parameters, at that moment
 
 
 def forward_function(fake_model: nn.Module, batch_size: int, length: int, example: Any) -> Callable[[], Any] | None:
-    """A function that runs the model once and returns its output; None if its inputs are not known.
-
-    The function raises ValueError, with a message of one line, if the model fails, and torch's error where the code of
-    the model depends on values.
-
-    Raises:
-        ValueError: If the model has fewer positions than `length`.
-    """
+    """A function that runs the model once; None if its inputs are not known. ValueError for more than its positions."""
     if isinstance(example, Mapping):
         return lambda: fake_model(**example)
     if example is not None:
-        return lambda: fake_model(*example) if isinstance(example, tuple) else fake_model(example)
+        return lambda: fake_model(*(example if isinstance(example, tuple) else (example,)))
     base: Any = find_base_model(fake_model)[1]
     if not is_transformers_model(base) or base.main_input_name != "input_ids":
         return None
@@ -73,27 +60,20 @@ def positions_of(fake_model: nn.Module) -> int | None:
     """Positions of a transformers model; None if they are not limited or not known."""
     config: Any = getattr(find_base_model(fake_model)[1], "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    known = [getattr(config, name, None) for name in POSITIONS]
+    known = (getattr(config, name, None) for name in POSITIONS)
     return next((number for number in known if type(number) is int and number > 0), None)
 
 
 def fake_example(example: Any, mode: FakeTensorMode) -> Any:
     """Copy an example input; the tensors of the copy have no data."""
-    if isinstance(example, tuple):
-        return tuple(fake_example(value, mode) for value in example)
-    if isinstance(example, Mapping):
-        return {key: fake_example(value, mode) for key, value in example.items()}
-    return mode.from_tensor(example) if isinstance(example, Tensor) else example
+    return tree_map_only(Tensor, mode.from_tensor, dict(example) if isinstance(example, Mapping) else example)
 
 
 def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory | None:
     """The peak of one forward and backward pass; None if the code of the model depends on values.
 
     The loss is that of the model. Where it returns none, deferred logits get a cross entropy, and all other outputs a
-    gradient of their size. Every expert of a mixture gets the same number of tokens.
-
-    Raises:
-        ValueError: If the model fails; one line.
+    gradient of their size. Every expert of a mixture gets the same number of tokens. A model that fails: ValueError.
     """
     fake_model.train()
     trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]
@@ -137,10 +117,8 @@ def _cross_entropy(logits: Tensor) -> Tensor:
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this, the bytes of all new tensors are counted until they are freed.
 
-    Attributes:
-        peak: Most bytes at once.
-        gradients_at_peak: Bytes of the gradients of parameters at that moment.
-        dropped: Bytes of the buffer that the kernels keep for drop(x) (`kernels/scratch.py`).
+    `peak` and `gradients_at_peak` are those of `StepMemory`, but `dropped`, the buffer that the kernels keep for
+    drop(x) (`kernels/scratch.py`), is counted apart.
     """
 
     def __init__(self, known: list[Tensor]) -> None:

@@ -3,7 +3,6 @@
 A command imports what it runs, so that help and mistakes are answered without torch.
 """
 
-import inspect as signatures
 import json as json_format
 import os
 import re
@@ -30,18 +29,6 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError)
 WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
-def _with_arguments_of_config(command: Any) -> Any:
-    """A command with the arguments of QLoRAConfig in place of **arguments, and their descriptions."""
-    own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    of_config = signatures.signature(QLoRAConfig).parameters.values()
-    parameters = own + [parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY) for parameter in of_config]
-    command.__signature__ = signatures.Signature(parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    descriptions = re.split(r"\n\s*(?:Args|Raises):\n", QLoRAConfig.__doc__ or "")[1]
-    command.__doc__ = re.sub(r"        \*\*arguments: .*", lambda _: descriptions.strip("\n"), command.__doc__)
-    return command
-
-
 def _with_true(arguments: list[str]) -> list[str]:
     """--check and --json without a value, which jsonargparse asks for, as true."""
     with_values = []
@@ -50,7 +37,6 @@ def _with_true(arguments: list[str]) -> list[str]:
     return with_values
 
 
-@_with_arguments_of_config
 def plan(
     model: str,
     batch_size: int = 1,
@@ -71,6 +57,7 @@ def plan(
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
+    config = QLoRAConfig(**arguments)  # where jsonargparse finds them
     from lightning_qlora.tools.fit import what_fits
     from lightning_qlora.tools.memory_estimate import estimate_memory
 
@@ -78,12 +65,11 @@ def plan(
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
-    estimate = estimate_memory(model, batch_size, sequence_length, optimizer, example=None, **arguments)
-    fits = () if gpu_memory is None else what_fits(
-        model, gpu_memory, batch_size, sequence_length, optimizer, QLoRAConfig(**arguments)
-    )  # fmt: skip
+    run = batch_size, sequence_length, optimizer
+    estimate = estimate_memory(model, *run, example=None, **vars(config))
+    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, config)
     if json:
-        totals = {name: getattr(estimate, name) for name in ("total", "device")}
+        totals = {"total": estimate.total, "device": estimate.device}
         _print_json({**vars(estimate), **totals, **({"fits": list(fits)} if gpu_memory else {})})
         return
     print(estimate)
@@ -184,9 +170,9 @@ def export(
         warnings.warn(need, stacklevel=2)
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
-    objections = vllm_objections(adapter, max_lora_rank)
     print(f"trained on: {trained_on(adapter.quantization)}")
-    print(f"vLLM can load it; {VLLM_BASE}" if not objections else "vLLM cannot load it: " + " ".join(objections))
+    objections = " ".join(vllm_objections(adapter, max_lora_rank))
+    print(f"vLLM cannot load it: {objections}" if objections else f"vLLM can load it; {VLLM_BASE}")
 
 
 def average(checkpoints: list[str], output: str, prefix: str | None = None, weights_only: bool = True) -> None:
@@ -219,17 +205,13 @@ def doctor(check: bool = False, json: bool = False) -> None:
     """
     from lightning_qlora.tools.doctor import environment, examine
 
-    found = []
+    checks = {}
     for name, what, good in examine(check):
-        found.append((name, what, good))
+        checks[name] = {"found": what, "good": good}
         if not json:
             _show([(name, what if good else f"{what}  <-- wrong")])
-    if json:
-        checks = {name: {"found": what, "good": good} for name, what, good in found}
-        _print_json({"checks": checks, "environment": dict(environment())})
-    else:
-        _show(list(environment().items()))
-    if not all(good for _, _, good in found):
+    _print_json({"checks": checks, "environment": environment()}) if json else _show(list(environment().items()))
+    if not all(check["good"] for check in checks.values()):
         raise SystemExit(1)
 
 
@@ -252,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             """Print a mistake and where the help is."""
             self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{self.prog} --help lists the arguments.\n")
 
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that incomplete folders are deleted
     print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
@@ -305,10 +287,6 @@ def _plain(message: str) -> str:
     """A message of jsonargparse in one line, with what an argument of another library is called here."""
     ours = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
     return " ".join([*message.split(), *ours])
-
-
-def _exit(*_: Any) -> None:
-    raise SystemExit(143)  # an exception, so that incomplete folders are deleted
 
 
 if __name__ == "__main__":

@@ -40,20 +40,22 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
         yield "C compiler", build.compiler(), True
     except build.BuildError as error:
         yield "C compiler", f"{error}; the CPU path is slower without one", True
-    for device in devices()[1:]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", index) for index in range(count)]
+    for device in devices:
         facts = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
         yield str(device), f"{facts.name}, {size_text(free)} of {size_text(total)} free", True
         yield f"{device} paging", paging(device, facts), True
-    if len(devices()) == 1:
+    if not devices:
         yield "GPU", "none that torch supports", True
-    for device in devices():
+    for device in (torch.device("cpu"), *devices):
         wrong = backends.failures(device, check)
         yield f"{device} kernels", backends.describe(device), True
         yield from (
             (f"{device} {op}", f"in plain torch, because its kernels fail: {why}", False) for op, why in wrong.items()
         )
-    for device in devices():
+    for device in (torch.device("cpu"), *devices):
         yield from _self_test(device)
 
 
@@ -62,12 +64,6 @@ def paging(device: torch.device, properties: Any) -> str:
     if getattr(properties, "is_integrated", False):
         return "brings nothing: this GPU uses the host's memory, so there is no other one to page to"
     return why_not_managed(device) or "unified memory"
-
-
-def devices() -> list[torch.device]:
-    """The CPU and every CUDA or ROCm device."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
 
 
 def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
@@ -88,9 +84,8 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     assert isinstance(linear, QLoRALinear)
     linear.lora_B.data.normal_(std=0.02)
     x = torch.randn(64, 768, generator=generator, device="cpu").to(device).requires_grad_()
-    y, dense = linear(x), linear.decode() + linear.delta()
-    gradient = torch.autograd.grad(y.square().sum(), x)[0]
-    reference = torch.autograd.grad((x @ dense.T).square().sum(), x)[0]
+    outputs = linear(x), x @ (linear.decode() + linear.delta()).T
+    gradient, reference = (torch.autograd.grad(y.square().sum(), x)[0] for y in outputs)
     off = ((gradient - reference).norm() / reference.norm()).item()
     yield f"{name}: gradient", f"within {off:.1e} of a dense layer's", off < 1e-2
     target = torch.randn(64, 512, generator=generator, device="cpu").to(device)
@@ -109,6 +104,5 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
 
 def environment() -> dict[str, str]:
     """The environment variables that change what runs."""
-    ours = ("LIGHTNING_QLORA_CACHE", library.OFF)
-    names = ("TRITON_INTERPRET", *ours, "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    names = "TRITON_INTERPRET", "LIGHTNING_QLORA_CACHE", library.OFF, "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
     return {name: os.environ[name] for name in names if name in os.environ}

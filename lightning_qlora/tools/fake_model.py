@@ -18,7 +18,6 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
-from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import conversion_report, freeze
@@ -47,12 +46,12 @@ def meta_model(model: Any) -> nn.Module:
     except ImportError as error:
         raise TypeError(f"model={model!r}: is not a module, and transformers is not installed.") from error
     named = isinstance(model, (str, os.PathLike))
-    if not named and not isinstance(model, transformers.PretrainedConfig):
+    if named:
+        is_file(os.path.join(model, "config.json"))  # transformers would wait for a pipe
+    elif not isinstance(model, transformers.PretrainedConfig):
         raise TypeError(
             f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
         )
-    if named:
-        is_file(os.path.join(model, "config.json"))  # transformers would wait for a pipe
     try:
         config = transformers.AutoConfig.from_pretrained(model) if named else model
         with torch.device("meta"):
@@ -74,10 +73,9 @@ def _model_of_config(config: Any) -> nn.Module:
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     name = next(iter(getattr(config, "architectures", None) or []), "")
     causal_models: Any = transformers.AutoModelForCausalLM._model_mapping
-    model_class = getattr(transformers, name, None) or causal_models.get(type(config), None)
-    if model_class is None:
-        return cast(nn.Module, transformers.AutoModel.from_config(config, dtype=dtype))  # type: ignore[no-untyped-call]
-    return cast(nn.Module, model_class._from_config(config, dtype=dtype))
+    model_class: Any = getattr(transformers, name, None) or causal_models.get(type(config), None)
+    make: Any = transformers.AutoModel.from_config if model_class is None else model_class._from_config
+    return cast(nn.Module, make(config, dtype=dtype))
 
 
 def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list[QLoRALinear], ConversionReport]:
@@ -94,9 +92,8 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 
-        def convert(layer: nn.Linear, number: int, name: str = name, config: QLoRAConfig = of_stack) -> None:
-            packed = _packed(layer.weight, config)
-            QLoRALinear.from_packed(layer, packed, nn.Linear, config, f"{name}{SUFFIX}.{number}")
+        def convert(layer: nn.Linear, number: int, name: str = f"{name}{SUFFIX}", own: QLoRAConfig = of_stack) -> None:
+            QLoRALinear.from_packed(layer, _packed(layer.weight, own), nn.Linear, own, f"{name}.{number}")
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice, new)
@@ -110,18 +107,12 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
 
 
 def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
-    blocks = -(-weight.numel() // config.block_size)
-    nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
-    return PackedWeight(
-        torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="cpu"),
-        torch.empty(blocks, dtype=torch.uint8 if config.double_quant else torch.float32, device="cpu"),
-        torch.empty(nested_blocks, device="cpu") if config.double_quant else None,
-        0.0,
-        tuple(weight.shape),
-        config.quant_type,
-        config.block_size,
-        weight.dtype,
-    )
+    """A 4-bit weight without data, by the shape function of the op."""
+    how = config.quant_type, config.block_size
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(weight, *how, config.double_quant)
+    nested_absmax = nested.view(torch.float32)[:-1] if config.double_quant else None
+    absmax = absmax if config.double_quant else absmax.view(torch.float32)
+    return PackedWeight(packed[:, None], absmax, nested_absmax, 0.0, tuple(weight.shape), *how, weight.dtype)
 
 
 def one_line(error: Exception) -> str:

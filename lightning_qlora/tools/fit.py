@@ -16,17 +16,12 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 DRIVER, FRAGMENTATION = 0.8e9, 0.04  # bytes, and share of the memory, that a run can't use
 STEP = 128  # tokens between the lengths that are tried
 LONGEST, MOST = 1 << 20, 1 << 12  # tokens and sequences that are tried at most
-CHANGES: list[dict[str, Any]] = [  # in the order in which they are tried: those that cost nothing, time, quality
-    {"paged_optimizer": "auto"}, {"deferred_logits": "auto"}, {"gradient_checkpointing": True}, {"r": 16},
-]  # fmt: skip
+# Arguments that are tried, in this order: those that cost nothing, time, quality.
+TRIED: dict[str, Any] = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True, "r": 16}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a text such as 24GB (24 * 10^9), 24GiB (24 * 2^30) or 24000000000.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Bytes of a text such as 24GB (24 * 10^9), 24GiB (24 * 2^30) or 24000000000; ValueError for other texts."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
         raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
@@ -39,29 +34,20 @@ def parse_memory(text: str) -> int:
 def what_fits(
     model: Any, gpu_memory: str, batch_size: int, sequence_length: int, optimizer: OptimizerName, config: QLoRAConfig
 ) -> Iterator[str]:
-    """Lines that say which settings fit, and what fits with them.
-
-    Args:
-        model: As in `estimate_memory`.
-        gpu_memory: See `parse_memory`.
-        batch_size: Sequences per step.
-        sequence_length: Tokens per sequence.
-        optimizer: Optimizer whose state is counted.
-        config: The arguments of the conversion.
-    """
+    """Lines that say which settings fit, and what fits with them; arguments: `estimate_memory` and `parse_memory`."""
     memory = parse_memory(gpu_memory)
     usable = int(memory * (1 - FRAGMENTATION) - DRIVER)
     yield (
         f"GPU memory {_both(memory)}, for the run {_both(usable)}: the driver takes up to {size_text(DRIVER)}, "
         f"fragmentation {FRAGMENTATION:.0%}. A card that is sold as 24 GB has 24 GiB: pass 24GiB."
     )
-    run, estimate, names = PlannedRun(model, optimizer, config), None, list[str]()
-    for change in [{}, *CHANGES]:
-        if not _is_change(run.config, change):
-            continue
-        if change:
-            run = PlannedRun(model, optimizer, replace(run.config, **change))
-            names += [f"{name}={value}" for name, value in change.items()]
+    run, names = PlannedRun(model, optimizer, config), list[str]()
+    for name, value in [("", None), *TRIED.items()]:
+        if name:
+            if not _saves_memory(run.config, name, value):
+                continue
+            run = PlannedRun(model, optimizer, replace(run.config, **{name: value}))
+            names.append(f"{name}={value}")
         estimate = run.estimate(batch_size, sequence_length)
         if not estimate.counted_activations:
             yield "The activations can't be counted, so it is not known what fits."
@@ -82,11 +68,8 @@ def needed(estimate: MemoryEstimate) -> int:
     return estimate.device + estimate.parts["decode buffer"]
 
 
-def _is_change(config: QLoRAConfig, change: dict[str, Any]) -> bool:
-    """Whether a change of the config saves memory."""
-    if "r" in change:
-        return config.r > change["r"] and config.adapter is None
-    return not change or any(getattr(config, name) is False for name in change)
+def _saves_memory(config: QLoRAConfig, name: str, value: Any) -> bool:
+    return config.r > value and config.adapter is None if name == "r" else getattr(config, name) is False
 
 
 def _largest_sizes(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> Iterator[str]:
@@ -104,14 +87,7 @@ def _largest_sizes(run: PlannedRun, usable: int, batch_size: int, sequence_lengt
 def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, limit: int) -> int:
     """The largest of fitting, fitting + step, ... that needs no more than the budget, or the limit if that fits.
 
-    Memory grows almost linearly, so a line through two known points leads to the result in few calls.
-
-    Args:
-        memory: Number -> bytes, increasing.
-        budget: Bytes.
-        fitting: A number that fits.
-        step: Distance between numbers.
-        limit: Largest number.
+    `memory` (number -> bytes) grows almost linearly, so a line through two known points leads to it in few calls.
     """
     low, high, bytes_low = fitting, limit + step, memory(fitting)
     guess, bisect = min(2 * fitting, limit), False

@@ -21,11 +21,7 @@ from lightning_qlora.training.report import size_text
 
 
 def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
-    """Describe a file or folder by names and values.
-
-    Args:
-        path: A Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model.
-        weights_only: As in `torch.load`, for a checkpoint.
+    """Describe a Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model: names and values.
 
     Raises:
         FileNotFoundError, ValueError: If it does not exist or is broken.
@@ -33,8 +29,13 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     if is_shards(path) or (not os.path.isdir(path) and is_file(path)):
         state, _ = read_converted_state_dict(path, weights_only)
         adapter = read_adapter_from_checkpoint(path, weights_only=weights_only)
-        lines = [("kind", "Lightning checkpoint of a converted module"), *_adapter_lines(adapter)]
-        return [*lines, ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base")]
+        files = [path for path in Path(path).rglob("*") if path.is_file()] or [Path(path)]  # one, or shards
+        return [
+            ("kind", "Lightning checkpoint of a converted module"),
+            ("size of the checkpoint", size_text(sum(file.stat().st_size for file in files))),
+            *_adapter_lines(adapter),
+            ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base"),
+        ]
     if is_file(os.path.join(path, CONFIG)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
     return _model_lines(WeightFolder(resolve_model(path)))
@@ -49,10 +50,10 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]
     tensors = [t for t in [*matrices, *adapter.saved.values()] if t is not None]
     kinds = [kind for kind, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if used]
-    objections = vllm_objections(adapter)
+    objections, how = vllm_objections(adapter), adapter.quantization
     return [
         ("base", adapter.base_model or "unknown"),
-        ("quantization", _quantization(adapter)),
+        ("quantization", "unknown" if how is None else ", ".join(f"{name}={value}" for name, value in how.items())),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
         ("rank", _counts(ranks)),
@@ -60,14 +61,9 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("kind of LoRA", ", ".join(kinds) or "plain"),
         ("modules_to_save", ", ".join(sorted({key.rpartition(".")[0] for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
-        ("size", size_text(sum(t.nbytes for t in tensors))),
+        ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
         ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more); {VLLM_BASE}"),
     ]
-
-
-def _quantization(adapter: Adapter) -> str:
-    found = adapter.quantization
-    return "unknown" if found is None else ", ".join(f"{name}={value}" for name, value in found.items())
 
 
 def _counts(counter: Counter[int] | Counter[float]) -> str:
@@ -84,7 +80,7 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
     for key, entry in folder.entries.items():
         weight = key.partition(".weight.")[0] + ".weight" if ".weight." in key else key  # or its scales
         types["4-bit" if weight in packed else entry.dtype] += entry.nbytes
-    named, stored = config.get("architectures"), config.get("quantization_config")
+    named, stored, files = config.get("architectures"), config.get("quantization_config"), folder.files()
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     return [
         ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
@@ -92,7 +88,7 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
         ("quantization", f"{method}, {_quant_type(folder, packed)}" if method and packed else "none"),
         ("4-bit layers", str(len(packed))),
         ("tensors", str(len(folder.entries))),
-        ("files", f"{len(folder.files())}: {_names(folder.files())}"),
+        ("files", f"{len(files)}: {files[0].name}" + (f" to {files[-1].name}" if len(files) > 1 else "")),
         ("size", ", ".join(f"{kind} {size_text(count)}" for kind, count in types.most_common())),
     ]
 
@@ -102,7 +98,3 @@ def _quant_type(folder: WeightFolder, packed: set[str]) -> str:
     key = next(key for key in folder.entries if key.startswith(first + ".quant_state."))
     nested = f"{first}.nested_absmax" in folder.entries
     return key.rpartition("__")[2] + (", double quantization" if nested else "")
-
-
-def _names(files: list[Path]) -> str:
-    return files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name}"

@@ -5,7 +5,7 @@ activations and temporary tensors are counted, not guessed.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -16,17 +16,16 @@ from lightning_qlora.checks import check_choice, check_integer
 from lightning_qlora.config import OptimizerName, QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.tools.activations import StepMemory, fake_example, forward_function, step_memory
+from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import convert_fake_model, fake_copy, meta_model
 from lightning_qlora.training.convert_checks import check_initialized
-from lightning_qlora.training.report import ConversionReport, size_text
+from lightning_qlora.training.report import parameter_bytes, size_text
 from lightning_qlora.words import refuse_unknown_arguments
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
 STATE_8BIT = 2 * (1 + 4 / 256)
-OWN = ("batch_size", "sequence_length", "optimizer", "example")  # arguments of `estimate_memory` alone
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ class MemoryEstimate:
     def __str__(self) -> str:
         texts = {part: _row(part, count) for part, count in self.parts.items()}
         if not self.counted_activations:
-            texts["activations"] = (
-                f"{'activations':22}{'unknown':>12}  (pass example=; loops over experts can't be counted)"
-            )
+            hint = "(pass example=; loops over experts can't be counted)"
+            texts["activations"] = f"{'activations':22}{'unknown':>12}  {hint}"
         if self.gradients_at_peak < self.parts["gradients"]:
-            texts["gradients"] += f"  ({size_text(self.gradients_at_peak)} of it at the peak of all parts)"
+            at_peak = size_text(self.gradients_at_peak) if self.gradients_at_peak else "none"
+            texts["gradients"] += f"  ({at_peak} of it at the peak of all parts)"
         if self.paged and self.parts["optimizer state"]:
             texts["optimizer state"] += "  (may move to host memory)"
         texts["total"] = _row("total at the peak", self.total)
@@ -82,7 +81,7 @@ class MemoryEstimate:
         texts["notes"] = (
             f"{self.trainable_parameters:,} of {self.total_parameters:,} weights are trained. Before quantization the "
             f"weights alone take {size_text(self.dense_bytes)}. Not counted: the driver's own memory (0.3 to 0.8 GB on "
-            "CUDA) and fragmentation (a few percent)."
+            "CUDA), on a CPU what libraries keep (about 60 MB), and fragmentation (a few percent)."
         )
         texts |= {name: f"{name}  x{count}  {status}" for name, status, count in self.layers}
         return "\n".join(texts.values())
@@ -117,7 +116,8 @@ def estimate_memory(
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
     """
-    refuse_unknown_arguments(arguments, [*OWN, *QLoRAConfig.__dataclass_fields__])
+    own = ("batch_size", "sequence_length", "optimizer", "example")
+    refuse_unknown_arguments(arguments, [*own, *QLoRAConfig.__dataclass_fields__])
     check_choice("optimizer", optimizer, get_args(OptimizerName))
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("sequence_length", sequence_length, at_least=1)
@@ -125,12 +125,7 @@ def estimate_memory(
 
 
 class PlannedRun:
-    """A converted model without data, for which steps of several sizes can be estimated.
-
-    Args:
-        model, optimizer, example: As in `estimate_memory`.
-        config: The arguments of the conversion.
-    """
+    """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`."""
 
     def __init__(self, model: Any, optimizer: OptimizerName, config: QLoRAConfig, example: Any = None) -> None:
         made = model if isinstance(model, nn.Module) else meta_model(model)
@@ -140,52 +135,36 @@ class PlannedRun:
         self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         with self._mode:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
-            dense_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-            self.layers, report = convert_fake_model(self.model, config)
-        self._without_step = _estimate(self.model, self.layers, optimizer, config, report, dense_bytes)
+            self._dense_bytes = parameter_bytes(self.model)
+            layers, self._report = convert_fake_model(self.model, config)
+        packed = sum(p.nbytes for layer in layers for key, p in layer.named_parameters(recurse=False) if key in BASE)
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        in_8_bits = int(self._report.trainable_parameters * STATE_8BIT)
+        self._parts = {
+            "4-bit weights": packed,
+            "other frozen weights": self._report.bytes_after - packed - trained,
+            "trained weights": trained,
+            "gradients": trained,
+            "optimizer state": in_8_bits if optimizer == "adamw8bit" else int(trained * STATE[optimizer]),
+            "decode buffer": _decode_buffers(layers),
+        }
 
     def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         """The memory of a run with batches of this size."""
         with self._mode:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
             step = None if forward is None else step_memory(self.model, forward)
-        return with_step(self._without_step, step)
-
-
-def with_step(estimate: MemoryEstimate, step: StepMemory | None) -> MemoryEstimate:
-    """An estimate with the activations of a step; None: unknown."""
-    activations, gradients = step or StepMemory(0, estimate.parts["gradients"])
-    parts = estimate.parts | {"activations": activations}
-    return replace(estimate, parts=parts, gradients_at_peak=gradients, counted_activations=step is not None)
-
-
-def _estimate(
-    model: nn.Module, layers: list[QLoRALinear], optimizer: str, config: QLoRAConfig, report: ConversionReport,
-    dense_bytes: int,
-) -> MemoryEstimate:  # fmt: skip
-    """All but the activations."""
-    packed = sum(p.nbytes for layer in layers for key, p in layer._parameters.items() if p is not None and key in BASE)
-    trained, trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad), report.trainable_parameters
-    parts = {
-        "4-bit weights": packed,
-        "other frozen weights": report.bytes_after - packed - trained,
-        "trained weights": trained,
-        "gradients": trained,
-        "optimizer state": int(trainable * STATE_8BIT if optimizer == "adamw8bit" else trained * STATE[optimizer]),
-        "decode buffer": _decode_buffers(layers),
-        "activations": 0,
-    }
-    paged, total = bool(config.paged_optimizer), report.total_parameters
-    return MemoryEstimate(parts, 0, paged, trainable, total, dense_bytes, False, report.rows())
+        activations, gradients = step or (0, self._parts["gradients"])
+        parts, report = {**self._parts, "activations": activations}, self._report
+        paged, weights = bool(self.config.paged_optimizer), (report.trainable_parameters, report.total_parameters)
+        return MemoryEstimate(parts, gradients, paged, *weights, self._dense_bytes, step is not None, report.rows())
 
 
 def _decode_buffers(layers: list[QLoRALinear]) -> int:
     """Bytes of the buffers that weights are decoded to: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        types = {layer.compute_dtype(torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}
-        if layer.config.use_dora:
-            types.add(torch.float32)  # the norm of the rows
-        for dtype in types:
-            largest[dtype] = max(largest.get(dtype, 0), layer.weight_bytes.numel)
+        dtype = layer.compute_dtype(torch.empty(0, dtype=layer.weight_dtype, device="cpu"))
+        for each in {dtype, torch.float32} if layer.config.use_dora else {dtype}:  # DoRA: the norm of the rows
+            largest[each] = max(largest.get(each, 0), layer.weight_bytes.numel)
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())

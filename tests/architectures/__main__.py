@@ -163,7 +163,7 @@ TAIL = """
   and PEFT has no adapter for them.
 - Convolutions, of kernel 1 too. Only SqueezeBERT is made of those (52.1% of it), and most of them have groups, so they
   are no linear layers.
-- Layers so small that their adapter would be larger than they are, or of at most 64 weights, train in full.
+- Layers so small that their adapter would not be smaller, or of at most 64 weights, train in full.
 
 ## Folders of more classes
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_qlora.files.safetensors_folder import read_header
+from lightning_qlora.files.safetensors_folder import read_header, resolve_model
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,16 @@ def test_a_damaged_header_is_one_line(old, new, tmp_path):
     with pytest.raises(ValueError, match="not a safetensors file, or truncated") as error:
         read_header(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_no_name_of_an_error(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def no_connection(*_, **__):
+        raise hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(hub, "snapshot_download", no_connection)
+    with pytest.raises(
+        FileNotFoundError, match=r"hub\. Check the spelling, and the connection: the hub did not answer\."
+    ):
+        resolve_model("someone/typo")

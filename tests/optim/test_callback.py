@@ -211,5 +211,5 @@ def test_two_processes(mode, tmp_path):
 
 def test_a_copy_of_the_callback_has_its_own_pages():
     callback = pickle.loads(pickle.dumps(PagedOptimizer(min_numel=7)))
-    assert callback._pager._min_numel == 7
+    assert callback._pager.min_numel == 7
     assert callback.report().tensors == 0

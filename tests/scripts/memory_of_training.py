@@ -3,7 +3,7 @@
     python -m tests.scripts.memory_of_training small|smollm2
 
 Each entry: [setting, planned, measured]. Measured is the peak of anonymous memory above that of the converted model
-after one step, so that what libraries keep for themselves (oneDNN: 20 MB for SmolLM2-135M) does not count.
+after one step, so that what libraries keep for themselves (oneDNN: 20 to 25 MB for SmolLM2-135M) does not count.
 Start it with MALLOC_MMAP_THRESHOLD_=65536: else glibc keeps memory that torch has freed.
 """
 

@@ -11,7 +11,7 @@ replaces the closure with one that prefetches when the gradients are ready.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -28,12 +28,7 @@ from lightning_qlora.optim.state_8bit import to_32bit
 
 
 class OptimizerPages:
-    """Pages the state of one optimizer, from construction to `close`.
-
-    Args:
-        optimizer: Any `torch.optim.Optimizer`. State that exists already is paged now.
-        min_numel: Tensors with fewer elements are not paged.
-    """
+    """Pages the state of one optimizer, tensors of `min_numel` elements and more, from construction to `close`."""
 
     def __init__(self, optimizer: Optimizer, min_numel: int) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -41,7 +36,7 @@ class OptimizerPages:
         self._pools: dict[torch.device, Pool | None] = {}
         self._in_update = False
         self._deferred: list[tuple[Tensor, str, Tensor]] = []
-        optimizer.state = self._observe(optimizer.state)
+        self._observe(optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -99,20 +94,19 @@ class OptimizerPages:
 
     def close(self) -> None:
         """Stop paging: move the state to plain host memory, free the pools, remove the hooks."""
-        optimizer = self._optimizer()
-        if optimizer is not None and isinstance(optimizer.state, PagedState):
-            for pool, tensors in self.paged():
-                for tensor in tensors:
-                    pool.move_out(tensor)
-            optimizer.state = optimizer.state.plain()
-        if optimizer is not None:
+        if (optimizer := self._optimizer()) is not None:
+            if isinstance(optimizer.state, PagedState):
+                for pool, tensors in self.paged():
+                    for tensor in tensors:
+                        pool.move_out(tensor)
+                optimizer.state = optimizer.state.plain()
             _PAGES.pop(optimizer, None)
         for hook in self._hooks:
             hook.remove()
         self._pools.clear()
 
-    def _observe(self, state: Mapping[Any, Any]) -> PagedState:
-        return PagedState(self.page, self._before_read, state)
+    def _observe(self, optimizer: Optimizer) -> None:
+        optimizer.state = PagedState(self.page, self._before_read, optimizer.state)
 
     def _before_read(self) -> None:
         if not self._in_update:  # in an update the optimizer launches kernels, which wait for the prefetch
@@ -138,7 +132,7 @@ class OptimizerPages:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._in_update = False  # the step before may have raised
         if not isinstance(optimizer.state, PagedState):  # replaced by the optimizer's own load_state_dict
-            optimizer.state = self._observe(optimizer.state)
+            self._observe(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._begin_update(optimizer)
@@ -179,10 +173,9 @@ class OptimizerPages:
         self._deferred = []
         for index, values in state_dict["state"].items():
             if index in params and isinstance(values, dict):
-                values = to_32bit(values)
-                deferred = {key for key, value in values.items() if self._defers(params[index], key, value)}
-                self._deferred += [(params[index], key, values[key]) for key in deferred]
-                values = {key: value for key, value in values.items() if key not in deferred}
+                values, param = dict(to_32bit(values)), params[index]
+                for key in [key for key, value in values.items() if self._defers(param, key, value)]:
+                    self._deferred.append((param, key, values.pop(key)))
             kept[index] = values
         return {**state_dict, "state": kept}
 
@@ -191,7 +184,7 @@ class OptimizerPages:
         return key != "step" and large and self._pool(param.device) is not None
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        optimizer.state = self._observe(optimizer.state)
+        self._observe(optimizer)
         for param, key, value in self._deferred:
             # torch's rule: state of a floating-point parameter gets its type (Optimizer.load_state_dict)
             dtype = param.dtype if param.is_floating_point() else value.dtype
@@ -222,16 +215,14 @@ def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[
     The copy of the next window's state starts before the present one is updated, so two windows are on the device at
     most. Pinned memory has a stream for its copies, and overlaps both; unified memory is prefetched on the current one.
     """
-    parts: list[list[Tensor]] = []
-    size = numel
+    parts, size = list[list[Tensor]](), numel
     for param in params:
         if size >= numel:
             parts.append([])
             size = 0
         parts[-1].append(param)
         size += param.numel()
-    pages = _PAGES.get(optimizer)
-    if pages is None:
+    if (pages := _PAGES.get(optimizer)) is None:
         yield from parts
         return
     pages.prefetch(parts[0] if parts else [])
@@ -243,11 +234,8 @@ def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[
 
 
 def open_pool(device: torch.device) -> Pool | None:
-    """Return a pool for the optimizer state of a device: unified memory where it pages, else pinned memory.
-
-    None for the CPU: its state is in host memory already.
-    """
-    if device.type != "cuda":
+    """Return a pool for the optimizer state of a device: unified memory where it pages, else pinned memory."""
+    if device.type != "cuda":  # on a CPU it is in host memory already
         return None
     reason = why_not_managed(device)
     if reason is None:

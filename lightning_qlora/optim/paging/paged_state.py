@@ -16,8 +16,8 @@ from typing_extensions import override
 class _ObservedDict(dict[Any, Any]):
     """A dict that reads and writes every value through `__getitem__` and `__setitem__`; dict's own methods do not."""
 
-    on_write: Callable[[Any, Any], None]
-    on_read: Callable[[], None]
+    on_write: Callable[[Any, Any], None]  # gets a parameter and a value that becomes state: pages the tensors in it
+    on_read: Callable[[], None]  # called before a value is read: waits for copies to the host
     items, values, update = Mapping.items, Mapping.values, MutableMapping.update  # type: ignore[assignment]
 
     def __getitem__(self, key: Any) -> Any:
@@ -41,13 +41,7 @@ class _ObservedDict(dict[Any, Any]):
 
 
 class PagedState(_ObservedDict, defaultdict[Any, Any]):
-    """The state of one optimizer: parameter -> `ParamState`. A copy or a pickle of it is a plain defaultdict.
-
-    Args:
-        on_write: Called with a parameter and a value before the value becomes state; pages the tensors in it.
-        on_read: Called before a value is read; waits for copies to the host.
-        state: The entries.
-    """
+    """The state of one optimizer: parameter -> `ParamState`. A copy or a pickle of it is a plain defaultdict."""
 
     def __init__(
         self, on_write: Callable[[Any, Any], None], on_read: Callable[[], None], state: Mapping[Any, Any]
@@ -56,10 +50,9 @@ class PagedState(_ObservedDict, defaultdict[Any, Any]):
         self.on_write, self.on_read = on_write, on_read
         self.update(state)
 
-    def __missing__(self, param: Any) -> "ParamState":
+    def __missing__(self, param: Any) -> Any:
         self[param] = {}
-        value: ParamState = self[param]
-        return value
+        return self[param]
 
     def __setitem__(self, param: Any, value: Any) -> None:
         if type(value) is dict:

@@ -23,21 +23,13 @@ MIN_NUMEL = 4096  # below it the bookkeeping costs more than the memory; bitsand
 
 @dataclass(frozen=True)
 class PagingReport:
-    """What a pager pages.
+    """What a pager pages."""
 
-    Attributes:
-        kind: "managed" (CUDA unified memory), "pinned" (pinned memory and copies), "plain" (no GPU, nothing to page).
-        reason: Why it is not "managed"; empty if it is.
-        tensors: Number of paged state tensors.
-        nbytes: Their bytes.
-        allocated: Bytes of host memory that are allocated for them.
-    """
-
-    kind: str
-    reason: str
-    tensors: int
-    nbytes: int
-    allocated: int
+    kind: str  # "managed" (CUDA unified memory), "pinned" (pinned memory and copies), "plain" (nothing to page)
+    reason: str  # why it is not "managed"; empty if it is
+    tensors: int  # number of paged state tensors
+    nbytes: int  # their bytes
+    allocated: int  # bytes of host memory that are allocated for them
 
     def __str__(self) -> str:
         if self.kind == "plain":
@@ -48,45 +40,35 @@ class PagingReport:
 
 
 class Pager:
-    """Pages the state of the optimizers attached to it.
-
-    Args:
-        min_numel: State tensors with fewer elements stay in device memory.
-    """
+    """Pages the state of the optimizers attached to it: tensors of `min_numel` elements and more."""
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
-        self._min_numel = min_numel
+        self.min_numel = min_numel
         self._pages: weakref.WeakKeyDictionary[Optimizer, OptimizerPages] = weakref.WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"min_numel": self._min_numel}  # optimizers and their pages are not copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return Pager, (self.min_numel,)  # optimizers and their pages are not copied
 
     def attach(self, optimizer: Optimizer) -> None:
         """Page the state of a torch optimizer from now on, state that exists already included.
 
         An optimizer that is paged already, by another pager or by itself (PagedAdamW), keeps its pages; this pager's
-        `close` frees them too.
-
-        Raises:
-            TypeError: If it is not a `torch.optim.Optimizer`.
-            MemoryError: If memory for the existing state is refused.
+        `close` frees them too. Raises TypeError for what is no `torch.optim.Optimizer`, and MemoryError if memory for
+        the existing state is refused.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"Paging works with torch.optim.Optimizer, not with {type(optimizer).__name__}. "
                 "Pass paged_optimizer=False to train without it."
             )
-        self._pages[optimizer] = page_optimizer(optimizer, self._min_numel)
+        self._pages[optimizer] = page_optimizer(optimizer, self.min_numel)
 
     def report(self) -> PagingReport:
         """Return what is paged now, and how."""
         paged = [item for pages in self._pages.values() for item in pages.paged()]
         if not paged:
             return PagingReport("plain", "no state on a GPU", 0, 0, 0)
-        pool, sizes = paged[0][0], [t.numel() * t.element_size() for _, tensors in paged for t in tensors]
+        pool, sizes = paged[0][0], [tensor.nbytes for _, tensors in paged for tensor in tensors]
         return PagingReport(pool.kind, pool.reason, len(sizes), sum(sizes), sum(pool.nbytes for pool, _ in paged))
 
     def close(self) -> None:

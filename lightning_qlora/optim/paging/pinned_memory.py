@@ -20,12 +20,7 @@ from lightning_qlora.optim.paging.pool import SEGMENT_BYTES, Pool
 
 
 class PinnedPool(Pool):
-    """A `Pool` of page-locked memory. Its tensors are CPU tensors between steps and CUDA tensors in a step.
-
-    Args:
-        device: A CUDA or ROCm device.
-        reason: Why the pool is not "managed".
-    """
+    """A `Pool` of page-locked memory. Its tensors are CPU tensors between steps and CUDA tensors in a step."""
 
     kind = "pinned"
 
@@ -56,7 +51,7 @@ class PinnedPool(Pool):
 
     @override
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
-        moving = [(tensor, pinned) for tensor, pinned in self._pairs(tensors) if _same_memory(tensor, pinned)]
+        moving = self._pairs(tensors, on_host=True)
         for tensor, pinned in moving:
             tensor.data = torch.empty_like(pinned, device=self._device)
         if moving:
@@ -69,7 +64,7 @@ class PinnedPool(Pool):
 
     @override
     def evict(self, tensors: Iterable[Tensor]) -> None:
-        moving = [(tensor, pinned) for tensor, pinned in self._pairs(tensors) if not _same_memory(tensor, pinned)]
+        moving = self._pairs(tensors, on_host=False)
         if moving:
             self._copy_to_host([(pinned, tensor.detach()) for tensor, pinned in moving])
         for tensor, pinned in moving:
@@ -106,9 +101,10 @@ class PinnedPool(Pool):
         torch.cuda.synchronize(self._device)
         del self._blocks[address]
 
-    def _pairs(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return those tensors that are in the pool, with their page-locked memory."""
-        return [(tensor, self._pinned[tensor]) for tensor in tensors if tensor in self._pinned]
+    def _pairs(self, tensors: Iterable[Tensor], on_host: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return those tensors of the pool that are in their page-locked memory or on the device, with that memory."""
+        pairs = [(tensor, self._pinned[tensor]) for tensor in tensors if tensor in self._pinned]
+        return [pair for pair in pairs if (pair[0].data_ptr() == pair[1].data_ptr()) is on_host]
 
     def _copy_to_device(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self._to_device = self._copy(pairs)
@@ -127,7 +123,3 @@ class PinnedPool(Pool):
                 target.copy_(source, non_blocking=True)
         end: torch.cuda.Event = self._copies.record_event()
         return end
-
-
-def _same_memory(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.data_ptr() == other.data_ptr()

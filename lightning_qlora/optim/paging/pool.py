@@ -40,17 +40,12 @@ class Segment:
 
 
 class Pool(ABC):
-    """Host memory for the optimizer state of one device. All methods take plain, dense tensors and keep their values.
+    """Host memory for the optimizer state of one device. Methods take plain, dense tensors and keep their values."""
 
-    Attributes:
-        kind: "managed" (CUDA unified memory) or "pinned" (page-locked host memory and explicit copies).
-        reason: Why the pool is not "managed"; empty if it is.
-    """
-
-    kind: Literal["managed", "pinned"]
+    kind: Literal["managed", "pinned"]  # CUDA unified memory, or page-locked host memory and explicit copies
 
     def __init__(self, memory_device: torch.device, reason: str = "") -> None:
-        self.reason = reason
+        self.reason = reason  # why the pool is not "managed"
         self._memory_device = memory_device  # of tensors over the pool's memory
         self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()
 

@@ -26,11 +26,7 @@ from lightning_qlora.words import install
 
 
 class ManagedPool(Pool):
-    """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times.
-
-    Args:
-        device: A CUDA device on which `why_not_managed` is None.
-    """
+    """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times."""
 
     kind = "managed"
 
@@ -58,10 +54,9 @@ class ManagedPool(Pool):
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
         ranges: list[list[int]] = []  # neighbours are joined into one call
         for start, end in sorted(self._ranges(tensors)):
-            if ranges and start - ranges[-1][1] < ALIGNMENT:
-                ranges[-1][1] = end
-            else:
+            if not ranges or start - ranges[-1][1] >= ALIGNMENT:
                 ranges.append([start, end])
+            ranges[-1][1] = end
         for start, end in ranges:
             self._prefetch_range(start, end - start)
 

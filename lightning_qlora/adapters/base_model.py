@@ -55,12 +55,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
-    """What a checkpoint must say of the base model to write a PEFT folder without the module; plain values.
-
-    Args:
-        module: A converted module.
-        config: The arguments that the checkpoint holds.
-    """
+    """What a checkpoint with these arguments must say of the base model to write a PEFT folder without the module."""
     prefix, base = find_base_model(module)
     modules = base.named_modules(remove_duplicate=False)
     layers = {plain_name(name): layer for name, layer in modules if isinstance(layer, QLoRALinear)}
@@ -90,13 +85,7 @@ def _own_arguments(of_layer: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]
 
 
 def config_of_layer(about: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
-    """The arguments of a layer in a checkpoint.
-
-    Args:
-        about: What `describe_base` returned.
-        name: The layer's name in the base model.
-        config: The arguments in the checkpoint.
-    """
+    """The arguments of a layer, by its name in the base model, in a checkpoint with these; `about`: `describe_base`."""
     own = about.get("layers", {}).get(name)
     return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
 

@@ -37,10 +37,6 @@ class ExpertTensor(NamedTuple):
 def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
     """An adapter with the model's names for its experts.
 
-    Args:
-        adapter: The adapter.
-        folder: The model's folder.
-
     Raises:
         ValueError: If only transformers could tell these names, and it can't.
         CheckpointMismatchError: If the adapter does not fit the model.

@@ -125,12 +125,7 @@ def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
 def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
     """The state dict of the converted module in a checkpoint, and the prefix of that module's keys in it.
 
-    Args:
-        path: A checkpoint, in one file or in shards.
-        weights_only: As in `torch.load`: whether to refuse objects other than tensors and plain values.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
+    Raises as `read_adapter_from_checkpoint`.
     """
     checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):

@@ -81,11 +81,7 @@ def save_adapter(
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
-    rank_zero_only(_write)(adapter, inner, folder)
-
-
-def _write(adapter: Adapter, base: nn.Module, folder: str | os.PathLike[str]) -> None:
-    write_adapter(as_peft_loads_it(adapter, base), folder)
+    rank_zero_only(lambda: write_adapter(as_peft_loads_it(adapter, inner), folder))()
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -196,8 +192,8 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     """
     prefix, base = find_base_model(module)
     adapter = assign_parameters(adapter, base)
-    names = {plain_name(name): f"{prefix}.{name}".strip(".") for name, _ in base.named_modules()}
-    names |= {name: f"{prefix}.{name}".strip(".") for name in adapter.experts}
+    inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
+    names = {plain_name(name): f"{prefix}.{name}".strip(".") for name in inner}
     targets = list(dict.fromkeys(adapter.expert_parameter(name) or name for name in adapter.layers))
     missing = [name for name in targets if name not in names]
     if missing:
@@ -273,12 +269,10 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
             part = modules.get(name)
             what = "has no such layer" if part is None else f"has a {type(part).__name__} without an adapter there"
             refuse(adapter, key, base, what)
-        if loaded.lora_A.shape[1] != layer.in_features or loaded.lora_B.shape[0] != layer.out_features:
-            refuse(
-                adapter, key, base,
-                f"has a layer of {layer.in_features} inputs and {layer.out_features} outputs there, the adapter is for "
-                f"{loaded.lora_A.shape[1]} and {loaded.lora_B.shape[0]}",
-            )  # fmt: skip
+        sizes, fits = (loaded.lora_A.shape[1], loaded.lora_B.shape[0]), (layer.in_features, layer.out_features)
+        if sizes != fits:
+            what = "has a layer of {} inputs and {} outputs there, the adapter is for {} and {}".format(*fits, *sizes)
+            refuse(adapter, key, base, what)
         if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "

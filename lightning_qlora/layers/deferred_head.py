@@ -116,11 +116,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:
-    """Refuse deferred_logits=True for a module without an output embedding.
-
-    Raises:
-        ValueError: As above.
-    """
+    """Raise ValueError for deferred_logits=True and a module without an output embedding."""
     if setting is True and not output_embeddings(module):
         raise ValueError(
             f"deferred_logits=True: {type(module).__name__} has no output embedding: no get_output_embeddings() that "
@@ -137,7 +133,7 @@ def defer_output_embeddings(
     Args:
         module: The module, after its layers were converted.
         setting: The argument `deferred_logits`; "auto": embeddings with `LARGE` * inputs outputs or more.
-        sharded: Whether a strategy shards the parameters. Then nothing is deferred.
+        sharded: Whether a strategy shards the parameters: then nothing is deferred.
 
     Returns:
         Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if the logits are not deferred

@@ -73,11 +73,6 @@ class ModuleFacts:
             if not is_bnb_linear(layer) and not isinstance(layer, QLoRALinear)
         }
         self.modules = dict(module.named_modules())
-        self.parents = {
-            f"{name}.{child}".lstrip("."): parent
-            for name, parent in module.named_modules()
-            for child, _ in parent.named_children()
-        }
 
     def is_frozen(self, layer: nn.Module, key: str = "weight") -> bool:
         """Whether the module froze the weight of a layer, while something else trains."""
@@ -107,10 +102,10 @@ class ModuleFacts:
 
     def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
         """Why a layer is converted only if target_modules names it."""
-        last = name.rpartition(".")[2]
+        outer, _, last = name.rpartition(".")
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
             return "output embedding; name it in target_modules to convert it"
-        if (last in ROUTERS and hasattr(self.parents[name], "experts")) or is_router(name, layer, self.modules):
+        if (last in ROUTERS and hasattr(self.modules[outer], "experts")) or is_router(name, layer, self.modules):
             return "router of experts; name it in target_modules to convert it"
         if self.is_frozen(layer):
             return FROZEN

@@ -96,12 +96,7 @@ def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     """Whether the outputs of a linear layer are the experts of the block around it.
 
     The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as in
-    most router classes.
-
-    Args:
-        name: Name of the layer.
-        layer: The layer; of Conv1D the outputs are the last dimension of the weight.
-        modules: Name -> module of all modules.
+    most router classes. `modules` has all modules by name.
     """
     outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "nf", None)
     outer = name.rpartition(".")[0]

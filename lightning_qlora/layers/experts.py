@@ -41,17 +41,11 @@ class QLoRAExperts(nn.ModuleList):
         owner: nn.Module, key: str, config: QLoRAConfig, name: str, experts: int, transposed: bool,
         device: torch.device | None = None, seed_name: str | None = None,
     ) -> "QLoRAExperts":  # fmt: skip
-        """Replace a parameter of a module by 4-bit layers with adapters, in place.
+        """Replace the parameter `key` of a module by 4-bit layers with adapters, in place.
 
-        Args:
-            owner: The module that holds the parameter.
-            key: Name of the parameter in it: [experts, out, in], [experts, in, out] or [experts * width, in].
-            config: The arguments of the conversion.
-            name: Full name of the parameter; that of expert i is `name_experts.i`.
-            experts: Number of experts.
-            transposed: Whether one expert is [in, out].
-            device: Where to quantize; None: where the parameter is.
-            seed_name: The name that seeds are made from, `seed_name.i` for expert i; None: `name`.
+        The parameter is [experts, out, in], [experts, in, out] (`transposed`) or [experts * width, in]. Its full name
+        is `name`, that of expert i `name_experts.i`. The experts are quantized on `device`, None: where the parameter
+        is. Seeds are made from `seed_name.i`; None: from `name.i`.
         """
 
         def convert(layer: nn.Linear, number: int) -> None:

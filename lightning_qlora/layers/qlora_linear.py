@@ -59,14 +59,10 @@ class QLoRALinear(LoRALayer):
         device: torch.device | None = None,
         seed_name: str | None = None,
     ) -> None:
-        """Turn a dense layer into a QLoRALinear, in place.
+        """Turn an nn.Linear, or a transformers Conv1D (whose weight is [in, out]), into a QLoRALinear, in place.
 
-        Args:
-            layer: An nn.Linear, or a transformers Conv1D (whose weight is [in, out]).
-            config: The arguments of the conversion for this layer (`QLoRAConfig.for_layer`).
-            name: The layer's name.
-            device: Where to quantize; None: where the weight is.
-            seed_name: The name that the seed of its adapter is made from, the same on every rank; None: `name`.
+        It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
+        The seed of the adapter is made from `seed_name`, the same on every rank; None: from `name`.
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
         setattr(weight, REPLACED, layer)
@@ -82,15 +78,10 @@ class QLoRALinear(LoRALayer):
         name: str,
         seed_name: str | None = None,
     ) -> None:
-        """Turn a layer into a QLoRALinear, in place, with a weight that is in 4 bits already; its bytes do not change.
+        """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
-        Args:
-            layer: Any linear layer, Conv1D or Linear4bit; a weight that it has is removed.
-            weight: The 4-bit weight, [out, in].
-            dense_class: nn.Linear or Conv1D: the class of the layer after `merge`.
-            config: The arguments of the conversion for this layer; those of the quantization are ignored.
-            name: The layer's name.
-            seed_name: As in `from_linear`.
+        A Linear4bit can become one too; a weight that the layer has is removed. `dense_class`, nn.Linear or Conv1D, is
+        the class after `merge`. The quantization that `config` names is ignored.
 
         Raises:
             ValueError: If the adapter is to be initialized from the float weight.

@@ -22,9 +22,6 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
 
     Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization".
 
-    Args:
-        adapters: Two or more, with the same layers, ranks and scalings, on the same base.
-
     Raises:
         ValueError: If there are fewer than two.
         CheckpointMismatchError: If they differ in layers, ranks, scalings or their base; names the layer.

@@ -132,9 +132,8 @@ def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | 
 def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] | None = None) -> Adapter:
     """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
 
-    Args:
-        adapter: From a module or a checkpoint; one that was initialized with B = 0 is returned as it is.
-        base_model: Folder of safetensors, or hub name, of the base it was trained on; None: the one the adapter names.
+    One that was initialized with B = 0 is returned as it is. `base_model` is a folder of safetensors, or a hub name, of
+    the base that it was trained on; None: the one that the adapter names.
 
     Raises:
         FileNotFoundError, ValueError: If there is no such base, or the difference can't be computed.

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
@@ -10,6 +11,7 @@ from lightning_qlora.adapters.base_model import config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
+from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.initialization.difference import Origin
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.readable_stack import SUFFIX
@@ -116,10 +118,7 @@ def _parameter_of(name: str) -> str:
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
     prints = [int(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
-    total = 0
-    for number in prints:
-        total = (total * 0x100000001B3 + number) % (1 << 63)
-    return f"{total:016x}" if prints else None
+    return checksum(torch.tensor(prints)) if prints else None
 
 
 def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:

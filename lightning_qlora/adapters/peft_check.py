@@ -29,10 +29,6 @@ def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
 
     Without PEFT installed the adapter is returned as it is.
 
-    Args:
-        adapter: What `get_adapter` returned.
-        base: The base model that it is of.
-
     Raises:
         ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
     """

@@ -91,11 +91,9 @@ def key_of(name: str, stack: ExpertStack) -> str:
 
 
 def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
-    """The adapter with the names that the model has for its layers and parameters; `packed` is empty then.
+    """A folder's adapter with the names that the base model, dense or converted, has for its layers and parameters.
 
-    Args:
-        adapter: From a folder. What is `packed` is for a linear layer, or for expert parameters of a module.
-        base: The base model, dense or converted.
+    What is `packed` is for a linear layer, or for expert parameters of a module; of the result it is empty.
 
     Raises:
         CheckpointMismatchError: If the adapter does not fit the model; names file and key.

@@ -49,8 +49,8 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "target_modules": adapter.target_modules,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": adapter.modules_to_save or None,
-        "rank_pattern": _exact(adapter.rank_pattern),
-        "alpha_pattern": _exact(adapter.alpha_pattern),
+        "rank_pattern": exact(adapter.rank_pattern),
+        "alpha_pattern": exact(adapter.alpha_pattern),
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
         "fan_in_fan_out": adapter.fan_in_fan_out,
@@ -77,6 +77,6 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def _exact(pattern: dict[str, Any]) -> dict[str, Any]:
+def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """PEFT matches a key of a pattern as a regular expression with the end of a name: here with one name only."""
-    return {f"^{re.escape(name)}": value for name, value in pattern.items()}
+    return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}

@@ -30,7 +30,7 @@ from lightning_qlora.adapters.base_model import (
 )
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
-from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.checks import check_choice
@@ -218,16 +218,12 @@ def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinea
         if name not in adapter.layers:
             ranks |= {name: layer.r} if layer.r != adapter.r else {}
             alphas |= {name: layer.config.lora_alpha} if layer.config.lora_alpha != adapter.alpha else {}
-
-    def exact(pattern: dict[str, Any]) -> dict[str, Any]:
-        return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}
-
     return {
         "r": adapter.r,
         "lora_alpha": adapter.alpha,
         "use_rslora": adapter.use_rslora,
-        "rank_pattern": exact(ranks),
-        "alpha_pattern": exact(alphas),
+        "rank_pattern": exact(ranks, prefix),
+        "alpha_pattern": exact(alphas, prefix),
     }
 
 

@@ -128,16 +128,12 @@ def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) 
 def defer_output_embeddings(
     module: nn.Module, setting: bool | Literal["auto"], sharded: bool = False
 ) -> dict[str, int]:
-    """Make the output embeddings of a module return deferred logits in training, in place.
+    """Make the output embeddings of a converted module return deferred logits in training, in place.
 
-    Args:
-        module: The module, after its layers were converted.
-        setting: The argument `deferred_logits`; "auto": embeddings with `LARGE` * inputs outputs or more.
-        sharded: Whether a strategy shards the parameters: then nothing is deferred.
+    With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
 
     Returns:
-        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if the logits are not deferred
-        because of `sharded`.
+        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`.
     """
     heads = output_embeddings(module) if setting else {}
     chosen = {

@@ -57,21 +57,14 @@ class ModuleFacts:
                     self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
         # bitsandbytes freezes what it quantizes, so there the rest of a model decides whether the user froze it.
         self.trains = any(parameter.requires_grad for parameter in module.parameters())
-        self.frozen_models = {
-            id(layer)
-            for model in module.modules()
-            if is_transformers_model(model) and not any(parameter.requires_grad for parameter in model.parameters())
-            for layer in model.modules()
-        }
+        models = [model for model in module.modules() if is_transformers_model(model)]
+        frozen = [model for model in models if not any(parameter.requires_grad for parameter in model.parameters())]
+        self.frozen_models = {id(layer) for model in frozen for layer in model.modules()}
         self.shared = {key for key, layers in owners.items() if len(layers) > 1}
         self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
-        self.left_dense = {
-            id(layer)
-            for model in module.modules()
-            if getattr(model, "is_loaded_in_4bit", False) or vars(model).get(LOADED)
-            for layer in model.modules()
-            if not is_bnb_linear(layer) and not isinstance(layer, QLoRALinear)
-        }
+        loaded = [m for m in module.modules() if getattr(m, "is_loaded_in_4bit", False) or vars(m).get(LOADED)]
+        in_loaded = (layer for model in loaded for layer in model.modules())
+        self.left_dense = {id(part) for part in in_loaded if not (is_bnb_linear(part) or isinstance(part, QLoRALinear))}
         self.modules = dict(module.named_modules())
 
     def is_frozen(self, layer: nn.Module, key: str = "weight") -> bool:

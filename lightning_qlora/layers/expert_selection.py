@@ -108,10 +108,8 @@ def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
 
 def _experts_in(block: nn.Module) -> set[int]:
     """The numbers of experts in a block: as its attributes say, and as its children hold."""
-    counts = {value for key in COUNTS if type(value := getattr(block, key, None)) is int}
-    for name, child in block.named_children():
-        if "expert" in name and isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            counts.add(len(child))
-        for part in (child, *child.children()):
-            counts |= {value for key in COUNTS if type(value := getattr(part, key, None)) is int}
+    parts = [block, *(part for child in block.children() for part in (child, *child.children()))]
+    counts = {value for part in parts for key in COUNTS if type(value := getattr(part, key, None)) is int}
+    lists = (child for name, child in block.named_children() if "expert" in name)
+    counts |= {len(child) for child in lists if isinstance(child, (nn.ModuleList, nn.ModuleDict))}
     return counts - {1}

@@ -17,13 +17,9 @@ PIECE_ELEMENTS = 1 << 24  # logits in a piece: 64 MiB in fp32
 
 
 def piecewise_cross_entropy(logits: Any, target: Tensor, options: dict[str, Any], reduction: str) -> Tensor:
-    """`F.cross_entropy` of logits that are not computed yet.
+    """`F.cross_entropy` of `DeferredLogits` [rows, vocabulary] and the index of the right class, [rows].
 
-    Args:
-        logits: `DeferredLogits` [rows, vocabulary].
-        target: Index of the right class, [rows].
-        options: weight, ignore_index and label_smoothing, as in `F.cross_entropy`.
-        reduction: "mean", "sum" or "none".
+    `options` are weight, ignore_index and label_smoothing.
     """
     records, inputs = torch.is_grad_enabled(), logits.parameters()
     loss: Tensor = _PiecewiseCrossEntropy.apply(logits, target, options, reduction, records, *inputs)  # type: ignore[no-untyped-call]

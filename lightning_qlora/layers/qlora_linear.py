@@ -39,9 +39,7 @@ class QLoRALinear(LoRALayer):
     subclass of nn.Linear becomes an instance of that subclass and of this class (`class_for`).
 
     Attributes:
-        packed, absmax, nested: The 4-bit weight, frozen uint8 parameters; see `packed_weight`.
-        bias: Frozen, [out], or None.
-        lora_A, lora_B: The adapter, [r, in] and [out, r], fp32; see `LoRALayer` for the rest of it.
+        bias: Frozen, [out], or None. `PackedLinear` has the 4-bit weight, `LoRALayer` the adapter.
         lora_dropout: Probability of dropping an input of the adapter in training.
         loaded: Whether it was quantized while its model loaded, and is not yet part of a converted module.
         dense_class: Class of the layer before conversion, and again after `merge`.

@@ -24,13 +24,8 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     """The forward of transformers' experts.
 
     The same as `grouped_mm_experts_forward` (transformers/integrations/moe.py). Expert by expert there is one host
-    synchronization, for the number of tokens of each expert.
-
-    Args:
-        self: A module that transformers' `use_experts_implementation` decorated, its stacks in 4 bits.
-        hidden_states: [tokens, hidden].
-        top_k_index: The experts of each token, [tokens, k]; a number beyond the experts means none.
-        top_k_weights: Their weights, [tokens, k].
+    synchronization, for the number of tokens of each expert. Hidden states are [tokens, hidden], the experts of each
+    token and their weights [tokens, k]; a number beyond the experts means none.
     """
     tokens, k = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)
@@ -111,7 +106,8 @@ def _product_of_all(
     dtype = first.compute_dtype(x)
     if first.lora_dropout and first.training:
         seed = torch.randint(1 << 62, (1,), device="cpu")  # drawn again when checkpointing recomputes
-    y = grouped_linear(x.to(dtype), ends, *group.tensors, first.scaling, first.lora_dropout, seed)
+    tensors = group.weights, group.lora_a, group.lora_b
+    y = grouped_linear(x.to(dtype), ends, *tensors, first.scaling, first.lora_dropout, seed)
     y = y if has_autocast(x.device.type) else y.to(x.dtype)
     return y + getattr(owner, f"{key}_bias")[ids] if owner.has_bias else y
 

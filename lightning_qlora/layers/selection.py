@@ -84,9 +84,7 @@ class Selection:
 
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """`select_in_part` for a whole module.
-
-    With `saved` exactly these layers are chosen: those that have adapters in a checkpoint.
+    """`select_in_part` for a whole module. With `saved` exactly these layers are chosen, those of a checkpoint.
 
     Raises:
         ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
@@ -259,11 +257,7 @@ def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection
 
 
 def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
-    """Refuse patterns that match a layer of a model that was quantized while it loaded, but not by its name there.
-
-    Raises:
-        ValueError: As above; says which name to use.
-    """
+    """Raise ValueError for patterns that fit a layer of a model quantized while loading, but not by its name there."""
     for model in [part for part in module.modules() if LOADED in vars(part)]:
         in_model = names_of_modules(model)
         for name, layer in model.named_modules():

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter, parameter_of
 from lightning_qlora.adapters.base_compatibility import alpha_in_folder, check_one_folder, quantization_of
 from lightning_qlora.adapters.base_model import config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
@@ -14,7 +14,6 @@ from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.initialization.difference import Origin
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -54,9 +53,9 @@ def read_adapter_from_checkpoint(
 
     known = about.get("experts", {})  # by names in the base model that the checkpoint says
     experts = {
-        _parameter_of(name): ExpertStack(*known[_parameter_of(inside)])
+        parameter_of(name): ExpertStack(*known[parameter_of(inside)])
         for name, inside in in_base.items()
-        if _parameter_of(inside) in known
+        if parameter_of(inside) in known
     }
 
     configs = {name: config_of_layer(about, inside, config) for name, inside in in_base.items()}
@@ -86,7 +85,7 @@ def read_adapter_from_checkpoint(
         modules_to_save=sorted(about["trained_in_full"]),
         # With another prefix: full names, since the last part of a name may fit other layers too.
         target_modules=(about.get("target_modules") if inner == about["prefix"] else None)
-        or sorted(name for name in keys if _parameter_of(name) not in experts),
+        or sorted(name for name in keys if parameter_of(name) not in experts),
         use_rslora=use_rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=config.lora_dropout,
@@ -108,11 +107,6 @@ def read_adapter_from_checkpoint(
         ),
         source=str(path),
     )
-
-
-def _parameter_of(name: str) -> str:
-    """Name of the parameter that a layer of this name would be an expert of."""
-    return name.rpartition(".")[0].removesuffix(SUFFIX)
 
 
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:

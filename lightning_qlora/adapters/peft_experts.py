@@ -40,11 +40,7 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
 
 
 def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
-    """PEFT's name and PEFT's matrices of the adapters of one expert parameter.
-
-    Raises:
-        ValueError: If PEFT has no such adapter; names the parameter.
-    """
+    """PEFT's name and matrices of the adapters of one expert parameter; ValueError if PEFT has no such adapter."""
     stack = adapter.experts[name]
     parts = [adapter.layers[f"{name}{SUFFIX}.{i}"] for i in range(stack.number)]
     for refused, what in (

@@ -23,8 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Write PEFT's two files; a reader finds the old adapter, the new one, or none (`atomic_files`).
 
-    Raises:
-        ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
+    Raises as `peft_tensors`.
     """
     tensors, config = peft_tensors(adapter), peft_config(adapter)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
@@ -60,7 +59,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of adapter_model.safetensors."""
+    """The tensors of adapter_model.safetensors; ValueError, with the parameter, for experts without a place there."""
     adapter = unpack_known(adapter)
     if adapter.packed:
         raise ValueError(

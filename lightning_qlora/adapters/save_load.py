@@ -154,8 +154,7 @@ def get_adapter(module: nn.Module) -> Adapter:
 def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     """Set the adapters of a converted module, in place: the parameters stay the same objects.
 
-    Raises:
-        CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
+    Raises CheckpointMismatchError as `load_adapter`.
     """
     _, base = find_base_model(module)
     layers, adapter = _layers_by_plain_name(base), assign_parameters(adapter, base)
@@ -185,11 +184,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
-    """`config` with the layers, ranks and scalings of the adapter.
-
-    Raises:
-        CheckpointMismatchError: If the module lacks a layer of the adapter.
-    """
+    """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
     prefix, base = find_base_model(module)
     adapter = assign_parameters(adapter, base)
     inner = [*(name for name, _ in base.named_modules()), *adapter.experts]

@@ -46,11 +46,7 @@ class Source:
         self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
 
     def compute(self, hidden: Tensor) -> Tensor:
-        """The logits of some rows of hidden states.
-
-        Raises:
-            RuntimeError: If the head or its input changed since the call.
-        """
+        """The logits of some rows of hidden states; RuntimeError if the head or its input changed since the call."""
         enabled, dtype = self._autocast
         with restored(self._contexts), torch.autocast(hidden.device.type, dtype, enabled=enabled):
             now = [self._tensors[0][0], *self.head.parameters()]
@@ -121,8 +117,7 @@ class DeferredLogits(Readable):
     def computed(self, keep: bool = False) -> Tensor:
         """The real logits: a plain tensor, computed once for all their views, differentiable.
 
-        Args:
-            keep: Whether to keep them within activation checkpointing as well, because something writes to them.
+        `keep` keeps them within activation checkpointing as well, because something writes to them.
         """
         if self._real is not None:
             return self._real
@@ -259,13 +254,11 @@ def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:
     """An index that chooses among rows alone, so that the vocabulary stays whole and last."""
     spans = 0  # dimensions that the index takes
     for part in index:
-        if isinstance(part, Tensor) and part.dtype is torch.bool:
-            spans += part.ndim
-        elif part is Ellipsis or (isinstance(part, (int, slice, Tensor)) and not isinstance(part, bool)):
-            spans += part is not Ellipsis
-        else:
-            return None
-        if isinstance(part, Tensor) and part.dtype is torch.uint8:
+        if isinstance(part, Tensor) and part.dtype is not torch.uint8:
+            spans += part.ndim if part.dtype is torch.bool else 1
+        elif type(part) in (int, slice):
+            spans += 1
+        elif part is not Ellipsis:
             return None
     has_ellipsis = any(part is Ellipsis for part in index)
     takes_last = spans == logits.dim() or (has_ellipsis and index[-1] is not Ellipsis)

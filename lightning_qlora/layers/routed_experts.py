@@ -85,17 +85,12 @@ def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x
     return y + getattr(owner, f"{key}_bias")[number] if owner.has_bias else y
 
 
-def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, ExpertGroup] | None:
+def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, Any] | None:
     """The stacks as `grouped_linear` takes them; None if it can't compute one of them."""
     if torch.compiler.is_compiling() or not (INTERPRETED or x.is_cuda):
         return None
-    groups = {}
-    for key, stack in stacks.items():
-        group = None if isinstance(stack, Tensor) else expert_group(stack, x)
-        if group is None:
-            return None
-        groups[key] = group
-    return groups
+    groups = {key: None if isinstance(stack, Tensor) else expert_group(stack, x) for key, stack in stacks.items()}
+    return groups if all(groups.values()) else None
 
 
 def _product_of_all(

@@ -123,8 +123,7 @@ class Adapter:
 
     def expert_parameter(self, name: str) -> str | None:
         """Name of the parameter that a layer is an expert of; None if it is none."""
-        parameter = parameter_of(name)
-        return parameter if parameter in self.experts else None
+        return parameter if (parameter := parameter_of(name)) in self.experts else None
 
     def name_in_peft(self, name: str) -> str:
         """Name of the layer, or of the parameter, that PEFT adapts."""

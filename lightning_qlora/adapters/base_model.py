@@ -22,7 +22,7 @@ from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.records import is_base
+from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.lightning_copies import classes
 
 OF_LAYER = (  # arguments that a layer may have of its own
@@ -119,9 +119,7 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
         plain_name(name): part
         for name, part in module.named_modules(remove_duplicate=False)
         if not isinstance(part, QLoRALinear)
-        and any(
-            p is not None and p.is_floating_point() and not is_base(part, key, p) for key, p in part._parameters.items()
-        )
+        and any(p.is_floating_point() and not is_base(part, key, p) for key, p in own_parameters(part).items())
     }
 
 

@@ -23,10 +23,9 @@ def read_adapter_from_checkpoint(
 ) -> Adapter:
     """The adapters that `get_adapter` would return for the module that was saved.
 
-    Args:
-        path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file or in shards.
-        prefix: Name of the base model in the module that was saved, for example "model"; None: as the checkpoint says.
-        weights_only: As in `torch.load`: whether to refuse objects other than tensors and plain values.
+    The checkpoint is of the Trainer, ModelCheckpoint or Fabric, in one file or in shards. `prefix` is the name of the
+    base model in the module that was saved, for example "model"; None: as the checkpoint says. `weights_only` refuses
+    objects other than tensors and plain values, as in `torch.load`.
 
     Raises:
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
@@ -62,10 +61,7 @@ def read_adapter_from_checkpoint(
     check_one_folder(configs)
     use_rslora = all(of_layer.use_rslora for of_layer in configs.values())
 
-    def base_fingerprint(name: str) -> int | None:
-        value = state.get(f"{keys[name]}.weight.{FINGERPRINT}")
-        return None if value is None else int(value)
-
+    fingerprints = {name: state.get(f"{key}.weight.{FINGERPRINT}") for name, key in keys.items()}
     return Adapter(
         layers={
             name: LayerAdapter(
@@ -103,7 +99,7 @@ def read_adapter_from_checkpoint(
             ),
             {name: seed_name_of(about, inside) for name, inside in in_base.items()},
             {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
-            base_fingerprint,
+            {name: int(value) for name, value in fingerprints.items() if value is not None}.get,
         ),
         source=str(path),
     )

@@ -228,8 +228,7 @@ class ModelFolder(WeightFolder):
 def empty_model(folder: Path, what_for: str) -> nn.Module:
     """The transformers model that a folder's config.json names, on the meta device: its layers without weights.
 
-    Raises:
-        ValueError: If transformers is not installed, or has no such model; says what for the model is needed.
+    ValueError if transformers is not installed, or has no such model; it says what for the model is needed.
     """
     try:
         import transformers

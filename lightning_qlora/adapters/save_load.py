@@ -208,17 +208,15 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
 def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
     """Ranks and scalings of an adapter, and of the layers that it does not have, as arguments of a QLoRAConfig."""
     prefix = find_base_model(module)[0]
-    ranks, alphas = dict(adapter.rank_pattern), dict(adapter.alpha_pattern)
-    for name, layer in layers.items():
-        if name not in adapter.layers:
-            ranks |= {name: layer.r} if layer.r != adapter.r else {}
-            alphas |= {name: layer.config.lora_alpha} if layer.config.lora_alpha != adapter.alpha else {}
+    r, alpha, others = adapter.r, adapter.alpha, [name for name in layers if name not in adapter.layers]
+    ranks = {name: layers[name].r for name in others if layers[name].r != r}
+    alphas = {name: a for name in others if (a := layers[name].config.lora_alpha) != alpha}
     return {
-        "r": adapter.r,
-        "lora_alpha": adapter.alpha,
+        "r": r,
+        "lora_alpha": alpha,
         "use_rslora": adapter.use_rslora,
-        "rank_pattern": exact(ranks, prefix),
-        "alpha_pattern": exact(alphas, prefix),
+        "rank_pattern": exact(adapter.rank_pattern | ranks, prefix),
+        "alpha_pattern": exact(adapter.alpha_pattern | alphas, prefix),
     }
 
 

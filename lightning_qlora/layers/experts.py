@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, new
 from lightning_qlora.layers.readable_stack import SUFFIX, ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
@@ -158,7 +158,7 @@ class _WithExperts:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle an instance of a class that has no name which could be imported."""
         made = super().__reduce_ex__(protocol)
-        return _new, (type(self).dense_class,), *made[2:]  # type: ignore[attr-defined]
+        return new, (class_with_experts, type(self).dense_class), *made[2:]  # type: ignore[attr-defined]
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class -> the same with experts in 4 bits
@@ -174,11 +174,6 @@ def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
             members["forward"] = routed_forward
         _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
     return _CLASSES[dense_class]
-
-
-def _new(dense_class: type[nn.Module]) -> nn.Module:
-    kind = class_with_experts(dense_class)
-    return kind.__new__(kind)
 
 
 def is_expert(name: str) -> bool:

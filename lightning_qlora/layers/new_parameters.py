@@ -22,7 +22,9 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
     new: dict[int, str] = {}
     models = [part for part in root.modules() if is_transformers_model(part)]
     inner = {id(part) for model in models for part in model.modules() if part is not model}
-    loaded = [model for model in models if id(model) not in inner and _is_loaded(model)]
+    outermost = [model for model in models if id(model) not in inner]
+    # A copy of a loaded model has lost the marks of its tensors, but not its name.
+    loaded = [m for m in outermost if any(map(_has_mark, m.parameters())) or getattr(m, "name_or_path", None)]
     if loaded:
         kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
         inside = {id(parameter) for model in loaded for parameter in model.parameters()}
@@ -44,11 +46,6 @@ def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if id(parameter) in loaded:
             setattr(parameter, LOADED_TENSOR, True)
-
-
-def _is_loaded(model: nn.Module) -> bool:
-    """Whether a transformers model has weights of files. A copy has lost the marks of its tensors, but not its name."""
-    return any(map(_has_mark, model.parameters())) or bool(getattr(model, "name_or_path", ""))
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -127,7 +127,7 @@ class QLoRALinear(LoRALayer):
         made = super().__reduce_ex__(protocol)
         if type(self) in (QLoRALinear, QLoRAConv1D) or type(self) is not class_for(self.dense_class):
             return made
-        return _new, (self.dense_class,), *made[2:]
+        return new, (class_for, self.dense_class), *made[2:]
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
@@ -257,8 +257,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _new(dense_class: type[nn.Module]) -> QLoRALinear:
-    kind = class_for(dense_class)
+def new(class_of: Callable[..., type[nn.Module]], *given: Any) -> Any:
+    """An instance, without attributes, of the class that a function makes: pickle can import the function alone."""
+    kind = class_of(*given)
     return kind.__new__(kind)
 
 

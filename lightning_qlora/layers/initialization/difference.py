@@ -44,10 +44,8 @@ def recompute_initial(
 ) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r], fp32: the initial adapter of a layer, by its name in the base model.
 
-    `weight` is its float weight [out, in], `base` its 4-bit weight, if the initialization changed that.
-
-    Raises:
-        ValueError: If this weight gives another 4-bit base than the adapter was trained on.
+    `weight` is its float weight [out, in], `base` its 4-bit weight, if the initialization changed that. ValueError if
+    this weight gives another 4-bit base than the adapter was trained on.
     """
     config, seed_name, rms = origin.config, origin.seed_names[name], origin.input_rms.get(name)
     expected = origin.fingerprint_of(name) if base is None else None

@@ -43,10 +43,8 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 
     "calibrated" gives the values of "default": `calibrated_adapter` replaces them when the inputs are known.
 
-    The float weight is [out, in]. The seed of the random numbers is made from the layer's name.
-
-    Raises:
-        ValueError: If the rank is larger than the number of singular values.
+    The float weight is [out, in]. The seed of the random numbers is made from the layer's name. ValueError if the rank
+    is larger than the number of singular values.
     """
     if config.start == "pissa":
         return _pissa(weight, config, name)

@@ -58,10 +58,10 @@ def _check_same(one: Adapter, other: Adapter) -> None:
     with_base = one.origin is not None and other.origin is not None
     here, there = _facts(one, with_base), _facts(other, with_base)
     for what in here | there:
-        if here.get(what, False) != there.get(what, False):
+        ours, theirs = here.get(what, False), there.get(what, False)
+        if ours != theirs:
             raise CheckpointMismatchError(
-                f"{other.source}: {what} is {there.get(what, False)!r}, and {here.get(what, False)!r} in {one.source}. "
-                "Average adapters of one run."
+                f"{other.source}: {what} is {theirs!r}, and {ours!r} in {one.source}. Average adapters of one run."
             )
 
 

@@ -123,8 +123,7 @@ class Adapter:
 
     def expert_parameter(self, name: str) -> str | None:
         """Name of the parameter that a layer is an expert of; None if it is none."""
-        parameter = name.rpartition(".")[0].removesuffix(SUFFIX)
-        return parameter if parameter in self.experts else None
+        return parameter if (parameter := parameter_of(name)) in self.experts else None
 
     def name_in_peft(self, name: str) -> str:
         """Name of the layer, or of the parameter, that PEFT adapts."""
@@ -144,6 +143,11 @@ class Adapter:
         """The factor s of a layer's product B A."""
         layer = self.layers[name]
         return layer.alpha / (math.sqrt(layer.r) if self.use_rslora else layer.r)
+
+
+def parameter_of(name: str) -> str:
+    """Name of the parameter that a layer of this name would be an expert of."""
+    return name.rpartition(".")[0].removesuffix(SUFFIX)
 
 
 def round_alpha(alpha: float) -> float | int:

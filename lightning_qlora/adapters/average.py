@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,6 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     other random values in A, and a warning says so.
 
     Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization".
-
-    Args:
-        adapters: Two or more, with the same layers, ranks and scalings, on the same base.
 
     Raises:
         ValueError: If there are fewer than two.
@@ -57,37 +55,34 @@ def _mean_of_layer(layers: Sequence[LayerAdapter]) -> LayerAdapter:
 
 
 def _check_same(one: Adapter, other: Adapter) -> None:
-    def differ(what: str, here: object, there: object) -> None:
-        if here != there:
+    with_base = one.origin is not None and other.origin is not None
+    here, there = _facts(one, with_base), _facts(other, with_base)
+    for what in here | there:
+        ours, theirs = here.get(what, False), there.get(what, False)
+        if ours != theirs:
             raise CheckpointMismatchError(
-                f"{other.source}: {what} is {there!r}, and {here!r} in {one.source}. Average adapters of one run."
+                f"{other.source}: {what} is {theirs!r}, and {ours!r} in {one.source}. Average adapters of one run."
             )
 
-    differ("use_rslora", one.use_rslora, other.use_rslora)
-    differ("the quantization and initialization", one.quantization, other.quantization)
-    differ("the fingerprints of the changed base", one.base_fingerprints, other.base_fingerprints)
-    here, there = one.layers | one.packed, other.layers | other.packed
-    odd = sorted(here.keys() ^ there.keys()) + sorted(one.saved.keys() ^ other.saved.keys())
-    if odd:
-        differ(
-            f"whether {odd[0]} is trained",
-            odd[0] in here or odd[0] in one.saved,
-            odd[0] in there or odd[0] in other.saved,
-        )
-    for name, layer in here.items():
-        differ(f"{name}: the rank", layer.r, there[name].r)
-        differ(f"{name}: lora_alpha", layer.alpha, there[name].alpha)
-        differ(f"{name}: use_dora", layer.magnitude is None, there[name].magnitude is None)
-        differ(f"{name}: the shape", _shape(layer), _shape(there[name]))
-        if one.origin is not None and other.origin is not None and name in one.layers:
-            prints = one.origin.fingerprint_of(name), other.origin.fingerprint_of(name)
-            differ(f"{name}: the fingerprint of the base", *prints)
-    for key, value in one.saved.items():
-        differ(f"{key}: the shape", list(value.shape), list(other.saved[key].shape))
 
-
-def _shape(layer: LayerAdapter) -> tuple[int, int]:
-    return layer.lora_B.shape[0], layer.lora_A.shape[1]
+def _facts(adapter: Adapter, with_base: bool) -> dict[str, Any]:
+    """In words -> what adapters of one run have in common."""
+    layers = adapter.layers | adapter.packed
+    facts: dict[str, Any] = {
+        "use_rslora": adapter.use_rslora,
+        "the quantization and initialization": adapter.quantization,
+        "the fingerprints of the changed base": adapter.base_fingerprints,
+        **{f"whether {name} is trained": True for name in (*layers, *adapter.saved)},
+        **{f"{key}: the shape": list(value.shape) for key, value in adapter.saved.items()},
+    }
+    for name, layer in layers.items():
+        facts[f"{name}: the rank"] = layer.r
+        facts[f"{name}: lora_alpha"] = layer.alpha
+        facts[f"{name}: use_dora"] = layer.magnitude is not None
+        facts[f"{name}: the shape"] = layer.lora_B.shape[0], layer.lora_A.shape[1]
+        if with_base and adapter.origin is not None and name in adapter.layers:
+            facts[f"{name}: the fingerprint of the base"] = adapter.origin.fingerprint_of(name)
+    return facts
 
 
 def _warn_of_several_runs(adapters: Sequence[Adapter], means: dict[str, LayerAdapter]) -> None:

@@ -58,14 +58,7 @@ def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
 
 
 def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
-    """Refuse layers that an adapter folder has no place for together: it has one value of these arguments for all.
-
-    Args:
-        configs: Name of a layer -> its arguments.
-
-    Raises:
-        ValueError: As above; names two layers and the argument.
-    """
+    """Raise ValueError if layers, by name, differ in arguments of which an adapter folder has one value for all."""
     (first, known), *others = configs.items()
     for name, config in others:
         for key in (*BITS, "init_lora_weights", "loftq_config", "use_dora"):
@@ -111,11 +104,7 @@ def trained_on(quantization: Mapping[str, Any] | None) -> str:
 
 
 def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> None:
-    """Refuse an adapter that needs other 4-bit weights than these layers have.
-
-    Raises:
-        CheckpointMismatchError: As above; says which base the adapter needs.
-    """
+    """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
     known = adapter.quantization or {}
     for name, layer in layers.items():
         if known.get("base_moved") or methods.changes_base_weights(layer.config):
@@ -143,9 +132,8 @@ def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | 
 def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] | None = None) -> Adapter:
     """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
 
-    Args:
-        adapter: From a module or a checkpoint; one that was initialized with B = 0 is returned as it is.
-        base_model: Folder of safetensors, or hub name, of the base it was trained on; None: the one the adapter names.
+    One that was initialized with B = 0 is returned as it is. `base_model` is a folder of safetensors, or a hub name, of
+    the base that it was trained on; None: the one that the adapter names.
 
     Raises:
         FileNotFoundError, ValueError: If there is no such base, or the difference can't be computed.
@@ -197,21 +185,16 @@ def _float_weights(adapter: Adapter, folder: ModelFolder) -> Callable[[str], Ten
     def read(name: str) -> Tensor:
         if name in key_of:
             return split(key_of[name])[name].contiguous()
-        key = _float_key(folder, f"{name}.weight")
+        key = folder.find(f"{name}.weight")
+        if key is None or folder.is_packed(key):
+            what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
+            raise CheckpointMismatchError(f"{folder.folder}: {what} '{name}.weight'.")
         weight = folder.tensors([key])[key]
         known = folder.stores_transposed(key)
         transposed = adapter.is_transposed(name, weight.shape) if known is None else known
         return weight.T.contiguous() if transposed else weight
 
     return read
-
-
-def _float_key(folder: ModelFolder, name: str) -> str:
-    key = folder.find(name)
-    if key is None or folder.is_packed(key):
-        what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
-        raise CheckpointMismatchError(f"{folder.folder}: {what} {name!r}.")
-    return key
 
 
 def _check_input_sizes(adapter: Adapter, origin: Origin) -> None:
@@ -228,11 +211,7 @@ def _check_input_sizes(adapter: Adapter, origin: Origin) -> None:
 
 
 def _bits_of(layer: QLoRALinear) -> dict[str, Any]:
-    return {
-        "quant_type": layer.quant_type,
-        "block_size": layer.block_size,
-        "double_quant": layer.nested.numel() > 0,
-    }
+    return dict(zip(BITS, (layer.quant_type, layer.block_size, layer.nested.numel() > 0), strict=True))
 
 
 def _in_words(quantization: Mapping[str, Any]) -> str:

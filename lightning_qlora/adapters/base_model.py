@@ -22,7 +22,7 @@ from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.records import is_base
+from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.lightning_copies import classes
 
 OF_LAYER = (  # arguments that a layer may have of its own
@@ -55,12 +55,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
-    """What a checkpoint must say of the base model to write a PEFT folder without the module; plain values.
-
-    Args:
-        module: A converted module.
-        config: The arguments that the checkpoint holds.
-    """
+    """What a checkpoint with these arguments must say of the base model to write a PEFT folder without the module."""
     prefix, base = find_base_model(module)
     modules = base.named_modules(remove_duplicate=False)
     layers = {plain_name(name): layer for name, layer in modules if isinstance(layer, QLoRALinear)}
@@ -90,13 +85,7 @@ def _own_arguments(of_layer: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]
 
 
 def config_of_layer(about: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
-    """The arguments of a layer in a checkpoint.
-
-    Args:
-        about: What `describe_base` returned.
-        name: The layer's name in the base model.
-        config: The arguments in the checkpoint.
-    """
+    """The arguments of a layer, by its name in the base model, in a checkpoint with these; `about`: `describe_base`."""
     own = about.get("layers", {}).get(name)
     return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
 
@@ -130,9 +119,7 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
         plain_name(name): part
         for name, part in module.named_modules(remove_duplicate=False)
         if not isinstance(part, QLoRALinear)
-        and any(
-            p is not None and p.is_floating_point() and not is_base(part, key, p) for key, p in part._parameters.items()
-        )
+        and any(p.is_floating_point() and not is_base(part, key, p) for key, p in own_parameters(part).items())
     }
 
 

@@ -35,10 +35,9 @@ def add_checksums(state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the checkpoint") -> None:
-    """Remove the checksums from a state dict, and compare its entries with them; missing entries are no error here.
+    """Remove the checksums from a state dict, and raise ValueError if they, or an entry, are damaged.
 
-    Raises:
-        ValueError: If an entry, or the checksums themselves, are damaged; names the file, if it is known, and the key.
+    The error names the file, if it is known, and the key. Missing entries are no error here.
     """
     for key, value in state_dict.items():
         dimensions, types = KINDS.get(str(key).rpartition(".")[2], (None, ()))

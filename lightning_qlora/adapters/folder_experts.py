@@ -35,16 +35,7 @@ class ExpertTensor(NamedTuple):
 
 
 def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
-    """An adapter with the model's names for its experts.
-
-    Args:
-        adapter: The adapter.
-        folder: The model's folder.
-
-    Raises:
-        ValueError: If only transformers could tell these names, and it can't.
-        CheckpointMismatchError: If the adapter does not fit the model.
-    """
+    """An adapter with the model's names for its experts; raises as `empty_model` and `assign_parameters`."""
     if not adapter.packed or adapter.experts:
         return unpack_known(adapter)
     what_for = "which parameters an adapter of experts belongs to"

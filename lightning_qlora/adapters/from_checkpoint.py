@@ -2,17 +2,18 @@
 
 import os
 
+import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter, parameter_of
 from lightning_qlora.adapters.base_compatibility import alpha_in_folder, check_one_folder, quantization_of
 from lightning_qlora.adapters.base_model import config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
+from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.initialization.difference import Origin
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.state_dict import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -22,10 +23,9 @@ def read_adapter_from_checkpoint(
 ) -> Adapter:
     """The adapters that `get_adapter` would return for the module that was saved.
 
-    Args:
-        path: A checkpoint of the Trainer, ModelCheckpoint or Fabric, in one file or in shards.
-        prefix: Name of the base model in the module that was saved, for example "model"; None: as the checkpoint says.
-        weights_only: As in `torch.load`: whether to refuse objects other than tensors and plain values.
+    The checkpoint is of the Trainer, ModelCheckpoint or Fabric, in one file or in shards. `prefix` is the name of the
+    base model in the module that was saved, for example "model"; None: as the checkpoint says. `weights_only` refuses
+    objects other than tensors and plain values, as in `torch.load`.
 
     Raises:
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
@@ -52,19 +52,16 @@ def read_adapter_from_checkpoint(
 
     known = about.get("experts", {})  # by names in the base model that the checkpoint says
     experts = {
-        _parameter_of(name): ExpertStack(*known[_parameter_of(inside)])
+        parameter_of(name): ExpertStack(*known[parameter_of(inside)])
         for name, inside in in_base.items()
-        if _parameter_of(inside) in known
+        if parameter_of(inside) in known
     }
 
     configs = {name: config_of_layer(about, inside, config) for name, inside in in_base.items()}
     check_one_folder(configs)
     use_rslora = all(of_layer.use_rslora for of_layer in configs.values())
 
-    def base_fingerprint(name: str) -> int | None:
-        value = state.get(f"{keys[name]}.weight.{FINGERPRINT}")
-        return None if value is None else int(value)
-
+    fingerprints = {name: state.get(f"{key}.weight.{FINGERPRINT}") for name, key in keys.items()}
     return Adapter(
         layers={
             name: LayerAdapter(
@@ -84,7 +81,7 @@ def read_adapter_from_checkpoint(
         modules_to_save=sorted(about["trained_in_full"]),
         # With another prefix: full names, since the last part of a name may fit other layers too.
         target_modules=(about.get("target_modules") if inner == about["prefix"] else None)
-        or sorted(name for name in keys if _parameter_of(name) not in experts),
+        or sorted(name for name in keys if parameter_of(name) not in experts),
         use_rslora=use_rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=config.lora_dropout,
@@ -102,35 +99,22 @@ def read_adapter_from_checkpoint(
             ),
             {name: seed_name_of(about, inside) for name, inside in in_base.items()},
             {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
-            base_fingerprint,
+            {name: int(value) for name, value in fingerprints.items() if value is not None}.get,
         ),
         source=str(path),
     )
 
 
-def _parameter_of(name: str) -> str:
-    """Name of the parameter that a layer of this name would be an expert of."""
-    return name.rpartition(".")[0].removesuffix(SUFFIX)
-
-
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
     prints = [int(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
-    total = 0
-    for number in prints:
-        total = (total * 0x100000001B3 + number) % (1 << 63)
-    return f"{total:016x}" if prints else None
+    return checksum(torch.tensor(prints)) if prints else None
 
 
 def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
     """The state dict of the converted module in a checkpoint, and the prefix of that module's keys in it.
 
-    Args:
-        path: A checkpoint, in one file or in shards.
-        weights_only: As in `torch.load`: whether to refuse objects other than tensors and plain values.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
+    Raises as `read_adapter_from_checkpoint`.
     """
     checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):

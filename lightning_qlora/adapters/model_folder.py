@@ -108,12 +108,8 @@ class ModelFolder(WeightFolder):
 
     Tensors that the model does not use, and 4-bit weights that it would have to convert, keep their keys.
 
-    Args:
-        folder: A model's folder.
-        model: The model, on the meta device; None: every name is a key.
-
     Attributes:
-        model: As above.
+        model: The model, on the meta device; None: every name is a key.
         stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
         conversions: Name -> conversion that makes this parameter.
@@ -159,18 +155,19 @@ class ModelFolder(WeightFolder):
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Read parameters to the CPU, by their names."""
-        conversions = [self.conversions.get(name) for name in keys]
-        pairs = list(zip(keys, conversions, strict=True))
-        stored = self.stored.tensors(
-            [key for name, c in pairs for key in ([self.key_of[name]] if c is None else c.keys)]
-        )
-        return {name: stored[self.key_of[name]] if c is None else c.convert(stored)[name] for name, c in pairs}
+        stored = self.stored.tensors([key for name in keys for key in self._stored_keys(name)])
+        of_name = {name: self.conversions.get(name) for name in keys}
+        return {
+            name: stored[self.key_of[name]] if c is None else c.convert(stored)[name] for name, c in of_name.items()
+        }
+
+    def _stored_keys(self, name: str) -> list[str]:
+        conversion = self.conversions.get(name)
+        return [self.key_of[name]] if conversion is None else conversion.keys
 
     def where(self, name: str) -> str:
         """File and keys of a parameter, for messages."""
-        conversion = self.conversions.get(name)
-        keys = [self.key_of[name]] if conversion is None else conversion.keys
-        return f"{self.file_of[name]}: {', '.join(map(repr, keys))}"
+        return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
 
     def stores_transposed(self, name: str) -> bool | None:
         """Whether a weight is that of transformers' Conv1D, [in, out]; None if only its shape can tell."""
@@ -231,12 +228,7 @@ class ModelFolder(WeightFolder):
 def empty_model(folder: Path, what_for: str) -> nn.Module:
     """The transformers model that a folder's config.json names, on the meta device: its layers without weights.
 
-    Args:
-        folder: A model's folder.
-        what_for: What the model is needed for, for the message.
-
-    Raises:
-        ValueError: If transformers is not installed, or has no such model.
+    ValueError if transformers is not installed, or has no such model; it says what for the model is needed.
     """
     try:
         import transformers

@@ -29,10 +29,6 @@ def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
 
     Without PEFT installed the adapter is returned as it is.
 
-    Args:
-        adapter: What `get_adapter` returned.
-        base: The base model that it is of.
-
     Raises:
         ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
     """
@@ -120,9 +116,7 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
     new._buffers.update({key: made.get(id(value)) for key, value in module._buffers.items()})
     new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     if isinstance(module, QLoRALinear):
-        rows, columns = module._shape
-        weight = torch.empty(rows, columns, dtype=module.weight_dtype, device="meta")
-        to_dense(new, module._as_rows(weight))
+        to_dense(new, module._as_rows(torch.empty(module._shape, dtype=module.weight_dtype, device="meta")))
         return new
     for key, part in module._modules.items():
         new._modules[key] = None if part is None else _without_weights(getattr(part, COMPILED, part), made)

@@ -40,11 +40,7 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
 
 
 def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
-    """PEFT's name and PEFT's matrices of the adapters of one expert parameter.
-
-    Raises:
-        ValueError: If PEFT has no such adapter; names the parameter.
-    """
+    """PEFT's name and matrices of the adapters of one expert parameter; ValueError if PEFT has no such adapter."""
     stack = adapter.experts[name]
     parts = [adapter.layers[f"{name}{SUFFIX}.{i}"] for i in range(stack.number)]
     for refused, what in (
@@ -91,11 +87,9 @@ def key_of(name: str, stack: ExpertStack) -> str:
 
 
 def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
-    """The adapter with the names that the model has for its layers and parameters; `packed` is empty then.
+    """A folder's adapter with the names that the base model, dense or converted, has for its layers and parameters.
 
-    Args:
-        adapter: From a folder. What is `packed` is for a linear layer, or for expert parameters of a module.
-        base: The base model, dense or converted.
+    What is `packed` is for a linear layer, or for expert parameters of a module; of the result it is empty.
 
     Raises:
         CheckpointMismatchError: If the adapter does not fit the model; names file and key.
@@ -107,20 +101,16 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
         if owner not in modules:
             refuse(adapter, f"{keys[0]}.lora_A.weight", base, "has no such module")
         module = modules[owner]
-        names = [key for key in _parameter_order(module) if is_target(adapter.peft_config, f"{owner}.{key}")]
+        order = vars(module).get(PARAMETERS, module._parameters)  # of its class; with the parameters in 4 bits
+        names = [key for key in order if is_target(adapter.peft_config, f"{owner}.{key}")]
         matrix = is_linear(module) or (names == ["weight"] and len(_shape(module, "weight")) == 2)
         if keys == [owner] and matrix:
             layers[owner] = adapter.packed[owner]
             continue
         expected = [owner + BASE_LAYER * wrappers for wrappers in reversed(range(len(names)))]
         if set(expected) != set(keys):
-            found = ", ".join(names) or "none"
-            refuse(
-                adapter,
-                f"{keys[0]}.lora_A.weight",
-                base,
-                f"has other parameters there that target_parameters names: {found}",
-            )
+            what = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
+            refuse(adapter, f"{keys[0]}.lora_A.weight", base, what)
         for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
             full = f"{owner}.{name}"
             packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, full))
@@ -151,12 +141,6 @@ def outermost(key: str) -> str:
     return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
 
 
-def _parameter_order(owner: nn.Module) -> list[str]:
-    """Names of a module's parameters in the order of its class, those in 4 bits as well."""
-    order: list[str] = vars(owner).get(PARAMETERS, list(owner._parameters))
-    return order
-
-
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
     as_transposed, held = bool(getattr(owner, "is_transposed", False)), owner._modules.get(key + SUFFIX)
@@ -175,19 +159,16 @@ def _check_shape(
 ) -> None:
     swapped = stack.transposed == stack.exchanged  # PEFT reads [experts, out, in]
     outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
+    what = None
     if stack.flat:
-        refuse(
-            adapter,
-            f"{key}.lora_A.weight",
-            base,
-            "has all experts in one matrix there, with one adapter for each expert",
-        )
-    if packed.r % stack.number or (packed.lora_B.shape[0], packed.lora_A.shape[1]) != (outputs, inputs):
-        refuse(
-            adapter, f"{key}.lora_A.weight", base,
+        what = "has all experts in one matrix there, with one adapter for each expert"
+    elif packed.r % stack.number or (packed.lora_B.shape[0], packed.lora_A.shape[1]) != (outputs, inputs):
+        what = (
             f"has {stack.number} experts of {inputs} inputs and {outputs} outputs there (as PEFT counts them), the "
-            f"adapter has lora_A {list(packed.lora_A.shape)} and lora_B {list(packed.lora_B.shape)}",
-        )  # fmt: skip
+            f"adapter has lora_A {list(packed.lora_A.shape)} and lora_B {list(packed.lora_B.shape)}"
+        )
+    if what:
+        refuse(adapter, f"{key}.lora_A.weight", base, what)
 
 
 def refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:

@@ -23,8 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Write PEFT's two files; a reader finds the old adapter, the new one, or none (`atomic_files`).
 
-    Raises:
-        ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
+    Raises as `peft_tensors`.
     """
     tensors, config = peft_tensors(adapter), peft_config(adapter)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
@@ -49,8 +48,8 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "target_modules": adapter.target_modules,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": adapter.modules_to_save or None,
-        "rank_pattern": _exact(adapter.rank_pattern),
-        "alpha_pattern": _exact(adapter.alpha_pattern),
+        "rank_pattern": exact(adapter.rank_pattern),
+        "alpha_pattern": exact(adapter.alpha_pattern),
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
         "fan_in_fan_out": adapter.fan_in_fan_out,
@@ -60,7 +59,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of adapter_model.safetensors."""
+    """The tensors of adapter_model.safetensors; ValueError, with the parameter, for experts without a place there."""
     adapter = unpack_known(adapter)
     if adapter.packed:
         raise ValueError(
@@ -77,6 +76,6 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def _exact(pattern: dict[str, Any]) -> dict[str, Any]:
+def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """PEFT matches a key of a pattern as a regular expression with the end of a name: here with one name only."""
-    return {f"^{re.escape(name)}": value for name, value in pattern.items()}
+    return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}

@@ -29,14 +29,13 @@ DECISIVE = (
 
 def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, str]:
     """The metadata for an adapter, its tensors as they are written, and the content of adapter_config.json."""
-    entries: dict[str, Any] = {CONFIG_COPY: config}
-    if adapter.quantization is not None:
-        entries[QUANTIZATION] = adapter.quantization
-    if adapter.bases:
-        entries[FINGERPRINTS] = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
-    if adapter.experts:
-        entries[EXPERTS] = adapter.experts
-    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items()}}
+    entries: dict[str, Any] = {
+        CONFIG_COPY: config,
+        QUANTIZATION: adapter.quantization,
+        FINGERPRINTS: {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()},
+        EXPERTS: adapter.experts,
+    }
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items() if value}}
     sums = {key: checksum(tensor) for key, tensor in tensors.items()}
     return metadata | {CHECKSUMS: json.dumps(sums | {METADATA: _checksum_of_text(metadata)}, sort_keys=True)}
 
@@ -55,11 +54,7 @@ def metadata_entry(metadata: Mapping[str, str], key: str, path: Path) -> dict[st
 
 
 def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Compare tensors and metadata with their checksums.
-
-    Raises:
-        ValueError: If one differs, or if tensors are missing; names the file and the key.
-    """
+    """Raise ValueError, with file and key, if a tensor is missing, or one or the metadata has another checksum."""
     expected = metadata_entry(metadata, CHECKSUMS, path)
     if expected is None:
         return

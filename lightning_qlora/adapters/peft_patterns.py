@@ -38,11 +38,7 @@ def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any],
 
 
 def fits_peft_pattern(name: str, pattern: str) -> bool:
-    """Whether PEFT's pattern names a layer.
-
-    Raises:
-        PatternError: If it has look-around, back references or flags, or takes more than `STEPS` steps.
-    """
+    """Whether PEFT's pattern names a layer; PatternError if it has flags or look-around, or needs over `STEPS`."""
     if _is_quick(pattern):
         return _compiled(pattern).match(name) is not None
     return _Matcher(name, pattern).fits()

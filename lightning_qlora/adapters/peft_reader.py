@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -178,24 +178,19 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
 @contextmanager
 def _held(path: Path) -> Iterator[tuple[int, int, int] | None]:
     """The `_version` of a file, which is open within this: until then no new file can get its inode number."""
-    try:
-        file = path.open("rb") if path.is_file() else None
-    except OSError:
+    with ExitStack() as stack:
         file = None
-    if file is None:  # reading it raises an error that names it
-        yield None
-        return
-    with file:
-        yield _version(file.fileno())
+        with suppress(OSError):  # reading it raises an error that names it
+            file = stack.enter_context(path.open("rb")) if path.is_file() else None
+        yield None if file is None else _version(file.fileno())
 
 
 def _version(file: Path | int) -> tuple[int, int, int] | None:
     """What changes if a file is replaced, by its path or descriptor; None if it can't be read."""
-    try:
+    with suppress(OSError):
         found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return None
 
 
 def _split(key: str, path: Path) -> tuple[str, str | None]:

@@ -30,7 +30,7 @@ from lightning_qlora.adapters.base_model import (
 )
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
-from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.checks import check_choice
@@ -81,11 +81,7 @@ def save_adapter(
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
-    rank_zero_only(_write)(adapter, inner, folder)
-
-
-def _write(adapter: Adapter, base: nn.Module, folder: str | os.PathLike[str]) -> None:
-    write_adapter(as_peft_loads_it(adapter, base), folder)
+    rank_zero_only(lambda: write_adapter(as_peft_loads_it(adapter, inner), folder))()
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -158,8 +154,7 @@ def get_adapter(module: nn.Module) -> Adapter:
 def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     """Set the adapters of a converted module, in place: the parameters stay the same objects.
 
-    Raises:
-        CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
+    Raises CheckpointMismatchError as `load_adapter`.
     """
     _, base = find_base_model(module)
     layers, adapter = _layers_by_plain_name(base), assign_parameters(adapter, base)
@@ -189,15 +184,11 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
-    """`config` with the layers, ranks and scalings of the adapter.
-
-    Raises:
-        CheckpointMismatchError: If the module lacks a layer of the adapter.
-    """
+    """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
     prefix, base = find_base_model(module)
     adapter = assign_parameters(adapter, base)
-    names = {plain_name(name): f"{prefix}.{name}".strip(".") for name, _ in base.named_modules()}
-    names |= {name: f"{prefix}.{name}".strip(".") for name in adapter.experts}
+    inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
+    names = {plain_name(name): f"{prefix}.{name}".strip(".") for name in inner}
     targets = list(dict.fromkeys(adapter.expert_parameter(name) or name for name in adapter.layers))
     missing = [name for name in targets if name not in names]
     if missing:
@@ -217,21 +208,15 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
 def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
     """Ranks and scalings of an adapter, and of the layers that it does not have, as arguments of a QLoRAConfig."""
     prefix = find_base_model(module)[0]
-    ranks, alphas = dict(adapter.rank_pattern), dict(adapter.alpha_pattern)
-    for name, layer in layers.items():
-        if name not in adapter.layers:
-            ranks |= {name: layer.r} if layer.r != adapter.r else {}
-            alphas |= {name: layer.config.lora_alpha} if layer.config.lora_alpha != adapter.alpha else {}
-
-    def exact(pattern: dict[str, Any]) -> dict[str, Any]:
-        return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}
-
+    r, alpha, others = adapter.r, adapter.alpha, [name for name in layers if name not in adapter.layers]
+    ranks = {name: layers[name].r for name in others if layers[name].r != r}
+    alphas = {name: a for name in others if (a := layers[name].config.lora_alpha) != alpha}
     return {
-        "r": adapter.r,
-        "lora_alpha": adapter.alpha,
+        "r": r,
+        "lora_alpha": alpha,
         "use_rslora": adapter.use_rslora,
-        "rank_pattern": exact(ranks),
-        "alpha_pattern": exact(alphas),
+        "rank_pattern": exact(adapter.rank_pattern | ranks, prefix),
+        "alpha_pattern": exact(adapter.alpha_pattern | alphas, prefix),
     }
 
 
@@ -273,12 +258,10 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
             part = modules.get(name)
             what = "has no such layer" if part is None else f"has a {type(part).__name__} without an adapter there"
             refuse(adapter, key, base, what)
-        if loaded.lora_A.shape[1] != layer.in_features or loaded.lora_B.shape[0] != layer.out_features:
-            refuse(
-                adapter, key, base,
-                f"has a layer of {layer.in_features} inputs and {layer.out_features} outputs there, the adapter is for "
-                f"{loaded.lora_A.shape[1]} and {loaded.lora_B.shape[0]}",
-            )  # fmt: skip
+        sizes, fits = (loaded.lora_A.shape[1], loaded.lora_B.shape[0]), (layer.in_features, layer.out_features)
+        if sizes != fits:
+            what = "has a layer of {} inputs and {} outputs there, the adapter is for {} and {}".format(*fits, *sizes)
+            refuse(adapter, key, base, what)
         if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "

@@ -55,12 +55,8 @@ def conversion_of(module: nn.Module) -> Conversion | None:
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Make state dicts of a converted module hold what trains, and loading complete them, so that it can be strict.
 
-    The state dict of a part of the module also holds the base of that part, since the part may be saved alone.
-
-    Args:
-        root: The converted module.
-        config: The arguments of its conversion; with checkpoint="full" the base is not left out.
-        given: The same as they were passed.
+    The state dict of a part of the module also holds the base of that part, since the part may be saved alone. `config`
+    has the arguments of the conversion; with checkpoint="full" the base is not left out. `given`: as they were passed.
     """
     layers = adapted_layers(root)
     earlier = [known for _, conversion in _conversions(root) for known in conversion.given]

@@ -25,8 +25,7 @@ def is_bnb_linear(layer: nn.Module) -> bool:
 def pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
     """Remove the weight and bitsandbytes' attributes from a Linear4bit; returns it and the class of the dense layer.
 
-    Raises:
-        ValueError: If bitsandbytes has repacked the weight for its CPU kernel, or its type is unknown.
+    Raises ValueError if bitsandbytes has repacked the weight for its CPU kernel, or its type is unknown.
     """
     weight: Any = layer._parameters.pop("weight")
     if getattr(weight.quant_state, "packing_format_for_cpu", False):

@@ -12,7 +12,7 @@ from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.packed_parameter import PackedParameter
-from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for
+from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for, new
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
@@ -40,7 +40,8 @@ class DeferredHead:
         """Copy and pickle an instance of a class that has no name which could be imported."""
         made = object.__reduce_ex__(self, protocol)
         packed = isinstance(self, QLoRALinear)
-        return _new, (self.dense_class if packed else self.plain_class, packed), *made[2:]  # type: ignore[attr-defined]
+        dense_class = self.dense_class if packed else self.plain_class  # type: ignore[attr-defined]
+        return new, (_class_for, dense_class, packed), *made[2:]
 
 
 def _can_defer(head: Any, input: Tensor) -> bool:
@@ -58,15 +59,12 @@ def _can_defer(head: Any, input: Tensor) -> bool:
     return input.requires_grad or any(p.requires_grad for p in head.parameters())
 
 
-def _new(kind: type[nn.Module], packed: bool) -> nn.Module:
-    made = _class_for(class_for(kind) if packed else kind)
-    return made.__new__(made)
-
-
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class of a head -> the same with deferred logits
 
 
-def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
+def _class_for(kind: type[nn.Module], packed: bool = False) -> type[nn.Module]:
+    if packed:
+        kind = class_for(kind)
     if kind not in _CLASSES:
         members = {"__module__": kind.__module__, "plain_class": kind, "plain_forward": kind.forward}
         if not issubclass(kind, QLoRALinear):
@@ -116,11 +114,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:
-    """Refuse deferred_logits=True for a module without an output embedding.
-
-    Raises:
-        ValueError: As above.
-    """
+    """Raise ValueError for deferred_logits=True and a module without an output embedding."""
     if setting is True and not output_embeddings(module):
         raise ValueError(
             f"deferred_logits=True: {type(module).__name__} has no output embedding: no get_output_embeddings() that "
@@ -132,16 +126,12 @@ def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) 
 def defer_output_embeddings(
     module: nn.Module, setting: bool | Literal["auto"], sharded: bool = False
 ) -> dict[str, int]:
-    """Make the output embeddings of a module return deferred logits in training, in place.
+    """Make the output embeddings of a converted module return deferred logits in training, in place.
 
-    Args:
-        module: The module, after its layers were converted.
-        setting: The argument `deferred_logits`; "auto": embeddings with `LARGE` * inputs outputs or more.
-        sharded: Whether a strategy shards the parameters. Then nothing is deferred.
+    With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
 
     Returns:
-        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if the logits are not deferred
-        because of `sharded`.
+        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`.
     """
     heads = output_embeddings(module) if setting else {}
     chosen = {

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from lightning_qlora.layers.disable_adapter import contexts, restored
 from lightning_qlora.layers.lora import DISABLED
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
-from lightning_qlora.layers.readable_weight import Readable
+from lightning_qlora.layers.readable_weight import METADATA, Readable
 
 Function = Callable[[Tensor], Tensor]
 
@@ -46,11 +46,7 @@ class Source:
         self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
 
     def compute(self, hidden: Tensor) -> Tensor:
-        """The logits of some rows of hidden states.
-
-        Raises:
-            RuntimeError: If the head or its input changed since the call.
-        """
+        """The logits of some rows of hidden states; RuntimeError if the head or its input changed since the call."""
         enabled, dtype = self._autocast
         with restored(self._contexts), torch.autocast(hidden.device.type, dtype, enabled=enabled):
             now = [self._tensors[0][0], *self.head.parameters()]
@@ -121,8 +117,7 @@ class DeferredLogits(Readable):
     def computed(self, keep: bool = False) -> Tensor:
         """The real logits: a plain tensor, computed once for all their views, differentiable.
 
-        Args:
-            keep: Whether to keep them within activation checkpointing as well, because something writes to them.
+        `keep` keeps them within activation checkpointing as well, because something writes to them.
         """
         if self._real is not None:
             return self._real
@@ -143,7 +138,7 @@ class DeferredLogits(Readable):
 
     def detached(self) -> "DeferredLogits":
         """The same without a gradient."""
-        return self.derived(_same, self.hidden, self.functions, self.dtype)
+        return self.derived(lambda real: real, self.hidden, self.functions, self.dtype)
 
     def parameters(self) -> list[Any]:
         """The tensors that the logits depend on: the hidden states and what trains in the head."""
@@ -187,16 +182,6 @@ class DeferredLogits(Readable):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "is_leaf", "grad_fn",
-        "is_sparse", "is_nested", "is_quantized",
-    )
-} | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
-    Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
-}  # fmt: skip
 TYPES = {Tensor.float: torch.float32, Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16}
 UNARY = {torch.tanh, Tensor.tanh}
 BINARY = {Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__, torch.mul, torch.div}
@@ -210,10 +195,6 @@ def _writes(func: Any) -> bool:
     """Whether a function works in place: `masked_fill_`, `__imul__`."""
     name: str = getattr(func, "__name__", "")
     return name.startswith("__i") if name.endswith("__") else name.endswith("_")
-
-
-def _same(real: Tensor) -> Tensor:
-    return real
 
 
 def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -231,18 +212,12 @@ def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if func in UNARY and not args:
         return logits.elementwise(func, logits.dtype)  # type: ignore[no-any-return]
     if func in BINARY and len(args) == 1 and type(args[0]) in (int, float):
-        return logits.elementwise(partial(_with_number, func, args[0]), logits.dtype)  # type: ignore[no-any-return]
+        return logits.elementwise(lambda real: func(real, args[0]), logits.dtype)  # type: ignore[no-any-return]
     if func in (Tensor.view, Tensor.reshape, torch.reshape) and not isinstance(args[0], torch.dtype):
-        shape = tuple(args if isinstance(args[0], int) else args[0])
-        return _reshape(logits, shape)
+        return _reshape(logits, tuple(args if isinstance(args[0], int) else args[0]))
     if func is Tensor.__getitem__:
         return _getitem(logits, args[0] if isinstance(args[0], tuple) else (args[0],))
     return None
-
-
-def _with_number(func: Any, number: float, real: Tensor) -> Tensor:
-    result: Tensor = func(real, number)
-    return result
 
 
 def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -250,16 +225,12 @@ def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
     given = [*args, *kwargs.values()]
     if len(given) != 1:
         return None
-    if isinstance(given[0], torch.dtype):
-        return _cast(logits, given[0])
-    same_device = isinstance(given[0], (str, torch.device)) and torch.device(given[0]) == logits.device
-    return logits if same_device else None
-
-
-def _cast(logits: DeferredLogits, dtype: torch.dtype) -> Tensor | None:
-    if dtype is logits.dtype:
+    to = given[0]
+    if to is logits.dtype or (isinstance(to, (str, torch.device)) and torch.device(to) == logits.device):
         return logits
-    return logits.elementwise(lambda real: real.to(dtype), dtype) if dtype.is_floating_point else None
+    if isinstance(to, torch.dtype) and to.is_floating_point:
+        return logits.elementwise(lambda real: real.to(to), to)
+    return None
 
 
 def _reshape(logits: DeferredLogits, shape: tuple[int, ...]) -> Tensor | None:
@@ -283,13 +254,11 @@ def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:
     """An index that chooses among rows alone, so that the vocabulary stays whole and last."""
     spans = 0  # dimensions that the index takes
     for part in index:
-        if isinstance(part, Tensor) and part.dtype is torch.bool:
-            spans += part.ndim
-        elif part is Ellipsis or (isinstance(part, (int, slice, Tensor)) and not isinstance(part, bool)):
-            spans += part is not Ellipsis
-        else:
-            return None
-        if isinstance(part, Tensor) and part.dtype is torch.uint8:
+        if isinstance(part, Tensor) and part.dtype is not torch.uint8:
+            spans += part.ndim if part.dtype is torch.bool else 1
+        elif type(part) in (int, slice):
+            spans += 1
+        elif part is not Ellipsis:
             return None
     has_ellipsis = any(part is Ellipsis for part in index)
     takes_last = spans == logits.dim() or (has_ellipsis and index[-1] is not Ellipsis)

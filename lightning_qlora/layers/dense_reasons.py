@@ -57,27 +57,15 @@ class ModuleFacts:
                     self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
         # bitsandbytes freezes what it quantizes, so there the rest of a model decides whether the user froze it.
         self.trains = any(parameter.requires_grad for parameter in module.parameters())
-        self.frozen_models = {
-            id(layer)
-            for model in module.modules()
-            if is_transformers_model(model) and not any(parameter.requires_grad for parameter in model.parameters())
-            for layer in model.modules()
-        }
+        models = [model for model in module.modules() if is_transformers_model(model)]
+        frozen = [model for model in models if not any(parameter.requires_grad for parameter in model.parameters())]
+        self.frozen_models = {id(layer) for model in frozen for layer in model.modules()}
         self.shared = {key for key, layers in owners.items() if len(layers) > 1}
         self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
-        self.left_dense = {
-            id(layer)
-            for model in module.modules()
-            if getattr(model, "is_loaded_in_4bit", False) or vars(model).get(LOADED)
-            for layer in model.modules()
-            if not is_bnb_linear(layer) and not isinstance(layer, QLoRALinear)
-        }
+        loaded = [m for m in module.modules() if getattr(m, "is_loaded_in_4bit", False) or vars(m).get(LOADED)]
+        in_loaded = (layer for model in loaded for layer in model.modules())
+        self.left_dense = {id(part) for part in in_loaded if not (is_bnb_linear(part) or isinstance(part, QLoRALinear))}
         self.modules = dict(module.named_modules())
-        self.parents = {
-            f"{name}.{child}".lstrip("."): parent
-            for name, parent in module.named_modules()
-            for child, _ in parent.named_children()
-        }
 
     def is_frozen(self, layer: nn.Module, key: str = "weight") -> bool:
         """Whether the module froze the weight of a layer, while something else trains."""
@@ -107,10 +95,10 @@ class ModuleFacts:
 
     def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
         """Why a layer is converted only if target_modules names it."""
-        last = name.rpartition(".")[2]
+        outer, _, last = name.rpartition(".")
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
             return "output embedding; name it in target_modules to convert it"
-        if (last in ROUTERS and hasattr(self.parents[name], "experts")) or is_router(name, layer, self.modules):
+        if (last in ROUTERS and hasattr(self.modules[outer], "experts")) or is_router(name, layer, self.modules):
             return "router of experts; name it in target_modules to convert it"
         if self.is_frozen(layer):
             return FROZEN

@@ -77,16 +77,12 @@ class _Context:
         known = {id(p) for part in self.parts for p in part._parameters.values()}
         names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
         if names:
-            _warn_of_trained(names)
-
-
-def _warn_of_trained(names: list[str]) -> None:
-    warnings.warn(
-        f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
-        f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}. For their initial values pass keep_initial=True "
-        "at conversion.",
-        stacklevel=5,
-    )
+            warnings.warn(
+                f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
+                f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}. For their initial values pass "
+                "keep_initial=True at conversion.",
+                stacklevel=4,
+            )
 
 
 def keep_initial(module: nn.Module) -> None:

@@ -26,11 +26,6 @@ class ExpertGroup(NamedTuple):
     lora_a: list[Tensor]
     lora_b: list[Tensor]
 
-    @property
-    def tensors(self) -> tuple[list[PackedBytes], list[Tensor], list[Tensor]]:
-        """What `grouped_linear` takes."""
-        return self.weights, self.lora_a, self.lora_b
-
     def without_adapters(self) -> "ExpertGroup":
         """The same with adapters of rank 1 that are zero."""
         (_, columns), (rows, _), like = self.lora_a[0].shape, self.lora_b[0].shape, self.lora_a[0]

@@ -96,12 +96,7 @@ def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     """Whether the outputs of a linear layer are the experts of the block around it.
 
     The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as in
-    most router classes.
-
-    Args:
-        name: Name of the layer.
-        layer: The layer; of Conv1D the outputs are the last dimension of the weight.
-        modules: Name -> module of all modules.
+    most router classes. `modules` has all modules by name.
     """
     outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "nf", None)
     outer = name.rpartition(".")[0]
@@ -113,10 +108,8 @@ def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
 
 def _experts_in(block: nn.Module) -> set[int]:
     """The numbers of experts in a block: as its attributes say, and as its children hold."""
-    counts = {value for key in COUNTS if type(value := getattr(block, key, None)) is int}
-    for name, child in block.named_children():
-        if "expert" in name and isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            counts.add(len(child))
-        for part in (child, *child.children()):
-            counts |= {value for key in COUNTS if type(value := getattr(part, key, None)) is int}
+    parts = [block, *(part for child in block.children() for part in (child, *child.children()))]
+    counts = {value for part in parts for key in COUNTS if type(value := getattr(part, key, None)) is int}
+    lists = (child for name, child in block.named_children() if "expert" in name)
+    counts |= {len(child) for child in lists if isinstance(child, (nn.ModuleList, nn.ModuleDict))}
     return counts - {1}

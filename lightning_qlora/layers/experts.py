@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, new
 from lightning_qlora.layers.readable_stack import SUFFIX, ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 from lightning_qlora.layers.state_dict import CheckpointMismatchError
@@ -41,17 +41,11 @@ class QLoRAExperts(nn.ModuleList):
         owner: nn.Module, key: str, config: QLoRAConfig, name: str, experts: int, transposed: bool,
         device: torch.device | None = None, seed_name: str | None = None,
     ) -> "QLoRAExperts":  # fmt: skip
-        """Replace a parameter of a module by 4-bit layers with adapters, in place.
+        """Replace the parameter `key` of a module by 4-bit layers with adapters, in place.
 
-        Args:
-            owner: The module that holds the parameter.
-            key: Name of the parameter in it: [experts, out, in], [experts, in, out] or [experts * width, in].
-            config: The arguments of the conversion.
-            name: Full name of the parameter; that of expert i is `name_experts.i`.
-            experts: Number of experts.
-            transposed: Whether one expert is [in, out].
-            device: Where to quantize; None: where the parameter is.
-            seed_name: The name that seeds are made from, `seed_name.i` for expert i; None: `name`.
+        The parameter is [experts, out, in], [experts, in, out] (`transposed`) or [experts * width, in]. Its full name
+        is `name`, that of expert i `name_experts.i`. The experts are quantized on `device`, None: where the parameter
+        is. Seeds are made from `seed_name.i`; None: from `name.i`.
         """
 
         def convert(layer: nn.Linear, number: int) -> None:
@@ -164,7 +158,7 @@ class _WithExperts:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle an instance of a class that has no name which could be imported."""
         made = super().__reduce_ex__(protocol)
-        return _new, (type(self).dense_class,), *made[2:]  # type: ignore[attr-defined]
+        return new, (class_with_experts, type(self).dense_class), *made[2:]  # type: ignore[attr-defined]
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class -> the same with experts in 4 bits
@@ -180,11 +174,6 @@ def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
             members["forward"] = routed_forward
         _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
     return _CLASSES[dense_class]
-
-
-def _new(dense_class: type[nn.Module]) -> nn.Module:
-    kind = class_with_experts(dense_class)
-    return kind.__new__(kind)
 
 
 def is_expert(name: str) -> bool:

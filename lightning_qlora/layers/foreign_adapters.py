@@ -1,7 +1,6 @@
 """Adapters of other libraries in a module before conversion: they would be frozen, or trained beside ours."""
 
 import sys
-from typing import Any
 
 from torch import nn
 
@@ -19,12 +18,10 @@ PARTS = (
 def foreign_adapter(module: nn.Module) -> str | None:
     """What a module is, if it is an adapter of another library; None if it is none."""
     kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
-    peft: Any = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is not None and isinstance(module, peft.BaseTunerLayer):
-        return f"{kind}, a layer with a PEFT adapter"
-    peft = sys.modules.get("peft.peft_model")
-    if peft is not None and isinstance(module, peft.PeftModel):
-        return f"{kind}, a model with a PEFT adapter"
+    for what, file, base in (("layer", "tuners.tuners_utils", "BaseTunerLayer"), ("model", "peft_model", "PeftModel")):
+        peft = sys.modules.get(f"peft.{file}")
+        if peft is not None and isinstance(module, getattr(peft, base)):
+            return f"{kind}, a {what} with a PEFT adapter"
     held = {name.lower() for name in (*module._parameters.keys(), *module._modules.keys())}  # ScriptModules need keys()
     if not isinstance(module, LoRALayer) and any(a in held and b in held for a, b in PARTS):
         return f"{kind}, a layer that contains another library's adapter"

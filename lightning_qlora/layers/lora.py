@@ -66,12 +66,8 @@ class LoRALayer(PackedLinear):
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
         self.write("lora_A", lora_a)
         self.write("lora_B", lora_b)
-        self.set_magnitudes()
-
-    def set_magnitudes(self) -> None:
-        """Set DoRA's magnitudes to the norms of the rows; without DoRA there are none."""
         if self.config.use_dora:
-            self.write("lora_magnitude_vector", self.row_norm())
+            self.write("lora_magnitude_vector", self.row_norm(whole(self.lora_A), whole(self.lora_B)))
         else:
             self.register_parameter("lora_magnitude_vector", None)
 
@@ -136,7 +132,7 @@ class LoRALayer(PackedLinear):
         grad, a, b = grad.float(), whole(lora_a).float(), whole(lora_b).float()
         magnitudes: tuple[Tensor, ...] = ()
         if magnitude is not None:
-            norm = self._row_norm(a, b).clamp_min(TINY)
+            norm = self.row_norm(a, b).clamp_min(TINY)
             magnitudes = (
                 (grad * (ops.dequantize(self.whole_bytes, torch.float32) + self._product(a, b))).sum(1) / norm,
             )
@@ -144,11 +140,8 @@ class LoRALayer(PackedLinear):
         grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
         return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
 
-    def row_norm(self) -> Tensor:
+    def row_norm(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         """||W + s B A|| of every row, [out], fp32."""
-        return self._row_norm(whole(self.lora_A), whole(self.lora_B))
-
-    def _row_norm(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         weight = self.whole_bytes
         if self._base_squares is None or self._base_squares.device != weight.packed.device:
             self._base_squares = row_squares(weight)
@@ -157,7 +150,8 @@ class LoRALayer(PackedLinear):
     def gain(self) -> Tensor:
         """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
         assert self.lora_magnitude_vector is not None
-        return whole(self.lora_magnitude_vector) / self.row_norm().clamp_min(TINY)
+        norm = self.row_norm(whole(self.lora_A), whole(self.lora_B))
+        return whole(self.lora_magnitude_vector) / norm.clamp_min(TINY)
 
 
 @torch.no_grad()

@@ -20,13 +20,16 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
     model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
     """
     new: dict[int, str] = {}
-    models = list(_outermost_models(root))
-    loaded = [model for model in models if _is_loaded(model)]
+    models = [part for part in root.modules() if is_transformers_model(part)]
+    inner = {id(part) for model in models for part in model.modules() if part is not model}
+    outermost = [model for model in models if id(model) not in inner]
+    # A copy of a loaded model has lost the marks of its tensors, but not its name.
+    loaded = [m for m in outermost if any(map(_has_mark, m.parameters())) or getattr(m, "name_or_path", None)]
     if loaded:
         kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
         inside = {id(parameter) for model in loaded for parameter in model.parameters()}
         new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in root.parameters() if id(p) not in inside}
-    for model in (part for outer in models for part in outer.modules() if is_transformers_model(part)):
+    for model in models:
         for parameter in _head(model):
             new.setdefault(id(parameter), f"new: classification head of the {type(model).__name__}")
         if any(_has_mark(parameter) for parameter in model.parameters()):
@@ -43,20 +46,6 @@ def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if id(parameter) in loaded:
             setattr(parameter, LOADED_TENSOR, True)
-
-
-def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
-    """The transformers models that are in no other one."""
-    if is_transformers_model(root):
-        yield root
-    else:
-        for child in root.children():
-            yield from _outermost_models(child)
-
-
-def _is_loaded(model: nn.Module) -> bool:
-    """Whether a transformers model has weights of files. A copy has lost the marks of its tensors, but not its name."""
-    return any(map(_has_mark, model.parameters())) or bool(getattr(model, "name_or_path", ""))
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:

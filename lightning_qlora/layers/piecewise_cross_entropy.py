@@ -6,7 +6,7 @@ torch's `F.linear_cross_entropy(options=...)` does the same with less memory, bu
 10.918, torch 2.13), and it takes a weight, so that a head in 4 bits could not use it.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +16,10 @@ from torch.autograd.function import once_differentiable
 PIECE_ELEMENTS = 1 << 24  # logits in a piece: 64 MiB in fp32
 
 
-class Logits(Protocol):
-    """Logits [rows, vocabulary] that are not computed yet; see `DeferredLogits`."""
-
-    hidden: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def compute(self, hidden: Tensor) -> Tensor:
-        """The logits of some rows of hidden states."""
-
-    def parameters(self) -> list[Any]:
-        """The hidden states and what trains in the head."""
-
-
 def piecewise_cross_entropy(logits: Any, target: Tensor, options: dict[str, Any], reduction: str) -> Tensor:
-    """`F.cross_entropy` of logits that are not computed yet.
+    """`F.cross_entropy` of `DeferredLogits` [rows, vocabulary] and the index of the right class, [rows].
 
-    Args:
-        logits: [rows, vocabulary]; see `Logits`.
-        target: Index of the right class, [rows].
-        options: weight, ignore_index and label_smoothing, as in `F.cross_entropy`.
-        reduction: "mean", "sum" or "none".
+    `options` are weight, ignore_index and label_smoothing.
     """
     records, inputs = torch.is_grad_enabled(), logits.parameters()
     loss: Tensor = _PiecewiseCrossEntropy.apply(logits, target, options, reduction, records, *inputs)  # type: ignore[no-untyped-call]
@@ -49,7 +31,7 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Logits, target: Tensor, options: dict[str, Any], reduction: str, records: bool, *_: Tensor
+        ctx: Any, logits: Any, target: Tensor, options: dict[str, Any], reduction: str, records: bool, *_: Tensor
     ) -> Tensor:
         ctx.logits, ctx.target, ctx.options, ctx.needed = logits, target, options, ctx.needs_input_grad[5:]
         ctx.total, losses = None, torch.zeros(len(target), dtype=torch.float32, device=target.device)
@@ -87,7 +69,7 @@ def _total(target: Tensor, weight: Tensor | None, ignore_index: int, label_smoot
 
 
 def _run(
-    logits: Logits, target: Tensor, options: dict[str, Any], needed: tuple[bool, ...] | None,
+    logits: Any, target: Tensor, options: dict[str, Any], needed: tuple[bool, ...] | None,
     factors: Tensor | None = None, losses: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Piece by piece: write the losses, and return the gradients of sum(factors * losses).

@@ -39,9 +39,7 @@ class QLoRALinear(LoRALayer):
     subclass of nn.Linear becomes an instance of that subclass and of this class (`class_for`).
 
     Attributes:
-        packed, absmax, nested: The 4-bit weight, frozen uint8 parameters; see `packed_weight`.
-        bias: Frozen, [out], or None.
-        lora_A, lora_B: The adapter, [r, in] and [out, r], fp32; see `LoRALayer` for the rest of it.
+        bias: Frozen, [out], or None. `PackedLinear` has the 4-bit weight, `LoRALayer` the adapter.
         lora_dropout: Probability of dropping an input of the adapter in training.
         loaded: Whether it was quantized while its model loaded, and is not yet part of a converted module.
         dense_class: Class of the layer before conversion, and again after `merge`.
@@ -59,14 +57,10 @@ class QLoRALinear(LoRALayer):
         device: torch.device | None = None,
         seed_name: str | None = None,
     ) -> None:
-        """Turn a dense layer into a QLoRALinear, in place.
+        """Turn an nn.Linear, or a transformers Conv1D (whose weight is [in, out]), into a QLoRALinear, in place.
 
-        Args:
-            layer: An nn.Linear, or a transformers Conv1D (whose weight is [in, out]).
-            config: The arguments of the conversion for this layer (`QLoRAConfig.for_layer`).
-            name: The layer's name.
-            device: Where to quantize; None: where the weight is.
-            seed_name: The name that the seed of its adapter is made from, the same on every rank; None: `name`.
+        It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
+        The seed of the adapter is made from `seed_name`, the same on every rank; None: from `name`.
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
         setattr(weight, REPLACED, layer)
@@ -82,15 +76,10 @@ class QLoRALinear(LoRALayer):
         name: str,
         seed_name: str | None = None,
     ) -> None:
-        """Turn a layer into a QLoRALinear, in place, with a weight that is in 4 bits already; its bytes do not change.
+        """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
-        Args:
-            layer: Any linear layer, Conv1D or Linear4bit; a weight that it has is removed.
-            weight: The 4-bit weight, [out, in].
-            dense_class: nn.Linear or Conv1D: the class of the layer after `merge`.
-            config: The arguments of the conversion for this layer; those of the quantization are ignored.
-            name: The layer's name.
-            seed_name: As in `from_linear`.
+        A Linear4bit can become one too; a weight that the layer has is removed. `dense_class`, nn.Linear or Conv1D, is
+        the class after `merge`. The quantization that `config` names is ignored.
 
         Raises:
             ValueError: If the adapter is to be initialized from the float weight.
@@ -138,7 +127,7 @@ class QLoRALinear(LoRALayer):
         made = super().__reduce_ex__(protocol)
         if type(self) in (QLoRALinear, QLoRAConv1D) or type(self) is not class_for(self.dense_class):
             return made
-        return _new, (self.dense_class,), *made[2:]
+        return new, (class_for, self.dense_class), *made[2:]
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
@@ -268,8 +257,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _new(dense_class: type[nn.Module]) -> QLoRALinear:
-    kind = class_for(dense_class)
+def new(class_of: Callable[..., type[nn.Module]], *given: Any) -> Any:
+    """An instance, without attributes, of the class that a function makes: pickle can import the function alone."""
+    kind = class_of(*given)
     return kind.__new__(kind)
 
 

@@ -5,47 +5,25 @@ torch.bmm(x, stack)                 the fused op of each expert, for [experts, i
 any other read                      W + s B A of all experts, with gradients for every A and B
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.readable_weight import Readable, readable_weight
+from lightning_qlora.layers.readable_weight import METADATA, Readable, readable_weight
 
 SUFFIX = "_experts"  # a parameter NAME becomes the module NAME_experts, and its owner's attribute NAME a ReadableStack
-
-
-class StackSource(Protocol):
-    """The experts; see `QLoRAExperts`."""
-
-    transposed: bool
-    flat: bool
-
-    @property
-    def layers(self) -> list[QLoRALinear]:
-        """The experts."""
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the parameter."""
-
-    @property
-    def expert_shape(self) -> tuple[int, int]:
-        """Shape of one expert in the parameter."""
-
-    def effective_weight(self) -> Tensor:
-        """W + s B A of all experts, a plain tensor; differentiable."""
 
 
 class ReadableStack(Readable):
     """The weights of all experts, in the parameter's shape; see the top of this file."""
 
-    _experts: StackSource
+    _experts: Any  # a QLoRAExperts
 
     @staticmethod
-    def __new__(cls, experts: StackSource, shape: tuple[int, ...] | None = None) -> "ReadableStack":
+    def __new__(cls, experts: Any, shape: tuple[int, ...] | None = None) -> "ReadableStack":
         """A tensor with the shape, type and device of the parameter, and no memory."""
         first = experts.layers[0]
         made: ReadableStack = Tensor._make_wrapper_subclass(
@@ -56,7 +34,8 @@ class ReadableStack(Readable):
 
     def values(self) -> Tensor:
         """The effective weights."""
-        return self._experts.effective_weight().view(self.shape)
+        weight: Tensor = self._experts.effective_weight().view(self.shape)
+        return weight
 
     def detached(self) -> "ReadableStack":
         """The same without a gradient."""
@@ -94,16 +73,10 @@ class ReadableStack(Readable):
                     return ReadableStack(experts, (count, rows, columns))
         elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts.transposed:
             return torch.stack([layer(x) for layer, x in zip(args[1]._experts.layers, stack.unbind(), strict=True)])
-        if func not in METADATA:
+        if func not in METADATA and func != Tensor.grad.__get__:  # type: ignore[union-attr]
             args, kwargs = tree_map(_attached, args), tree_map(_attached, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-
-
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "grad", "is_leaf")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__}
 
 
 def _attached(value: Any) -> Any:

@@ -10,13 +10,11 @@ trains the adapter too. Values are computed below autograd, in `__torch_dispatch
 is not one of the products above keeps the dense weight for the backward pass, as any weight is kept.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-
-from lightning_qlora.quantization.packed_weight import PackedBytes
 
 READ_ONLY = (
     "the weight of a QLoRALinear is read-only, because it is decoded from 4 bits at each use. "
@@ -25,34 +23,17 @@ READ_ONLY = (
 )
 
 
-class WeightSource(Protocol):
-    """A layer whose weight can be read; see `QLoRALinear`. All weights here are [out, in]."""
-
-    @property
-    def weight_bytes(self) -> PackedBytes:
-        """The 4-bit weight."""
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Type of the weight."""
-
-    @property
-    def _qlora_disabled(self) -> int:
-        """Whether the effective weight is W alone."""
-
-    def adapter_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the effective weight depends on."""
-
-    def effective_weight(self) -> Tensor:
-        """W + s B A, a plain tensor; differentiable."""
-
-    def effective_weight_backward(
-        self, grad: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """The gradients of the adapter's parameters, as they were, from that of the effective weight."""
-
-    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias with the adapter, without a dense weight, for code that has the weight and not the layer."""
+# What tells the properties of a tensor without its values.
+METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "is_leaf", "grad_fn",
+        "is_sparse", "is_nested", "is_quantized",
+    )
+} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
+    Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
+}  # fmt: skip
 
 
 class Readable(Tensor):
@@ -157,11 +138,11 @@ class _Effective(torch.autograd.Function):
 class ReadableWeight(Readable):
     """The weight of one layer, [out, in], or [in, out] if transposed; see the top of this file."""
 
-    _source: WeightSource
+    _source: Any  # the QLoRALinear, whose own weights are [out, in]
     _transposed: bool
 
     @staticmethod
-    def __new__(cls, source: WeightSource, transposed: bool) -> "ReadableWeight":
+    def __new__(cls, source: Any, transposed: bool) -> "ReadableWeight":
         """A tensor with the layer's shape, type and device, and no memory."""
         weight = source.weight_bytes
         shape = weight.shape[::-1] if transposed else weight.shape
@@ -173,7 +154,7 @@ class ReadableWeight(Readable):
 
     def values(self) -> Tensor:
         """The effective weight."""
-        weight = self._source.effective_weight()
+        weight: Tensor = self._source.effective_weight()
         return weight.T if self._transposed else weight
 
     def detached(self) -> "ReadableWeight":
@@ -186,7 +167,8 @@ class ReadableWeight(Readable):
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Those of the adapter."""
-        return self._source.effective_weight_backward(grad.T if self._transposed else grad, *self._inputs)
+        rows = grad.T if self._transposed else grad
+        return tuple(self._source.effective_weight_backward(rows, *self._inputs))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -211,10 +193,10 @@ TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: i
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
-def readable_weight(source: WeightSource, transposed: bool = False) -> Tensor:
-    """The weight of a layer for code that reads it: [out, in], or [in, out] if transposed."""
+def readable_weight(source: Any, transposed: bool = False) -> Tensor:
+    """The weight of a QLoRALinear for code that reads it: [out, in], or [in, out] if transposed."""
     if torch.compiler.is_compiling():  # a graph holds plain tensors; the compiler removes what nobody reads
-        weight = source.effective_weight()
+        weight: Tensor = source.effective_weight()
         return weight.T if transposed else weight
     return ReadableWeight(source, transposed).attached()
 

@@ -24,13 +24,8 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     """The forward of transformers' experts.
 
     The same as `grouped_mm_experts_forward` (transformers/integrations/moe.py). Expert by expert there is one host
-    synchronization, for the number of tokens of each expert.
-
-    Args:
-        self: A module that transformers' `use_experts_implementation` decorated, its stacks in 4 bits.
-        hidden_states: [tokens, hidden].
-        top_k_index: The experts of each token, [tokens, k]; a number beyond the experts means none.
-        top_k_weights: Their weights, [tokens, k].
+    synchronization, for the number of tokens of each expert. Hidden states are [tokens, hidden], the experts of each
+    token and their weights [tokens, k]; a number beyond the experts means none.
     """
     tokens, k = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)
@@ -90,17 +85,12 @@ def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x
     return y + getattr(owner, f"{key}_bias")[number] if owner.has_bias else y
 
 
-def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, ExpertGroup] | None:
+def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, Any] | None:
     """The stacks as `grouped_linear` takes them; None if it can't compute one of them."""
     if torch.compiler.is_compiling() or not (INTERPRETED or x.is_cuda):
         return None
-    groups = {}
-    for key, stack in stacks.items():
-        group = None if isinstance(stack, Tensor) else expert_group(stack, x)
-        if group is None:
-            return None
-        groups[key] = group
-    return groups
+    groups = {key: None if isinstance(stack, Tensor) else expert_group(stack, x) for key, stack in stacks.items()}
+    return groups if all(groups.values()) else None
 
 
 def _product_of_all(
@@ -111,7 +101,8 @@ def _product_of_all(
     dtype = first.compute_dtype(x)
     if first.lora_dropout and first.training:
         seed = torch.randint(1 << 62, (1,), device="cpu")  # drawn again when checkpointing recomputes
-    y = grouped_linear(x.to(dtype), ends, *group.tensors, first.scaling, first.lora_dropout, seed)
+    tensors = group.weights, group.lora_a, group.lora_b
+    y = grouped_linear(x.to(dtype), ends, *tensors, first.scaling, first.lora_dropout, seed)
     y = y if has_autocast(x.device.type) else y.to(x.dtype)
     return y + getattr(owner, f"{key}_bias")[ids] if owner.has_bias else y
 

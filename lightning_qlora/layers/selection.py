@@ -84,9 +84,7 @@ class Selection:
 
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """`select_in_part` for a whole module.
-
-    With `saved` exactly these layers are chosen: those that have adapters in a checkpoint.
+    """`select_in_part` for a whole module. With `saved` exactly these layers are chosen, those of a checkpoint.
 
     Raises:
         ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
@@ -107,14 +105,11 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
     """
     choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
-    excluded, new = config.exclude_modules or [], new_parameters(module)
+    new = new_parameters(module)
     experts = {id(expert) for *_, stack in expert_stacks(module) for expert in stack.layers}
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
-
-    def is_excluded(forms: list[str]) -> bool:
-        return any(matches_outer(form, excluded) for form in forms)
 
     in_full = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
     choice.train.update(dict.fromkeys(in_full, IN_MODULES_TO_SAVE))
@@ -139,7 +134,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         forms, seed_name = choice.names[id(layer)]
         own = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
         is_new = bool(own) and not layer._modules
-        if layer._modules and not is_excluded(forms):
+        if layer._modules and not _is_excluded(forms, config):
             choice.train.update({f"{name}.{key}".lstrip("."): reason for key, reason in own.items()})
         if _is_converted(layer) or not (is_linear(layer) or target or is_new):
             continue
@@ -148,7 +143,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         of_layer = config.for_layer(forms)
         if saved is not None and plain_name(name) in saved:
             choice.convert[name] = ToConvert(layer, _as_saved(of_layer, saved[plain_name(name)]), seed_name)
-        elif is_excluded(forms):
+        elif _is_excluded(forms, config):
             choice.skip[name] = "in exclude_modules"
         elif is_new and not target:
             choice.train[name] = next(iter(own.values()))
@@ -188,7 +183,7 @@ def _select_stack(
     seed_name, first = f"{names.seed_name}.{stack.key}".lstrip("."), plain_name(f"{name}{SUFFIX}.0")
     if saved is not None and first in saved:
         choice.stacks[name] = StackToConvert(stack, _as_saved(of_stack, saved[first]), seed_name)
-    elif any(matches_outer(form, config.exclude_modules or []) for form in forms):
+    elif _is_excluded(forms, config):
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):
         choice.skip[name] = "not in target_modules"
@@ -248,8 +243,7 @@ def _meant(config: QLoRAConfig, argument: str, pattern: str, endings: list[str])
 def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
     for name, part in module.named_modules():
         kind, forms = foreign_adapter(part), choice.names[id(part)].forms
-        excluded = any(matches_outer(form, config.exclude_modules or []) for form in forms)
-        if kind and not excluded and not any(inside(name, outer) for outer in choice.train):
+        if kind and not _is_excluded(forms, config) and not any(inside(name, outer) for outer in choice.train):
             raise ValueError(
                 f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
                 "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
@@ -259,11 +253,7 @@ def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection
 
 
 def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
-    """Refuse patterns that match a layer of a model that was quantized while it loaded, but not by its name there.
-
-    Raises:
-        ValueError: As above; says which name to use.
-    """
+    """Raise ValueError for patterns that fit a layer of a model quantized while loading, but not by its name there."""
     for model in [part for part in module.modules() if LOADED in vars(part)]:
         in_model = names_of_modules(model)
         for name, layer in model.named_modules():
@@ -292,6 +282,10 @@ def _any_matches(argument: str, value: str | list[str] | dict[str, Any], pattern
         return any(fits(form, pattern) for form in forms)
     match = matches_outer if argument == "exclude_modules" else matches
     return any(match(form, value if isinstance(value, str) else [pattern]) for form in forms)
+
+
+def _is_excluded(forms: list[str], config: QLoRAConfig) -> bool:
+    return any(matches_outer(form, config.exclude_modules or []) for form in forms)
 
 
 def _is_converted(layer: nn.Module) -> bool:

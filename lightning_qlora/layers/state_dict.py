@@ -39,13 +39,9 @@ def save_base(layer: LoRALayer, destination: dict[str, Any], prefix: str) -> Non
 def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> set[str]:
     """Check the base against its fingerprint, or replace it by a dense or 4-bit weight; the adapter is loaded later.
 
-    Values may be loaded lazily (Lightning's `_lazy_load`); `contiguous()` loads them.
-
-    Args:
-        layer: The layer.
-        state_dict: The state to load; the entries of the base are removed from it.
-        prefix: The layer's name in it, with a dot at the end.
-        missing_keys: Gets the key of the fingerprint if the state has an adapter, but neither fingerprint nor weight.
+    The entries of the base are removed from the state. Its values may be loaded lazily (Lightning's `_lazy_load`);
+    `contiguous()` loads them. `missing_keys` gets the key of the fingerprint if the state has an adapter, but neither
+    fingerprint nor weight.
 
     Returns:
         Names of the layer's parameters that the state may lack.
@@ -66,7 +62,13 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing
     if lora_a is not None:
         if expected is None and prefix + "weight" not in state_dict:
             missing_keys.append(f"{prefix}weight.{FINGERPRINT}")
-        _check_finite(state_dict, prefix)
+        for key in (prefix + key for key in ADAPTER if prefix + key in state_dict):
+            value = state_dict[key].contiguous()
+            if not is_sharded(value) and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"{key}: holds NaN or Inf: the training diverged, or the file is damaged. Use an earlier "
+                    "checkpoint."
+                )
         if lora_a.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
@@ -79,15 +81,6 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing
     if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
         return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
     return {*BASE}
-
-
-def _check_finite(state_dict: dict[str, Any], prefix: str) -> None:
-    for key in (prefix + name for name in ADAPTER if prefix + name in state_dict):
-        value = state_dict[key].contiguous()
-        if not is_sharded(value) and not torch.isfinite(value).all():
-            raise ValueError(
-                f"{key}: holds NaN or Inf: the training diverged, or the file is damaged. Use an earlier checkpoint."
-            )
 
 
 def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:

@@ -27,7 +27,7 @@ def quantize_clipped(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
     chosen, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for factor in FACTORS:
         error = _clip_and_quantize(dense, factor * largest, config).dequantize(torch.float32).sub_(dense).square_()
-        error = _block_sums(error.reshape(-1), size)
+        error = torch.nn.functional.pad(error.flatten(), (0, -error.numel() % size)).view(-1, size).sum(1)
         chosen = torch.where(error < least, factor, chosen)
         least = torch.minimum(error, least)
     return _clip_and_quantize(dense, chosen * largest, config)
@@ -36,7 +36,3 @@ def quantize_clipped(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
 def _clip_and_quantize(dense: Tensor, limits: Tensor, config: QLoRAConfig) -> PackedWeight:
     bound = limits.repeat_interleave(config.block_size)[: dense.numel()].view(dense.shape)
     return ops.quantize(torch.clamp(dense, -bound, bound), config.quant_type, config.block_size, config.double_quant)
-
-
-def _block_sums(flat: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size).sum(1)

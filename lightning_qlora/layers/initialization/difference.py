@@ -42,16 +42,10 @@ class Origin:
 def recompute_initial(
     origin: Origin, name: str, weight: Tensor, base: PackedWeight | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A0 [r, in] and B0 [out, r], fp32: the initial adapter of a layer.
+    """A0 [r, in] and B0 [out, r], fp32: the initial adapter of a layer, by its name in the base model.
 
-    Args:
-        origin: What the module or checkpoint says of the initialization.
-        name: Name of the layer in the base model.
-        weight: Its float weight [out, in].
-        base: Its 4-bit weight, if the initialization changed it.
-
-    Raises:
-        ValueError: If this weight gives another 4-bit base than the adapter was trained on.
+    `weight` is its float weight [out, in], `base` its 4-bit weight, if the initialization changed that. ValueError if
+    this weight gives another 4-bit base than the adapter was trained on.
     """
     config, seed_name, rms = origin.config, origin.seed_names[name], origin.input_rms.get(name)
     expected = origin.fingerprint_of(name) if base is None else None

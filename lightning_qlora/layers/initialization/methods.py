@@ -43,13 +43,8 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 
     "calibrated" gives the values of "default": `calibrated_adapter` replaces them when the inputs are known.
 
-    Args:
-        weight: The float weight [out, in].
-        config: The arguments of the conversion.
-        name: The layer's name; the seed of its random numbers is made from it.
-
-    Raises:
-        ValueError: If the rank is larger than the number of singular values.
+    The float weight is [out, in]. The seed of the random numbers is made from the layer's name. ValueError if the rank
+    is larger than the number of singular values.
     """
     if config.start == "pissa":
         return _pissa(weight, config, name)
@@ -84,14 +79,8 @@ def calibrated_adapter(
 ) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r], fp32, that best correct the quantization error for inputs of the given RMS.
 
-    Formula: the minimum over A and B of E ||(W - Q - s B A) x||^2, with E[x x^T] taken as diag(d^2).
-
-    Args:
-        weight: The float weight W, [out, in].
-        base: Its 4-bit value Q.
-        input_rms: d, the root mean square of each input channel, [in].
-        config: The arguments of the conversion.
-        name: The layer's name.
+    Formula: the minimum over A and B of E ||(W - Q - s B A) x||^2, with E[x x^T] taken as diag(d^2). W is the float
+    weight [out, in], Q its 4-bit base, d the root mean square of each input channel, [in].
     """
     size = input_rms.to(weight.device, torch.float32)
     size = (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)

@@ -1,9 +1,8 @@
 """Checksums of the entries of a state dict: damaged values are refused when they are loaded.
 
 A plain loop needs them: `torch.load` does not compare the CRC-32 in its file, so a changed bit changes an adapter.
-Older checkpoints have none. A module in shards (FSDP2) has none either: torch.distributed.checkpoint loads only files
-with the entries that the module has now, and could not load older ones. `files.lightning_checkpoint.check_crc` compares
-the shards with the CRC-32 that is in them.
+A module in shards (FSDP2) has none, since torch.distributed.checkpoint loads only files with the entries that the
+module has now. `files.lightning_checkpoint.check_crc` compares the shards with the CRC-32 that is in them.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What the metadata of adapter_model.safetensors hold beside PEFT's format; PEFT ignores them.
 
 One file so has all that must agree: a copy of the config, and checksums of the tensors and of the other entries. They
-are checked if they are there: PEFT and older versions wrote files without them.
+are checked if they are there: PEFT writes files without them.
 """
 
 import json

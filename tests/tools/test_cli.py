@@ -156,7 +156,7 @@ def test_doctor_fails_if_something_is_wrong(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("trained")
 def test_errors_are_one_line(tmp_path, capsys):
-    assert fails(["inspect", tmp_path / "nothing"], capsys).endswith("nor a model on the hub. Check the spelling.")
+    assert fails(["inspect", tmp_path / "nothing"], capsys).endswith("nor a model on the hub. Check the name.")
     assert "not an empty folder" in fails(["merge", tmp_path / "adapter", tmp_path / "base"], capsys)
     (tmp_path / "other").mkdir()
     toy("gpt2").save_pretrained(tmp_path / "other")

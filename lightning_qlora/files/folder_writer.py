@@ -25,12 +25,9 @@ SHARD_BYTES = 2_000_000_000  # size of the files we write, which is held in memo
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to write to. It is renamed to `target` when the block ends, and deleted if the block raises.
 
-    If several processes write the same target, the first one to finish succeeds and the others raise FileExistsError.
-    What a killed process left is deleted by the next writer.
-
-    Raises:
-        FileExistsError: If `target` exists and is not an empty folder, or cannot be replaced.
-        OSError: If it cannot be written.
+    If several processes write the same target, the first one to finish succeeds and the others raise FileExistsError,
+    which is also raised if `target` is not an empty folder, or cannot be replaced. OSError: it cannot be written. What
+    a killed process left is deleted by the next writer.
     """
     check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +51,8 @@ def atomic_files(target: Path) -> Iterator[Path]:
     Other files in `target` stay. Each file is renamed, so a reader sees the old one or the new one. A JSON file with
     other content is removed before the others are replaced and is written last: a process that is killed in between
     leaves a folder without it, which readers refuse, and never files of two writers. If several processes write the
-    same target, all files of the last one to finish remain.
-
-    Raises:
-        TimeoutError: If another process does not finish its renames; nothing is changed.
-        OSError: If the files cannot be written.
+    same target, all files of the last one to finish remain. Raises TimeoutError, and changes nothing, if another
+    process does not finish its renames, and OSError if the files cannot be written.
     """
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)

@@ -46,11 +46,8 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
     `weights_only` is torch.load's: refuse objects that are neither tensors nor plain values, and run no code of the
-    files, the index of shards included.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint.
-        ValueError: If it is broken, or contains objects that weights_only refuses.
+    files, the index of shards included. Raises FileNotFoundError if there is no checkpoint, and ValueError if it is
+    broken, or contains objects that weights_only refuses.
     """
     shards, folder = is_shards(path), os.path.isdir(path)
     if not shards and (folder or not is_file(path)):

@@ -221,7 +221,5 @@ def resolve_model(name: str, download: bool = True) -> str:
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
                 f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
             ) from error
-        unasked = ", and the connection: the hub did not answer" if isinstance(error, LocalEntryNotFoundError) else ""
-        raise FileNotFoundError(
-            f"{name}: neither a folder nor a model on the hub. Check the spelling{unasked}."
-        ) from error
+        also = ", and the connection: the hub did not answer" if isinstance(error, LocalEntryNotFoundError) else ""
+        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub. Check the name{also}.") from error

@@ -3,6 +3,7 @@
 A command imports what it runs, so that help and mistakes are answered without torch.
 """
 
+import inspect as signatures
 import json as json_format
 import os
 import re
@@ -37,6 +38,19 @@ def _with_true(arguments: list[str]) -> list[str]:
     return with_values
 
 
+def _with_arguments_of_config(command: Any) -> Any:
+    """A command with the arguments of QLoRAConfig, which jsonargparse finds by itself, but imports torch for it."""
+    own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    of_config = signatures.signature(QLoRAConfig).parameters.values()
+    parameters = own + [parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY) for parameter in of_config]
+    command.__signature__ = signatures.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    descriptions = re.split(r"\n\s*(?:Args|Raises):\n", QLoRAConfig.__doc__ or "")[1]
+    command.__doc__ = re.sub(r"        \*\*arguments: .*", lambda _: descriptions.strip("\n"), command.__doc__)
+    return command
+
+
+@_with_arguments_of_config
 def plan(
     model: str,
     batch_size: int = 1,
@@ -57,7 +71,6 @@ def plan(
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
-    config = QLoRAConfig(**arguments)  # where jsonargparse finds them
     from lightning_qlora.tools.fit import what_fits
     from lightning_qlora.tools.memory_estimate import estimate_memory
 
@@ -66,8 +79,8 @@ def plan(
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     run = batch_size, sequence_length, optimizer
-    estimate = estimate_memory(model, *run, example=None, **vars(config))
-    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, config)
+    estimate = estimate_memory(model, *run, example=None, **arguments)
+    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, QLoRAConfig(**arguments))
     if json:
         totals = {"total": estimate.total, "device": estimate.device}
         _print_json({**vars(estimate), **totals, **({"fits": list(fits)} if gpu_memory else {})})

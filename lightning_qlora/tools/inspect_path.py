@@ -23,8 +23,7 @@ from lightning_qlora.training.report import size_text
 def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     """Describe a Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model: names and values.
 
-    Raises:
-        FileNotFoundError, ValueError: If it does not exist or is broken.
+    Raises FileNotFoundError or ValueError if it does not exist or is broken.
     """
     if is_shards(path) or (not os.path.isdir(path) and is_file(path)):
         state, _ = read_converted_state_dict(path, weights_only)

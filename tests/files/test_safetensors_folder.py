@@ -35,7 +35,5 @@ def test_a_hub_that_does_not_answer_is_no_name_of_an_error(monkeypatch):
         raise hub.errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(hub, "snapshot_download", no_connection)
-    with pytest.raises(
-        FileNotFoundError, match=r"hub\. Check the spelling, and the connection: the hub did not answer\."
-    ):
+    with pytest.raises(FileNotFoundError, match=r"Check the name, and the connection: the hub did not answer\."):
         resolve_model("someone/typo")

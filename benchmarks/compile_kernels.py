@@ -22,13 +22,13 @@ import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
 from lightning_qlora.kernels import reference
-from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import tiles
-from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
+from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.grouped import Group
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
 

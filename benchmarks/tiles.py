@@ -25,7 +25,7 @@ from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.tiles import Tile
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lightning_qlora.huggingface.bnb_checkpoint import save_quantized as save_quantized
     from lightning_qlora.kernels.ops import quantize as quantize
     from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
+    from lightning_qlora.layers.layer_state import CheckpointMismatchError as CheckpointMismatchError
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
-    from lightning_qlora.layers.state_dict import CheckpointMismatchError as CheckpointMismatchError
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
     from lightning_qlora.optim.adamw import PagedAdamW8bit as PagedAdamW8bit
     from lightning_qlora.optim.callback import PagedOptimizer as PagedOptimizer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _PLACES = {
-    "CheckpointMismatchError": "layers.state_dict",
+    "CheckpointMismatchError": "layers.layer_state",
     "ConversionReport": "training.report",
     "MemoryEstimate": "tools.memory_estimate",
     "PackedWeight": "quantization.packed_weight",

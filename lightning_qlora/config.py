@@ -208,14 +208,14 @@ class QLoRAConfig:
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
-    def start(self) -> str:
+    def initialization(self) -> str:
         """`init_lora_weights` without the number of iterations."""
         return self.init_lora_weights.partition("_niter_")[0]
 
     @property
     def initializes_from_weight(self) -> bool:
         """Whether the initialization of an adapter is computed from the float weight of its layer."""
-        return self.start not in ("default", "gaussian")
+        return self.initialization not in ("default", "gaussian")
 
     @property
     def pissa_iterations(self) -> int | None:

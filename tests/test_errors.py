@@ -19,8 +19,8 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.adapters.checksums import CHECKSUMS
-from lightning_qlora.adapters.state_dict import CONFIG
+from lightning_qlora.adapters.checksums import CHECKSUMS_KEY
+from lightning_qlora.adapters.module_state import CONFIG_KEY
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
@@ -59,7 +59,7 @@ def older(files, tmp_path):
 
     def save(change, kind="adapter"):
         content = torch.load(files / f"{kind}.ckpt", weights_only=True)
-        del content["state_dict"][CHECKSUMS]
+        del content["state_dict"][CHECKSUMS_KEY]
         change(content["state_dict"])
         torch.save(content, tmp_path / "x.ckpt")
         return tmp_path / "x.ckpt"
@@ -128,10 +128,10 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
 )
 def test_damaged_arguments_of_the_conversion(change, words, older):
     def damage(state):
-        state[CONFIG] = torch.tensor(list(change(bytes(state[CONFIG].tolist()))), dtype=torch.uint8)
+        state[CONFIG_KEY] = torch.tensor(list(change(bytes(state[CONFIG_KEY].tolist()))), dtype=torch.uint8)
 
     path = older(damage)
-    refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONFIG, *words)
+    refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONFIG_KEY, *words)
 
 
 def test_a_damaged_quant_state(older):

@@ -11,9 +11,9 @@ import torch
 from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.reference_adamw import AdamWStep
 
 SHAPES = ((3, 5), (128, 64), (257, 192))  # [out, in]
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_qlora.layers.initialization.difference import Origin
-from lightning_qlora.layers.readable_stack import SUFFIX
+from lightning_qlora.layers.dotted_names import owner_name, parameter_name
+from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 PREFIX = "base_model.model."  # PEFT's, before the name of every parameter
@@ -38,14 +38,14 @@ class ExpertStack(NamedTuple):
         number: Number of experts.
         wrappers: How many of PEFT's wrappers are around the one of this parameter.
         transposed: The parameter is [experts, in, out].
-        exchanged: PEFT takes its inputs for outputs, so PEFT's lora_A is lora_B^T, and the reverse.
+        swapped_by_peft: PEFT takes its inputs for outputs, so PEFT's lora_A is lora_B^T, and the reverse.
         flat: The parameter is [experts * out, in].
     """
 
     number: int
     wrappers: int
     transposed: bool
-    exchanged: bool
+    swapped_by_peft: bool
     flat: bool
 
 
@@ -56,7 +56,7 @@ class Adapter:
     Attributes:
         layers: Name of a layer -> its adapter. Expert i of a parameter NAME is `NAME_experts.i`.
         experts: Name of a parameter of experts -> how PEFT writes the adapters of these.
-        packed: Name in a folder -> adapter of `target_parameters`; see `peft_experts.assign_parameters`.
+        expert_adapters: Name in a folder -> adapter of `target_parameters`; see `peft_experts.assign_parameters`.
         peft_config: Content of that folder's adapter_config.json.
         as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
         saved: Name of a parameter or buffer -> value, of the modules that were trained in full.
@@ -77,7 +77,7 @@ class Adapter:
 
     layers: dict[str, LayerAdapter]
     experts: dict[str, ExpertStack] = field(default_factory=dict)
-    packed: dict[str, LayerAdapter] = field(default_factory=dict)
+    expert_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     peft_config: dict[str, Any] = field(default_factory=dict)
     as_parameters: frozenset[str] = frozenset()
     saved: dict[str, Tensor] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Adapter:
     quantization: dict[str, Any] | None = None
     bases: dict[str, PackedWeight] = field(default_factory=dict)
     base_fingerprints: dict[str, int] = field(default_factory=dict)
-    origin: Origin | None = None
+    origin: InitializationRecord | None = None
     source: str = "adapter_model.safetensors"
 
     @property
@@ -147,7 +147,7 @@ class Adapter:
 
 def parameter_of(name: str) -> str:
     """Name of the parameter that a layer of this name would be an expert of."""
-    return name.rpartition(".")[0].removesuffix(SUFFIX)
+    return parameter_name(owner_name(name))
 
 
 def round_alpha(alpha: float) -> float | int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
 ONE_RUN = 0.75  # of independent adapters the mean has 1/n of their mean square; of one run's, nearly all
 
@@ -32,10 +32,10 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in adapters[:-1]:
         _check_same(first, other)
     layers = {name: _mean_of_layer([a.layers[name] for a in adapters]) for name in first.layers}
-    packed = {name: _mean_of_layer([a.packed[name] for a in adapters]) for name in first.packed}
+    packed = {name: _mean_of_layer([a.expert_adapters[name] for a in adapters]) for name in first.expert_adapters}
     saved = {key: _mean([a.saved[key] for a in adapters]) for key in first.saved}
     _warn_of_several_runs(adapters, layers | packed)
-    return replace(first, layers=layers, packed=packed, saved=saved)
+    return replace(first, layers=layers, expert_adapters=packed, saved=saved)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
@@ -67,7 +67,7 @@ def _check_same(one: Adapter, other: Adapter) -> None:
 
 def _facts(adapter: Adapter, with_base: bool) -> dict[str, Any]:
     """In words -> what adapters of one run have in common."""
-    layers = adapter.layers | adapter.packed
+    layers = adapter.layers | adapter.expert_adapters
     facts: dict[str, Any] = {
         "use_rslora": adapter.use_rslora,
         "the quantization and initialization": adapter.quantization,
@@ -88,7 +88,9 @@ def _facts(adapter: Adapter, with_base: bool) -> dict[str, Any]:
 def _warn_of_several_runs(adapters: Sequence[Adapter], means: dict[str, LayerAdapter]) -> None:
     kept = sum(mean.lora_A.float().square().sum().item() for mean in means.values())
     each = sum(
-        layer.lora_A.float().square().sum().item() for a in adapters for layer in (a.layers | a.packed).values()
+        layer.lora_A.float().square().sum().item()
+        for a in adapters
+        for layer in (a.layers | a.expert_adapters).values()
     ) / len(adapters)
     if kept < ONE_RUN * each:
         warnings.warn(

@@ -23,9 +23,9 @@ from lightning_qlora.checks import check_bool
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import resolve_model
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.difference import Origin, recompute_initial, subtract_initial
+from lightning_qlora.layers.initialization.difference import InitializationRecord, recompute_initial, subtract_initial
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
 BITS = ("quant_type", "block_size", "double_quant")
 EXPORT_FLOAT = "Or export the checkpoint that it came from with base='float', for a base in 16 bits."
@@ -197,9 +197,9 @@ def _float_weights(adapter: Adapter, folder: ModelFolder) -> Callable[[str], Ten
     return read
 
 
-def _check_input_sizes(adapter: Adapter, origin: Origin) -> None:
+def _check_input_sizes(adapter: Adapter, origin: InitializationRecord) -> None:
     """Refuse a "calibrated" adapter that was loaded from a folder, which holds no input sizes."""
-    if origin.config.start != "calibrated":
+    if origin.config.initialization != "calibrated":
         return
     for name, layer in adapter.layers.items():
         if name not in origin.input_rms and bool(layer.lora_B.any()):

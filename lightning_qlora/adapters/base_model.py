@@ -17,11 +17,11 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.dotted_names import COMPILED, join, last_part, parameter_and_number, plain_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.initialization.methods import changes_base_weights
-from lightning_qlora.layers.names import COMPILED, is_transformers_model, only_child_of, plain_name
+from lightning_qlora.layers.names import is_transformers_model, only_child_of
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.lightning_copies import classes
 
@@ -97,7 +97,8 @@ def seed_name_of(about: Mapping[str, Any], name: str) -> str:
 
 def _usual_seed_name(name: str) -> str:
     """The name that the seed of a layer's adapter is made from; for expert i of a parameter NAME it is NAME.i."""
-    return re.sub(rf"{SUFFIX}\.(\d+)$", r".\1", name)
+    found = parameter_and_number(name)
+    return name if found is None else join(found[0], str(found[1]))
 
 
 def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
@@ -168,7 +169,7 @@ def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | l
 
 def _target_modules(layers: list[str], modules: list[str]) -> str | list[str]:
     """Their last names, else their full names, else an expression."""
-    for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+    for names in ({last_part(name) for name in layers}, set(layers)):
         if {name for name in modules if any(end in names for end in _endings(name))} == set(layers):
             return sorted(names)
     return "|".join(re.escape(name) for name in layers)

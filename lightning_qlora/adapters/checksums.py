@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.checks import shown
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import checksum
-from lightning_qlora.layers.lora import ADAPTER
-from lightning_qlora.layers.state_dict import FINGERPRINT
+from lightning_qlora.layers.layer_state import FINGERPRINT
+from lightning_qlora.layers.lora_layer import ADAPTER
 
-CHECKSUMS = "qlora_checksums"  # key of a JSON object in a uint8 tensor: key -> `layers.fingerprint.checksum`
+CHECKSUMS_KEY = "qlora_checksums"  # key of a JSON object in a uint8 tensor: key -> `layers.fingerprint.checksum`
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Last part of a key -> its dimensions and types.
@@ -30,7 +31,7 @@ def add_checksums(state_dict: dict[str, Any], prefix: str) -> None:
     if any(is_sharded(value) or getattr(value, "is_meta", False) for value in entries.values()):
         return
     sums = {key.removeprefix(prefix): checksum(value) for key, value in entries.items() if _is_plain(value)}
-    state_dict[prefix + CHECKSUMS] = torch.tensor(list(json.dumps(sums).encode()), dtype=torch.uint8, device="cpu")
+    state_dict[prefix + CHECKSUMS_KEY] = torch.tensor(list(json.dumps(sums).encode()), dtype=torch.uint8, device="cpu")
 
 
 def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the checkpoint") -> None:
@@ -39,7 +40,7 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
     The error names the file, if it is known, and the key. Missing entries are no error here.
     """
     for key, value in state_dict.items():
-        dimensions, types = KINDS.get(str(key).rpartition(".")[2], (None, ()))
+        dimensions, types = KINDS.get(last_part(str(key)), (None, ()))
         kind = [getattr(value, name, None) for name in ("dtype", "ndim", "layout")]
         if dimensions is not None and (kind[0] not in types or kind[1:] != [dimensions, torch.strided]):
             kinds = str(types[0]).removeprefix("torch.")
@@ -47,13 +48,15 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
             raise ValueError(
                 f"{source}: {key!r} is {what}, and must have a type as {kinds} in {dimensions} dimensions."
             )
-    held = state_dict.pop(prefix + CHECKSUMS, None)
+    held = state_dict.pop(prefix + CHECKSUMS_KEY, None)
     if held is None:
         return
     try:
         sums: dict[str, str] = dict(json.loads(bytes(held.contiguous().tolist())))
     except Exception as error:  # a value of another type raises any
-        raise ValueError(f"{source}: {prefix + CHECKSUMS!r} is damaged ({error}). Use another copy of it.") from error
+        raise ValueError(
+            f"{source}: {prefix + CHECKSUMS_KEY!r} is damaged ({error}). Use another copy of it."
+        ) from error
     for key, expected in sums.items():
         # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
         value = state_dict[prefix + key].contiguous() if prefix + key in state_dict else None
@@ -62,7 +65,7 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
             raise ValueError(
                 f"{source}: {prefix + key!r} is not what was saved: its checksum is {found}, and was {expected}. The "
                 "file is damaged: use another copy. If the value was changed on purpose, remove the "
-                f"entry {prefix + CHECKSUMS!r}."
+                f"entry {prefix + CHECKSUMS_KEY!r}."
             )
 
 

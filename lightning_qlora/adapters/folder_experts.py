@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.adapters.peft_experts import assign_parameters, unpack_known
-from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.layers.dotted_names import expert_name
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
-FLOATS = ("F32", "BF16", "F16")  # names of types in a safetensors header
+FLOAT_NAMES = ("F32", "BF16", "F16")  # names of types in a safetensors header
 
 
 class ExpertTensor(NamedTuple):
@@ -36,7 +36,7 @@ class ExpertTensor(NamedTuple):
 
 def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
     """An adapter with the model's names for its experts; raises as `empty_model` and `assign_parameters`."""
-    if not adapter.packed or adapter.experts:
+    if not adapter.expert_adapters or adapter.experts:
         return unpack_known(adapter)
     what_for = "which parameters an adapter of experts belongs to"
     return assign_parameters(adapter, folder.model or empty_model(folder.folder, what_for))
@@ -46,12 +46,12 @@ def find_experts(adapter: Adapter, folder: ModelFolder) -> dict[str, ExpertTenso
     """Key of every tensor that holds adapted experts -> what it holds.
 
     Raises:
-        ValueError: If such a tensor is not of one of the types `FLOATS`; names file and key.
+        ValueError: If such a tensor is not of one of the types `FLOAT_NAMES`; names file and key.
         CheckpointMismatchError: If there is no such tensor, or it is of another number of experts.
     """
     found = {}
     for parameter, stack in adapter.experts.items():
-        layers = [f"{parameter}{SUFFIX}.{i}" for i in range(stack.number)]
+        layers = [expert_name(parameter, i) for i in range(stack.number)]
         name = folder.find(parameter)
         if name is not None:
             found[name] = ExpertTensor(layers, stack)
@@ -71,10 +71,10 @@ def find_experts(adapter: Adapter, folder: ModelFolder) -> dict[str, ExpertTenso
         if (name := folder.find(f"{parameter}.{stack.number}")) is not None:
             _refuse_number(adapter, stack, f"{folder.where(name)} holds expert {stack.number} of {parameter!r}")
     for name in found:
-        if folder.entries[name].dtype not in FLOATS:
+        if folder.entries[name].dtype not in FLOAT_NAMES:
             raise ValueError(
                 f"{folder.where(name)} is {folder.entries[name].dtype}: an adapter of experts fits tensors of type "
-                f"{', '.join(FLOATS)}."
+                f"{', '.join(FLOAT_NAMES)}."
             )
     return found
 

@@ -9,12 +9,12 @@ from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, La
 from lightning_qlora.adapters.base_compatibility import alpha_in_folder, check_one_folder, quantization_of
 from lightning_qlora.adapters.base_model import config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
-from lightning_qlora.adapters.state_dict import CONFIG, base_model_of, config_of
+from lightning_qlora.adapters.module_state import CONFIG_KEY, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
+from lightning_qlora.layers.dotted_names import last_part, plain_name
 from lightning_qlora.layers.fingerprint import checksum
-from lightning_qlora.layers.initialization.difference import Origin
-from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.state_dict import FINGERPRINT, INPUT_RMS
+from lightning_qlora.layers.initialization.difference import InitializationRecord
+from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -36,7 +36,7 @@ def read_adapter_from_checkpoint(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if config is None or "prefix" not in about:
-        raise ValueError(f"{path}: its {CONFIG!r} does not name the base model. Use another copy of it.")
+        raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
     inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
     outer = plain_name(root) + (f"{inner}." if inner else "")
     names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
@@ -93,7 +93,7 @@ def read_adapter_from_checkpoint(
             for name, key in keys.items()
             if f"{key}.weight.absmax" in state
         },
-        origin=Origin(
+        origin=InitializationRecord(
             configs[next(iter(configs))].with_initialization(
                 quantization["init_lora_weights"], quantization.get("loftq_config")
             ),
@@ -108,7 +108,7 @@ def read_adapter_from_checkpoint(
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
     prints = [int(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
-    return checksum(torch.tensor(prints)) if prints else None
+    return checksum(torch.tensor(prints, device="cpu")) if prints else None
 
 
 def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
@@ -121,8 +121,8 @@ def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool =
         # Fabric saves the module under a name that the user chooses.
         for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
             for key in state:
-                if str(key).rpartition(".")[2] == CONFIG:
-                    root = key[: -len(CONFIG)]
+                if last_part(str(key)) == CONFIG_KEY:
+                    root = key[: -len(CONFIG_KEY)]
                     check_checksums(state, root, str(path))
                     return state, root
-    raise ValueError(f"{path}: holds no {CONFIG!r}: it was not saved from a converted module.")
+    raise ValueError(f"{path}: holds no {CONFIG_KEY!r}: it was not saved from a converted module.")

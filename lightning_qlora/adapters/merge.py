@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.adapters.state_dict import CONVERSION
+from lightning_qlora.adapters.module_state import CONVERSION
 from lightning_qlora.checks import check_choice
 from lightning_qlora.layers.deferred_head import compute_logits
+from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
-from lightning_qlora.layers.lora import ADAPTER, cancel_calibration
-from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.layers.dense_reasons import is_conv1d
+from lightning_qlora.layers.dotted_names import owner_name
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Conversion:
         transform, first = self.transform.reverse_transform(), ""
         for name, value in parameters.items():
             if self.expert is not None:
-                name, value = name.rpartition(".")[0], value[None]
+                name, value = owner_name(name), value[None]
             first, pattern = transform.rename_source_key(name)
             transform.add_tensor(first, name, pattern, value)
         return self._run(transform, first)

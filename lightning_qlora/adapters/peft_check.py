@@ -18,10 +18,9 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_model import target_modules_of
 from lightning_qlora.adapters.merge import to_dense
 from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
-from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts, is_expert
-from lightning_qlora.layers.names import COMPILED
+from lightning_qlora.layers.dotted_names import COMPILED, is_expert, parameter_name
+from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
 
 
 def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
@@ -123,5 +122,5 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
     for key, part in module._modules.items():
         if isinstance(part, QLoRAExperts):
             stack = torch.empty(part.weight_shape, dtype=part.layers[0].weight_dtype, device="meta")
-            new._modules[key].restore(new, key.removesuffix(SUFFIX), stack)
+            new._modules[key].restore(new, parameter_name(key), stack)
     return new

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
 from lightning_qlora.layers.dense_reasons import is_linear
+from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
-from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
 BASE_LAYER = ".base_layer"
 DEFAULT_ALPHA = 8  # PEFT's
@@ -33,7 +32,7 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     found = {}
     for name, owner in base.named_modules():
         converted = vars(owner).get(PARAMETERS, ())
-        keys = [key for key in converted if isinstance(owner._modules.get(key + SUFFIX), QLoRAExperts)]
+        keys = [key for key in converted if isinstance(owner._modules.get(stack_name(key)), QLoRAExperts)]
         for wrappers, key in enumerate(reversed(keys)):
             found[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
     return found
@@ -42,7 +41,7 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
 def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     """PEFT's name and matrices of the adapters of one expert parameter; ValueError if PEFT has no such adapter."""
     stack = adapter.experts[name]
-    parts = [adapter.layers[f"{name}{SUFFIX}.{i}"] for i in range(stack.number)]
+    parts = [adapter.layers[expert_name(name, i)] for i in range(stack.number)]
     for refused, what in (
         (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
         (adapter.use_dora, "PEFT has no DoRA for expert parameters, nor beside them"),
@@ -55,7 +54,7 @@ def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
                 f"{name}: the adapters of these experts have no place in a PEFT folder: {what}. Use a Lightning "
                 "checkpoint, or merge the adapters."
             )
-    pairs = [(p.lora_B.T, p.lora_A.T) if stack.exchanged else (p.lora_A, p.lora_B) for p in parts]
+    pairs = [(p.lora_B.T, p.lora_A.T) if stack.swapped_by_peft else (p.lora_A, p.lora_B) for p in parts]
     lora_a = torch.cat([a for a, _ in pairs])
     lora_b = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
     return key_of(name, stack), LayerAdapter(lora_a, lora_b, parts[0].alpha)
@@ -67,23 +66,23 @@ def unpack(packed: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
     a = packed.lora_A.view(stack.number, r, -1).unbind(0)
     b = packed.lora_B.view(-1, r, stack.number).unbind(2)
     pairs: Iterator[tuple[Tensor, Tensor]] = zip(a, b, strict=True)
-    return [LayerAdapter(*((b.T, a.T) if stack.exchanged else (a, b)), packed.alpha) for a, b in pairs]
+    return [LayerAdapter(*((b.T, a.T) if stack.swapped_by_peft else (a, b)), packed.alpha) for a, b in pairs]
 
 
 def unpack_known(adapter: Adapter) -> Adapter:
     """The adapter with each expert's adapter in `layers`, if its folder says what the experts are, as ours do."""
-    if not adapter.experts or not adapter.packed:
+    if not adapter.experts or not adapter.expert_adapters:
         return adapter
     layers = dict(adapter.layers)
     for name, stack in adapter.experts.items():
-        packed = replace(adapter.packed[key_of(name, stack)], alpha=alpha_of_name(adapter.peft_config, name))
-        layers |= {f"{name}{SUFFIX}.{i}": part for i, part in enumerate(unpack(packed, stack))}
-    return replace(adapter, layers=layers, packed={})
+        packed = replace(adapter.expert_adapters[key_of(name, stack)], alpha=alpha_of_name(adapter.peft_config, name))
+        layers |= {expert_name(name, i): part for i, part in enumerate(unpack(packed, stack))}
+    return replace(adapter, layers=layers, expert_adapters={})
 
 
 def key_of(name: str, stack: ExpertStack) -> str:
     """The key in a folder of the adapters of an expert parameter."""
-    return name.rpartition(".")[0] + BASE_LAYER * stack.wrappers
+    return owner_name(name) + BASE_LAYER * stack.wrappers
 
 
 def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
@@ -96,8 +95,8 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     """
     layers, experts = dict(adapter.layers), dict(adapter.experts)
     modules = {plain_name(name): part for name, part in base.named_modules()}
-    for owner in dict.fromkeys(map(outermost, adapter.packed)):
-        keys = [key for key in adapter.packed if outermost(key) == owner]
+    for owner in dict.fromkeys(map(outermost, adapter.expert_adapters)):
+        keys = [key for key in adapter.expert_adapters if outermost(key) == owner]
         if owner not in modules:
             refuse(adapter, f"{keys[0]}.lora_A.weight", base, "has no such module")
         module = modules[owner]
@@ -105,7 +104,7 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
         names = [key for key in order if is_target(adapter.peft_config, f"{owner}.{key}")]
         matrix = is_linear(module) or (names == ["weight"] and len(_shape(module, "weight")) == 2)
         if keys == [owner] and matrix:
-            layers[owner] = adapter.packed[owner]
+            layers[owner] = adapter.expert_adapters[owner]
             continue
         expected = [owner + BASE_LAYER * wrappers for wrappers in reversed(range(len(names)))]
         if set(expected) != set(keys):
@@ -113,16 +112,16 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
             refuse(adapter, f"{keys[0]}.lora_A.weight", base, what)
         for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
             full = f"{owner}.{name}"
-            packed = replace(adapter.packed[key], alpha=alpha_of_name(adapter.peft_config, full))
+            packed = replace(adapter.expert_adapters[key], alpha=alpha_of_name(adapter.peft_config, full))
             experts[full] = stack = _stack(module, name, wrappers)
             _check_shape(adapter, packed, stack, key, base, _shape(module, name))
-            layers |= {f"{full}{SUFFIX}.{i}": part for i, part in enumerate(unpack(packed, stack))}
-    return replace(adapter, layers=layers, experts=experts, packed={}, as_parameters=frozenset())
+            layers |= {expert_name(full, i): part for i, part in enumerate(unpack(packed, stack))}
+    return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
 
 
 def modules_of(adapter: Adapter) -> set[str]:
     """Names of the modules that a folder's adapter is for: linear layers, and modules that hold expert parameters."""
-    return {*adapter.layers, *map(outermost, adapter.packed)}
+    return {*adapter.layers, *map(outermost, adapter.expert_adapters)}
 
 
 def is_target(config: dict[str, Any], name: str) -> bool:
@@ -143,21 +142,21 @@ def outermost(key: str) -> str:
 
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
-    as_transposed, held = bool(getattr(owner, "is_transposed", False)), owner._modules.get(key + SUFFIX)
+    as_transposed, held = bool(getattr(owner, "is_transposed", False)), owner._modules.get(stack_name(key))
     if not isinstance(held, QLoRAExperts):
-        return ExpertStack(_shape(owner, key)[0], wrappers, as_transposed, exchanged=False, flat=False)
+        return ExpertStack(_shape(owner, key)[0], wrappers, as_transposed, swapped_by_peft=False, flat=False)
     return ExpertStack(len(held), wrappers, held.transposed, held.transposed != as_transposed, held.flat)
 
 
 def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
-    held = owner._modules.get(key + SUFFIX)
+    held = owner._modules.get(stack_name(key))
     return held.weight_shape if isinstance(held, QLoRAExperts) else tuple(getattr(owner, key).shape)
 
 
 def _check_shape(
     adapter: Adapter, packed: LayerAdapter, stack: ExpertStack, key: str, base: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    swapped = stack.transposed == stack.exchanged  # PEFT reads [experts, out, in]
+    swapped = stack.transposed == stack.swapped_by_peft  # PEFT reads [experts, out, in]
     outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
     what = None
     if stack.flat:

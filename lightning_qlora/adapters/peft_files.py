@@ -16,8 +16,9 @@ from lightning_qlora.adapters.peft_experts import pack, unpack_known
 from lightning_qlora.adapters.peft_metadata import metadata_of
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import write_safetensors
+from lightning_qlora.layers.dotted_names import join
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
@@ -29,8 +30,8 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     with atomic_files(Path(folder)) as partial:
-        write_safetensors(whole, partial / WEIGHTS, metadata_of(adapter, whole, config))
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(whole, partial / WEIGHTS_FILE, metadata_of(adapter, whole, config))
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of adapter_model.safetensors; ValueError, with the parameter, for experts without a place there."""
     adapter = unpack_known(adapter)
-    if adapter.packed:
+    if adapter.expert_adapters:
         raise ValueError(
             f"{adapter.source}: only its model says which parameters these adapters of experts belong to. Load the "
             "adapter into the model (load_adapter) and save it from there."
@@ -78,4 +79,4 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """PEFT matches a key of a pattern as a regular expression with the end of a name: here with one name only."""
-    return {"^" + re.escape(f"{prefix}.{name}".strip(".")): value for name, value in pattern.items()}
+    return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}

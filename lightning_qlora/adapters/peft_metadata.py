@@ -18,8 +18,8 @@ from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
 # How the base was quantized and the adapters were initialized (`quantization_of`); fingerprints of the 4-bit weights
 # that the initialization changed; `Adapter.experts`; a copy of adapter_config.json; checksums.
 QUANTIZATION, FINGERPRINTS, EXPERTS = "lightning_qlora", "lightning_qlora_base", "lightning_qlora_experts"
-CONFIG_COPY, CHECKSUMS = "lightning_qlora_config", "lightning_qlora_checksums"
-METADATA = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
+CONFIG_COPY, CHECKSUMS_OF_FILE = "lightning_qlora_config", "lightning_qlora_checksums"
+METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
 # Entries of adapter_config.json that decide what the adapter computes. Others, as the base's name, may be edited.
 DECISIVE = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern",
@@ -37,7 +37,9 @@ def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor], config: dict[st
     }
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in entries.items() if value}}
     sums = {key: checksum(tensor) for key, tensor in tensors.items()}
-    return metadata | {CHECKSUMS: json.dumps(sums | {METADATA: _checksum_of_text(metadata)}, sort_keys=True)}
+    return metadata | {
+        CHECKSUMS_OF_FILE: json.dumps(sums | {METADATA_KEY: _checksum_of_text(metadata)}, sort_keys=True)
+    }
 
 
 def metadata_entry(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any] | None:
@@ -55,12 +57,12 @@ def metadata_entry(metadata: Mapping[str, str], key: str, path: Path) -> dict[st
 
 def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
     """Raise ValueError, with file and key, if a tensor is missing, or one or the metadata has another checksum."""
-    expected = metadata_entry(metadata, CHECKSUMS, path)
+    expected = metadata_entry(metadata, CHECKSUMS_OF_FILE, path)
     if expected is None:
         return
     found = {key: checksum(tensor) for key, tensor in tensors.items()}
-    found[METADATA] = _checksum_of_text({key: text for key, text in metadata.items() if key != CHECKSUMS})
-    for key in sorted(expected.keys() | found.keys(), key=lambda key: (key != METADATA, key)):
+    found[METADATA_KEY] = _checksum_of_text({key: text for key, text in metadata.items() if key != CHECKSUMS_OF_FILE})
+    for key in sorted(expected.keys() | found.keys(), key=lambda key: (key != METADATA_KEY, key)):
         if expected.get(key) != found.get(key):
             raise ValueError(
                 f"{path}: {key!r} is not what was saved (its checksum is {found.get(key)}, and was "

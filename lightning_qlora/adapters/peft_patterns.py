@@ -18,7 +18,7 @@ from lightning_qlora.checks import check_dict, check_patterns
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 STEPS = 20_000  # parts of an expression that are tried for one name
 LONGEST = 4000  # characters of an expression
-MOST = 100  # expressions in one file; names, of which there may be one for each layer, do not count
+MOST_PATTERNS = 100  # expressions in one file; names, of which there may be one for each layer, do not count
 
 
 class PatternError(ValueError):
@@ -30,9 +30,9 @@ def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any],
     check_dict(name, patterns)
     if (longest := max(map(len, patterns), default=0)) > LONGEST:
         raise PatternError(f"{name}: a pattern of {longest} characters is longer than {LONGEST}.")
-    if (count := sum(not _is_quick(pattern) for pattern in patterns)) > MOST:
+    if (count := sum(not _is_quick(pattern) for pattern in patterns)) > MOST_PATTERNS:
         raise PatternError(
-            f"{name}: {count} regular expressions are more than {MOST}. Write the names of the layers instead."
+            f"{name}: {count} regular expressions are more than {MOST_PATTERNS}. Write the names of the layers instead."
         )
     check_patterns(name, patterns, check)
 

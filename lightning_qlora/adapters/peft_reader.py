@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, is_target, key_of
-from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS
+from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from lightning_qlora.adapters.peft_metadata import (
     CONFIG_COPY,
     EXPERTS,
@@ -56,7 +56,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is broken, or QLoRALinear does not compute this kind of adapter; names file and key.
     """
-    path = Path(folder) / WEIGHTS
+    path = Path(folder) / WEIGHTS_FILE
     config, tensors, metadata = _read_files(Path(folder))
     check_file(tensors, metadata, path)
     adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
@@ -95,7 +95,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     return Adapter(
         layers={name: layer for name, layer in layers.items() if name not in packed},
         experts=experts,
-        packed=packed,
+        expert_adapters=packed,
         peft_config=config,
         as_parameters=frozenset(name for name in layers.keys() - packed.keys() if is_target(config, f"{name}.weight")),
         saved=saved,
@@ -118,7 +118,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     Writers remove a config before they replace the weights by those of another one. So if the same config is there
     before and after the weights are read, both belong together, or were edited.
     """
-    path, weights, end = folder / CONFIG, folder / WEIGHTS, time.monotonic() + PATIENCE
+    path, weights, end = folder / CONFIG_FILE, folder / WEIGHTS_FILE, time.monotonic() + PATIENCE
     while True:
         with _held(path) as before:
             config = None
@@ -147,7 +147,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         time.sleep(0.01)
     if _version(path) is None:
         warnings.warn(
-            f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS} is used. Save the "
+            f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS_FILE} is used. Save the "
             "adapter again, so that PEFT can load it.",
             stacklevel=4,
         )
@@ -226,7 +226,7 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
     try:
         alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
     except PatternError as error:
-        raise ValueError(f"{path.with_name(CONFIG)}: alpha_pattern: {error}") from None
+        raise ValueError(f"{path.with_name(CONFIG_FILE)}: alpha_pattern: {error}") from None
     return LayerAdapter(a, b, alpha, magnitude)
 
 

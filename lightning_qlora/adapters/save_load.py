@@ -28,20 +28,20 @@ from lightning_qlora.adapters.base_model import (
     trained_in_full,
     trained_outside,
 )
+from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.adapters.state_dict import conversion_of
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded, like, reshard, whole
+from lightning_qlora.layers.dotted_names import join, owner_name, plain_name
+from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.difference import Origin
-from lightning_qlora.layers.lora import cancel_calibration
-from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.initialization.difference import InitializationRecord
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.lora_layer import cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
 
 def save_adapter(
@@ -121,10 +121,10 @@ def get_adapter(module: nn.Module) -> Adapter:
     return Adapter(
         layers={
             name: LayerAdapter(
-                whole(layer.lora_A).detach(),
-                whole(layer.lora_B).detach(),
+                gather(layer.lora_A).detach(),
+                gather(layer.lora_B).detach(),
                 alpha_in_folder(layer.config, use_rslora),
-                None if layer.lora_magnitude_vector is None else whole(layer.lora_magnitude_vector).detach(),
+                None if layer.lora_magnitude_vector is None else gather(layer.lora_magnitude_vector).detach(),
             )
             for name, layer in layers.items()
         },
@@ -141,7 +141,7 @@ def get_adapter(module: nn.Module) -> Adapter:
         bases={
             name: layer.packed_weight for name, layer in layers.items() if methods.changes_base_weights(layer.config)
         },
-        origin=Origin(
+        origin=InitializationRecord(
             first.config,
             {name: layer.seed_name for name, layer in layers.items()},
             {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
@@ -176,7 +176,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     tensors = _tensors_by_plain_name(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
-            tensors[key].copy_(like(value, tensors[key]))
+            tensors[key].copy_(shard_like(value, tensors[key]))
     cancel_calibration(module)
     for part in module.modules():
         if (conversion := conversion_of(part)) is not None:  # checkpoints hold it
@@ -188,12 +188,12 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     prefix, base = find_base_model(module)
     adapter = assign_parameters(adapter, base)
     inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
-    names = {plain_name(name): f"{prefix}.{name}".strip(".") for name in inner}
+    names = {plain_name(name): join(prefix, name) for name in inner}
     targets = list(dict.fromkeys(adapter.expert_parameter(name) or name for name in adapter.layers))
     missing = [name for name in targets if name not in names]
     if missing:
         refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
-    owners = {key.rpartition(".")[0] for key in adapter.saved}
+    owners = {owner_name(key) for key in adapter.saved}
     return replace(
         config.with_initialization("default"),
         **_arguments(module, adapter, {}),
@@ -232,7 +232,7 @@ def _tensors_by_plain_name(base: nn.Module) -> dict[str, Tensor]:
 def _state_of(part: nn.Module) -> dict[str, Tensor]:
     """What PEFT saves of a module: its own parameters and persistent buffers."""
     return {
-        key: whole(value).detach()
+        key: gather(value).detach()
         for key, value in {**part._parameters, **part._buffers}.items()
         if value is not None and key not in part._non_persistent_buffers_set
     }

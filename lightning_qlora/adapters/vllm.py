@@ -1,6 +1,7 @@
 """What vLLM cannot do with an adapter."""
 
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.layers.dotted_names import owner_name
 
 VLLM_BASE = "its base must be the model that the adapter was trained on, or merge the adapter and serve the result"
 
@@ -12,11 +13,11 @@ def vllm_objections(adapter: Adapter, max_lora_rank: int = 512) -> list[str]:
     """
     reasons = []
     if adapter.saved:
-        modules = ", ".join(sorted({key.rpartition(".")[0] for key in adapter.saved})[:3])
+        modules = ", ".join(sorted({owner_name(key) for key in adapter.saved})[:3])
         reasons.append(f"it trains modules in full ({modules}): vLLM supports no modules_to_save. Merge it instead.")
     if adapter.use_dora:
         reasons.append("use_dora: vLLM does not support DoRA. Merge it instead.")
-    if adapter.experts or adapter.packed:
+    if adapter.experts or adapter.expert_adapters:
         reasons.append("it adapts experts, which vLLM supports for a few models only. Merge it instead.")
     elif adapter.rank_pattern or adapter.alpha_pattern:
         name = next(iter(adapter.rank_pattern or adapter.alpha_pattern))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS
 
-PREFIX = ".lightning_qlora-incomplete-"  # of the folders that are being written
+INCOMPLETE = ".lightning_qlora-incomplete-"  # of the folders that are being written
 LOCK = ".lightning_qlora.lock"  # held while files are renamed into a folder
 LOCK_TIMEOUT = 60.0  # seconds; a busy disk can take 10 for one fsync
 SHARD_BYTES = 2_000_000_000  # size of the files we write, which is held in memory at once
@@ -143,11 +143,11 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
     A locked file beside it shows that its process is alive. That file exists before the folder, so whatever a killed
     process leaves can be found and deleted.
     """
-    for lock in parent.glob(f"{PREFIX}{'[0-9a-f]' * 32}.lock"):
+    for lock in parent.glob(f"{INCOMPLETE}{'[0-9a-f]' * 32}.lock"):
         with lock_file(lock, timeout=0) as locked:
             if locked:  # its process was killed
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-    folder = parent / f"{PREFIX}{uuid4().hex}"  # not of `tempfile`: only its owner could read it
+    folder = parent / f"{INCOMPLETE}{uuid4().hex}"  # not of `tempfile`: only its owner could read it
     with lock_file(folder.with_suffix(".lock")):
         try:
             folder.mkdir()

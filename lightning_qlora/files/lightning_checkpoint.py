@@ -16,7 +16,7 @@ import torch
 from lightning_qlora.files.regular_file import is_file
 
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
-INDEX = ".metadata"  # the shard of every tensor
+SHARDS_INDEX = ".metadata"  # the shard of every tensor
 OTHER = ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 # All that torch.distributed.checkpoint writes into an index, except dtypes.
 INDEX_CLASSES = {
@@ -35,7 +35,7 @@ INDEX_CLASSES = {
 
 def is_shards(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder of a checkpoint in shards, and not of a model or an adapter with such a file."""
-    return _has_file(path, (META, INDEX)) and not _has_file(path, OTHER)
+    return _has_file(path, (META, SHARDS_INDEX)) and not _has_file(path, OTHER)
 
 
 def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
@@ -97,13 +97,15 @@ def _check_archive(file: Any, name: str | os.PathLike[str]) -> None:
 def _check_shards(folder: Path, weights_only: bool | None) -> None:
     """Compare every value in shards with its CRC-32, and the index, which has none, with what the shards contain."""
     check_crc(folder / META)
-    if not is_file(folder / INDEX):
+    if not is_file(folder / SHARDS_INDEX):
         return  # reading names it
-    index = read_index(folder / INDEX, weights_only)
+    index = read_index(folder / SHARDS_INDEX, weights_only)
 
     def require(fits: bool, name: str) -> None:
         if not fits:
-            raise ValueError(f"{folder / INDEX}: {name!r} is not what the shards contain. Use another copy of it.")
+            raise ValueError(
+                f"{folder / SHARDS_INDEX}: {name!r} is not what the shards contain. Use another copy of it."
+            )
 
     parts: dict[tuple[str, Any], int] = {}  # name, and first element in the whole tensor -> bytes
     for name, entry in index.state_dict_metadata.items():
@@ -156,11 +158,11 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
             plain.seek(0)
             super().load_bytes(read_item, plain)
 
-    for name in (INDEX, META):
+    for name in (SHARDS_INDEX, META):
         if not is_file(folder / name):
             raise FileNotFoundError(f"{folder}: a checkpoint in shards that lacks its file {name}.")
     state: dict[str, Any] = {}
-    index = read_index(folder / INDEX, weights_only)
+    index = read_index(folder / SHARDS_INDEX, weights_only)
     try:
         _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)  # type: ignore[no-untyped-call]
     except CheckpointException as error:  # a BaseException; its text is a traceback

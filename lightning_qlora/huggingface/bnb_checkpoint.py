@@ -23,10 +23,10 @@ from lightning_qlora.files.folder_writer import atomic_folder
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.bnb_linear import original_packed_weight
 from lightning_qlora.layers.dense_reasons import is_conv1d
-from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, is_expert
-from lightning_qlora.layers.names import is_transformers_model, plain_name
+from lightning_qlora.layers.dotted_names import is_expert, last_part, parameter_name, plain_name
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
+from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -69,7 +69,7 @@ def _skips(word: str, name: str) -> bool:
     """Whether transformers leaves a layer of this name dense because of this entry."""
     should_convert = getattr(import_module("transformers.quantizers.quantizers_utils"), "should_convert_module", None)
     if should_convert is None:  # transformers 4: integrations/bitsandbytes.py, _replace_with_bnb_linear
-        return name == word or f"{word}." in name or name.rpartition(".")[2] == word
+        return name == word or f"{word}." in name or last_part(name) == word
     return not should_convert(name, [word])
 
 
@@ -209,7 +209,7 @@ def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[st
         own = {**part._parameters, **part._buffers}
         for key, stack in part._modules.items():
             if isinstance(stack, QLoRAExperts):
-                own[key.removesuffix(SUFFIX)] = stack.decode()
+                own[parameter_name(key)] = stack.decode()
         if weight := packed.get(plain_name(name)):
             state |= {key: value.clone() for key, value in weight.bnb_state_dict(prefix + "weight").items()}
             own = {"bias": part._parameters["bias"]}

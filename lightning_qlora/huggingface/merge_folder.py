@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
-from lightning_qlora.adapters.folder_experts import FLOATS, assign_to_folder, find_experts
+from lightning_qlora.adapters.folder_experts import FLOAT_NAMES, assign_to_folder, find_experts
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.checks import check_choice
@@ -30,8 +30,8 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
     skip_modules,
 )
 from lightning_qlora.huggingface.merged_weights import MergedWeights
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import DTYPES
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
 OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -232,10 +232,10 @@ class _FolderMerge:
                 f"tensor '{name}.weight'. An adapter fits the model it was trained on."
             )
         entry = self.folder.entries[key]
-        if not self.folder.is_packed(key) and (entry.dtype not in FLOATS or len(entry.shape) != 2):
+        if not self.folder.is_packed(key) and (entry.dtype not in FLOAT_NAMES or len(entry.shape) != 2):
             raise ValueError(
                 f"{self.folder.where(key)} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
-                f"merged into a matrix of type {', '.join(FLOATS)}, or in bitsandbytes' 4 bits."
+                f"merged into a matrix of type {', '.join(FLOAT_NAMES)}, or in bitsandbytes' 4 bits."
             )
         return key
 

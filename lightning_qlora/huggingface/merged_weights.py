@@ -11,7 +11,7 @@ from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.config import Base
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 

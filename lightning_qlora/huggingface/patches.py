@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.layers.dense_reasons import LOADED
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -79,7 +80,7 @@ def refuse_save_pretrained() -> None:
     def refuse(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
         adapted = adapted_layers(model)
-        if adapted and (state is None or any(str(key).rpartition(".")[2].startswith("lora_") for key in state)):
+        if adapted and (state is None or any(last_part(str(key)).startswith("lora_") for key in state)):
             raise ValueError(
                 f"{type(model).__name__}.save_pretrained: {len(adapted)} layers are in 4 bits with adapters, and a "
                 "folder without their base could not be loaded. lightning_qlora.save_adapter(model, FOLDER) writes "

@@ -27,10 +27,10 @@ from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.bnb_linear import decode_and_store_original
 from lightning_qlora.layers.dense_reasons import LOADED
+from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -107,7 +107,7 @@ class QLoRAQuantizer(HfQuantizer):
         self.chosen = {f"{name}.weight".lstrip("."): layer for name, layer in choice.convert.items()}
         keys: Any = getattr(model, "all_tied_weights_keys", {})
         for key in (*keys, *keys.values()):  # will be tied when they are loaded
-            self.chosen.pop(f"{key.rpartition('.')[0]}.weight", None)
+            self.chosen.pop(f"{owner_name(key)}.weight", None)
         for key in self.chosen if self.pre_quantized else ():
             with named(key.removesuffix(".weight")):
                 check_packed_initialization(config)
@@ -256,7 +256,7 @@ def _convert(name: str, chosen: ToConvert | StackToConvert) -> dict[str, nn.Modu
         return {name: chosen.layer}
     (owner, key, experts, transposed), config, seed_name = chosen
     made = QLoRAExperts.from_parameter(owner, key, config, name, experts, transposed, seed_name=seed_name)
-    return {f"{name}{SUFFIX}.{number}": layer for number, layer in enumerate(made.layers)}
+    return {expert_name(name, number): layer for number, layer in enumerate(made.layers)}
 
 
 class _LoadPacked(_Op):
@@ -273,9 +273,9 @@ class _LoadPacked(_Op):
     ) -> dict[str, Any]:
         """See ConversionOps; is also called for each weight that is not in 4 bits."""
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        key, name = full_layer_name, full_layer_name.rpartition(".")[0]
+        key, name = full_layer_name, owner_name(full_layer_name)
         layer = model.get_submodule(name)
-        place: Tensor = getattr(layer, key.rpartition(".")[2])  # a parameter or a buffer
+        place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
         if set(state) == {"weight"}:
             return self.dense(key, state["weight"].to(place.dtype))
         try:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
-from lightning_qlora.kernels.adamw import adamw8bit_step as adamw8bit_step
-from lightning_qlora.kernels.adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
+from lightning_qlora.kernels.reference_adamw import adamw8bit_step as adamw8bit_step
+from lightning_qlora.kernels.reference_adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook

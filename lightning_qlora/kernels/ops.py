@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
-from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.backends import backend
+from lightning_qlora.kernels.reference_adamw import AdamWStep
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, check_bytes
 

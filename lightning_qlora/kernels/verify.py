@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_qlora.kernels import adamw, reference, scratch
+from lightning_qlora.kernels import reference, scratch
+from lightning_qlora.kernels import reference_adamw as adamw
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 OPS = (

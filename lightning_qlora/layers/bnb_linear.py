@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 # Attributes that bitsandbytes and transformers add to a layer.
-OWN = (
+ATTRIBUTES_OF_BNB = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu", "source_cls",
 )  # fmt: skip
-ORIGINAL_PACKED = "_qlora_came_as"  # attribute of a dense layer: the 4-bit weight that it was decoded from
+ORIGINAL_PACKED = "_qlora_original_packed"  # attribute of a dense layer: the 4-bit weight that it was decoded from
 
 
 def is_bnb_linear(layer: nn.Module) -> bool:
@@ -35,7 +35,7 @@ def pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
     entries = {f"weight.{key}": value for key, value in weight.quant_state.as_dict(packed=True).items()}
     packed = PackedWeight.from_bnb_state_dict({"weight": weight.data, **entries})
     dense_class = getattr(layer, "source_cls", nn.Linear)
-    for name in OWN:
+    for name in ATTRIBUTES_OF_BNB:
         vars(layer).pop(name, None)
     if not issubclass(dense_class, nn.Linear):  # transformers' Conv1D
         layer.nf, layer.nx = packed.shape  # type: ignore[assignment]

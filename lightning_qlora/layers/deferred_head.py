@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for, new
 
@@ -104,7 +105,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in module.named_modules()
-        if _is_plain(layer) and (id(layer) in found or name.rpartition(".")[2] in OUTPUT_EMBEDDINGS)
+        if _is_plain(layer) and (id(layer) in found or last_part(name) in OUTPUT_EMBEDDINGS)
     }
 
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.layers.disable_adapter import contexts, restored
-from lightning_qlora.layers.lora import DISABLED
+from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
 from lightning_qlora.layers.readable_weight import METADATA, Readable
 
@@ -182,7 +182,7 @@ class DeferredLogits(Readable):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
-TYPES = {Tensor.float: torch.float32, Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16}
+CASTS = {Tensor.float: torch.float32, Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16}
 UNARY = {torch.tanh, Tensor.tanh}
 BINARY = {Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__, torch.mul, torch.div}
 
@@ -205,8 +205,8 @@ def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, A
         return _flatten(logits, *args, **kwargs)
     if kwargs:
         return None
-    if func in TYPES and not args:
-        return _to(logits, TYPES[func])
+    if func in CASTS and not args:
+        return _to(logits, CASTS[func])
     if func is Tensor.contiguous and not args:
         return logits  # type: ignore[no-any-return]
     if func in UNARY and not args:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.bnb_linear import is_bnb_linear
+from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.expert_selection import is_router
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
@@ -54,7 +55,7 @@ class ModuleFacts:
             for key, parameter in layer._parameters.items():
                 if parameter is not None:
                     owners[id(parameter)].add(id(layer))
-                    self.name_of.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
+                    self.name_of.setdefault(id(parameter), join(name, key))
         # bitsandbytes freezes what it quantizes, so there the rest of a model decides whether the user froze it.
         self.trains = any(parameter.requires_grad for parameter in module.parameters())
         models = [model for model in module.modules() if is_transformers_model(model)]
@@ -74,7 +75,7 @@ class ModuleFacts:
         held: dict[str, Any] = layer._parameters
         return not held["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
 
-    def unable(self, layer: nn.Module) -> str | None:
+    def cannot_convert(self, layer: nn.Module) -> str | None:
         """Why a layer can't be converted, even if target_modules names it."""
         if isinstance(layer, QLoRALinear):
             return None
@@ -83,9 +84,9 @@ class ModuleFacts:
             return "its weight is computed (parametrized), not stored"
         if "bias" not in layer._parameters:
             return "its bias is computed (parametrized), not stored"
-        return self.unable_parameter(weight, is_bnb_linear(layer))
+        return self.cannot_quantize(weight, is_bnb_linear(layer))
 
-    def unable_parameter(self, weight: Any, in_4_bits: bool = False) -> str | None:
+    def cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
         """Why a weight can't be quantized."""
         if weight.dtype not in FLOATS and not in_4_bits:
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
@@ -93,7 +94,7 @@ class ModuleFacts:
             return f"its weight is tied to {self.name_of[id(weight)]}"
         return None
 
-    def unasked(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
+    def not_by_default(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
         """Why a layer is converted only if target_modules names it."""
         outer, _, last = name.rpartition(".")
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:

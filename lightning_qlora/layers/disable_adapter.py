@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.lora import DISABLED, LoRALayer
+from lightning_qlora.layers.lora_layer import DISABLED, LoRALayer
 
 INITIAL = "_qlora_initial"  # attribute of a module that trains in full: its initial parameters by name, if kept
 
@@ -58,7 +58,7 @@ class _Context:
                 f"disable_adapter: {type(module).__name__} has no converted layer, so there is no adapter to disable. "
                 "Call convert(module) first, or let the Trainer do so."
             )
-        pissa = next((layer for layer in layers if layer.config.start == "pissa"), None)
+        pissa = next((layer for layer in layers if layer.config.initialization == "pissa"), None)
         if pissa is not None:
             raise ValueError(
                 f"disable_adapter: {pissa.full_name} was initialized with PiSSA, which moves the largest part of the "

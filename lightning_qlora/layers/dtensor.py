@@ -9,12 +9,12 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """All of a tensor, on this rank; of a sharded one it is gathered, so all ranks must ask for it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, held: Tensor | None) -> Tensor:
+def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
     """A whole value, which every rank has, split as a sharded tensor is; any other value as it is."""
     if not isinstance(held, DTensor) or isinstance(value, DTensor):
         return value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.kernels.grouped_linear import can_group, is_plain_call
 from lightning_qlora.kernels.lora_linear import PLAIN
-from lightning_qlora.layers.lora import DISABLED
+from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.quantization.packed_weight import PackedBytes

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qlora.layers.dotted_names import owner_name, parameter_name, stack_name
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.readable_stack import SUFFIX
 
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
@@ -33,7 +33,7 @@ class ExpertParameter(NamedTuple):
     @property
     def loaded(self) -> QLoRAExperts | None:
         """The experts, if they are in 4 bits."""
-        return self.owner._modules.get(self.key + SUFFIX)  # type: ignore[return-value]
+        return self.owner._modules.get(stack_name(self.key))  # type: ignore[return-value]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
     is that number; or flat, [experts * width, in], where two attributes are these numbers (DBRX).
     """
     found = [
-        ExpertParameter(owner, key.removesuffix(SUFFIX), len(part), part.transposed)
+        ExpertParameter(owner, parameter_name(key), len(part), part.transposed)
         for key, part in owner._modules.items()
         if isinstance(part, QLoRAExperts) and part.loaded
     ]
@@ -99,10 +99,10 @@ def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     most router classes. `modules` has all modules by name.
     """
     outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "nf", None)
-    outer = name.rpartition(".")[0]
+    outer = owner_name(name)
     blocks = [modules[outer]] if name else []
     if blocks and outer and sum(isinstance(part, nn.Linear) for part in blocks[0].modules()) == 1:
-        blocks.append(modules[outer.rpartition(".")[0]])
+        blocks.append(modules[owner_name(outer)])
     return any(outputs in _experts_in(block) for block in blocks)
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.dotted_names import expert_name, join, parameter_name, stack_name
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, new
-from lightning_qlora.layers.readable_stack import SUFFIX, ReadableStack
+from lightning_qlora.layers.readable_stack import ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module with such parameters: names of all, in the order of its class
 
@@ -50,7 +51,7 @@ class QLoRAExperts(nn.ModuleList):
 
         def convert(layer: nn.Linear, number: int) -> None:
             seed = f"{name if seed_name is None else seed_name}.{number}"
-            QLoRALinear.from_linear(layer, config, f"{name}{SUFFIX}.{number}", device, seed)
+            QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
 
         stack = owner._parameters[key]
         made = QLoRAExperts.from_slices(owner, key, experts, transposed, convert)
@@ -73,8 +74,8 @@ class QLoRAExperts(nn.ModuleList):
             convert(layer, number)
             made.append(layer)
         made.train(owner.training)
-        owner.register_module(key + SUFFIX, made)
-        _restore_order(owner._modules, [name + SUFFIX for name in vars(owner)[PARAMETERS]])
+        owner.register_module(stack_name(key), made)
+        _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
         owner.__class__ = class_with_experts(type(owner))
         return made
 
@@ -120,7 +121,7 @@ class QLoRAExperts(nn.ModuleList):
 
     def restore(self, owner: nn.Module, key: str, stack: Tensor) -> None:
         """Replace these layers by a dense, frozen parameter, in place; without others the owner has its class again."""
-        del owner._modules[key + SUFFIX]
+        del owner._modules[stack_name(key)]
         owner.register_parameter(key, nn.Parameter(stack, requires_grad=False))
         _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
         if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
@@ -138,13 +139,13 @@ class _WithExperts:
     """What `class_with_experts` adds to a class."""
 
     def __getattr__(self, name: str) -> Any:
-        stack = self.__dict__["_modules"].get(name + SUFFIX)
+        stack = self.__dict__["_modules"].get(stack_name(name))
         return stack.weight if isinstance(stack, QLoRAExperts) else super().__getattr__(name)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As in nn.Module; a dense parameter in the state becomes the weights of the experts."""
         for name, stack in self.__dict__["_modules"].items():
-            key = prefix + name.removesuffix(SUFFIX)
+            key = prefix + parameter_name(name)
             if isinstance(stack, QLoRAExperts) and key in state_dict:
                 dense = state_dict.pop(key).contiguous()
                 if tuple(dense.shape) != stack.weight_shape:
@@ -176,16 +177,10 @@ def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[dense_class]
 
 
-def is_expert(name: str) -> bool:
-    """Whether a 4-bit layer of this name is an expert of a parameter."""
-    stack, _, number = name.rpartition(".")
-    return stack.endswith(SUFFIX) and number.isdigit()
-
-
 def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:
     """Full name, owner, key and experts of every stack in a module."""
     for name, owner in module.named_modules():
         for key, part in owner._modules.items():
             if isinstance(part, QLoRAExperts):
-                key = key.removesuffix(SUFFIX)
-                yield f"{name}.{key}".lstrip("."), owner, key, part
+                key = parameter_name(key)
+                yield join(name, key), owner, key, part

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_qlora.layers.dtensor import whole
+from lightning_qlora.layers.dtensor import gather
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 _PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
@@ -18,7 +18,7 @@ def fingerprint(*tensors: Tensor) -> int:
     """
     total = 0
     for tensor in tensors:
-        flat = whole(tensor.detach()).reshape(-1)
+        flat = gather(tensor.detach()).reshape(-1)
         per_word = 2 if flat.is_floating_point() else 8 // flat.element_size()
         for start in range(0, flat.numel(), _PIECE * per_word):
             piece = flat[start : start + _PIECE * per_word]

@@ -4,7 +4,7 @@ import sys
 
 from torch import nn
 
-from lightning_qlora.layers.lora import LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
 
 # Parameters or modules by their names in lower case.
 PARTS = (

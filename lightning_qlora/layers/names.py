@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.lightning_copies import classes
-
-COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 
 
 class LayerNames(NamedTuple):
@@ -85,11 +84,6 @@ def named(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def plain_name(name: str) -> str:
-    """A name without what torch.compile put into it."""
-    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

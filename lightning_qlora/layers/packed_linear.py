@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import PLAIN
-from lightning_qlora.layers.dtensor import is_sharded, like, whole
+from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
@@ -51,7 +51,7 @@ class PackedLinear(nn.Linear):
             if held is None:
                 self.register_parameter(name, PackedParameter(data, requires_grad=False))
             elif is_sharded(held):
-                held.data.copy_(like(data, held))
+                held.data.copy_(shard_like(data, held))
             else:
                 held.data = data  # an optimizer or a strategy keeps the same parameter
 
@@ -66,7 +66,7 @@ class PackedLinear(nn.Linear):
     def whole_bytes(self) -> PackedBytes:
         """The same; of a sharded layer it is gathered, so all ranks must read it together."""
         with PLAIN():
-            packed, absmax, nested = (whole(getattr(self, name).data) for name in BASE)
+            packed, absmax, nested = (gather(getattr(self, name).data) for name in BASE)
         # Not `_replace`, which torch.compile of torch 2.8 does not trace.
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 

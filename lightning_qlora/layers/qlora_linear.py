@@ -21,11 +21,11 @@ from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.bnb_linear import ORIGINAL_PACKED
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.lora import ADAPTER, LoRALayer
+from lightning_qlora.layers.layer_state import load_base, save_base
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
-from lightning_qlora.layers.state_dict import load_base, save_base
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -170,7 +170,7 @@ class QLoRALinear(LoRALayer):
         first = bias if magnitude is None else None
         y = lora_linear(x, self.weight_bytes, first, a, b, self.scaling, p, seed)
         if magnitude is not None:
-            y = y * self.gain().to(dtype) + (0 if bias is None else bias.to(dtype))
+            y = y * self.dora_scale().to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

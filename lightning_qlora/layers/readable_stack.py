@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_map
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.readable_weight import METADATA, Readable, readable_weight
 
-SUFFIX = "_experts"  # a parameter NAME becomes the module NAME_experts, and its owner's attribute NAME a ReadableStack
-
 
 class ReadableStack(Readable):
     """The weights of all experts, in the parameter's shape; see the top of this file."""

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.ops import has_autocast
+from lightning_qlora.layers.dotted_names import stack_name
 from lightning_qlora.layers.expert_group import ExpertGroup, expert_group
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.readable_stack import SUFFIX
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:
 
 def _weights_of(owner: Any, key: str) -> Any:
     """The experts of a stack: a `QLoRAExperts`, or the matrices of a dense parameter."""
-    stack = owner._modules.get(key + SUFFIX)
+    stack = owner._modules.get(stack_name(key))
     return getattr(owner, key) if stack is None else stack
 
 

@@ -30,13 +30,13 @@ from lightning_qlora.layers.dense_reasons import (
     too_small,
     weight_shape,
 )
+from lightning_qlora.layers.dotted_names import expert_name, join, last_part, plain_name
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
-from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules, plain_name
+from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import is_recorded
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
@@ -135,7 +135,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         own = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
         is_new = bool(own) and not layer._modules
         if layer._modules and not _is_excluded(forms, config):
-            choice.train.update({f"{name}.{key}".lstrip("."): reason for key, reason in own.items()})
+            choice.train.update({join(name, key): reason for key, reason in own.items()})
         if _is_converted(layer) or not (is_linear(layer) or target or is_new):
             continue
         if id(layer) in experts:  # selected with the module that held the parameter
@@ -153,7 +153,9 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
             choice.refused[name] = "only linear layers can be converted"
         elif clash := name_clash(layer):
             (choice.skip if everything else choice.refused)[name] = clash
-        elif reason := facts.unable(layer) or (facts.unasked(name, layer, of_layer) if everything else None):
+        elif reason := facts.cannot_convert(layer) or (
+            facts.not_by_default(name, layer, of_layer) if everything else None
+        ):
             choice.skip[name] = reason
         elif everything and (small := too_small(weight_shape(layer), of_layer)):
             (choice.train if facts.trains else choice.skip)[name] = small
@@ -176,11 +178,11 @@ def _select_stack(
 ) -> None:  # fmt: skip
     """Decide for a parameter of experts. Patterns match its name, or that of the module that holds it."""
     names = choice.names[id(stack.owner)]
-    name, forms = f"{owner_name}.{stack.key}".lstrip("."), _forms_of_stack(names, stack)
+    name, forms = join(owner_name, stack.key), _forms_of_stack(names, stack)
     of_stack = config.for_layer(forms)
     everything = config.target_modules == "all-linear"
-    reason = facts.unable_parameter(stack.owner._parameters[stack.key]) if stack.loaded is None else None
-    seed_name, first = f"{names.seed_name}.{stack.key}".lstrip("."), plain_name(f"{name}{SUFFIX}.0")
+    reason = facts.cannot_quantize(stack.owner._parameters[stack.key]) if stack.loaded is None else None
+    seed_name, first = join(names.seed_name, stack.key), plain_name(expert_name(name, 0))
     if saved is not None and first in saved:
         choice.stacks[name] = StackToConvert(stack, _as_saved(of_stack, saved[first]), seed_name)
     elif _is_excluded(forms, config):
@@ -198,7 +200,7 @@ def _select_stack(
 
 
 def _forms_of_stack(names: LayerNames, stack: ExpertParameter) -> list[str]:
-    return [f"{form}.{stack.key}".lstrip(".") for form in names.forms] + names.forms
+    return [join(form, stack.key) for form in names.forms] + names.forms
 
 
 def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
@@ -212,7 +214,7 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
     forms = {name: choice.names[id(layer)].forms for name, layer in layers.items()}
     for name, layer in layers.items():
         for stack in expert_parameters(layer):
-            forms[f"{name}.{stack.key}".lstrip(".")] = _forms_of_stack(choice.names[id(layer)], stack)
+            forms[join(name, stack.key)] = _forms_of_stack(choice.names[id(layer)], stack)
     for argument, pattern, match in _patterns(config):
         matched = [name for name in (layers if argument == "modules_to_save" else forms) if match(forms[name])]
         if argument.endswith("_pattern"):
@@ -223,7 +225,7 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
                 raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.{reasons}")
         elif not matched:
             convertible = [name for name in forms if name not in layers or is_linear(layers[name])]
-            endings = sorted({name.rpartition(".")[2] for name in convertible})
+            endings = sorted({last_part(name) for name in convertible})
             raise ValueError(
                 f"{argument}={getattr(config, argument)!r}: no module of this model fits {pattern!r}. "
                 f"Its linear layers end in {endings}.{_meant(config, argument, pattern, endings)}"

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.checks import check_bool, check_number
-from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
+from lightning_qlora.kernels.reference_adamw import AdamWStep
 from lightning_qlora.optim.paging.optimizer_pages import windows
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
 from lightning_qlora.optim.state_8bit import (
@@ -56,12 +56,12 @@ class PagedAdamW(torch.optim.AdamW):
 class PagedAdamW8bit(Optimizer):
     """AdamW with paged, blockwise 8-bit state: a quarter of AdamW's bytes, with bitsandbytes' levels and blocks.
 
-    Formula: `kernels/adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"). Tensors of fewer
-    than 4096 elements have 32-bit state. A state dict has for each parameter `step` and either `exp_avg`, `exp_avg_sq`
-    in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`, `exp_avg_sq_codes`,
-    `exp_avg_sq_absmax`. It loads bit for bit with and without paging, on the CPU and on a GPU. State of
-    `torch.optim.AdamW` loads too and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any optimizer with
-    the plugin) decodes 8-bit state when it loads it.
+    Formula: `kernels/reference_adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
+    Tensors of fewer than 4096 elements have 32-bit state. A state dict has for each parameter `step` and either
+    `exp_avg`, `exp_avg_sq` in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`,
+    `exp_avg_sq_codes`, `exp_avg_sq_absmax`. It loads bit for bit with and without paging, on the CPU and on a GPU.
+    State of `torch.optim.AdamW` loads too and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any
+    optimizer with the plugin) decodes 8-bit state when it loads it.
 
     Args:
         params: Parameters or parameter groups; fp32, bf16 or fp16.

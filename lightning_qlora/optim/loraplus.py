@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.layers.dotted_names import last_part
+
 
 def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.0) -> list[dict[str, Any]]:
     """Two parameter groups for any optimizer: `AdamW(loraplus_groups(self, lr=1e-4))` in configure_optimizers.
@@ -19,7 +21,7 @@ def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.
     for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
         if not value > 0:
             raise ValueError(f"{name}={value!r}: must be above 0.")
-    trained = [(name.rpartition(".")[2], p) for name, p in module.named_parameters() if p.requires_grad]
+    trained = [(last_part(name), p) for name, p in module.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if name == "lora_B"]
     if not fast:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, dequantize_state
+from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, dequantize_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
 

@@ -206,7 +206,10 @@ def average(checkpoints: list[str], output: str, prefix: str | None = None, weig
     if need := required_base(adapter.quantization):
         warnings.warn(need, stacklevel=2)
     write_adapter(adapter, output)
-    print(f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.packed)} layers")
+    print(
+        f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.expert_adapters)} "
+        "layers"
+    )
 
 
 def doctor(check: bool = False, json: bool = False) -> None:

@@ -13,9 +13,9 @@ from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.dotted_names import expert_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -92,8 +92,8 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 
-        def convert(layer: nn.Linear, number: int, name: str = f"{name}{SUFFIX}", own: QLoRAConfig = of_stack) -> None:
-            QLoRALinear.from_packed(layer, _packed(layer.weight, own), nn.Linear, own, f"{name}.{number}")
+        def convert(layer: nn.Linear, number: int, name: str = name, own: QLoRAConfig = of_stack) -> None:
+            QLoRALinear.from_packed(layer, _packed(layer.weight, own), nn.Linear, own, expert_name(name, number))
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice, new)

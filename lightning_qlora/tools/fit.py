@@ -14,8 +14,8 @@ from lightning_qlora.training.report import parameter_bytes, size_text
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DRIVER, FRAGMENTATION = 0.8e9, 0.04  # bytes, and share of the memory, that a run can't use
-STEP = 128  # tokens between the lengths that are tried
-LONGEST, MOST = 1 << 20, 1 << 12  # tokens and sequences that are tried at most
+LENGTH_STEP = 128  # tokens between the lengths that are tried
+LONGEST, LARGEST_BATCH = 1 << 20, 1 << 12  # tokens and sequences that are tried at most
 # Arguments that are tried, in this order: those that cost nothing, time, quality.
 TRIED: dict[str, Any] = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True, "r": 16}
 
@@ -73,13 +73,13 @@ def _saves_memory(config: QLoRAConfig, name: str, value: Any) -> bool:
 
 
 def _largest_sizes(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> Iterator[str]:
-    batch = largest(lambda n: needed(run.estimate(n, sequence_length)), usable, batch_size, 1, MOST)
-    yield _line(f"largest batch of {sequence_length} tokens", f"{batch}{' or more' if batch >= MOST else ''}")
+    batch = largest(lambda n: needed(run.estimate(n, sequence_length)), usable, batch_size, 1, LARGEST_BATCH)
+    yield _line(f"largest batch of {sequence_length} tokens", f"{batch}{' or more' if batch >= LARGEST_BATCH else ''}")
     longest = positions_of(run.model) or LONGEST
-    start = sequence_length // STEP * STEP or min(STEP, longest)
+    start = sequence_length // LENGTH_STEP * LENGTH_STEP or min(LENGTH_STEP, longest)
     if needed(run.estimate(batch_size, start)) > usable:
         start = sequence_length
-    length = largest(lambda n: needed(run.estimate(batch_size, n)), usable, start, STEP, longest)
+    length = largest(lambda n: needed(run.estimate(batch_size, n)), usable, start, LENGTH_STEP, longest)
     why = ", all positions of the model" if length == positions_of(run.model) else ""
     yield _line(f"longest sequence at batch size {batch_size}", f"{length:,} tokens{why}")
 

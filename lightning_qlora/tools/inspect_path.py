@@ -11,12 +11,13 @@ from lightning_qlora.adapters.from_checkpoint import (
     read_adapter_from_checkpoint,
     read_converted_state_dict,
 )
-from lightning_qlora.adapters.peft_files import CONFIG
+from lightning_qlora.adapters.peft_files import CONFIG_FILE
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_json, resolve_model
+from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.training.report import size_text
 
 
@@ -35,17 +36,19 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
             *_adapter_lines(adapter),
             ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base"),
         ]
-    if is_file(os.path.join(path, CONFIG)):
+    if is_file(os.path.join(path, CONFIG_FILE)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
     return _model_lines(WeightFolder(resolve_model(path)))
 
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
-    layers = adapter.layers | adapter.packed
-    parameters = {adapter.peft_config.get("r", 0): len(adapter.packed)} if adapter.packed else {}  # of many experts
+    layers = adapter.layers | adapter.expert_adapters
+    parameters = (
+        {adapter.peft_config.get("r", 0): len(adapter.expert_adapters)} if adapter.expert_adapters else {}
+    )  # of many experts
     ranks = Counter(layer.r for layer in adapter.layers.values()) + Counter(parameters)
     alphas = Counter(layer.alpha for layer in layers.values())
-    endings = Counter(name.rpartition(".")[2] for name in layers)
+    endings = Counter(last_part(name) for name in layers)
     matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]
     tensors = [t for t in [*matrices, *adapter.saved.values()] if t is not None]
     kinds = [kind for kind, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if used]
@@ -58,7 +61,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("rank", _counts(ranks)),
         ("alpha", _counts(alphas)),
         ("kind of LoRA", ", ".join(kinds) or "plain"),
-        ("modules_to_save", ", ".join(sorted({key.rpartition(".")[0] for key in adapter.saved})) or "nothing"),
+        ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
         ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more); {VLLM_BASE}"),

@@ -9,9 +9,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
 
+from lightning_qlora.adapters.module_state import Conversion, conversion_of, use_adapter_state_dict
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
-from lightning_qlora.adapters.state_dict import Conversion, conversion_of, use_adapter_state_dict
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import (
     forget_quantizer,
@@ -22,12 +22,12 @@ from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, p
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
 from lightning_qlora.layers.disable_adapter import keep_initial
+from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.patches import recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
     IN_MODULES_TO_SAVE,
@@ -140,7 +140,7 @@ def convert_module(
     warn_of_what_stayed(module, choice)
     if kept:
         (warn_of_two_configs if layers else warn_of_unused_arguments)(module, config)
-    if config.start == "calibrated" and layers:
+    if config.initialization == "calibrated" and layers:
         Calibration(module, config)
     report = conversion_report(module, choice, bytes_before, start, deferred)
     warn_of_large_new_parts(module, choice, report)
@@ -178,7 +178,7 @@ def _convert_stack(name: str, to_convert: StackToConvert, device: torch.device |
     (owner, key, experts, transposed), config, seed_name = to_convert
     if (loaded := to_convert.parameter.loaded) is not None:
         for number, layer in enumerate(loaded.layers):
-            _adopt_loaded(layer, config, f"{name}{SUFFIX}.{number}")
+            _adopt_loaded(layer, config, expert_name(name, number))
         return
     _check_not_sharded(owner._parameters[key])
     QLoRAExperts.from_parameter(owner, key, config, name, experts, transposed, device, seed_name)
@@ -219,7 +219,7 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
         parameter = own_parameters(owner).get(key)
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(id(parameter) in train)
-            name = f"{name_of[owner]}.{key}".lstrip(".") if owner._modules else name_of[owner]
+            name = join(name_of[owner], key) if owner._modules else name_of[owner]
             if trained and not parameter.requires_grad and not is_linear(owner) and name not in choice.skip:
                 choice.stop[name] = None
     trains = {id(p) for layer in {*adapted_layers(module).values()} - {*kept} for p in layer.adapter_parameters()}

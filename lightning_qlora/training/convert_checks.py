@@ -11,14 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.adapters.base_model import OF_LAYER
-from lightning_qlora.adapters.state_dict import Conversion
+from lightning_qlora.adapters.module_state import Conversion
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
+from lightning_qlora.layers.dotted_names import expert_name, join, owner_name
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.new_parameters import OUTSIDE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
@@ -39,7 +39,7 @@ def check_initialized(module: nn.Module) -> None:
     """Refuse a module with a lazy layer that has not run yet: it has no parameters to quantize, freeze or train."""
     for name, tensor in named_tensors(module):
         if is_lazy(tensor):
-            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            owner = type(module.get_submodule(owner_name(name))).__name__
             raise ValueError(
                 f"{name}: belongs to a {owner} that has not run yet, so it has no shape and can be neither quantized "
                 "nor frozen. Run one batch through the module first (in __init__ or configure_model of a "
@@ -65,7 +65,7 @@ def has_meta(module: nn.Module) -> bool:
 def check_loaded(module: nn.Module, choice: Selection) -> None:
     """Refuse other arguments than those that layers were quantized with while their model loaded."""
     parameter_of = {
-        f"{name}{SUFFIX}.{number}": name for name, _, _, stack in expert_stacks(module) for number in range(len(stack))
+        expert_name(name, number): name for name, _, _, stack in expert_stacks(module) for number in range(len(stack))
     }
     for name, layer in module.named_modules():
         if not isinstance(layer, QLoRALinear) or not layer.loaded:
@@ -169,7 +169,7 @@ def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
         if not isinstance(layer, (nn.Linear, nn.Embedding)) and type(layer).__name__ != "Conv1D"
         for key, parameter in layer._parameters.items()
         if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
-        if (full := f"{name}.{key}".lstrip(".")) not in choice.skip
+        if (full := join(name, key)) not in choice.skip
     }
     if sum(kept.values()) > UNEXPECTED_SHARE * total:
         largest = sorted(kept, key=lambda name: -kept[name])[:5]

@@ -3,8 +3,9 @@
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_qlora.layers.dotted_names import join, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.lora import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 
 
@@ -40,4 +41,4 @@ def _adapter_of(layer: QLoRALinear) -> dict[str, nn.Parameter]:
 
 
 def _renamed(name: str, key: str) -> str:
-    return f"{name.rpartition('.')[0]}.{key}".lstrip(".") if key else name
+    return join(owner_name(name), key) if key else name

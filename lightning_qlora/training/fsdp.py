@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from lightning_qlora.adapters.state_dict import conversion_of
+from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import inside
 from lightning_qlora.lightning_copies import classes
@@ -66,7 +66,7 @@ def _check_can_shard(config: QLoRAConfig) -> None:
             f"torch {torch.__version__}: its fully_shard refuses 4-bit weights, because it accepts only parameters of "
             "a floating-point type (pytorch issue 177844). FSDP2 with QLoRAPrecision needs torch 2.12 or newer."
         )
-    if config.start == "calibrated":
+    if config.initialization == "calibrated":
         raise ValueError(
             "init_lora_weights='calibrated' can't be used with fully_shard: it needs a batch, and adapters are sharded "
             "before the first batch. Use 'loftq' or 'pissa', which are computed before sharding."

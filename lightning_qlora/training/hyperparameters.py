@@ -7,7 +7,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base
-from lightning_qlora.adapters.state_dict import CONFIG, config_of
+from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.training.report import ConversionReport
 
 
@@ -26,7 +27,7 @@ def hyperparameters(module: nn.Module, report: ConversionReport) -> dict[str, An
     hold the base itself.
     """
     state = module.state_dict()
-    prefix = next((key[: -len(CONFIG)] for key in state if key.rpartition(".")[2] == CONFIG), "")
+    prefix = next((key[: -len(CONFIG_KEY)] for key in state if last_part(key) == CONFIG_KEY), "")
     config = config_of(state, prefix)
     return {
         **({} if config is None else asdict(config)),

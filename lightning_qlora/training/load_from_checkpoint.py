@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.adapters.state_dict import CONFIG, config_of, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
@@ -58,7 +58,7 @@ def load_from_checkpoint(
         raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
         raise ValueError(
-            f"{str(checkpoint_path)!r} holds no {CONFIG!r}: it was not saved from a converted module. Load it with "
+            f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "
             f"{module_class.__name__}.load_from_checkpoint."
         )
     try:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from lightning_qlora.adapters.state_dict import conversion_of
+from lightning_qlora.adapters.module_state import conversion_of
 
 
 class LeftOut(nn.Module):

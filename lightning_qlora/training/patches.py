@@ -15,8 +15,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.state_dict import CONFIG, conversion_of
+from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes, modules
@@ -278,10 +279,10 @@ def explain_adapter_checkpoints() -> None:
     """
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        held = {str(key).rpartition(".")[2] for key in state_dict}
+        held = {last_part(str(key)) for key in state_dict}
         of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
         # A conversion may have found no layer that is large enough; then everything trains in full.
-        if not adapted_layers(module) and (of_layers or (CONFIG in held and not _is_converted(module))):
+        if not adapted_layers(module) and (of_layers or (CONFIG_KEY in held and not _is_converted(module))):
             name = type(module).__name__
             what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
             if not isinstance(module, classes(LightningModule)):

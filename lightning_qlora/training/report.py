@@ -7,12 +7,11 @@ from html import escape
 
 from torch import nn
 
-from lightning_qlora.layers.experts import is_expert
-from lightning_qlora.layers.lora import ADAPTER
+from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
+from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.readable_stack import SUFFIX
-from lightning_qlora.training.calibration.report import CalibrationReport
+from lightning_qlora.training.calibration.calibration_report import CalibrationReport
 
 ROOT = "(the module itself)"
 
@@ -65,9 +64,9 @@ class ConversionReport:
         def add(name: str, status: str) -> None:
             groups.setdefault((group(name), status), []).append(name or ROOT)
 
-        for stack, experts in Counter(name.rpartition(".")[0] for name in self.converted if is_expert(name)).items():
+        for stack, experts in Counter(owner_name(name) for name in self.converted if is_expert(name)).items():
             rows, columns = self.shapes[f"{stack}.0"]
-            add(stack.removesuffix(SUFFIX), f"4-bit + adapter, {experts} experts of {rows}x{columns}")
+            add(parameter_name(stack), f"4-bit + adapter, {experts} experts of {rows}x{columns}")
         for name in self.converted:
             if not is_expert(name):
                 rows, columns = self.shapes[name]

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint
-from lightning_qlora.adapters.checksums import CHECKSUMS
+from lightning_qlora.adapters.checksums import CHECKSUMS_KEY
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
@@ -47,7 +47,7 @@ def test_a_changed_value_of_any_entry_is_refused_by_its_name(arguments):
 def test_a_module_inside_another_has_its_own_checksums():
     outer = torch.nn.Sequential(perturb(converted()), torch.nn.Linear(8, 8))
     state = outer.state_dict()
-    assert f"0.{CHECKSUMS}" in state
+    assert f"0.{CHECKSUMS_KEY}" in state
     other = torch.nn.Sequential(converted(), torch.nn.Linear(8, 8))
     other.load_state_dict(state)
     state["0.net.0.lora_B"][0, 0] += 1
@@ -57,7 +57,7 @@ def test_a_module_inside_another_has_its_own_checksums():
 
 def test_a_checkpoint_without_checksums_is_read_as_it_is(checkpoint):
     content = torch.load(checkpoint, weights_only=True)
-    del content["state_dict"][CHECKSUMS]
+    del content["state_dict"][CHECKSUMS_KEY]
     content["state_dict"]["net.0.lora_B"][0, 0] = 3.0
     torch.save(content, checkpoint)
     assert load_from_checkpoint(Classifier, checkpoint).net[0].lora_B[0, 0] == 3.0
@@ -69,7 +69,7 @@ def test_a_part_of_a_state_is_loaded_if_that_is_asked_for():
     target = converted()
     target.load_state_dict(part, strict=False)
     assert torch.equal(target.net[0].lora_B, state["net.0.lora_B"])
-    target.load_state_dict({**part, CHECKSUMS: state[CHECKSUMS]}, strict=False)
+    target.load_state_dict({**part, CHECKSUMS_KEY: state[CHECKSUMS_KEY]}, strict=False)
 
 
 def test_a_deleted_fingerprint_is_a_missing_key():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_qlora.adapters import peft_files, peft_reader
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
-from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, write_adapter
+from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -53,15 +53,15 @@ def content(found: Adapter) -> dict:
 
 
 def edit(folder, **changes):
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**content, **changes}))
+    content = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**content, **changes}))
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
     made = set()
     for _ in range(12):
         write_adapter(adapter(3), tmp_path)
-        made.add((tmp_path / WEIGHTS).read_bytes() + (tmp_path / CONFIG).read_bytes())
+        made.add((tmp_path / WEIGHTS_FILE).read_bytes() + (tmp_path / CONFIG_FILE).read_bytes())
     assert len(made) == 1
 
 
@@ -84,14 +84,14 @@ def test_what_does_not_change_the_function_may_be_edited(tmp_path):
 
 def test_folders_without_our_metadata_are_read_as_they_are(tmp_path):
     write_adapter(adapter(3), tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"format": "pt"})  # as PEFT
+    save_file(load_file(tmp_path / WEIGHTS_FILE), tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})  # as PEFT
     edit(tmp_path, lora_alpha=7)
     assert read_adapter(tmp_path).layers["layers.0.proj"].alpha == 7
 
 
 def test_a_missing_config_is_read_from_its_copy(tmp_path):
     write_adapter(adapter(3), tmp_path)
-    (tmp_path / CONFIG).unlink()
+    (tmp_path / CONFIG_FILE).unlink()
     with pytest.warns(UserWarning, match="adapter_config.json: is missing, as after a save that was interrupted"):
         assert number_of(read_adapter(tmp_path)) == 3
 
@@ -124,7 +124,10 @@ def test_a_new_config_never_has_the_inode_number_of_the_one_that_was_read(tmp_pa
     so the config seemed to be the same and to belong to the weights of 4 (1 of 10,000 reads beside two writers).
     """
     write_adapter(adapter(3), tmp_path / "read")
-    path, (real_json, real_weights) = tmp_path / "read" / CONFIG, (peft_reader.read_json, peft_reader._read_weights)
+    path, (real_json, real_weights) = (
+        tmp_path / "read" / CONFIG_FILE,
+        (peft_reader.read_json, peft_reader._read_weights),
+    )
     first, steps = path.stat(), ["save 4 after the config is read", "save 3 after the weights are read"]
 
     def read_json(*arguments):
@@ -191,9 +194,9 @@ def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(same_config, t
         found = read_adapter(tmp_path / "adapter")
         number = int(found.layers["layers.0.proj"].lora_A[0, 0]) if same_config else number_of(found)
         outcomes.append((process.exitcode, number))
-        config = tmp_path / "adapter" / CONFIG
+        config = tmp_path / "adapter" / CONFIG_FILE
         if config.exists():  # what PEFT, which checks nothing, reads
-            values = {float(value.view(-1)[0]) for value in load_file(tmp_path / "adapter" / WEIGHTS).values()}
+            values = {float(value.view(-1)[0]) for value in load_file(tmp_path / "adapter" / WEIGHTS_FILE).values()}
             assert same_config or values == {json.loads(config.read_text())["lora_alpha"]}
     codes, numbers = zip(*outcomes, strict=True)
     steps = 2 if same_config else 3  # of the config, which is removed first if it differs, and of the weights
@@ -206,7 +209,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
     write_adapter(adapter(3), tmp_path)
     expected, draw = read_adapter(tmp_path), random.Random(0)
     refused = []
-    for name, count in ((WEIGHTS, 400), (CONFIG, 200)):
+    for name, count in ((WEIGHTS_FILE, 400), (CONFIG_FILE, 200)):
         good = (tmp_path / name).read_bytes()
         for _ in range(count):
             bit = draw.randrange(8 * len(good))

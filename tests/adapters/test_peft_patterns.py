@@ -10,8 +10,8 @@ import pytest
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora.adapters.peft_files import WEIGHTS, write_adapter
-from lightning_qlora.adapters.peft_patterns import MOST, PatternError, fits_peft_pattern
+from lightning_qlora.adapters.peft_files import WEIGHTS_FILE, write_adapter
+from lightning_qlora.adapters.peft_patterns import MOST_PATTERNS, PatternError, fits_peft_pattern
 from lightning_qlora.adapters.peft_reader import read_adapter
 from tests.adapters.test_peft_metadata import adapter
 
@@ -67,14 +67,14 @@ def test_no_pattern_hangs(pattern):
     ("patterns", "message"),
     [
         ({r"(?=proj)proj": 2}, "assert of regular expressions can't be used here"),
-        ({f"(a|{i})": 2 for i in range(MOST + 1)}, f"101 regular expressions are more than {MOST}"),
+        ({f"(a|{i})": 2 for i in range(MOST_PATTERNS + 1)}, f"101 regular expressions are more than {MOST_PATTERNS}"),
         ({"(" * 1500 + ")" * 1500: 2}, "not a valid regular expression"),
         ({"(a{1,9}){1,9}" * 3000: 2}, "a pattern of 39000 characters is longer than 4000"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(patterns, message, tmp_path):
     write_adapter(adapter(3), tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"format": "pt"})  # as PEFT
+    save_file(load_file(tmp_path / WEIGHTS_FILE), tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})  # as PEFT
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": patterns}))
     with pytest.raises(ValueError, match=message) as error:

@@ -19,7 +19,8 @@ from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.bnb_checkpoint import always_dense_layers
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
-from lightning_qlora.layers.experts import expert_stacks, is_expert
+from lightning_qlora.layers.dotted_names import is_expert, last_part, owner_name
+from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import QLoRAConv1D, adapted_layers
 from tests.architectures.classes import build_class
 from tests.architectures.models import ALL, build, inputs_of
@@ -220,7 +221,7 @@ def check_4_bit_folder(kind, folder):
         merge_folder(base, adapter, folder / "merged", dtype="4bit")
     convert(module, **ARGUMENTS)  # quantizes the sums
     expected, again = merge(module).state_dict(), merge(loaded_and_converted(model, folder / "merged")).state_dict()
-    assert_equal(*({k: v for k, v in x.items() if k.rpartition(".")[0] not in decoded} for x in (again, expected)))
+    assert_equal(*({k: v for k, v in x.items() if owner_name(k) not in decoded} for x in (again, expected)))
     return None
 
 
@@ -259,7 +260,7 @@ def check_own_folder(kind, folder):
     names = [re.sub(r"_experts\.\d+$", "", name) for name in adapted_layers(make())]
     if not names:
         return "the model has no adapter"
-    last = names[-1].rpartition(".")[2]
+    last = last_part(names[-1])
     module = perturb(make(rank_pattern={last: 1}, alpha_pattern={last: 5}))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PEFT would")

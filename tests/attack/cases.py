@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
-from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, write_adapter
-from lightning_qlora.adapters.peft_metadata import CHECKSUMS, CONFIG_COPY, EXPERTS, FINGERPRINTS, QUANTIZATION
+from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from lightning_qlora.adapters.peft_metadata import CHECKSUMS_OF_FILE, CONFIG_COPY, EXPERTS, FINGERPRINTS, QUANTIZATION
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
 from tests.adapters.test_peft_metadata import adapter
@@ -95,10 +95,10 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
     names = ("float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "int64", "bool", "bfloat16")
     for number in range(count):
         write_adapter(adapter(1), folder)
-        with safe_open(folder / WEIGHTS, "pt") as file:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-        config = json.loads((folder / CONFIG).read_text())
-        del metadata[CHECKSUMS], metadata[CONFIG_COPY]
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        del metadata[CHECKSUMS_OF_FILE], metadata[CONFIG_COPY]
         which = number % 3
         if which == 0:
             config |= {name: draw.choice(values) for name in draw.sample([*config, "target_parameters"], 2)}
@@ -110,8 +110,8 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
             key = draw.choice(list(tensors))
             value = tensors[key].to(getattr(torch, draw.choice(names)))
             tensors[key] = draw.choice([value, value[:0], value[None], value.view(-1)[:1]]).contiguous()
-        save_file(tensors, folder / WEIGHTS, metadata=metadata)
-        (folder / CONFIG).write_text(json.dumps(config))
+        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
         start = time.perf_counter()
         try:
             read_adapter(folder)

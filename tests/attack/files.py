@@ -20,7 +20,7 @@ from lightning_qlora.adapters import peft_reader
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from tests.adapters.test_peft_metadata import adapter, number_of
 from tests.attack.processes import ended, exit_at_line, flipped, kill_later, lines_of, run, start
 from tests.conftest import Classifier, ResumableLoader, make_trainer, save_shards

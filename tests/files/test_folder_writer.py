@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_qlora.files import folder_writer
-from lightning_qlora.files.folder_writer import PREFIX, ShardWriter, atomic_files, atomic_folder, check_free
+from lightning_qlora.files.folder_writer import INCOMPLETE, ShardWriter, atomic_files, atomic_folder, check_free
 from lightning_qlora.files.safetensors_folder import WeightFolder
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks, and locks of POSIX")
@@ -42,7 +42,7 @@ def hidden(folder):
 
 
 def unfinished(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(PREFIX) and path.is_dir()]
+    return [path.name for path in folder.iterdir() if path.name.startswith(INCOMPLETE) and path.is_dir()]
 
 
 @posix
@@ -116,7 +116,7 @@ def test_a_process_killed_before_its_folder_existed_leaves_nothing(writing, tmp_
     target = tmp_path / "out"
     place = tmp_path if writing is atomic_folder else target
     place.mkdir(exist_ok=True)
-    (place / f"{PREFIX}{'0' * 32}.lock").touch()
+    (place / f"{INCOMPLETE}{'0' * 32}.lock").touch()
     with writing(target):
         pass
     assert not hidden(place)
@@ -126,15 +126,21 @@ def test_a_process_killed_before_its_folder_existed_leaves_nothing(writing, tmp_
 def test_folders_of_the_user_are_never_deleted(writing, tmp_path):
     target = tmp_path / "out"
     place = tmp_path if writing is atomic_folder else target
-    names = [".incomplete-notes", ".out.incomplete", f"{PREFIX}notes", f"{PREFIX}{'0' * 32}", ".lightning_qlora"]
+    names = [
+        ".incomplete-notes",
+        ".out.incomplete",
+        f"{INCOMPLETE}notes",
+        f"{INCOMPLETE}{'0' * 32}",
+        ".lightning_qlora",
+    ]
     for name in names:
         (place / name).mkdir(parents=True)
         (place / name / "file").write_text("x")
-    (place / f"{PREFIX}notes.lock").touch()  # not a name that we give
+    (place / f"{INCOMPLETE}notes.lock").touch()  # not a name that we give
     with writing(target):
         pass
     assert all((place / name / "file").exists() for name in names)
-    assert (place / f"{PREFIX}notes.lock").exists()
+    assert (place / f"{INCOMPLETE}notes.lock").exists()
 
 
 @posix

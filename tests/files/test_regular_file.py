@@ -8,7 +8,7 @@ import torch
 
 from lightning_qlora import load_from_checkpoint
 from lightning_qlora.adapters.model_folder import ModelFolder
-from lightning_qlora.adapters.peft_files import CONFIG, WEIGHTS, write_adapter
+from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.files.lightning_checkpoint import check_crc, read_checkpoint
 from lightning_qlora.files.safetensors_folder import INDEX, WeightFolder, read_header, read_json
@@ -57,7 +57,7 @@ def test_what_is_no_file(message, make, tmp_path):
                 read(path)
             assert str(path) in str(error.value)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         write_adapter(adapter(1), folder := tmp_path / name)
         (folder / name).unlink()
         make(folder / name)

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
-from lightning_qlora.layers import lora
+from lightning_qlora.layers import lora_layer as lora
 from lightning_qlora.layers.initialization.methods import random_adapter
 from lightning_qlora.layers.qlora_linear import _has_bf16
 

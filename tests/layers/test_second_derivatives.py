@@ -175,7 +175,7 @@ def test_weights_that_are_read_and_deferred_logits():
     x, adapter = points(3, 64, 5).requires_grad_(), list(parameters(layer).values())
     ours, theirs = (
         of_squares(F.conv1d(x, weight[..., None]), x, adapter)
-        for weight in (layer.weight, layer.gain()[:, None] * effective(layer))
+        for weight in (layer.weight, layer.dora_scale()[:, None] * effective(layer))
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
 

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from lightning_qlora.kernels.adamw import dequantize_state, quantize_state
+from lightning_qlora.kernels.reference_adamw import dequantize_state, quantize_state
 from lightning_qlora.optim import adamw
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
 from lightning_qlora.optim.paging.pager import Pager

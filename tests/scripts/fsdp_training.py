@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
 from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, SaveAdapter, save_adapter
-from lightning_qlora.layers.dtensor import whole
+from lightning_qlora.layers.dtensor import gather
 from tests.conftest import Classifier, loader, make_trainer
 from tests.toys import ids
 
@@ -39,7 +39,7 @@ class Sharded(Classifier):
 
 
 def adapters(module):
-    return {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {name: gather(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def with_trainer(root, devices, single_file, **arguments):

@@ -20,8 +20,8 @@ from lightning_qlora import (
 from lightning_qlora.adapters.merge import merged_weight
 from lightning_qlora.huggingface.bnb_checkpoint import save_quantized
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")

@@ -23,9 +23,9 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.layers.dtensor import whole
+from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.state_dict import CheckpointMismatchError
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, loader
 from tests.toys import needs
@@ -235,7 +235,7 @@ def test_a_dense_checkpoint_is_loaded_into_shards_with_dora(fit, tmp_path):
     convert(other, **ARGUMENTS, use_dora=True)
     for name, parameter in other.named_parameters():
         if "lora_A" not in name and "lora_B" not in name:
-            torch.testing.assert_close(whole(module.get_parameter(name)).reshape(parameter.shape), parameter)
+            torch.testing.assert_close(gather(module.get_parameter(name)).reshape(parameter.shape), parameter)
     assert torch.equal(module.net[0].weight + 0, other.net[0].weight + 0)
 
 

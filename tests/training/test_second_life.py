@@ -22,7 +22,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.base_model import OF_LAYER
-from lightning_qlora.adapters.state_dict import conversion_of
+from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import Classifier, loader
 

@@ -1,6 +1,6 @@
 """The ops on a GPU, in Triton; `backends` imports this folder when it meets the first tensor on a GPU."""
 
-from lightning_qlora.kernels.triton.adamw import adamw8bit_step, adamw_step
+from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dequantize import dequantize
 from lightning_qlora.kernels.triton.grouped import can_group, grouped_linear, grouped_linear_backward
 from lightning_qlora.kernels.triton.launch import check_launch

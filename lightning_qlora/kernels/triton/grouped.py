@@ -4,7 +4,7 @@
 
 The rows are sorted by expert, and `ends` is on the device, so the host needs not know how many rows an expert has. The
 grid is as large as it can be needed for any ends; each program finds its expert from them. W is decoded inside, tile by
-tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. As in `adamw.py`, the
+tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. As in `adamw_kernel.py`, the
 kernels read the addresses of the experts' tensors from a table. The same in torch: `reference.grouped_linear`.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_qlora.kernels.triton.dequantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, is_kept
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
-from lightning_qlora.kernels.triton.lora import rank_tile
+from lightning_qlora.kernels.triton.lora_products import rank_tile
 from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 from lightning_qlora.quantization.packed_weight import PackedBytes
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.dequantize import dequantize_into
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
 from lightning_qlora.quantization.packed_weight import PackedBytes
 

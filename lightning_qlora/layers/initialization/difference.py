@@ -22,7 +22,7 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitializationRecord:
     """What is needed to compute the initial values of a module's adapters again.
 
     Attributes:
@@ -40,7 +40,7 @@ class Origin:
 
 @torch.no_grad()
 def recompute_initial(
-    origin: Origin, name: str, weight: Tensor, base: PackedWeight | None = None
+    origin: InitializationRecord, name: str, weight: Tensor, base: PackedWeight | None = None
 ) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r], fp32: the initial adapter of a layer, by its name in the base model.
 
@@ -57,7 +57,7 @@ def recompute_initial(
         else:  # equal up to the last bits of an SVD, which differ between machines
             same = bool((made.packed.view(-1) == base.packed.to(made.packed).view(-1)).float().mean() > 0.99)
         if same:
-            if config.start == "calibrated" and rms is not None and bool(rms.any()):
+            if config.initialization == "calibrated" and rms is not None and bool(rms.any()):
                 return methods.calibrated_adapter(weight.to(dtype), made, rms, config, seed_name)
             return a0, b0
     raise ValueError(

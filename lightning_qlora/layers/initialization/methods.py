@@ -46,18 +46,18 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     The float weight is [out, in]. The seed of the random numbers is made from the layer's name. ValueError if the rank
     is larger than the number of singular values.
     """
-    if config.start == "pissa":
+    if config.initialization == "pissa":
         return _pissa(weight, config, name)
-    if config.start == "loftq":
+    if config.initialization == "loftq":
         return _alternate(weight, weight, config.loftq_iterations, _quantize, config, name)
-    if config.start == "calibrated":
+    if config.initialization == "calibrated":
         _checked_rank(weight, config)  # an error at conversion, not at the first batch
     return Initialization(_quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
 
 
 def changes_base_weights(config: QLoRAConfig) -> bool:
     """Whether the base is not quantize(W): it depends on the last bits of an SVD, which differ between machines."""
-    return config.start == "pissa" or (config.start == "loftq" and config.loftq_iterations > 1)
+    return config.initialization == "pissa" or (config.initialization == "loftq" and config.loftq_iterations > 1)
 
 
 def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
     """
     generator, r = torch.Generator("cpu").manual_seed(seed_of_layer(name)), config.r
     lora_a = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
-    if config.start == "gaussian":
+    if config.initialization == "gaussian":
         lora_a.normal_(std=1 / r, generator=generator)
     else:
         lora_a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)

@@ -23,15 +23,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qlora.adapters.state_dict import conversion_of
+from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.training.calibration.calibration_report import CalibrationReport
 from lightning_qlora.training.calibration.input_statistics import InputStatistics
 from lightning_qlora.training.calibration.isolation import isolated, restore_each
 from lightning_qlora.training.calibration.patches import logging_disabled
-from lightning_qlora.training.calibration.report import CalibrationReport
 from lightning_qlora.training.calibration.trainer_batches import next_batches, run_training_steps
 from lightning_qlora.training.rng_state import world_size
 
@@ -161,7 +161,7 @@ class Calibration:
 
     def after_load(self, config: QLoRAConfig) -> None:
         """Set the state of every layer by what was loaded: calibrated, not yet calibrated, or initialized otherwise."""
-        if config.start != "calibrated":
+        if config.initialization != "calibrated":
             self.cancel()
         for name, layer in self._layers.items():
             if not isinstance(layer, QLoRALinear):

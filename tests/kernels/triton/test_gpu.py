@@ -14,10 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightning_qlora.kernels import adamw, ops, reference, scratch, verdict
+from lightning_qlora.kernels import ops, reference, scratch, verdict
+from lightning_qlora.kernels import reference_adamw as adamw
 from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from tests.kernels.forward import forward
 

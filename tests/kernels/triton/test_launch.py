@@ -18,7 +18,7 @@ from benchmarks.compiled import recorded, source
 from benchmarks.host_overhead import Driver
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.launch import Launch
-from lightning_qlora.kernels.triton.lora import _down_kernel, _up_kernel, lora_down, lora_gradients
+from lightning_qlora.kernels.triton.lora_products import _down_kernel, _up_kernel, lora_down, lora_gradients
 
 ROOT = Path(__file__).parents[3]
 X, W, OUT = torch.zeros(3, 64).bfloat16(), torch.zeros(64, 16), torch.zeros(3, 64).bfloat16()

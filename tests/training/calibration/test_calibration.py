@@ -433,7 +433,7 @@ def test_16_bit_weights_and_dora():
     y = net(x)
     assert y.dtype == torch.bfloat16
     layer = net.layers[0]
-    torch.testing.assert_close(layer.gain(), torch.ones(96))
+    torch.testing.assert_close(layer.dora_scale(), torch.ones(96))
     assert layer.lora_A.dtype == torch.float32
 
 

@@ -6,7 +6,7 @@ import torch
 
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.lora import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -96,7 +96,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
             raise CheckpointMismatchError(
                 f"{key}: has shape {list(weight.shape)} in the checkpoint, {list(layer.weight.shape)} here."
             )
-        depends = layer.config.use_dora or layer.config.start in ("loftq", "pissa") or layer.dense_weight is not None
+        depends = (
+            layer.config.use_dora or layer.config.initialization in ("loftq", "pissa") or layer.dense_weight is not None
+        )
         if depends and not with_adapter:
             layer.initialize(weight, layer.packed.device)
         else:

@@ -5,7 +5,7 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton import tiles
 from lightning_qlora.kernels.triton.launch import Launch
-from lightning_qlora.kernels.triton.lora import lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.shares import COUNTERS, number_of_shares
 from tests.kernels.triton.test_linear import DTYPES, assert_near
 

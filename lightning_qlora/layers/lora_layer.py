@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.layers.dtensor import like, whole
+from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -58,7 +58,7 @@ class LoRALayer(PackedLinear):
         rows = self._as_rows(weight.detach())
         made = methods.initialize(rows.to(device or rows.device), self.config, self.seed_name)
         self.set_packed_weight(made.base)
-        if self.config.start == "calibrated":
+        if self.config.initialization == "calibrated":
             self.dense_weight = rows.cpu()
         self.set_adapter(made.lora_a, made.lora_b)
 
@@ -67,7 +67,7 @@ class LoRALayer(PackedLinear):
         self.write("lora_A", lora_a)
         self.write("lora_B", lora_b)
         if self.config.use_dora:
-            self.write("lora_magnitude_vector", self.row_norm(whole(self.lora_A), whole(self.lora_B)))
+            self.write("lora_magnitude_vector", self.row_norm(gather(self.lora_A), gather(self.lora_B)))
         else:
             self.register_parameter("lora_magnitude_vector", None)
 
@@ -80,7 +80,7 @@ class LoRALayer(PackedLinear):
             held.data = value.to(self.packed.device)  # another rank: an optimizer keeps the same parameter
         else:
             with torch.no_grad():
-                getattr(self, name).copy_(like(value, held))
+                getattr(self, name).copy_(shard_like(value, held))
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
@@ -99,11 +99,11 @@ class LoRALayer(PackedLinear):
 
     def delta(self) -> Tensor:
         """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32 [out, in]."""
-        product = self._product(whole(self.lora_A).detach(), whole(self.lora_B).detach())
+        product = self._product(gather(self.lora_A).detach(), gather(self.lora_B).detach())
         if self.lora_magnitude_vector is None:
             return product
         base = ops.dequantize(self.whole_bytes, torch.float32)
-        return self.gain().detach().unsqueeze(1) * (base + product) - base
+        return self.dora_scale().detach().unsqueeze(1) * (base + product) - base
 
     def _product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return self.scaling * (lora_b.float() @ lora_a.float())
@@ -115,10 +115,10 @@ class LoRALayer(PackedLinear):
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):
-            product = self._product(whole(self.lora_A), whole(self.lora_B))
+            product = self._product(gather(self.lora_A), gather(self.lora_B))
         total = ops.dequantize(self.whole_bytes, torch.float32) + product
         if self.lora_magnitude_vector is not None:
-            total = self.gain().unsqueeze(1) * total
+            total = self.dora_scale().unsqueeze(1) * total
         return total.to(self.weight_dtype)
 
     def effective_weight_backward(
@@ -129,14 +129,14 @@ class LoRALayer(PackedLinear):
         dA = s B^T G,  dB = s G A^T,  with G = dW; with DoRA G = g dW, and dm = sum over in of dW (W + s B A) / norm.
         Differentiable where autograd records.
         """
-        grad, a, b = grad.float(), whole(lora_a).float(), whole(lora_b).float()
+        grad, a, b = grad.float(), gather(lora_a).float(), gather(lora_b).float()
         magnitudes: tuple[Tensor, ...] = ()
         if magnitude is not None:
             norm = self.row_norm(a, b).clamp_min(TINY)
             magnitudes = (
                 (grad * (ops.dequantize(self.whole_bytes, torch.float32) + self._product(a, b))).sum(1) / norm,
             )
-            grad = (whole(magnitude) / norm).unsqueeze(1) * grad
+            grad = (gather(magnitude) / norm).unsqueeze(1) * grad
         grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
         return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
 
@@ -147,11 +147,11 @@ class LoRALayer(PackedLinear):
             self._base_squares = row_squares(weight)
         return row_norm(weight, self._base_squares, lora_a, lora_b, self.scaling)
 
-    def gain(self) -> Tensor:
+    def dora_scale(self) -> Tensor:
         """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
         assert self.lora_magnitude_vector is not None
-        norm = self.row_norm(whole(self.lora_A), whole(self.lora_B))
-        return whole(self.lora_magnitude_vector) / norm.clamp_min(TINY)
+        norm = self.row_norm(gather(self.lora_A), gather(self.lora_B))
+        return gather(self.lora_magnitude_vector) / norm.clamp_min(TINY)
 
 
 @torch.no_grad()

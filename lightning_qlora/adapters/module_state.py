@@ -11,19 +11,19 @@ from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
-from lightning_qlora.adapters.checksums import CHECKSUMS, add_checksums, check_checksums
+from lightning_qlora.adapters.checksums import CHECKSUMS_KEY, add_checksums, check_checksums
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import like, reshard
-from lightning_qlora.layers.lora import ADAPTER
-from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
+from lightning_qlora.layers.dtensor import reshard, shard_like
+from lightning_qlora.layers.layer_state import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
+from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew
-from lightning_qlora.layers.state_dict import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`
 HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
-CONFIG = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
+CONFIG_KEY = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # key in that JSON of what `describe_base` returns
 DAMAGED = "The checkpoint is damaged: use another copy."
 PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
@@ -77,20 +77,21 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
     unknown = [key for key in found if key not in QLoRAConfig.__dataclass_fields__]
     if unknown:
         raise ValueError(
-            f"{prefix + CONFIG}: has the argument {unknown[0]!r}, which this version of lightning-qlora does not know. "
+            f"{prefix + CONFIG_KEY}: has the argument {unknown[0]!r}, which this version of lightning-qlora does not "
+            "know. "
             "The checkpoint was saved by a newer version: install that version of lightning-qlora."
         )
     try:
         return QLoRAConfig(**found) if found else None
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{prefix + CONFIG}: {error}") from error
+        raise type(error)(f"{prefix + CONFIG_KEY}: {error}") from error
 
 
 def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
     about: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
     kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
-    source = f"{prefix + CONFIG}: {BASE_MODEL!r}"
+    source = f"{prefix + CONFIG_KEY}: {BASE_MODEL!r}"
     if (
         not isinstance(about, dict)
         or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items())
@@ -109,21 +110,21 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
 def saved_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Name of each layer with an adapter in the state dict of a converted module -> the arguments of its own."""
     about = base_model_of(state_dict)
-    own = {f"{about.get('prefix', '')}.{name}".lstrip("."): given for name, given in about.get("layers", {}).items()}
+    own = {join(about.get("prefix", ""), name): given for name, given in about.get("layers", {}).items()}
     names = [plain_name(key).rpartition(".") for key in state_dict]
     return {name: own.get(name, {}) for name, _, last in names if last == "lora_A"}
 
 
 def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    if prefix + CONFIG not in state_dict:
+    if prefix + CONFIG_KEY not in state_dict:
         return {}
     # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
     try:
-        content = json.loads(bytes(state_dict[prefix + CONFIG].contiguous().tolist()))
+        content = json.loads(bytes(state_dict[prefix + CONFIG_KEY].contiguous().tolist()))
     except Exception as error:  # a value of another type raises any
-        raise ValueError(f"{prefix + CONFIG}: is not valid JSON ({error}). {DAMAGED}") from error
+        raise ValueError(f"{prefix + CONFIG_KEY}: is not valid JSON ({error}). {DAMAGED}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{prefix + CONFIG}: is a JSON {type(content).__name__}, not an object. {DAMAGED}")
+        raise ValueError(f"{prefix + CONFIG_KEY}: is a JSON {type(content).__name__}, not an object. {DAMAGED}")
     return content
 
 
@@ -148,9 +149,9 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root, config)}
     text = json.dumps(arguments).encode()
     text = text.ljust(-(-len(text) // PAGE) * PAGE)
-    state_dict[prefix + CONFIG] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    state_dict[prefix + CONFIG_KEY] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     for name, _conversion in _conversions(root):  # of parts that were converted alone, too
-        for key in (CONFIG, CHECKSUMS) if name else ():
+        for key in (CONFIG_KEY, CHECKSUMS_KEY) if name else ():
             state_dict.pop(f"{prefix}{name}.{key}", None)
     add_checksums(state_dict, prefix)
 
@@ -165,9 +166,9 @@ def _add_bases(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Check that a state fits the module, and complete it with the frozen parameters of the module."""
-    done = state_dict.get(prefix + CONFIG, "") is None  # by the module around this one
+    done = state_dict.get(prefix + CONFIG_KEY, "") is None  # by the module around this one
     if done:
-        del state_dict[prefix + CONFIG]
+        del state_dict[prefix + CONFIG_KEY]
     if done or not _is_outermost(root, prefix):
         return
     reshard(root)
@@ -177,13 +178,15 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         conversion.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
     saved, about = config_of(state_dict, prefix), base_model_of(state_dict, prefix)
-    state_dict.pop(prefix + CONFIG, None)
+    state_dict.pop(prefix + CONFIG_KEY, None)
     if saved is not None:
         _check_same_function(root, saved, about)
         _keep_initialization(root, saved, about)
     for name, _conversion in _conversions(root):
         if name:
-            state_dict[f"{prefix}{name}.{CONFIG}"] = None  # this call does all for the parts that were converted alone
+            state_dict[f"{prefix}{name}.{CONFIG_KEY}"] = (
+                None  # this call does all for the parts that were converted alone
+            )
     read: dict[int, int] = {}  # tied parameters are read once
     for name, owner, key, parameter in _dense_parameters(root):
         value = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
@@ -200,7 +203,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         state_dict[prefix + name] = parameter.detach()
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if prefix + name in state_dict:  # of a sharded parameter the state holds the whole
-            state_dict[prefix + name] = like(state_dict[prefix + name], parameter)
+            state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
 
 
 def _after_load(root: nn.Module, _: Any) -> None:
@@ -212,7 +215,7 @@ def _after_load(root: nn.Module, _: Any) -> None:
 
 
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    there = {key[len(prefix) :].rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "lora_A"}
+    there = {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
     # A shared layer is in a state dict under each of its names.
     here = {name for name, layer in root.named_modules(remove_duplicate=False) if isinstance(layer, QLoRALinear)}
     if there and there != here:
@@ -265,7 +268,7 @@ def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:
     """Name in the base model, name in the module, and layer."""
     prefix, base = find_base_model(root)
     layers = adapted_layers(base).items()
-    return [(plain_name(name), f"{prefix}.{name}".strip("."), layer) for name, layer in layers]
+    return [(plain_name(name), join(prefix, name), layer) for name, layer in layers]
 
 
 def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
@@ -289,7 +292,7 @@ def _is_merged(root: nn.Module) -> bool:
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
     """Name, owner, key and value of every parameter under each of its names, but what QLoRALinear saves itself."""
     return [
-        (f"{name}.{key}".lstrip("."), owner, key, parameter)
+        (join(name, key), owner, key, parameter)
         for name, owner in root.named_modules(remove_duplicate=False)
         for key, parameter in owner._parameters.items()
         if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER))

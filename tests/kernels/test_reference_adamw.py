@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from lightning_qlora.kernels.adamw import AdamWStep, adamw8bit_step, adamw_step, dequantize_state, quantize_state
+from lightning_qlora.kernels.reference_adamw import (
+    AdamWStep,
+    adamw8bit_step,
+    adamw_step,
+    dequantize_state,
+    quantize_state,
+)
 from lightning_qlora.quantization.codebooks import dynamic_map
 
 SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}

@@ -4,8 +4,9 @@
 
 The rows are sorted by expert, and `ends` is on the device, so the host needs not know how many rows an expert has. The
 grid is as large as it can be needed for any ends; each program finds its expert from them. W is decoded inside, tile by
-tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. As in `adamw_kernel.py`, the
-kernels read the addresses of the experts' tensors from a table. The same in torch: `reference.grouped_linear`.
+tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. As in
+`adamw_kernel.py`, the kernels read the addresses of the experts' tensors from a table. The same in torch:
+`reference.grouped_linear`.
 """
 
 from collections.abc import Sequence

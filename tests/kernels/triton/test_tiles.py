@@ -25,7 +25,7 @@ def test_candidates_and_what_runs_without_a_tile(kernel, monkeypatch):
     monkeypatch.setattr(search, "seconds", run_once)
     monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
     used, find = [], tiles.find_tile
-    for name in ("dequantize", "matmul", "lora", "grouped"):
+    for name in ("dequantize", "matmul", "lora_products", "grouped"):
         module = import_module(f"lightning_qlora.kernels.triton.{name}")
         monkeypatch.setattr(module, "find_tile", lambda *key: used.append(find(*key)) or used[-1])
     tile = search.candidates(kernel, 16)[0]

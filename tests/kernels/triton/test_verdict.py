@@ -24,7 +24,9 @@ from lightning_qlora.optim.adamw import PagedAdamW8bit
 from tests.kernels.triton.test_training import losses
 
 CPU = torch.device("cpu")
-NAMES = "adamw", "dequantize", "grouped", "launch", "linear", "lora", "matmul", "quantize", "shares"
+NAMES = (
+    "adamw_kernel", "dequantize", "grouped", "launch", "linear", "lora_products", "matmul", "quantize", "shares",
+)  # fmt: skip
 MODULE = {name: import_module(f"{verdict.KERNELS}.{name}") for name in NAMES}
 COLUMN_MASK = "mask=(row < m)[:, None] & (column < k)[None, :]"
 
@@ -75,10 +77,10 @@ def said(recorded):
 def test_a_wrong_scale_a_missing_mask_an_error_and_a_hang_are_each_found_and_the_run_is_right(
     monkeypatch, broken, recwarn
 ):
-    broken("lora", "lora_up", "total *= s\n", "total *= 1.03 * s\n", MODULE["linear"])
-    broken("lora", "lora_down", COLUMN_MASK, "mask=(row < m)[:, None]", MODULE["linear"])
+    broken("lora_products", "lora_up", "total *= s\n", "total *= 1.03 * s\n", MODULE["linear"])
+    broken("lora_products", "lora_down", COLUMN_MASK, "mask=(row < m)[:, None]", MODULE["linear"])
     broken("quantize", "quantize", "rank += (scaled", "rank += undefined + (scaled")
-    broken("adamw", "adamw_step", "per_program = STATE", "while True:\n        pass\n    per_program = STATE")
+    broken("adamw_kernel", "adamw_step", "per_program = STATE", "while True:\n        pass\n    per_program = STATE")
     monkeypatch.setattr(verdict, "LIMIT", 3.0)
     failures = backends.backend(CPU).failures
     assert failures.keys() == {"quantize", "lora_project", "linear_into", "linear_backward", "adamw_step"}
@@ -101,11 +103,11 @@ def test_a_wrong_scale_a_missing_mask_an_error_and_a_hang_are_each_found_and_the
     [
         ("dequantize", "dequantize", "mask=mask)\n\n", "mask=mask | True)\n\n", "", "dequantize"),
         ("quantize", "quantize", "mask=i < n)\n\n", "mask=i == i)\n\n", "", "quantize"),
-        ("shares", "add_shares", "tl.store(counter, 0)", "pass", "lora", "linear_backward"),
+        ("shares", "add_shares", "tl.store(counter, 0)", "pass", "lora_products", "linear_backward"),
         ("matmul", "add_matmul_", "mask=row[:, None] < n, other=0", "mask=row[:, None] >= 0, other=0", "linear", ""),
         ("matmul", "add_matmul_", "mask=write)\n\n", "mask=write | True)\n\n", "linear", "linear_into"),
         ("grouped", "grouped_linear", "+= added * s", "+= added * (1.05 * s)", "", "grouped_linear"),
-        ("adamw", "adamw8bit_step", "levels + 768", "levels + 512", "", "adamw8bit_step"),
+        ("adamw_kernel", "adamw8bit_step", "levels + 768", "levels + 512", "", "adamw8bit_step"),
     ],
 )
 def test_other_faults(monkeypatch, broken, name, function, old, new, where, op):
@@ -185,12 +187,20 @@ def test_in_the_interpreter_a_function_that_was_replaced_needs_another_verdict(m
 def in_forks(number, call):
     """Whether call(rank) is true in several processes at the same time."""
     context = get_context("fork")
-    processes = [context.Process(target=lambda rank=rank: sys.exit(not call(rank))) for rank in range(number)]
+
+    def run(rank):
+        torch.set_num_threads(1)  # a fork does not have the threads of its parent: it would wait for them
+        sys.exit(not call(rank))
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(number)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    return [process.exitcode for process in processes] == [0] * number
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes == [0] * number
 
 
 def test_of_several_processes_at_the_first_use_one_checks(monkeypatch, tmp_path, fresh):

@@ -90,6 +90,10 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Ranks and scalings become those of the folder; layers that are not in the folder get B = 0. To convert exactly the
     layers of the folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
 
+    Args:
+        module: A converted module, LightningModule or not.
+        folder: The folder with adapter_config.json and adapter_model.safetensors.
+
     Raises:
         FileNotFoundError, ValueError: If a file is missing or broken.
         CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.

@@ -131,7 +131,10 @@ def _run(command: list[str]) -> None:
             env=os.environ | {"LC_ALL": "C"},
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"the compiler took more than {TIMEOUT} seconds") from error
+        raise BuildError(
+            f"the compiler took more than {TIMEOUT} seconds: try again when the machine is less busy, or set CC to another "
+            "compiler"
+        ) from error
     if done.returncode:
         _check_space(Path(command[-1]).parent, done.stderr)
         raise _VariantError((done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}")

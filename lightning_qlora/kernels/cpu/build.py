@@ -132,8 +132,8 @@ def _run(command: list[str]) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise BuildError(
-            f"the compiler took more than {TIMEOUT} seconds: try again when the machine is less busy, or set CC to another "
-            "compiler"
+            f"the compiler took more than {TIMEOUT} seconds: try again when the machine is less busy, or set CC to "
+            "another compiler"
         ) from error
     if done.returncode:
         _check_space(Path(command[-1]).parent, done.stderr)

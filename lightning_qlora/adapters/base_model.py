@@ -25,7 +25,7 @@ from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapte
 from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.lightning_copies import classes
 
-OF_LAYER = (  # arguments that a layer may have of its own
+OF_LAYER = (  # arguments that may differ between the layers of a module
     "quant_type", "block_size", "double_quant", "compute_dtype", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "use_dora",
 )  # fmt: skip

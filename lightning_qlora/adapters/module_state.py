@@ -108,7 +108,7 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
 
 
 def saved_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name of each layer with an adapter in the state dict of a converted module -> the arguments of its own."""
+    """Name of each layer with an adapter in the state dict of a converted module -> its own arguments."""
     about = base_model_of(state_dict)
     own = {join(about.get("prefix", ""), name): given for name, given in about.get("layers", {}).items()}
     names = [plain_name(key).rpartition(".") for key in state_dict]
@@ -159,7 +159,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
 def _add_bases(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Replace the fingerprints of 4-bit weights by the weights, which all ranks gather if they are sharded."""
     for name, layer in part.named_modules(remove_duplicate=False):
-        key = f"{prefix}{name}.weight".replace("..", ".").lstrip(".")
+        key = prefix + join(name, "weight")
         if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
             state_dict.update(layer.packed_weight.bnb_state_dict(key))
 
@@ -183,10 +183,8 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         _check_same_function(root, saved, about)
         _keep_initialization(root, saved, about)
     for name, _conversion in _conversions(root):
-        if name:
-            state_dict[f"{prefix}{name}.{CONFIG_KEY}"] = (
-                None  # this call does all for the parts that were converted alone
-            )
+        if name:  # this call does all for the parts that were converted alone
+            state_dict[f"{prefix}{name}.{CONFIG_KEY}"] = None
     read: dict[int, int] = {}  # tied parameters are read once
     for name, owner, key, parameter in _dense_parameters(root):
         value = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)

@@ -89,7 +89,7 @@ def is_recorded(owner: nn.Module) -> bool:
     if isinstance(owner, QLoRALinear):
         return not owner.loaded
     known = vars(owner).get(RECORDS)
-    return known is not None and all(key in known for key, p in owner._parameters.items() if p is not None)
+    return known is not None and own_parameters(owner).keys() <= known.keys()
 
 
 def frozen_value(owner: nn.Module, key: str) -> Value | None:

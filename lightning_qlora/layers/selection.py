@@ -41,7 +41,7 @@ from lightning_qlora.layers.records import is_recorded
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 NOT_SAVED = "not in 4 bits in the checkpoint"
-SavedLayers = Mapping[str, Mapping[str, Any]]  # full name of a layer in a checkpoint -> the arguments of its own
+SavedLayers = Mapping[str, Mapping[str, Any]]  # full name of a layer in a checkpoint -> its own arguments
 
 
 class ToConvert(NamedTuple):

@@ -101,7 +101,7 @@ def convert_module(
         _convert_again(module, conversion, config)
         return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
     check_has_data(module)
-    kept = {name: layer for name, layer in adapted_layers(module).items() if not layer.loaded}
+    kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
     given = config
     adapter = read_adapter(config.adapter) if config.adapter else None
     if adapter is not None:
@@ -123,7 +123,7 @@ def convert_module(
         if is_bnb_linear(layer):
             decode_bnb_layer(layer)
     forget_quantizer(module)
-    freeze(module, choice, new, kept.values())
+    freeze(module, choice, new, kept)
     record(new)
     if config.keep_initial:
         keep_initial(module)
@@ -138,8 +138,10 @@ def convert_module(
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()
     warn_of_what_stayed(module, choice)
-    if kept:
-        (warn_of_two_configs if layers else warn_of_unused_arguments)(module, config)
+    if kept and layers:
+        warn_of_two_configs(module)
+    elif kept:
+        warn_of_unused_arguments(module, config)
     if config.initialization == "calibrated" and layers:
         Calibration(module, config)
     report = conversion_report(module, choice, bytes_before, start, deferred)
@@ -260,4 +262,4 @@ def _frozen_weights(module: nn.Module, choice: Selection) -> list[nn.Parameter]:
     """The weights of the layers, and the experts, that the module froze before conversion."""
     tensors = dict(module.named_parameters(remove_duplicate=False))
     keys = [name for name, why in choice.skip.items() if why == FROZEN]
-    return [tensors[key] for name in keys for key in (f"{name}.weight".lstrip("."), name) if key in tensors]
+    return [tensors[key] for name in keys for key in (join(name, "weight"), name) if key in tensors]

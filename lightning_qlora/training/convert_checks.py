@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -104,13 +105,8 @@ def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: Q
     """Warn of arguments that differ from those of the earlier conversion, which is not done again."""
     if config in (conversion.config, *conversion.given):
         return
-    known = conversion.given[-1]
-    pairs = [(field, getattr(known, field), getattr(config, field)) for field in asdict(config)]
-    other = [
-        f"{name}={was!r} and not {new!r}"
-        for name, was, new in pairs
-        if was != new and name not in ("paged_optimizer", "adapter")
-    ]
+    names = [name for name in asdict(config) if name not in ("paged_optimizer", "adapter")]
+    other = _differing(conversion.given[-1], config, names)
     if other:
         warnings.warn(
             f"{type(module).__name__}: was converted before, with {', '.join(other)}, and stays so. To convert with "
@@ -122,14 +118,18 @@ def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: Q
 def warn_of_unused_arguments(module: nn.Module, config: QLoRAConfig) -> None:
     """Warn of the arguments of layers that differ from those of the earlier conversion, if it made all layers."""
     for name, layer in adapted_layers(module).items():
-        pairs = [(key, getattr(layer.config, key), getattr(config, key)) for key in OF_LAYER]
-        other = [f"{key}={was!r} and not {new!r}" for key, was, new in pairs if was != new]
+        other = _differing(layer.config, config, OF_LAYER)
         if other and not config.rank_pattern and not config.alpha_pattern:
             warnings.warn(f"{name}: was converted before, with {', '.join(other)}, and stays so.", stacklevel=2)
             return
 
 
-def warn_of_two_configs(module: nn.Module, _: QLoRAConfig) -> None:
+def _differing(known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
+    pairs = ((name, getattr(known, name), getattr(config, name)) for name in names)
+    return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]
+
+
+def warn_of_two_configs(module: nn.Module) -> None:
     """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
     try:
         check_one_folder({name: layer.config for name, layer in adapted_layers(module).items()})

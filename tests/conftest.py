@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Set before torch is imported: two test processes share two cores, and results must not depend on threads anyway.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch is imported: pytest-xdist runs as many tests at a time as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 

@@ -21,7 +21,7 @@ from lightning_qlora.layers.dotted_names import COMPILED, join, last_part, param
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import is_transformers_model, only_child_of
-from lightning_qlora.layers.qlora_linear import QLoRAConv1D, QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.lightning_copies import classes
 
@@ -64,7 +64,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
         "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
-        "fan_in_fan_out": any(isinstance(layer, QLoRAConv1D) for layer in base.modules()),
+        "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
         "quantization": quantization_of_layer(next(iter(layers.values()))) if layers else None,
         "target_modules": target_modules_of(base),
         **({"experts": {name: list(stack) for name, stack in stacks.items()}} if stacks else {}),

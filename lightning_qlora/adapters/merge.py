@@ -13,6 +13,7 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
@@ -75,16 +76,16 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 
 def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:
     """The decoded weight plus s B A (with DoRA g (W + s B A)), in `dtype` and in the shape of the dense layer."""
-    total = layer._as_rows(layer.decode().float() + layer.delta())
-    return layer._as_rows(round_stochastically(total, dtype, name)).contiguous()
+    total = layer._as_stored(layer.decode().float() + layer.delta())
+    return layer._as_stored(round_stochastically(total, dtype, name)).contiguous()
 
 
 def to_dense(layer: QLoRALinear, weight: Tensor) -> None:
     """Make a QLoRALinear the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
     dense_class = layer.dense_class
     kept = {key: value for key, value in layer._parameters.items() if key not in (*BASE, *ADAPTER)}
-    own = ATTRIBUTES if issubclass(dense_class, nn.Linear) else ATTRIBUTES | {"in_features", "out_features"}
-    for name in own & layer.__dict__.keys():
+    added = ATTRIBUTES | {"in_features", "out_features"} - {*kind_of(dense_class).sizes}
+    for name in added & layer.__dict__.keys():
         del layer.__dict__[name]
     layer._parameters.clear()
     layer.__class__ = dense_class  # type: ignore[assignment]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
-from lightning_qlora.layers.dense_reasons import is_conv1d
 from lightning_qlora.layers.dotted_names import owner_name
+from lightning_qlora.layers.kinds import kind_of
 
 
 @dataclass
@@ -171,11 +171,11 @@ class ModelFolder(WeightFolder):
         return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
 
     def stores_transposed(self, name: str) -> bool | None:
-        """Whether a weight is that of transformers' Conv1D, [in, out]; None if only its shape can tell."""
+        """Whether a weight is stored as [in, out]; None if only its shape can tell."""
         if self.model is None:
             return None
         try:
-            return is_conv1d(type(self.model.get_submodule(name.removesuffix(".weight"))))
+            return kind_of(type(self.model.get_submodule(name.removesuffix(".weight")))).transposed
         except AttributeError:
             return None
 

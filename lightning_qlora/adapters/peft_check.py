@@ -115,7 +115,7 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
     new._buffers.update({key: made.get(id(value)) for key, value in module._buffers.items()})
     new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     if isinstance(module, QLoRALinear):
-        to_dense(new, module._as_rows(torch.empty(module._shape, dtype=module.weight_dtype, device="meta")))
+        to_dense(new, module._as_stored(torch.empty(module._shape, dtype=module.weight_dtype, device="meta")))
         return new
     for key, part in module._modules.items():
         new._modules[key] = None if part is None else _without_weights(getattr(part, COMPILED, part), made)

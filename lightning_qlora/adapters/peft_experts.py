@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
-from lightning_qlora.layers.dense_reasons import is_linear
 from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
+from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
 BASE_LAYER = ".base_layer"

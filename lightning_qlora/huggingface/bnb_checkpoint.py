@@ -21,23 +21,19 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.files.folder_writer import atomic_folder
 from lightning_qlora.files.safetensors_folder import read_json
-from lightning_qlora.layers.bnb_linear import original_packed_weight
-from lightning_qlora.layers.dense_reasons import is_conv1d
 from lightning_qlora.layers.dotted_names import is_expert, last_part, parameter_name, plain_name
 from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
+from lightning_qlora.layers.kinds import is_linear, original_packed_weight
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer that is an nn.Linear or a transformers Conv1D, in 4 bits or not; not experts of a parameter."""
+    """Name -> linear layer, in 4 bits or not; not experts of a parameter."""
     experts = {id(layer) for *_, stack in expert_stacks(model) for layer in stack.layers}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if (isinstance(layer, nn.Linear) and id(layer) not in experts) or is_conv1d(type(layer))
-    }
+    return {name: layer for name, layer in model.named_modules() if is_linear(layer) and id(layer) not in experts}
 
 
 def always_dense_layers(model: nn.Module) -> set[str]:
@@ -47,11 +43,10 @@ def always_dense_layers(model: nn.Module) -> set[str]:
     of a parameter, and does not find their scales.
     """
     words: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
-    dense = set()
+    dense, replaced = set(), (nn.Linear, import_module("transformers.pytorch_utils").Conv1D)
     for name, layer in linear_layers(model).items():
         kind = getattr(layer, "dense_class", type(layer))  # the class before conversion
-        replaced = kind is nn.Linear or is_conv1d(kind)
-        if not replaced or any(_skips(word, name) for word in words) or "weight." in f"{name}.":
+        if kind not in replaced or any(_skips(word, name) for word in words) or "weight." in f"{name}.":
             dense.add(name)
     return dense
 
@@ -104,8 +99,10 @@ def save_quantized(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not is_transformers_model(base) or not layers:
         raise ValueError(f"{type(module).__name__} holds no converted transformers model, which this is for.")
     for name, layer in layers.items():
-        if layer.quant_type == "int4":
-            raise ValueError(f"{name}: bitsandbytes has no quant_type 'int4'; only 'nf4' and 'fp4' can be saved.")
+        if layer.quant_type not in OF_BITSANDBYTES:
+            raise ValueError(
+                f"{name}: bitsandbytes has no quant_type {layer.quant_type!r}; only {OF_BITSANDBYTES} can be saved."
+            )
     rank_zero_only(_write_quantized)(base, layers, Path(folder))
 
 

@@ -25,18 +25,19 @@ from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.bnb_linear import decode_and_store_original
 from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
 from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
+from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 STORED = [  # the entries of bitsandbytes for a weight
     "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
-    "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight",
+    *(f"weight.quant_state.bitsandbytes__{kind}" for kind in OF_BITSANDBYTES), "weight",
 ]  # fmt: skip
 
 
@@ -231,7 +232,7 @@ class _Quantize(_Op):
     def quantize(
         self, key: str, weight: Tensor, source: str, model: nn.Module, missing_keys: set[str] | None
     ) -> dict[str, Any]:
-        """The parameters of one layer, whose weight is [out, in] or a Conv1D's [in, out], or of all experts."""
+        """The parameters of one layer, or of all experts."""
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
         if weight.shape != place.shape:
             return self.mismatch(source, key, weight.shape, place)
@@ -282,14 +283,13 @@ class _LoadPacked(_Op):
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:
             return self.failed(key, key, place, f"{name}.{error}")
-        transposed = not isinstance(layer, nn.Linear) and weight.shape == place.shape[::-1]
-        if weight.shape != place.shape and not transposed:
+        if weight.shape != (place.shape[::-1] if kind_of(type(layer)).transposed else place.shape):
             return self.mismatch(key, key, weight.shape, place)
         weight = replace(weight, dtype=place.dtype)
         chosen = self.hf_quantizer.chosen.get(key)
         if chosen is not None:
             QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
             return self.quantized({name: layer}, key, missing_keys)
-        if transposed or isinstance(layer, nn.Linear):
+        if is_linear(layer):
             return {key: decode_and_store_original(layer, weight)}
         return {key: weight.dequantize(place.dtype)}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for, new
 
@@ -111,7 +111,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
-    return type(layer) in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_bnb_linear(layer)
+    return type(layer) in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_packed(layer)
 
 
 def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.bnb_linear import is_bnb_linear
 from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.expert_selection import is_router
+from lightning_qlora.layers.kinds import is_packed, weight_shape
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
@@ -21,19 +21,9 @@ FROZEN = "frozen by the module"
 FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is an nn.Linear, of a subclass too, or a transformers Conv1D, in 4 bits or not."""
-    return is_bnb_linear(layer) or isinstance(layer, nn.Linear) or is_conv1d(type(layer))
-
-
-def is_conv1d(kind: type[nn.Module]) -> bool:
-    """Whether a class is transformers' Conv1D, a linear layer whose weight is [in, out]."""
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
 def name_clash(layer: nn.Module) -> str | None:
     """Why a subclass of nn.Linear can't become a QLoRALinear; None if it can, and for other layers."""
-    if not isinstance(layer, nn.Linear) or isinstance(layer, QLoRALinear) or is_bnb_linear(layer):
+    if not isinstance(layer, nn.Linear) or isinstance(layer, QLoRALinear) or is_packed(layer):
         return None
     kinds = [kind for kind in type(layer).__mro__ if kind not in nn.Linear.__mro__]
     # torch's own classes are parametrized or sharded layers, which other checks refuse
@@ -65,12 +55,12 @@ class ModuleFacts:
         self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
         loaded = [m for m in module.modules() if getattr(m, "is_loaded_in_4bit", False) or vars(m).get(LOADED)]
         in_loaded = (layer for model in loaded for layer in model.modules())
-        self.left_dense = {id(part) for part in in_loaded if not (is_bnb_linear(part) or isinstance(part, QLoRALinear))}
+        self.left_dense = {id(part) for part in in_loaded if not (is_packed(part) or isinstance(part, QLoRALinear))}
         self.modules = dict(module.named_modules())
 
     def is_frozen(self, layer: nn.Module, key: str = "weight") -> bool:
         """Whether the module froze the weight of a layer, while something else trains."""
-        if is_bnb_linear(layer) or not self.trains:
+        if is_packed(layer) or not self.trains:
             return self.trains and id(layer) in self.frozen_models
         held: dict[str, Any] = layer._parameters
         return not held["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
@@ -84,7 +74,7 @@ class ModuleFacts:
             return "its weight is computed (parametrized), not stored"
         if "bias" not in layer._parameters:
             return "its bias is computed (parametrized), not stored"
-        return self.cannot_quantize(weight, is_bnb_linear(layer))
+        return self.cannot_quantize(weight, is_packed(layer))
 
     def cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
         """Why a weight can't be quantized."""
@@ -118,13 +108,6 @@ def get_output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
                 continue
             if embedding is not None:
                 yield embedding
-
-
-def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """The shape of the weight as it is stored, in 4 bits or not."""
-    weight: Any = layer.weight
-    rows, columns = weight.quant_state.shape if is_bnb_linear(layer) else weight.shape
-    return rows, columns
 
 
 def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:

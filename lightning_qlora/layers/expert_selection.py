@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.dotted_names import owner_name, parameter_name, stack_name
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.kinds import kind_of
 
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
@@ -98,7 +99,7 @@ def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as in
     most router classes. `modules` has all modules by name.
     """
-    outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "nf", None)
+    outputs = getattr(layer, kind_of(type(layer)).sizes[0])
     outer = owner_name(name)
     blocks = [modules[outer]] if name else []
     if blocks and outer and sum(isinstance(part, nn.Linear) for part in blocks[0].modules()) == 1:

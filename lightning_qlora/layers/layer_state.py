@@ -92,7 +92,7 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     entries = {name: state_dict.pop(name).contiguous() for name in names}
     weight = entries[key]
     if weight.is_floating_point() and f"{key}.absmax" not in entries:
-        if tuple(layer._as_rows(weight).shape) != layer._shape:
+        if tuple(layer._as_stored(weight).shape) != layer._shape:
             raise CheckpointMismatchError(
                 f"{key}: has shape {list(weight.shape)} in the checkpoint, {list(layer.weight.shape)} here."
             )

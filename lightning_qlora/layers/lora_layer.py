@@ -55,7 +55,7 @@ class LoRALayer(PackedLinear):
 
     def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`."""
-        rows = self._as_rows(weight.detach())
+        rows = self._as_stored(weight.detach())
         made = methods.initialize(rows.to(device or rows.device), self.config, self.seed_name)
         self.set_packed_weight(made.base)
         if self.config.initialization == "calibrated":
@@ -85,7 +85,7 @@ class LoRALayer(PackedLinear):
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
         config = self.config
-        dense = self._as_rows(weight.detach()).to(device or weight.device)
+        dense = self._as_stored(weight.detach()).to(device or weight.device)
         self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -98,12 +98,12 @@ class LoRALayer(PackedLinear):
         return self.lora_A.shape[0]
 
     def delta(self) -> Tensor:
-        """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32 [out, in]."""
-        product = self._product(gather(self.lora_A).detach(), gather(self.lora_B).detach())
-        if self.lora_magnitude_vector is None:
-            return product
-        base = ops.dequantize(self.whole_bytes, torch.float32)
-        return self.dora_scale().detach().unsqueeze(1) * (base + product) - base
+        """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32, in the shape of the dense weight."""
+        added = self._product(gather(self.lora_A).detach(), gather(self.lora_B).detach())
+        if self.lora_magnitude_vector is not None:
+            base = ops.dequantize(self.whole_bytes, torch.float32)
+            added = self.dora_scale().detach().unsqueeze(1) * (base + added) - base
+        return self._as_stored(added)
 
     def _product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return self.scaling * (lora_b.float() @ lora_a.float())

@@ -33,6 +33,7 @@ class PackedLinear(nn.Linear):
     block_size: int
     weight_dtype: torch.dtype
     _shape: tuple[int, int]
+    _transposed = False  # whether the dense layer stores its weight as [in, out]
     _fingerprint: int | None  # computed at the first use
     _base_squares: Tensor | None  # DoRA: sums of squares of the rows, computed at the first use
 
@@ -77,12 +78,11 @@ class PackedLinear(nn.Linear):
 
     def decode(self) -> Tensor:
         """The base weight in its original type and shape."""
-        return ops.dequantize(self.whole_bytes, self.weight_dtype)
+        return self._as_stored(ops.dequantize(self.whole_bytes, self.weight_dtype))
 
-    @staticmethod
-    def _as_rows(weight: Tensor) -> Tensor:
-        """A dense weight of this class of layer as [out, in]."""
-        return weight
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] in the shape that the dense layer has, or the reverse."""
+        return weight.T if self._transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         def keep_bytes(tensor: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.flops import register_flop_formulas
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
-from lightning_qlora.layers.bnb_linear import ORIGINAL_PACKED
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.kinds import ORIGINAL_PACKED, kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
@@ -57,7 +57,7 @@ class QLoRALinear(LoRALayer):
         device: torch.device | None = None,
         seed_name: str | None = None,
     ) -> None:
-        """Turn an nn.Linear, or a transformers Conv1D (whose weight is [in, out]), into a QLoRALinear, in place.
+        """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
         The seed of the adapter is made from `seed_name`, the same on every rank; None: from `name`.
@@ -78,8 +78,8 @@ class QLoRALinear(LoRALayer):
     ) -> None:
         """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
-        A Linear4bit can become one too; a weight that the layer has is removed. `dense_class`, nn.Linear or Conv1D, is
-        the class after `merge`. The quantization that `config` names is ignored.
+        A weight that the layer has is removed. `dense_class` is the class after `merge`. The quantization that `config`
+        names is ignored.
 
         Raises:
             ValueError: If the adapter is to be initialized from the float weight.
@@ -111,7 +111,7 @@ class QLoRALinear(LoRALayer):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """W + s B A for code that reads it, read-only; see `readable_weight`. `decode()` gives W alone."""
-        return readable_weight(self)
+        return readable_weight(self, self._transposed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRALinear":
         """As in nn.Module; a cast between loading and conversion leaves the adapter in fp32."""
@@ -125,7 +125,7 @@ class QLoRALinear(LoRALayer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle a layer of a class made by `class_for`, which has no name that could be imported."""
         made = super().__reduce_ex__(protocol)
-        if type(self) in (QLoRALinear, QLoRAConv1D) or type(self) is not class_for(self.dense_class):
+        if type(self) is QLoRALinear or type(self) is not class_for(self.dense_class):
             return made
         return new, (class_for, self.dense_class), *made[2:]
 
@@ -204,40 +204,17 @@ class QLoRALinear(LoRALayer):
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
 
 
-class QLoRAConv1D(QLoRALinear):
-    """The same for transformers' Conv1D (GPT-2), which stores its weight as [in, out]."""
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """See `QLoRALinear.weight`; [in, out]."""
-        return readable_weight(self, transposed=True)
-
-    def decode(self) -> Tensor:
-        """The base weight in its original type, [in, out]."""
-        return super().decode().T
-
-    def delta(self) -> Tensor:
-        """What the adapter adds to the weight, fp32, [in, out]."""
-        return super().delta().T
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As `QLoRALinear.forward`; Conv1D calls its argument x."""
-        return super().forward(x)
-
-    @staticmethod
-    def _as_rows(weight: Tensor) -> Tensor:
-        return weight.T
-
-
 def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
     """The 4-bit class for a dense class; that for a subclass of nn.Linear keeps its methods, a forward included."""
-    if not issubclass(dense_class, nn.Linear):
-        return QLoRAConv1D
     if dense_class not in _CLASSES:
-        members: dict[str, Any] = {"__module__": dense_class.__module__}
-        if dense_class.forward is not nn.Linear.forward:
+        kind, is_subclass = kind_of(dense_class), issubclass(dense_class, nn.Linear)
+        members: dict[str, Any] = {"__module__": dense_class.__module__, "_transposed": kind.transposed}
+        if kind.forward is not None:
+            members["forward"] = kind.forward
+        elif dense_class.forward is not nn.Linear.forward:
             members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
-        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (QLoRALinear, dense_class), members)
+        bases = (QLoRALinear, dense_class) if is_subclass else (QLoRALinear,)
+        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", bases, members)
     return _CLASSES[dense_class]
 
 

@@ -21,19 +21,12 @@ import torch
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.dense_reasons import (
-    FROZEN,
-    LOADED,
-    ModuleFacts,
-    is_linear,
-    name_clash,
-    too_small,
-    weight_shape,
-)
+from lightning_qlora.layers.dense_reasons import FROZEN, LOADED, ModuleFacts, name_clash, too_small
 from lightning_qlora.layers.dotted_names import expert_name, join, last_part, plain_name
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
+from lightning_qlora.layers.kinds import is_linear, weight_shape
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear

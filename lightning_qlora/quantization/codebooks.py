@@ -22,6 +22,7 @@ _LEVELS = {
     "fp4": tuple(level / 12 for level in (*_FP4, *(-level for level in _FP4))),
     "int4": tuple(level / 7 for level in (*_INT4, *(-level for level in reversed(_INT4)))),
 }
+OF_BITSANDBYTES = ("nf4", "fp4")  # the types that bitsandbytes quantizes to
 
 
 class Codebook(NamedTuple):

@@ -15,6 +15,7 @@ from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dotted_names import expert_name
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
@@ -88,7 +89,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
     check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        packed = _packed(weight if isinstance(layer, nn.Linear) else weight.T, config)
+        packed = _packed(weight.T if kind_of(type(layer)).transposed else weight, config)
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 

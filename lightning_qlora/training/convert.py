@@ -18,13 +18,13 @@ from lightning_qlora.huggingface.patches import (
     refuse_peft_on_4_bit_layers,
     refuse_save_pretrained,
 )
-from lightning_qlora.layers.bnb_linear import decode_bnb_layer, is_bnb_linear, pop_bnb_weight
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
+from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.patches import recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
@@ -120,8 +120,8 @@ def convert_module(
         with named(name or type(layer.layer).__name__ if isinstance(layer, ToConvert) else name):
             (_convert_layer if isinstance(layer, ToConvert) else _convert_stack)(name, layer, device)
     for layer in module.modules():
-        if is_bnb_linear(layer):
-            decode_bnb_layer(layer)
+        if is_packed(layer):
+            decode_packed_layer(layer)
     forget_quantizer(module)
     freeze(module, choice, new, kept)
     record(new)
@@ -169,9 +169,9 @@ def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None
         _adopt_loaded(layer, config, name)
         return
     _check_not_sharded(layer._parameters["weight"])
-    if is_bnb_linear(layer):
+    if is_packed(layer):
         setattr(layer._parameters["weight"], REPLACED, layer)  # for an optimizer that was made before
-        QLoRALinear.from_packed(layer, *pop_bnb_weight(layer), config, name, seed_name)
+        QLoRALinear.from_packed(layer, *pop_packed_weight(layer), config, name, seed_name)
     else:
         QLoRALinear.from_linear(layer, config, name, device, seed_name)
 

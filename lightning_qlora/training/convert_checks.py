@@ -14,9 +14,10 @@ from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.module_state import Conversion
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dense_reasons import FROZEN, is_linear
+from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.dotted_names import expert_name, join, owner_name
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.new_parameters import OUTSIDE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -166,7 +167,7 @@ def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
     kept = {
         full: parameter.numel()
         for name, layer in module.named_modules()
-        if not isinstance(layer, (nn.Linear, nn.Embedding)) and type(layer).__name__ != "Conv1D"
+        if not is_linear(layer) and not isinstance(layer, nn.Embedding)
         for key, parameter in layer._parameters.items()
         if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
         if (full := join(name, key)) not in choice.skip

@@ -21,7 +21,7 @@ from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.dotted_names import is_expert, last_part, owner_name
 from lightning_qlora.layers.experts import expert_stacks
-from lightning_qlora.layers.qlora_linear import QLoRAConv1D, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.architectures.classes import build_class
 from tests.architectures.models import ALL, build, inputs_of
 from tests.toys import ids, perturb
@@ -104,7 +104,7 @@ def check_gradients(lit):
     for name, layer in layers.items():
         if layer not in dense_of:
             weight = twin.get_submodule(name).weight.requires_grad_(True)
-            dense_of[layer] = weight, (lambda grad, layer=layer: grad.T if isinstance(layer, QLoRAConv1D) else grad)
+            dense_of[layer] = weight, (lambda grad, layer=layer: layer._as_stored(grad))
     ours, expected = lit.training_step(), twin.training_step()
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     lit.zero_grad()

@@ -1,0 +1,119 @@
+"""The kinds of layers that become a QLoRALinear: how each stores its weight, and how it is called.
+
+A new kind is a row of `KINDS` and its tests: no other file knows these classes. They are named, and not imported.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+ORIGINAL_PACKED = "_qlora_original_packed"  # attribute of a dense layer: the 4-bit weight that it was decoded from
+
+
+class LayerKind(NamedTuple):
+    """A class of linear layers.
+
+    Attributes:
+        transposed: Whether the weight is stored as [in, out].
+        sizes: Attributes of a layer with the numbers of its outputs and inputs.
+        forward: The forward of the 4-bit class; None: that of QLoRALinear, or of a subclass of nn.Linear.
+        pop_packed: Of layers whose weight is in 4 bits: a function that removes the weight, [out, in], and returns it
+            with the class of the dense layer.
+    """
+
+    transposed: bool = False
+    sizes: tuple[str, str] = ("out_features", "in_features")
+    forward: Callable[..., Tensor] | None = None
+    pop_packed: Callable[[Any], tuple[PackedWeight, type[nn.Module]]] | None = None
+
+
+def _forward_of_conv1d(self: Any, x: Tensor) -> Tensor:
+    """As `QLoRALinear.forward`, with the name that Conv1D gives its argument."""
+    y: Tensor = self.linear(x, self._parameters["bias"])
+    return y
+
+
+def _pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
+    """Also removes what bitsandbytes and transformers add; ValueError for a weight in the layout of its CPU kernel."""
+    weight: Any = layer._parameters.pop("weight")
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes repacked this weight when it ran on the CPU in eval mode. Convert the model before it runs."
+        )
+    entries = {f"weight.{key}": value for key, value in weight.quant_state.as_dict(packed=True).items()}
+    dense_class = getattr(layer, "source_cls", nn.Linear)
+    for name in (
+        "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
+        "source_cls",
+    ):  # fmt: skip
+        vars(layer).pop(name, None)
+    return PackedWeight.from_bnb_state_dict({"weight": weight.data, **entries}), dense_class
+
+
+LINEAR = LayerKind()
+KINDS = {
+    "transformers.pytorch_utils.Conv1D": LayerKind(True, ("nf", "nx"), _forward_of_conv1d),
+    "bitsandbytes.nn.modules.Linear4bit": LayerKind(pop_packed=_pop_bnb_weight),
+}
+
+
+def kind_of(layer_class: type[nn.Module]) -> LayerKind:
+    """The kind of a class of layers; `LINEAR` if it has no row, as nn.Linear and its subclasses."""
+    return KINDS.get(f"{layer_class.__module__}.{layer_class.__qualname__}", LINEAR)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is of one of the kinds, in 4 bits or not."""
+    return isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer of another library has its weight in 4 bits."""
+    is_kind = kind_of(type(layer)).pop_packed is not None
+    return is_kind and getattr(layer._parameters["weight"], "quant_state", None) is not None
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """The shape of a weight as it is stored, of one in 4 bits [out, in]."""
+    weight: Any = layer.weight
+    rows, columns = weight.quant_state.shape if is_packed(layer) else weight.shape
+    return rows, columns
+
+
+def pop_packed_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
+    """Remove the weight, [out, in], of a layer for which `is_packed`; returns it and the class of the dense layer."""
+    pop = kind_of(type(layer)).pop_packed
+    assert pop is not None
+    packed, dense_class = pop(layer)
+    for name, size in zip(kind_of(dense_class).sizes, packed.shape, strict=True):
+        setattr(layer, name, size)
+    return packed, dense_class
+
+
+def decode_packed_layer(layer: nn.Module) -> None:
+    """Turn a layer for which `is_packed` into the dense layer that it was, in place."""
+    weight, layer.__class__ = pop_packed_weight(layer)
+    layer.weight = nn.Parameter(decode_and_store_original(layer, weight))
+
+
+def decode_and_store_original(layer: nn.Module, weight: PackedWeight) -> Tensor:
+    """The dense weight of a layer from its 4 bits, which the layer keeps for `original_packed_weight`."""
+    # In host memory, a quarter of the dense weight: quantizing that again would not give the same bytes.
+    setattr(layer, ORIGINAL_PACKED, weight.to(torch.device("cpu")))
+    return _as_stored(layer, weight.dequantize(weight.dtype))
+
+
+def original_packed_weight(layer: nn.Module) -> PackedWeight | None:
+    """The 4-bit weight that a dense layer was decoded from; None if it was not, or its weight has changed since."""
+    packed, dense = vars(layer).get(ORIGINAL_PACKED), layer._parameters.get("weight")
+    if packed is None or dense is None or dense.is_meta:
+        return None
+    return packed if torch.equal(_as_stored(layer, packed.dequantize(dense.dtype)), dense.detach().cpu()) else None
+
+
+def _as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
+    return weight.T.contiguous() if kind_of(type(layer)).transposed else weight

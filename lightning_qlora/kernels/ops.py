@@ -12,7 +12,7 @@ test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`,
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ def quantize(
 
     Args:
         weight: Weight of any shape with at least one element; fp32, bf16 or fp16, on any device.
-        quant_type: "nf4", "fp4" or "int4".
-        block_size: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        quant_type: 4-bit data type.
+        block_size: Number of weights that share one scale: a power of two from 32 to 4096.
         double_quant: Quantize the scales again.
 
     Returns:
@@ -46,7 +46,7 @@ def quantize(
         TypeError: If the weight is not a tensor of one of the three float types.
         ValueError: If an argument is not among the allowed values, or the weight holds NaN or Inf.
     """
-    check_choice("quant_type", quant_type, ("nf4", "fp4", "int4"))
+    check_choice("quant_type", quant_type, get_args(QuantType))
     check_choice("block_size", block_size, BLOCK_SIZES)
     check_bool("double_quant", double_quant)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:

@@ -37,8 +37,8 @@ class PackedBytes(NamedTuple):
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""
         if not self.nested.numel():
-            return aligned(self.absmax).view(torch.float32)
-        nested = aligned(self.nested).view(torch.float32)
+            return aligned(self.absmax).view(-1).view(torch.float32)
+        nested = aligned(self.nested).view(-1).view(torch.float32)
         return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1])
 
 
@@ -67,9 +67,8 @@ def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple
 
 
 def aligned(held: Tensor) -> Tensor:
-    """Flat bytes that can be viewed as fp32: a copy if their offset in a larger tensor is not a multiple of 4."""
-    flat = held.contiguous().view(-1)
-    return flat.clone() if flat.storage_offset() % 4 else flat
+    """Contiguous bytes that can be read as fp32: a copy if FSDP cut them out of a larger tensor at another byte."""
+    return held if held.is_contiguous() and held.storage_offset() % 4 == 0 else held.reshape(-1).clone()
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +82,7 @@ class PackedWeight:
         nested_absmax: Second-level scale of every 256 scales, fp32; None without double quantization.
         offset: Mean of the scales, subtracted before they were quantized; 0.0 without double quantization.
         shape: Shape of the float weight.
-        quant_type: "nf4", "fp4" or "int4".
+        quant_type: 4-bit data type.
         block_size: Weights that share one scale.
         dtype: Type of the float weight.
     """
@@ -136,7 +135,7 @@ class PackedWeight:
         """The weight that a layer stores as uint8 tensors; without a copy, unless its scales are misaligned."""
         absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
         if weight.nested.numel():
-            nested = aligned(weight.nested).view(torch.float32)
+            nested = aligned(weight.nested).view(-1).view(torch.float32)
             nested_absmax, offset = nested[:-1], nested[-1].item()
         else:
             absmax = aligned(absmax).view(torch.float32)

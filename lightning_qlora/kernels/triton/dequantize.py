@@ -19,7 +19,7 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.tiles import Tile, find_tile
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
-from lightning_qlora.quantization.packed_weight import PackedBytes
+from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 
 @triton.jit
@@ -94,31 +94,26 @@ def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor,
         packed = packed.contiguous()
     n_nested = nested.numel() // 4 - 1
     if n_nested >= 0:
-        nested = _aligned(nested)
+        nested = aligned(nested)
         absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
     else:
-        absmax = _aligned(absmax)
+        absmax = aligned(absmax)
     return (packed, absmax, nested, *tables_of_levels(weight.quant_type, packed.device)), n_nested
-
-
-def _aligned(held: Tensor) -> Tensor:
-    """Bytes that a kernel can read as fp32: FSDP may cut them out of a larger tensor at any byte."""
-    return held if held.data_ptr() % 4 == 0 and held.is_contiguous() else held.reshape(-1).clone()
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
     tensors, n_nested = weight_arguments(weight)
-    aligned = tensors[0].data_ptr() % 4 == 0
+    in_words = tensors[0].data_ptr() % 4 == 0
     tile = find_tile("dequantize", out.device)
-    _launch(out.device, tile, weight.numel, weight.block_size, n_nested, aligned)((*tensors, out))
+    _launch(out.device, tile, weight.numel, weight.block_size, n_nested, in_words)((*tensors, out))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _launch(device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, aligned: bool) -> Launch:
+def _launch(device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, in_words: bool) -> Launch:
     run = min(block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
-    words = aligned and n % run == 0
+    words = in_words and n % run == 0
     runs = tile["WEIGHTS"] // run
     if not words:
         runs //= 4  # reading single bytes takes more registers per weight

@@ -5,8 +5,8 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter, parameter_of
-from lightning_qlora.adapters.base_compatibility import alpha_in_folder, check_one_folder, quantization_of
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.base_compatibility import alpha_in_folder, check_one_folder
 from lightning_qlora.adapters.base_model import config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.module_state import CONFIG_KEY, base_model_of, config_of
@@ -18,13 +18,10 @@ from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
-def read_adapter_from_checkpoint(
-    path: str | os.PathLike[str], prefix: str | None = None, weights_only: bool = True
-) -> Adapter:
+def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Adapter:
     """The adapters that `get_adapter` would return for the module that was saved.
 
-    The checkpoint is of the Trainer, ModelCheckpoint or Fabric, in one file or in shards. `prefix` is the name of the
-    base model in the module that was saved, for example "model"; None: as the checkpoint says. `weights_only` refuses
+    The checkpoint is of the Trainer, ModelCheckpoint or Fabric, in one file or in shards. `weights_only` refuses
     objects other than tensors and plain values, as in `torch.load`.
 
     Raises:
@@ -37,30 +34,16 @@ def read_adapter_from_checkpoint(
         raise ValueError(f"{path}: {error}") from error
     if config is None or "prefix" not in about:
         raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
-    inner = about["prefix"] if prefix is None else plain_name(prefix.strip("."))
-    outer = plain_name(root) + (f"{inner}." if inner else "")
+    outer = plain_name(root) + (f"{about['prefix']}." if about["prefix"] else "")
     names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
-    outside = [name for name in names if not plain_name(name).startswith(outer)]
-    if outside or not names:
-        raise ValueError(f"{path}: {outside[0]!r} does not begin with {outer!r}." if names else f"{path}: no adapter.")
-    keys = {plain_name(name).removeprefix(outer): name for name in names}
-    full_names = {name: key.removeprefix(root) for name, key in keys.items()}
-    in_base = {name: plain_name(full).removeprefix(f"{about['prefix']}.") for name, full in full_names.items()}
-    # Adapters from a folder may have been initialized in another way than the arguments say.
-    quantization = about.get("quantization") or quantization_of(config)
+    if not names:
+        raise ValueError(f"{path}: no adapter.")
+    keys = {plain_name(name).removeprefix(outer): name for name in names}  # name in the base model -> name in the state
     owners = {outer + owner for owner in about["trained_in_full"]}
-
-    known = about.get("experts", {})  # by names in the base model that the checkpoint says
-    experts = {
-        parameter_of(name): ExpertStack(*known[parameter_of(inside)])
-        for name, inside in in_base.items()
-        if parameter_of(inside) in known
-    }
-
-    configs = {name: config_of_layer(about, inside, config) for name, inside in in_base.items()}
+    configs = {name: config_of_layer(about, name, config) for name in keys}
     check_one_folder(configs)
     use_rslora = all(of_layer.use_rslora for of_layer in configs.values())
-
+    quantization = about["quantization"]  # adapters from a folder may have another initialization than `config`
     fingerprints = {name: state.get(f"{key}.weight.{FINGERPRINT}") for name, key in keys.items()}
     return Adapter(
         layers={
@@ -72,16 +55,14 @@ def read_adapter_from_checkpoint(
             )
             for name, key in keys.items()
         },
-        experts=experts,
+        experts={name: ExpertStack(*stack) for name, stack in about.get("experts", {}).items()},
         saved={
             plain_name(key).removeprefix(outer): value
             for key, value in state.items()
             if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
         },
         modules_to_save=sorted(about["trained_in_full"]),
-        # With another prefix: full names, since the last part of a name may fit other layers too.
-        target_modules=(about.get("target_modules") if inner == about["prefix"] else None)
-        or sorted(name for name in keys if parameter_of(name) not in experts),
+        target_modules=about["target_modules"],
         use_rslora=use_rslora,
         fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=config.lora_dropout,
@@ -97,7 +78,7 @@ def read_adapter_from_checkpoint(
             configs[next(iter(configs))].with_initialization(
                 quantization["init_lora_weights"], quantization.get("loftq_config")
             ),
-            {name: seed_name_of(about, inside) for name, inside in in_base.items()},
+            {name: seed_name_of(about, name) for name in keys},
             {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
             {name: int(value) for name, value in fingerprints.items() if value is not None}.get,
         ),

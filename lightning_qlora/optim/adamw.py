@@ -20,7 +20,6 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     local_part,
-    rename_codes,
     shard_count,
     zero_absmax,
 )
@@ -126,7 +125,7 @@ class PagedAdamW8bit(Optimizer):
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, own, strict=True):
-            state = rename_codes(state_dict["state"].get(index, {}))
+            state = state_dict["state"].get(index, {})
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
                 raise ValueError(

@@ -25,17 +25,11 @@ def is_8bit(state: Mapping[Any, Any]) -> bool:
     return f"{MOMENTS[0]}_absmax" in state
 
 
-def rename_codes(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the state of a parameter; codes under torch's keys, as early versions saved them, get their own keys."""
-    keys = {moment: f"{moment}_codes" for moment in MOMENTS if is_8bit(state)}
-    return {keys.get(key, key): value for key, value in state.items()}
-
-
 def to_32bit(state: dict[Any, Any]) -> dict[Any, Any]:
     """Return the state of a parameter as torch's AdamW has it: 8-bit moments decoded to fp32, other state unchanged."""
     if not is_8bit(state):
         return state
-    state = rename_codes(state)
+    state = dict(state)
     shards = int(state.pop("shards", 1))
     for moment in MOMENTS:
         codes, absmax = state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax")

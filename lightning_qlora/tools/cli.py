@@ -111,7 +111,6 @@ def merge_adapter(
     base_model: str | None = None,
     dtype: FolderDtype = "auto",
     base: Base = "quantized",
-    prefix: str | None = None,
     weights_only: bool = True,
     json: bool = False,
 ) -> None:
@@ -123,7 +122,6 @@ def merge_adapter(
         base_model: Folder or hub name of the base model; by default what the adapter names.
         dtype: Type of the written weights; "auto" is the base's. "4bit" loses quality.
         base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are.
-        prefix: Name of the base model in the LightningModule, where a checkpoint does not say it.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
         json: Print JSON.
@@ -134,7 +132,7 @@ def merge_adapter(
     from lightning_qlora.huggingface.merge_folder import merge_folder
 
     check_free(Path(output))
-    found = _adapter(adapter, prefix, weights_only)
+    found = _adapter(adapter, weights_only)
     source = base_model or found.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
@@ -154,7 +152,6 @@ def export(
     output: str,
     base: Base = "quantized",
     base_model: str | None = None,
-    prefix: str | None = None,
     max_lora_rank: int = 512,
     weights_only: bool = True,
 ) -> None:
@@ -167,7 +164,6 @@ def export(
             bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
             error: for "float" the initial values are subtracted, which doubles the rank.
         base_model: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
-        prefix: Name of the base model in the LightningModule, where the checkpoint does not say it.
         max_lora_rank: What vLLM will be started with.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
@@ -176,7 +172,7 @@ def export(
     from lightning_qlora.adapters.peft_files import write_adapter
     from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 
-    adapter = _adapter(checkpoint, prefix, weights_only)
+    adapter = _adapter(checkpoint, weights_only)
     if base == "float":
         adapter = convert_to_float_base(adapter, base_model)
     elif need := required_base(adapter.quantization):
@@ -188,13 +184,12 @@ def export(
     print(f"vLLM cannot load it: {objections}" if objections else f"vLLM can load it; {VLLM_BASE}")
 
 
-def average(checkpoints: list[str], output: str, prefix: str | None = None, weights_only: bool = True) -> None:
+def average(checkpoints: list[str], output: str, weights_only: bool = True) -> None:
     """Write the mean of the adapters of several checkpoints of one run as a PEFT folder: average CKPT... OUTPUT.
 
     Args:
         checkpoints: Checkpoints of the Trainer, ModelCheckpoint or Fabric, or PEFT adapter folders; two or more.
         output: Folder to write adapter_config.json and adapter_model.safetensors to.
-        prefix: Name of the base model in the LightningModule, where the checkpoints do not say it.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
@@ -202,7 +197,7 @@ def average(checkpoints: list[str], output: str, prefix: str | None = None, weig
     from lightning_qlora.adapters.base_compatibility import required_base
     from lightning_qlora.adapters.peft_files import write_adapter
 
-    adapter = mean_of_adapters([_adapter(path, prefix, weights_only) for path in checkpoints])
+    adapter = mean_of_adapters([_adapter(path, weights_only) for path in checkpoints])
     if need := required_base(adapter.quantization):
         warnings.warn(need, stacklevel=2)
     write_adapter(adapter, output)
@@ -278,14 +273,14 @@ def _with_list(arguments: list[str]) -> list[str]:
     return ["average", *([json_format.dumps(paths[:-1]), paths[-1]] if paths else []), *arguments[1 + len(paths) :]]
 
 
-def _adapter(path: str, prefix: str | None, weights_only: bool) -> "Adapter":
+def _adapter(path: str, weights_only: bool) -> "Adapter":
     from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
     from lightning_qlora.adapters.peft_reader import read_adapter
     from lightning_qlora.files.lightning_checkpoint import is_shards
 
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path)
-    return read_adapter_from_checkpoint(path, prefix, weights_only)
+    return read_adapter_from_checkpoint(path, weights_only)
 
 
 def _show(lines: list[tuple[str, str]]) -> None:

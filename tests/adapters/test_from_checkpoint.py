@@ -14,9 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
-from lightning_qlora.adapters.checksums import CHECKSUMS_KEY
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.module_state import CONFIG_KEY
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import elsewhere
@@ -124,17 +122,6 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
     for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(Lit, path)):
         with pytest.raises(ValueError, match=r"y.pt: not a checkpoint, or truncated"):
             read(tmp_path / "y.pt")
-
-
-def test_older_checkpoints_give_full_names_as_target_modules(saved):
-    checkpoint = saved(Lit(toy("llama")), target_modules=r".*layers\.1.*q_proj")
-    content = torch.load(checkpoint, weights_only=True)
-    arguments = json.loads(bytes(content["state_dict"][CONFIG_KEY].tolist()))
-    del arguments["base_model"]["target_modules"]
-    content["state_dict"][CONFIG_KEY] = torch.tensor(list(json.dumps(arguments).encode()), dtype=torch.uint8)
-    del content["state_dict"][CHECKSUMS_KEY]
-    torch.save(content, checkpoint)
-    assert read_adapter_from_checkpoint(checkpoint).target_modules == ["model.layers.1.self_attn.q_proj"]
 
 
 class Llama(Lit):

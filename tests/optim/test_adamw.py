@@ -194,24 +194,6 @@ def test_an_adamw_that_is_not_paged_does_not_train_on_codes(choice):
         train(net, optimizer, 1)
 
 
-@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
-def test_codes_that_were_saved_under_torchs_names_load(kind):
-    net, saved = trained_in_8bit()
-    old = copy.deepcopy(saved)
-    for state in old["state"].values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if f"{name}_codes" in state:
-                state[name] = state.pop(f"{name}_codes")
-    loaded = []
-    for state_dict in (saved, old):
-        optimizer = kind(copy.deepcopy(net).parameters(), lr=1e-2)
-        optimizer.load_state_dict(state_dict)
-        loaded.append(optimizer.state_dict()["state"])
-    for new, renamed in zip(loaded[0].values(), loaded[1].values(), strict=True):
-        assert set(new) == set(renamed)
-        assert all(torch.equal(new[key], renamed[key]) for key in new)
-
-
 def test_gathered_shards_are_decoded_each_with_its_own_blocks():
     values = torch.randn(5, 1000)
     codes, scales = torch.zeros(5, 1000, dtype=torch.uint8), torch.zeros(2, 12)  # 3000 and 2000 elements, 12 blocks

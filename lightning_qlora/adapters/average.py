@@ -32,10 +32,10 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in adapters[:-1]:
         _check_same(first, other)
     layers = {name: _mean_of_layer([a.layers[name] for a in adapters]) for name in first.layers}
-    packed = {name: _mean_of_layer([a.expert_adapters[name] for a in adapters]) for name in first.expert_adapters}
+    of_experts = {name: _mean_of_layer([a.expert_adapters[name] for a in adapters]) for name in first.expert_adapters}
     saved = {key: _mean([a.saved[key] for a in adapters]) for key in first.saved}
-    _warn_of_several_runs(adapters, layers | packed)
-    return replace(first, layers=layers, expert_adapters=packed, saved=saved)
+    _warn_of_several_runs(adapters, layers | of_experts)
+    return replace(first, layers=layers, expert_adapters=of_experts, saved=saved)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

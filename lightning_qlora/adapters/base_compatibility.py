@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import Adapter, round_alpha
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.checks import check_bool
@@ -36,7 +36,7 @@ def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in BITS},
         "init_lora_weights": config.init_lora_weights,
-        "base_moved": methods.changes_base_weights(config),
+        "base_changed": methods.changes_base_weights(config),
         **({"loftq_config": dict(config.loftq_config)} if config.loftq_config else {}),
     }
 
@@ -45,7 +45,7 @@ def check_quantization(known: Any, source: str) -> None:
     """Raise ValueError, with the source, if a value is neither None nor what `quantization_of` returns."""
     try:
         if known is not None:
-            check_bool("base_moved", known["base_moved"])
+            check_bool("base_changed", known["base_changed"])
             names = (*BITS, "init_lora_weights")
             QLoRAConfig(**{name: known[name] for name in names}, loftq_config=known.get("loftq_config"))
     except (KeyError, TypeError, ValueError) as error:
@@ -70,18 +70,13 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
                 )
 
 
-def alpha_in_folder(config: QLoRAConfig, use_rslora: bool) -> float:
-    """lora_alpha of a layer in a folder with this `use_rslora`, so that the scaling is that of the layer."""
-    return config.lora_alpha if config.use_rslora == use_rslora else round_alpha(config.scaling * config.r)
-
-
 def required_base(quantization: Mapping[str, Any] | None) -> str | None:
     """In a sentence, the base that adapters initialized this way need; None if the float base fits too."""
     method = (quantization or {}).get("init_lora_weights", "default")
     if quantization is None or method in ("default", "gaussian"):
         return None
     bits = _in_words(quantization)
-    if quantization["base_moved"]:
+    if quantization["base_changed"]:
         return (
             f"These adapters were initialized as {method!r}, which changed the base: they fit only the 4-bit weights "
             f"({bits}) of this run, which are not those of the quantized model. Merge them, or export their difference "
@@ -107,9 +102,9 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> 
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
     known = adapter.quantization or {}
     for name, layer in layers.items():
-        if known.get("base_moved") or methods.changes_base_weights(layer.config):
+        if known.get("base_changed") or methods.changes_base_weights(layer.config):
             if adapter.base_fingerprints.get(name) != layer.base_fingerprint():
-                whose = "of these adapters" if known.get("base_moved") else "of the adapters in this module"
+                whose = "of these adapters" if known.get("base_changed") else "of the adapters in this module"
                 raise CheckpointMismatchError(
                     f"{adapter.source}: does not fit {name}: the initialization {whose} changed the 4-bit weights, so "
                     f"the adapter needs others. Use the base that save_quantized wrote with the adapter. {EXPORT_FLOAT}"

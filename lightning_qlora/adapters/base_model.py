@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.wrappers import _FabricModule
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_qlora.adapters.adapter import PREFIX, Adapter
-from lightning_qlora.adapters.base_compatibility import quantization_of_layer
+from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter, round_alpha
+from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import COMPILED, join, last_part, parameter_and_number, plain_name
@@ -29,6 +29,7 @@ OF_LAYER = (  # arguments that may differ between the layers of a module
     "quant_type", "block_size", "double_quant", "compute_dtype", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "use_dora",
 )  # fmt: skip
+OF_ADAPTER = ("task_type", "base_model", "fan_in_fan_out", "quantization", "target_modules")  # in `describe_base` too
 TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -76,6 +77,30 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     }
 
 
+def adapter_on_base(
+    description: Mapping[str, Any], configs: dict[str, QLoRAConfig],
+    tensors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], **others: Any,
+) -> Adapter:  # fmt: skip
+    """An adapter from `describe_base`, and from the arguments, lora_A, lora_B and magnitudes of each layer by its name.
+
+    ValueError if an adapter folder has no place for layers with these arguments.
+    """
+    check_one_folder(configs)
+    use_rslora = all(config.use_rslora for config in configs.values())
+    # With one `use_rslora` for all layers, the alpha is such that the scaling of each layer stays the same.
+    alphas = {
+        name: config.lora_alpha if config.use_rslora == use_rslora else round_alpha(config.scaling * config.r)
+        for name, config in configs.items()
+    }
+    return Adapter(
+        layers={name: LayerAdapter(a, b, alphas[name], magnitude) for name, (a, b, magnitude) in tensors.items()},
+        experts={name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()},
+        use_rslora=use_rslora,
+        **{name: description[name] for name in OF_ADAPTER},
+        **others,
+    )
+
+
 def _own_arguments(of_layer: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
     """The arguments in which a layer differs from those of the module."""
     names: tuple[str, ...] = OF_LAYER
@@ -84,15 +109,15 @@ def _own_arguments(of_layer: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]
     return {name: value for name in names if (value := getattr(of_layer, name)) != getattr(config, name)}
 
 
-def config_of_layer(about: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
-    """The arguments of a layer, by its name in the base model, in a checkpoint with these; `about`: `describe_base`."""
-    own = about.get("layers", {}).get(name)
+def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
+    """The arguments of a layer, by its name in the base model, from those of the module and `describe_base`."""
+    own = description.get("layers", {}).get(name)
     return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
 
 
-def seed_name_of(about: Mapping[str, Any], name: str) -> str:
+def seed_name_of(description: Mapping[str, Any], name: str) -> str:
     """The name that the seed of the adapter of a layer, of this name in the base model, was made from."""
-    return str(about.get("seed_names", {}).get(name, _usual_seed_name(name)))
+    return str(description.get("seed_names", {}).get(name, _usual_seed_name(name)))
 
 
 def _usual_seed_name(name: str) -> str:

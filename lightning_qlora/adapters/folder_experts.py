@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
-from lightning_qlora.adapters.peft_experts import assign_parameters, unpack_known
+from lightning_qlora.adapters.peft_experts import assign_parameters, unstack_known
 from lightning_qlora.layers.dotted_names import expert_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
@@ -37,7 +37,7 @@ class ExpertTensor(NamedTuple):
 def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
     """An adapter with the model's names for its experts; raises as `empty_model` and `assign_parameters`."""
     if not adapter.expert_adapters or adapter.experts:
-        return unpack_known(adapter)
+        return unstack_known(adapter)
     what_for = "which parameters an adapter of experts belongs to"
     return assign_parameters(adapter, folder.model or empty_model(folder.folder, what_for))
 

@@ -89,28 +89,28 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
 
 def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
-    about: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
+    description: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
     kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
     source = f"{prefix + CONFIG_KEY}: {BASE_MODEL!r}"
     if (
-        not isinstance(about, dict)
-        or any(not isinstance(about.get(k, kind()), kind) for k, kind in kinds.items())
-        or not all(isinstance(name, str) for name in about.get("trained_in_full", []))
+        not isinstance(description, dict)
+        or any(not isinstance(description.get(k, kind()), kind) for k, kind in kinds.items())
+        or not all(isinstance(name, str) for name in description.get("trained_in_full", []))
     ):
-        raise ValueError(f"{source} is {str(about)[:80]!r}. {DAMAGED}")
-    check_quantization(about.get("quantization"), source)
+        raise ValueError(f"{source} is {str(description)[:80]!r}. {DAMAGED}")
+    check_quantization(description.get("quantization"), source)
     try:
-        for own in {json.dumps(own): own for own in about.get("layers", {}).values()}.values():
+        for own in {json.dumps(own): own for own in description.get("layers", {}).values()}.values():
             QLoRAConfig(**own)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: the arguments of a layer: {error} {DAMAGED}") from error
-    return about
+    return description
 
 
 def saved_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Name of each layer with an adapter in the state dict of a converted module -> its own arguments."""
-    about = base_model_of(state_dict)
-    own = {join(about.get("prefix", ""), name): given for name, given in about.get("layers", {}).items()}
+    description = base_model_of(state_dict)
+    own = {join(description.get("prefix", ""), name): given for name, given in description.get("layers", {}).items()}
     names = [plain_name(key).rpartition(".") for key in state_dict]
     return {name: own.get(name, {}) for name, _, last in names if last == "lora_A"}
 
@@ -177,11 +177,11 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     if conversion is not None:
         conversion.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
-    saved, about = config_of(state_dict, prefix), base_model_of(state_dict, prefix)
+    saved, description = config_of(state_dict, prefix), base_model_of(state_dict, prefix)
     state_dict.pop(prefix + CONFIG_KEY, None)
     if saved is not None:
-        _check_same_function(root, saved, about)
-        _keep_initialization(root, saved, about)
+        _check_same_function(root, saved, description)
+        _keep_initialization(root, saved, description)
     for name, _conversion in _conversions(root):
         if name:  # this call does all for the parts that were converted alone
             state_dict[f"{prefix}{name}.{CONFIG_KEY}"] = None
@@ -225,10 +225,10 @@ def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str)
         )
 
 
-def _check_same_function(root: nn.Module, saved: QLoRAConfig, about: dict[str, Any]) -> None:
+def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
     """Refuse arguments that have no effect on shapes, but on what the adapters compute."""
     for name, full_name, layer in _layers_of_base(root):
-        there = config_of_layer(about, name, saved)
+        there = config_of_layer(description, name, saved)
         for argument in ("use_rslora", "use_dora", "lora_alpha"):
             was, now = getattr(there, argument), getattr(layer.config, argument)
             if was != now:
@@ -239,12 +239,12 @@ def _check_same_function(root: nn.Module, saved: QLoRAConfig, about: dict[str, A
                 )
 
 
-def _keep_initialization(root: nn.Module, saved: QLoRAConfig, about: dict[str, Any]) -> None:
+def _keep_initialization(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
     """Store in the module how the adapters of a checkpoint were initialized: it decides which base they fit."""
     layers, conversion = _layers_of_base(root), conversion_of(root)
     for name, _, layer in layers:
-        layer.seed_name = seed_name_of(about, name)
-        there = config_of_layer(about, name, saved)
+        layer.seed_name = seed_name_of(description, name)
+        there = config_of_layer(description, name, saved)
         layer.config = layer.config.with_initialization(there.init_lora_weights, there.loftq_config)
     method, loftq_config = saved.init_lora_weights, saved.loftq_config
     if conversion is not None:
@@ -256,7 +256,7 @@ def _keep_initialization(root: nn.Module, saved: QLoRAConfig, about: dict[str, A
                 stacklevel=2,
             )
             conversion.config = here.with_initialization(method, loftq_config)
-    quantization = about.get("quantization")
+    quantization = description.get("quantization")
     if required_base(quantization):  # the adapters came from a folder, whose initialization the arguments don't name
         for _, _, layer in layers:
             record_initialization(layer, quantization)

@@ -38,7 +38,7 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     return found
 
 
-def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
+def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     """PEFT's name and matrices of the adapters of one expert parameter; ValueError if PEFT has no such adapter."""
     stack = adapter.experts[name]
     parts = [adapter.layers[expert_name(name, i)] for i in range(stack.number)]
@@ -60,23 +60,23 @@ def pack(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     return key_of(name, stack), LayerAdapter(lora_a, lora_b, parts[0].alpha)
 
 
-def unpack(packed: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
+def unstack_adapters(stacked: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
     """The adapter of each expert, from PEFT's matrices."""
-    r = packed.r // stack.number
-    a = packed.lora_A.view(stack.number, r, -1).unbind(0)
-    b = packed.lora_B.view(-1, r, stack.number).unbind(2)
+    r = stacked.r // stack.number
+    a = stacked.lora_A.view(stack.number, r, -1).unbind(0)
+    b = stacked.lora_B.view(-1, r, stack.number).unbind(2)
     pairs: Iterator[tuple[Tensor, Tensor]] = zip(a, b, strict=True)
-    return [LayerAdapter(*((b.T, a.T) if stack.swapped_by_peft else (a, b)), packed.alpha) for a, b in pairs]
+    return [LayerAdapter(*((b.T, a.T) if stack.swapped_by_peft else (a, b)), stacked.alpha) for a, b in pairs]
 
 
-def unpack_known(adapter: Adapter) -> Adapter:
+def unstack_known(adapter: Adapter) -> Adapter:
     """The adapter with each expert's adapter in `layers`, if its folder says what the experts are, as ours do."""
     if not adapter.experts or not adapter.expert_adapters:
         return adapter
     layers = dict(adapter.layers)
     for name, stack in adapter.experts.items():
-        packed = replace(adapter.expert_adapters[key_of(name, stack)], alpha=alpha_of_name(adapter.peft_config, name))
-        layers |= {expert_name(name, i): part for i, part in enumerate(unpack(packed, stack))}
+        stacked = replace(adapter.expert_adapters[key_of(name, stack)], alpha=alpha_of_name(adapter.peft_config, name))
+        layers |= {expert_name(name, i): part for i, part in enumerate(unstack_adapters(stacked, stack))}
     return replace(adapter, layers=layers, expert_adapters={})
 
 
@@ -88,7 +88,7 @@ def key_of(name: str, stack: ExpertStack) -> str:
 def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     """A folder's adapter with the names that the base model, dense or converted, has for its layers and parameters.
 
-    What is `packed` is for a linear layer, or for expert parameters of a module; of the result it is empty.
+    `expert_adapters` are for linear layers or for expert parameters of a module; those of the result are empty.
 
     Raises:
         CheckpointMismatchError: If the adapter does not fit the model; names file and key.
@@ -112,10 +112,10 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
             refuse(adapter, f"{keys[0]}.lora_A.weight", base, what)
         for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
             full = f"{owner}.{name}"
-            packed = replace(adapter.expert_adapters[key], alpha=alpha_of_name(adapter.peft_config, full))
+            stacked = replace(adapter.expert_adapters[key], alpha=alpha_of_name(adapter.peft_config, full))
             experts[full] = stack = _stack(module, name, wrappers)
-            _check_shape(adapter, packed, stack, key, base, _shape(module, name))
-            layers |= {expert_name(full, i): part for i, part in enumerate(unpack(packed, stack))}
+            _check_shape(adapter, stacked, stack, key, base, _shape(module, name))
+            layers |= {expert_name(full, i): part for i, part in enumerate(unstack_adapters(stacked, stack))}
     return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
 
 
@@ -154,17 +154,17 @@ def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
 
 
 def _check_shape(
-    adapter: Adapter, packed: LayerAdapter, stack: ExpertStack, key: str, base: nn.Module, shape: tuple[int, ...]
+    adapter: Adapter, stacked: LayerAdapter, stack: ExpertStack, key: str, base: nn.Module, shape: tuple[int, ...]
 ) -> None:
     swapped = stack.transposed == stack.swapped_by_peft  # PEFT reads [experts, out, in]
     outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
     what = None
     if stack.flat:
         what = "has all experts in one matrix there, with one adapter for each expert"
-    elif packed.r % stack.number or (packed.lora_B.shape[0], packed.lora_A.shape[1]) != (outputs, inputs):
+    elif stacked.r % stack.number or (stacked.lora_B.shape[0], stacked.lora_A.shape[1]) != (outputs, inputs):
         what = (
             f"has {stack.number} experts of {inputs} inputs and {outputs} outputs there (as PEFT counts them), the "
-            f"adapter has lora_A {list(packed.lora_A.shape)} and lora_B {list(packed.lora_B.shape)}"
+            f"adapter has lora_A {list(stacked.lora_A.shape)} and lora_B {list(stacked.lora_B.shape)}"
         )
     if what:
         refuse(adapter, f"{key}.lora_A.weight", base, what)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter
-from lightning_qlora.adapters.peft_experts import pack, unpack_known
+from lightning_qlora.adapters.peft_experts import stack_adapters, unstack_known
 from lightning_qlora.adapters.peft_metadata import metadata_of
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import write_safetensors
@@ -36,7 +36,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    adapter = unpack_known(adapter)
+    adapter = unstack_known(adapter)
     parameters = adapter.target_parameters
     return {
         "peft_type": "LORA",
@@ -61,7 +61,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of adapter_model.safetensors; ValueError, with the parameter, for experts without a place there."""
-    adapter = unpack_known(adapter)
+    adapter = unstack_known(adapter)
     if adapter.expert_adapters:
         raise ValueError(
             f"{adapter.source}: only its model says which parameters these adapters of experts belong to. Load the "
@@ -69,7 +69,7 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
         )
     tensors = {PREFIX + name: value for name, value in adapter.saved.items()}
     layers = {name: layer for name, layer in adapter.layers.items() if adapter.expert_parameter(name) is None}
-    for name, layer in (layers | dict(pack(adapter, name) for name in adapter.experts)).items():
+    for name, layer in (layers | dict(stack_adapters(adapter, name) for name in adapter.experts)).items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
         if layer.magnitude is not None:

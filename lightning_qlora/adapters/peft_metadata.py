@@ -20,11 +20,8 @@ from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
 QUANTIZATION, FINGERPRINTS, EXPERTS = "lightning_qlora", "lightning_qlora_base", "lightning_qlora_experts"
 CONFIG_COPY, CHECKSUMS_OF_FILE = "lightning_qlora_config", "lightning_qlora_checksums"
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
-# Entries of adapter_config.json that decide what the adapter computes. Others, as the base's name, may be edited.
-DECISIVE = (
-    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern",
-    "target_modules", "target_parameters", "modules_to_save",
-)  # fmt: skip
+# Entries of adapter_config.json that do not decide what the adapter computes, so that they may be edited.
+EDITABLE = ("task_type", "base_model_name_or_path", "inference_mode", "lora_dropout", "init_lora_weights")
 
 
 def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, str]:
@@ -72,7 +69,7 @@ def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path:
 
 def difference_from_copy(config: Mapping[str, Any], copy: Mapping[str, Any]) -> str | None:
     """The first entry in which adapter_config.json contradicts its copy in the weights' file, in words; or None."""
-    for key in DECISIVE:
+    for key in [key for key in (*copy, "target_parameters") if key not in EDITABLE]:
         here, there = config.get(key) or None, copy.get(key) or None  # PEFT writes null for an empty value
         if isinstance(here, list) and isinstance(there, list):
             here, there = sorted(map(str, here)), sorted(map(str, there))

@@ -88,19 +88,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     quantization = metadata_entry(metadata, QUANTIZATION, path)
     check_quantization(quantization, f"{path}: its metadata {QUANTIZATION!r}")
     experts = _experts(metadata_entry(metadata, EXPERTS, path) or {}, layers, path)
-    packed = layers if config.get("target_parameters") else {}
+    of_experts = layers if config.get("target_parameters") else {}
     if EXPERTS in metadata or CONFIG_COPY in metadata:  # ours, so these are all experts
         keys = {key_of(name, stack) for name, stack in experts.items()}
-        packed = {name: layers[name] for name in layers if name in keys}
+        of_experts = {name: layers[name] for name in layers if name in keys}
     return Adapter(
-        layers={name: layer for name, layer in layers.items() if name not in packed},
+        layers={name: layer for name, layer in layers.items() if name not in of_experts},
         experts=experts,
-        expert_adapters=packed,
+        expert_adapters=of_experts,
         peft_config=config,
-        as_parameters=frozenset(name for name in layers.keys() - packed.keys() if is_target(config, f"{name}.weight")),
+        as_parameters=frozenset(
+            name for name in layers.keys() - of_experts.keys() if is_target(config, f"{name}.weight")
+        ),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
-        target_modules=config.get("target_modules") or sorted(parts.keys() - packed.keys()),
+        target_modules=config.get("target_modules") or sorted(parts.keys() - of_experts.keys()),
         use_rslora=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         lora_dropout=float(config.get("lora_dropout") or 0.0),

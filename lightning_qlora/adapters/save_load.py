@@ -10,16 +10,15 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter
 from lightning_qlora.adapters.base_compatibility import (
-    alpha_in_folder,
-    check_one_folder,
     check_required_base,
     convert_to_float_base,
     record_initialization,
     required_base,
 )
 from lightning_qlora.adapters.base_model import (
+    adapter_on_base,
     breaks_tie,
     describe_base,
     find_base_model,
@@ -40,7 +39,7 @@ from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_li
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import cancel_calibration
+from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 
 
@@ -112,36 +111,24 @@ def get_adapter(module: nn.Module) -> Adapter:
             "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
         )
     first = next(iter(layers.values()))
-    check_one_folder({name: layer.config for name, layer in layers.items()})
-    use_rslora = all(layer.config.use_rslora for layer in layers.values())
-    about = describe_base(module, first.config)
-    experts = {name: ExpertStack(*stack) for name, stack in about.get("experts", {}).items()}
     trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(
             f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "
             "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
-    return Adapter(
-        layers={
-            name: LayerAdapter(
-                gather(layer.lora_A).detach(),
-                gather(layer.lora_B).detach(),
-                alpha_in_folder(layer.config, use_rslora),
-                None if layer.lora_magnitude_vector is None else gather(layer.lora_magnitude_vector).detach(),
-            )
-            for name, layer in layers.items()
-        },
-        experts=experts,
+
+    tensors: dict[str, Any] = {
+        name: tuple(p if p is None else gather(p).detach() for p in map(layer._parameters.get, ADAPTER))
+        for name, layer in layers.items()
+    }
+    return adapter_on_base(
+        describe_base(module, first.config),
+        {name: layer.config for name, layer in layers.items()},
+        tensors,
         saved={f"{name}.{key}": value for name, part in trained.items() for key, value in _state_of(part).items()},
         modules_to_save=_checked_endings(list(trained), base),
-        target_modules=about["target_modules"],
-        use_rslora=use_rslora,
-        fan_in_fan_out=about["fan_in_fan_out"],
         lora_dropout=first.lora_dropout,
-        task_type=about["task_type"],
-        base_model=about["base_model"],
-        quantization=about["quantization"],
         bases={
             name: layer.packed_weight for name, layer in layers.items() if methods.changes_base_weights(layer.config)
         },

@@ -39,7 +39,7 @@ class MergedWeights:
         """The same from a dense weight, or from the weight that the adapter has with it."""
         if (own := self.adapter.bases.get(name)) is not None:
             return self._sum(own.dequantize(), name, key), own.dtype
-        if (self.adapter.quantization or {}).get("base_moved"):
+        if (self.adapter.quantization or {}).get("base_changed"):
             self._refuse_base()
         rows = self.quantized(dense, key).dequantize() if self.base == "quantized" else dense
         return self._sum(rows, name, key), dense.dtype

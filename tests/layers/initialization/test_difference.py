@@ -42,7 +42,7 @@ def trained(dense, **arguments):
 
 def difference(net, layer, dense):
     origin = get_adapter(net).origin
-    base = layer.packed_weight if quantization_of(layer.config)["base_moved"] else None
+    base = layer.packed_weight if quantization_of(layer.config)["base_changed"] else None
     return subtract_initial(
         layer.lora_A.detach(), layer.lora_B.detach(), *recompute_initial(origin, "0", dense.weight, base)
     )

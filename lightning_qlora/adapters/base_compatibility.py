@@ -21,7 +21,7 @@ from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.files.safetensors_folder import resolve_model
+from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.difference import InitializationRecord, recompute_initial, subtract_initial
 from lightning_qlora.layers.layer_state import CheckpointMismatchError

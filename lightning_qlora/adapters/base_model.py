@@ -1,19 +1,14 @@
-"""The base model inside a LightningModule: the one that PEFT and vLLM would load, so its names are used for adapters.
-
-Also its tied weights, as an embedding that is the output embedding too. PEFT trains a copy of a module in
-modules_to_save and leaves the weight that it was tied to unchanged, unless `ensure_weight_tying` is set.
-"""
+"""The base model inside a LightningModule: PEFT and vLLM would load that one, so its names are used for adapters."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter, round_alpha
+from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter, round_alpha
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
@@ -147,30 +142,6 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(part, QLoRALinear)
         and any(p.is_floating_point() and not is_base(part, key, p) for key, p in own_parameters(part).items())
     }
-
-
-def tied_names(base: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
-    return [group for group in names.values() if len(group) > 1]
-
-
-def breaks_tie(adapter: Adapter, tied: Sequence[str]) -> bool:
-    """Whether an adapter has a value for some names of a tied weight only, or different values."""
-    values = [adapter.saved[name] for name in tied if name in adapter.saved]
-    return bool(values) and not (len(values) == len(tied) and all(torch.equal(values[0], v) for v in values))
-
-
-def tie_error(adapter: Adapter, tied: Sequence[str]) -> str:
-    """The error for an adapter that breaks a tie."""
-    trained = next(name for name in tied if name in adapter.saved)
-    others = ", ".join(name for name in tied if name != trained)
-    return (
-        f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
-        "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
-    )
 
 
 def _task_type(base: nn.Module) -> str | None:

@@ -19,11 +19,8 @@ from lightning_qlora.adapters.base_compatibility import (
 )
 from lightning_qlora.adapters.base_model import (
     adapter_on_base,
-    breaks_tie,
     describe_base,
     find_base_model,
-    tie_error,
-    tied_names,
     trained_in_full,
     trained_outside,
 )
@@ -32,6 +29,7 @@ from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.tied_weights import breaks_tie, tie_error, tied_names
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, owner_name, plain_name

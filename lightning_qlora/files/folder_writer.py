@@ -1,6 +1,5 @@
 """Folders that are written completely or not at all, by any number of processes at once."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,17 +7,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS
+from lightning_qlora.files.file_lock import LOCK_TIMEOUT, lock_file
 
 INCOMPLETE = ".lightning_qlora-incomplete-"  # of the folders that are being written
 LOCK = ".lightning_qlora.lock"  # held while files are renamed into a folder
-LOCK_TIMEOUT = 60.0  # seconds; a busy disk can take 10 for one fsync
-SHARD_BYTES = 2_000_000_000  # size of the files we write, which is held in memory at once
 
 
 @contextmanager
@@ -102,40 +96,6 @@ def check_free(target: Path) -> None:
         raise FileExistsError(f"{target}: is {what}, which a new folder cannot replace. Choose a folder inside it.")
 
 
-class ShardWriter:
-    """Writes the tensors of a model to safetensors files in a folder, with at most one file in memory."""
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes, self.total = folder, shard_bytes, 0
-        self.shards: list[list[str]] = []  # the keys in each file
-        self.held: dict[str, Tensor] = {}
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Add a tensor. The tensors before it are written first if the file would become larger than shard_bytes."""
-        held = sum(value.nbytes for value in self.held.values())
-        if self.held and held + tensor.nbytes > self.shard_bytes:
-            self._write()
-        self.held[key] = tensor.contiguous()
-
-    def _write(self) -> None:
-        self.shards.append(list(self.held))
-        save_file(self.held, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
-        self.total += sum(tensor.nbytes for tensor in self.held.values())
-        self.held = {}
-
-    def finish(self) -> None:
-        """Write the last file and the index, with the names that transformers uses."""
-        self._write()
-        count, file_of = len(self.shards), dict[str, str]()
-        for number, keys in enumerate(self.shards, 1):
-            name = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            (self.folder / f"shard-{number}").rename(self.folder / name)
-            file_of |= dict.fromkeys(keys, name)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total}, "weight_map": file_of}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
 @contextmanager
 def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
     """A new folder in `parent`, deleted at the end; `target` is named in errors that name no file (a full disk).
@@ -158,25 +118,6 @@ def _new_folder(parent: Path, target: Path) -> Iterator[Path]:
             raise OSError(f"{target}: could not be written ({error}).") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool | None]:
-    """Lock a file, and delete it at the end; yields False if it is not free, None if the file system has no locks."""
-    lock, locked = FileLock(path), None
-    with suppress(NotImplementedError, OSError):  # no locks here: `locked` is still None
-        try:
-            lock.acquire(timeout=timeout)
-            locked = True
-        except Timeout:
-            locked = False
-    try:
-        yield locked
-    finally:
-        if locked:
-            with suppress(OSError):  # on Windows the release deletes it
-                path.unlink()  # before the release: filelock >= 3.21 never returns a lock on a deleted file
-        lock.release()
 
 
 def _flush(*paths: Path) -> None:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
-from lightning_qlora.adapters.base_model import breaks_tie, tie_error, tied_names
 from lightning_qlora.adapters.folder_experts import FLOAT_NAMES, assign_to_folder, find_experts
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
+from lightning_qlora.adapters.tied_weights import breaks_tie, tie_error, tied_names
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, FolderDtype
-from lightning_qlora.files.folder_writer import SHARD_BYTES, ShardWriter, atomic_folder, check_free
+from lightning_qlora.files.folder_writer import atomic_folder, check_free
+from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.regular_file import is_file
-from lightning_qlora.files.safetensors_folder import check_links, read_json
+from lightning_qlora.files.safetensors_folder import read_json
+from lightning_qlora.files.shard_writer import SHARD_BYTES, ShardWriter
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
     bnb_config,

@@ -23,7 +23,8 @@ from typing import IO, Any, TypeVar
 
 import torch
 
-from lightning_qlora.files.folder_writer import atomic_files, lock_file
+from lightning_qlora.files.file_lock import lock_file
+from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.private_folder import cache_folder, objection
 from lightning_qlora.kernels.verify import OPS, fault
 

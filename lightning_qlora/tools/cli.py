@@ -128,7 +128,7 @@ def merge_adapter(
     """
     from lightning_qlora.adapters.base_compatibility import convert_to_float_base
     from lightning_qlora.files.folder_writer import check_free
-    from lightning_qlora.files.safetensors_folder import resolve_model
+    from lightning_qlora.files.hub import resolve_model
     from lightning_qlora.huggingface.merge_folder import merge_folder
 
     check_free(Path(output))

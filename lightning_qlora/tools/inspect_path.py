@@ -14,9 +14,10 @@ from lightning_qlora.adapters.from_checkpoint import (
 from lightning_qlora.adapters.peft_files import CONFIG_FILE
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
+from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.regular_file import is_file
-from lightning_qlora.files.safetensors_folder import WeightFolder, read_json, resolve_model
+from lightning_qlora.files.safetensors_folder import WeightFolder, read_json
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.training.report import size_text
 

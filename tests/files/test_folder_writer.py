@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_qlora.files import folder_writer
-from lightning_qlora.files.folder_writer import INCOMPLETE, ShardWriter, atomic_files, atomic_folder, check_free
+from lightning_qlora.files.folder_writer import INCOMPLETE, atomic_files, atomic_folder, check_free
 from lightning_qlora.files.safetensors_folder import WeightFolder
+from lightning_qlora.files.shard_writer import ShardWriter
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks, and locks of POSIX")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_qlora.files.safetensors_folder import read_header, resolve_model
+from lightning_qlora.files.hub import resolve_model
+from lightning_qlora.files.safetensors_folder import read_header
 
 
 @pytest.mark.parametrize(

@@ -280,16 +280,16 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
 KILLED = """
 import os, signal, sys
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.files import folder_writer
+from lightning_qlora.files import shard_writer
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.tools.cli import main
-add, count = folder_writer.ShardWriter.add, []
+add, count = shard_writer.ShardWriter.add, []
 def killing(self, key, tensor):
     add(self, key, tensor)
     count.append(key)
     if len(count) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-folder_writer.ShardWriter.add = killing
+shard_writer.ShardWriter.add = killing
 merge_folder(sys.argv[1], read_adapter(sys.argv[2]), sys.argv[3], shard_bytes=10_000)
 """
 

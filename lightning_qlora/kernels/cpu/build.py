@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from lightning_qlora.files.folder_writer import lock_file
+from lightning_qlora.files.file_lock import lock_file
 from lightning_qlora.files.private_folder import OWN_FOLDER, cache_folder, objection
 
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP code can use the thread pool of torch's OpenMP library

@@ -1,0 +1,37 @@
+"""Weights with several names, as an embedding that is the output embedding too, and adapters that break such a tie.
+
+PEFT trains a copy of a module in modules_to_save and leaves the weight that it was tied to unchanged, unless
+`ensure_weight_tying` is set.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lightning_qlora.adapters.adapter import PREFIX, Adapter
+from lightning_qlora.layers.dotted_names import plain_name
+
+
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return [group for group in names.values() if len(group) > 1]
+
+
+def breaks_tie(adapter: Adapter, tied: Sequence[str]) -> bool:
+    """Whether an adapter has a value for some names of a tied weight only, or different values."""
+    values = [adapter.saved[name] for name in tied if name in adapter.saved]
+    return bool(values) and not (len(values) == len(tied) and all(torch.equal(values[0], v) for v in values))
+
+
+def tie_error(adapter: Adapter, tied: Sequence[str]) -> str:
+    """The error for an adapter that breaks a tie."""
+    trained = next(name for name in tied if name in adapter.saved)
+    others = ", ".join(name for name in tied if name != trained)
+    return (
+        f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
+        "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
+    )

@@ -1,0 +1,45 @@
+"""Folders of models by their names on the Hugging Face Hub, and the links in such a folder."""
+
+import os
+from pathlib import Path
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError for a symbolic link to a file outside of a folder, which would get into what is made of it.
+
+    A snapshot in a Hugging Face cache consists of links to the `blobs` of its model, which are allowed.
+    """
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parents[1]
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"{path}: is a symbolic link to {path.resolve()}, outside of the folder. Put a copy of the file there."
+            )
+
+
+def resolve_model(name: str, download: bool = True) -> str:
+    """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
+
+    `download` is False for a name that is read from a file and not given by the user: then only the cache is searched.
+    Raises FileNotFoundError if it is neither.
+    """
+    if os.path.isdir(name):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return snapshot_download(name, allow_patterns=files, local_files_only=not download)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not download:
+            raise FileNotFoundError(
+                f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
+                f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
+            ) from error
+        also = ", and the connection: the hub did not answer" if isinstance(error, LocalEntryNotFoundError) else ""
+        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub. Check the name{also}.") from error

@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
@@ -205,7 +205,11 @@ class QLoRAConfig:
         names = list(names)
         r = _first_match(self.rank_pattern, names, self.r)
         alpha = _first_match(self.alpha_pattern, names, self.lora_alpha)
-        return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+        return self.with_own({"r": r, "lora_alpha": alpha})
+
+    def with_own(self, own: Mapping[str, Any]) -> "QLoRAConfig":
+        """The arguments for one layer, some of which are its own; patterns are for other layers."""
+        return replace(self, rank_pattern={}, alpha_pattern={}, **own) if own else self
 
     @property
     def initialization(self) -> str:

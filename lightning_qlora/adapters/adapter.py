@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_qlora.layers.dotted_names import owner_name, parameter_name
@@ -14,6 +15,7 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 PREFIX = "base_model.model."  # PEFT's, before the name of every parameter
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes
+ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)

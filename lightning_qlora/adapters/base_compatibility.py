@@ -159,10 +159,7 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
     for name, layer in adapter.layers.items():
         rows = read(name)
         # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
-        config = replace(
-            origin.config, r=layer.r, lora_alpha=layer.alpha, use_rslora=adapter.use_rslora, rank_pattern={},
-            alpha_pattern={},
-        )  # fmt: skip
+        config = origin.config.with_own({"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora})
         initial = recompute_initial(replace(origin, config=config), name, rows, adapter.bases.get(name))
         lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
         # so that alpha / r, or alpha / sqrt(r), stays the same

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.wrappers import _FabricModule
@@ -13,7 +12,7 @@ from lightning_qlora.adapters.base_compatibility import check_one_folder, quanti
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import COMPILED, join, last_part, parameter_and_number, plain_name
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import is_transformers_model, only_child_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -106,8 +105,7 @@ def _own_arguments(of_layer: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]
 
 def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
     """The arguments of a layer, by its name in the base model, from those of the module and `describe_base`."""
-    own = description.get("layers", {}).get(name)
-    return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
+    return config.with_own(description.get("layers", {}).get(name, {}))
 
 
 def seed_name_of(description: Mapping[str, Any], name: str) -> str:
@@ -156,18 +154,12 @@ def _task_type(base: nn.Module) -> str | None:
 
 def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | list[str]:
     """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
-    stacks = [part for part in base.modules() if isinstance(part, QLoRAExperts)]
-    experts = {id(layer) for stack in stacks for layer in stack.layers}
-    names = [plain_name(name) for name, layer in adapted_layers(base).items() if id(layer) not in experts]
+    experts, modules = experts_of(base), [plain_name(name) for name, _ in base.named_modules()]
+    names = [plain_name(name) for name, layer in adapted_layers(base).items() if layer not in experts]
     layers = [name for name in names if name not in without]
-    return _target_modules(layers, [plain_name(name) for name, _ in base.named_modules()])
-
-
-def _target_modules(layers: list[str], modules: list[str]) -> str | list[str]:
-    """Their last names, else their full names, else an expression."""
-    for names in ({last_part(name) for name in layers}, set(layers)):
-        if {name for name in modules if any(end in names for end in _endings(name))} == set(layers):
-            return sorted(names)
+    for endings in ({last_part(name) for name in layers}, set(layers)):
+        if {name for name in modules if not endings.isdisjoint(_endings(name))} == set(layers):
+            return sorted(endings)
     return "|".join(re.escape(name) for name in layers)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.dtensor import is_sharded
@@ -20,9 +21,12 @@ from lightning_qlora.layers.lora_layer import ADAPTER
 
 CHECKSUMS_KEY = "qlora_checksums"  # key of a JSON object in a uint8 tensor: key -> `layers.fingerprint.checksum`
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Last part of a key -> its dimensions and types.
-KINDS = {**dict.fromkeys(ADAPTER[:2], (2, FLOATS)), ADAPTER[2]: (1, FLOATS), FINGERPRINT: (0, (torch.int64,))}
+EXPECTED = {
+    **dict.fromkeys(ADAPTER, (2, ADAPTER_DTYPES)),
+    MAGNITUDE: (1, ADAPTER_DTYPES),
+    FINGERPRINT: (0, (torch.int64,)),
+}
 
 
 def add_checksums(state_dict: dict[str, Any], prefix: str) -> None:
@@ -40,7 +44,7 @@ def check_checksums(state_dict: dict[str, Any], prefix: str, source: str = "the 
     The error names the file, if it is known, and the key. Missing entries are no error here.
     """
     for key, value in state_dict.items():
-        dimensions, types = KINDS.get(last_part(str(key)), (None, ()))
+        dimensions, types = EXPECTED.get(last_part(str(key)), (None, ()))
         kind = [getattr(value, name, None) for name in ("dtype", "ndim", "layout")]
         if dimensions is not None and (kind[0] not in types or kind[1:] != [dimensions, torch.strided]):
             kinds = str(types[0]).removeprefix("torch.")

@@ -12,7 +12,7 @@ from lightning_qlora.checks import check_choice
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
-from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.experts import expert_stacks, experts_of
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
@@ -56,7 +56,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     def merged(layer: QLoRALinear) -> Tensor:
         return merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer])
 
-    experts = {layer for _, _, _, stack in stacks for layer in stack.layers}
+    experts = experts_of(module)
     linear = [layer for layer in layers.values() if layer not in experts]
     for layer in linear:
         to_dense(layer, merged(layer))

@@ -78,8 +78,7 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
     if unknown:
         raise ValueError(
             f"{prefix + CONFIG_KEY}: has the argument {unknown[0]!r}, which this version of lightning-qlora does not "
-            "know. "
-            "The checkpoint was saved by a newer version: install that version of lightning-qlora."
+            "know. The checkpoint was saved by a newer version: install that version of lightning-qlora."
         )
     try:
         return QLoRAConfig(**found) if found else None
@@ -205,7 +204,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 def _after_load(root: nn.Module, _: Any) -> None:
-    """After a checkpoint of the dense module its parameters are the base."""
+    """Record the parameters of the module as its base if they were loaded from a checkpoint of the dense module."""
     conversion = conversion_of(root)
     if conversion is not None and conversion.replaced and not _is_merged(root):
         conversion.replaced = False

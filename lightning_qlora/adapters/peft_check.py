@@ -18,8 +18,8 @@ from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_model import target_modules_of
 from lightning_qlora.adapters.merge import to_dense
 from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
-from lightning_qlora.layers.dotted_names import COMPILED, is_expert, parameter_name
-from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
+from lightning_qlora.layers.dotted_names import COMPILED, parameter_name
+from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts, experts_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 
 
@@ -62,10 +62,11 @@ def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
 
 def layers_that_are_only_read(base: nn.Module) -> list[str]:
     """Names of converted layers whose weight other code multiplied with, or read, and which were not called."""
+    experts = experts_of(base)
     return [
         name
         for name, layer in adapted_layers(base).items()
-        if type(layer).forward is QLoRALinear.forward and not is_expert(name)
+        if type(layer).forward is QLoRALinear.forward and layer not in experts
         if layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
     ]
 

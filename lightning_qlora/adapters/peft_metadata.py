@@ -1,7 +1,7 @@
 """What the metadata of adapter_model.safetensors hold beside PEFT's format; PEFT ignores them.
 
-One file so has all that must agree: a copy of the config, and checksums of the tensors and of the other entries. They
-are checked if they are there: PEFT writes files without them.
+So one file has all that must agree: a copy of the config, and checksums of the tensors and of the other entries. They
+are checked if the file has them: PEFT writes none.
 """
 
 import json

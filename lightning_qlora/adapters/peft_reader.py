@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, is_target, key_of
 from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE
@@ -36,7 +36,6 @@ from lightning_qlora.config import MOST_ALPHA
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of adapters
 LONGEST_KEY = 1000  # characters
 PATIENCE = 1.0  # seconds to wait for another process that is writing the folder
 # PEFT's arguments for adapters that QLoRALinear does not compute.
@@ -73,7 +72,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
         name, part = _split(key, path)
-        if tensor.dtype not in DTYPES and (part or tensor.is_floating_point() or tensor.is_complex()):
+        if tensor.dtype not in ADAPTER_DTYPES and (part or tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(
                 f"{path}: key {key!r} is {str(tensor.dtype).removeprefix('torch.')}, and adapters must be float16, "
                 "bfloat16, float32 or float64. Save it in one of these types."

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.files.folder_writer import atomic_folder
 from lightning_qlora.files.safetensors_folder import read_json
-from lightning_qlora.layers.dotted_names import is_expert, last_part, parameter_name, plain_name
-from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
+from lightning_qlora.layers.dotted_names import last_part, parameter_name, plain_name
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, experts_of
 from lightning_qlora.layers.kinds import is_linear, original_packed_weight
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -32,8 +32,8 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> linear layer, in 4 bits or not; not experts of a parameter."""
-    experts = {id(layer) for *_, stack in expert_stacks(model) for layer in stack.layers}
-    return {name: layer for name, layer in model.named_modules() if is_linear(layer) and id(layer) not in experts}
+    experts = experts_of(model)
+    return {name: layer for name, layer in model.named_modules() if is_linear(layer) and layer not in experts}
 
 
 def always_dense_layers(model: nn.Module) -> set[str]:
@@ -115,7 +115,7 @@ def _write_quantized(base: Any, layers: dict[str, QLoRALinear], folder: Path) ->
         decoded.append(
             f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...)"
         )
-    if dense_again := {name for name in layers if not is_expert(name)} - packed.keys():
+    if dense_again := linear & layers.keys() - packed.keys():
         decoded.append(
             f"transformers keeps {len(dense_again)} of the 4-bit layers dense in a {type(base).__name__} "
             f"({min(dense_again)}, ...), so they"
@@ -198,10 +198,10 @@ def _packed_weights(base: nn.Module) -> dict[str, PackedWeight]:
 
 def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[str, Tensor]:
     """The state dict that the model would have with bitsandbytes' layers in place of the packed ones."""
-    state: dict[str, Tensor] = {}
+    state, experts = dict[str, Tensor](), experts_of(base)
     for name, part in base.named_modules(remove_duplicate=False):
         prefix = f"{plain_name(name)}." if name else ""
-        if isinstance(part, QLoRAExperts) or is_expert(name):
+        if isinstance(part, QLoRAExperts) or part in experts:
             continue  # written with the module that held the parameter
         own = {**part._parameters, **part._buffers}
         for key, stack in part._modules.items():

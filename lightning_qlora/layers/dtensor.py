@@ -22,7 +22,7 @@ def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of whole parameters that an evaluation left, in the type it computed in: ranks hold their parts again."""
+    """Reshard parameters that an evaluation gathered, and left in the type that it computed in."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():

@@ -184,3 +184,8 @@ def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoR
             if isinstance(part, QLoRAExperts):
                 key = parameter_name(key)
                 yield join(name, key), owner, key, part
+
+
+def experts_of(module: nn.Module) -> set[nn.Module]:
+    """The layers of all stacks in a module."""
+    return {layer for *_, stack in expert_stacks(module) for layer in stack.layers}

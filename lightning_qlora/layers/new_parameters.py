@@ -58,7 +58,7 @@ def _head(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _without_mark(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that were in no file. A layer of which the files have a part, as all but its bias, has none."""
+    """The parameters that were in no file; a layer that the files have in part, such as all but its bias, has none."""
     for part in model.modules():
         own = [parameter for parameter in part._parameters.values() if parameter is not None]
         if part._modules or not any(map(_has_mark, own)):

@@ -4,10 +4,10 @@
     F.linear(x, layer.weight, bias), x @ layer.weight.T     run the fused op of the layer, adapter dropout included
     any other read                                          W + s B A in the weight's type, with gradients for A and B
 
-A dense weight that is decoded for each reader would know nothing of its adapter. The gradient comes from autograd: the
-weight is the output of `_Effective`, so an `autograd.Function` that receives the weight and returns a gradient for it
-trains the adapter too. Values are computed below autograd, in `__torch_dispatch__`, when an op reads them. A read that
-is not one of the products above keeps the dense weight for the backward pass, as any weight is kept.
+A plain tensor, decoded for each reader, would give the adapter no gradient. This weight is the output of `_Effective`,
+so autograd gives one, also to an `autograd.Function` that receives the weight and returns a gradient for it. Values are
+computed below autograd, in `__torch_dispatch__`, when an op reads them. A read that is not one of the products above
+keeps the dense weight for the backward pass, as any weight is kept.
 """
 
 from typing import Any

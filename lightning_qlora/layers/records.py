@@ -120,7 +120,7 @@ def fingerprint_of(owner: nn.Module, key: str, parameter: Tensor) -> int:
 
 
 def renew(module: nn.Module) -> None:
-    """Take the values that the frozen parameters have now for those of the base."""
+    """Record the present values of the frozen parameters as those of the base."""
     record(
         Unrecorded(part, key, known.trained)
         for part in module.modules()

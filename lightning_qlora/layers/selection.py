@@ -13,7 +13,7 @@ The first line that fits decides on a layer:
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.dense_reasons import FROZEN, LOADED, ModuleFacts, name_clash, too_small
 from lightning_qlora.layers.dotted_names import expert_name, join, last_part, plain_name
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
-from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.kinds import is_linear, weight_shape
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
@@ -99,7 +99,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
     choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
     everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
     new = new_parameters(module)
-    experts = {id(expert) for *_, stack in expert_stacks(module) for expert in stack.layers}
+    experts = experts_of(module)
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
@@ -131,11 +131,11 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
             choice.train.update({join(name, key): reason for key, reason in own.items()})
         if _is_converted(layer) or not (is_linear(layer) or target or is_new):
             continue
-        if id(layer) in experts:  # selected with the module that held the parameter
+        if layer in experts:  # selected with the module that held the parameter
             continue
         of_layer = config.for_layer(forms)
         if saved is not None and plain_name(name) in saved:
-            choice.convert[name] = ToConvert(layer, _as_saved(of_layer, saved[plain_name(name)]), seed_name)
+            choice.convert[name] = ToConvert(layer, of_layer.with_own(saved[plain_name(name)]), seed_name)
         elif _is_excluded(forms, config):
             choice.skip[name] = "in exclude_modules"
         elif is_new and not target:
@@ -161,10 +161,6 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
     return choice
 
 
-def _as_saved(config: QLoRAConfig, own: Mapping[str, Any]) -> QLoRAConfig:
-    return replace(config, rank_pattern={}, alpha_pattern={}, **own) if own else config
-
-
 def _select_stack(
     choice: Selection, owner_name: str, stack: ExpertParameter, config: QLoRAConfig, facts: ModuleFacts,
     saved: SavedLayers | None,
@@ -177,7 +173,7 @@ def _select_stack(
     reason = facts.cannot_quantize(stack.owner._parameters[stack.key]) if stack.loaded is None else None
     seed_name, first = join(names.seed_name, stack.key), plain_name(expert_name(name, 0))
     if saved is not None and first in saved:
-        choice.stacks[name] = StackToConvert(stack, _as_saved(of_stack, saved[first]), seed_name)
+        choice.stacks[name] = StackToConvert(stack, of_stack.with_own(saved[first]), seed_name)
     elif _is_excluded(forms, config):
         choice.skip[name] = "in exclude_modules"
     elif not everything and not any(matches(form, config.target_modules) for form in forms):

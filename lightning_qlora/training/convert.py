@@ -187,7 +187,7 @@ def _convert_stack(name: str, to_convert: StackToConvert, device: torch.device |
 
 
 def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
-    """Complete a layer that was quantized while its model loaded: what else it has is decided by now."""
+    """Set what conversion decides for a layer that was quantized while its model loaded."""
     layer.config, layer.full_name, layer.loaded = config, name, False
     layer.lora_dropout = config.lora_dropout
 

@@ -104,16 +104,16 @@ def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor,
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
     tensors, n_nested = weight_arguments(weight)
-    in_words = tensors[0].data_ptr() % 4 == 0
+    aligned = tensors[0].data_ptr() % 4 == 0
     tile = find_tile("dequantize", out.device)
-    _launch(out.device, tile, weight.numel, weight.block_size, n_nested, in_words)((*tensors, out))
+    _launch(out.device, tile, weight.numel, weight.block_size, n_nested, aligned)((*tensors, out))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _launch(device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, in_words: bool) -> Launch:
+def _launch(device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, aligned: bool) -> Launch:
     run = min(block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
-    words = in_words and n % run == 0
+    words = aligned and n % run == 0
     runs = tile["WEIGHTS"] // run
     if not words:
         runs //= 4  # reading single bytes takes more registers per weight

@@ -31,6 +31,7 @@ QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
+WITHOUT_WEIGHT = ("default", "gaussian")  # the initializations that need no weight: B is 0
 Checkpoint = Literal["adapter", "full"]
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]  # of the weights that `lightning-qlora merge` writes
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
@@ -219,7 +220,7 @@ class QLoRAConfig:
     @property
     def initializes_from_weight(self) -> bool:
         """Whether the initialization of an adapter is computed from the float weight of its layer."""
-        return self.initialization not in ("default", "gaussian")
+        return self.initialization not in WITHOUT_WEIGHT
 
     @property
     def pissa_iterations(self) -> int | None:

@@ -20,7 +20,7 @@ from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.folder_experts import find_experts
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.checks import check_bool
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.difference import InitializationRecord, recompute_initial, subtract_initial
@@ -73,7 +73,7 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
 def required_base(quantization: Mapping[str, Any] | None) -> str | None:
     """In a sentence, the base that adapters initialized this way need; None if the float base fits too."""
     method = (quantization or {}).get("init_lora_weights", "default")
-    if quantization is None or method in ("default", "gaussian"):
+    if quantization is None or method in WITHOUT_WEIGHT:
         return None
     bits = _in_words(quantization)
     if quantization["base_changed"]:

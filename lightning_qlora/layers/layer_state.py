@@ -96,9 +96,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
             raise CheckpointMismatchError(
                 f"{key}: has shape {list(weight.shape)} in the checkpoint, {list(layer.weight.shape)} here."
             )
-        depends = (
-            layer.config.use_dora or layer.config.initialization in ("loftq", "pissa") or layer.dense_weight is not None
-        )
+        # A "calibrated" adapter depends on the weight only until the inputs were measured.
+        from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
+        depends = layer.config.use_dora or from_weight or layer.dense_weight is not None
         if depends and not with_adapter:
             layer.initialize(weight, layer.packed.device)
         else:

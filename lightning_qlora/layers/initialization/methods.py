@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.initialization import low_rank
+from lightning_qlora.layers.initialization import low_rank, unwritten
 from lightning_qlora.layers.initialization.clipping import quantize_clipped
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -71,7 +71,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
         lora_a.normal_(std=1 / r, generator=generator)
     else:
         lora_a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
-    return lora_a, torch.zeros(out_features, r, dtype=torch.float32, device="cpu")
+    return lora_a, unwritten.zeros(out_features, r)
 
 
 def calibrated_adapter(

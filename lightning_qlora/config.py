@@ -172,26 +172,26 @@ class QLoRAConfig:
         return f"{type(self).__name__}({', '.join(given)})"
 
     def _check_initialization(self) -> None:
-        start, loftq_config = self.init_lora_weights, self.loftq_config or {}
-        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", start)):
-            check_choice("init_lora_weights", start, (*get_args(get_args(InitLoRAWeights)[0]), "pissa_niter_16"))
+        method, loftq_config = self.init_lora_weights, self.loftq_config or {}
+        if not (isinstance(method, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", method)):
+            check_choice("init_lora_weights", method, (*get_args(get_args(InitLoRAWeights)[0]), "pissa_niter_16"))
         check_dict("loftq_config", loftq_config)
         for key, value in loftq_config.items():
             check_choice("key of loftq_config", key, ("loftq_iter", "loftq_bits"))
             check_integer(f"loftq_config[{key!r}]", value, at_least=1)
             if key == "loftq_bits":
                 check_choice("loftq_config['loftq_bits']", value, (4,))
-        if loftq_config and not start.startswith(("loftq", "pissa")):
+        if loftq_config and not method.startswith(("loftq", "pissa")):
             raise ValueError(
                 f"loftq_config={loftq_config!r}: is used only by init_lora_weights='loftq' and 'pissa', not by "
-                f"{start!r}. Leave it out, or set init_lora_weights."
+                f"{method!r}. Leave it out, or set init_lora_weights."
             )
         if self.calibration_batches is not None:
             check_integer("calibration_batches", self.calibration_batches, at_least=1)
-            if start != "calibrated":
+            if method != "calibrated":
                 raise ValueError(
                     f"calibration_batches={self.calibration_batches!r}: is used only by "
-                    f"init_lora_weights='calibrated', not by {start!r}. Leave it out, or set init_lora_weights."
+                    f"init_lora_weights='calibrated', not by {method!r}. Leave it out, or set init_lora_weights."
                 )
 
     @property

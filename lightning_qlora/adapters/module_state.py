@@ -58,12 +58,10 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     The state dict of a part of the module also holds the base of that part, since the part may be saved alone. `config`
     has the arguments of the conversion; with checkpoint="full" the base is not left out. `given`: as they were passed.
     """
-    layers = adapted_layers(root)
     earlier = [known for _, conversion in _conversions(root) for known in conversion.given]
-    root._qlora_conversion = Conversion(config, [*earlier, given], bool(layers))  # type: ignore[assignment]
-    inner = {name[:end] for name in layers for end in (0, *(i for i, c in enumerate(name) if c == "."), len(name))}
-    for part in (root.get_submodule(name) for name in {"", *inner}):
-        if HOOKED not in vars(part):
+    root._qlora_conversion = Conversion(config, [*earlier, given], bool(adapted_layers(root)))  # type: ignore[assignment]
+    for part in root.modules():
+        if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
             vars(part)[HOOKED] = True
             # Module-level functions: a module with these hooks can be copied and pickled.
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
@@ -134,7 +132,10 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     conversion = conversion_of(root)
     if conversion is None:  # a part that is saved alone
         config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
-        _add_bases(root, state_dict, prefix)
+        for name, layer in root.named_modules(remove_duplicate=False):
+            key = prefix + join(name, "weight")
+            if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
+                state_dict.update(layer.packed_weight.bnb_state_dict(key))  # all ranks gather a sharded weight
     else:
         config = conversion.config
     if config.checkpoint == "adapter":
@@ -153,14 +154,6 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         for key in (CONFIG_KEY, CHECKSUMS_KEY) if name else ():
             state_dict.pop(f"{prefix}{name}.{key}", None)
     add_checksums(state_dict, prefix)
-
-
-def _add_bases(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replace the fingerprints of 4-bit weights by the weights, which all ranks gather if they are sharded."""
-    for name, layer in part.named_modules(remove_duplicate=False):
-        key = prefix + join(name, "weight")
-        if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
-            state_dict.update(layer.packed_weight.bnb_state_dict(key))
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -135,11 +134,6 @@ class Adapter:
     def target_parameters(self) -> list[str]:
         """PEFT's target_parameters."""
         return sorted([*self.experts, *(f"{name}.weight" for name in self.as_parameters)])
-
-    def is_transposed(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a dense weight of this shape is [in, out], as in Conv1D."""
-        inputs, outputs = self.layers[name].lora_A.shape[1], self.layers[name].lora_B.shape[0]
-        return tuple(shape) == (inputs, outputs) and (inputs != outputs or self.fan_in_fan_out)
 
     def scaling(self, name: str) -> float:
         """The factor s of a layer's product B A."""

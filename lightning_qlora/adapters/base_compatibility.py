@@ -182,9 +182,7 @@ def _float_weights(adapter: Adapter, folder: ModelFolder) -> Callable[[str], Ten
             what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
             raise CheckpointMismatchError(f"{folder.folder}: {what} '{name}.weight'.")
         weight = folder.tensors([key])[key]
-        known = folder.stores_transposed(key)
-        transposed = adapter.is_transposed(name, weight.shape) if known is None else known
-        return weight.T.contiguous() if transposed else weight
+        return weight.T.contiguous() if folder.is_transposed(key, adapter, name) else weight
 
     return read
 

@@ -23,10 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.layers.dotted_names import owner_name
 from lightning_qlora.layers.kinds import kind_of
+
+OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
 
 
 @dataclass
@@ -170,14 +173,15 @@ class ModelFolder(WeightFolder):
         """File and keys of a parameter, for messages."""
         return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
 
-    def stores_transposed(self, name: str) -> bool | None:
-        """Whether a weight is stored as [in, out]; None if only its shape can tell."""
-        if self.model is None:
-            return None
-        try:
-            return kind_of(type(self.model.get_submodule(name.removesuffix(".weight")))).transposed
-        except AttributeError:
-            return None
+    def is_transposed(self, key: str, adapter: Adapter, layer: str | None) -> bool:
+        """Whether a weight is [in, out] in the dense model: as the model says, else as the layer's adapter does."""
+        if self.model is not None:
+            with suppress(AttributeError):
+                return kind_of(type(self.model.get_submodule(key.removesuffix(".weight")))).transposed
+        if layer is None or self.is_packed(key):  # in 4 bits it is [out, in]
+            return adapter.fan_in_fan_out and not key.endswith(OUTPUT)
+        inputs, outputs = adapter.layers[layer].lora_A.shape[1], adapter.layers[layer].lora_B.shape[0]
+        return self.entries[key].shape == (inputs, outputs) and (inputs != outputs or adapter.fan_in_fan_out)
 
     def _match(self, model: Any) -> list[Conversion]:
         """Fill `key_of`, and return the conversions."""

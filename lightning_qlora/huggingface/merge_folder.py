@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.folder_experts import FLOAT_NAMES, assign_to_folder, find_experts
 from lightning_qlora.adapters.merge import round_stochastically
-from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
+from lightning_qlora.adapters.model_folder import OUTPUT, ModelFolder, empty_model
 from lightning_qlora.adapters.tied_weights import breaks_tie, tie_error, tied_names
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, FolderDtype
@@ -35,7 +35,6 @@ from lightning_qlora.huggingface.merged_weights import MergedWeights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import DTYPES
 
-OUTPUT = "lm_head.weight"  # the output embedding; config.json says whether it is tied
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -186,7 +185,7 @@ class _FolderMerge:
             self.packed.add(layer)
             yield from state.items()
             return
-        transposed = self._is_transposed(key, name)
+        transposed = self.folder.is_transposed(key, self.adapter, name)
         if packed:
             rows, dtype = self.weights.from_packed(state, name, key)
         else:
@@ -212,15 +211,6 @@ class _FolderMerge:
     def _wanted(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the output, for a weight of this type in the base."""
         return dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
-
-    def _is_transposed(self, key: str, name: str | None) -> bool:
-        """Whether the weight is [in, out] in the output, as in transformers' Conv1D (in 4 bits it is [out, in])."""
-        known = self.folder.stores_transposed(key)
-        if known is not None:
-            return known
-        if name is None or self.folder.is_packed(key):
-            return self.adapter.fan_in_fan_out and not key.endswith(OUTPUT)
-        return self.adapter.is_transposed(name, self.folder.entries[key].shape)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return (tensor.to(self._wanted(tensor.dtype)) if tensor.is_floating_point() else tensor).contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import BITS, required_base
 from lightning_qlora.adapters.model_folder import ModelFolder
-from lightning_qlora.config import Base
+from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
@@ -47,8 +47,7 @@ class MergedWeights:
     def quantization(self) -> dict[str, Any]:
         """How the base was quantized in training; the defaults if the adapter does not say."""
         known = self.adapter.quantization or {}
-        defaults = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
-        return {name: known.get(name, default) for name, default in defaults.items()}
+        return {name: known.get(name, getattr(QLoRAConfig, name)) for name in BITS}
 
     def quantized(self, rows: Tensor, key: str) -> PackedWeight:
         """The 4-bit weight as in training; an error names the file."""

@@ -1,6 +1,6 @@
 """The kinds of layers that become a QLoRALinear: how each stores its weight, and how it is called.
 
-A new kind is a row of `KINDS` and its tests: no other file knows these classes. They are named, and not imported.
+A new kind is a row of `KINDS` and its tests; all other files ask here. The classes are named, and not imported.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _forward_of_conv1d(self: Any, x: Tensor) -> Tensor:
 
 
 def _pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
-    """Also removes what bitsandbytes and transformers add; ValueError for a weight in the layout of its CPU kernel."""
+    """Remove the weight, and what bitsandbytes and transformers added; ValueError for one in the CPU kernel's layout."""
     weight: Any = layer._parameters.pop("weight")
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         raise ValueError(

@@ -38,7 +38,7 @@ def _forward_of_conv1d(self: Any, x: Tensor) -> Tensor:
 
 
 def _pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
-    """Remove the weight, and what bitsandbytes and transformers added; ValueError for one in the CPU kernel's layout."""
+    """Remove the weight, and what bitsandbytes and transformers added; ValueError for the layout of its CPU kernel."""
     weight: Any = layer._parameters.pop("weight")
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         raise ValueError(

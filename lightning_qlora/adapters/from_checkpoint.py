@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
-from lightning_qlora.adapters.base_model import adapter_on_base, config_of_layer, seed_name_of
+from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.module_state import CONFIG_KEY, base_model_of, config_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
@@ -31,7 +31,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         config, description = config_of(state, root), base_model_of(state, root)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if config is None or "prefix" not in description:
+    if config is None or not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
         raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
     outer = plain_name(root) + (f"{description['prefix']}." if description["prefix"] else "")
     names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")

@@ -706,6 +706,15 @@ def test_int4_cannot_be_saved_for_bitsandbytes(tmp_path):
         save_quantized(toy("llama"), tmp_path / "x")
 
 
+def test_a_list_whose_name_ends_as_that_of_converted_experts_is_saved(tmp_path):
+    model = toy("llama")
+    model.shared_experts = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+    convert(model, **ARGUMENTS)
+    save_quantized(model, tmp_path / "x")
+    keys = WeightFolder(tmp_path / "x").entries.keys()
+    assert {"shared_experts.0.weight", "shared_experts.0.weight.absmax", "shared_experts.0.bias"} <= keys
+
+
 def test_only_rank_zero_writes(tmp_path, monkeypatch):
     model = toy("llama")
     convert(model, **ARGUMENTS)

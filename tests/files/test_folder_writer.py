@@ -7,13 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from lightning_qlora.files import folder_writer
 from lightning_qlora.files.folder_writer import INCOMPLETE, atomic_files, atomic_folder, check_free
-from lightning_qlora.files.safetensors_folder import WeightFolder
-from lightning_qlora.files.shard_writer import ShardWriter
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks, and locks of POSIX")
 
@@ -228,12 +225,3 @@ def test_targets_that_cannot_be_replaced_are_refused_before_anything_is_written(
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("mount") or ismount(path))
     with pytest.raises(FileExistsError, match="mount: is a mount point"):
         check_free(tmp_path / "mount")
-
-
-def test_shards_have_an_index(tmp_path):
-    writer = ShardWriter(tmp_path, shard_bytes=100)
-    for number in range(3):
-        writer.add(f"w{number}", torch.full((20,), float(number)))
-    writer.finish()
-    found = WeightFolder(tmp_path)
-    assert len(found.files()) == 3 and torch.equal(found.tensors(["w2"])["w2"], torch.full((20,), 2.0))

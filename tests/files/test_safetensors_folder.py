@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.safetensors_folder import read_header
 
 
@@ -27,14 +26,3 @@ def test_a_damaged_header_is_one_line(old, new, tmp_path):
     with pytest.raises(ValueError, match="not a safetensors file, or truncated") as error:
         read_header(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_hub_that_does_not_answer_is_no_name_of_an_error(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-
-    def no_connection(*_, **__):
-        raise hub.errors.LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(hub, "snapshot_download", no_connection)
-    with pytest.raises(FileNotFoundError, match=r"Check the name, and the connection: the hub did not answer\."):
-        resolve_model("someone/typo")

@@ -14,8 +14,9 @@ from typing import Any
 
 from lightning_qlora.checks import check_dict, check_patterns
 
-# The parser of `re`, which has no public name.
+# The parser and the compiler of `re`, which have no public names.
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+_compiler: Any = import_module("re._compiler" if sys.version_info >= (3, 11) else "sre_compile")
 STEPS = 20_000  # parts of an expression that are tried for one name
 LONGEST = 4000  # characters of an expression
 MOST_PATTERNS = 100  # expressions in one file; names, of which there may be one for each layer, do not count
@@ -66,6 +67,9 @@ def _parsed(pattern: str) -> Any:
         raise PatternError(f"{pattern[:80]!r}: not a valid regular expression ({error}).") from error
 
 
+_SINGLES: dict[str, re.Pattern[str]] = {}  # a character or a place in an expression, as `re` parsed and compiled it
+
+
 class _Matcher:
     def __init__(self, name: str, pattern: str) -> None:
         self.name, self.pattern, self.steps = name, pattern, 0
@@ -78,9 +82,9 @@ class _Matcher:
 
     def ends(self, parts: Iterable[tuple[Any, Any]], starts: set[int]) -> set[int]:
         """Where a sequence of parts can end if it starts at one of these places."""
-        for kind, value in parts:
+        for part in parts:
             self._count(1 + len(starts))
-            word = str(kind)
+            word, value = str(part[0]), part[1]
             if word == "BRANCH":
                 starts = set().union(*(self.ends(branch, starts) for branch in value[1]))
             elif word == "SUBPATTERN" and not value[1] and not value[2]:
@@ -88,10 +92,11 @@ class _Matcher:
             elif word in ("MAX_REPEAT", "MIN_REPEAT"):
                 least, most, body = value
                 starts = self.repeated(least, int(most), body, starts)
-            elif word == "AT" and str(value) in ("AT_BEGINNING", "AT_END"):
-                starts = starts & {0 if str(value) == "AT_BEGINNING" else len(self.name)}
-            elif word in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-                starts = {i + 1 for i in starts if i < len(self.name) and self.is_one(word, value, self.name[i])}
+            elif word in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT"):  # one character, or a place
+                if repr(part) not in _SINGLES:
+                    _SINGLES[repr(part)] = _compiler.compile(_parser.SubPattern(_parsed(self.pattern).state, [part]))
+                single = _SINGLES[repr(part)]
+                starts = {found.end() for i in starts if (found := single.match(self.name, i))}
             else:
                 self._refuse(word)
         return starts
@@ -105,25 +110,6 @@ class _Matcher:
             found |= new
             count += 1
         return found
-
-    def is_one(self, word: str, value: Any, character: str) -> bool:
-        """Whether a character is in a class, as `re` parsed it."""
-        if word == "ANY":
-            return character != "\n"
-        if word in ("LITERAL", "NOT_LITERAL"):
-            return (ord(character) == value) is (word == "LITERAL")
-        negated = str(value[0][0]) == "NEGATE"
-        return any(self.is_item(str(k), v, character) for k, v in value[negated:]) is not negated
-
-    def is_item(self, word: str, value: Any, character: str) -> bool:
-        if word == "LITERAL":
-            return bool(ord(character) == value)
-        if word == "RANGE":
-            return bool(value[0] <= ord(character) <= value[1])
-        letter = {"DIGIT": "d", "WORD": "w", "SPACE": "s"}.get(str(value).rpartition("_")[2], "")
-        if word != "CATEGORY" or not letter:
-            self._refuse(word)
-        return re.match("\\" + (letter.upper() if "_NOT_" in str(value) else letter), character) is not None
 
     def _count(self, steps: int) -> None:
         self.steps += steps

@@ -92,14 +92,13 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
     if choice.convert or choice.stacks:
         return
-    dense = [*choice.train.items(), *choice.skip.items()]
-    left = "\n".join(f"  {name or ROOT}: {why}" for name, why in dense)
-    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r}).\n{left}"
+    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
     if not choice.train:
-        raise ValueError(message.rstrip() + ("" if left else "  The module has no linear layer (nn.Linear, Conv1D)."))
+        left = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
+        raise ValueError(message + (left or " The module has no linear layer (nn.Linear, Conv1D)."))
     frozen = FROZEN in choice.skip.values()
     remedy = "target_modules converts frozen layers that it names." if frozen else "A smaller r converts more layers."
-    warnings.warn(f"{message}\n{remedy}", stacklevel=2)
+    warnings.warn(f"{message} The report has the reason for each. {remedy}", stacklevel=2)
 
 
 def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:

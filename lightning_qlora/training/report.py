@@ -1,5 +1,6 @@
 """ConversionReport: the status of every layer after conversion, and the numbers of parameters and bytes."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -125,10 +126,13 @@ class ConversionReport:
         except ImportError:
             print(self)
             return
-        console = Console()
-        table = Table(Column("layer", no_wrap=True), "status", "layers", title="QLoRA", title_justify="left")
-        for name, status, count in self.rows():
-            table.add_row(break_at_dots(name, console.width // 2), status, count)
+        console, rows = Console(), self.rows()
+        names, width = [name for name, *_ in rows], console.width // 2
+        shared = owner_name(os.path.commonprefix(names)) if any(len(name) > width for name in names) else ""  # noqa: RUF071
+        head = Column(f"layer of {shared}" if shared else "layer", no_wrap=True)
+        table = Table(head, "status", "layers", title="QLoRA", title_justify="left")
+        for name, status, count in rows:
+            table.add_row(break_at_dots(name.removeprefix(f"{shared}."), width), status, count)
         console.print(table)
         console.print(self.summary(), markup=False, highlight=False, soft_wrap=True)
 

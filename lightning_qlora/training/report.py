@@ -130,7 +130,7 @@ class ConversionReport:
         names, width = [name for name, *_ in rows], console.width - 38  # of the other columns
         shared = owner_name(os.path.commonprefix(names)) if any(len(name) > width for name in names) else ""  # noqa: RUF071
         head = Column(f"layer of {shared}" if shared else "layer", no_wrap=True)
-        table = Table(head, "status", "no.", title="QLoRA", title_justify="left")
+        table = Table(head, Column("status", overflow="fold"), "no.", title="QLoRA", title_justify="left")
         for name, status, count in rows:
             table.add_row(break_at_dots(name.removeprefix(f"{shared}."), width), status, count)
         console.print(table)

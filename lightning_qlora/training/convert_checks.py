@@ -92,13 +92,15 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
     if choice.convert or choice.stacks:
         return
-    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
+    given = f"target_modules={config.target_modules!r}, r={config.r}"
     if not choice.train:
         left = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
-        raise ValueError(message + (left or " The module has no linear layer (nn.Linear, Conv1D)."))
+        left = left or " The module has no linear layer (nn.Linear, Conv1D)."
+        raise ValueError(f"No layer was converted to 4 bits ({given}).{left}")
     frozen = FROZEN in choice.skip.values()
     remedy = "target_modules converts frozen layers that it names." if frozen else "A smaller r converts more layers."
-    warnings.warn(f"{message} The report has the reason for each. {remedy}", stacklevel=2)
+    why = f"The report has the reason for each. {remedy}"
+    warnings.warn(f"No layer was converted to 4 bits ({given}). {why}", stacklevel=2)
 
 
 def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:

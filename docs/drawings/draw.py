@@ -1,6 +1,7 @@
 """The drawings of the documentation: `python docs/drawings/draw.py` writes each as an SVG beside this file.
 
-They are 480 units wide, so that text of 13 units is readable on a telephone. They have a white ground for dark mode.
+They are 480 units wide, so that text of 13 units is readable on a telephone. They have a white ground, which
+docs/extra.css inverts in dark mode.
 """
 
 from itertools import pairwise

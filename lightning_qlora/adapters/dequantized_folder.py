@@ -32,6 +32,7 @@ CANNOT_DEQUANTIZE = (
     "transformers can dequantize MXFP4, FP8 and GGUF while it loads from 5.22 on, compressed-tensors from 5.23 on, and "
     "no GPTQ, AWQ or 8 bits of bitsandbytes: install that version, or use a folder of the model in 16 bits."
 )
+AGAIN = "Copy or download the folder again."
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in a safetensors header
 
 
@@ -57,6 +58,10 @@ class Dequantize:
 
     def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, Any]:
         """Pattern, or word for a tensor of one layer, -> tensor or list of tensors; to dense weights."""
+        for key, tensors in input_dict.items():
+            stored = str(_list(tensors)[0].dtype)
+            if stored.startswith("torch.float8") and key.endswith("weight") and f"{key}_" not in "\n".join(input_dict):
+                raise ValueError(f"is {stored.removeprefix('torch.')} without a scale. {AGAIN}")
         of_one_layer = not any("." in key for key in input_dict)
         if hasattr(self.hf_quantizer, "compressor") and not of_one_layer:
             return self._each_alone(input_dict, arguments)
@@ -131,6 +136,8 @@ class DequantizedFolder(WeightFolder):
         for dense, parts in list(self.parts.items()):
             if len(parts) == 1:
                 (key,) = self.parts.pop(dense).values()
+                if key.endswith(".weight") and (kind := self.stored.entries[key].dtype).startswith("F8"):
+                    raise ValueError(f"{self.stored.file_of[key]}: {key!r} is {kind} without a scale. {AGAIN}")
                 self.parts[key] = {}
         self.file_of = {key: self.stored.file_of[min(parts.values(), default=key)] for key, parts in self.parts.items()}
         self.entries = {key: self._entry(key, parts) for key, parts in self.parts.items()}

@@ -379,18 +379,29 @@ class _Compose(ConversionOps):
     ) -> dict[str, Any]:
         """See ConversionOps."""
         arguments |= {"source_patterns": source_patterns, "full_layer_name": full_layer_name}
-        chosen = self.quantizer.chosen.get(full_layer_name)
-        if isinstance(chosen, StackToConvert) and all(map(_keeps_experts_apart, self.operations)):
-            parts = [_of_expert(input_dict, i, chosen.parameter.experts) for i in range(chosen.parameter.experts)]
+        try:
+            return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
+        except ValueError as error:
+            if self.quantizer.own is None:
+                raise
             place = arguments["model"].get_parameter(full_layer_name)
-            experts = (self._one(part, arguments) for part in parts if part is not None)
-            if (first := next(experts, None)) is not None and first.shape == (1, *place.shape[1:]):
-                values = (value[0].to(place.dtype) for value in chain([first], experts))
-                del first
-                return _Quantize(self.quantizer).quantize(
-                    full_layer_name, place, full_layer_name, arguments["model"], arguments["missing_keys"], values
-                )
-        return self._run(input_dict, arguments)
+            message = f"{full_layer_name}: {error}"
+            return dict(_Quantize(self.quantizer).failed(full_layer_name, full_layer_name, place, message))
+
+    def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """The 4-bit layers of a stack, each expert dense for itself; None for other parameters and other operations."""
+        name, model, missing = (arguments[word] for word in ("full_layer_name", "model", "missing_keys"))
+        chosen = self.quantizer.chosen.get(name)
+        if not isinstance(chosen, StackToConvert) or not all(map(_keeps_experts_apart, self.operations)):
+            return None
+        parts = [_of_expert(tensors, i, chosen.parameter.experts) for i in range(chosen.parameter.experts)]
+        place = model.get_parameter(name)
+        experts = (self._one(part, arguments) for part in parts if part is not None)
+        if (first := next(experts, None)) is None or first.shape != (1, *place.shape[1:]):
+            return None
+        values = (value[0].to(place.dtype) for value in chain([first], experts))
+        del first
+        return _Quantize(self.quantizer).quantize(name, place, name, model, missing, values)
 
     def _run(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
         for operation in self.operations:

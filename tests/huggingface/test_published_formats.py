@@ -251,6 +251,19 @@ def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
         loaded(published)
 
 
+def test_a_missing_scale_is_named(folders, tmp_path):
+    published, _ = folders("fp8", llama)
+    adapter = read_adapter_of(published, tmp_path)
+    weights = load_file(published / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight_scale_inv"]
+    save_file(weights, published / "model.safetensors", metadata={"format": "pt"})
+    message = r"model.safetensors: .*layers.1.self_attn.q_proj.weight.* is .* without a scale. Copy or download"
+    with pytest.raises(ValueError, match=message):
+        loaded(published)
+    with pytest.raises(ValueError, match=message):
+        merge_folder(published, adapter, tmp_path / "out")
+
+
 def read_adapter_of(folder, tmp_path):
     model = made(gpt_oss)
     convert(model, r=2)

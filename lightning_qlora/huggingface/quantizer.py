@@ -7,8 +7,9 @@ This file imports transformers, so `quantize_while_loading` imports it only if t
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
 """
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,21 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.adapters.peft_experts import modules_of
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
+from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
+from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.dense_reasons import LOADED
-from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
+from lightning_qlora.layers.dotted_names import expert_name, join, last_part, owner_name, parameter_and_number
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
 from lightning_qlora.layers.names import named, named_tensors
+from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
@@ -44,8 +49,9 @@ STORED = [  # the entries of bitsandbytes for a weight
 class Quantizers:
     """Makes the quantizers of the models that are loaded within one `quantize_while_loading`."""
 
-    def __init__(self, config: QLoRAConfig) -> None:
-        self.config = config
+    def __init__(self, config: QLoRAConfig, sharding: bool = False) -> None:
+        self.config, self.sharding = config, sharding
+        self.on_meta: list[tuple[nn.Module, ModelFolder]] = []  # models that wait for `fully_shard`, and their folders
         # Errors for weights of another shape, of the load that began last, which may `ignore_mismatched_sizes`.
         self.mismatches: list[ValueError] = []
         # The adapter to start from, until the first model that has its layers gets it.
@@ -86,6 +92,7 @@ class QLoRAQuantizer(HfQuantizer):
         self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
         self.errors: list[ValueError] = []
+        self.folder: ModelFolder | None = None  # of a model whose weights are read after it is sharded
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
         """Itself: transformers copies its operations, and with them what they refer to."""
@@ -114,6 +121,51 @@ class QLoRAQuantizer(HfQuantizer):
                 check_packed_initialization(config)
         if not self.pre_quantized:  # else they are dense in the files, and conversion quantizes them
             self.chosen |= choice.stacks
+        if self.file_of and self._is_sharded_next(model, paths):
+            self._convert_without_data(model, paths[0].parent)
+
+    def _is_sharded_next(self, model: nn.Module, paths: list[Path]) -> bool:
+        """Whether `fully_shard` splits the model before its weights are needed, and they can be read then."""
+        plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
+        by_transformers = getattr(plan, "fsdp_size", None) or 1
+        is_folder = len(paths) > 1 or paths[0].name == WEIGHTS
+        return not self.pre_quantized and is_folder and (self.quantizers.sharding or by_transformers > 1)
+
+    def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
+        """Convert the layers that the files have, on the meta device."""
+        self.folder = ModelFolder(folder, copy.deepcopy(model))
+        for key, chosen in self.chosen.items():
+            entry, of_layer = self.folder.entries.get(key), isinstance(chosen, ToConvert)
+            if entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries:
+                for layer in _convert(key.removesuffix(".weight") if of_layer else key, chosen).values():
+                    assert isinstance(layer, QLoRALinear)
+                    layer.loaded = True
+
+    def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
+        """What transformers finds when it loads the files: names, data types, and what the files lack."""
+        assert self.folder is not None
+        dense: Any = self.folder.model
+        empty = {key: torch.empty(entry.shape, device="meta") for key, entry in self.folder.stored.entries.items()}
+        found = load(dense, empty, None, replace(load_config, device_map={"": "meta"}, hf_quantizer=None))
+        for name, shape, expected in found[0].mismatched_keys:
+            key = self.folder.key_of.get(name, name)
+            self.quantizers.mismatches.append(self.error(key, _wrong_shape(key, shape, expected)))
+        like = dict(named_tensors(dense))
+        for name, part in model.named_modules():
+            if isinstance(part, QLoRALinear):
+                expert = parameter_and_number(name)
+                part.weight_dtype = dense.get_parameter(join(name, "weight") if expert is None else expert[0]).dtype
+                part._is_hf_initialized = part.bias is None  # type: ignore[assignment]
+            for key, held in part._parameters.items():
+                known = like.get(join(name, key))
+                if held is not None and known is not None and held.dtype is not known.dtype:
+                    empty_like = torch.empty_like(held, dtype=known.dtype)
+                    part._parameters[key] = nn.Parameter(empty_like, requires_grad=held.requires_grad)
+            for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+                known = like.get(join(name, key))  # None: of a 4-bit layer
+                if tensor is not None and (known is None or hasattr(known, LOADED_TENSOR)):
+                    setattr(tensor, LOADED_TENSOR, True)
+        return found
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
@@ -125,6 +177,10 @@ class QLoRAQuantizer(HfQuantizer):
                 raise known[0] if known else self.error(name, _wrong_shape(name, tensor.shape, self.shapes[name]))
         forget_quantizer(model)
         setattr(model, LOADED, self.pre_quantized)
+        if self.folder is not None and any(map(is_sharded, model.parameters())):
+            read_weights(model, self.folder)
+        elif self.folder is not None:
+            self.quantizers.on_meta.append((model, self.folder))
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:

@@ -106,8 +106,7 @@ def _make(module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder,
     made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     expert = parameter_and_number(name)
     if expert is None:
-        shape = tuple(layer._as_stored(torch.empty(layer._shape, device="meta")).shape)
-        rows = layer._as_stored(_read(folder, join(name, "weight"), shape))
+        rows = layer._as_stored(_read(folder, join(name, "weight"), tuple(layer.weight.shape)))
     else:
         stack: Any = module.get_submodule(owner_name(name))
         own = f"{expert[0]}.{expert[1]}"

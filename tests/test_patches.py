@@ -32,9 +32,9 @@ ALLOWED = {
     "layers/experts.py": {"owner._parameters.pop(key)", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
-    "huggingface/quantizer.py": {
-        "owner._parameters[inner]", "owner.__class__",  # as it was, after an error
-        "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",  # what transformers' loading does
+    "huggingface/quantizer.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
+    "huggingface/load_without_data.py": {  # what transformers' loading does
+        "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",
     },
     "huggingface/load_weights.py": {"setattr(made, LOADED_TENSOR, True)"},
     # The decorator of our own command gives it the arguments of QLoRAConfig.

@@ -27,19 +27,20 @@ from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.load_weights import read_weights
+from lightning_qlora.huggingface.load_without_data import find_without_data, mark_as_found
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.dense_reasons import LOADED
-from lightning_qlora.layers.dotted_names import expert_name, join, last_part, owner_name, parameter_and_number
+from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
 from lightning_qlora.layers.names import named, named_tensors
-from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
+SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights
 STORED = [  # the entries of bitsandbytes for a weight
     "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
     *(f"weight.quant_state.bitsandbytes__{kind}" for kind in OF_BITSANDBYTES), "weight",
@@ -103,7 +104,7 @@ class QLoRAQuantizer(HfQuantizer):
     ) -> None:
         """Check the files by their headers, and choose layers, while the model is on the meta device."""
         paths = [Path(path) for path in checkpoint_files or [] if str(path).endswith(".safetensors")]
-        if paths and all(re.fullmatch(r"model-\d+-of-\d+", path.stem) for path in paths):
+        if paths and all(SHARD.fullmatch(path.stem) for path in paths):
             self.file_of = WeightFolder(paths[0].parent).file_of  # checks the index too
         else:
             self.file_of = {key: path for path in paths for key in read_header(path)[0]}
@@ -128,7 +129,7 @@ class QLoRAQuantizer(HfQuantizer):
         """Whether `fully_shard` splits the model before its weights are needed, and they can be read then."""
         plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
         by_transformers = getattr(plan, "fsdp_size", None) or 1
-        is_folder = len(paths) > 1 or paths[0].name == WEIGHTS
+        is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
         return not self.pre_quantized and is_folder and (self.quantizers.sharding or by_transformers > 1)
 
     def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
@@ -142,29 +143,13 @@ class QLoRAQuantizer(HfQuantizer):
                     layer.loaded = True
 
     def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
-        """What transformers finds when it loads the files: names, data types, and what the files lack."""
+        """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
         assert self.folder is not None
-        dense: Any = self.folder.model
-        empty = {key: torch.empty(entry.shape, device="meta") for key, entry in self.folder.stored.entries.items()}
-        found = load(dense, empty, None, replace(load_config, device_map={"": "meta"}, hf_quantizer=None))
+        found = find_without_data(self.folder, load, load_config)
+        mark_as_found(model, self.folder)
         for name, shape, expected in found[0].mismatched_keys:
             key = self.folder.key_of.get(name, name)
             self.quantizers.mismatches.append(self.error(key, _wrong_shape(key, shape, expected)))
-        like = dict(named_tensors(dense))
-        for name, part in model.named_modules():
-            if isinstance(part, QLoRALinear):
-                expert = parameter_and_number(name)
-                part.weight_dtype = dense.get_parameter(join(name, "weight") if expert is None else expert[0]).dtype
-                part._is_hf_initialized = part.bias is None  # type: ignore[assignment]
-            for key, held in part._parameters.items():
-                known = like.get(join(name, key))
-                if held is not None and known is not None and held.dtype is not known.dtype:
-                    empty_like = torch.empty_like(held, dtype=known.dtype)
-                    part._parameters[key] = nn.Parameter(empty_like, requires_grad=held.requires_grad)
-            for key, tensor in (*part._parameters.items(), *part._buffers.items()):
-                known = like.get(join(name, key))  # None: of a 4-bit layer
-                if tensor is not None and (known is None or hasattr(known, LOADED_TENSOR)):
-                    setattr(tensor, LOADED_TENSOR, True)
         return found
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

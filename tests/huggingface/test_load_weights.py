@@ -3,6 +3,9 @@
 import copy
 import json
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import launch
+from tests.conftest import ROOT, launch
 from tests.toys import Lit, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers")
@@ -53,6 +56,18 @@ def test_two_ranks_have_the_bytes_and_losses_of_one_device(tmp_path):
     alone = load(tmp_path)
     for _, by_transformers in ranks:
         check_equal(by_transformers, alone)
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_part_of_a_rank_and_one_layer(tmp_path):
+    """A layer, or a part of the embedding, in 16 bits and as it is quantized: less than 25 MB of 572."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.scripts.memory_of_loading", str(tmp_path / "llama"), "16"]
+    for ranks in (2, 4):
+        done = subprocess.run([*command, str(ranks)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        found = re.findall(r"peak ([\d.]+) MB, end [\d.]+ MB, ([\d.]+) MB in parameters", done.stdout)
+        assert len(found) == ranks, done.stderr[-3000:]
+        for peak, kept in found:
+            assert float(peak) < float(kept) + 25 and float(kept) < 200 / ranks
 
 
 @pytest.fixture

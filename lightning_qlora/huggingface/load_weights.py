@@ -30,6 +30,12 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import renew
 
 
+NO_VALUES = (
+    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
+    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
+)
+
+
 def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read the weights of a module on the meta device, after `fully_shard`; all ranks must call it.
 
@@ -133,7 +139,9 @@ def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
         )
     value = folder.tensors([name])[name]
     if tuple(value.shape) != shape:
-        raise ValueError(f"{folder.where(name)} has shape {list(value.shape)}, and the module has {list(shape)} there.")
+        raise ValueError(
+            f"{folder.where(name)} has shape {list(value.shape)}, and the module has {list(shape)} there. {NO_VALUES}"
+        )
     return value
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.load_weights import read_weights
+from lightning_qlora.huggingface.load_weights import NO_VALUES, read_weights
 from lightning_qlora.huggingface.patches import default_quantizer, refuse_peft_on_4_bit_layers
 
 
@@ -37,4 +37,6 @@ def quantize_while_loading(config: QLoRAConfig, sharding: bool = False) -> Itera
             # transformers names neither file nor shapes in this one
             if quantizers.mismatches and "ignore_mismatched_sizes" in str(error):
                 raise quantizers.mismatches[0] from error
+            if quantizers.on_meta and "meta" in str(error):
+                raise RuntimeError(f"{error} {NO_VALUES}") from error
             raise

@@ -204,12 +204,23 @@ def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
     def fails(module):
         raise KeyError("theirs")
 
+    def resizes(module):
+        module.model.resize_token_embeddings(140)
+
+    def appends(module):
+        module.model.resize_token_embeddings(140, mean_resizing=False)
+
     for module, error in [
+        (
+            Loaded(tmp_path / "llama", resizes),
+            r"meta tensors The weights are read after configure_model .* in __init__",
+        ),
+        (Loaded(tmp_path / "llama", appends), r"has shape \[128, 64\], and the module has \[140, 64\].* in __init__"),
         (Loaded(tmp_path / "llama", copies), r"^reference\..* on the meta device"),
         (Loaded(tmp_path / "llama", fails), "theirs"),
         (Loaded(tmp_path / "llama", intermediate_size=192), r"has shape \[.*128.*\], and the model has \[.*192.*\]"),
     ]:
-        with pytest.raises((ValueError, KeyError), match=error):
+        with pytest.raises((ValueError, KeyError, RuntimeError), match=error):
             fit(trainer, module, ModelParallelStrategy(1, 1))
 
 

@@ -29,7 +29,6 @@ from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import renew
 
-
 NO_VALUES = (
     "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
     "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."

@@ -128,9 +128,10 @@ class QLoRAQuantizer(HfQuantizer):
     def _is_sharded_next(self, model: nn.Module, paths: list[Path]) -> bool:
         """Whether `fully_shard` splits the model before its weights are needed, and they can be read then."""
         plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
-        by_transformers = getattr(plan, "fsdp_size", None) or 1
+        ranks, tensor_parallel = (getattr(plan, size, None) or 1 for size in ("fsdp_size", "tp_size"))
         is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
-        return not self.pre_quantized and is_folder and (self.quantizers.sharding or by_transformers > 1)
+        by_transformers = ranks > 1 and tensor_parallel == 1
+        return not self.pre_quantized and is_folder and (self.quantizers.sharding or by_transformers)
 
     def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
         """Convert the layers that the files have, on the meta device."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_qlora.adapters.save_load import save_adapter as save_adapter
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
     from lightning_qlora.huggingface.bnb_checkpoint import save_quantized as save_quantized
+    from lightning_qlora.huggingface.load_weights import load_weights as load_weights
     from lightning_qlora.kernels.ops import quantize as quantize
     from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
     from lightning_qlora.layers.layer_state import CheckpointMismatchError as CheckpointMismatchError
@@ -51,6 +52,7 @@ _PLACES = {
     "estimate_memory": "tools.memory_estimate",
     "load_adapter": "adapters.save_load",
     "load_from_checkpoint": "training.load_from_checkpoint",
+    "load_weights": "huggingface.load_weights",
     "loraplus_groups": "optim.loraplus",
     "merge": "adapters.merge",
     "quantize": "kernels.ops",

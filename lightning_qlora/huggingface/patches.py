@@ -41,6 +41,7 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
         return of_context(config, device_map, kwargs.get("gguf_file"), transformers_choice)
 
     wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
+    load_without_data()
     token = _quantizer_for.set(quantizer_for)
     try:
         yield
@@ -83,6 +84,24 @@ def unwrap_operations(model: nn.Module, wrapper: type) -> None:
         if isinstance(wrapped := next(iter(getattr(conversion, "operations", ())), None), wrapper):
             conversion.operations = getattr(wrapped, "operations", None) or [wrapped]
             conversion.quantization_operation = None
+
+
+def load_without_data() -> None:
+    """Let a quantizer say what the files of a model have, where their values are read after the model is sharded.
+
+    Upstream: transformers/modeling_utils.py, PreTrainedModel._load_pretrained_model, reads all values at once.
+    Supported ways tried: a state dict on the meta device, which from_pretrained accepts in place of a name only; an
+    HfQuantizer's operations, which get the values; device_map="meta", which leaves buffers and new heads without data.
+    Removed by: from_pretrained returning a model whose values are read later.
+    """
+
+    def load(original: Any, model: Any, state: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer = load_config.hf_quantizer
+        if getattr(quantizer, "folder", None) is None:
+            return original(model, state, files, load_config, *args, **kwargs)
+        return quantizer.load_without_data(original, model, load_config)
+
+    wrap_once(import_module("transformers.modeling_utils").PreTrainedModel, "_load_pretrained_model", load)
 
 
 def forget_quantizer(module: nn.Module) -> None:

@@ -6,17 +6,21 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.huggingface.load_weights import NO_VALUES, read_weights
 from lightning_qlora.huggingface.patches import default_quantizer, refuse_peft_on_4_bit_layers
 
 
 @contextmanager
-def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
+def quantize_while_loading(config: QLoRAConfig, sharding: bool = False) -> Iterator[None]:
     """Within this, in this thread or task, every transformers `from_pretrained` quantizes each weight as it reads it.
 
     The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
     bitsandbytes' 4 bits are loaded without requantizing, and those in another format that transformers can dequantize
     are dequantized first. Calls with a `quantization_config` of their own, and models in formats that it can't, load as
     without this. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
+
+    With `sharding` models stay on the meta device until the end of this context, when `fully_shard` has split them: so
+    each rank reads its part alone.
     """
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield
@@ -24,14 +28,18 @@ def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
     from lightning_qlora.huggingface.quantizer import Quantizers
 
     refuse_peft_on_4_bit_layers()
-    quantizers = Quantizers(config)
+    quantizers = Quantizers(config, sharding)
     with default_quantizer(quantizers.quantizer_for), _one_after_another():
         try:
             yield
+            for model, folder in quantizers.on_meta:
+                read_weights(model, folder)
         except RuntimeError as error:
             # transformers names neither file nor shapes in this one
             if quantizers.mismatches and "ignore_mismatched_sizes" in str(error):
                 raise quantizers.mismatches[0] from error
+            if quantizers.on_meta and "meta" in str(error):
+                raise RuntimeError(f"{error} {NO_VALUES}") from error
             raise
 
 

@@ -8,6 +8,7 @@ This file imports transformers, so `quantize_while_loading` imports it only if t
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.dequantized_folder import CANNOT_DEQUANTIZE, Dequantize, can_compose, takes_dequantize
+from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.adapters.peft_experts import modules_of
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.files.safetensors_folder import WeightFolder, read_header
+from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.gguf_tensors import unread_tensors
+from lightning_qlora.huggingface.load_weights import read_weights
+from lightning_qlora.huggingface.load_without_data import find_without_data, mark_as_found
 from lightning_qlora.huggingface.patches import (
     forget_quantizer,
     request_dequantizing,
@@ -38,6 +42,7 @@ from lightning_qlora.huggingface.patches import (
 )
 from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
 from lightning_qlora.layers.names import named, named_tensors
@@ -47,6 +52,7 @@ from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 COMPOSES = can_compose()
+SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights
 STORED = [  # the entries of bitsandbytes for a weight
     "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
     *(f"weight.quant_state.bitsandbytes__{kind}" for kind in OF_BITSANDBYTES), "weight",
@@ -56,8 +62,9 @@ STORED = [  # the entries of bitsandbytes for a weight
 class Quantizers:
     """Makes the quantizers of the models that are loaded within one `quantize_while_loading`."""
 
-    def __init__(self, config: QLoRAConfig) -> None:
-        self.config = config
+    def __init__(self, config: QLoRAConfig, sharding: bool = False) -> None:
+        self.config, self.sharding = config, sharding
+        self.on_meta: list[tuple[nn.Module, ModelFolder]] = []  # models that wait for `fully_shard`, and their folders
         # Errors for weights of another shape, of the load that began last, which may `ignore_mismatched_sizes`.
         self.mismatches: list[ValueError] = []
         # The adapter to start from, until the first model that has its layers gets it.
@@ -124,6 +131,7 @@ class QLoRAQuantizer(HfQuantizer):
         self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
         self.errors: list[ValueError] = []
+        self.folder: ModelFolder | None = None  # of a model whose weights are read after it is sharded
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
         """Itself: transformers copies its operations, and with them what they refer to."""
@@ -137,7 +145,7 @@ class QLoRAQuantizer(HfQuantizer):
         if self.own is not None:
             self.own.preprocess_model(model, checkpoint_files=checkpoint_files, **arguments)
         paths = [Path(path) for path in checkpoint_files or [] if str(path).endswith(".safetensors")]
-        if paths and all(re.fullmatch(r"model-\d+-of-\d+", path.stem) for path in paths):
+        if paths and all(SHARD.fullmatch(path.stem) for path in paths):
             self.file_of = WeightFolder(paths[0].parent).file_of  # checks the index too
         else:
             self.file_of = {key: path for path in paths for key in read_header(path)[0]}
@@ -155,6 +163,36 @@ class QLoRAQuantizer(HfQuantizer):
                 check_packed_initialization(config)
         if COMPOSES or not self.in_4_bits:  # else they are dense in the files, and conversion quantizes them
             self.chosen |= choice.stacks
+        if self.file_of and self._is_sharded_next(model, paths):
+            self._convert_without_data(model, paths[0].parent)
+
+    def _is_sharded_next(self, model: nn.Module, paths: list[Path]) -> bool:
+        """Whether `fully_shard` splits the model before its weights are needed, and they can be read then."""
+        plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
+        ranks, tensor_parallel = (getattr(plan, size, None) or 1 for size in ("fsdp_size", "tp_size"))
+        is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
+        by_transformers = ranks > 1 and tensor_parallel == 1
+        return not self.pre_quantized and is_folder and (self.quantizers.sharding or by_transformers)
+
+    def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
+        """Convert the layers that the files have, on the meta device."""
+        self.folder = ModelFolder(folder, copy.deepcopy(model))
+        for key, chosen in self.chosen.items():
+            entry, of_layer = self.folder.entries.get(key), isinstance(chosen, ToConvert)
+            if entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries:
+                for layer in _convert(key.removesuffix(".weight") if of_layer else key, chosen).values():
+                    assert isinstance(layer, QLoRALinear)
+                    layer.loaded = True
+
+    def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
+        """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
+        assert self.folder is not None
+        found = find_without_data(self.folder, load, load_config)
+        mark_as_found(model, self.folder)
+        for name, shape, expected in found[0].mismatched_keys:
+            key = self.folder.key_of.get(name, name)
+            self.quantizers.mismatches.append(self.error(key, _wrong_shape(key, shape, expected)))
+        return found
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """transformers' conversions of the files, each followed by ours."""
@@ -183,6 +221,10 @@ class QLoRAQuantizer(HfQuantizer):
             self.own.remove_quantization_config(model)
         forget_quantizer(model)
         setattr(model, LOADED, self.in_4_bits)
+        if self.folder is not None and any(map(is_sharded, model.parameters())):
+            read_weights(model, self.folder)
+        elif self.folder is not None:
+            self.quantizers.on_meta.append((model, self.folder))
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -331,7 +373,9 @@ class _Quantize(_Op):
         return self.quantized(layers, key, missing_keys)
 
 
-def _convert(name: str, chosen: ToConvert | StackToConvert, experts: Iterator[Tensor] | None) -> dict[str, nn.Module]:
+def _convert(
+    name: str, chosen: ToConvert | StackToConvert, experts: Iterator[Tensor] | None = None
+) -> dict[str, nn.Module]:
     """Convert a layer or a stack of experts: name -> 4-bit layer."""
     if isinstance(chosen, ToConvert):
         QLoRALinear.from_linear(chosen.layer, chosen.config, name, seed_name=chosen.seed_name)

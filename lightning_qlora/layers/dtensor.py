@@ -1,7 +1,11 @@
 """Tensors of which every rank holds a part (FSDP2's parameters): the whole of one, and the part of a whole."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -23,8 +27,53 @@ def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
 
 def reshard(module: nn.Module) -> None:
     """Reshard parameters that an evaluation gathered, and left in the type that it computed in."""
+    for part in _sharded_modules(module):
+        part.reshard()
+
+
+def start_sharding(module: nn.Module) -> None:
+    """Let `fully_shard` register its hooks now, not in the first forward pass, if that is to leave no trace."""
+    for part in _sharded_modules(module):
+        part.unshard()
+        part.reshard()
+
+
+def gather_again(module: nn.Module) -> None:
+    """Gather the parameters of a module whose forward pass has begun, if `fully_shard` manages it."""
+    sharded = _sharded_modules(module)
+    if module in sharded:
+        sharded[0].unshard()  # the outermost one comes first
+
+
+def _sharded_modules(module: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def local_part(value: Tensor, held: Tensor, device: torch.device) -> Tensor:
+    """A copy, on a device, of what this rank holds of a value, sharded as `held` is, in the type of `held`.
+
+    `held` may be on the meta device. Of a value that is mapped from a file, only this part is read.
+    """
+    if not isinstance(held, DTensor):
+        return value.to(device, held.dtype, copy=True)
+    part: Any = torch.empty_like(held, device=device)
+    shape, offset = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
+    place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    part.to_local().copy_(value[place])
+    return part  # type: ignore[no-any-return]
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int, Any] | None:
+    """The rows that this rank holds, the number of elements before them, and the group that holds all rows.
+
+    None if the tensor is not sharded, or not by rows alone.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh, shards = tensor.device_mesh, [i for i, kind in enumerate(tensor.placements) if not kind.is_replicate()]
+    if len(shards) != 1 or type(tensor.placements[shards[0]]) is not Shard or tensor.placements[shards[0]] != Shard(0):
+        return None
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    return tensor.to_local(), offset[0] * tensor.stride(0), mesh.get_group(shards[0])

@@ -1,9 +1,10 @@
 """A 63-bit fingerprint of tensors: files store it to recognize the base model, and to detect damaged values."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.layers.dtensor import gather, own_rows
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 _PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
@@ -18,21 +19,39 @@ def fingerprint(*tensors: Tensor) -> int:
     """
     total = 0
     for tensor in tensors:
-        flat = gather(tensor.detach()).reshape(-1)
-        per_word = 2 if flat.is_floating_point() else 8 // flat.element_size()
-        for start in range(0, flat.numel(), _PIECE * per_word):
-            piece = flat[start : start + _PIECE * per_word]
-            if piece.numel() % per_word:
-                piece = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
-            words = piece.to(torch.float32 if piece.is_floating_point() else None, copy=True).view(torch.int64)
-            first = 1 + start // per_word
-            words ^= torch.arange(first, first + words.numel(), device=words.device).mul_(_ODD_1)
-            words ^= words >> 29
-            words *= _ODD_2
-            words ^= words >> 32
-            total = _mix(total + int(words.sum()))
-        total = _mix(total + flat.numel())
+        for piece in _sums_of_pieces(tensor.detach()):
+            total = _mix(total + piece)
+        total = _mix(total + tensor.numel())
     return total
+
+
+def _sums_of_pieces(tensor: Tensor) -> list[int]:
+    """The sum of each `_PIECE` words. Of a sharded tensor every rank adds up its rows, and the sums are added."""
+    per_word = 2 if tensor.is_floating_point() else 8 // tensor.element_size()
+    size, group = _PIECE * per_word, None
+    if (rows := own_rows(tensor)) is not None and tensor.stride(0) % per_word == 0:
+        part, first, group = rows
+        flat = part.reshape(-1)
+    else:
+        flat, first = gather(tensor).reshape(-1), 0
+    sums = [0] * -(-tensor.numel() // size)
+    for number in range(first // size, -(-(first + flat.numel()) // size)):
+        begin, end = max(number * size, first), min((number + 1) * size, first + flat.numel())
+        piece = flat[begin - first : end - first]
+        if piece.numel() % per_word:
+            piece = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
+        words = piece.to(torch.float32 if piece.is_floating_point() else None, copy=True).view(torch.int64)
+        place = 1 + begin // per_word
+        words ^= torch.arange(place, place + words.numel(), device=words.device).mul_(_ODD_1)
+        words ^= words >> 29
+        words *= _ODD_2
+        words ^= words >> 32
+        sums[number] = int(words.sum())
+    if group is not None and sums:
+        of_all = torch.tensor(sums, device=flat.device)
+        dist.all_reduce(of_all, group=group)
+        sums = of_all.tolist()
+    return sums
 
 
 def fingerprint_of_weight(weight: PackedWeight) -> int:

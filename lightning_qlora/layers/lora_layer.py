@@ -56,10 +56,11 @@ class LoRALayer(PackedLinear):
     def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`."""
         rows = self._as_stored(weight.detach())
-        made = methods.initialize(rows.to(device or rows.device), self.config, self.seed_name)
+        of_meta = rows.is_meta  # `load_weights` reads the values later
+        made = methods.initialize(rows if of_meta else rows.to(device or rows.device), self.config, self.seed_name)
         self.set_packed_weight(made.base)
         if self.config.initialization == "calibrated":
-            self.dense_weight = rows.cpu()
+            self.dense_weight = rows if of_meta else rows.cpu()
         self.set_adapter(made.lora_a, made.lora_b)
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:

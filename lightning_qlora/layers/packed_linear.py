@@ -94,6 +94,17 @@ class PackedLinear(nn.Linear):
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
         return self
 
+    def reset_parameters(self) -> None:
+        """Refuse what Lightning does to a module that is still on the meta device after it was sharded.
+
+        Raises:
+            RuntimeError: As above.
+        """
+        raise RuntimeError(
+            "A 4-bit layer can't be initialized anew: its weight is that of a pretrained model. Load a module that was "
+            "sharded on the meta device with lightning_qlora.load_weights(module, FOLDER), after fully_shard."
+        )
+
     def base_fingerprint(self) -> int:
         """Fingerprint of the 4-bit weight, computed at the first use."""
         if self._fingerprint is None:

@@ -79,7 +79,8 @@ def record(parameters: Iterable[Unrecorded]) -> None:
         parameter, frozen = own_parameters(owner).get(key), None
         if parameter is not None and not parameter.requires_grad:
             if id(parameter) not in read:
-                read[id(parameter)] = Value.of(parameter, fingerprint(parameter))
+                known = 0 if parameter.is_meta else fingerprint(parameter)  # `load_weights` renews it
+                read[id(parameter)] = Value.of(parameter, known)
             frozen = read[id(parameter)]
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, frozen)
 

@@ -142,6 +142,24 @@ class PackedWeight:
         packed, (shape, quant_type, block_size) = weight.packed.reshape(-1, 1), weight[3:]
         return cls(packed, absmax, nested_absmax, offset, shape, quant_type, block_size, dtype)
 
+    @classmethod
+    def without_data(cls, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> "PackedWeight":
+        """What a weight [out, in] without data becomes: its shapes, on the meta device or with fake tensors."""
+        blocks = -(-weight.numel() // block_size)
+        packed = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
+        absmax = weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+        nested = weight.new_empty(-(-blocks // blockwise.NESTED_BLOCK_SIZE), dtype=torch.float32)
+        return cls(
+            packed,
+            absmax,
+            nested if double_quant else None,
+            0.0,
+            tuple(weight.shape),
+            quant_type,
+            block_size,
+            weight.dtype,
+        )
+
     def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
         meta: dict[str, Any] = {

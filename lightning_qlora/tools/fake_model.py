@@ -85,16 +85,18 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
         config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
     check_output_embeddings(fake_model, config.deferred_logits)
     start, bytes_before = time.perf_counter(), parameter_bytes(fake_model)
+    how = config.quant_type, config.block_size, config.double_quant
     choice, new = select_layers(fake_model, config), unrecorded(fake_model)
     check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        packed = _packed(weight.T if kind_of(type(layer)).transposed else weight, config)
+        packed = PackedWeight.without_data(weight.T if kind_of(type(layer)).transposed else weight, *how)
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
 
         def convert(layer: nn.Linear, number: int, name: str = name, own: QLoRAConfig = of_stack) -> None:
-            QLoRALinear.from_packed(layer, _packed(layer.weight, own), nn.Linear, own, expert_name(name, number))
+            packed = PackedWeight.without_data(layer.weight, *how)
+            QLoRALinear.from_packed(layer, packed, nn.Linear, own, expert_name(name, number))
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice, new)
@@ -105,15 +107,6 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
     warn_of_what_stayed(fake_model, choice)
     report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
     return list(adapted_layers(fake_model).values()), report
-
-
-def _packed(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
-    """A 4-bit weight without data, by the shape function of the op."""
-    how = config.quant_type, config.block_size
-    packed, absmax, nested = torch.ops.lightning_qlora.quantize(weight, *how, config.double_quant)
-    nested_absmax = nested.view(torch.float32)[:-1] if config.double_quant else None
-    absmax = absmax if config.double_quant else absmax.view(torch.float32)
-    return PackedWeight(packed[:, None], absmax, nested_absmax, 0.0, tuple(weight.shape), *how, weight.dtype)
 
 
 def one_line(error: Exception) -> str:

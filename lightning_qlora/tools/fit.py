@@ -108,8 +108,7 @@ def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, 
 def _gpus(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> str:
     """The number of GPUs with FSDP2: each holds a part of all weights, and all of the block that runs and the next.
 
-    The batch is that of each GPU. Sharded logits are not deferred. Before a GPU keeps its part, it holds all of the
-    converted model.
+    The batch is that of each GPU. Sharded logits are not deferred.
     """
     compute_logits(run.model)
     estimate = run.estimate(batch_size, sequence_length)
@@ -120,8 +119,6 @@ def _gpus(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -
     kept = gathered + parts["activations"] + 2 * parts["decode buffer"]
     shared = whole + parts["gradients"] + (0 if estimate.paged else parts["optimizer state"])
     name = f"GPUs with FSDP2, {batch_size} x {sequence_length} on each"
-    if whole > usable:
-        return _line(name, f"none: each holds the converted model of {size_text(whole)} until it is sharded")
     if kept >= usable:
         return _line(name, f"none: {_both(kept)} of activations and gathered weights are on each")
     gpus = max(1, -(-shared // (usable - kept))) if needed(estimate) > usable else 1

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
@@ -100,7 +101,7 @@ def convert_module(
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
         return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
-    check_has_data(module)
+    check_has_data(module, later=sharded or dist.is_initialized())
     kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
     given = config
     adapter = read_adapter(config.adapter) if config.adapter else None
@@ -143,7 +144,7 @@ def convert_module(
     elif kept:
         warn_of_unused_arguments(module, config)
     if config.initialization == "calibrated" and layers:
-        Calibration(module, config)
+        Calibration(module, config, sharded)
     report = conversion_report(module, choice, bytes_before, start, deferred)
     warn_of_large_new_parts(module, choice, report)
     return report

@@ -49,13 +49,15 @@ def check_initialized(module: nn.Module) -> None:
             )
 
 
-def check_has_data(module: nn.Module) -> None:
-    """Refuse a module that was built on the meta device if a part of it was never loaded."""
+def check_has_data(module: nn.Module, later: bool = False) -> None:
+    """Refuse a module that was built on the meta device if a part of it was never loaded, or can't be `later`."""
     for name, tensor in named_tensors(module):
         if tensor.is_meta:
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             owner, _, key = name.rpartition(".")
             what = COMPUTE_IT if key in module.get_submodule(owner)._non_persistent_buffers_set else LOAD_IT
+            if later and what is LOAD_IT:
+                continue
             raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {what}")
 
 

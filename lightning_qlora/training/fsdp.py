@@ -11,10 +11,13 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import inside
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training import patches
+from lightning_qlora.training.convert_checks import check_has_data
 
 
 def shards_module(trainer: Trainer | None) -> bool:
@@ -34,8 +37,8 @@ def convert_before_sharding(
         convert: Converts the module.
 
     Raises:
-        RuntimeError, ValueError: If this torch version can't shard 4-bit weights, the adapters are initialized from
-            a batch, or layers are added after the first call of `fully_shard`.
+        RuntimeError, ValueError: If this torch version can't shard 4-bit weights, or layers are added after the first
+            call of `fully_shard`.
     """
     if trainer is None or not shards_module(trainer):
         yield
@@ -45,7 +48,7 @@ def convert_before_sharding(
 
     def before(to_shard: list[nn.Module]) -> None:
         if conversion_of(module) is None and not set(module.modules()).isdisjoint(to_shard):
-            _check_can_shard(config)
+            _check_can_shard()
             convert(module)
             at_conversion.update(module.modules())
 
@@ -55,22 +58,31 @@ def convert_before_sharding(
         _check_no_later_layers(module, at_conversion)
 
 
-def _check_can_shard(config: QLoRAConfig) -> None:
-    """Refuse a torch version whose FSDP2 can't shard bytes, and an initialization that needs a batch.
+def _check_can_shard() -> None:
+    """Refuse a torch version whose FSDP2 can't shard bytes.
 
     Raises:
-        RuntimeError, ValueError: As above.
+        RuntimeError: As above.
     """
     if torch.__version__ < TorchVersion("2.12"):
         raise RuntimeError(
             f"torch {torch.__version__}: its fully_shard refuses 4-bit weights, because it accepts only parameters of "
             "a floating-point type (pytorch issue 177844). FSDP2 with QLoRAPrecision needs torch 2.12 or newer."
         )
-    if config.initialization == "calibrated":
-        raise ValueError(
-            "init_lora_weights='calibrated' can't be used with fully_shard: it needs a batch, and adapters are sharded "
-            "before the first batch. Use 'loftq' or 'pissa', which are computed before sharding."
-        )
+
+
+def finish_loading(trainer: Trainer, config: QLoRAConfig) -> None:
+    """After `configure_model`: all weights of a sharded module are there, and its adapters are those to start from.
+
+    Raises:
+        ValueError: If a part of the module is on the meta device still.
+    """
+    module = trainer.lightning_module
+    if not shards_module(trainer) or conversion_of(module) is None:
+        return
+    check_has_data(module)
+    if config.adapter is not None:
+        set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
 
 
 def _check_no_later_layers(module: nn.Module, at_conversion: set[nn.Module]) -> None:

@@ -31,7 +31,7 @@ from lightning_qlora.training.calibration.calibration import Calibration, calibr
 from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
-from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
+from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, finish_loading, shards_module
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
@@ -79,9 +79,17 @@ class QLoRAPrecision(Precision):
     @contextmanager
     def module_init_context(self) -> Iterator[None]:
         """Within this (`configure_model`), transformers models are quantized while loading, others before sharding."""
-        sharding = convert_before_sharding(self._trainer, self.config, self.convert_module)
-        with quantize_while_loading(self.config), sharding:
-            yield
+        trainer = self._trainer
+        sharding = convert_before_sharding(trainer, self.config, self.convert_module)
+        try:
+            with quantize_while_loading(self.config, shards_module(trainer)), sharding:
+                yield
+            if trainer is not None:
+                finish_loading(trainer, self.config)
+        except BaseException:
+            if trainer is not None and has_meta(trainer.lightning_module):
+                patches.skip_moving_meta_module_at_teardown(trainer)
+            raise
 
     @contextmanager
     def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:
@@ -108,7 +116,7 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             guards.check_trainer(trainer, module)  # type: ignore[arg-type]
             device = trainer.strategy.root_device
-            if has_meta(module):
+            if has_meta(module) and self._trainer is None:
                 patches.skip_moving_meta_module_at_teardown(trainer)
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)

@@ -1,16 +1,21 @@
 """Run in a process of its own: load FOLDER in `configure_model` with adapters of rank R, print how memory rises.
 
-A third argument is the name of a GGUF file in the folder, which is loaded in bf16.
+With a third argument the model is sharded over so many ranks, or it is the name of a GGUF file in the folder, which is
+loaded in bf16. A FOLDER that does not exist is written: a Llama with 572 MiB of bf16 weights.
 """
 
 import gc
+import os
 import sys
 import threading
 import time
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
@@ -32,8 +37,12 @@ class Lit(LightningModule):
         if self.model is None:
             gc.collect()
             watch.start()
-            gguf = {"gguf_file": sys.argv[3], "dtype": torch.bfloat16} if sys.argv[3:] else {}
+            gguf = {"gguf_file": GGUF, "dtype": torch.bfloat16} if GGUF else {}
             self.model = AutoModelForCausalLM.from_pretrained(self.folder, **gguf)
+            if self._device_mesh is not None:
+                for layer in self.model.model.layers:
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
     def predict_dataloader(self):
         return torch.utils.data.DataLoader(range(1))
@@ -62,12 +71,31 @@ def import_what_loading_needs():
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def write_llama(folder):
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8,
+        vocab_size=8192, max_position_embeddings=128, dtype=torch.bfloat16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    folder, r, third = (*sys.argv[1:], "1")[:3]
+    ranks, GGUF = (int(third), None) if third.isdigit() else (1, third)
+    if not Path(folder).exists():
+        write_llama(folder)
     import_what_loading_needs()
     watch = Watch()
-    plugin = QLoRAPrecision(r=int(sys.argv[2]))
-    lit = Lit(sys.argv[1])
-    make_trainer(sys.argv[1], plugins=plugin, enable_checkpointing=False).predict(lit)
+    plugin = QLoRAPrecision(r=int(r))
+    lit = Lit(folder)
+    strategy = ModelParallelStrategy(ranks, 1) if ranks > 1 else "auto"
+    make_trainer(
+        folder, plugins=plugin, enable_checkpointing=False, strategy=strategy, devices=ranks,
+        use_distributed_sampler=False,
+    ).predict(lit)  # fmt: skip
     layers = sum(isinstance(layer, QLoRALinear) for layer in lit.modules())
-    print(f"{layers} layers, peak {watch.peak - watch.base:.1f} MB, end {anonymous_mb() - watch.base:.1f} MB")
+    kept = sum(p.to_local().nbytes if ranks > 1 else p.nbytes for p in lit.parameters()) / 2**20
+    peak, end = watch.peak - watch.base, anonymous_mb() - watch.base
+    line = f"{layers} layers, peak {peak:.1f} MB, end {end:.1f} MB, {kept:.1f} MB in parameters\n"
+    os.write(1, line.encode())  # one write, so that the lines of two ranks do not mix

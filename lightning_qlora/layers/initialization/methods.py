@@ -46,6 +46,8 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     The float weight is [out, in]. The seed of the random numbers is made from the layer's name. ValueError if the rank
     is larger than the number of singular values.
     """
+    if weight.is_meta:
+        return _without_data(weight, config)
     if config.initialization == "pissa":
         return _pissa(weight, config, name)
     if config.initialization == "loftq":
@@ -53,6 +55,14 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     if config.initialization == "calibrated":
         _checked_rank(weight, config)  # an error at conversion, not at the first batch
     return Initialization(_quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
+
+
+def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
+    """Shapes alone, on the meta device: `load_weights` reads the values once the module is sharded."""
+    r = config.r if config.initialization in ("default", "gaussian") else _checked_rank(weight, config)
+    base = PackedWeight.without_data(weight, config.quant_type, config.block_size, config.double_quant)
+    a, b = (weight.new_empty(shape, dtype=torch.float32) for shape in ((r, weight.shape[1]), (weight.shape[0], r)))
+    return Initialization(base, a, b)
 
 
 def changes_base_weights(config: QLoRAConfig) -> bool:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.dtensor import gather, gather_again, reshard, start_sharding
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training.calibration.calibration_report import CalibrationReport
@@ -43,11 +43,15 @@ class Calibration:
         report: The state of the calibration.
     """
 
-    def __init__(self, root: nn.Module, config: QLoRAConfig) -> None:
+    def __init__(self, root: nn.Module, config: QLoRAConfig, sharded: bool = False) -> None:
         self._config, self._collecting, self._reported, self._warned = config, False, False, False
         self._layers = {name: layer for name, layer in adapted_layers(root).items() if layer.dense_weight is not None}
-        sizes = (layer.dense_weight.nbytes for layer in self._layers.values() if layer.dense_weight is not None)
-        self.report = CalibrationReport(list(self._layers), sum(sizes))
+        weights: list[Any] = [layer.dense_weight for layer in self._layers.values()]
+        if sharded and world_size() > 1:  # each rank keeps the weights of its share of the layers
+            for place, layer in enumerate(self._layers.values()):
+                if place % world_size() != dist.get_rank():
+                    layer.dense_weight = weights[place] = weights[place].to("meta")
+        self.report = CalibrationReport(list(self._layers), sum(w.nbytes for w in weights if not w.is_meta))
         # Name -> A, B, input rms: what a state dict from before the calibration needs, until a newer one is saved.
         self._initial: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._hooks = [
@@ -76,6 +80,7 @@ class Calibration:
                 "batches need the Trainer with automatic optimization"
             )
         self.collect_statistics(module, lambda: module(*args, **kwargs), args, kwargs)
+        gather_again(module)
 
     def before_batch(self, trainer: Trainer, batch: Any) -> None:
         """Collect from this batch of the Trainer and the next ones, where one forward pass is not enough."""
@@ -86,6 +91,7 @@ class Calibration:
         asked = self._config.calibration_batches or trainer.accumulate_grad_batches
         count = int(min(asked, trainer.num_training_batches - index))
         if count > 1 or world_size() > 1 or any(_is_compiled(part) for part in module.modules()):
+            start_sharding(module)
             batches = restore_each(next_batches(trainer, batch, count))
             with torch.compiler.set_stance("force_eager"):
                 self.collect_statistics(module, lambda: run_training_steps(trainer, batches, index))
@@ -104,12 +110,13 @@ class Calibration:
         try:
             with logging_disabled(module), isolated(module, *arguments), statistics.collecting():
                 run()
+                reshard(module)  # adapters are written to the parts that the ranks keep
         finally:
             self._collecting = False
         statistics.sum_over_ranks()
         rms = {name: statistics.rms(name) for name in layers}  # before any adapter changes: an error changes none
-        for place, name in enumerate(layers):
-            self._initialize(name, rms[name], source=place % world_size())
+        for name, source in _sources(layers).items():
+            self._initialize(name, rms[name], source)
             self.report.rows = max(self.report.rows, statistics.rows(name))
         self.report.seconds += perf_counter() - began
         self._remove_hooks()
@@ -117,7 +124,7 @@ class Calibration:
     def _initialize(self, name: str, rms: Tensor, source: int) -> None:
         layer = self._layers[name]
         self.report.waiting.remove(name)
-        if layer.lora_B.any():
+        if gather(layer.lora_B).any():
             layer.dense_weight = None
             self._warn(f"{name} was trained before its calibration (in eval mode?), so its adapter is not changed")
             return
@@ -166,7 +173,7 @@ class Calibration:
         for name, layer in self._layers.items():
             if not isinstance(layer, QLoRALinear):
                 continue
-            if layer.input_rms is not None or layer.lora_B.any():
+            if layer.input_rms is not None or gather(layer.lora_B).any():
                 layer.dense_weight = None
                 self._initial.pop(name, None)
                 if name in self.report.waiting:
@@ -217,31 +224,36 @@ class Calibration:
 
 @torch.no_grad()
 def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, source: int = 0) -> None:
-    """Initialize a waiting layer from the RMS of its inputs [in]: computed on rank `source`, then broadcast.
-
-    Raises:
-        RuntimeError: If the adapter is sharded.
-    """
-    if is_sharded(layer.lora_A):
-        raise RuntimeError(
-            f"{layer.full_name}: init_lora_weights='calibrated' can't initialize an adapter that is sharded (FSDP2, "
-            "tensor parallel). Use 'loftq' or 'pissa', which are computed before sharding."
-        )
+    """Initialize a waiting layer from the RMS of its inputs [in]: computed on rank `source`, then broadcast."""
     dense, layer.dense_weight, layer.input_rms = layer.dense_weight, None, input_rms.cpu()
     if dense is None or not input_rms.any():
         return
-    lora_a, lora_b = layer.lora_A.detach(), layer.lora_B.detach()
+    base, device = layer.packed_weight, layer.packed.device  # of a sharded layer all ranks gather the base
+    lora_a, lora_b = (torch.empty(part.shape, device=device) for part in (layer.lora_A, layer.lora_B))
     if world_size() == 1 or dist.get_rank() == source:
-        with torch.autocast(layer.packed.device.type, enabled=False):
-            weight = dense.to(layer.packed.device)
-            lora_a, lora_b = methods.calibrated_adapter(
-                weight, layer.packed_weight, input_rms, layer.config, layer.seed_name
-            )
+        with torch.autocast(device.type, enabled=False):
+            weight = dense.to(device, layer.weight_dtype)
+            made = methods.calibrated_adapter(weight, base, input_rms, layer.config, layer.seed_name)
+        lora_a, lora_b = (part.contiguous() for part in made)
     if world_size() > 1:
-        lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
         dist.broadcast(lora_a, source)
         dist.broadcast(lora_b, source)
     layer.set_adapter(lora_a, lora_b)
+
+
+def _has_weight(layer: QLoRALinear) -> bool:
+    """Whether this rank has the float weight of a waiting layer; others may have it on the meta device."""
+    return layer.dense_weight is not None and not layer.dense_weight.is_meta
+
+
+def _sources(layers: Mapping[str, QLoRALinear]) -> dict[str, int]:
+    """Name -> rank that computes the adapter: one that has the float weight, so that the ranks share the work."""
+    held = [[name for name, layer in layers.items() if _has_weight(layer)]]
+    if world_size() > 1:
+        held = held * world_size()
+        dist.all_gather_object(held, held[0])
+    ranks = {name: [rank for rank, names in enumerate(held) if name in names] or [0] for name in layers}
+    return {name: having[place % len(having)] for place, (name, having) in enumerate(ranks.items())}
 
 
 def calibration_of(root: nn.Module | None) -> Calibration | None:

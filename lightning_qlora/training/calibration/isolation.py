@@ -20,6 +20,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
+from torch.distributed._composable_state import _State as FSDPState
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,7 +34,7 @@ Restore = Callable[[], Any]
 # Not saved: what can't change, what a forward pass does not change, and what is too large to copy.
 NOT_SAVED = (
     int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, ModuleType, FunctionType,
-    Dataset, DataLoader, Optimizer, nn.Parameter, QLoRALinear, np.memmap,
+    Dataset, DataLoader, Optimizer, nn.Parameter, QLoRALinear, np.memmap, FSDPState,
 )  # fmt: skip
 OF_LIGHTNING = (Trainer, Fabric, Logger, Callback, LightningDataModule)  # not saved either
 # Another thread may change an object with one of these attributes meanwhile: restoring it would undo that change.

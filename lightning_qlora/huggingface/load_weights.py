@@ -1,0 +1,183 @@
+"""Weights of a module that was sharded on the meta device: no rank ever holds the whole model.
+
+    4-bit layer i       rank i % n reads it, quantizes it and initializes its adapter, as one device does, and sends the
+                        bytes and the adapter; every rank keeps its part of them
+    all else            every rank reads its part
+
+So a rank has its part of the model and one layer in memory. Loading sends what one forward pass gathers.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from lightning_qlora.adapters.model_folder import ModelFolder
+from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.save_load import set_adapter_of_module
+from lightning_qlora.layers.dotted_names import join, owner_name, parameter_and_number
+from lightning_qlora.layers.dtensor import is_sharded, local_part
+from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import is_transformers_model, named
+from lightning_qlora.layers.new_parameters import LOADED_TENSOR
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.records import renew
+
+NO_VALUES = (
+    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
+    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
+)
+
+
+def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Read the weights of a module on the meta device, after `fully_shard`; all ranks must call it.
+
+    Args:
+        module: The module whose names the folder has. What is not on the meta device stays as it is.
+        folder: A folder with model.safetensors, or with model.safetensors.index.json and the files that it lists.
+
+    Raises:
+        FileNotFoundError, ValueError: If the folder lacks a tensor, or has it in another shape or with NaN or Inf.
+    """
+    read_weights(module, ModelFolder.open(folder) if is_transformers_model(module) else ModelFolder(folder, None))
+    conversion = conversion_of(module)
+    if conversion is not None and (adapter := conversion.given[-1].adapter) is not None:
+        set_adapter_of_module(module, read_adapter(adapter))
+
+
+@torch.no_grad()
+def read_weights(module: nn.Module, folder: ModelFolder) -> None:
+    """The same with an opened folder; the adapters have their initial values."""
+    device = _device_of(module)
+    _read_layers(module, folder, device)
+    for places in _tensors_on_meta(module):
+        name = next((name for name, _, _ in places if name in folder.entries), None)
+        if name is None:
+            raise ValueError(
+                f"{places[0][0]}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
+                "name. Load it, or build it outside of the meta device."
+            )
+        held = places[0][1][places[0][2]]
+        value = _with_data(held, _read(folder, name, tuple(held.shape)), device)
+        for _, tensors, key in places:
+            tensors[key] = value
+    renew(module)
+
+
+def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -> None:
+    """Read the 4-bit layers, as many at a time as there are ranks; a model that is not sharded, on each rank alone."""
+    shared = dist.is_initialized() and any(map(is_sharded, module.parameters()))
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
+    layers = [(name, layer) for name, layer in adapted_layers(module).items() if layer.packed.is_meta]
+    groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
+    silent = True if rank else None  # None: also where stderr is no terminal
+    for group in tqdm(groups, "Quantizing", leave=False, delay=2, unit=f" x {ranks} layers", disable=silent):
+        made, error = None, None
+        try:
+            if rank < len(group):
+                name, layer = group[rank]
+                made = _make(module, name, layer, folder, device)
+        except ValueError as raised:
+            error = str(raised)
+        _raise_on_all_ranks(error, ranks)
+        for source, (_, layer) in enumerate(group):
+            _share(layer, made if source == rank else None, source, device, ranks)
+
+
+def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
+    """Set the tensors of a layer to this rank's part of those that rank `source` made."""
+    for key in (*BASE, *ADAPTER):
+        if (held := layer._parameters.get(key)) is None:
+            continue
+        if made is None:
+            value = torch.empty(held.shape, dtype=held.dtype, device=device)
+        else:
+            value = getattr(made, key).data.contiguous()
+        if ranks > 1:
+            dist.broadcast(value, source)
+        layer._parameters[key] = _with_data(held, value, device)  # type: ignore[assignment]
+    if made is not None and made.dense_weight is not None:
+        layer.dense_weight = made.dense_weight  # the calibrated adapter is computed on this rank
+
+
+def _make(module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder, device: torch.device) -> QLoRALinear:
+    """A layer as one device makes it of the float weight in the folder."""
+    made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    expert = parameter_and_number(name)
+    if expert is None:
+        rows = layer._as_stored(_read(folder, join(name, "weight"), tuple(layer.weight.shape)))
+    else:
+        stack: Any = module.get_submodule(owner_name(name))
+        own = f"{expert[0]}.{expert[1]}"
+        if own in folder.entries:  # of a conversion by transformers
+            weight = _read(folder, own, stack.expert_shape)
+        else:
+            weight = _read(folder, expert[0], stack.weight_shape).view(len(stack), *stack.expert_shape)[expert[1]]
+        rows = weight.T if stack.transposed else weight
+    made._parameters["weight"] = nn.Parameter(rows.to(layer.weight_dtype), requires_grad=False)
+    with named(name):
+        QLoRALinear.from_linear(made, layer.config, name, device, layer.seed_name)
+    if made.dense_weight is not None:
+        made.dense_weight = rows  # mapped from the file until it is used
+    assert isinstance(made, QLoRALinear)
+    return made
+
+
+def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of the folder, mapped from its file."""
+    if name not in folder.entries or folder.is_packed(name):
+        what = "is in 4 bits already" if name in folder.entries else "is missing"
+        raise ValueError(
+            f"{folder.folder}: {name!r} {what}. Use a folder with all weights of the model in 16 or 32 bits."
+        )
+    value = folder.tensors([name])[name]
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{folder.where(name)} has shape {list(value.shape)}, and the module has {list(shape)} there. {NO_VALUES}"
+        )
+    return value
+
+
+def _raise_on_all_ranks(error: str | None, ranks: int) -> None:
+    """Raise the error of one rank on all: the others would wait for its layer."""
+    errors = [error]
+    if ranks > 1:
+        errors = [None] * ranks
+        dist.all_gather_object(errors, error)
+    for raised in filter(None, errors):
+        raise ValueError(raised)
+
+
+def _with_data(held: Tensor, value: Tensor, device: torch.device) -> Tensor:
+    """What takes the place of a tensor on the meta device."""
+    part = local_part(value, held, device)
+    if not isinstance(held, nn.Parameter):
+        return part
+    made: Tensor = (nn.Parameter if is_sharded(held) else type(held))(part, requires_grad=held.requires_grad)
+    if hasattr(held, LOADED_TENSOR):
+        setattr(made, LOADED_TENSOR, True)
+    return made
+
+
+def _tensors_on_meta(module: nn.Module) -> list[list[tuple[str, dict[str, Any], str]]]:
+    """Name, dict and key of every tensor on the meta device, tied ones together; without 4-bit weights and adapters."""
+    found: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
+    for name, owner in module.named_modules(remove_duplicate=False):
+        for tensors in (owner._parameters, owner._buffers):
+            for key, tensor in tensors.items():
+                of_layer = isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER)
+                if tensor is not None and tensor.is_meta and not of_layer:
+                    found.setdefault(id(tensor), []).append((join(name, key), tensors, key))
+    return list(found.values())
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """The device of this rank in the mesh of the sharded parameters; the CPU without any."""
+    kind = next((p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)), "cpu")
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -1,0 +1,44 @@
+"""What transformers finds when it loads a model whose values are read later: names, data types, and what files lack.
+
+transformers loads tensors on the meta device, of the shapes in the files, into a copy of the model, which stays dense.
+What the copy became is then true of the model, whose layers are in 4 bits and may be sharded.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_qlora.adapters.model_folder import ModelFolder
+from lightning_qlora.layers.dotted_names import join, parameter_and_number
+from lightning_qlora.layers.names import named_tensors
+from lightning_qlora.layers.new_parameters import LOADED_TENSOR
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+
+
+def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
+    """Load the model of a folder, on the meta device; `load` is `PreTrainedModel._load_pretrained_model`."""
+    empty = {key: torch.empty(entry.shape, device="meta") for key, entry in folder.stored.entries.items()}
+    return load(folder.model, empty, None, replace(load_config, device_map={"": "meta"}, hf_quantizer=None))
+
+
+def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
+    """Give the tensors of a model, which is on the meta device, the types and marks that those of the folder's got."""
+    dense: Any = folder.model
+    found = dict(named_tensors(dense))
+    for name, part in model.named_modules():
+        if isinstance(part, QLoRALinear):
+            expert = parameter_and_number(name)
+            part.weight_dtype = dense.get_parameter(join(name, "weight") if expert is None else expert[0]).dtype
+            part._is_hf_initialized = part.bias is None  # type: ignore[assignment]
+        for key, held in part._parameters.items():
+            known = found.get(join(name, key))
+            if held is not None and known is not None and held.dtype is not known.dtype:
+                cast = torch.empty_like(held, dtype=known.dtype)
+                part._parameters[key] = nn.Parameter(cast, requires_grad=held.requires_grad)
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            known = found.get(join(name, key))  # None: of a 4-bit layer
+            if tensor is not None and (known is None or hasattr(known, LOADED_TENSOR)):
+                setattr(tensor, LOADED_TENSOR, True)

@@ -1,0 +1,234 @@
+"""Weights that are read after a module was sharded on the meta device: the bytes that one device has."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
+from lightning_qlora.layers.dtensor import gather
+from tests.conftest import ROOT, launch
+from tests.toys import Lit, needs, perturb, toy
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    needs("torch", "2.12", "fully_shard takes floats alone before"),
+    needs("transformers", "5.3", "reads all weights before"),
+]
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def check_equal(sharded, alone):
+    assert sharded.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.equal(gather(sharded[name].detach()).reshape(value.shape), value), name
+
+
+@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
+def test_two_ranks_have_the_bytes_and_losses_of_one_device(tmp_path):
+    """Blocks across rows, tied embeddings, Conv1D, a new head, experts; A and B of an SVD, DoRA's norms; dropout."""
+    from tests.scripts.load_weights import fit, load, save_models
+
+    save_models(tmp_path)
+    arguments = [
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": "calibrated", "lora_dropout": 0.0, "split": True},
+    ]
+    ranks = launch("tests.scripts.load_weights", tmp_path, 2, *map(json.dumps, arguments))[1]
+    for place, given in enumerate(arguments):
+        alone, results = fit(tmp_path, 1, **given), [of_fits[place] for of_fits, _ in ranks]
+        for result in results:
+            check_equal(result["start"], alone["start"])
+        losses = torch.tensor([result["losses"] for result in results]).mean(0)
+        torch.testing.assert_close(losses, torch.tensor(alone["losses"]), rtol=1e-5, atol=0)
+        assert len(losses) == 20
+    alone = load(tmp_path)
+    for _, by_transformers in ranks:
+        check_equal(by_transformers, alone)
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_part_of_a_rank_and_one_layer(tmp_path):
+    """A layer, or a part of the embedding, in 16 bits and as it is quantized: less than 25 MB of 572."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.scripts.memory_of_loading", str(tmp_path / "llama"), "16"]
+    for ranks in (2, 4):
+        done = subprocess.run([*command, str(ranks)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        found = re.findall(r"peak ([\d.]+) MB, end [\d.]+ MB, ([\d.]+) MB in parameters", done.stdout)
+        assert len(found) == ranks, done.stderr[-3000:]
+        for peak, kept in found:
+            assert float(peak) < float(kept) + 25 and float(kept) < 200 / ranks
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """Restores the environment, and destroys the process group that the strategies make."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Net(nn.Sequential):
+    """Of no library, with a head that is tied to the first layer, and buffers."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(96, 200), nn.BatchNorm1d(200), nn.Linear(200, 96, bias=False), nn.Linear(96, 8))
+        self.table = nn.Embedding(8, 96)
+        self[3].weight = self.table.weight
+
+    def forward(self, x):
+        return self[3](self[2](self[1](self[0](x))))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    net = Net()
+    net[1].running_mean.normal_()
+    nn.init.normal_(net[3].bias)
+    state = net.state_dict()
+    del state["3.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(net.state_dict(), tmp_path / "state.pt")
+    return tmp_path
+
+
+def sharded_by_fabric(folder, fill=True, **arguments):
+    """A module on the meta device, which `parallelize_fn` shards and loads."""
+
+    def parallelize(module, mesh):
+        fully_shard(module[0], mesh=mesh["data_parallel"])
+        fully_shard(module, mesh=mesh["data_parallel"])
+        if fill:
+            load_weights(module, folder)
+        return module
+
+    plugin = QLoRAPrecision(**ARGUMENTS | arguments)
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricStrategy(parallelize, 1, 1), plugins=plugin)
+    fabric.launch()
+    with torch.device("meta"):
+        net = Net()
+    return fabric, fabric.setup_module(net)
+
+
+@pytest.mark.parametrize("init", ["default", "calibrated"])
+def test_a_module_of_no_library_is_loaded_from_a_folder(init, folder, one_rank):
+    fabric, net = sharded_by_fabric(folder, init_lora_weights=init, target_modules=["0", "2"])
+    alone = Net()
+    alone.load_state_dict(torch.load(folder / "state.pt"))
+    convert(alone, **ARGUMENTS, init_lora_weights=init, target_modules=["0", "2"])
+    check_equal(dict(net.module.named_buffers()), dict(alone.named_buffers()))
+    check_equal(dict(net.module.named_parameters()), dict(alone.named_parameters()))
+    x = torch.randn(5, 96)
+    fabric.backward(net(x).sum())
+    alone(x).sum().backward()
+    for name, parameter in alone.named_parameters():
+        held = net.module.get_parameter(name)
+        torch.testing.assert_close(gather(held.detach()).reshape(parameter.shape), parameter.detach())
+        if parameter.requires_grad:
+            torch.testing.assert_close(gather(held.grad), parameter.grad)
+
+
+def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_without_weights_refused(folder, one_rank):
+    with pytest.raises(RuntimeError, match=r"lightning_qlora\.load_weights\(module, FOLDER\), after fully_shard"):
+        sharded_by_fabric(folder, fill=False)
+    state = load_file(folder / "model.safetensors")
+    nan, small = state["2.weight"].clone(), state["0.weight"][:9].clone()
+    nan[3, 3] = torch.nan
+    for name, value, error in [
+        ("2.weight", nan, r"^2: weight: holds NaN"),
+        ("0.weight", small, r"model\.safetensors: '0\.weight' has shape \[9, 96\], and the module has \[200, 96\]"),
+        ("0.weight", None, r"'0\.weight' is missing"),
+        ("1.running_var", None, r"^1\.running_var: is on the meta device.*has no tensor of this name"),
+    ]:
+        changed = {**state, name: value}
+        save_file({key: held for key, held in changed.items() if held is not None}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=error):
+            sharded_by_fabric(folder)
+
+
+class Loaded(Lit):
+    """Loads and shards as users write it; `then` is called in between."""
+
+    def __init__(self, folder, then=lambda module: None, **arguments):
+        super().__init__(None)
+        self.folder, self.then, self.arguments = folder, then, arguments
+
+    def configure_model(self):
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, **self.arguments)
+        self.then(self)
+        if self._device_mesh is not None:
+            fully_shard(self.model.lm_head, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def fit(trainer, module, strategy="auto", **arguments):
+    run = trainer(
+        strategy=strategy, plugins=QLoRAPrecision(**ARGUMENTS | arguments), enable_checkpointing=False, max_epochs=0,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    run.fit(module)
+    return module
+
+
+def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_path, one_rank):
+    toy("llama").save_pretrained(tmp_path / "llama")
+    trained = toy("llama")
+    convert(trained, **ARGUMENTS, modules_to_save=["lm_head"])
+    save_adapter(perturb(trained), tmp_path / "adapter")
+    start = {"adapter": str(tmp_path / "adapter"), "modules_to_save": ["lm_head"]}
+    alone = fit(trainer, Loaded(tmp_path / "llama"), **start)
+    sharded = fit(trainer, Loaded(tmp_path / "llama"), ModelParallelStrategy(1, 1), **start)
+    check_equal(dict(sharded.named_parameters()), dict(alone.named_parameters()))
+    assert sharded.model.lm_head.weight.requires_grad
+    assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
+
+
+def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
+    """They are the first ones, not those of a teardown that can't move the model."""
+    toy("llama").save_pretrained(tmp_path / "llama")
+
+    def copies(module):
+        module.reference = copy.deepcopy(module.model)
+
+    def fails(module):
+        raise KeyError("theirs")
+
+    def resizes(module):
+        module.model.resize_token_embeddings(140)
+
+    def appends(module):
+        module.model.resize_token_embeddings(140, mean_resizing=False)
+
+    for module, error in [
+        (
+            Loaded(tmp_path / "llama", resizes),
+            r"meta tensors The weights are read after .* in __init__",
+        ),
+        (Loaded(tmp_path / "llama", appends), r"has shape \[128, 64\], and the module has \[140, 64\].* in __init__"),
+        (Loaded(tmp_path / "llama", copies), r"^reference\..* on the meta device"),
+        (Loaded(tmp_path / "llama", fails), "theirs"),
+        (Loaded(tmp_path / "llama", intermediate_size=192), r"has shape \[.*128.*\], and the model has \[.*192.*\]"),
+    ]:
+        with pytest.raises((ValueError, KeyError, RuntimeError), match=error):
+            fit(trainer, module, ModelParallelStrategy(1, 1))
+
+
+def test_a_model_that_is_not_sharded_is_loaded_too(trainer, tmp_path, one_rank):
+    toy("llama").save_pretrained(tmp_path / "llama")
+
+    def teacher(module):
+        module.teacher = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")]
+
+    module = fit(trainer, Loaded(tmp_path / "llama", teacher), ModelParallelStrategy(1, 1))
+    check_equal(dict(module.model.named_parameters()), dict(module.teacher[0].named_parameters()))

@@ -196,7 +196,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """transformers' conversions of the files, each followed by ours."""
-        if not COMPOSES:
+        if not COMPOSES or self.folder is not None:  # its values are read later
             return super().update_weight_conversions(weight_conversions, *model)  # type: ignore
         read_by: Any = super() if self.own is None else self.own
         conversions: list[Any] = read_by.update_weight_conversions(weight_conversions, *model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -33,6 +34,7 @@ from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
+from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 STORED = [  # the entries of bitsandbytes for a weight
@@ -203,7 +205,7 @@ class _Op(ConversionOps):
             # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
             layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
             own = layer.named_parameters(prefix, recurse=False)
-            made |= {name: p for name, p in own if p is not layer.bias}
+            made |= {name: p.to_local() if isinstance(p, DTensor) else p for name, p in own if p is not layer.bias}
         return made
 
 
@@ -234,6 +236,11 @@ class _Quantize(_Op):
     ) -> dict[str, Any]:
         """The parameters of one layer, or of all experts."""
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
+        if isinstance(place, DTensor) and weight.shape == place.to_local().shape:
+            if message := _not_splittable(place, chosen):
+                return self.failed(source, key, place.to_local(), f"{key}: {message}")
+            # Every rank read its part; to quantize, one weight at a time is gathered.
+            weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
             return self.mismatch(source, key, weight.shape, place)
         if isinstance(chosen, ToConvert):
@@ -244,10 +251,27 @@ class _Quantize(_Op):
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
             layers = _convert(name, chosen)
+            if isinstance(place, DTensor):
+                split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
             owner.__class__, owner._parameters[inner] = dense_class, place
             return self.failed(source, key, place, f"{name}: {error}")
         return self.quantized(layers, key, missing_keys)
+
+
+def _not_splittable(place: DTensor, chosen: ToConvert | StackToConvert) -> str | None:
+    """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
+    if isinstance(chosen, StackToConvert):
+        return (
+            "experts in 4 bits can't be split over ranks, by tensor or expert parallelism. Name them in exclude_modules "
+            "to keep them dense, or train with DDP or fully_shard."
+        )
+    if place.device_mesh.ndim > 1 or not isinstance(chosen.layer, nn.Linear):
+        return (
+            "a model in 4 bits can be distributed while it loads by a tp_plan alone, and its nn.Linear layers. Load it "
+            "without a DistributedConfig and call parallelize_module and fully_shard in configure_model."
+        )
+    return None
 
 
 def _convert(name: str, chosen: ToConvert | StackToConvert) -> dict[str, nn.Module]:

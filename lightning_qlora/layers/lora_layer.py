@@ -138,7 +138,8 @@ class LoRALayer(PackedLinear):
             )
             grad = (gather(magnitude) / norm).unsqueeze(1) * grad
         grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
-        return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
+        grads = grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
+        return tuple(map(shard_like, grads, (lora_a, lora_b, magnitude)))
 
     def row_norm(self, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes | None = None) -> Tensor:
         """||W + s B A|| of every row, [out], fp32; `weight`: some rows of W, None: all."""

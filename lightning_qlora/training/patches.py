@@ -12,8 +12,10 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
@@ -120,8 +122,17 @@ def split_4_bit_layers_of_plans() -> None:
     def rows(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
         split(module, mesh, True) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
 
+    def frozen_stay(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        original(module, *args, **kwargs)
+        for name in frozen:
+            module.get_parameter(name).requires_grad_(False)
+        return module
+
     wrap_once(styles.ColwiseParallel, "_partition_linear_fn", columns)
     wrap_once(styles.RowwiseParallel, "_partition_linear_fn", rows)
+    if torch.__version__ < TorchVersion("2.11"):  # which makes all that it distributes trainable
+        wrap_once(import_module("torch.distributed.tensor.parallel.style"), "distribute_module", frozen_stay)
 
 
 @contextmanager

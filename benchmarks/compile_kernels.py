@@ -186,10 +186,9 @@ def _matmul_cases(target: str) -> Iterator[Case]:
                 13 if run == 64 else 24, loop=True, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
 
-
         yield Case(
             f"matmul bf16, {rows} rows, part of a weight", _matmul(rows, torch.bfloat16, 64, True, True),
-            64 * tile["N"] / threads, 14, loop=True,
+            64 * tile["N"] / threads, 16, loop=True,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
-from lightning_qlora.layers.tensor_parallel import split_linear
+from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -155,9 +155,7 @@ class QLoRALinear(LoRALayer):
         if self._split is not None:
             return split_linear(self, x, bias)
         held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
-        return self.compute(
-            x, self.weight_bytes, bias, held["lora_A"], held["lora_B"], held["lora_magnitude_vector"]
-        )
+        return self.compute(x, self.weight_bytes, bias, held["lora_A"], held["lora_B"], held["lora_magnitude_vector"])
 
     def compute(
         self, x: Tensor, weight: PackedBytes, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None,
@@ -190,12 +188,9 @@ class QLoRALinear(LoRALayer):
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; refuses a dense weight, and the parts that an unknown style of a plan registers."""
+        """As in nn.Module; refuses a dense weight, and the parts that a style of another kind registers."""
         if is_sharded(param) and self._split is None:
-            raise ValueError(
-                f"{self.full_name}: a 4-bit layer is split by ColwiseParallel and RowwiseParallel, not by another style "
-                "of parallelize_module. Remove it from the plan, or name it in exclude_modules."
-            )
+            raise ValueError(f"{self.full_name}: {unknown_style('another style')}")
         if name in ("weight", "weight_orig"):  # layer.weight = Parameter(...), and torch.nn.utils.prune
             raise RuntimeError(f"{self.full_name}.{name} = ...: {READ_ONLY}")
         super().register_parameter(name, param)

@@ -18,8 +18,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedBytes, Part
 
+SPLIT_EXPERTS = (
+    "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Name them in exclude_modules to keep "
+    "them dense, leave them out of the plan, or use fully_shard."
+)
 WHOLE = Replicate()
 BY_OUTPUTS = dict.fromkeys(("packed", "absmax", "lora_B", "lora_magnitude_vector", "bias"), Shard(0))
 BY_INPUTS = dict.fromkeys(("packed", "absmax", "lora_A"), Shard(1))
@@ -64,7 +69,17 @@ class Split(NamedTuple):
     def part(self) -> Part:
         """Which part of the weight this rank has."""
         rank, ranks, (out, inputs) = self.mesh.get_local_rank(), self.mesh.size(), self.shape
-        return Part(0, rank * inputs, out, ranks * inputs) if self.by_inputs else Part(rank * out, 0, ranks * out, inputs)
+        return (
+            Part(0, rank * inputs, out, ranks * inputs) if self.by_inputs else Part(rank * out, 0, ranks * out, inputs)
+        )
+
+
+def unknown_style(style: str) -> str:
+    """What a style of a plan that can't split a 4-bit layer is answered with."""
+    return (
+        f"a 4-bit layer is split by ColwiseParallel or RowwiseParallel (colwise, rowwise), not by {style}. Remove it "
+        "from the plan, or name it in exclude_modules."
+    )
 
 
 def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
@@ -95,8 +110,8 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         columns = torch.tensor([part.column, part.columns], device="cpu")
     else:
         a, b, bias = _summed_gradient(held["lora_A"]), _local(held["lora_B"]), _local(bias)
-    bytes_of_rank = (_local(held[name]) for name in ("packed", "absmax", "nested"))
-    weight = PackedBytes(*bytes_of_rank, shape, layer.quant_type, layer.block_size, part)
+    packed, absmax, nested = (_local(held[name]) for name in BASE)
+    weight = PackedBytes(packed, absmax, nested, shape, layer.quant_type, layer.block_size, part)
     own = x.to_local(grad_placements=None if by_inputs else [Partial()]) if isinstance(x, DTensor) else x
     y: Tensor = layer.compute(own, weight, bias, a, b, _local(held["lora_magnitude_vector"]), columns)
     if not isinstance(x, DTensor):

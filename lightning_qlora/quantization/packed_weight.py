@@ -50,7 +50,11 @@ class PackedBytes(NamedTuple):
         if self.part is None:
             return 0, 1, 0
         (row, column, _, columns), width = self.part, self.shape[1]
-        return (row * columns + column) // self.block_size, width // self.block_size, (columns - width) // self.block_size
+        return (
+            (row * columns + column) // self.block_size,
+            width // self.block_size,
+            (columns - width) // self.block_size,
+        )
 
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""

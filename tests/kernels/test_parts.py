@@ -23,7 +23,10 @@ def library():
 def test_decodes_to_the_part_of_the_whole_everywhere(rows, columns, size, part, library):
     weight = reference.quantize(torch.randn(rows, columns), "nf4", size, True)
     row, column, m, n = part
-    expected, cut = reference.dequantize(weight, torch.float32)[row : row + m, column : column + n], part_of(weight, *part)
+    expected, cut = (
+        reference.dequantize(weight, torch.float32)[row : row + m, column : column + n],
+        part_of(weight, *part),
+    )
     assert torch.equal(reference.dequantize(cut, torch.float32), expected)
     assert torch.equal(ops.dequantize(cut, torch.bfloat16), expected.bfloat16())
     assert torch.equal(eager.dequantize_in_chunks(torch.empty(m * n), cut).view(m, n), expected)

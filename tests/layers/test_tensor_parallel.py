@@ -1,4 +1,4 @@
-"""Tensor parallelism on two processes: the same numbers as one device has, checkpoints, folders; and what is refused."""
+"""Tensor parallelism on two processes: the numbers of one device, checkpoints, folders; and what is refused."""
 
 import pytest
 from torch import nn

@@ -124,13 +124,20 @@ def with_trainer(root):
 
 def with_any_plan(mesh):
     """All layers of GPT-2 (Conv1D) and T5, by outputs and by inputs in turn, with whole inputs and outputs."""
-    for name, arguments in (("gpt2", {}), ("t5", {}), ("llama", {"use_dora": True}), ("llama", {"double_quant": False})):
+    for name, arguments in (
+        ("gpt2", {}),
+        ("t5", {}),
+        ("llama", {"use_dora": True}),
+        ("llama", {"double_quant": False}),
+    ):
         one = toy(name)
         convert(one, **ARGUMENTS | arguments)
         split = copy.deepcopy(one)
         for number, layer in enumerate(adapted_layers(split)):
             by_inputs = number % 2 and "use_dora" not in arguments
-            style = RowwiseParallel(input_layouts=Replicate()) if by_inputs else ColwiseParallel(output_layouts=Replicate())
+            style = (
+                RowwiseParallel(input_layouts=Replicate()) if by_inputs else ColwiseParallel(output_layouts=Replicate())
+            )
             parallelize_module(split, mesh, {layer: style})
         check(one, split, train(split, 4), train(one, 4))
         layer = next(iter(adapted_layers(split).values()))
@@ -140,7 +147,7 @@ def with_any_plan(mesh):
 
 def with_transformers(root):
     """A tp_plan splits the layers while they load; experts are refused."""
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed import DistributedConfig, mixin
 
     def load(folder, **arguments):
         with QLoRAPrecision(**ARGUMENTS).init():
@@ -151,6 +158,10 @@ def with_transformers(root):
     plan = DistributedConfig(tp_size=2, tp_plan="auto")
     one, split = load(root / "llama"), load(root / "llama", distributed_config=plan)
     check(one, split, train(split, 4), train(one, 4))
+    converted = copy.deepcopy(one)  # before the plan is applied, as when a model is converted on the meta device
+    mixin.apply_tensor_parallelism(converted, init_device_mesh("cpu", (2,)), split._expand_parallel_plan(split.tp_plan))
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(converted.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
     with torch.no_grad():  # transformers' path for inference
         torch.testing.assert_close(loss_of(split.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
     try:

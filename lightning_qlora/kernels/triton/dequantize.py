@@ -34,7 +34,7 @@ def load_scales(
         nested = nested.to(tl.pointer_type(tl.float32))
         level8 = tl.load(levels8 + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
         if PART:
-            block += first + block // per_row * skipped
+            block += first + block.to(tl.int32) // per_row * skipped  # dividing 64 bits takes many instructions
         scales = level8 * tl.load(nested + block // 256, mask=mask, other=0.0) + tl.load(nested + n_nested)
     else:
         scales = tl.load(absmax.to(tl.pointer_type(tl.float32)) + block, mask=mask, other=0.0)
@@ -122,7 +122,9 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     tensors, numbers = weight_arguments(weight)
     aligned = tensors[0].data_ptr() % 4 == 0
     tile = find_tile("dequantize", out.device)
-    _launch(out.device, tile, weight.numel, weight.block_size, numbers, weight.part is not None, aligned)((*tensors, out))
+    _launch(out.device, tile, weight.numel, weight.block_size, numbers, weight.part is not None, aligned)(
+        (*tensors, out)
+    )
     return out
 
 

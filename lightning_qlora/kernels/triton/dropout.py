@@ -46,7 +46,7 @@ def _dropout_kernel(x, out, n, width, stride, low, high, least_kept, scale, PART
 def dropout_arguments(
     p: float, seed: Tensor | None, width: int, device: torch.device
 ) -> tuple[int, tuple[int, int, int], float]:
-    """What the kernels take, for x [m, width]: the stride, the halves of the seed and the smallest hash, 1 / (1 - p)."""
+    """What the kernels take for x [m, width]: stride, halves of the seed and smallest hash, factor 1 / (1 - p)."""
     if seed is None:
         return width, (0, 0, 0), 1.0
     if is_capturing(device):

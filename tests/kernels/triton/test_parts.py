@@ -22,7 +22,9 @@ def test_decodes_to_the_part_of_the_whole(part, block_size):
     row, column, m, n = part
     expected = reference.dequantize(weight, torch.float32)[row : row + m, column : column + n]
     assert torch.equal(dequantize(cut, torch.float32), expected)
-    shifted = cut._replace(packed=torch.cat([cut.packed.new_zeros(1), cut.packed.view(-1)])[1:])  # single bytes are read
+    shifted = cut._replace(
+        packed=torch.cat([cut.packed.new_zeros(1), cut.packed.view(-1)])[1:]
+    )  # single bytes are read
     assert torch.equal(dequantize(shifted, torch.float32), expected)
 
 

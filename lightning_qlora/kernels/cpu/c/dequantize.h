@@ -57,11 +57,15 @@ static inline void store(void *x, int64_t i, int type, float f) {
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline float scale_of_block(const Weight *w, int64_t block) {
+static inline float scale_of_number(const Weight *w, int64_t block, int64_t number) {
     if (!w->nested) return ((const float *)w->absmax)[block];
+    return w->dynamic[((const uint8_t *)w->absmax)[block]] * w->nested[number >> 8] + *w->offset;
+}
+
+static inline float scale_of_block(const Weight *w, int64_t block) {
     int64_t number = block + w->first; /* in the whole weight */
     if (w->skipped) number += (uint32_t)block / (uint32_t)w->per_row * w->skipped; /* 64-bit division is slow */
-    return w->dynamic[((const uint8_t *)w->absmax)[block]] * w->nested[number >> 8] + *w->offset;
+    return scale_of_number(w, block, number);
 }
 
 /* The table of a block: the 16 values level * scale in fp32, rounded to the type. Written with vector types, because

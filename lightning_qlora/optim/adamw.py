@@ -57,8 +57,8 @@ class PagedAdamW8bit(Optimizer):
     """AdamW with paged, blockwise 8-bit state: a quarter of AdamW's bytes, with bitsandbytes' levels and blocks.
 
     Formula: `kernels/reference_adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
-    Tensors of fewer than 4096 elements have 32-bit state, and so have those that tensor parallelism splits by columns, or
-    with FSDP2 in two dimensions. A state dict has for each parameter `step` and either
+    Tensors of fewer than 4096 elements have 32-bit state, and so have those that are split by columns (tensor
+    parallelism), or twice (with FSDP2). A state dict has for each parameter `step` and either
     `exp_avg`, `exp_avg_sq` in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`,
     `exp_avg_sq_codes`, `exp_avg_sq_absmax`. It loads bit for bit with and without paging, on the CPU and on a GPU.
     State of `torch.optim.AdamW` loads too and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any

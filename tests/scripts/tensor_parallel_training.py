@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, save_adapter
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora import PagedAdamW, PagedAdamW8bit, QLoRAPrecision, convert, load_adapter, save_adapter
+from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer
 from tests.toys import ids, toy
@@ -66,7 +66,7 @@ def train(model, steps, clip=None):
         loss = loss_of(model)
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grad_norm_(trained, clip)
+            clip_grad_norm(trained, clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -81,9 +81,8 @@ def check(one, split, losses, expected):
             if value is not None and value.requires_grad:
                 assert not any(p.is_partial() for p in other._parameters[key].placements)
                 torch.testing.assert_close(gather(other._parameters[key].detach()), value.detach(), rtol=0, atol=1e-4)
-        if "experts" not in name:
-            held = other._parameters["packed"]
-            assert held.to_local().numel() * 2 == held.numel()
+        held = other._parameters["packed"]
+        assert held.to_local().numel() * 2 == held.numel()
 
 
 def with_trainer(root):
@@ -145,6 +144,33 @@ def with_any_plan(mesh):
         assert isinstance(torch.autograd.grad(layer.weight.sum(), layer.lora_B)[0], DTensor)
 
 
+def with_experts(root, mesh):
+    """A plan for the attention alone: experts are whole on each rank, and train there; both are clipped together."""
+    one = AutoModelForCausalLM.from_pretrained(root / "moe")
+    convert(one, **ARGUMENTS)
+    split = copy.deepcopy(one)
+    parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
+    losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(split.parameters(), one.parameters(), strict=True):
+        if theirs.requires_grad:
+            torch.testing.assert_close(gather(ours.detach()), theirs.detach(), rtol=0, atol=1e-4)
+
+
+def with_8_bit_state(mesh):
+    """8-bit state of whole parameters, and of those that are split by rows; 32-bit state of others."""
+    value, grad = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    for placement, alone in ((Replicate(), PagedAdamW8bit), (Shard(0), PagedAdamW8bit), (Shard(1), PagedAdamW)):
+        one = torch.nn.Parameter(value.clone())
+        split = torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [placement]))
+        optimizers = alone([one], lr=1e-2), PagedAdamW8bit([split], lr=1e-2)
+        for _ in range(3):
+            one.grad, split.grad = grad.clone(), distribute_tensor(grad.clone(), mesh, [placement])
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(gather(split.detach()), one.detach(), rtol=0, atol=1e-6 * (alone is PagedAdamW))
+
+
 def with_transformers(root):
     """A tp_plan splits the layers while they load; experts are refused."""
     from transformers.distributed import DistributedConfig, mixin
@@ -177,6 +203,8 @@ def main(root):
     with_trainer(root)
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)
+    with_experts(root, mesh)
+    with_8_bit_state(mesh)
     torch.save({"experts": with_transformers(root)}, root / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -104,6 +104,11 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
     mesh, by_inputs, shape = split = layer._split
     held, columns, part = layer._parameters, None, split.part
+    if isinstance(held["lora_A"], DTensor) and not isinstance(x, DTensor):
+        raise RuntimeError(
+            f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the layer "
+            "itself, whose plan distributes the input, or leave the layer out of the plan."
+        )
     if by_inputs:
         a, b = _local(held["lora_A"]), _summed_gradient(held["lora_B"])
         bias = _local(bias) if bias is not None and part.column == 0 else None  # one rank adds it

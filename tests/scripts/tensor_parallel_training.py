@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
@@ -142,6 +143,8 @@ def with_any_plan(mesh):
         layer = next(iter(adapted_layers(split).values()))
         torch.testing.assert_close(layer.weight, next(iter(adapted_layers(one).values())).weight, rtol=0, atol=1e-4)
         assert isinstance(torch.autograd.grad(layer.weight.sum(), layer.lora_B)[0], DTensor)
+        with pytest.raises(RuntimeError, match="is split over ranks, and its weight was multiplied by a plain tensor"):
+            torch.zeros(1, layer.in_features) @ (layer.weight if name == "gpt2" else layer.weight.T)
 
 
 def with_experts(root, mesh):

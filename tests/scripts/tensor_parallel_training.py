@@ -2,12 +2,14 @@
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -187,6 +189,14 @@ def with_transformers(root):
     plan = DistributedConfig(tp_size=2, tp_plan="auto")
     one, split = load(root / "llama"), load(root / "llama", distributed_config=plan)
     check(one, split, train(split, 4), train(one, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT can load the folder
+        save_adapter(split, root / "of_tp_plan")
+    torch.distributed.barrier()
+    torch.testing.assert_close(
+        load_file(root / "of_tp_plan/adapter_model.safetensors"), load_file(root / "adapter/adapter_model.safetensors"),
+        rtol=0, atol=0.1,
+    )  # fmt: skip
     converted = copy.deepcopy(one)  # before the plan is applied, as when a model is converted on the meta device
     mixin.apply_tensor_parallelism(converted, init_device_mesh("cpu", (2,)), split._expand_parallel_plan(split.tp_plan))
     with torch.no_grad():

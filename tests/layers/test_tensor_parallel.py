@@ -1,6 +1,7 @@
 """Tensor parallelism on two processes: the numbers of one device, checkpoints, folders; and what is refused."""
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_qlora import convert
@@ -8,6 +9,7 @@ from tests.conftest import launch
 from tests.toys import toy
 
 transformers = pytest.importorskip("transformers")
+from tests.scripts.tensor_parallel_training import fit  # noqa: E402
 
 
 def test_two_ranks_train_as_one_device_does(tmp_path):
@@ -18,7 +20,10 @@ def test_two_ranks_train_as_one_device_does(tmp_path):
         num_experts=4, num_experts_per_tok=2, head_dim=16, vocab_size=128,
     )  # fmt: skip
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    fit(tmp_path, 1, devices=1)[0].save_checkpoint(tmp_path / "one.ckpt")
     ranks = launch("tests.scripts.tensor_parallel_training", tmp_path)[1]
+    _, moved = fit(tmp_path, 2, str(tmp_path / "halfTrue.ckpt"), devices=1)
+    torch.testing.assert_close(moved.losses, ranks[0]["losses"][3:], rtol=1e-5, atol=1e-6)
     for rank in ranks:
         assert "experts in 4 bits can't be split over ranks" in rank["experts"]
 

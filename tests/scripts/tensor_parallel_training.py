@@ -39,7 +39,7 @@ class Llama(pl.LightningModule):
     def configure_model(self):
         if self.model is None:
             self.model = LlamaForCausalLM.from_pretrained(self.hparams.folder)
-            for layer in self.model.model.layers:
+            for layer in self.model.model.layers if self._device_mesh is not None else ():
                 parallelize_module(layer, self.device_mesh["tensor_parallel"], PLAN)
 
     def training_step(self, batch, batch_idx):
@@ -88,30 +88,32 @@ def check(one, split, losses, expected):
         assert held.to_local().numel() * 2 == held.numel()
 
 
+def fit(root, epochs, ckpt=None, devices=2, single_file=False):
+    strategy = ModelParallelStrategy(1, 2, save_distributed_checkpoint=not single_file) if devices > 1 else "auto"
+    run = make_trainer(
+        root, plugins=QLoRAPrecision(**ARGUMENTS), strategy=strategy, devices=devices, max_epochs=epochs,
+        enable_checkpointing=False, gradient_clip_val=1.0,
+    )  # fmt: skip
+    module = Llama(str(root / "llama"))
+    run.fit(module, ckpt_path=ckpt)
+    return run, module
+
+
 def with_trainer(root):
     """Equal to one device; resumes exactly; the folder of the adapter is that of one device, and loads."""
-
-    def fit(epochs, ckpt=None, single_file=False):
-        strategy = ModelParallelStrategy(1, 2, save_distributed_checkpoint=not single_file)
-        run = make_trainer(
-            root, plugins=QLoRAPrecision(**ARGUMENTS), strategy=strategy, devices=2, max_epochs=epochs,
-            enable_checkpointing=False, gradient_clip_val=1.0,
-        )  # fmt: skip
-        module = Llama(str(root / "llama"))
-        run.fit(module, ckpt_path=ckpt)
-        return run, module
-
-    _, straight = fit(2)
+    _, straight = fit(root, 2)
     one = LlamaForCausalLM.from_pretrained(root / "llama")
     convert(one, **ARGUMENTS)
     initial = copy.deepcopy(one)
     check(one, straight, straight.losses, train(one, 6, clip=1.0))
     for single_file in (False, True):
         path = str(root / f"half{single_file}.ckpt")
-        fit(1, single_file=single_file)[0].save_checkpoint(path)
-        _, resumed = fit(2, path, single_file)
+        fit(root, 1, single_file=single_file)[0].save_checkpoint(path)
+        _, resumed = fit(root, 2, path, single_file=single_file)
         for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
             assert torch.equal(gather(ours.detach()), gather(theirs.detach()))
+    _, moved = fit(root, 2, str(root / "one.ckpt"))  # of one device
+    torch.testing.assert_close(moved.losses, straight.losses[3:], rtol=1e-5, atol=1e-6)
     save_adapter(straight, root / "adapter")  # rank 0 writes
     save_adapter(one, root / "one")
     torch.distributed.barrier()
@@ -122,6 +124,7 @@ def with_trainer(root):
     load_adapter(straight, root / "one")
     assert torch.equal(gather(adapted_layers(straight)["model.model.layers.0.mlp.down_proj"].lora_A.detach()),
                        adapted_layers(one)["model.layers.0.mlp.down_proj"].lora_A)  # fmt: skip
+    return straight.losses
 
 
 def with_any_plan(mesh):
@@ -213,12 +216,13 @@ def with_transformers(root):
 def main(root):
     root = Path(root)
     pl.seed_everything(1, verbose=False)
-    with_trainer(root)
+    losses = with_trainer(root)
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)
     with_experts(root, mesh)
     with_8_bit_state(mesh)
-    torch.save({"experts": with_transformers(root)}, root / f"rank{torch.distributed.get_rank()}.pt")
+    results = {"losses": losses, "experts": with_transformers(root)}
+    torch.save(results, root / f"rank{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ transformers = pytest.importorskip("transformers")
 from tests.scripts.tensor_parallel_training import fit  # noqa: E402
 
 
-def test_two_ranks_train_as_one_device_does(tmp_path):
-    """The assertions are in the script, where both are in one process."""
+def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
+    """The assertions are in the script, where both are in one process; a file moves from one device and to it."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # as in the script: the initial adapters depend on it
     toy("llama", attention_bias=True).save_pretrained(tmp_path / "llama")
     config = transformers.Qwen3MoeConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=64,

@@ -29,7 +29,7 @@ ALLOWED = {
     "layers/deferred_head.py": {"head.__class__"},
     # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
     "layers/disable_adapter.py": {"owner._parameters[name]"},
-    "layers/experts.py": {"owner._parameters.pop(key)", "owner._modules[stack_name(key)]", "owner.__class__"},
+    "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/quantizer.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error

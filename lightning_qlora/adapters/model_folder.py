@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.dequantized_folder import open_dense
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.layers.dotted_names import owner_name
@@ -123,7 +124,8 @@ class ModelFolder(WeightFolder):
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
-        self.model, self.stored = model, WeightFolder(folder)
+        self.model = model
+        self.stored = WeightFolder(folder) if model is None else open_dense(Path(folder), model)
         self.folder, self.key_of, self.conversions = self.stored.folder, dict[str, str](), dict[str, Conversion]()
         found = self._match(model)
         converted = {key for conversion in found for key in conversion.keys}
@@ -194,6 +196,7 @@ class ModelFolder(WeightFolder):
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         parameters, made = model.state_dict(), dict[str, Conversion]()
+        parameter_of = getattr(self.stored, "parameter_of", {})
         known = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
         for key in sorted(self.stored.entries, key=loading.dot_natural_key):
             head, companion, _ = key.partition(".weight.")  # such as the scales of a 4-bit weight
@@ -203,7 +206,9 @@ class ModelFolder(WeightFolder):
                 name, pattern = loading.rename_source_key(weight, [], [], *known)
             if name not in parameters or (pattern is not None and self.stored.is_packed(weight)):
                 self.key_of[key] = key
-            elif pattern is None:
+                continue
+            parameter_of[key] = name, pattern is not None
+            if pattern is None:
                 self.key_of[name + key[len(weight) :]] = key
             else:
                 converted = made.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
+from lightning_qlora.adapters.dequantized_folder import DequantizedFolder, published_format
 from lightning_qlora.adapters.folder_experts import FLOAT_NAMES, assign_to_folder, find_experts
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import OUTPUT, ModelFolder, empty_model
@@ -49,7 +50,8 @@ def merge_folder(
     """Write the base model's folder with the adapter merged; after an error there is no output.
 
     Args:
-        base_model: Folder of safetensors, in 16 or 32 bits or in bitsandbytes' 4 bits.
+        base_model: Folder of safetensors, in 16 or 32 bits, in bitsandbytes' 4 bits, or in a published format that
+            transformers dequantizes (FP8, MXFP4, compressed-tensors), in which the output is not written.
         adapter: The adapter.
         output: A folder that does not exist yet, or is empty.
         dtype: Type of the written weights; "auto": that of the base. "4bit" quantizes the sum, which loses quality.
@@ -71,6 +73,12 @@ def merge_folder(
         warnings.warn(
             "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "
             "larger than many adapters. Merge to bf16, or use the adapter with the 4-bit base.",
+            stacklevel=2,
+        )
+    if isinstance(published := merging.folder.stored, DequantizedFolder):
+        written = str(published.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        warnings.warn(
+            f"{base_model}: is in {published.method!r}, in which merged weights are not written: they are {written}.",
             stacklevel=2,
         )
     with atomic_folder(output) as partial:
@@ -156,13 +164,15 @@ class _FolderMerge:
         if not is_file(path):
             return None
         config = read_json(path)
+        published = published_format(config)
         found = config.pop("quantization_config", None)
+        (config.get("text_config") or {}).pop("quantization_config", None)
         if self.dtype == "4bit":
             choices, dtype = self.weights.quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
             layers = set() if self.model is None else linear_layers(self.model).keys()
             skip = skip_modules(layers - self.packed, self.packed)
             made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
-            config["quantization_config"] = {**made, **(found or {}), "llm_int8_skip_modules": skip}
+            config["quantization_config"] = {**made, **((not published and found) or {}), "llm_int8_skip_modules": skip}
         elif self.dtype != "auto":
             name = "dtype" if "dtype" in config else "torch_dtype"
             config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")

@@ -17,7 +17,8 @@ from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 
-QuantizerFor = Callable[[Any], Any]  # model config -> an HfQuantizer, or None for transformers' own choice
+# model config, device_map, gguf_file, transformers' function -> HfQuantizer or None, model config, device_map
+QuantizerFor = Callable[[Any, Any, str | None, Callable[[Any], tuple[Any, Any, Any]]], tuple[Any, Any, Any]]
 
 _quantizer_for: ContextVar[QuantizerFor | None] = ContextVar("lightning_qlora_quantizer_for", default=None)
 
@@ -33,12 +34,13 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
     """
 
     def ask(original: Any, config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
-        quantizer_of_context = _quantizer_for.get()
-        named = quantization_config is not None or kwargs.get("gguf_file") is not None
-        quantizer = None if named or quantizer_of_context is None else quantizer_of_context(config)
-        if quantizer is None:
-            return original(config, quantization_config, device_map, *args, **kwargs)
-        return quantizer, config, device_map
+        def transformers_choice(requested: Any) -> Any:
+            return original(config, requested, device_map, *args, **kwargs)
+
+        of_context = _quantizer_for.get()
+        if quantization_config is not None or of_context is None:
+            return transformers_choice(quantization_config)
+        return of_context(config, device_map, kwargs.get("gguf_file"), transformers_choice)
 
     wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
     split_4_bit_layers_of_tp_plans()
@@ -47,6 +49,43 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
         yield
     finally:
         _quantizer_for.reset(token)
+
+
+def request_dequantizing(config: Any, stored: dict[str, Any]) -> None:
+    """Let transformers' quantizer of a folder's format dequantize it, as its config's argument `dequantize` does.
+
+    Upstream: transformers/quantizers/auto.py, merge_quantization_configs, takes the folder's values from the
+    model's config, a copy of `from_pretrained`. With an argument it warns, and replaces the list of dense layers.
+    Removed by: an argument of get_hf_quantizer.
+    """
+    config.quantization_config = stored | {"dequantize": True}
+
+
+def wrap_operations(conversions: list[Any], wrap: Callable[[list[Any]], Any], last: Any) -> None:
+    """Put one operation in place of all operations of each conversion of a load, and one behind it.
+
+    Upstream: transformers/core_model_loading.py, WeightConverter, whose objects are made for one load. transformers
+    sets `quantization_operation` only for a quantizer of dense files.
+    Supported ways tried: copies with other operations; but a model is saved by the conversions that loaded it.
+    Removed by: transformers asking a quantizer of quantized files for that operation too.
+    """
+    for conversion in conversions:
+        if hasattr(conversion, "operations"):
+            conversion.operations = [wrap(conversion.operations)]
+            conversion.quantization_operation = last
+
+
+def unwrap_operations(model: nn.Module, wrapper: type) -> None:
+    """Undo `wrap_operations` in the conversions by which a model was loaded.
+
+    Upstream: transformers/core_model_loading.py keeps them as `_weight_conversions` of the model, which is saved by
+    their reverse.
+    Removed by: what would remove `wrap_operations`.
+    """
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        if isinstance(wrapped := next(iter(getattr(conversion, "operations", ())), None), wrapper):
+            conversion.operations = getattr(wrapped, "operations", None) or [wrapped]
+            conversion.quantization_operation = None
 
 
 def forget_quantizer(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Models larger than memory: transformers' `from_pretrained` quantizes each weight as it reads it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,9 +14,9 @@ def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
     """Within this, in this thread or task, every transformers `from_pretrained` quantizes each weight as it reads it.
 
     The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
-    bitsandbytes' 4 bits are loaded without requantizing. Calls with a `quantization_config` of their own, and models in
-    another quantized format, load as without this. Without transformers 5 this does nothing: weights are quantized when
-    the loaded model is converted.
+    bitsandbytes' 4 bits are loaded without requantizing, and those in another format that transformers can dequantize
+    are dequantized first. Calls with a `quantization_config` of their own, and models in formats that it can't, load as
+    without this. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
     """
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield
@@ -24,7 +25,7 @@ def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
 
     refuse_peft_on_4_bit_layers()
     quantizers = Quantizers(config)
-    with default_quantizer(quantizers.quantizer_for):
+    with default_quantizer(quantizers.quantizer_for), _one_after_another():
         try:
             yield
         except RuntimeError as error:
@@ -32,3 +33,18 @@ def quantize_while_loading(config: QLoRAConfig) -> Iterator[None]:
             if quantizers.mismatches and "ignore_mismatched_sizes" in str(error):
                 raise quantizers.mismatches[0] from error
             raise
+
+
+@contextmanager
+def _one_after_another() -> Iterator[None]:
+    """Let transformers read a tensor when it converts it: its threads would copy the whole folder to the GPU before."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers 5, core_model_loading.py
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

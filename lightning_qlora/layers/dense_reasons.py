@@ -79,7 +79,9 @@ class ModuleFacts:
     def cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
         """Why a weight can't be quantized."""
         if weight.dtype not in FLOATS and not in_4_bits:
-            return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+            kind = str(weight.dtype).removeprefix("torch.")
+            what = "; load the model in configure_model or plugin.init(), where it is dequantized"
+            return f"its weight is {kind}{what if kind.startswith('float8') else ''}"
         if id(weight) in self.shared:
             return f"its weight is tied to {self.name_of[id(weight)]}"
         return None

@@ -10,7 +10,7 @@ time, into the buffer that all layers share; the stack is never decoded, except 
 way than those above. The module that held the parameter becomes an instance of a subclass of its class.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -40,13 +40,14 @@ class QLoRAExperts(nn.ModuleList):
     @staticmethod
     def from_parameter(
         owner: nn.Module, key: str, config: QLoRAConfig, name: str, experts: int, transposed: bool,
-        device: torch.device | None = None, seed_name: str | None = None,
+        device: torch.device | None = None, seed_name: str | None = None, weights: Iterable[Tensor] | None = None,
     ) -> "QLoRAExperts":  # fmt: skip
         """Replace the parameter `key` of a module by 4-bit layers with adapters, in place.
 
         The parameter is [experts, out, in], [experts, in, out] (`transposed`) or [experts * width, in]. Its full name
         is `name`, that of expert i `name_experts.i`. The experts are quantized on `device`, None: where the parameter
-        is. Seeds are made from `seed_name.i`; None: from `name.i`.
+        is. Seeds are made from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` are those of
+        the experts, as they would be in it, one after another.
         """
 
         def convert(layer: nn.Linear, number: int) -> None:
@@ -54,26 +55,29 @@ class QLoRAExperts(nn.ModuleList):
             QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
 
         stack = owner._parameters[key]
-        made = QLoRAExperts.from_slices(owner, key, experts, transposed, convert)
+        made = QLoRAExperts.from_slices(owner, key, experts, transposed, convert, weights)
         setattr(stack, REPLACED, made)  # for an optimizer that was made before
         return made
 
     @staticmethod
     def from_slices(
-        owner: nn.Module, key: str, experts: int, transposed: bool, convert: Callable[[nn.Linear, int], None]
-    ) -> "QLoRAExperts":
+        owner: nn.Module, key: str, experts: int, transposed: bool, convert: Callable[[nn.Linear, int], None],
+        weights: Iterable[Tensor] | None = None,
+    ) -> "QLoRAExperts":  # fmt: skip
         """The same with a function that turns the dense layer of one expert into a QLoRALinear, in place."""
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
-        stack: Tensor = owner._parameters.pop(key)  # type: ignore[assignment]
+        stack: Tensor = owner._parameters[key]  # type: ignore[assignment]
         made = QLoRAExperts()
         made.flat, made.transposed = stack.ndim == 2, transposed
-        for number, weight in enumerate(stack.detach().view(experts, -1, stack.shape[-1])):
+        weights = stack.detach().view(experts, -1, stack.shape[-1]) if weights is None else weights
+        for number, weight in enumerate(weights):
             rows = (weight.T if transposed else weight).contiguous()
             layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
             layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
             convert(layer, number)
             made.append(layer)
         made.train(owner.training)
+        del owner._parameters[key]  # not before: an operation of transformers that makes an expert asks for its type
         owner.register_module(stack_name(key), made)
         _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
         owner.__class__ = class_with_experts(type(owner))

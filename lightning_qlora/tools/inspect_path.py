@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
+from lightning_qlora.adapters.dequantized_folder import published_format
 from lightning_qlora.adapters.from_checkpoint import (
     fingerprint_of_base,
     read_adapter_from_checkpoint,
@@ -83,12 +84,18 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
     for key, entry in folder.entries.items():
         weight = key.partition(".weight.")[0] + ".weight" if ".weight." in key else key  # or its scales
         types["4-bit" if weight in packed else entry.dtype] += entry.nbytes
-    named, stored, files = config.get("architectures"), config.get("quantization_config"), folder.files()
+    named, files = config.get("architectures"), folder.files()
+    published = published_format(config)
+    stored = published or config.get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
+    quantization = f"{method}, {_quant_type(folder, packed)}" if method and packed else "none"
+    if published is not None:
+        details = (published.get("format"), published.get("weight_block_size"))
+        quantization = ", ".join(str(word) for word in (method, *details) if word)
     return [
         ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
         ("architecture", ", ".join(map(str, named)) if named and isinstance(named, list) else "unknown"),
-        ("quantization", f"{method}, {_quant_type(folder, packed)}" if method and packed else "none"),
+        ("quantization", quantization),
         ("4-bit layers", str(len(packed))),
         ("tensors", str(len(folder.entries))),
         ("files", f"{len(files)}: {files[0].name}" + (f" to {files[-1].name}" if len(files) > 1 else "")),

@@ -106,9 +106,10 @@ class _Allocated(_LivingTensors):
             super()._add(storage)
 
 
-def test_memory_is_the_4_bit_model_and_two_copies_of_a_stack(folder):
-    """The dense model, of 6 layers with two stacks each, is never in memory."""
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 4, "num_hidden_layers": 6}
+@needs("transformers", "5.22", "the peak has two copies of a stack")
+def test_memory_is_the_4_bit_model_and_an_expert(folder):
+    """Beside the tensors of one stack in the files, which are memory-mapped, but counted here."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "num_hidden_layers": 4}
     path = folder(lambda: qwen3_moe(**sizes))
     with _Allocated([]) as memory:
         model = loaded(path)
@@ -116,8 +117,8 @@ def test_memory_is_the_4_bit_model_and_two_copies_of_a_stack(folder):
     one_stack = 4 * torch.Size(stack.weight_shape).numel()
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     dense = sum(4 * layer.weight_bytes.numel for layer in adapted_layers(model).values())
-    assert one_stack == 4 * 256 * 256 * 4 and dense > 9 * one_stack
-    assert parameters < memory.peak < parameters + 2.3 * one_stack < dense / 2
+    assert one_stack == 4 * 16 * 128 * 128 and dense > 6 * one_stack
+    assert parameters < memory.peak < parameters + 1.5 * one_stack < dense / 2
 
 
 def test_an_adapter_to_start_from(folder, tmp_path):
@@ -187,7 +188,7 @@ def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(folder)
 
 @pytest.mark.slow
 def test_200_mb_of_experts_never_stand_in_memory(tmp_path):
-    """Peak of anonymous memory above the start, adapters included: at most 0.6 of the 16-bit size."""
+    """Peak of anonymous memory above the start, adapters included: at most 0.4 of the 16-bit size."""
     kind, config = qwen3_moe(hidden_size=512, moe_intermediate_size=256, num_experts=32, num_hidden_layers=8)
     config.dtype = torch.bfloat16
     model = kind(config).to(torch.bfloat16)
@@ -202,4 +203,4 @@ def test_200_mb_of_experts_never_stand_in_memory(tmp_path):
     layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
     assert int(layers) == 8 * (4 + 2 * 32)
     print(f"{float(peak):.0f} of {size / 2**20:.0f} MB")
-    assert float(peak) * 2**20 <= 0.6 * size
+    assert float(peak) * 2**20 <= 0.4 * size

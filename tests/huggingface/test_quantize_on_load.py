@@ -430,7 +430,7 @@ def test_a_shape_that_transformers_did_not_compare_is_refused(folder):
     from lightning_qlora.huggingface.quantizer import QLoRAQuantizer, Quantizers
 
     model = transformers.BertForSequenceClassification.from_pretrained(folder("bert"))
-    quantizer = QLoRAQuantizer(Quantizers(QLoRAConfig(**ARGUMENTS)), pre_quantized=False)
+    quantizer = QLoRAQuantizer(Quantizers(QLoRAConfig(**ARGUMENTS)))
     quantizer._process_model_before_weight_loading(model)
     model.classifier.bias = torch.nn.Parameter(torch.zeros(7))
     with pytest.raises(ValueError, match=r"'classifier.bias' has shape \[7\], and the model has \[3\] there"):

@@ -1,4 +1,7 @@
-"""Run in a process of its own: load FOLDER in `configure_model` with adapters of rank R, print how memory rises."""
+"""Run in a process of its own: load FOLDER in `configure_model` with adapters of rank R, print how memory rises.
+
+A third argument is the name of a GGUF file in the folder, which is loaded in bf16.
+"""
 
 import gc
 import sys
@@ -29,7 +32,8 @@ class Lit(LightningModule):
         if self.model is None:
             gc.collect()
             watch.start()
-            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
+            gguf = {"gguf_file": sys.argv[3], "dtype": torch.bfloat16} if sys.argv[3:] else {}
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, **gguf)
 
     def predict_dataloader(self):
         return torch.utils.data.DataLoader(range(1))

@@ -1,0 +1,340 @@
+"""Folders in FP8, MXFP4 and compressed-tensors are quantized while they load, merged, inspected and planned.
+
+The folders, and the dense weights that they stand for, are made by `published_formats`, without transformers.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, save_adapter, save_quantized
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tools.cli import main
+from tests.huggingface.published_formats import CONFIGS, encode, encode_gguf
+from tests.huggingface.test_experts_on_load import (
+    _Allocated,
+    deepseek_v3,
+    loaded,
+    mixtral,
+    same_parameters,
+)
+from tests.huggingface.test_quantize_on_load import InConfigureModel
+from tests.layers.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwen3_moe
+from tests.toys import ids, needs
+
+transformers = pytest.importorskip("transformers", minversion="5.22")
+WRONG_IN_TRANSFORMERS = {"ct-uint4", "ct-nvfp4", "ct-int8"}  # for experts
+
+
+def llama(**changes):
+    return transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SMALL, "intermediate_size": 96, **changes})
+
+
+def wide_llama():
+    """The last blocks of FP8 have 72 rows or columns."""
+    return llama(intermediate_size=200)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A function that writes a model in a format, and as the dense model that it stands for."""
+
+    def write(format, build):
+        if format != "mxfp4":
+            pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
+        dense = encode(made(build), format, tmp_path / "published")
+        (tmp_path / "dense").mkdir()
+        config = json.loads((tmp_path / "published" / "config.json").read_text())
+        del config["quantization_config"]
+        (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+        save_file(dense, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path / "published", tmp_path / "dense"
+
+    return write
+
+
+def dequantized(path, format):
+    """The model that transformers dequantizes in full."""
+    kinds = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+    config = getattr(transformers, kinds.get(format, "CompressedTensorsConfig"))(dequantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+
+
+CASES = [
+    ("mxfp4", gpt_oss), ("fp8", llama), ("fp8", wide_llama), ("fp8", qwen3_moe), ("fp8", deepseek_v3),
+    *((format, build) for format in CONFIGS if format.startswith("ct-") for build in (llama, qwen3_moe)),
+]  # fmt: skip
+
+
+@needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
+@pytest.mark.parametrize(("format", "build"), CASES)
+def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
+    published, dense = folders(format, build)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    if build is not wide_llama and not (build is qwen3_moe and format in WRONG_IN_TRANSFORMERS):
+        same_parameters(dequantized(published, format), expected)
+    model = loaded(published)
+    assert all(layer.loaded for layer in adapted_layers(model).values())
+    assert all(stack.loaded for *_, stack in expert_stacks(model))
+    report, expected_report = convert(model, r=2), convert(expected, r=2)
+    same_parameters(model, expected)
+    assert report.converted == expected_report.converted and report.skipped == expected_report.skipped
+    assert torch.equal(outputs(model).logits, outputs(expected).logits)
+    assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
+
+
+@needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
+@pytest.mark.filterwarnings("ignore:Merging into 4 bits")
+@pytest.mark.parametrize(("format", "build"), [CASES[0], *CASES[2:5], ("ct-fp8", llama), ("ct-uint4", qwen3_moe)])
+def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path):
+    published, dense = folders(format, build)
+    model = loaded(published)
+    convert(model, r=2)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    save_adapter(model, tmp_path / "adapter")
+    again = loaded(dense)
+    convert(again, r=2)
+    load_adapter(again, tmp_path / "adapter")  # compares the fingerprints of the base
+    same_parameters(again, model)
+    adapter = read_adapter(tmp_path / "adapter")
+    for arguments in ({}, {"base": "float"}, {"dtype": "4bit"}):
+        ours, theirs = tmp_path / f"ours {arguments}", tmp_path / f"theirs {arguments}"
+        kind = "4bit" if arguments.get("dtype") else "bfloat16"
+        with pytest.warns(match=f"published: is in .*, in which merged weights are not written: they are {kind}"):
+            merge_folder(published, adapter, ours, **arguments)
+        merge_folder(dense, adapter, theirs, **arguments)
+        a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("format", "build"), [("mxfp4", gpt_oss), ("fp8", llama)])
+def test_a_run_is_that_on_the_dense_folder_and_resumes(format, build, folders, tmp_path, trainer):
+    published, dense = folders(format, build)
+    losses = {}
+
+    class Run(InConfigureModel):
+        def training_step(self, batch, batch_idx):
+            words = ids() % 96
+            loss = self.model(input_ids=words, labels=words).loss
+            losses.setdefault(self.folder.name, []).append(loss.item())
+            return loss
+
+    for folder in (published, dense):
+        lit = Run(build()[0], folder)
+        run = trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=2)
+        run.fit(lit)
+        run.save_checkpoint(tmp_path / f"{folder.name}.ckpt")
+    assert losses["published"] == losses["dense"] and len(losses["dense"]) == 2
+    resumed = {}
+    for name, folder in (("dense", dense), ("published", published)):  # each from the checkpoint of the other
+        resumed[name] = Run(build()[0], folder)
+        checkpoint = tmp_path / f"{'published' if name == 'dense' else 'dense'}.ckpt"
+        trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=3).fit(resumed[name], ckpt_path=checkpoint)
+    same_parameters(resumed["published"], resumed["dense"])
+
+
+def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):
+    peft = pytest.importorskip("peft")
+    published, _ = folders("mxfp4", gpt_oss)
+    model = loaded(published)
+    convert(model, r=2, lora_dropout=0.0)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(dequantized(published, "mxfp4"), tmp_path / "adapter")
+    weights = {name: layer.decode() for name, layer in adapted_layers(model).items() if "experts" not in name}
+    weights |= {name: stack.decode() for name, _, _, stack in expert_stacks(model)}
+    parameters = {name.replace(".base_layer", ""): value for name, value in theirs.base_model.model.named_parameters()}
+    for name, value in weights.items():
+        parameters[name if name in parameters else f"{name}.weight"].data.copy_(value)
+    torch.testing.assert_close(outputs(theirs.eval()).logits, outputs(model.eval()).logits, atol=0.05, rtol=0.05)
+
+
+@needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
+@pytest.mark.parametrize("format", ["fp8", "ct-int4"])
+def test_memory_is_the_4_bit_model_and_less_than_a_stack_of_experts(format, folders):
+    """The dense model, of 4 layers with two stacks each, is never in memory."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "num_hidden_layers": 4}
+    published, _ = folders(format, lambda: qwen3_moe(**sizes))
+    with _Allocated([]) as memory:
+        model = loaded(published)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert parameters < memory.peak < parameters + 2 * 16 * 128 * 128
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, deepseek_v3, jetmoe, mixtral])
+def test_dense_experts_of_a_4_bit_folder_are_quantized_while_they_load(build, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = made(build)
+    convert(model, r=2)
+    with pytest.warns(match="are written decoded"):
+        save_quantized(model, tmp_path / "folder")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    model = loaded(tmp_path / "folder")
+    assert list(expert_stacks(model)) and all(stack.loaded for *_, stack in expert_stacks(model))
+    report, expected_report = convert(model, r=2), convert(expected, r=2)
+    same_parameters(model, expected)
+    assert report.converted == expected_report.converted and report.skipped == expected_report.skipped
+
+
+def lfm2():
+    kinds = ["conv", "full_attention"]
+    more = {"layer_types": kinds, "intermediate_size": 96, "block_auto_adjust_ff_dim": False, "norm_eps": 1e-5}
+    return transformers.Lfm2ForCausalLM, transformers.Lfm2Config(**{**SMALL, **more})
+
+
+@pytest.mark.parametrize(("build", "kind"), [(llama, "Q4_0"), (llama, "Q8_0"), (lfm2, "Q8_0")])
+def test_a_gguf_file(build, kind, tmp_path):
+    pytest.importorskip("gguf")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6} if build is llama else {}
+    model = made(lambda: build(**sizes))
+    dense = encode_gguf(model, kind, tmp_path / "model.gguf")
+    arguments = {"gguf_file": "model.gguf", "dtype": torch.bfloat16}
+    whole = transformers.GgufConfig(dequantize=True)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=whole, **arguments)
+    for name, value in dense.items():  # of an LFM2, transformers multiplies in bf16
+        theirs = expected.get_parameter(name).float()
+        torch.testing.assert_close(
+            theirs, value.bfloat16().float(), rtol=0.01 * (build is lfm2), atol=1e-3 * (build is lfm2)
+        )
+    with QLoRAPrecision(r=2).init(), _Allocated([]) as memory:
+        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
+    assert all(layer.loaded for layer in adapted_layers(ours).values())
+    if build is llama:
+        parameters = sum(parameter.nbytes for parameter in ours.parameters())
+        assert memory.peak < parameters + 8 * 128 * 256  # the largest weight in fp32, and what quantizes it
+    for part in (ours, expected):
+        convert(part, r=2)
+    same_parameters(ours, expected)
+
+
+def test_plan_and_inspect(folders, tmp_path, capsys):
+    published, dense = folders("mxfp4", gpt_oss)
+    plans = []
+    for folder in (published, dense):
+        (folder / "model.safetensors").rename(tmp_path / f"{folder.name}.safetensors")  # plan needs the config alone
+        main(["plan", str(folder), "--sequence_length", "16", "--r", "2"])
+        plans.append(capsys.readouterr().out)
+        (tmp_path / f"{folder.name}.safetensors").rename(folder / "model.safetensors")
+    assert plans[0] == plans[1] and "4 experts of 64x64" in plans[0]
+    main(["inspect", str(published)])
+    assert "mxfp4" in capsys.readouterr().out
+
+
+def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
+    published, _ = folders("mxfp4", gpt_oss)
+    config = json.loads((published / "config.json").read_text())
+
+    def change(**stored):
+        (published / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+
+    change(quant_method="gptq", bits=4)
+    with pytest.raises(ImportError, match=r"is in 'gptq', so .* use a folder of the model in 16 bits"):
+        loaded(published)
+    with pytest.raises(ValueError, match=r"published: is in 'gptq'. .* in 16 bits"):
+        merge_folder(published, read_adapter_of(published, tmp_path), tmp_path / "out")
+    monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
+    change(**CONFIGS["ct-fp8"])
+    with pytest.raises(ImportError, match="pip install compressed-tensors"):
+        loaded(published)
+
+
+def test_a_missing_scale_is_named(folders, tmp_path):
+    published, _ = folders("fp8", llama)
+    adapter = read_adapter_of(published, tmp_path)
+    weights = load_file(published / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight_scale_inv"]
+    save_file(weights, published / "model.safetensors", metadata={"format": "pt"})
+    message = r"model.safetensors: .*layers.1.self_attn.q_proj.weight.* is .* without a scale. Copy or download"
+    with pytest.raises(ValueError, match=message):
+        loaded(published)
+    with pytest.raises(ValueError, match=message):
+        merge_folder(published, adapter, tmp_path / "out")
+
+
+def read_adapter_of(folder, tmp_path):
+    model = made(gpt_oss)
+    convert(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    return read_adapter(tmp_path / "adapter")
+
+
+def test_a_quantization_config_of_the_call_is_transformers_own(folders):
+    published, _ = folders("mxfp4", gpt_oss)
+    with QLoRAPrecision(r=2).init():
+        model = dequantized(published, "mxfp4")
+    assert not adapted_layers(model)
+
+
+EXPERTS = {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": 96}
+
+
+def large_qwen3_moe():
+    return qwen3_moe(**EXPERTS, moe_intermediate_size=256, num_experts=32)
+
+
+def large_gpt_oss():
+    kind, config = gpt_oss()
+    more = {"intermediate_size": 256, "num_local_experts": 32, "head_dim": 64, "num_attention_heads": 8}
+    return kind, type(config)(**{**config.to_dict(), **EXPERTS, **more, "layer_types": None})
+
+
+def large_llama():
+    return llama(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)
+
+
+@pytest.mark.slow
+@needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
+@pytest.mark.parametrize(
+    ("format", "build"),
+    [
+        (None, large_qwen3_moe), ("bitsandbytes", large_qwen3_moe), ("fp8", large_qwen3_moe),
+        ("ct-int4", large_qwen3_moe), ("ct-nvfp4", large_qwen3_moe), ("mxfp4", large_gpt_oss),
+        (None, large_llama), ("fp8", large_llama), ("ct-fp8", large_llama), ("ct-int4", large_llama),
+        ("gguf", large_llama),
+    ],
+)  # fmt: skip
+def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
+    """Peak of anonymous memory above the start, adapters of rank 8 included: at most 0.45 of the 16-bit size."""
+    kind, config = build()
+    config.dtype = torch.bfloat16
+    torch.manual_seed(0)
+    model = kind(config).to(torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if format == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        convert(model, r=2)
+        save_quantized(model, tmp_path / "folder")
+    elif format == "gguf":
+        pytest.importorskip("gguf")
+        (tmp_path / "folder").mkdir()
+        encode_gguf(model, "Q8_0", tmp_path / "folder" / "model.gguf")
+    elif format is None:
+        model.save_pretrained(tmp_path / "folder")
+    else:
+        if format != "mxfp4":
+            pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
+        encode(model, format, tmp_path / "folder")
+    del model
+    script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
+    command = [sys.executable, script, tmp_path / "folder", "8", *(["model.gguf"] if format == "gguf" else [])]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parents[2], env=environment)
+    peak, end = re.search(r"peak ([\d.]+) MB, end ([\d.]+) MB", run.stdout).groups()
+    files = sum(file.stat().st_size for file in (tmp_path / "folder").glob("model*"))
+    print(
+        f"{format} {build.__name__}: files {files / 2**20:.0f} MB, peak {peak} MB of {size / 2**20:.0f} MB, end {end}"
+    )
+    assert float(peak) * 2**20 <= 0.45 * size

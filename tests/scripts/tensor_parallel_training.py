@@ -15,7 +15,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_qlora import PagedAdamW, PagedAdamW8bit, QLoRAPrecision, convert, load_adapter, save_adapter
+from lightning_qlora import (
+    PagedAdamW,
+    PagedAdamW8bit,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    save_adapter,
+    save_quantized,
+)
 from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer
@@ -206,6 +214,11 @@ def with_transformers(root):
         torch.testing.assert_close(loss_of(converted.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
     with torch.no_grad():  # transformers' path for inference
         torch.testing.assert_close(loss_of(split.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
+    if torch.distributed.get_rank() == 0:
+        save_quantized(one, root / "in_4_bits")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: .* from files in 16 or 32 bit"):
+        load(root / "in_4_bits", distributed_config=plan)
     try:
         load(root / "moe", distributed_config=plan)
     except ValueError as error:

@@ -103,7 +103,7 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)  # no hooks
     kept = (key for key in vars(module) if key not in vars(new) and (key == PARAMETERS or not key.startswith("_qlora")))
-    own = {key: vars(module)[key] for key in kept}
+    own = {key: vars(module)[key] for key in kept if key not in ("_device_mesh", "_tp_size")}  # PEFT would split it
     new.__dict__.update(own, training=module.training)
     if "config" in own:
         new.__dict__["config"] = copy.copy(own["config"])  # PEFT sets attributes of it

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.layers.dense_reasons import LOADED
-from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.dotted_names import last_part, owner_name
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import wrap_once
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 
 # model config, device_map, gguf_file, transformers' function -> HfQuantizer or None, model config, device_map
 QuantizerFor = Callable[[Any, Any, str | None, Callable[[Any], tuple[Any, Any, Any]]], tuple[Any, Any, Any]]
@@ -42,6 +44,7 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
 
     wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
     load_without_data()
+    split_4_bit_layers_of_tp_plans()
     token = _quantizer_for.set(quantizer_for)
     try:
         yield
@@ -120,6 +123,38 @@ def forget_quantizer(module: nn.Module) -> None:
                 vars(part.config).pop(name, None)
             if conversions := vars(part).get("_weight_conversions"):
                 part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
+
+
+def split_4_bit_layers_of_tp_plans() -> None:
+    """Let a plan of transformers (DistributedConfig) split 4-bit layers, if transformers is loaded.
+
+    Upstream: transformers/distributed/mixin.py, maybe_distribute_model, calls apply_tensor_parallelism, whose styles
+    split every parameter of a linear layer in the same way, also A, B and the second-level scales.
+    Supported ways tried: `HfQuantizer.update_parallel_plan`, which is not asked for the plan that the user passes;
+    styles of our own, which a plan would have to name.
+    Removed by: styles that ask a layer to split its parameters.
+    """
+    upstream: Any = sys.modules.get("transformers.distributed.mixin")
+    if upstream is None:
+        return
+    styles: Any = import_module("transformers.distributed.tensor_parallel")
+
+    def apply(original: Any, model: nn.Module, mesh: Any, plan: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        modules, of_others = dict(model.named_modules()), dict[str, str]()
+        for name, style in plan.items():
+            layer = modules.get(name)
+            if isinstance(layer, QLoRALinear):
+                by_inputs = isinstance(styles.ALL_PARALLEL_STYLES[style], styles.RowwiseParallel)
+                if not by_inputs and not isinstance(styles.ALL_PARALLEL_STYLES[style], styles.ColwiseParallel):
+                    raise ValueError(f"{name}: {unknown_style(style)}")
+                split(layer, mesh, by_inputs)
+            if isinstance(layer, QLoRAExperts):
+                raise ValueError(f"{name}: {SPLIT_EXPERTS}")
+            if not isinstance(modules.get(owner_name(name)), QLoRALinear):
+                of_others[name] = style
+        return original(model, mesh, of_others, *args, **kwargs)
+
+    wrap_once(upstream, "apply_tensor_parallelism", apply)
 
 
 def refuse_save_pretrained() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -48,6 +49,7 @@ from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, k
 from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
+from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -142,6 +144,9 @@ class QLoRAQuantizer(HfQuantizer):
     ) -> None:
         """Check the files by their headers, and choose layers, while the model is on the meta device."""
         self.quantizers.mismatches.clear()
+        plan: Any = getattr(model.config, "distributed_config", None)
+        if (self.own is not None or self.pre_quantized) and (getattr(plan, "tp_size", None) or 1) > 1:
+            raise ValueError(f"{type(model).__name__}: {LOAD_WHOLE}")
         if self.own is not None:
             self.own.preprocess_model(model, checkpoint_files=checkpoint_files, **arguments)
         paths = [Path(path) for path in checkpoint_files or [] if str(path).endswith(".safetensors")]
@@ -310,18 +315,19 @@ class _Op(ConversionOps):
         return self.dense(key, torch.zeros((), dtype=place.dtype, device="cpu").expand(shape))  # takes no memory
 
     @staticmethod
-    def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, nn.Parameter]:
+    def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, Tensor]:
         """The parameters, by name, of the layers that one parameter became; transformers sets them again."""
         if missing_keys is not None:
             missing_keys.discard(key)
-        made: dict[str, nn.Parameter] = {}
+        made: dict[str, Tensor] = {}
         for prefix, layer in layers.items():
             assert isinstance(layer, QLoRALinear)
             layer.loaded = True
             # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
             layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
             own = layer.named_parameters(prefix, recurse=False)
-            made |= {name: p for name, p in own if p is not layer.bias}
+            # Of a distributed parameter, transformers takes the part of this rank.
+            made |= {name: p.to_local() if isinstance(p, DTensor) else p for name, p in own if p is not layer.bias}
         return made
 
 
@@ -357,6 +363,12 @@ class _Quantize(_Op):
         With `experts`, the weight of each as transformers would stack it, the values of `weight` are not used.
         """
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
+        part = place.to_local() if isinstance(place, DTensor) else place
+        if isinstance(place, DTensor) and weight.shape == part.shape:
+            if message := _not_splittable(place, chosen):
+                return self.failed(source, key, part, f"{key}: {message}")
+            # Every rank read its part; to quantize, one weight at a time is gathered.
+            weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
             return self.mismatch(source, key, weight.shape, place)
         if isinstance(chosen, ToConvert):
@@ -367,10 +379,27 @@ class _Quantize(_Op):
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
             layers = _convert(name, chosen, experts)
+            if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
+                split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
             owner.__class__, owner._parameters[inner] = dense_class, place
-            return self.failed(source, key, place, f"{name}: {error}")
+            return self.failed(source, key, part, f"{name}: {error}")
         return self.quantized(layers, key, missing_keys)
+
+
+LOAD_WHOLE = (
+    "a DistributedConfig can distribute a model in 4 bits by tensor parallelism alone, and from files in 16 or 32 bit. "
+    "Load it without one, and call parallelize_module and fully_shard in configure_model."
+)
+
+
+def _not_splittable(place: DTensor, chosen: ToConvert | StackToConvert) -> str | None:
+    """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
+    if isinstance(chosen, StackToConvert):
+        return SPLIT_EXPERTS
+    if place.device_mesh.ndim > 1:
+        return LOAD_WHOLE
+    return None if type(place.placements[0]) is Shard else unknown_style("a plan for fused layers")
 
 
 def _convert(

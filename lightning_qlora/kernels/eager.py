@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.reference import dropout_threshold
+from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
 from lightning_qlora.kernels.reference_adamw import adamw8bit_step as adamw8bit_step
@@ -117,7 +117,7 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """See `reference.dropout`; `out` may be x, both contiguous."""
     library = _library(x)
-    return (dropout_in_chunks if library is None else library.dropout_into)(out, x, *dropout_threshold(p), int(seed))
+    return (dropout_in_chunks if library is None else library.dropout_into)(out, x, p, seed)
 
 
 def can_group(*_: object) -> bool:
@@ -179,11 +179,11 @@ def dequantize_in_chunks(out: Tensor, weight: PackedBytes) -> Tensor:
     return out
 
 
-def dropout_in_chunks(out: Tensor, x: Tensor, least_kept: int, scale: float, seed: int) -> Tensor:
+def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """See `reference.dropout`; `out` may be `x`, both contiguous."""
     source, flat = x.view(-1), out.view(-1)
     for start in range(0, flat.numel(), CHUNK):
         chunk = slice(start, min(start + CHUNK, flat.numel()))
-        keep = reference.dropout_kept(chunk.start, chunk.stop, least_kept, seed, x.device)
-        flat[chunk] = torch.where(keep, source[chunk] * scale, 0)
+        keep = dropout_kept(chunk.start, chunk.stop, x.shape[-1], p, seed, x.device)
+        flat[chunk] = torch.where(keep, source[chunk] * dropout_threshold(p)[1], 0)
     return out

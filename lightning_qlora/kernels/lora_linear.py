@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels import ops, reference
-from lightning_qlora.quantization.packed_weight import PackedBytes
+from lightning_qlora.quantization.packed_weight import PackedBytes, Part
 
 # Within this, torch does not ask a `PackedParameter` before each call, which takes 4 us: it is a tensor as any other.
 PLAIN = torch._C.DisableTorchFunctionSubclass
@@ -27,13 +27,14 @@ def lora_linear(
 
     Args:
         x: Input [..., in], fp32, bf16 or fp16; the weight is decoded to this type.
-        weight: The 4-bit weight, [out, in].
+        weight: The 4-bit weight, [out, in]; it may be a part of a larger one.
         bias: [out], or None.
         lora_a: [r, in], any float type.
         lora_b: [out, r], any float type.
         scaling: The factor s.
         p: Dropout probability of the adapter's input.
         seed: int64 [1] on the CPU, from which forward and backward compute the same dropout mask; None: no dropout.
+            [3]: x is a part of the columns of a larger input, from a column on, of that many; the mask is its part.
 
     Raises:
         TypeError: If x has another type.
@@ -48,7 +49,7 @@ def lora_linear(
     if not is_eager(x, lora_a):
         y, _ = torch.ops.lightning_qlora.lora_linear(
             x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0],
-            weight.quant_type, weight.block_size, scaling, p,
+            weight.quant_type, weight.block_size, scaling, p, weight.part,
         )  # fmt: skip
         return cast(Tensor, y)
     projected: list[Tensor] = []
@@ -128,10 +129,10 @@ class _TimesWeight(torch.autograd.Function):
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, packed, absmax, nested, bias, lora_a, lora_b, seed, _, quant_type, block_size, scaling, p = inputs
+    x, packed, absmax, nested, bias, lora_a, lora_b, seed, _, quant_type, block_size, scaling, p, part = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], packed, absmax, nested, lora_a, lora_b, seed)
-    ctx.choices = quant_type, block_size, scaling, p
+    ctx.choices, ctx.part = (quant_type, block_size, scaling, p), part and Part(*part)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -140,15 +141,15 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     if torch.is_grad_enabled():  # with `create_graph=True`
         quant_type, block_size, scaling, p = ctx.choices
-        weight = PackedBytes(packed, absmax, nested, (grad.shape[-1], x.shape[-1]), quant_type, block_size)
+        weight = PackedBytes(packed, absmax, nested, (grad.shape[-1], x.shape[-1]), quant_type, block_size, ctx.part)
         grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     else:
         grads = torch.ops.lightning_qlora.lora_linear_backward(
-            grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x
+            grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x, ctx.part
         )
     grad_x, grad_a, grad_b = grads
     grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs_bias else None
-    return grad_x if needs_x else None, None, None, None, grad_bias, grad_a, grad_b, *[None] * 6
+    return grad_x if needs_x else None, None, None, None, grad_bias, grad_a, grad_b, *[None] * 7
 
 
 ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)

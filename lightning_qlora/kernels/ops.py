@@ -22,7 +22,7 @@ from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.reference_adamw import AdamWStep
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
-from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, check_bytes
+from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, Part, check_bytes
 
 
 def quantize(
@@ -72,8 +72,9 @@ def quantize(
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """The float weight [out, in] behind 4-bit bytes."""
     result: Tensor = torch.ops.lightning_qlora.dequantize(
-        weight.packed, weight.absmax, weight.nested, list(weight.shape), weight.quant_type, weight.block_size, dtype
-    )
+        weight.packed, weight.absmax, weight.nested, list(weight.shape), weight.quant_type, weight.block_size, dtype,
+        weight.part,
+    )  # fmt: skip
     return result
 
 
@@ -106,13 +107,21 @@ def _refuse_onnx() -> None:
         )
 
 
+def _weight(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: tuple[int, int], quant_type: str, block_size: int,
+    part: list[int] | None,
+) -> PackedBytes:  # fmt: skip
+    whole = None if part is None else Part(*part)
+    return PackedBytes(packed, absmax, nested, shape, cast(QuantType, quant_type), block_size, whole)
+
+
 @torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
 def _dequantize(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, part: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     _refuse_onnx()
-    weight = PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
+    weight = _weight(packed, absmax, nested, (shape[0], shape[1]), quant_type, block_size, part)
     check_bytes(weight)
     return backend(packed.device).dequantize(weight, dtype)
 
@@ -120,7 +129,7 @@ def _dequantize(
 @_dequantize.register_fake
 def _(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, part: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
     _refuse_onnx()
     return packed.new_empty(shape, dtype=dtype)
@@ -130,10 +139,11 @@ def _(
 def lora_linear_op(
     x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
     seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
+    part: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
-    weight = PackedBytes(packed, absmax, nested, (out_features, x.shape[-1]), cast(QuantType, quant_type), block_size)
+    weight = _weight(packed, absmax, nested, (out_features, x.shape[-1]), quant_type, block_size, part)
     y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
     linear_into(y, x, xa, weight, bias, lora_b, scaling)
     return y, xa
@@ -143,6 +153,7 @@ def lora_linear_op(
 def _(
     x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
     seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
+    part: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _refuse_onnx()
     rows = x.reshape(-1, x.shape[-1]).shape[0]
@@ -153,10 +164,10 @@ def _(
 def lora_linear_backward_op(
     grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
     lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
+    part: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (empty if it is not needed), A and B."""
-    shape = (grad.shape[-1], x.shape[-1])
-    weight = PackedBytes(packed, absmax, nested, shape, cast(QuantType, quant_type), block_size)
+    weight = _weight(packed, absmax, nested, (grad.shape[-1], x.shape[-1]), quant_type, block_size, part)
     grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
 
@@ -165,6 +176,7 @@ def lora_linear_backward_op(
 def _(
     grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
     lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
+    part: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 

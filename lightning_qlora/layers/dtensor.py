@@ -1,11 +1,13 @@
 """Tensors of which every rank holds a part (FSDP2's parameters): the whole of one, and the part of a whole."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -23,6 +25,17 @@ def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
     if not isinstance(held, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """torch's `clip_grad_norm_`, which takes no parameters that are split over several meshes, or some over none."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if (grad := parameter.grad) is not None:
+            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+    norms = [gather(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()]
+    for group in groups.values():
+        clip_grads_with_norm_(group, max_norm, torch.stack(norms).norm())
 
 
 def reshard(module: nn.Module) -> None:

@@ -139,14 +139,16 @@ class LoRALayer(PackedLinear):
             )
             grad = (gather(magnitude) / norm).unsqueeze(1) * grad
         grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
-        return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
+        grads = grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
+        return tuple(map(shard_like, grads, (lora_a, lora_b, magnitude)))
 
-    def row_norm(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        """||W + s B A|| of every row, [out], fp32."""
-        weight = self.whole_bytes
-        if self._base_squares is None or self._base_squares.device != weight.packed.device:
-            self._base_squares = row_squares(weight)
-        return row_norm(weight, self._base_squares, lora_a, lora_b, self.scaling)
+    def row_norm(self, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes | None = None) -> Tensor:
+        """||W + s B A|| of every row, [out], fp32; `weight`: some rows of W, None: all."""
+        weight = self.whole_bytes if weight is None else weight
+        known = self._base_squares
+        if known is None or known.device != weight.packed.device or len(known) != weight.shape[0]:
+            known = self._base_squares = row_squares(weight)
+        return row_norm(weight, known, lora_a, lora_b, self.scaling)
 
     def dora_scale(self) -> Tensor:
         """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""

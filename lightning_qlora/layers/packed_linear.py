@@ -36,6 +36,7 @@ class PackedLinear(nn.Linear):
     _transposed = False  # whether the dense layer stores its weight as [in, out]
     _fingerprint: int | None  # computed at the first use
     _base_squares: Tensor | None  # DoRA: sums of squares of the rows, computed at the first use
+    _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
 
     def set_packed_weight(self, weight: PackedWeight) -> None:
         """Replace the 4-bit weight; the bytes are stored as they are."""

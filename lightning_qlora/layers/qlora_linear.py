@@ -22,11 +22,12 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import ORIGINAL_PACKED, kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLinear
 from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
-from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
@@ -146,17 +147,29 @@ class QLoRALinear(LoRALayer):
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What `F.linear(x, layer.weight, bias)` computes."""
-        self.__dict__["weight_was_called"] = True
+        # A plan of transformers (tp_plan) replaces the layer's `forward` by one that calls nn.Linear's.
+        self.__dict__["weight_was_called"] = "forward" not in self.__dict__
         return self.linear(x, bias)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
+        if self._split is not None:
+            return split_linear(self, x, bias)
+        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        return self.compute(x, self.weight_bytes, bias, held["lora_A"], held["lora_B"], held["lora_magnitude_vector"])
+
+    def compute(
+        self, x: Tensor, weight: PackedBytes, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None,
+        columns: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The same with the parameters of the layer, or with a part of them.
+
+        `columns`: the first column of the weight and the number of columns of the whole, int64 [2]; None: it has all.
+        """
         dtype, given = self.compute_dtype(x), x.dtype
         if given is not dtype:
             x = _cast(x, dtype)
         p, seed = self.lora_dropout, None
-        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
-        a, b, magnitude = held["lora_A"], held["lora_B"], held["lora_magnitude_vector"]
         if self._qlora_disabled:
             a, b, magnitude = a.detach()[:0], b.detach()[:, :0], None  # rank 0
         else:
@@ -167,19 +180,18 @@ class QLoRALinear(LoRALayer):
             if p and self.training:
                 # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
                 seed = torch.randint(1 << 62, (1,), device="cpu")
+                seed = seed if columns is None else torch.cat([seed, columns])
         first = bias if magnitude is None else None
-        y = lora_linear(x, self.weight_bytes, first, a, b, self.scaling, p, seed)
+        y = lora_linear(x, weight, first, a, b, self.scaling, p, seed)
         if magnitude is not None:
-            y = y * self.dora_scale().to(dtype) + (0 if bias is None else bias.to(dtype))
+            scale = magnitude / self.row_norm(a, b, weight).clamp_min(TINY)
+            y = y * scale.to(dtype) + (0 if bias is None else bias.to(dtype))
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; refuses a dense weight, and the parts that ColwiseParallel and RowwiseParallel register."""
-        if is_sharded(param):
-            raise ValueError(
-                f"{self.full_name}: tensor parallelism (parallelize_module) can't split a 4-bit layer. Remove it from "
-                "the plan, or name it in exclude_modules; fully_shard can split 4-bit layers."
-            )
+        """As in nn.Module; refuses a dense weight, and the parts that a style of another kind registers."""
+        if is_sharded(param) and self._split is None:
+            raise ValueError(f"{self.full_name}: {unknown_style('another style')}")
         if name in ("weight", "weight_orig"):  # layer.weight = Parameter(...), and torch.nn.utils.prune
             raise RuntimeError(f"{self.full_name}.{name} = ...: {READ_ONLY}")
         super().register_parameter(name, param)

@@ -21,6 +21,7 @@ from lightning_qlora.optim.state_8bit import (
     is_8bit,
     local_part,
     shard_count,
+    to_32bit,
     zero_absmax,
 )
 
@@ -56,7 +57,8 @@ class PagedAdamW8bit(Optimizer):
     """AdamW with paged, blockwise 8-bit state: a quarter of AdamW's bytes, with bitsandbytes' levels and blocks.
 
     Formula: `kernels/reference_adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
-    Tensors of fewer than 4096 elements have 32-bit state. A state dict has for each parameter `step` and either
+    Tensors of fewer than 4096 elements have 32-bit state, and so have those that are split by columns (tensor
+    parallelism), or twice (with FSDP2). A state dict has for each parameter `step` and either
     `exp_avg`, `exp_avg_sq` in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`,
     `exp_avg_sq_codes`, `exp_avg_sq_absmax`. It loads bit for bit with and without paging, on the CPU and on a GPU.
     State of `torch.optim.AdamW` loads too and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any
@@ -126,6 +128,7 @@ class PagedAdamW8bit(Optimizer):
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, own, strict=True):
             state = state_dict["state"].get(index, {})
+            state = state if shard_count(param) else to_32bit(state)
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
                 raise ValueError(
@@ -194,7 +197,7 @@ def _new_state(param: Tensor) -> dict[str, Tensor]:
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"PagedAdamW8bit got a parameter of {param.dtype}: it trains fp32, bf16 and fp16 parameters.")
     state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-    if param.numel() < MIN_NUMEL:
+    if param.numel() < MIN_NUMEL or not shard_count(param):
         return {**state, **{moment: torch.zeros_like(param, dtype=torch.float32) for moment in MOMENTS}}
     if shard_count(param) > 1:
         state["shards"] = torch.tensor(shard_count(param), device="cpu")

@@ -55,16 +55,14 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def shard_count(param: Tensor) -> int:
-    """Return the number of shards of a parameter, 1 for a plain tensor; ValueError unless `fully_shard` made them."""
+    """Return the number of shards of a parameter, 1 if it is whole; 0 if it is not split once, by rows."""
     if not isinstance(param, DTensor):
         return 1
     sharded = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]
-    if len(sharded) != 1 or not param.placements[sharded[0]].is_shard(0):
-        raise ValueError(
-            f"PagedAdamW8bit got a parameter with placements {tuple(param.placements)}: it supports parameters that "
-            "are sharded along their first dimension, as fully_shard does. Use PagedAdamW for others."
-        )
-    return int(param.device_mesh.size(sharded[0]))
+    if not sharded:
+        return 1
+    by_rows = len(sharded) == 1 and param.placements[sharded[0]].is_shard(0)
+    return int(param.device_mesh.size(sharded[0])) if by_rows else 0
 
 
 def block_count(numel: int) -> int:

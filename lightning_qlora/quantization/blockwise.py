@@ -93,10 +93,18 @@ def nested_bytes(nested_absmax: Tensor, offset: float) -> Tensor:
     return torch.cat([nested_absmax, nested_absmax.new_tensor([offset])]).view(torch.uint8)
 
 
-def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: float | Tensor) -> Tensor:
-    """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b]."""
-    levels = dynamic_map(device=codes.device)[codes.int()]
-    return levels.mul_(nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]).add_(offset)
+def dequantize_absmax(
+    codes: Tensor, nested_absmax: Tensor, offset: float | Tensor, numbers: Tensor | None = None
+) -> Tensor:
+    """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b].
+
+    `numbers`: the number of each block, [b], which says its second-level scale; None: 0 to b - 1.
+    """
+    if numbers is None:
+        per_block = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
+    else:
+        per_block = nested_absmax[numbers // NESTED_BLOCK_SIZE]
+    return dynamic_map(device=codes.device)[codes.int()].mul_(per_block).add_(offset)
 
 
 def mean_in_fixed_order(values: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.patches import wrap_once
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
@@ -102,32 +105,71 @@ def convert_before_checkpoint_is_restored() -> None:
         wrap_once(call, "_call_configure_model", convert)
 
 
+def split_4_bit_layers_of_plans() -> None:
+    """Let ColwiseParallel and RowwiseParallel of `parallelize_module` split 4-bit layers.
+
+    Upstream: torch/distributed/tensor/parallel/style.py, _partition_linear_fn: by outputs all parameters are split in
+    dimension 0, also A and the second-level scales; by inputs `weight` and `bias` alone are split.
+    Supported ways tried: a ParallelStyle of our own, which users would have to write into their plans; the layer's own
+    `register_parameter`, which sees what a style made of one parameter after the other.
+    Removed by: a method of nn.Linear that splits its parameters.
+    """
+    styles: Any = import_module("torch.distributed.tensor.parallel")
+
+    def columns(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
+        split(module, mesh, False) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
+
+    def rows(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
+        split(module, mesh, True) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
+
+    def frozen_stay(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        original(module, *args, **kwargs)
+        for name in frozen:
+            module.get_parameter(name).requires_grad_(False)
+        return module
+
+    wrap_once(styles.ColwiseParallel, "_partition_linear_fn", columns)
+    wrap_once(styles.RowwiseParallel, "_partition_linear_fn", rows)
+    if torch.__version__ < TorchVersion("2.11"):  # which makes all that it distributes trainable
+        wrap_once(import_module("torch.distributed.tensor.parallel.style"), "distribute_module", frozen_stay)
+
+
 @contextmanager
 def before_sharding(convert: Callable[[list[nn.Module]], None]) -> Iterator[None]:
-    """Within this, `convert` is called with the modules that `fully_shard` is about to shard.
+    """Within this, `convert` is called with the modules that `fully_shard` or `parallelize_module` is about to split.
 
-    Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py, fully_shard, which users call in `configure_model`
-    (lightning/pytorch/strategies/model_parallel.py): at `convert_module` the weights are sharded already. It is
-    replaced in every module that imported it. A module can't be converted inside fully_shard: its @contract checks
-    that no parameter gets another name.
-    Supported ways tried: none; fully_shard calls no hook.
+    Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py and torch/distributed/tensor/parallel/api.py, which
+    users call in `configure_model` (lightning/pytorch/strategies/model_parallel.py): at `convert_module` the weights
+    are sharded already. They are replaced in every module that imported them. A module can't be converted inside
+    fully_shard: its @contract checks that no parameter gets another name.
+    Supported ways tried: none; they call no hook.
     Removed by: a hook between building a model and sharding it.
     """
-    original: Any = import_module("torch.distributed.fsdp").fully_shard
     steps = [convert]
 
-    @wraps(original)
-    def converting(module: Any, *args: Any, **kwargs: Any) -> Any:
-        for step in steps:
-            step([module] if isinstance(module, nn.Module) else list(module))
-        return original(module, *args, **kwargs)
+    def converting(original: Any) -> Any:
+        @wraps(original)
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            for step in steps:
+                step([module] if isinstance(module, nn.Module) else list(module))
+            return original(module, *args, **kwargs)
 
-    _replace_in_all_modules(original, converting)
+        return call
+
+    upstream: list[Any] = [
+        import_module("torch.distributed.fsdp").fully_shard,
+        import_module("torch.distributed.tensor.parallel").parallelize_module,
+    ]
+    replaced = [(original, converting(original)) for original in upstream]
+    for original, call in replaced:
+        _replace_in_all_modules(original, call)
     try:
         yield
     finally:
-        steps.clear()  # some object other than a module may still refer to it
-        _replace_in_all_modules(converting, original)
+        steps.clear()  # some object other than a module may still refer to them
+        for original, call in replaced:
+            _replace_in_all_modules(call, original)
 
 
 def _replace_in_all_modules(old: Any, new: Any) -> None:

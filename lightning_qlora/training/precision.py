@@ -20,6 +20,7 @@ from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
+from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.paging.pager import Pager
@@ -257,6 +258,11 @@ class QLoRAPrecision(Precision):
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """See Precision; it clips only for a LightningModule of its own package."""
         _precision_class(model)._clip_gradients(self, model, *args, **kwargs)
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """See Precision; also where a plan splits some of the adapters, and others are whole."""
+        clip_grad_norm(self.main_params(optimizer), clip_val)
 
     @override
     def state_dict(self) -> dict[str, Any]:

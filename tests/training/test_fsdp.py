@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_qlora import (
@@ -23,7 +24,7 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
@@ -152,9 +153,21 @@ def test_two_trainable_dtypes_in_one_group_are_named(fit):
 
 
 @pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
-def test_tensor_parallelism_of_a_4_bit_layer_is_refused(style, setup_module):
-    with pytest.raises(ValueError, match=r"^4: tensor parallelism .* can't split a 4-bit layer.*exclude_modules"):
-        setup_module(lambda net, mesh: parallelize_module(net, mesh["tensor_parallel"], {"4": style()}))
+def test_fabric_splits_4_bit_layers_by_a_plan_and_a_style_of_another_kind_is_refused(style, setup_module):
+    def parallelize(net, mesh, made=style):
+        return parallelize_module(net, mesh["tensor_parallel"], {"4": made()})
+
+    fabric, net = setup_module(parallelize)
+    fabric.backward(net(torch.randn(2, 64)).sum())
+    layer = adapted_layers(net)["_forward_module.4"]
+    assert is_sharded(layer.packed) and is_sharded(layer.lora_B.grad)
+
+    class Theirs(style):
+        def _partition_linear_fn(self, name, module, mesh):
+            module.register_parameter("bias", nn.Parameter(distribute_tensor(module.bias, mesh, [Replicate()])))
+
+    with pytest.raises(ValueError, match=r"^4: a 4-bit layer is split by .*, not by another style.*exclude_modules"):
+        setup_module(lambda net, mesh: parallelize(net, mesh, Theirs))
 
 
 @pytest.mark.parametrize("single_file", [False, True], ids=["shards", "one file"])

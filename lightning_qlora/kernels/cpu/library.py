@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
+from lightning_qlora.kernels.reference import dropout_threshold, seed_and_stride
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
@@ -34,6 +35,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         ("packed", _pointer), ("absmax", _pointer), ("nested", _pointer), ("levels", _pointer), ("dynamic", _pointer),
         ("offset", _pointer), ("rows", _long), ("columns", _long), ("block_shift", _long),
+        ("first", _long), ("per_row", _long), ("skipped", _long),
     )  # fmt: skip
 
 
@@ -47,7 +49,7 @@ class Library:
             "add_matmul_transposed": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
             "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
-            "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
+            "dropout": (_pointer, _pointer, _int, _long, _long, _long, _long, ctypes.c_int32, _float, _int),
         }
         self._multiplies = hasattr(loaded, "add_matmul")
         for name, arguments in signatures.items():
@@ -115,10 +117,12 @@ class Library:
         )  # fmt: skip
         return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
 
-    def dropout_into(self, out: Tensor, x: Tensor, least_kept: int, scale: float, seed: int) -> Tensor:
+    def dropout_into(self, out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """See `reference.dropout`; `out` may be `x`, both contiguous."""
-        n = x.numel()
-        self._loaded.dropout(x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, seed, least_kept, scale, _threads(n))
+        n, width, (number, stride) = x.numel(), x.shape[-1], seed_and_stride(seed, x.shape[-1])
+        self._loaded.dropout(
+            x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, width, stride, number, *dropout_threshold(p), _threads(n)
+        )
         return out
 
 
@@ -146,7 +150,7 @@ def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
     levels, dynamic, held = _levels(weight.quant_type)
     described = _Weight(
         packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, scales and scales + size - 4, *weight.shape,
-        weight.block_size.bit_length() - 1,
+        weight.block_size.bit_length() - 1, *weight.block_numbers,
     )  # fmt: skip
     return described, [packed, absmax, nested, *held]
 

@@ -16,6 +16,7 @@ INSIDE = [
         "linear",
         "lora_products",
         "matmul",
+        "parts",
         "grouped",
         "adamw_kernel",
         "training",

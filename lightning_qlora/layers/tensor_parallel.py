@@ -1,0 +1,136 @@
+"""Tensor parallelism: each rank of a group holds a part of a 4-bit weight, with the bytes of one device.
+
+    columns    y_i = x W_i^T + bias_i + s (drop(x) A^T) B_i^T             W and B split by outputs, A whole
+    rows       y = sum_i x_i W_i^T + s (drop(x)_i A_i^T) B^T + bias       W and A split by inputs, B whole
+
+The names are those of `ColwiseParallel` and `RowwiseParallel`, which count in W^T (Shoeybi et al. 2019, Megatron-LM,
+section 3). A plan of torch or transformers brings x to the layout that a layer needs, and sums y. Here the gradients of
+x and A (columns) or B (rows) are summed over the ranks. The second-level scales stay whole on every rank, because 256
+scales are no whole rows; `Part` says which of them a rank's blocks use.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from lightning_qlora.kernels.lora_linear import PLAIN
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.quantization.packed_weight import PackedBytes, Part
+
+SPLIT_EXPERTS = (
+    "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Name them in exclude_modules to keep "
+    "them dense, leave them out of the plan, or use fully_shard."
+)
+WHOLE = Replicate()
+BY_OUTPUTS = dict.fromkeys(("packed", "absmax", "lora_B", "lora_magnitude_vector", "bias"), Shard(0))
+BY_INPUTS = dict.fromkeys(("packed", "absmax", "lora_A"), Shard(1))
+
+
+class Split(NamedTuple):
+    """How the weight of a layer is split over the ranks of a mesh with one dimension."""
+
+    mesh: DeviceMesh
+    by_inputs: bool
+    shape: tuple[int, int]  # of the part of one rank, [out, in]
+
+    @staticmethod
+    def of(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> "Split":
+        """Check that a layer can be split.
+
+        Raises:
+            ValueError: If a block would belong to two ranks, or the adapter can't be split.
+        """
+        (out, inputs), ranks, size = layer._shape, mesh.size(), layer.block_size
+        if by_inputs and layer.lora_magnitude_vector is not None:
+            raise ValueError(
+                f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of "
+                "whole rows at every step. Set use_dora=False, or leave the layer out of the plan."
+            )
+        if layer.dense_weight is not None:
+            raise ValueError(
+                f"{layer.full_name}: init_lora_weights='calibrated' needs a batch before the layer is split over "
+                "ranks. Use 'loftq' or 'pissa', which need none."
+            )
+        step = size * ranks if by_inputs else size
+        if inputs % step or (not by_inputs and out % ranks):
+            what = f"{inputs} inputs, which must be a multiple of {step}" if inputs % step else f"{out} outputs"
+            raise ValueError(
+                f"{layer.full_name}: can't be split over {ranks} ranks by {'in' if by_inputs else 'out'}puts in blocks "
+                f"of {size}: it has {what}. Choose another number of ranks or block_size, name the layer in "
+                "exclude_modules, or leave it out of the plan."
+            )
+        return Split(mesh, by_inputs, (out, inputs // ranks) if by_inputs else (out // ranks, inputs))
+
+    @property
+    def part(self) -> Part:
+        """Which part of the weight this rank has."""
+        rank, ranks, (out, inputs) = self.mesh.get_local_rank(), self.mesh.size(), self.shape
+        return (
+            Part(0, rank * inputs, out, ranks * inputs) if self.by_inputs else Part(rank * out, 0, ranks * out, inputs)
+        )
+
+
+def unknown_style(style: str) -> str:
+    """What a style of a plan that can't split a 4-bit layer is answered with."""
+    return (
+        f"a 4-bit layer is split by ColwiseParallel or RowwiseParallel (colwise, rowwise), not by {style}. Remove it "
+        "from the plan, or name it in exclude_modules."
+    )
+
+
+def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
+    """Let each rank of a mesh keep its part of a layer that every rank has, by inputs or by outputs.
+
+    Raises:
+        ValueError: If the layer can't be split so.
+    """
+    layer._split = Split.of(layer, mesh, by_inputs)
+    for name, held in layer._parameters.items():
+        if held is None or isinstance(held, DTensor):
+            continue
+        placement: Placement = (BY_INPUTS if by_inputs else BY_OUTPUTS).get(name, WHOLE)
+        with PLAIN():
+            # Without communication; `clone`: the memory of the whole is freed.
+            part = distribute_tensor(held.data, mesh, [placement], src_data_rank=None).to_local().clone()
+        whole = DTensor.from_local(part, mesh, [placement], run_check=False)
+        layer.register_parameter(name, nn.Parameter(whole, requires_grad=held.requires_grad))
+
+
+def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
+    mesh, by_inputs, shape = split = layer._split
+    held, columns, part = layer._parameters, None, split.part
+    if isinstance(held["lora_A"], DTensor) and not isinstance(x, DTensor):
+        raise RuntimeError(
+            f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the layer "
+            "itself, whose plan distributes the input, or leave the layer out of the plan."
+        )
+    if by_inputs:
+        a, b = _local(held["lora_A"]), _summed_gradient(held["lora_B"])
+        bias = _local(bias) if bias is not None and part.column == 0 else None  # one rank adds it
+        columns = torch.tensor([part.column, part.columns], device="cpu")
+    else:
+        a, b, bias = _summed_gradient(held["lora_A"]), _local(held["lora_B"]), _local(bias)
+    packed, absmax, nested = (_local(held[name]) for name in BASE)
+    weight = PackedBytes(packed, absmax, nested, shape, layer.quant_type, layer.block_size, part)
+    own = x.to_local(grad_placements=None if by_inputs else [Partial()]) if isinstance(x, DTensor) else x
+    y: Tensor = layer.compute(own, weight, bias, a, b, _local(held["lora_magnitude_vector"]), columns)
+    if not isinstance(x, DTensor):
+        return y
+    return DTensor.from_local(y, mesh, [Partial() if by_inputs else Shard(y.dim() - 1)], run_check=False)
+
+
+def _local(held: Any) -> Any:
+    """This rank's part of a parameter; a plan of transformers may have replaced it by the part already."""
+    return held.to_local() if isinstance(held, DTensor) else held
+
+
+def _summed_gradient(held: Any) -> Any:
+    """A parameter that every rank has whole; its gradient is summed over the ranks."""
+    if not isinstance(held, DTensor):
+        return held
+    return held.redistribute(placements=[WHOLE]).to_local(grad_placements=[Partial()])

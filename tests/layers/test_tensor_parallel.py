@@ -1,0 +1,55 @@
+"""Tensor parallelism on two processes: the numbers of one device, checkpoints, folders; and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import convert
+from tests.conftest import launch
+from tests.toys import toy
+
+transformers = pytest.importorskip("transformers")
+from tests.scripts.tensor_parallel_training import fit  # noqa: E402
+
+
+def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
+    """The assertions are in the script, where both are in one process; a file moves from one device and to it."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # as in the script: the initial adapters depend on it
+    toy("llama", attention_bias=True).save_pretrained(tmp_path / "llama")
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=64,
+        num_experts=4, num_experts_per_tok=2, head_dim=16, vocab_size=128,
+    )  # fmt: skip
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    fit(tmp_path, 1, devices=1)[0].save_checkpoint(tmp_path / "one.ckpt")
+    ranks = launch("tests.scripts.tensor_parallel_training", tmp_path)[1]
+    _, moved = fit(tmp_path, 2, str(tmp_path / "halfTrue.ckpt"), devices=1)
+    torch.testing.assert_close(moved.losses, ranks[0]["losses"][3:], rtol=1e-5, atol=1e-6)
+    for rank in ranks:
+        assert "experts in 4 bits can't be split over ranks" in rank["experts"]
+
+
+class Mesh:
+    """A mesh of three ranks, without processes."""
+
+    def size(self):
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "by_inputs", "arguments", "message"),
+    [
+        ((128, 96), True, {}, r"^0: can't be split over 3 ranks by inputs in blocks of 64: it has 128 inputs, .* 192"),
+        ((96, 128), False, {}, r"^0: can't be split over 3 ranks by outputs in blocks of 64: it has 96 inputs, .* 64"),
+        ((128, 128), False, {}, r"^0: can't be split over 3 ranks by outputs .* it has 128 outputs"),
+        ((192, 96), True, {"use_dora": True}, r"^0: DoRA can't be split by inputs"),
+        ((192, 96), False, {"init_lora_weights": "calibrated"}, r"^0: .*calibrated.* needs a batch before"),
+    ],
+)  # fmt: skip
+def test_a_layer_that_cannot_be_split_is_named_with_what_to_do(sizes, by_inputs, arguments, message):
+    from lightning_qlora.layers.tensor_parallel import split
+
+    net = nn.Sequential(nn.Linear(*sizes), nn.Linear(sizes[1], 8))
+    convert(net, r=4, target_modules=["0"], **arguments)
+    with pytest.raises(ValueError, match=message):
+        split(net[0], Mesh(), by_inputs)

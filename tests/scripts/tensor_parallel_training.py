@@ -1,0 +1,242 @@
+"""Run by test_tensor_parallel, in two processes: each case is compared with the same model on one device, in place."""
+
+import copy
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lightning_qlora import (
+    PagedAdamW,
+    PagedAdamW8bit,
+    QLoRAPrecision,
+    convert,
+    load_adapter,
+    save_adapter,
+    save_quantized,
+)
+from lightning_qlora.layers.dtensor import clip_grad_norm, gather
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import make_trainer
+from tests.toys import ids, toy
+
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "block_size": 32}
+PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
+    "self_attn.o_proj": RowwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(),
+    "mlp.down_proj": RowwiseParallel(),
+}  # fmt: skip
+
+
+class Llama(pl.LightningModule):
+    """As users write it for tensor parallelism."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.losses = None, []
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = LlamaForCausalLM.from_pretrained(self.hparams.folder)
+            for layer in self.model.model.layers if self._device_mesh is not None else ():
+                parallelize_module(layer, self.device_mesh["tensor_parallel"], PLAN)
+
+    def training_step(self, batch, batch_idx):
+        torch.manual_seed(self.global_step)
+        loss = loss_of(self.model)
+        self.losses.append(loss.item())
+        return loss
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(range(3))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def loss_of(model):
+    decoder = {"decoder_input_ids": ids(seed=1)} if model.config.is_encoder_decoder else {}
+    logits = model(input_ids=ids(), **decoder).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids(seed=2).flatten())
+
+
+def train(model, steps, clip=None):
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = loss_of(model)
+        loss.backward()
+        if clip:
+            clip_grad_norm(trained, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def check(one, split, losses, expected):
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    for (name, layer), other in zip(adapted_layers(one).items(), adapted_layers(split).values(), strict=True):
+        assert other.base_fingerprint() == layer.base_fingerprint(), name
+        for key, value in layer._parameters.items():
+            if value is not None and value.requires_grad:
+                assert not any(p.is_partial() for p in other._parameters[key].placements)
+                torch.testing.assert_close(gather(other._parameters[key].detach()), value.detach(), rtol=0, atol=1e-4)
+        held = other._parameters["packed"]
+        assert held.to_local().numel() * 2 == held.numel()
+
+
+def fit(root, epochs, ckpt=None, devices=2, single_file=False):
+    strategy = ModelParallelStrategy(1, 2, save_distributed_checkpoint=not single_file) if devices > 1 else "auto"
+    run = make_trainer(
+        root, plugins=QLoRAPrecision(**ARGUMENTS), strategy=strategy, devices=devices, max_epochs=epochs,
+        enable_checkpointing=False, gradient_clip_val=1.0,
+    )  # fmt: skip
+    module = Llama(str(root / "llama"))
+    run.fit(module, ckpt_path=ckpt)
+    return run, module
+
+
+def with_trainer(root):
+    """Equal to one device; resumes exactly; the folder of the adapter is that of one device, and loads."""
+    _, straight = fit(root, 2)
+    one = LlamaForCausalLM.from_pretrained(root / "llama")
+    convert(one, **ARGUMENTS)
+    initial = copy.deepcopy(one)
+    check(one, straight, straight.losses, train(one, 6, clip=1.0))
+    for single_file in (False, True):
+        path = str(root / f"half{single_file}.ckpt")
+        fit(root, 1, single_file=single_file)[0].save_checkpoint(path)
+        _, resumed = fit(root, 2, path, single_file=single_file)
+        for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(gather(ours.detach()), gather(theirs.detach()))
+    _, moved = fit(root, 2, str(root / "one.ckpt"))  # of one device
+    torch.testing.assert_close(moved.losses, straight.losses[3:], rtol=1e-5, atol=1e-6)
+    save_adapter(straight, root / "adapter")  # rank 0 writes
+    save_adapter(one, root / "one")
+    torch.distributed.barrier()
+    load_adapter(initial, root / "adapter")
+    for name, layer in adapted_layers(initial).items():
+        of_ranks = straight.get_submodule("model." + name)
+        assert torch.equal(layer.lora_B, gather(of_ranks.lora_B)) and torch.equal(layer.delta(), of_ranks.delta())
+    load_adapter(straight, root / "one")
+    assert torch.equal(gather(adapted_layers(straight)["model.model.layers.0.mlp.down_proj"].lora_A.detach()),
+                       adapted_layers(one)["model.layers.0.mlp.down_proj"].lora_A)  # fmt: skip
+    return straight.losses
+
+
+def with_any_plan(mesh):
+    """All layers of GPT-2 (Conv1D) and T5, by outputs and by inputs in turn, with whole inputs and outputs."""
+    for name, arguments in (
+        ("gpt2", {}),
+        ("t5", {}),
+        ("llama", {"use_dora": True}),
+        ("llama", {"double_quant": False}),
+    ):
+        one = toy(name)
+        convert(one, **ARGUMENTS | arguments)
+        split = copy.deepcopy(one)
+        for number, layer in enumerate(adapted_layers(split)):
+            by_inputs = number % 2 and "use_dora" not in arguments
+            style = (
+                RowwiseParallel(input_layouts=Replicate()) if by_inputs else ColwiseParallel(output_layouts=Replicate())
+            )
+            parallelize_module(split, mesh, {layer: style})
+        check(one, split, train(split, 4), train(one, 4))
+        layer = next(iter(adapted_layers(split).values()))
+        torch.testing.assert_close(layer.weight, next(iter(adapted_layers(one).values())).weight, rtol=0, atol=1e-4)
+        assert isinstance(torch.autograd.grad(layer.weight.sum(), layer.lora_B)[0], DTensor)
+        with pytest.raises(RuntimeError, match="is split over ranks, and its weight was multiplied by a plain tensor"):
+            torch.zeros(1, layer.in_features) @ (layer.weight if name == "gpt2" else layer.weight.T)
+
+
+def with_experts(root, mesh):
+    """A plan for the attention alone: experts are whole on each rank, and train there; both are clipped together."""
+    one = AutoModelForCausalLM.from_pretrained(root / "moe")
+    convert(one, **ARGUMENTS)
+    split = copy.deepcopy(one)
+    parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
+    losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(split.parameters(), one.parameters(), strict=True):
+        if theirs.requires_grad:
+            torch.testing.assert_close(gather(ours.detach()), theirs.detach(), rtol=0, atol=1e-4)
+
+
+def with_8_bit_state(mesh):
+    """8-bit state of whole parameters, and of those that are split by rows; 32-bit state of others."""
+    value, grad = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    for placement, alone in ((Replicate(), PagedAdamW8bit), (Shard(0), PagedAdamW8bit), (Shard(1), PagedAdamW)):
+        one = torch.nn.Parameter(value.clone())
+        split = torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [placement]))
+        optimizers = alone([one], lr=1e-2), PagedAdamW8bit([split], lr=1e-2)
+        for _ in range(3):
+            one.grad, split.grad = grad.clone(), distribute_tensor(grad.clone(), mesh, [placement])
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(gather(split.detach()), one.detach(), rtol=0, atol=1e-6 * (alone is PagedAdamW))
+
+
+def with_transformers(root):
+    """A tp_plan splits the layers while they load; experts are refused."""
+    from transformers.distributed import DistributedConfig, mixin
+
+    def load(folder, **arguments):
+        with QLoRAPrecision(**ARGUMENTS).init():
+            model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        convert(model, **ARGUMENTS)
+        return model
+
+    plan = DistributedConfig(tp_size=2, tp_plan="auto")
+    one, split = load(root / "llama"), load(root / "llama", distributed_config=plan)
+    check(one, split, train(split, 4), train(one, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT can load the folder
+        save_adapter(split, root / "of_tp_plan")
+    torch.distributed.barrier()
+    torch.testing.assert_close(
+        load_file(root / "of_tp_plan/adapter_model.safetensors"), load_file(root / "adapter/adapter_model.safetensors"),
+        rtol=0, atol=0.1,
+    )  # fmt: skip
+    converted = copy.deepcopy(one)  # before the plan is applied, as when a model is converted on the meta device
+    mixin.apply_tensor_parallelism(converted, init_device_mesh("cpu", (2,)), split._expand_parallel_plan(split.tp_plan))
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(converted.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # transformers' path for inference
+        torch.testing.assert_close(loss_of(split.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
+    if torch.distributed.get_rank() == 0:
+        save_quantized(one, root / "in_4_bits")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: .* from files in 16 or 32 bit"):
+        load(root / "in_4_bits", distributed_config=plan)
+    try:
+        load(root / "moe", distributed_config=plan)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def main(root):
+    root = Path(root)
+    pl.seed_everything(1, verbose=False)
+    losses = with_trainer(root)
+    mesh = init_device_mesh("cpu", (2,))
+    with_any_plan(mesh)
+    with_experts(root, mesh)
+    with_8_bit_state(mesh)
+    results = {"losses": losses, "experts": with_transformers(root)}
+    torch.save(results, root / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -51,7 +51,7 @@ from lightning_qlora.training.convert_checks import (
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
-from lightning_qlora.training.patches import count_weights_in_transformers
+from lightning_qlora.training.patches import count_weights_in_transformers, shard_bytes
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
@@ -134,6 +134,7 @@ def convert_module(
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
     recompute_as_called()
+    shard_bytes()
     use_adapter_state_dict(module, config, given)
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()

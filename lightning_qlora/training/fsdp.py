@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.config import QLoRAConfig
@@ -34,8 +32,8 @@ def convert_before_sharding(
         convert: Converts the module.
 
     Raises:
-        RuntimeError, ValueError: If this torch version can't shard 4-bit weights, the adapters are initialized from
-            a batch, or layers are added after the first call of `fully_shard`.
+        ValueError: If the adapters are initialized from a batch, or layers are added after the first call of
+            `fully_shard`.
     """
     if trainer is None or not shards_module(trainer):
         yield
@@ -56,16 +54,11 @@ def convert_before_sharding(
 
 
 def _check_can_shard(config: QLoRAConfig) -> None:
-    """Refuse a torch version whose FSDP2 can't shard bytes, and an initialization that needs a batch.
+    """Refuse an initialization that needs a batch.
 
     Raises:
-        RuntimeError, ValueError: As above.
+        ValueError: As above.
     """
-    if torch.__version__ < TorchVersion("2.12"):
-        raise RuntimeError(
-            f"torch {torch.__version__}: its fully_shard refuses 4-bit weights, because it accepts only parameters of "
-            "a floating-point type (pytorch issue 177844). FSDP2 with QLoRAPrecision needs torch 2.12 or newer."
-        )
     if config.initialization == "calibrated":
         raise ValueError(
             "init_lora_weights='calibrated' can't be used with fully_shard: it needs a batch, and adapters are sharded "

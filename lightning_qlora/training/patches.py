@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc
@@ -135,6 +138,31 @@ def _replace_in_all_modules(old: Any, new: Any) -> None:
     for namespace in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]:
         for key in [key for key, value in list(namespace.items()) if value is old]:
             namespace[key] = new
+
+
+def shard_bytes() -> None:
+    """Let fully_shard of torch 2.11 and older shard 4-bit weights.
+
+    Upstream: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, FSDPParam: `_init_sharded_param` and
+    `to_sharded_post_forward` make a parameter that needs a gradient, which bytes can't have, before they freeze it, and
+    `init_dtype_attrs` casts bytes to the type of a MixedPrecisionPolicy (pytorch issues 177844 and 185239).
+    Supported ways tried: bytes stored as floats, as bitsandbytes does; FSDP2 changes some patterns (its issue 1945).
+    Removed by: support for torch 2.11 ending.
+    """
+    if torch.__version__ >= TorchVersion("2.12"):
+        return
+
+    def parameter(data: Any, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+    def keep_bytes(original: Any, param: Any, policy: Any) -> None:
+        original(param, policy)
+        if not param.orig_dtype.is_floating_point:
+            param.param_dtype = None
+
+    upstream: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    upstream.nn = SimpleNamespace(**{**vars(nn), "Parameter": parameter})
+    wrap_once(upstream.FSDPParam, "init_dtype_attrs", keep_bytes)
 
 
 def load_full_state_dicts_into_sharded_modules() -> None:

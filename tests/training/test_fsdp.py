@@ -28,9 +28,7 @@ from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, loader
-from tests.toys import needs
 
-pytestmark = needs("torch", "2.12", "fully_shard takes floats alone before")
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 

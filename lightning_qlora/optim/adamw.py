@@ -20,7 +20,9 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     local_part,
+    quantize_like,
     shard_count,
+    split_like,
     zero_absmax,
 )
 
@@ -118,22 +120,17 @@ class PagedAdamW8bit(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; every tensor keeps its type.
 
-        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16. Raises
-        ValueError if 8-bit state was saved on another number of FSDP ranks.
+        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16. Whole
+        state is split as the parameters are, and quantized again if it was saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, own, strict=True):
             state = state_dict["state"].get(index, {})
-            saved_shards = int(state.get("shards", 1))
-            if is_8bit(state) and saved_shards != shard_count(param):
-                raise ValueError(
-                    f"8-bit optimizer state was saved in {saved_shards} shards, and the parameter has "
-                    f"{shard_count(param)}: each shard has blocks of its own. Resume on as many ranks, or with "
-                    "PagedAdamW, which decodes the state."
-                )
-            for key, value in state.items():
+            if is_8bit(state) and int(state.get("shards", 1)) != shard_count(param):
+                state = quantize_like(_new_state(param), state, param)
+            for key, value in split_like(param, state).items():
                 value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
                 self.state[param][key] = value.detach().to("cpu" if key == "step" else param.device, copy=True)
 

@@ -197,8 +197,9 @@ def _check_not_sharded(weight: Any) -> None:
     if is_sharded(weight):
         raise ValueError(
             "its weight is sharded already (a DTensor), and a shard can't be quantized. Call "
-            "lightning_qlora.convert(model) before fully_shard or parallelize_module. The plugin does so if "
-            "configure_model sets self.model = model before it calls fully_shard."
+            "lightning_qlora.convert(model) before fully_shard or parallelize_module, and pass no plan to "
+            "from_pretrained (tp_plan, distributed_config), which shards while it loads. The plugin converts in time "
+            "if configure_model sets self.model = model before it calls fully_shard."
         )
 
 

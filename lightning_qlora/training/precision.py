@@ -296,6 +296,8 @@ def _fit_into_loaded_packages() -> None:
     call_on_setup_optimizer()
     patches.convert_before_checkpoint_is_restored()
     patches.load_full_state_dicts_into_sharded_modules()
+    patches.load_optimizer_states_as_saved()
+    patches.load_shards_on_one_device()
     patches.allow_keys_without_attributes()
     patches.check_crc_before_loading()
     patches.leave_networks_out_of_hyperparameters()

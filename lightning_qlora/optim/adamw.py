@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.reference_adamw import AdamWStep
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.optim.paging.optimizer_pages import windows
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
 from lightning_qlora.optim.state_8bit import (
@@ -122,13 +123,21 @@ class PagedAdamW8bit(Optimizer):
 
         torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16. Whole
         state is split as the parameters are, and quantized again if it was saved in another number of shards.
+        Raises ValueError for parts of state (DTensors) that were saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, own, strict=True):
             state = state_dict["state"].get(index, {})
-            if is_8bit(state) and int(state.get("shards", 1)) != shard_count(param):
+            saved_shards = int(state.get("shards", 1))
+            if is_8bit(state) and saved_shards != shard_count(param):
+                if is_sharded(state[f"{MOMENTS[0]}_codes"]):
+                    raise ValueError(
+                        f"8-bit optimizer state was saved in {saved_shards} shards, and the parameter has "
+                        f"{shard_count(param)}: each shard has blocks of its own. Load the state as a whole: with "
+                        "QLoRAPrecision, a Trainer or a Fabric does."
+                    )
                 state = quantize_like(_new_state(param), state, param)
             for key, value in split_like(param, state).items():
                 value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")

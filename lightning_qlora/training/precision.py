@@ -65,7 +65,7 @@ class QLoRAPrecision(Precision):
         self._trainer: Trainer | None = None  # only within configure_model
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
-        self._evaluating = False
+        self._evaluating = self._has_batches = False
         self._trains_fp32 = False  # parameters that are no adapters
 
     def __repr__(self) -> str:
@@ -154,10 +154,13 @@ class QLoRAPrecision(Precision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """Calibrate the adapters on the Trainer's batch before training on it, if they are initialized from data."""
-        if self._calibration is not None and self._module is not None:
-            trainer = _trainer_of(self._module())
-            if trainer is not None:
+        """Before the first batch of a Trainer compare the ranks; calibrate adapters that are initialized from data."""
+        trainer = None if self._module is None else _trainer_of(self._module())
+        if trainer is not None:
+            if trainer.training and not self._has_batches:
+                guards.check_equal_batches(trainer)
+                self._has_batches = True
+            if self._calibration is not None:
                 self._calibration.before_batch(trainer, data)
         return super().convert_input(data)
 
@@ -273,6 +276,7 @@ class QLoRAPrecision(Precision):
         for layer, mode in self._mode_before.items():
             layer.training = mode
         self._mode_before.clear()
+        self._has_batches = False
         self.pager.close()
         scratch.release()
 

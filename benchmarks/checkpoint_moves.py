@@ -43,7 +43,8 @@ class Model(pl.LightningModule):
 
     def __init__(self, name: str, bits: str) -> None:
         super().__init__()
-        self.name, self.bits, self.model, self.losses = name, bits, None, list[float]()
+        self.name, self.bits, self.losses = name, bits, list[float]()
+        self.model: Any = None
 
     def configure_model(self) -> None:
         if self.model is None:

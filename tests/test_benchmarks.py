@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import deferred_logits, gpu_day, measure, peers, saved_tensors
+from benchmarks import checkpoint_moves, deferred_logits, gpu_day, measure, peers, saved_tensors
 from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.timing import call_seconds, times
 from lightning_qlora.kernels import eager
@@ -263,3 +263,11 @@ def test_what_a_decoder_layer_keeps_is_listed_by_module():
     assert rows["self_attn.q_proj"][:2] == [x + own, 0]
     assert rows["self_attn.k_proj"][:2] == rows["self_attn.v_proj"][:2] == [own, x]
     assert rows["mlp.down_proj"][:2] == [8 * 128 * 2 + own, 0]
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_one_device_and_shards():
+    names = ["one", "fsdp2"]
+    cells = checkpoint_moves.measure(names)
+    assert len(cells) == 12 and all(float(cell) < 1e-4 for row in cells.values() for cell in row)
+    assert checkpoint_moves.table(names, cells).count("\n") == 13

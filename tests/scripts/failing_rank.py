@@ -2,7 +2,7 @@
 
     failing_rank.py FOLDER STRATEGY FAILURE STEP [resume]
 
-FAILURE: none, kill (SIGKILL in the step), calibrate (SIGKILL in the
+FAILURE: none, kill (SIGKILL in the step), stop (SIGSTOP in the step), calibrate (SIGKILL in the
 forward pass that calibrates), raise, short (one batch fewer than the others), save (SIGKILL while the
 checkpoint of STEP is written). A checkpoint is saved every second step.
 """
@@ -39,8 +39,8 @@ class Failing(Classifier):
 
     def training_step(self, batch, batch_idx):
         if self.global_step == self.step and self.global_rank == FAILING:
-            if self.failure == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self.failure in ("kill", "stop"):
+                os.kill(os.getpid(), signal.SIGKILL if self.failure == "kill" else signal.SIGSTOP)
             if self.failure == "calibrate" and calibration_of(self) is not None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.failure == "raise":

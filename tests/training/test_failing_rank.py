@@ -24,8 +24,8 @@ class Ended(NamedTuple):
     text: str
 
 
-def run(folder, strategy, failure, step, resume="", port=29611) -> list[Ended]:
-    """Two processes that nobody stops, each with what torchrun would give it."""
+def run(folder, strategy, failure, step, resume="", end=2, port=29611) -> list[Ended]:
+    """Two processes that nobody stops, each with what torchrun would give it, until this many have ended."""
     folder.mkdir(exist_ok=True)
     own = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     own |= {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -40,7 +40,7 @@ def run(folder, strategy, failure, step, resume="", port=29611) -> list[Ended]:
     ]  # fmt: skip
     ends: dict[int, tuple[int, float]] = {}
     try:
-        while len(ends) < 2:
+        while len(ends) < end:
             for rank, process in enumerate(ranks):
                 if rank not in ends and process.poll() is not None:
                     ends[rank] = process.returncode, time.monotonic()
@@ -50,7 +50,7 @@ def run(folder, strategy, failure, step, resume="", port=29611) -> list[Ended]:
     finally:
         for process in ranks:
             process.kill()
-    return [Ended(*ends[rank], outputs[rank].read_text()) for rank in range(2)]
+    return [Ended(*ends[rank], outputs[rank].read_text()) for rank in sorted(ends)]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -84,6 +84,11 @@ def test_a_rank_that_dies_while_it_saves_leaves_the_checkpoints_before_it_whole(
 def test_the_others_get_an_error_if_a_rank_raises_or_dies_while_it_calibrates(failure, step, tmp_path):
     survivor, failed = run(tmp_path / "run", "ddp", failure, step)
     assert survivor.code == 1 and failed.code == (1 if failure == "raise" else KILLED)
+
+
+def test_a_rank_that_stops_ends_the_others_after_the_timeout(tmp_path):
+    (waiting,) = run(tmp_path / "run", "ddp", "stop", 5, end=1)
+    assert waiting.code == 1 and "Timed out" in waiting.text
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -5,8 +5,8 @@
 
 Each strategy trains a small Llama for STEPS steps on the same global batches and saves it, with AdamW of the trained
 parameters and with 8-bit AdamW, as adapters and with the 4-bit base, in shards and in one file. Each strategy loads
-every one of these and trains STEPS steps more. A cell has the largest relative difference of the losses of these steps
-from those of one device that was not interrupted, or the error.
+every one of these and trains STEPS steps more. A cell has the largest relative difference of the losses of these steps,
+over both contents and both kinds of file, from those of one device that was not interrupted, or the error.
 """
 
 import json
@@ -135,15 +135,16 @@ def launch(command: str, name: str, folder: Path) -> Any:
     return json.loads((folder / f"{command}-{name}.json").read_text())
 
 
-def difference(losses: Any, expected: list[float]) -> str:
+def difference(losses: Any, expected: list[float]) -> float | str:
+    """Of losses; an error as it is."""
     if isinstance(losses, str):
         return losses
-    return f"{max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)):.0e}"
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
-def measure(names: list[str]) -> dict[tuple[str, str, str], list[str]]:
-    """Strategy and file that saved, kind, -> a cell for each strategy that loads."""
-    cells: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+def measure(names: list[str]) -> dict[tuple[str, str, str], list[float | str]]:
+    """Strategy that saved, bits of the optimizer, strategy that loads -> a cell for each content and kind of file."""
+    cells: dict[tuple[str, str, str], list[float | str]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         expected = launch("save", "one", folder)
@@ -152,19 +153,24 @@ def measure(names: list[str]) -> dict[tuple[str, str, str], list[str]]:
                 launch("save", name, folder)
         for name in names:
             for path, losses in launch("load", name, folder).items():
-                saved, file, *kind = path.split("-")
+                saved, _, checkpoint, bits = path.split("-")
                 if saved in names:
-                    cells[saved, file, "-".join(kind)].append(difference(losses, expected["-".join(kind)]))
+                    cells[saved, bits, name].append(difference(losses, expected[f"{checkpoint}-{bits}"]))
     return cells
 
 
-def table(names: list[str], cells: dict[tuple[str, str, str], list[str]]) -> str:
-    lines = ["| saved by | in | content | optimizer | " + " | ".join(NAMES[name] for name in names) + " |"]
-    lines.append("| --- " * (4 + len(names)) + "|")
-    for (saved, file, kind), row in sorted(cells.items(), key=lambda item: names.index(item[0][0])):
-        checkpoint, bits = kind.split("-")
-        content = "adapters" if checkpoint == "adapter" else "adapters and base"
-        lines.append(f"| {NAMES[saved]} | {file} | {content} | {bits}-bit AdamW | " + " | ".join(row) + " |")
+def table(names: list[str], cells: dict[tuple[str, str, str], list[float | str]]) -> str:
+    """Rows of strategies that saved, columns of those that load."""
+    lines = ["| saved by | AdamW | " + " | ".join(NAMES[name] for name in names) + " |"]
+    lines.append("| --- " * (2 + len(names)) + "|")
+    for saved in names:
+        for bits in OPTIMIZERS:
+            rows = [cells[saved, bits, name] for name in names]
+            errors = [[cell for cell in row if isinstance(cell, str)] for row in rows]
+            texts = [
+                error[0] if error else f"{max(map(float, row)):.0e}" for error, row in zip(errors, rows, strict=True)
+            ]
+            lines.append(f"| {NAMES[saved]} | {bits}-bit | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 

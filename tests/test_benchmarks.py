@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import checkpoint_moves, deferred_logits, gpu_day, measure, peers, saved_tensors
+from benchmarks import deferred_logits, gpu_day, measure, peers, saved_tensors
 from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.timing import call_seconds, times
 from lightning_qlora.kernels import eager
@@ -267,7 +267,11 @@ def test_what_a_decoder_layer_keeps_is_listed_by_module():
 
 @pytest.mark.slow
 def test_checkpoints_move_between_one_device_and_shards():
+    pytest.importorskip("transformers")
+    from benchmarks import checkpoint_moves
+
     names = ["one", "fsdp2"]
     cells = checkpoint_moves.measure(names)
-    assert len(cells) == 12 and all(float(cell) < 1e-4 for row in cells.values() for cell in row)
-    assert checkpoint_moves.table(names, cells).count("\n") == 13
+    assert sum(map(len, cells.values())) == 2 * 2 * (2 + 4)  # optimizers, strategies that load, checkpoints
+    assert all(float(cell) < 1e-4 for row in cells.values() for cell in row)
+    assert checkpoint_moves.table(names, cells).count("\n") == 5

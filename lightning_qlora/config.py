@@ -35,6 +35,7 @@ WITHOUT_WEIGHT = ("default", "gaussian")  # the initializations that need no wei
 Checkpoint = Literal["adapter", "full"]
 FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]  # of the weights that `lightning-qlora merge` writes
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
+StrategyName = Literal["ddp", "fsdp"]
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32

@@ -263,3 +263,15 @@ def test_what_a_decoder_layer_keeps_is_listed_by_module():
     assert rows["self_attn.q_proj"][:2] == [x + own, 0]
     assert rows["self_attn.k_proj"][:2] == rows["self_attn.v_proj"][:2] == [own, x]
     assert rows["mlp.down_proj"][:2] == [8 * 128 * 2 + own, 0]
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_one_device_and_shards():
+    pytest.importorskip("transformers")
+    from benchmarks import checkpoint_moves
+
+    names = ["one", "fsdp2"]
+    cells = checkpoint_moves.measure(names)
+    assert sum(map(len, cells.values())) == 2 * 2 * (2 + 4)  # optimizers, strategies that load, checkpoints
+    assert all(float(cell) < 1e-4 for row in cells.values() for cell in row)
+    assert checkpoint_moves.table(names, cells).count("\n") == 5

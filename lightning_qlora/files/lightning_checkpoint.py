@@ -5,9 +5,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
+def read_checkpoint(
+    path: str | os.PathLike[str], weights_only: bool = True, keys: Collection[str] | None = None
+) -> Any:
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
     `weights_only` is torch.load's: refuse objects that are neither tensors nor plain values, and run no code of the
-    files, the index of shards included. Raises FileNotFoundError if there is no checkpoint, and ValueError if it is
-    broken, or contains objects that weights_only refuses.
+    files, the index of shards included. `keys`: of shards, to read no others. Raises FileNotFoundError if there is no
+    checkpoint, and ValueError if it is broken, or contains objects that weights_only refuses.
     """
     shards, folder = is_shards(path), os.path.isdir(path)
     if not shards and (folder or not is_file(path)):
@@ -58,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
     check_crc(path, weights_only)
     with one_line_errors(path):
         if shards:
-            return _read_shards(Path(path), weights_only)
+            return _read_shards(Path(path), weights_only, keys)
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
@@ -135,7 +138,7 @@ def _check_shards(folder: Path, weights_only: bool | None) -> None:
         require((folder / name).stat().st_size == end, name)
 
 
-def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
+def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None) -> dict[str, Any]:
     """Lightning's _load_distributed_checkpoint (lightning/fabric/utilities/load.py), with `weights_only`."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -164,14 +167,26 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     index = read_index(folder / SHARDS_INDEX, weights_only)
     try:
-        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)  # type: ignore[no-untyped-call]
+        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(keys), no_dist=True)  # type: ignore[no-untyped-call]
     except CheckpointException as error:  # a BaseException; its text is a traceback
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, pickle.UnpicklingError):
             raise cause from None
         line = next(iter(str(cause).splitlines()), "")
         raise ValueError(f"{folder}: a shard is missing or broken ({type(cause).__name__}: {line}).") from cause
-    return {**state, **torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)}
+    state |= torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)
+    if "pytorch-lightning_version" in state:  # of a Trainer: the names that it has in one file
+        numbered = list(takewhile(state.__contains__, (f"optimizer_{number}" for number in count())))
+        if numbered:
+            state["optimizer_states"] = [state.pop(name) for name in numbered]
+    return state
+
+
+def names_in_shards(folder: str | os.PathLike[str], weights_only: bool | None = True) -> Collection[str]:
+    """Names of the values in the shards of a folder."""
+    with one_line_errors(folder):
+        names: Collection[str] = read_index(Path(folder) / SHARDS_INDEX, weights_only).state_dict_metadata
+    return names
 
 
 def read_index(path: Path, weights_only: bool | None = True) -> Any:

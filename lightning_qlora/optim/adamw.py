@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.reference_adamw import AdamWStep
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.optim.paging.optimizer_pages import windows
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
 from lightning_qlora.optim.state_8bit import (
@@ -20,7 +21,9 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     local_part,
+    quantize_like,
     shard_count,
+    split_like,
     to_32bit,
     zero_absmax,
 )
@@ -120,8 +123,9 @@ class PagedAdamW8bit(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; every tensor keeps its type.
 
-        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16. Raises
-        ValueError if 8-bit state was saved on another number of FSDP ranks.
+        torch would cast all state of a floating-point parameter to its type: codes to floats, scales to bf16. Whole
+        state is split as the parameters are, and quantized again if it was saved in another number of shards.
+        Raises ValueError for parts of state (DTensors) that were saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -131,12 +135,14 @@ class PagedAdamW8bit(Optimizer):
             state = state if shard_count(param) else to_32bit(state)
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
-                raise ValueError(
-                    f"8-bit optimizer state was saved in {saved_shards} shards, and the parameter has "
-                    f"{shard_count(param)}: each shard has blocks of its own. Resume on as many ranks, or with "
-                    "PagedAdamW, which decodes the state."
-                )
-            for key, value in state.items():
+                if is_sharded(state[f"{MOMENTS[0]}_codes"]):
+                    raise ValueError(
+                        f"8-bit optimizer state was saved in {saved_shards} shards, and the parameter has "
+                        f"{shard_count(param)}: each shard has blocks of its own. Load the state as a whole: with "
+                        "QLoRAPrecision, a Trainer or a Fabric does."
+                    )
+                state = quantize_like(_new_state(param), state, param)
+            for key, value in split_like(param, state).items():
                 value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
                 self.state[param][key] = value.detach().to("cpu" if key == "step" else param.device, copy=True)
 

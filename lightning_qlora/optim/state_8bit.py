@@ -4,8 +4,8 @@ For each moment, the state of a parameter has uint8 codes in the parameter's sha
 per block (`exp_avg_absmax`). Under torch's key `exp_avg`, AdamW would load codes as floats and train with them.
 
 Sharded parameters (FSDP2): each rank quantizes its shard in blocks of its own. Codes and scales are DTensors like the
-parameter, so torch's distributed checkpoints save every rank's part. No block spans two shards, so the state loads on
-as many ranks as it was saved on: `shards` is saved with it.
+parameter, so torch's distributed checkpoints save every rank's part. No block spans two shards: for another number of
+shards than was saved, as `shards`, the moments are decoded and quantized again.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, dequantize_state
+from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, dequantize_state, quantize_state
+from lightning_qlora.layers.dtensor import shard_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
 
@@ -35,6 +36,28 @@ def to_32bit(state: dict[Any, Any]) -> dict[Any, Any]:
         codes, absmax = state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax")
         state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
     return state
+
+
+def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return whole state; what has the parameter's shape, and the scales, are split as the parameter is."""
+    return {
+        key: shard_like(value, param)
+        if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax"))
+        else value
+        for key, value in state.items()
+    }
+
+
+@torch.no_grad()
+def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return 8-bit state that was saved in another number of shards, in the blocks of `new`, the parameter's own."""
+    whole = split_like(param, to_32bit(state))
+    for signed, moment in zip((True, False), MOMENTS, strict=True):
+        values = local_part(whole[moment]).to(param.device)
+        codes, absmax = local_part(new[f"{moment}_codes"]), local_part(new[f"{moment}_absmax"])
+        if values.numel():
+            quantize_state(values, codes, absmax[: block_count(values.numel())], signed)
+    return {**new, "step": whole["step"]}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.config import Base, FolderDtype, OptimizerName, QLoRAConfig
+from lightning_qlora.config import Base, FolderDtype, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.tools.patches import print_warnings_in_one_line
 from lightning_qlora.words import ARGUMENTS, install
 
@@ -57,6 +57,9 @@ def plan(
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
     gpu_memory: str | None = None,
+    devices: str | None = None,
+    strategy: StrategyName = "fsdp",
+    link: str | None = None,
     json: bool = False,
     **arguments: Any,
 ) -> None:
@@ -68,11 +71,15 @@ def plan(
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
         gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say what fits on it, and which settings help.
+        devices: Number of devices, or replicas x shards such as 2x4: also say what each holds and sends in a step.
+        strategy: Strategy on several devices.
+        link: Bytes a second that a device sends, such as 300GB/s, for the time of a step's traffic.
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
+    from lightning_qlora.tools.devices import what_devices_do
     from lightning_qlora.tools.fit import what_fits
-    from lightning_qlora.tools.memory_estimate import estimate_memory
+    from lightning_qlora.tools.memory_estimate import PlannedRun, estimate_memory
 
     if find_spec("transformers") is not None:
         import transformers
@@ -80,13 +87,16 @@ def plan(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     run = batch_size, sequence_length, optimizer
     estimate = estimate_memory(model, *run, example=None, **arguments)
-    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, QLoRAConfig(**arguments))
+    config = QLoRAConfig(**arguments)
+    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, config)
+    planned = PlannedRun(model, optimizer, config) if devices is not None else None
+    traffic = what_devices_do(planned, str(devices), strategy, link, *run[:2]) if planned else ()
     if json:
-        totals = {"total": estimate.total, "device": estimate.device}
-        _print_json({**vars(estimate), **totals, **({"fits": list(fits)} if gpu_memory else {})})
+        lists = {name: list(lines) for name, lines in (("fits", fits), ("devices", traffic)) if lines}
+        _print_json({**vars(estimate), "total": estimate.total, "device": estimate.device, **lists})
         return
     print(estimate)
-    for line in fits:
+    for line in (*fits, *traffic):
         print(line, flush=True)
 
 

@@ -20,14 +20,14 @@ LONGEST, LARGEST_BATCH = 1 << 20, 1 << 12  # tokens and sequences that are tried
 TRIED: dict[str, Any] = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True, "r": 16}
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, name: str = "gpu_memory") -> int:
     """Bytes of a text such as 24GB (24 * 10^9), 24GiB (24 * 2^30) or 24000000000; ValueError for other texts."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
+        raise ValueError(f"{name}={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
     count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
     if count < UNITS["MB"]:
-        raise ValueError(f"gpu_memory={text!r}: are {count} bytes. Give a unit, such as 24GB or 24GiB.")
+        raise ValueError(f"{name}={text!r}: are {count} bytes. Give a unit, such as 24GB or 24GiB.")
     return count
 
 
@@ -38,8 +38,8 @@ def what_fits(
     memory = parse_memory(gpu_memory)
     usable = int(memory * (1 - FRAGMENTATION) - DRIVER)
     yield (
-        f"GPU memory {_both(memory)}, for the run {_both(usable)}: the driver takes up to {size_text(DRIVER)}, "
-        f"fragmentation {FRAGMENTATION:.0%}. A card that is sold as 24 GB has 24 GiB: pass 24GiB."
+        f"GPU memory {both_units(memory)}, for the run {both_units(usable)}: the driver takes up to "
+        f"{size_text(DRIVER)}, fragmentation {FRAGMENTATION:.0%}. A card that is sold as 24 GB has 24 GiB: pass 24GiB."
     )
     run, names = PlannedRun(model, optimizer, config), list[str]()
     for name, value in [("", None), *TRIED.items()]:
@@ -53,9 +53,9 @@ def what_fits(
             yield "The activations can't be counted, so it is not known what fits."
             return
         fits = needed(estimate) <= usable
-        yield _line(
+        yield line(
             f"{batch_size} x {sequence_length}, {' '.join(names) or 'as asked'}",
-            f"{_both(needed(estimate))}, {'fits' if fits else 'does not fit'}",
+            f"{both_units(needed(estimate))}, {'fits' if fits else 'does not fit'}",
         )
         if fits:
             yield from _largest_sizes(run, usable, batch_size, sequence_length)
@@ -74,14 +74,14 @@ def _saves_memory(config: QLoRAConfig, name: str, value: Any) -> bool:
 
 def _largest_sizes(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> Iterator[str]:
     batch = largest(lambda n: needed(run.estimate(n, sequence_length)), usable, batch_size, 1, LARGEST_BATCH)
-    yield _line(f"largest batch of {sequence_length} tokens", f"{batch}{' or more' if batch >= LARGEST_BATCH else ''}")
+    yield line(f"largest batch of {sequence_length} tokens", f"{batch}{' or more' if batch >= LARGEST_BATCH else ''}")
     longest = positions_of(run.model) or LONGEST
     start = sequence_length // LENGTH_STEP * LENGTH_STEP or min(LENGTH_STEP, longest)
     if needed(run.estimate(batch_size, start)) > usable:
         start = sequence_length
     length = largest(lambda n: needed(run.estimate(batch_size, n)), usable, start, LENGTH_STEP, longest)
     why = ", all positions of the model" if length == positions_of(run.model) else ""
-    yield _line(f"longest sequence at batch size {batch_size}", f"{length:,} tokens{why}")
+    yield line(f"longest sequence at batch size {batch_size}", f"{length:,} tokens{why}")
 
 
 def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, limit: int) -> int:
@@ -105,29 +105,35 @@ def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, 
     return low
 
 
-def _gpus(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> str:
-    """The number of GPUs with FSDP2: each holds a part of all weights, and all of the block that runs and the next.
+def sharded_memory(run: PlannedRun, estimate: MemoryEstimate) -> tuple[int, int]:
+    """Bytes on each GPU under FSDP2, whose logits are not deferred, and bytes of which each holds a part.
 
-    The batch is that of each GPU. Sharded logits are not deferred.
+    Each has activations, and all of the block that runs and the next.
     """
-    compute_logits(run.model)
-    estimate = run.estimate(batch_size, sequence_length)
-    parts = estimate.parts
-    blocks = [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]
+    parts, blocks = estimate.parts, [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]
     whole = parameter_bytes(run.model)
     gathered = whole - sum(blocks) + 2 * max(blocks) if blocks else whole
-    kept = gathered + parts["activations"] + 2 * parts["decode buffer"]
     shared = whole + parts["gradients"] + (0 if estimate.paged else parts["optimizer state"])
+    return gathered + parts["activations"] + 2 * parts["decode buffer"], shared
+
+
+def _gpus(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> str:
+    """The number of GPUs with FSDP2; the batch is that of each."""
+    compute_logits(run.model)
+    estimate = run.estimate(batch_size, sequence_length)
+    kept, shared = sharded_memory(run, estimate)
     name = f"GPUs with FSDP2, {batch_size} x {sequence_length} on each"
     if kept >= usable:
-        return _line(name, f"none: {_both(kept)} of activations and gathered weights are on each")
+        return line(name, f"none: {both_units(kept)} of activations and gathered weights are on each")
     gpus = max(1, -(-shared // (usable - kept))) if needed(estimate) > usable else 1
-    return _line(name, f"{gpus}, {_both(needed(estimate) if gpus == 1 else kept + shared // gpus)} on each")
+    return line(name, f"{gpus}, {both_units(needed(estimate) if gpus == 1 else kept + shared // gpus)} on each")
 
 
-def _line(name: str, value: str) -> str:
+def line(name: str, value: str) -> str:
+    """A line of a table."""
     return f"{name:44}  {value}"
 
 
-def _both(count: int) -> str:
+def both_units(count: int) -> str:
+    """Bytes in GB and in GiB."""
     return f"{size_text(count)} ({size_text(count, 1024)})"

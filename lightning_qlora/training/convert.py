@@ -52,7 +52,7 @@ from lightning_qlora.training.convert_checks import (
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
-from lightning_qlora.training.patches import count_weights_in_transformers, split_4_bit_layers_of_plans
+from lightning_qlora.training.patches import count_weights_in_transformers, shard_bytes, split_4_bit_layers_of_plans
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
@@ -135,6 +135,7 @@ def convert_module(
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     count_weights_in_transformers()
     recompute_as_called()
+    shard_bytes()
     split_4_bit_layers_of_plans()
     use_adapter_state_dict(module, config, given)
     refuse_save_pretrained()
@@ -198,8 +199,9 @@ def _check_not_sharded(weight: Any) -> None:
     if is_sharded(weight):
         raise ValueError(
             "its weight is sharded already (a DTensor), and a shard can't be quantized. Call "
-            "lightning_qlora.convert(model) before fully_shard or parallelize_module. The plugin does so if "
-            "configure_model sets self.model = model before it calls fully_shard."
+            "lightning_qlora.convert(model) before fully_shard or parallelize_module, and pass no plan to "
+            "from_pretrained (tp_plan, distributed_config), which shards while it loads. The plugin converts in time "
+            "if configure_model sets self.model = model before it calls fully_shard."
         )
 
 

@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.adapters.peft_reader import read_adapter
@@ -37,8 +35,7 @@ def convert_before_sharding(
         convert: Converts the module.
 
     Raises:
-        RuntimeError, ValueError: If this torch version can't shard 4-bit weights, or layers are added after the first
-            call of `fully_shard`.
+        ValueError: If layers are added after the first call of `fully_shard`.
     """
     if trainer is None or not shards_module(trainer):
         yield
@@ -48,7 +45,6 @@ def convert_before_sharding(
 
     def before(to_shard: list[nn.Module]) -> None:
         if conversion_of(module) is None and not set(module.modules()).isdisjoint(to_shard):
-            _check_can_shard()
             convert(module)
             at_conversion.update(module.modules())
 
@@ -56,19 +52,6 @@ def convert_before_sharding(
         yield
     if at_conversion:
         _check_no_later_layers(module, at_conversion)
-
-
-def _check_can_shard() -> None:
-    """Refuse a torch version whose FSDP2 can't shard bytes.
-
-    Raises:
-        RuntimeError: As above.
-    """
-    if torch.__version__ < TorchVersion("2.12"):
-        raise RuntimeError(
-            f"torch {torch.__version__}: its fully_shard refuses 4-bit weights, because it accepts only parameters of "
-            "a floating-point type (pytorch issue 177844). FSDP2 with QLoRAPrecision needs torch 2.12 or newer."
-        )
 
 
 def finish_loading(trainer: Trainer, config: QLoRAConfig) -> None:

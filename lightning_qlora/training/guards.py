@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.training.rng_state import world_size
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -51,6 +53,24 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "full weights that the module no longer has. Remove the callback; `lightning-qlora average CKPT... "
                 "OUTPUT` averages the adapters of several checkpoints."
             )
+
+
+def check_equal_batches(trainer: Trainer) -> None:
+    """Refuse ranks with different numbers of training batches, where they are known; all ranks must call it.
+
+    Raises:
+        ValueError: As above; has the numbers.
+    """
+    counts: list[Any] = [None] * world_size()
+    if len(counts) == 1:
+        return
+    dist.all_gather_object(counts, trainer.num_training_batches)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The ranks have {', '.join(map(str, counts))} training batches. A step needs all ranks, so some would "
+            "wait forever, or average gradients of different steps. Give each rank as many batches: keep "
+            f"use_distributed_sampler=True, or set limit_train_batches={min(counts)}."
+        )
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

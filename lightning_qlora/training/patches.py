@@ -10,20 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
-from lightning_qlora.files.lightning_checkpoint import check_crc
+from lightning_qlora.files.lightning_checkpoint import check_crc, is_shards, names_in_shards, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.lightning_copies import classes, modules
+from lightning_qlora.optim.state_8bit import is_8bit
+from lightning_qlora.optim.whole_state import load_whole_state
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 
@@ -179,6 +183,31 @@ def _replace_in_all_modules(old: Any, new: Any) -> None:
             namespace[key] = new
 
 
+def shard_bytes() -> None:
+    """Let fully_shard of torch 2.11 and older shard 4-bit weights.
+
+    Upstream: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, FSDPParam: `_init_sharded_param` and
+    `to_sharded_post_forward` make a parameter that needs a gradient, which bytes can't have, before they freeze it, and
+    `init_dtype_attrs` casts bytes to the type of a MixedPrecisionPolicy (pytorch issues 177844 and 185239).
+    Supported ways tried: bytes stored as floats, as bitsandbytes does; FSDP2 changes some patterns (its issue 1945).
+    Removed by: support for torch 2.11 ending.
+    """
+    if torch.__version__ >= TorchVersion("2.12"):
+        return
+
+    def parameter(data: Any, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+    def keep_bytes(original: Any, param: Any, policy: Any) -> None:
+        original(param, policy)
+        if not param.orig_dtype.is_floating_point:
+            param.param_dtype = None
+
+    upstream: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    upstream.nn = SimpleNamespace(**{**vars(nn), "Parameter": parameter})
+    wrap_once(upstream.FSDPParam, "init_dtype_attrs", keep_bytes)
+
+
 def load_full_state_dicts_into_sharded_modules() -> None:
     """Load a checkpoint in one file into a converted module that is sharded by the module's own load_state_dict.
 
@@ -196,6 +225,57 @@ def load_full_state_dicts_into_sharded_modules() -> None:
 
     for strategy in modules("lightning.fabric.strategies.model_parallel"):
         wrap_once(strategy, "_load_raw_module_state", load)
+
+
+def load_optimizer_states_as_saved() -> None:
+    """Load optimizer state into sharded parameters from one file, and 8-bit state from any number of shards.
+
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, takes the numbers in the state for places
+    among the parameters of the module; they are places in the optimizer, which may hold the trained ones alone. And
+    torch/distributed/checkpoint loads scales of 8-bit state only into as many as were saved.
+    Supported ways tried: none; the strategy calls no hook between reading the file and `set_optimizer_state_dict`.
+    Removed by: upstream numbering the parameters of the optimizer, and a hook of Optimizer for resharding its state.
+    """
+
+    def load(original: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
+        converted = any(_is_converted(value) for value in state.values() if isinstance(value, nn.Module))
+        in_shards, weights_only = is_shards(path), kwargs.get("weights_only") is not False
+        in_8bit = in_shards and any(is_8bit({last_part(name): 0}) for name in names_in_shards(path, weights_only))
+        if not converted or (in_shards and not in_8bit):
+            return original(path, state, *args, **kwargs)
+        rest = {key: value for key, value in state.items() if key not in optimizers}
+        left = original(path, rest, *args, **kwargs)
+        state.update(rest)
+        saved = read_checkpoint(path, weights_only, optimizers) if in_shards else left
+        of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
+        for number, (key, optimizer) in enumerate(optimizers.items()):
+            load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
+        return left
+
+    for name in ("lightning.fabric.strategies.model_parallel", "lightning.pytorch.strategies.model_parallel"):
+        for strategy in modules(name):
+            wrap_once(strategy, "_load_checkpoint", load)
+
+
+def load_shards_on_one_device() -> None:
+    """Load a checkpoint of a converted module in shards under a strategy that does not shard.
+
+    Upstream: lightning/fabric/plugins/io/torch_io.py, TorchCheckpointIO.load_checkpoint, opens the folder as a file.
+    Supported ways tried: `python -m lightning.pytorch.utilities.consolidate_checkpoint`, which reads FSDP1's names only
+    (KeyError: 'model'); another CheckpointIO, which the user passes beside the plugin.
+    Removed by: TorchCheckpointIO reading both kinds of checkpoint that Lightning writes.
+    """
+
+    def load(original: Any, io: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_shards(path):
+            weights_only = kwargs.get("weights_only") is not False
+            if any(last_part(name) == CONFIG_KEY for name in names_in_shards(path, weights_only)):
+                return read_checkpoint(path, weights_only)
+        return original(io, path, *args, **kwargs)
+
+    for torch_io in modules("lightning.fabric.plugins.io.torch_io"):
+        wrap_once(torch_io.TorchCheckpointIO, "load_checkpoint", load)
 
 
 def allow_keys_without_attributes() -> None:

@@ -66,7 +66,7 @@ class QLoRAPrecision(Precision):
         self._trainer: Trainer | None = None  # only within configure_model
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
-        self._evaluating = False
+        self._evaluating = self._has_batches = False
         self._trains_fp32 = False  # parameters that are no adapters
 
     def __repr__(self) -> str:
@@ -163,10 +163,13 @@ class QLoRAPrecision(Precision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """Calibrate the adapters on the Trainer's batch before training on it, if they are initialized from data."""
-        if self._calibration is not None and self._module is not None:
-            trainer = _trainer_of(self._module())
-            if trainer is not None:
+        """Before the first batch of a Trainer compare the ranks; calibrate adapters that are initialized from data."""
+        trainer = None if self._module is None else _trainer_of(self._module())
+        if trainer is not None:
+            if trainer.training and not self._has_batches:
+                guards.check_equal_batches(trainer)
+                self._has_batches = True
+            if self._calibration is not None:
                 self._calibration.before_batch(trainer, data)
         return super().convert_input(data)
 
@@ -287,6 +290,7 @@ class QLoRAPrecision(Precision):
         for layer, mode in self._mode_before.items():
             layer.training = mode
         self._mode_before.clear()
+        self._has_batches = False
         self.pager.close()
         scratch.release()
 
@@ -310,6 +314,8 @@ def _fit_into_loaded_packages() -> None:
     call_on_setup_optimizer()
     patches.convert_before_checkpoint_is_restored()
     patches.load_full_state_dicts_into_sharded_modules()
+    patches.load_optimizer_states_as_saved()
+    patches.load_shards_on_one_device()
     patches.allow_keys_without_attributes()
     patches.check_crc_before_loading()
     patches.leave_networks_out_of_hyperparameters()

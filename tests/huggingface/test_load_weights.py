@@ -23,7 +23,6 @@ from tests.toys import Lit, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    needs("torch", "2.12", "fully_shard takes floats alone before"),
     needs("transformers", "5.3", "reads all weights before"),
 ]
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}

@@ -11,7 +11,6 @@ from tests.scripts.fsdp_training import Llama
 from tests.toys import toy
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 12), reason="fully_shard takes floats alone before torch 2.12")
 
 
 def run(folder, *arguments, devices=2):

@@ -206,6 +206,27 @@ def test_gathered_shards_are_decoded_each_with_its_own_blocks():
     assert (to_32bit(state)["exp_avg"] - values).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("shards", [2, 3])
+def test_gathered_shards_are_quantized_again_for_one_device(shards):
+    """48 rows of 300: blocks of 256 cross the shards, so their scales have no block here."""
+    whole = {"exp_avg": torch.randn(48, 300), "exp_avg_sq": torch.rand(48, 300)}
+    state = {"step": torch.tensor(7.0), "shards": torch.tensor(shards)}
+    for name, value in whole.items():
+        parts = value.chunk(shards)
+        codes = [torch.empty(part.shape, dtype=torch.uint8) for part in parts]
+        absmax = [torch.empty(-(-part.numel() // 256)) for part in parts]
+        for part in zip(parts, codes, absmax, strict=True):
+            quantize_state(*part, signed=name == "exp_avg")
+        state |= {f"{name}_codes": torch.cat(codes), f"{name}_absmax": torch.cat(absmax)}
+    optimizer = PagedAdamW8bit([torch.nn.Parameter(torch.randn(48, 300))])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+    (loaded,) = optimizer.state.values()
+    assert loaded["step"] == 7 and "shards" not in loaded
+    for name, value in to_32bit(dict(loaded)).items():
+        if name != "step":
+            assert value.sub(whole[name]).norm() < 0.02 * whole[name].norm()
+
+
 def test_loading_does_not_share_memory_with_the_state_dict():
     net = model()
     optimizer = PagedAdamW8bit(net.parameters())

@@ -28,7 +28,6 @@ from lightning_qlora import (
 from lightning_qlora.layers import piecewise_cross_entropy
 from lightning_qlora.layers.deferred_head import DeferredHead
 from lightning_qlora.layers.deferred_logits import DeferredLogits
-from tests.toys import needs
 
 V, H = 320, 64
 SMALL = {"hidden_size": H, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -488,7 +487,6 @@ def test_ddp(one_rank, arguments):
     assert_equal(gradients(module), gradients(expected))
 
 
-@needs("torch", "2.12", "fully_shard takes floats alone before")
 def test_sharded_and_parallel_heads_compute_the_logits(one_rank):
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     sharded = converted("plain")
@@ -499,7 +497,6 @@ def test_sharded_and_parallel_heads_compute_the_logits(one_rank):
     assert not isinstance(parallel(ids()), DeferredLogits)
 
 
-@needs("torch", "2.12", "fully_shard takes floats alone before")
 def test_the_strategy_that_shards_is_in_the_report(trainer, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
 

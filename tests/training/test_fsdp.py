@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader
 
 from lightning_qlora import (
+    PagedAdamW8bit,
     QLoRAPrecision,
     convert,
     disable_adapter,
@@ -28,10 +30,8 @@ from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
-from tests.conftest import Classifier, loader
-from tests.toys import needs
+from tests.conftest import Classifier, dataset, loader
 
-pytestmark = needs("torch", "2.12", "fully_shard takes floats alone before")
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
@@ -250,6 +250,30 @@ def test_a_dense_checkpoint_is_loaded_into_shards_with_dora(fit, tmp_path):
         if "lora_A" not in name and "lora_B" not in name:
             torch.testing.assert_close(gather(module.get_parameter(name)).reshape(parameter.shape), parameter)
     assert torch.equal(module.net[0].weight + 0, other.net[0].weight + 0)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, PagedAdamW8bit])
+def test_a_run_goes_on_elsewhere_from_shards_and_from_one_file(optimizer, trainer, one_rank, tmp_path):
+    """The optimizer holds what trains, so its numbers are no places among all parameters of the module."""
+
+    class OfTrained(Sharded):
+        def configure_optimizers(self):
+            return optimizer([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def run(strategy, epochs, path=None):
+        module = OfTrained(1024)
+        new = trainer(
+            strategy=strategy, max_epochs=epochs, plugins=QLoRAPrecision(**ARGUMENTS), enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        new.fit(module, DataLoader(dataset(width=1024), batch_size=8), ckpt_path=path)
+        return new, module.losses
+
+    expected = run("auto", 2)[1][4:]
+    for name, saves, loads in (("shards", ModelParallelStrategy(1, 1), "auto"), ("file", "auto", None)):
+        run(saves, 1)[0].save_checkpoint(tmp_path / name)
+        assert (tmp_path / name).is_dir() == (name == "shards")
+        assert run(loads or ModelParallelStrategy(1, 1), 2, tmp_path / name)[1] == pytest.approx(expected, rel=1e-6)
 
 
 def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):

@@ -1,0 +1,100 @@
+"""A rank that fails while two train: the other one ends with an error, and the last checkpoint is whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from lightning_qlora.files.lightning_checkpoint import read_checkpoint
+from tests.conftest import ROOT
+from tests.scripts.failing_rank import TIMEOUT
+
+pytestmark = pytest.mark.slow
+KILLED = -signal.SIGKILL
+
+
+class Ended(NamedTuple):
+    code: int
+    at: float
+    text: str
+
+
+def run(folder, strategy, failure, step, resume="", end=2, port=29611) -> list[Ended]:
+    """Two processes that nobody stops, each with what torchrun would give it, until this many have ended."""
+    folder.mkdir(exist_ok=True)
+    own = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own |= {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.scripts.failing_rank", *map(str, (folder, strategy, failure, step, resume))]
+    outputs = [folder / f"output{rank}" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=output.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    ends: dict[int, tuple[int, float]] = {}
+    try:
+        while len(ends) < end:
+            for rank, process in enumerate(ranks):
+                if rank not in ends and process.poll() is not None:
+                    ends[rank] = process.returncode, time.monotonic()
+            if ends and time.monotonic() - next(iter(ends.values()))[1] > 3 * TIMEOUT.total_seconds():
+                raise AssertionError(f"only {ends} ended")
+            time.sleep(0.05)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [Ended(*ends[rank], outputs[rank].read_text()) for rank in sorted(ends)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_the_other_and_the_run_resumes_exactly(strategy, tmp_path):
+    whole = run(tmp_path / "whole", strategy, "none", 0)
+    survivor, killed = run(tmp_path / "killed", strategy, "kill", 5)
+    assert [end.code for end in whole] == [0, 0] and killed.code == KILLED
+    assert survivor.code == 1 and survivor.at - killed.at < TIMEOUT.total_seconds() + 30
+    last = tmp_path / "killed/saved/step=4.ckpt"
+    read_checkpoint(last)
+    resumed = run(tmp_path / "killed", strategy, "none", 0, last)
+    assert [end.code for end in resumed] == [0, 0]
+    for rank in range(2):
+        expected, found = (
+            torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for name in ("whole", "killed")
+        )
+        assert found["losses"] == expected["losses"][4:]
+        for name, value in expected["adapters"].items():
+            assert torch.equal(found["adapters"][name], value)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_dies_while_it_saves_leaves_the_checkpoints_before_it_whole(strategy, tmp_path):
+    survivor, killed = run(tmp_path / "run", strategy, "save", 6)
+    assert killed.code == KILLED and survivor.code == 1
+    for step in (2, 4):
+        read_checkpoint(tmp_path / f"run/saved/step={step}.ckpt")
+    if strategy == "fsdp":  # the folder that was being written
+        with pytest.raises((FileNotFoundError, ValueError)):
+            read_checkpoint(tmp_path / "run/saved/step=6.ckpt")
+
+
+@pytest.mark.parametrize(("failure", "step"), [("raise", 5), ("calibrate", 0)])
+def test_the_others_get_an_error_if_a_rank_raises_or_dies_while_it_calibrates(failure, step, tmp_path):
+    survivor, failed = run(tmp_path / "run", "ddp", failure, step)
+    assert survivor.code == 1 and failed.code == (1 if failure == "raise" else KILLED)
+
+
+def test_a_rank_that_stops_ends_the_others_after_the_timeout(tmp_path):
+    (waiting,) = run(tmp_path / "run", "ddp", "stop", 5, end=1)
+    assert waiting.code == 1 and "Timed out" in waiting.text
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_with_different_numbers_of_batches_are_refused(strategy, tmp_path):
+    for end in run(tmp_path / "run", strategy, "short", 0):
+        assert end.code == 1 and "The ranks have 8, 7 training batches" in end.text

@@ -29,6 +29,18 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}={shown(value)}: must be one of {words}.{our_value(name, value)}")
 
 
+def check_token_indices(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is a list of different indices, or a dict of such lists."""
+    if isinstance(value, dict):
+        check_dict(name, value)
+    for indices in value.values() if isinstance(value, dict) else [value]:
+        _check(isinstance(indices, list) and indices != [], name, value, "a list of indices, or a dict of such lists")
+        for index in indices:
+            check_integer(f"index in {name}", index, at_least=0)
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"{name}={shown(value)}: an index stands in a list more than once. Name it once.")
+
+
 def check_bool(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is True or False."""
     _check(isinstance(value, bool), name, value, "True or False")

@@ -19,6 +19,7 @@ from lightning_qlora.checks import (
     check_number,
     check_patterns,
     check_string,
+    check_token_indices,
 )
 from lightning_qlora.words import refuse_unknown_arguments
 
@@ -78,6 +79,8 @@ class QLoRAConfig:
         exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
             stands for all layers inside it.
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
+        trainable_token_indices: Tokens whose rows of the input embedding train, as in PEFT: a list of indices, or a
+            dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.
         keep_initial: Keep a copy of the parameters that train in full, so that `disable_adapter` computes with their
             initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
@@ -114,6 +117,7 @@ class QLoRAConfig:
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
@@ -149,6 +153,8 @@ class QLoRAConfig:
         check_names("target_modules", self.target_modules, or_regex=True)
         check_names("exclude_modules", self.exclude_modules, or_regex=True)
         check_names("modules_to_save", self.modules_to_save)
+        if self.trainable_token_indices is not None:
+            check_token_indices("trainable_token_indices", self.trainable_token_indices)
         if self.target_modules in ("", []):
             raise ValueError(
                 f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "

@@ -17,7 +17,6 @@ ARGUMENTS = {
     "target_parameters": "use target_modules, which also takes the names of parameters that hold experts",
     "layers_to_transform": "use a regular expression in target_modules",
     "layers_pattern": "use a regular expression in target_modules",
-    "trainable_token_indices": "name the embedding in modules_to_save",
     "bias": "biases stay frozen; modules_to_save trains a module in full",
     "lora_bias": "adapters have no bias; modules_to_save trains a module in full",
     "fan_in_fan_out": FOUND, "task_type": f"{FOUND}, and the head of a classification model trains",

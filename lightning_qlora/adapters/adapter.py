@@ -62,6 +62,7 @@ class Adapter:
         as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
         saved: Name of a parameter or buffer -> value, of the modules that were trained in full.
         modules_to_save: Names of those modules.
+        tokens: Name of an embedding of which some rows were trained -> their indices; `saved` has the rows.
         target_modules: PEFT's target_modules.
         use_rslora: Whether the scaling is alpha / sqrt(r) instead of alpha / r.
         fan_in_fan_out: Whether the layers are transformers' Conv1D, which stores its weight as [in, out].
@@ -83,6 +84,7 @@ class Adapter:
     as_parameters: frozenset[str] = frozenset()
     saved: dict[str, Tensor] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     target_modules: str | list[str] = field(default_factory=list)
     use_rslora: bool = False
     fan_in_fan_out: bool = False

@@ -72,6 +72,7 @@ def _facts(adapter: Adapter, with_base: bool) -> dict[str, Any]:
         "use_rslora": adapter.use_rslora,
         "the quantization and initialization": adapter.quantization,
         "the fingerprints of the changed base": adapter.base_fingerprints,
+        **{f"{name}: trainable_token_indices": indices for name, indices in adapter.tokens.items()},
         **{f"whether {name} is trained": True for name in (*layers, *adapter.saved)},
         **{f"{key}: the shape": list(value.shape) for key, value in adapter.saved.items()},
     }

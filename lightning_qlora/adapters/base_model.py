@@ -17,6 +17,7 @@ from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import is_transformers_model, only_child_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import is_base, own_parameters
+from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
 
 OF_LAYER = (  # arguments that may differ between the layers of a module
@@ -63,6 +64,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "quantization": quantization_of_layer(next(iter(layers.values()))) if layers else None,
         "target_modules": target_modules_of(base),
         **({"experts": {name: list(stack) for name, stack in stacks.items()}} if stacks else {}),
+        **({"tokens": tokens} if (tokens := token_indices(base)) else {}),
         "trained_in_full": list(trained_in_full(module)),
         "seed_names": {
             name: layer.seed_name for name, layer in layers.items() if layer.seed_name != _usual_seed_name(name)
@@ -122,7 +124,8 @@ def _usual_seed_name(name: str) -> str:
 def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
     """Everything in the base model that is no adapter and trains, or has changed since conversion, by its name.
 
-    That is what trained before it was frozen, and a resized embedding. A shared module has several names.
+    That is what trained before it was frozen, and a resized embedding. A shared module has several names, but the rows
+    of a tied embedding have one, as in PEFT's files.
     """
     return _holders_of_trained(find_base_model(module)[1])
 
@@ -134,10 +137,12 @@ def trained_outside(module: nn.Module) -> list[str]:
 
 
 def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
+    first = dict(module.named_modules())
     return {
         plain_name(name): part
         for name, part in module.named_modules(remove_duplicate=False)
         if not isinstance(part, QLoRALinear)
+        and (name in first or not isinstance(part, TokenAdapter))
         and any(p.is_floating_point() and not is_base(part, key, p) for key, p in own_parameters(part).items())
     }
 

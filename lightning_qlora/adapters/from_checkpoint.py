@@ -52,6 +52,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
             if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
         },
         modules_to_save=sorted(description["trained_in_full"]),
+        tokens=description.get("tokens", {}),
         lora_dropout=config.lora_dropout,
         bases={
             name: PackedWeight.from_bnb_state_dict(state, f"{key}.weight")

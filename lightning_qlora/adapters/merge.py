@@ -19,6 +19,7 @@ from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import undo
+from lightning_qlora.layers.trainable_tokens import merge_tokens
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -64,6 +65,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         stack.restore(owner, key, stack.stack(merged))
     mark_as_loaded(module, [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)])
     compute_logits(module)
+    merge_tokens(module)
     for part in module.modules():
         vars(part).pop(CONVERSION, None)
     undo(module)

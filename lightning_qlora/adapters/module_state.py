@@ -12,6 +12,7 @@ from torch import nn
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import CHECKSUMS_KEY, add_checksums, check_checksums
+from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import reshard, shard_like
@@ -20,6 +21,7 @@ from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew
+from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`
 HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
@@ -88,6 +90,7 @@ def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, 
     """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
     description: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
     kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
+    kinds["tokens"] = dict
     source = f"{prefix + CONFIG_KEY}: {BASE_MODEL!r}"
     if (
         not isinstance(description, dict)
@@ -191,6 +194,11 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
                 f"{expected:x} there, {current:x} here). {LOAD_THE_BASE}"
             )
         state_dict[prefix + name] = parameter.detach()
+    if saved is None:  # of the dense module: rows that train begin with its values
+        for name, part in root.named_modules(remove_duplicate=False):
+            key = prefix + join(name, "weight")
+            if isinstance(part, TrainableTokens) and key in state_dict:
+                state_dict.setdefault(prefix + join(name, DELTA), state_dict[key][part.token_adapter.token_indices])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if prefix + name in state_dict:  # of a sharded parameter the state holds the whole
             state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
@@ -219,6 +227,12 @@ def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str)
 
 def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
     """Refuse arguments that have no effect on shapes, but on what the adapters compute."""
+    tokens, here = description.get("tokens", {}), token_indices(find_base_model(root)[1])
+    if tokens != here:
+        raise CheckpointMismatchError(
+            f"trainable_token_indices is {shown(tokens)} in the checkpoint and {shown(here)} here, by names of "
+            "embeddings. Set it to the value of the checkpoint."
+        )
     for name, full_name, layer in _layers_of_base(root):
         there = config_of_layer(description, name, saved)
         for argument in ("use_rslora", "use_dora", "lora_alpha"):

@@ -21,6 +21,7 @@ from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
 from lightning_qlora.layers.dotted_names import COMPILED, parameter_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts, experts_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.trainable_tokens import TrainableTokens, remove_tokens
 
 
 def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
@@ -120,6 +121,8 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
         return new
     for key, part in module._modules.items():
         new._modules[key] = None if part is None else _without_weights(getattr(part, COMPILED, part), made)
+    if isinstance(module, TrainableTokens):
+        remove_tokens(new)
     for key, part in module._modules.items():
         if isinstance(part, QLoRAExperts):
             stack = torch.empty(part.weight_shape, dtype=part.layers[0].weight_dtype, device="meta")

@@ -16,7 +16,8 @@ from lightning_qlora.adapters.peft_experts import stack_adapters, unstack_known
 from lightning_qlora.adapters.peft_metadata import metadata_of
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import write_safetensors
-from lightning_qlora.layers.dotted_names import join
+from lightning_qlora.layers.dotted_names import join, last_part
+from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,7 +49,8 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": 0.0 if parameters else adapter.lora_dropout,  # PEFT refuses parameters with dropout
         "target_modules": adapter.target_modules,
         **({"target_parameters": parameters} if parameters else {}),
-        "modules_to_save": adapter.modules_to_save or None,
+        "modules_to_save": [n for n in adapter.modules_to_save if last_part(n) != TOKEN_ADAPTER] or None,
+        **({"trainable_token_indices": adapter.tokens} if adapter.tokens else {}),
         "rank_pattern": exact(adapter.rank_pattern),
         "alpha_pattern": exact(adapter.alpha_pattern),
         "use_rslora": adapter.use_rslora,

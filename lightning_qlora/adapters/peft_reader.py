@@ -31,17 +31,27 @@ from lightning_qlora.adapters.peft_metadata import (
     metadata_entry,
 )
 from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
-from lightning_qlora.checks import check_bool, check_integer, check_names, check_number, check_string, shown
+from lightning_qlora.checks import (
+    check_bool,
+    check_integer,
+    check_names,
+    check_number,
+    check_string,
+    check_token_indices,
+    shown,
+)
 from lightning_qlora.config import MOST_ALPHA
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
+from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
 LONGEST_KEY = 1000  # characters
 PATIENCE = 1.0  # seconds to wait for another process that is writing the folder
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
     "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-    "trainable_token_indices", "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
+    "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 # PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits these
 # weights alone, and its folder does not hold them.
@@ -65,9 +75,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if len(key) > LONGEST_KEY:
             raise ValueError(f"{path}: key {key[:80]!r}... has {len(key)} characters, more than {LONGEST_KEY}.")
         # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
-        # another shape: the base has its own.
+        # another shape: the base has its own. The same goes for an embedding of which some rows are trained.
         owner, base_layer, _ = key.partition(".base_layer.")
-        if base_layer and owner in adapted and ".lora_" not in key:
+        if base_layer and (owner in adapted or last_part(owner) == TOKEN_ADAPTER) and ".lora_" not in key:
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
@@ -101,6 +111,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         ),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
+        tokens=_tokens(saved, config, path),
         target_modules=config.get("target_modules") or sorted(parts.keys() - of_experts.keys()),
         use_rslora=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -231,6 +242,23 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Pa
     return LayerAdapter(a, b, alpha, magnitude)
 
 
+def _tokens(saved: dict[str, Tensor], config: dict[str, Any], path: Path) -> dict[str, list[int]]:
+    """Name of each embedding of which the file has rows -> their indices."""
+    given: Any = config.get("trainable_token_indices")
+    found = {}
+    for key, rows in saved.items():
+        if key.endswith(f".{DELTA}"):
+            name = key.removesuffix(f".{DELTA}")
+            fitting = [i for k, i in given.items() if name.endswith(k)] if isinstance(given, dict) else [given]
+            if len(fitting) != 1 or fitting[0] is None or rows.ndim != 2 or len(rows) != len(fitting[0]):
+                raise ValueError(
+                    f"{path}: key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in "
+                    f"trainable_token_indices, {shown(given)} in {CONFIG_FILE}. Save the adapter again."
+                )
+            found[name] = fitting[0]
+    return found
+
+
 def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path) -> dict[str, ExpertStack]:
     """The expert parameters that the metadata name."""
     found = {}
@@ -287,6 +315,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lora_dropout": partial(check_number, at_least=0, below=1),
     "modules_to_save": check_names,
     "target_parameters": check_names,
+    "trainable_token_indices": check_token_indices,
     "target_modules": lambda name, value: None if isinstance(value, str) else check_names(name, value, or_regex=True),
     "alpha_pattern": partial(check_patterns_of_file, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

@@ -30,7 +30,7 @@ from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.tied_weights import breaks_tie, tie_error, tied_names
-from lightning_qlora.checks import check_choice
+from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, owner_name, plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
@@ -39,6 +39,7 @@ from lightning_qlora.layers.initialization.difference import InitializationRecor
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
 
 
 def save_adapter(
@@ -126,6 +127,7 @@ def get_adapter(module: nn.Module) -> Adapter:
         tensors,
         saved={f"{name}.{key}": value for name, part in trained.items() for key, value in _state_of(part).items()},
         modules_to_save=_checked_endings(list(trained), base),
+        tokens=token_indices(base),
         lora_dropout=first.lora_dropout,
         bases={
             name: layer.packed_weight for name, layer in layers.items() if methods.changes_base_weights(layer.config)
@@ -190,6 +192,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
         target_modules="|".join(re.escape(names[name]) for name in targets),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
+        trainable_token_indices={names.get(name, name): indices for name, indices in adapter.tokens.items()} or None,
         adapter=None,
     )
 
@@ -259,6 +262,10 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
             with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
             refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
+    for name, there in adapter.tokens.items():
+        if there != (here := token_indices(base).get(name)):
+            what = f"is for the rows {shown(there)}, and trainable_token_indices is {shown(here)} there"
+            refuse(adapter, f"{name}.{DELTA}", base, what)
     for tied in tied_names(base):
         if breaks_tie(adapter, tied):
             raise CheckpointMismatchError(tie_error(adapter, tied))

@@ -11,13 +11,15 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.layers.dotted_names import plain_name
+from lightning_qlora.layers.trainable_tokens import DELTA
 
 
 def tied_names(base: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """The names of each parameter that has several; without the rows of embeddings that train, which PEFT ties."""
     names: dict[int, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
+        if not name.endswith(DELTA):
+            names.setdefault(id(parameter), []).append(plain_name(name))
     return [group for group in names.values() if len(group) > 1]
 
 

@@ -26,6 +26,7 @@ from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, experts_
 from lightning_qlora.layers.kinds import is_linear, original_packed_weight
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.trainable_tokens import TokenAdapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -201,8 +202,8 @@ def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[st
     state, experts = dict[str, Tensor](), experts_of(base)
     for name, part in base.named_modules(remove_duplicate=False):
         prefix = f"{plain_name(name)}." if name else ""
-        if isinstance(part, QLoRAExperts) or part in experts:
-            continue  # written with the module that held the parameter
+        if isinstance(part, (QLoRAExperts, TokenAdapter)) or part in experts:
+            continue  # written with the module that held the parameter, or no part of the base
         own = {**part._parameters, **part._buffers}
         for key, stack in part._modules.items():
             if isinstance(stack, QLoRAExperts):

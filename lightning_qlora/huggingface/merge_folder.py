@@ -35,6 +35,7 @@ from lightning_qlora.huggingface.bnb_checkpoint import (
 from lightning_qlora.huggingface.merged_weights import MergedWeights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import DTYPES
+from lightning_qlora.layers.trainable_tokens import DELTA
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -106,7 +107,8 @@ class _FolderMerge:
         self.experts = find_experts(adapter, folder)
         linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
         self.layer_of = {self._key_of(name): name for name in linear}
-        keys = {name: folder.find(name) for name in adapter.saved}
+        self.tokens = {key: name for name in adapter.tokens for key in self._keys_of_tokens(name)}
+        keys = {name: folder.find(name) for name in adapter.saved if not name.endswith(DELTA)}
         self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
         # Trained tensors that the base lacks, except those that are tied to one that it has.
         known = [value for value in self.saved.values() if value.ndim == 2]
@@ -147,7 +149,8 @@ class _FolderMerge:
             yield name, self._cast(value)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self.layer_of or name in self.saved or name in self.experts]
+        known = self.layer_of.keys() | self.saved.keys() | self.experts.keys() | self.tokens.keys()
+        return [name for name in names if name in known]
 
     def _check_conversions(self) -> None:
         """Refuse a conversion of changed weights that transformers can't reverse."""
@@ -187,7 +190,12 @@ class _FolderMerge:
             return
         name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
         if name is None and not packed:
-            yield key, self._cast(self.saved[key] if key in self.saved else self.folder.tensors([key])[key])
+            tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
+            if (of := self.tokens.get(key)) is not None:
+                rows = self.adapter.saved[f"{of}.{DELTA}"].to(tensor)
+                index = torch.tensor(self.adapter.tokens[of], device=tensor.device)
+                tensor = tensor.index_copy(0, index, rows)
+            yield key, self._cast(tensor)
             return
         state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
         layer = key.removesuffix(".weight")
@@ -224,6 +232,20 @@ class _FolderMerge:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return (tensor.to(self._wanted(tensor.dtype)) if tensor.is_floating_point() else tensor).contiguous()
+
+    def _keys_of_tokens(self, name: str) -> list[str]:
+        """The keys of an embedding, and of the output embedding that is tied to it, if the folder has both."""
+        key, config = self.folder.find(f"{name}.weight"), self.folder.folder / "config.json"
+        rows, largest = self.adapter.saved[f"{name}.{DELTA}"], max(self.adapter.tokens[name])
+        shape = (0, 0) if key is None or self.folder.is_packed(key) else self.folder.entries[key].shape
+        if key is None or largest >= shape[0] or rows.shape[1] != shape[1]:
+            raise CheckpointMismatchError(
+                f"{self.adapter.source}: key '{PREFIX}{name}.{DELTA}' has rows of {rows.shape[1]} values up to index "
+                f"{largest}, and '{name}.weight' in {self.folder.folder} the dense shape {list(shape)}. For new tokens "
+                "save the base after resize_token_embeddings, and merge with that folder."
+            )
+        tied = is_file(config) and read_json(config).get("tie_word_embeddings")
+        return [key, *(other for other in self.folder.entries if tied and other.endswith(OUTPUT) and other != key)]
 
     def _key_of(self, name: str) -> str:
         """The key of a layer's weight; refuses one that can have no adapter before anything is written."""

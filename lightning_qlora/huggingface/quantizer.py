@@ -176,8 +176,9 @@ class QLoRAQuantizer(HfQuantizer):
         plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
         ranks, tensor_parallel = (getattr(plan, size, None) or 1 for size in ("fsdp_size", "tp_size"))
         is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
-        by_transformers = ranks > 1 and tensor_parallel == 1
-        return not self.pre_quantized and is_folder and (self.quantizers.sharding or by_transformers)
+        shards_next = self.quantizers.sharding or (ranks > 1 and tensor_parallel == 1)
+        can_wait = not self.pre_quantized and not self.quantizers.config.trainable_token_indices  # copies of rows
+        return shards_next and can_wait and is_folder
 
     def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
         """Convert the layers that the files have, on the meta device."""

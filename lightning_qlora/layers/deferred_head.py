@@ -14,6 +14,7 @@ from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for, new
+from lightning_qlora.layers.trainable_tokens import TrainableTokensLinear
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
@@ -111,7 +112,11 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
-    return type(layer) in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_packed(layer)
+    return (
+        type(layer) in (nn.Linear, QLoRALinear, TrainableTokensLinear)
+        or isinstance(layer, DeferredHead)
+        or is_packed(layer)
+    )
 
 
 def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.lora_layer import DISABLED, LoRALayer
+from lightning_qlora.layers.trainable_tokens import TokenAdapter
 
 INITIAL = "_qlora_initial"  # attribute of a module that trains in full: its initial parameters by name, if kept
 
@@ -66,7 +67,8 @@ class _Context:
                 "init_lora_weights."
             )
         owners = [part for part in module.modules() if INITIAL in vars(part)]
-        self.parts: list[nn.Module] = [*layers, *owners]
+        tokens = [part for part in module.modules() if isinstance(part, TokenAdapter)]
+        self.parts: list[nn.Module] = [*layers, *tokens, *owners]
         for owner in owners:
             for name in vars(owner)[INITIAL]:
                 if is_sharded(owner._parameters[name]):
@@ -89,7 +91,7 @@ def keep_initial(module: nn.Module) -> None:
     """Keep a copy of the parameters that train in full, for `disable_adapter`; called by the conversion."""
     kept: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for part in module.modules():
-        if isinstance(part, LoRALayer) or INITIAL in vars(part):
+        if isinstance(part, (LoRALayer, TokenAdapter)) or INITIAL in vars(part):
             continue
         own = part.named_parameters(recurse=False)
         trained = {key: p for key, p in own if p.requires_grad}

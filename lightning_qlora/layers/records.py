@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.trainable_tokens import without_tokens
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 
@@ -79,7 +80,7 @@ def record(parameters: Iterable[Unrecorded]) -> None:
         parameter, frozen = own_parameters(owner).get(key), None
         if parameter is not None and not parameter.requires_grad:
             if id(parameter) not in read:
-                known = 0 if parameter.is_meta else fingerprint(parameter)  # `load_weights` renews it
+                known = 0 if parameter.is_meta else _fingerprint(owner, parameter)  # `load_weights` renews it
                 read[id(parameter)] = Value.of(parameter, known)
             frozen = read[id(parameter)]
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, frozen)
@@ -107,7 +108,7 @@ def is_base(owner: nn.Module, key: str, parameter: Tensor) -> bool:
     now = Value.of(parameter, known.fingerprint)
     moved = now.address != known.address and now.dtype is known.dtype and not is_sharded(parameter)
     if now.version != known.version or moved:
-        if fingerprint(parameter) != known.fingerprint:
+        if _fingerprint(owner, parameter) != known.fingerprint:
             return False  # it was replaced, or trained for a while and frozen again
         vars(owner)[RECORDS][key] = Record(vars(owner)[RECORDS][key].trained, now._replace(dtype=known.dtype))
     return True
@@ -117,7 +118,11 @@ def fingerprint_of(owner: nn.Module, key: str, parameter: Tensor) -> int:
     """The fingerprint of a parameter as it is now; after a cast: the fingerprint before it."""
     known = frozen_value(owner, key)
     cast = known is not None and known.dtype is not parameter.dtype and known.shape == parameter.shape
-    return known.fingerprint if known is not None and cast else fingerprint(parameter)
+    return known.fingerprint if known is not None and cast else _fingerprint(owner, parameter)
+
+
+def _fingerprint(owner: nn.Module, parameter: Tensor) -> int:
+    return fingerprint(without_tokens(owner, parameter))
 
 
 def renew(module: nn.Module) -> None:

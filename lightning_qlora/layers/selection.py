@@ -3,6 +3,7 @@
 The first line that fits decides on a layer:
 
     in modules_to_save                                   trains in full
+    in trainable_token_indices, or tied to such a layer  frozen but for these rows
     seen by an earlier conversion                        stays as it is
     in exclude_modules                                   skipped: dense and frozen
     new (`new_parameters`), and not in target_modules    trains in full
@@ -31,6 +32,8 @@ from lightning_qlora.layers.names import LayerNames, inside, matches, matches_ou
 from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.records import is_recorded
+from lightning_qlora.layers.token_selection import check_tokens, select_tokens
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 NOT_SAVED = "not in 4 bits in the checkpoint"
@@ -63,6 +66,7 @@ class Selection:
         train: Name -> why a module, or a parameter of a module with others inside, trains in full.
         skip: Name -> why a linear layer, or a parameter of experts, stays dense and frozen.
         stop: Names of modules and parameters that trained before, are no linear layers, and are frozen.
+        tokens: Name of a layer of which some rows train -> their indices.
         refused: Name -> why a layer that target_modules names can't be converted.
         names: Id of each module -> its names.
     """
@@ -72,6 +76,7 @@ class Selection:
     train: dict[str, str] = field(default_factory=dict)
     skip: dict[str, str] = field(default_factory=dict)
     stop: dict[str, None] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     names: dict[int, LayerNames] = field(default_factory=dict)
 
@@ -86,6 +91,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     choice = select_in_part(module, config, saved)
     if saved is None:
         _check_patterns(module, config, choice)
+    check_tokens(module, config.trainable_token_indices, choice.names, choice.train)
     _check_no_adapters(module, config, choice)
     return choice
 
@@ -106,6 +112,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
 
     in_full = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
     choice.train.update(dict.fromkeys(in_full, IN_MODULES_TO_SAVE))
+    choice.tokens = select_tokens(module, config.trainable_token_indices, choice.names)
     scripted: list[str] = []
     for name, layer in layers.items():
         if any(inside(name, outer) for outer in (*in_full, *scripted)):
@@ -113,6 +120,8 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         if isinstance(layer, torch.jit.ScriptModule):
             scripted.append(name)
             choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
+            continue
+        if name in choice.tokens or isinstance(layer, TrainableTokens):
             continue
         if is_recorded(layer):
             if is_linear(layer) and not isinstance(layer, QLoRALinear):

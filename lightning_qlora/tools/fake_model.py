@@ -21,7 +21,7 @@ from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.training.convert import conversion_report, freeze
+from lightning_qlora.training.convert import add_tokens, conversion_report, freeze
 from lightning_qlora.training.convert_checks import check_any, warn_of_what_stayed
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.report import ConversionReport, parameter_bytes
@@ -100,6 +100,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
 
         QLoRAExperts.from_slices(*stack, convert)
     freeze(fake_model, choice, new)
+    add_tokens(fake_model, choice)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(fake_model)
     defer_output_embeddings(fake_model, config.deferred_logits)

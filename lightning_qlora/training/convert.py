@@ -39,6 +39,7 @@ from lightning_qlora.layers.selection import (
     check_names_in_loaded_models,
     select_layers,
 )
+from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
     check_any,
@@ -125,7 +126,7 @@ def convert_module(
             decode_packed_layer(layer)
     forget_quantizer(module)
     freeze(module, choice, new, kept)
-    record(new)
+    record([*new, *add_tokens(module, choice)])
     if config.keep_initial:
         keep_initial(module)
     if adapter is not None:
@@ -226,7 +227,8 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(id(parameter) in train)
             name = join(name_of[owner], key) if owner._modules else name_of[owner]
-            if trained and not parameter.requires_grad and not is_linear(owner) and name not in choice.skip:
+            known = is_linear(owner) or name in choice.skip or name in choice.tokens
+            if trained and not parameter.requires_grad and not known:
                 choice.stop[name] = None
     trains = {id(p) for layer in {*adapted_layers(module).values()} - {*kept} for p in layer.adapter_parameters()}
     trains |= {key for key, reason in train.items() if reason == IN_MODULES_TO_SAVE}
@@ -235,13 +237,23 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
             parameter.requires_grad_(True)
 
 
+def add_tokens(module: nn.Module, choice: Selection) -> list[Unrecorded]:
+    """Let the chosen rows of frozen embeddings train; returns the parameters that train, to be recorded."""
+    by_weight: dict[nn.Parameter, list[str]] = {}
+    for name in choice.tokens:
+        by_weight.setdefault(module.get_parameter(join(name, "weight")), []).append(name)
+    made = [train_tokens(w, map(module.get_submodule, n), choice.tokens[n[0]]) for w, n in by_weight.items()]
+    return [Unrecorded(adapter, "trainable_tokens_delta", True) for adapter in made]
+
+
 def conversion_report(
     module: nn.Module, choice: Selection, bytes_before: int, start: float, deferred: dict[str, int]
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
     frozen = _frozen_weights(module, choice)
-    layers = adapted_layers(module)
+    layers, tokens = adapted_layers(module), token_adapters(module)
+    adapters: list[Any] = [*layers.values(), *tokens.values()]
     calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),
@@ -254,7 +266,8 @@ def conversion_report(
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
         frozen=list(choice.stop),
-        adapter_parameters=sum(p.numel() for layer in layers.values() for p in layer.adapter_parameters()),
+        adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
+        trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},
         frozen_by_module=sum(weight.nbytes for weight in frozen),
         bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),
         deferred_logits=deferred,

@@ -7,6 +7,7 @@ from lightning_qlora.layers.dotted_names import join, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.trainable_tokens import DELTA, ROWS
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -33,7 +34,7 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
     if isinstance(became, QLoRAExperts):
         experts = {".".join(layer.full_name.split(".")[-2:]): layer for layer in became.layers}
         return {f"{name}.{key}": p for name, layer in experts.items() for key, p in _adapter_of(layer).items()}
-    return {"": param}
+    return {DELTA: getattr(param, ROWS)} if hasattr(param, ROWS) else {"": param}
 
 
 def _adapter_of(layer: QLoRALinear) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
+from lightning_qlora.layers.trainable_tokens import token_adapters
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training.rng_state import world_size
 
@@ -112,7 +113,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:
     """Warn of layers whose adapters no optimizer holds: they get gradients, and do not train."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    layers = adapted_layers(module)
+    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
     rest = [
         n for n, la in layers.items() if any(p.requires_grad and id(p) not in held for p in la.adapter_parameters())
     ]

@@ -32,7 +32,8 @@ class ConversionReport:
         seconds: Time of the conversion.
         shapes: Name -> (out_features, in_features) of the converted layers.
         frozen: Names of modules and parameters that trained before and are frozen now, without the linear layers.
-        adapter_parameters: Number of parameters of all adapters.
+        adapter_parameters: Number of parameters of all adapters, and of the rows that train.
+        trained_rows: Name of an embedding -> how many of its rows train; tied ones by the first name.
         frozen_by_module: Bytes of the layers that the module itself froze before conversion.
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
@@ -52,6 +53,7 @@ class ConversionReport:
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
+    trained_rows: dict[str, int] = field(default_factory=dict)
     frozen_by_module: int = 0
     bytes_4_bits_would_save: int = 0
     deferred_logits: dict[str, int] = field(default_factory=dict)
@@ -75,6 +77,8 @@ class ConversionReport:
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
                 add(name, f"{verb}: {reason}")
+        for name, count in self.trained_rows.items():
+            add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
             add(name, "frozen, trained before")
         return [(n[0] if len(n) == 1 else name, status, str(len(n))) for (name, status), n in groups.items()]

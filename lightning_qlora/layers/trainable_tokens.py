@@ -1,0 +1,167 @@
+"""Embeddings of which only some rows train: PEFT's `trainable_token_indices`.
+
+    embedding            y = E[tokens]             E: W with the rows `indices` replaced by delta [n, dim]; W is frozen
+    output embedding     logits = x E^T + bias
+
+E is never made (PEFT copies W in each call): the class of the layer is called with W and again with delta, and its
+results are put together, so gradients and optimizer state are as large as delta. All layers of a tied weight have one
+delta, in a module of the name that PEFT's files use. Source: peft/tuners/trainable_tokens/layer.py.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.layers.dotted_names import plain_name
+from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.layers.qlora_linear import new
+
+TOKEN_ADAPTER = "token_adapter"
+DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
+ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was made before
+
+
+class TokenAdapter(nn.Module):
+    """The rows of an embedding that train.
+
+    Attributes:
+        trainable_tokens_delta: [n, dim], fp32 or the type of a larger weight; computed in the weight's type.
+        token_indices: [n], the row of the weight that each row of the delta stands for.
+        order: [n], that of the sorted indices.
+    """
+
+    trainable_tokens_delta: nn.Parameter
+    token_indices: Tensor
+    order: Tensor
+    _qlora_disabled: int = 0
+
+    def __init__(self, weight: Tensor, indices: list[int]) -> None:
+        super().__init__()
+        index = torch.tensor(indices, device=weight.device)
+        rows = weight.detach()[index]
+        self.trainable_tokens_delta = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True))
+        self.register_buffer("token_indices", index, persistent=False)
+        self.register_buffer("order", index.argsort(), persistent=False)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [self.trainable_tokens_delta]
+
+
+class TrainableTokens:
+    """What `train_tokens` adds to the class of an embedding or output embedding.
+
+    Attributes:
+        token_adapter: The rows that train; layers of a tied weight have the same.
+        dense_class: Class of the layer before conversion, and again after `merge`.
+    """
+
+    weight: Tensor
+    token_adapter: TokenAdapter
+    dense_class: type[nn.Module]
+
+    def rows(self) -> Tensor:
+        """The rows that train, in the type of the weight."""
+        return self.token_adapter.trainable_tokens_delta.to(self.weight.dtype)
+
+    def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
+        """What the layer computes with the rows in place of its weight, also where its class scales the result."""
+        view: Any = object.__new__(self.dense_class)
+        view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
+        return self.dense_class.forward(view, input)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle an instance of a class that has no name which could be imported."""
+        made = object.__reduce_ex__(self, protocol)
+        return new, (class_for, self.dense_class), *made[2:]
+
+
+class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
+    """An embedding with rows that train."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Tokens [...] -> [..., dim]."""
+        output: Tensor = self.dense_class.forward(self, input)
+        if self.token_adapter._qlora_disabled:
+            return output
+        indices, order = self.token_adapter.token_indices, self.token_adapter.order
+        row = order[torch.searchsorted(indices, input, sorter=order).clamp_max_(len(order) - 1)]
+        # The row of another token is any: its result is not used.
+        rows = self._call_with_rows(row, {}, num_embeddings=len(order), padding_idx=None)
+        trains = indices[row] == input
+        if self.padding_idx is not None:  # torch gives this row no gradient
+            rows = torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return torch.where(trains.unsqueeze(-1), rows, output)
+
+
+class TrainableTokensLinear(TrainableTokens, nn.Linear):
+    """An output embedding with rows that train."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Hidden states [..., dim] -> logits [..., vocabulary]."""
+        logits: Tensor = self.dense_class.forward(self, input)
+        if self.token_adapter._qlora_disabled:
+            return logits
+        indices = self.token_adapter.token_indices
+        bias = self.bias if self.bias is None else self.bias[indices]
+        return logits.index_copy_(-1, indices, self._call_with_rows(input, {"bias": bias}, out_features=len(indices)))
+
+
+def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
+    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them."""
+    if dense_class not in _CLASSES:
+        kind = _CLASSES[nn.Embedding if issubclass(dense_class, nn.Embedding) else nn.Linear]
+        members = {"__module__": dense_class.__module__}
+        _CLASSES[dense_class] = type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
+    return _CLASSES[dense_class]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Embedding: TrainableTokensEmbedding,
+    nn.Linear: TrainableTokensLinear,
+}
+
+
+def train_tokens(weight: Tensor, layers: Iterable[nn.Module], indices: list[int]) -> TokenAdapter:
+    """Let these rows of a weight train, in place, in all layers that have it; they begin with their values."""
+    adapter = TokenAdapter(weight, indices)
+    setattr(weight, ROWS, adapter.trainable_tokens_delta)
+    for layer in layers:
+        layer.__dict__["dense_class"], layer.__class__ = type(layer), class_for(type(layer))
+        layer.register_module(TOKEN_ADAPTER, adapter)
+    return adapter
+
+
+def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
+    """Name of each embedding with rows that train -> these; of layers with a tied weight the first name."""
+    parts = module.named_modules()
+    return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
+
+
+def token_indices(module: nn.Module) -> dict[str, list[int]]:
+    """The same names without those of wrappers -> the indices."""
+    return {plain_name(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
+
+
+def merge_tokens(module: nn.Module) -> None:
+    """Write the rows that train into the weights, and make each embedding what it was."""
+    for layer in [part for part in module.modules() if isinstance(part, TrainableTokens)]:
+        with torch.no_grad():
+            layer.weight[layer.token_adapter.token_indices] = layer.rows()
+        remove_tokens(layer)
+
+
+def remove_tokens(layer: Any) -> None:
+    """Make an embedding what it was, with the weight that it has, in place."""
+    vars(layer.weight).pop(ROWS, None)
+    layer.__class__ = layer.__dict__.pop("dense_class")
+    del layer._modules[TOKEN_ADAPTER]
+
+
+def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:
+    """A parameter; a weight with zeros for the rows that train: what stood there is not used, as in new tokens."""
+    if not isinstance(owner, TrainableTokens) or parameter is not owner.weight:
+        return parameter
+    return gather(parameter.detach()).index_fill(0, owner.token_adapter.token_indices, 0)

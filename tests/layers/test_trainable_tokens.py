@@ -1,0 +1,285 @@
+"""Rows of an embedding that train alone, compared with torch's gradient of the whole matrix and with PEFT."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_qlora import (
+    CheckpointMismatchError,
+    QLoRAConfig,
+    QLoRAPrecision,
+    convert,
+    disable_adapter,
+    estimate_memory,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+    save_quantized,
+)
+from lightning_qlora.adapters.average import average
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.layers.deferred_logits import DeferredLogits
+from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
+from tests.conftest import make_trainer
+from tests.toys import Lit, ids, logits, needs, perturb, toy
+
+TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
+KEY = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
+UNTIED = {"embed_tokens": TOKENS, "lm_head": TOKENS[:2]}
+
+
+def converted(name="llama", tokens=TOKENS, scale=0.05, model=None, **changes):
+    model = model or toy(name, **changes)
+    convert(model, trainable_token_indices=tokens, **ARGUMENTS)
+    return perturb(model, scale)
+
+
+def resized(seed, rows=131):
+    """A model with three new tokens, whose rows transformers draws at random."""
+    model = toy("llama", tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(rows)
+    return model
+
+
+def delta(model):
+    return model.get_input_embeddings().token_adapter.trainable_tokens_delta
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_rows_have_the_gradient_of_the_whole_embedding_and_nothing_else_of_it_trains(name, deferred):
+    model, without = (toy(name, tie_word_embeddings=True) for _ in range(2))
+    convert(without, **ARGUMENTS)
+    report = convert(model, trainable_token_indices=TOKENS, deferred_logits=deferred, **ARGUMENTS)
+    torch.testing.assert_close(logits(model), logits(without), atol=1e-4, rtol=1e-4)
+    perturb(model)
+    output = model(input_ids=ids(), labels=ids())
+    assert isinstance(output.logits, DeferredLogits) == deferred
+    output.loss.backward()
+    whole = merge(copy.deepcopy(model))
+    weight = whole.get_input_embeddings().weight.requires_grad_()
+    loss = whole(input_ids=ids(), labels=ids()).loss
+    (grad,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(delta(model).grad, grad[TOKENS], atol=1e-5, rtol=1e-3)
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert report.trained_rows == {"shared" if name == "t5" else "model.embed_tokens": len(TOKENS)}
+    assert "5 rows train, the others are frozen" in str(report) and " in full" not in report.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "tied"),
+    [
+        ("llama", TOKENS, True),
+        ("llama", TOKENS, False),
+        ("llama", UNTIED, False),
+        ("gpt2", TOKENS, True),
+        ("t5", TOKENS, True),
+    ],
+)
+def test_peft_reads_the_folder_and_its_folder_is_read(name, tokens, tied, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = converted(name, tokens, tie_word_embeddings=tied)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "ours")
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, parameter in base.named_parameters():
+            if key.endswith("lora_B"):
+                parameter.zero_()
+    base = merge(base)
+    with torch.no_grad():  # rows of other values, which PEFT replaces
+        base.get_input_embeddings().weight[TOKENS] = 1
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(wrapped), expected, atol=1e-4, rtol=1e-4)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    again = toy(name, tie_word_embeddings=tied)
+    convert(again, adapter=str(tmp_path / "theirs"))
+    assert torch.equal(logits(again), expected)
+    third = converted(name, tokens, tie_word_embeddings=tied)
+    load_adapter(third, tmp_path / "theirs")
+    assert torch.equal(logits(third), expected)
+
+
+def test_a_list_of_peft_is_for_the_input_embedding(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS)
+    perturb(peft.get_peft_model(toy("llama", tie_word_embeddings=True), config)).save_pretrained(tmp_path)
+    model = toy("llama", tie_word_embeddings=True)
+    convert(model, adapter=str(tmp_path))
+    expected = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{KEY}"]
+    assert torch.equal(delta(model), expected) and get_adapter(model).tokens == {"model.embed_tokens": TOKENS}
+
+
+def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch():
+    module = nn.Sequential(nn.Embedding(8, 64, padding_idx=2), nn.Linear(64, 64))
+    convert(module, trainable_token_indices=[5, 2], r=4)
+    module(torch.tensor([2, 5, 5, 7])).square().sum().backward()
+    grad, whole = module[0].token_adapter.trainable_tokens_delta.grad, merge(module)
+    whole[0].weight.requires_grad_()
+    whole(torch.tensor([2, 5, 5, 7])).square().sum().backward()
+    torch.testing.assert_close(grad, whole[0].weight.grad[[5, 2]])
+
+
+def test_an_embedding_that_scales_its_output_stays_as_it_was_in_bf16_and_can_be_copied_and_compiled():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=128, hidden_size=72, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).eval()
+    embedded = model.get_input_embeddings()(ids())
+    convert(model, trainable_token_indices=TOKENS, **ARGUMENTS)
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding(ids()), embedded) and delta(model).dtype is torch.float32
+    perturb(model, scale=1.0)
+    changed = embedding(ids())
+    assert torch.equal((changed != embedded).any(-1), torch.isin(ids(), torch.tensor(TOKENS)))
+    assert torch.equal(torch.compile(embedding, backend="eager", fullgraph=True)(ids()), changed)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.get_input_embeddings()(ids()), changed)
+        assert delta(other) is other.lm_head.token_adapter.trainable_tokens_delta is not delta(model)
+    with disable_adapter(model):
+        assert torch.equal(embedding(ids()), embedded)
+
+
+def test_a_checkpoint_goes_on_in_another_process_where_the_rows_of_new_tokens_have_other_random_values(tmp_path):
+    tokens = [130, 128, 129]
+    first, second = converted(model=resized(1), tokens=tokens), converted(model=resized(2), tokens=tokens, scale=0)
+    assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
+    state = first.state_dict()
+    assert not any(key.endswith("embed_tokens.weight") for key in state)
+    second.load_state_dict(state)
+    assert torch.equal(logits(first), logits(second))
+    with pytest.raises(CheckpointMismatchError, match=r"\[130, 128, 129\].* in the checkpoint and .*\[128\].* here"):
+        converted(model=resized(1), tokens=[128]).load_state_dict(first.state_dict())
+    dense = toy("llama", seed=3, vocab_size=131, tie_word_embeddings=True)
+    second.load_state_dict(dense.state_dict())
+    assert torch.equal(delta(second), dense.model.embed_tokens.weight[tokens])
+
+
+def test_a_run_writes_them_to_its_checkpoint_and_its_optimizer_has_rows_only(tmp_path):
+    lit = Lit(toy("llama", tie_word_embeddings=True))
+    trainer = make_trainer(tmp_path, plugins=QLoRAPrecision(trainable_token_indices=TOKENS, **ARGUMENTS), max_epochs=1)
+    trainer.fit(lit)
+    state = trainer.optimizers[0].state
+    assert delta(lit.model) in state and lit.model.lm_head.weight not in state
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved, here = read_adapter_from_checkpoint(tmp_path / "last.ckpt"), get_adapter(lit)
+    assert saved.tokens == here.tokens == {"model.embed_tokens": TOKENS}
+    rows = saved.saved[KEY]
+    assert saved.saved.keys() == here.saved.keys() == {KEY} and torch.equal(rows, delta(lit.model))
+    assert not torch.equal(rows, lit.model.model.embed_tokens.weight[TOKENS])
+    mean = average([here, get_adapter(converted(tie_word_embeddings=True, scale=0))]).saved[KEY]
+    torch.testing.assert_close(mean, (rows + lit.model.model.embed_tokens.weight[TOKENS]) / 2)
+    again = load_from_checkpoint(Lit, tmp_path / "last.ckpt", model=toy("llama", tie_word_embeddings=True))
+    assert torch.equal(logits(again.model.eval()), logits(lit.model.eval()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_are_merged_into_a_folder_as_in_memory(tied, tmp_path):
+    tokens = [128, 130] if tied else {"embed_tokens": [128, 130], "lm_head": [1, 129]}
+    model = toy("llama", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "small")
+    model.resize_token_embeddings(131)
+    model.save_pretrained(tmp_path / "base")
+    converted(model=model, tokens=tokens)
+    save_adapter(model, tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    merge_folder(tmp_path / "base", adapter, tmp_path / "merged")
+    loaded, merged = type(model).from_pretrained(tmp_path / "merged").state_dict(), merge(model).state_dict()
+    assert loaded.keys() == merged.keys() and all(torch.equal(value, loaded[key]) for key, value in merged.items())
+    assert type(model.get_input_embeddings()) is nn.Embedding and type(model.lm_head) is nn.Linear
+    with pytest.raises(CheckpointMismatchError, match="save the base after resize_token_embeddings"):
+        merge_folder(tmp_path / "small", adapter, tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "others", "message"),
+    [
+        ([128], {}, r"'model.embed_tokens' has the 128 rows 0 to 127, and not 128. Call resize_token_embeddings"),
+        ([1, 2, 1], {}, "an index stands in a list more than once"),
+        ([-1], {}, r"index in trainable_token_indices=-1: must be an integer >= 0"),
+        ({"nothing": [1]}, {}, r"'nothing' fits no module; .* has the embeddings \['model.embed_tokens'\]"),
+        ({"norm": [1]}, {}, "'model.norm' is a LlamaRMSNorm: only rows of nn.Embedding and nn.Linear"),
+        ([1], {"modules_to_save": ["lm_head"]}, "'lm_head' trains in full .* or out of trainable_token_indices"),
+        ({"embed_tokens": [1], "lm_head": [2]}, {}, r"'lm_head' was .*, or is tied to a layer, with the rows \[1\]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(tokens, others, message):
+    with pytest.raises(ValueError, match=message):
+        convert(toy("llama", tie_word_embeddings=True), trainable_token_indices=tokens, r=4, **others)
+
+
+def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refused():
+    with pytest.raises(ValueError, match=r"has no nn.Embedding.*Pass \{name of the layer: \[1\]\}"):
+        convert(nn.Sequential(nn.Linear(64, 64)), trainable_token_indices=[1], r=4)
+    module = nn.ModuleDict({"embedding": nn.Embedding(8, 64), "layer": nn.Linear(64, 64), "user": nn.Module()})
+    module["user"].table = module["embedding"].weight
+    with pytest.raises(ValueError, match=r"'user.table' is tied to the embedding.*modules_to_save"):
+        convert(module, trainable_token_indices=[1], r=4)
+    with pytest.raises(TypeError, match="must be a list of indices, or a dict of such lists"):
+        QLoRAConfig(trainable_token_indices=[])
+
+
+def test_an_adapter_for_other_tokens_is_refused(tmp_path):
+    save_adapter(converted(), tmp_path)
+    with pytest.raises(CheckpointMismatchError, match=r"token_adapter.*is for the rows \[7, .*and .* is None there"):
+        load_adapter(converted(tokens=None), tmp_path)
+
+
+def test_a_converted_model_stays_so_in_a_module_and_its_base_is_saved_without_the_rows(tmp_path):
+    model = converted(tie_word_embeddings=True)
+    save_quantized(model, tmp_path / "base")
+    saved = load_file(tmp_path / "base" / "model.safetensors")
+    assert torch.equal(saved["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert not any("token" in key.removeprefix("model.embed_tokens.weight") for key in saved)
+    report = convert(Lit(model), **ARGUMENTS)
+    assert report.trained_rows == {"model.model.embed_tokens": len(TOKENS)} and not report.trained_in_full
+    assert delta(model).requires_grad
+    with pytest.raises(ValueError, match=r"was converted before, or is tied to a layer, with the rows \[7, 100"):
+        convert(nn.ModuleDict({"model": model, "new": nn.Linear(64, 64)}), trainable_token_indices=[1], **ARGUMENTS)
+
+
+def test_memory_and_an_early_optimizer_have_the_rows():
+    model = toy("llama", tie_word_embeddings=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = copy.deepcopy(model.config)
+    converted(model=model)
+    replace_parameters_by_adapters(optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert any(p is delta(model) for p in held) and not any(p is model.lm_head.weight for p in held)
+    with_rows, without = (
+        estimate_memory(config, 1, 8, trainable_token_indices=tokens, **ARGUMENTS) for tokens in (TOKENS, None)
+    )
+    assert with_rows.trainable_parameters - without.trainable_parameters == len(TOKENS) * 64
+    assert with_rows.parts["gradients"] - without.parts["gradients"] == len(TOKENS) * 64 * 4
+
+
+@needs("torch", "2.12", "fully_shard takes floats alone before")
+def test_sharded_rows_train_and_are_saved(tmp_path):
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        plain, sharded = (converted(tie_word_embeddings=True) for _ in range(2))
+        fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        for model in (plain, sharded):
+            model(input_ids=ids(), labels=ids()).loss.backward()
+        torch.testing.assert_close(delta(sharded).grad.full_tensor(), delta(plain).grad)
+        save_adapter(sharded, tmp_path)
+        load_adapter(plain, tmp_path)
+        assert torch.equal(logits(plain), logits(sharded))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -25,14 +25,15 @@ ALLOWED = {
     },
     # A class of ours inherits from the same class in another package too.
     "lightning_copies.py": {"kind.__bases__"},
-    # Conversion of an output embedding, and of a module whose expert parameters become layers.
+    # Conversion of an output embedding, of an embedding with rows that train, and of a module whose expert parameters become layers.
     "layers/deferred_head.py": {"head.__class__"},
+    "layers/trainable_tokens.py": {"layer.__class__"},
     # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
     "layers/disable_adapter.py": {"owner._parameters[name]"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
-    "huggingface/quantizer.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
+    "huggingface/operations.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
     "huggingface/load_without_data.py": {  # what transformers' loading does
         "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",
     },

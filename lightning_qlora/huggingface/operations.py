@@ -1,0 +1,289 @@
+"""Operations that turn what transformers reads into 4-bit layers.
+
+Each gets the `QLoRAQuantizer` of a load, which says what was chosen and collects the errors. Source of the interface:
+transformers 5, core_model_loading.py (ConversionOps).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from transformers.core_model_loading import ConversionOps, MergeModulelist
+
+from lightning_qlora.adapters.dequantized_folder import Dequantize
+from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
+from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.selection import StackToConvert, ToConvert
+from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
+from lightning_qlora.quantization.packed_weight import PackedWeight
+
+
+def wrong_shape(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
+    """The error for a weight of the files whose shape is not that of the model."""
+    return (
+        f"{key!r} has shape {list(shape)}, and the model has {list(expected)} there. Load it with the config that "
+        "belongs to the files, or pass ignore_mismatched_sizes=True to from_pretrained to initialize this layer anew "
+        "(transformers 5.23 and newer)."
+    )
+
+
+class _Operation(ConversionOps):
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer  # upstream looks for this name
+
+    def dense(self, key: str, weight: Tensor) -> dict[str, Tensor]:
+        """Let transformers load a weight as usual."""
+        self.hf_quantizer.chosen.pop(key, None)
+        return {key: weight}
+
+    def mismatch(self, source: str, key: str, shape: tuple[int, ...], place: Tensor) -> dict[str, Tensor]:
+        """Let transformers see a weight of another shape: it refuses the load, or initializes the layer."""
+        message = wrong_shape(key, shape, place.shape)
+        return self._without_values(source, key, shape, place, message, self.hf_quantizer.quantizers.mismatches)
+
+    def failed(self, source: str, key: str, place: Tensor, message: str) -> dict[str, Tensor]:
+        """Keep an error until all weights are read: transformers would only log what is raised before."""
+        return self._without_values(source, key, place.shape, place, message, self.hf_quantizer.errors)
+
+    def _without_values(
+        self, source: str, key: str, shape: tuple[int, ...], place: Tensor, message: str, errors: list[ValueError]
+    ) -> dict[str, Tensor]:
+        errors.append(self.hf_quantizer.error(source, message))
+        return self.dense(key, torch.zeros((), dtype=place.dtype, device="cpu").expand(shape))  # takes no memory
+
+    @staticmethod
+    def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, Tensor]:
+        """The parameters, by name, of the layers that one parameter became; transformers sets them again."""
+        if missing_keys is not None:
+            missing_keys.discard(key)
+        made: dict[str, Tensor] = {}
+        for prefix, layer in layers.items():
+            assert isinstance(layer, QLoRALinear)
+            layer.loaded = True
+            # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
+            layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
+            own = layer.named_parameters(prefix, recurse=False)
+            # Of a distributed parameter, transformers takes the part of this rank.
+            made |= {name: p.to_local() if isinstance(p, DTensor) else p for name, p in own if p is not layer.bias}
+        return made
+
+
+class Quantize(_Operation):
+    """Float weights, and stacks of experts, -> the parameters of QLoRALinears."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """See ConversionOps; several weights where transformers split a tensor."""
+        made: dict[str, Any] = {}
+        for key, value in input_dict.items():
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            if self.hf_quantizer.param_needs_quantization(model, key):
+                known = source_patterns[0] in self.hf_quantizer.file_of  # else it is a pattern
+                made |= self.quantize(key, weight, source_patterns[0] if known else key, model, missing_keys)
+            else:
+                made[key] = weight
+        return made
+
+    def quantize(
+        self, key: str, weight: Tensor, source: str, model: nn.Module, missing_keys: set[str] | None,
+        experts: Iterator[Tensor] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The parameters of one layer, or of all experts.
+
+        With `experts`, the weight of each as transformers would stack it, the values of `weight` are not used.
+        """
+        place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
+        part = place.to_local() if isinstance(place, DTensor) else place
+        if isinstance(place, DTensor) and weight.shape == part.shape:
+            if message := _not_splittable(place, chosen):
+                return self.failed(source, key, part, f"{key}: {message}")
+            # Every rank read its part; to quantize, one weight at a time is gathered.
+            weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
+        if weight.shape != place.shape:
+            return self.mismatch(source, key, weight.shape, place)
+        if isinstance(chosen, ToConvert):
+            owner, inner, name = chosen.layer, "weight", key.removesuffix(".weight")
+        else:
+            owner, inner, name = chosen.parameter.owner, chosen.parameter.key, key
+        dense_class = type(owner)
+        owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
+        try:
+            layers = convert_chosen(name, chosen, experts)
+            if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
+                split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
+        except ValueError as error:
+            owner.__class__, owner._parameters[inner] = dense_class, place
+            return self.failed(source, key, part, f"{name}: {error}")
+        return self.quantized(layers, key, missing_keys)
+
+
+LOAD_WHOLE = (
+    "a DistributedConfig can distribute a model in 4 bits by tensor parallelism alone, and from files in 16 or 32 bit. "
+    "Load it without one, and call parallelize_module and fully_shard in configure_model."
+)
+
+
+def _not_splittable(place: DTensor, chosen: ToConvert | StackToConvert) -> str | None:
+    """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
+    if isinstance(chosen, StackToConvert):
+        return SPLIT_EXPERTS
+    if place.device_mesh.ndim > 1:
+        return LOAD_WHOLE
+    return None if type(place.placements[0]) is Shard else unknown_style("a plan for fused layers")
+
+
+def convert_chosen(
+    name: str, chosen: ToConvert | StackToConvert, experts: Iterator[Tensor] | None = None
+) -> dict[str, nn.Module]:
+    """Convert a layer or a stack of experts: name -> 4-bit layer."""
+    if isinstance(chosen, ToConvert):
+        QLoRALinear.from_linear(chosen.layer, chosen.config, name, seed_name=chosen.seed_name)
+        return {name: chosen.layer}
+    (owner, key, number, transposed), config, seed_name = chosen
+    made = QLoRAExperts.from_parameter(
+        owner, key, config, name, number, transposed, seed_name=seed_name, weights=experts
+    )
+    return {expert_name(name, i): layer for i, layer in enumerate(made.layers)}
+
+
+class Nothing(ConversionOps):
+    """Leaves a tensor as it is in the files."""
+
+    hf_quantizer = None  # upstream looks for this name; such conversions are not kept for saving
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], full_layer_name: str, **_: Any
+    ) -> dict[str, Any]:
+        """See ConversionOps."""
+        (tensor,) = input_dict.values()
+        return {full_layer_name: tensor}
+
+
+class Compose(ConversionOps):
+    """transformers' operations for a parameter; for a stack of experts once for each, which is then quantized."""
+
+    supports_many_to_many = True
+
+    def __init__(self, quantizer: Any, operations: list[ConversionOps]) -> None:
+        self.quantizer, own = quantizer, quantizer.own
+        self.operations: list[Any] = [
+            Dequantize(op) if own is not None and getattr(op, "hf_quantizer", None) is own else op for op in operations
+        ]
+        # upstream looks for this name: an operation with a quantizer gets tensors in the type of the files
+        self.hf_quantizer = next((q for op in operations if (q := getattr(op, "hf_quantizer", None))), None)
+
+    def __deepcopy__(self, _: Any) -> "Compose":
+        """Itself: a load copies it for each parameter, and it does not change."""
+        return self
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], source_patterns: list[str], full_layer_name: str, **arguments: Any
+    ) -> dict[str, Any]:
+        """See ConversionOps."""
+        arguments |= {"source_patterns": source_patterns, "full_layer_name": full_layer_name}
+        try:
+            return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
+        except ValueError as error:
+            if self.quantizer.own is None:
+                raise
+            place = arguments["model"].get_parameter(full_layer_name)
+            message = f"{full_layer_name}: {error}"
+            return dict(Quantize(self.quantizer).failed(full_layer_name, full_layer_name, place, message))
+
+    def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """The 4-bit layers of a stack, each expert dense for itself; None for other parameters and other operations."""
+        name, model, missing = (arguments[word] for word in ("full_layer_name", "model", "missing_keys"))
+        chosen = self.quantizer.chosen.get(name)
+        if not isinstance(chosen, StackToConvert) or not all(map(_keeps_experts_apart, self.operations)):
+            return None
+        parts = [_of_expert(tensors, i, chosen.parameter.experts) for i in range(chosen.parameter.experts)]
+        place = model.get_parameter(name)
+        experts = (self._one(part, arguments) for part in parts if part is not None)
+        if (first := next(experts, None)) is None or first.shape != (1, *place.shape[1:]):
+            return None
+        values = (value[0].to(place.dtype) for value in chain([first], experts))
+        del first
+        return Quantize(self.quantizer).quantize(name, place, name, model, missing, values)
+
+    def _run(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+        for operation in self.operations:
+            tensors = operation.convert(tensors, **arguments)
+        return tensors
+
+    def _one(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> Tensor:
+        """The one tensor that operations make of others."""
+        (value,) = self._run(tensors, arguments).values()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        return weight
+
+
+def _keeps_experts_apart(operation: ConversionOps) -> bool:
+    """Whether an operation makes the same of each expert alone: it stacks them, or acts on other dimensions."""
+    if isinstance(operation, MergeModulelist):
+        return operation.dim == 0
+    return 0 not in [getattr(operation, name, None) for name in ("dim", "dim0", "dim1", "stack_dim")]
+
+
+def _of_expert(tensors: dict[str, Any], number: int, experts: int) -> dict[str, Any] | None:
+    """What one expert is made of; None if these are not lists or stacks of that many."""
+    found = {}
+    for pattern, value in tensors.items():
+        parts = value if isinstance(value, list) else [value]
+        if len(parts) == experts:
+            found[pattern] = [parts[number]]
+        elif len(parts) == 1 and parts[0].ndim and len(parts[0]) == experts:
+            found[pattern] = [parts[0][number : number + 1]]
+        else:
+            return None
+    return found
+
+
+class LoadPacked(_Operation):
+    """bitsandbytes' entries of one layer -> the parameters of a QLoRALinear, with the same bytes."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """See ConversionOps; is also called for each weight that is not in 4 bits."""
+        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        key, name = full_layer_name, owner_name(full_layer_name)
+        layer = model.get_submodule(name)
+        place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
+        if set(state) == {"weight"}:
+            stack = isinstance(self.hf_quantizer.chosen.get(key), StackToConvert)
+            value = state["weight"].to(place.dtype)
+            return {key: value} if stack else self.dense(key, value)
+        try:
+            weight = PackedWeight.from_bnb_state_dict(state)
+        except ValueError as error:
+            return self.failed(key, key, place, f"{name}.{error}")
+        if weight.shape != (place.shape[::-1] if kind_of(type(layer)).transposed else place.shape):
+            return self.mismatch(key, key, weight.shape, place)
+        weight = replace(weight, dtype=place.dtype)
+        chosen = self.hf_quantizer.chosen.get(key)
+        if chosen is not None:
+            QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
+            return self.quantized({name: layer}, key, missing_keys)
+        if is_linear(layer):
+            return {key: decode_and_store_original(layer, weight)}
+        return {key: weight.dequantize(place.dtype)}

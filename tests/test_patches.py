@@ -25,7 +25,8 @@ ALLOWED = {
     },
     # A class of ours inherits from the same class in another package too.
     "lightning_copies.py": {"kind.__bases__"},
-    # Conversion of an output embedding, of an embedding with rows that train, and of a module whose expert parameters become layers.
+    # Conversion of an output embedding, of an embedding with rows that train, and of a module whose expert parameters
+    # become layers.
     "layers/deferred_head.py": {"head.__class__"},
     "layers/trainable_tokens.py": {"layer.__class__"},
     # Parameters that train in full and their initial values; a context exchanges them, and again at its end.

@@ -129,7 +129,7 @@ def train_tokens(weight: Tensor, layers: Iterable[nn.Module], indices: list[int]
     adapter = TokenAdapter(weight, indices)
     setattr(weight, ROWS, adapter.trainable_tokens_delta)
     for layer in layers:
-        layer.__dict__["dense_class"], layer.__class__ = type(layer), class_for(type(layer))
+        vars(layer)["dense_class"], layer.__class__ = type(layer), class_for(type(layer))
         layer.register_module(TOKEN_ADAPTER, adapter)
     return adapter
 

@@ -232,10 +232,14 @@ class Compose(ConversionOps):
 
 
 def _keeps_experts_apart(operation: ConversionOps) -> bool:
-    """Whether an operation makes the same of each expert alone: it stacks them, or acts on other dimensions."""
+    """Whether an operation makes the same of each expert alone: it stacks them, or acts on other dimensions.
+
+    `check_dims` of a Transpose compares the shape with that of the whole parameter.
+    """
     if isinstance(operation, MergeModulelist):
         return operation.dim == 0
-    return 0 not in [getattr(operation, name, None) for name in ("dim", "dim0", "dim1", "stack_dim")]
+    dims = [getattr(operation, name, None) for name in ("dim", "dim0", "dim1", "stack_dim")]
+    return 0 not in dims and not getattr(operation, "check_dims", False)
 
 
 def _of_expert(tensors: dict[str, Any], number: int, experts: int) -> dict[str, Any] | None:

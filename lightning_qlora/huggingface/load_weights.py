@@ -20,6 +20,7 @@ from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
+from lightning_qlora.huggingface.load_without_data import NO_VALUES
 from lightning_qlora.layers.dotted_names import join, owner_name, parameter_and_number
 from lightning_qlora.layers.dtensor import is_sharded, local_part
 from lightning_qlora.layers.lora_layer import ADAPTER
@@ -28,11 +29,6 @@ from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import renew
-
-NO_VALUES = (
-    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
-    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
-)
 
 
 def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -17,6 +17,12 @@ from lightning_qlora.layers.names import named_tensors
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 
+NO_VALUES = (
+    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
+    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
+)
+VERSION = "_qlora_version"  # attribute of a tensor on the meta device: its version after the model was loaded
+
 
 def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
     """Load the model of a folder, on the meta device; `load` is `PreTrainedModel._load_pretrained_model`."""
@@ -42,3 +48,21 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
             known = found.get(join(name, key))  # None: of a 4-bit layer
             if tensor is not None and (known is None or hasattr(known, LOADED_TENSOR)):
                 setattr(tensor, LOADED_TENSOR, True)
+
+
+def remember_versions(model: nn.Module) -> None:
+    """Let `check_unwritten` see whether code wrote to a tensor whose values are read later."""
+    for _, tensor in named_tensors(model):
+        if tensor.is_meta:
+            setattr(tensor, VERSION, tensor._version)
+
+
+def check_unwritten(module: nn.Module) -> None:
+    """Refuse values that code wrote to a tensor on the meta device: they would be lost.
+
+    Raises:
+        ValueError: As above; names the tensor.
+    """
+    for name, tensor in named_tensors(module):
+        if getattr(tensor, VERSION, tensor._version) != tensor._version:
+            raise ValueError(f"{name}: configure_model wrote values to it, which would be lost. {NO_VALUES}")

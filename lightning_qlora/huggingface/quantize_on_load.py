@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.load_weights import NO_VALUES, read_weights
+from lightning_qlora.huggingface.load_weights import read_weights
+from lightning_qlora.huggingface.load_without_data import NO_VALUES
 from lightning_qlora.huggingface.patches import default_quantizer, refuse_peft_on_4_bit_layers
 
 

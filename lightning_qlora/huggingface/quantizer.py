@@ -31,7 +31,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.gguf_tensors import unread_tensors
 from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.load_without_data import find_without_data, mark_as_found
+from lightning_qlora.huggingface.load_without_data import find_without_data, mark_as_found, remember_versions
 from lightning_qlora.huggingface.operations import (
     LOAD_WHOLE,
     Compose,
@@ -232,6 +232,7 @@ class QLoRAQuantizer(HfQuantizer):
         if self.folder is not None and any(map(is_sharded, model.parameters())):
             read_weights(model, self.folder)
         elif self.folder is not None:
+            remember_versions(model)
             self.quantizers.on_meta.append((model, self.folder))
         return model
 

@@ -12,6 +12,7 @@ from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.huggingface.load_without_data import check_unwritten
 from lightning_qlora.layers.names import inside
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training import patches
@@ -35,7 +36,8 @@ def convert_before_sharding(
         convert: Converts the module.
 
     Raises:
-        ValueError: If layers are added after the first call of `fully_shard`.
+        ValueError: If layers are added after the first call of `fully_shard`, or values were written before it to a
+            model whose weights are read after it.
     """
     if trainer is None or not shards_module(trainer):
         yield
@@ -45,6 +47,7 @@ def convert_before_sharding(
 
     def before(to_shard: list[nn.Module]) -> None:
         if conversion_of(module) is None and not set(module.modules()).isdisjoint(to_shard):
+            check_unwritten(module)
             convert(module)
             at_conversion.update(module.modules())
 

@@ -209,7 +209,11 @@ def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
     def appends(module):
         module.model.resize_token_embeddings(140, mean_resizing=False)
 
+    def writes(module):
+        torch.nn.init.normal_(module.model.lm_head.weight)
+
     for module, error in [
+        (Loaded(tmp_path / "llama", writes), r"lm_head\.weight: configure_model wrote values to it"),
         (
             Loaded(tmp_path / "llama", resizes),
             r"meta tensors The weights are read after .* in __init__",

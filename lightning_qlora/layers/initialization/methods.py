@@ -99,6 +99,16 @@ def calibrated_adapter(
     return lora_a / size, lora_b
 
 
+def calibrated_error(
+    weight: Tensor, base: PackedWeight, input_rms: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """||(W - Q - s B A) diag(d)|| / ||W diag(d)||, fp32 []: how much of a layer's output its 4 bits still change."""
+    dense, size = weight.float(), input_rms.to(weight.device, torch.float32)
+    left = dense - base.dequantize(torch.float32) - scaling * (lora_b @ lora_a)
+    error: Tensor = (left * size).norm() / (dense * size).norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return error
+
+
 def seed_of_layer(name: str) -> int:
     """A seed from a layer's name and the seed of `seed_everything`: the same on every rank."""
     key = f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{name}"

@@ -128,7 +128,9 @@ class Calibration:
             layer.dense_weight = None
             self._warn(f"{name} was trained before its calibration (in eval mode?), so its adapter is not changed")
             return
-        initialize_from_inputs(layer, rms, source)
+        error = initialize_from_inputs(layer, rms, source)
+        if error is not None:
+            self.report.errors[name] = error
         if rms.any():
             self.report.calibrated.append(name)
             self._initial[name] = layer.lora_A.detach().cpu().clone(), layer.lora_B.detach().cpu().clone(), rms.cpu()
@@ -223,22 +225,28 @@ class Calibration:
 
 
 @torch.no_grad()
-def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, source: int = 0) -> None:
-    """Initialize a waiting layer from the RMS of its inputs [in]: computed on rank `source`, then broadcast."""
+def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, source: int = 0) -> float | None:
+    """Initialize a waiting layer from the RMS of its inputs [in]: computed on rank `source`, then broadcast.
+
+    Returns `methods.calibrated_error`; None if there is nothing to compute.
+    """
     dense, layer.dense_weight, layer.input_rms = layer.dense_weight, None, input_rms.cpu()
     if dense is None or not input_rms.any():
-        return
+        return None
     base, device = layer.packed_weight, layer.packed.device  # of a sharded layer all ranks gather the base
     lora_a, lora_b = (torch.empty(part.shape, device=device) for part in (layer.lora_A, layer.lora_B))
+    error = torch.empty((), device=device)
     if world_size() == 1 or dist.get_rank() == source:
         with torch.autocast(device.type, enabled=False):
             weight = dense.to(device, layer.weight_dtype)
             made = methods.calibrated_adapter(weight, base, input_rms, layer.config, layer.seed_name)
+            error = methods.calibrated_error(weight, base, input_rms, *made, layer.scaling)
         lora_a, lora_b = (part.contiguous() for part in made)
     if world_size() > 1:
-        dist.broadcast(lora_a, source)
-        dist.broadcast(lora_b, source)
+        for value in (lora_a, lora_b, error):
+            dist.broadcast(value, source)
     layer.set_adapter(lora_a, lora_b)
+    return float(error)
 
 
 def _has_weight(layer: QLoRALinear) -> bool:

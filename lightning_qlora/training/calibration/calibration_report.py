@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+WORST = 5  # layers that the report names
+
 
 @dataclass(repr=False)
 class CalibrationReport:
@@ -14,6 +16,8 @@ class CalibrationReport:
         rows: Most rows (tokens) used for one layer, on all ranks.
         host_bytes: Dense weights kept in host memory (or mapped from a file) until the calibration.
         seconds: Time of the calibration.
+        errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
+            diag(d)||. The layers with the largest ones gain most in `exclude_modules`.
     """
 
     waiting: list[str]
@@ -22,6 +26,7 @@ class CalibrationReport:
     unseen: list[str] = field(default_factory=list)
     rows: int = 0
     seconds: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
@@ -33,8 +38,11 @@ class CalibrationReport:
                 f"{self.host_bytes:,} bytes of dense weights stay in host memory"
             )
         wait = f"; waiting for a first input: {', '.join(self.waiting)}" if self.waiting else ""
+        worst = sorted(self.errors, key=lambda name: -self.errors[name])[:WORST]
+        errors = f"; largest errors left: {', '.join(f'{name} {self.errors[name]:.1%}' for name in worst)}"
         unseen = f"; default initialization, because all inputs were zero: {', '.join(self.unseen)}"
         return (
             f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s; "
-            f"{self.host_bytes:,} bytes of dense weights were kept until then{unseen if self.unseen else ''}{wait}"
+            f"{self.host_bytes:,} bytes of dense weights were kept until then{errors if worst else ''}"
+            f"{unseen if self.unseen else ''}{wait}"
         )

@@ -126,6 +126,10 @@ def test_the_first_forward_pass_calibrates_every_layer_on_its_own_inputs():
     lora_a, lora_b = methods.calibrated_adapter(weight, quantize(weight), rms, layer.config, "layers.0")
     torch.testing.assert_close(layer.lora_A.detach(), lora_a)
     torch.testing.assert_close(layer.lora_B.detach(), lora_b)
+    left, errors = (weight - layer.decode() - layer.delta()) * rms, report.calibration.errors
+    assert errors["layers.0"] == pytest.approx((left.norm() / (weight * rms).norm()).item(), rel=1e-4)
+    worst = max(errors, key=errors.get)
+    assert f"largest errors left: {worst} {errors[worst]:.1%}, " in str(report)
     with torch.no_grad():
         hidden = quantized.eval().layers[:2](inputs)
     torch.testing.assert_close(net.layers[2].input_rms, hidden.square().mean(0).sqrt())

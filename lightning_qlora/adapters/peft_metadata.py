@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.checks import shown
 from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
 
 # How the base was quantized and the adapters were initialized (`quantization_of`); fingerprints of the 4-bit weights
@@ -74,7 +75,8 @@ def difference_from_copy(config: Mapping[str, Any], copy: Mapping[str, Any]) -> 
         if isinstance(here, list) and isinstance(there, list):
             here, there = sorted(map(str, here)), sorted(map(str, there))
         if here != there:
-            return f"{key}={config.get(key)!r}, and the weights beside it were saved with {key}={copy.get(key)!r}"
+            name, was, saved = shown(key).strip("'"), shown(config.get(key)), shown(copy.get(key))
+            return f"{name}={was}, and the weights beside it were saved with {name}={saved}"
     return None
 
 

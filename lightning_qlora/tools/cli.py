@@ -85,6 +85,8 @@ def plan(
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
+    if link is not None and devices is None:
+        raise ValueError(f"link={link!r}: gives the time of a step's traffic between devices. Pass devices, such as 8.")
     run = batch_size, sequence_length, optimizer
     estimate = estimate_memory(model, *run, example=None, **arguments)
     config = QLoRAConfig(**arguments)

@@ -69,6 +69,9 @@ def test_the_plan_of_several_devices(tmp_path, capsys):
     assert "on each" in fsdp["8 devices with FSDP2, 1 x 16"] and "ms" in fsdp["time at 300GB/s"]
     assert ddp["each sends in a step"] == ddp["gradients"] and "frozen weights" not in ddp
     assert "2x4 devices with HSDP, 1 x 16" in plan("--devices", "2x4")
-    for wrong in (("--devices", "0"), ("--devices", "2x4", "--strategy", "ddp"), ("--devices", "2", "--link", "fast")):
+    for wrong in (
+        ("--devices", "0"), ("--devices", "2x4", "--strategy", "ddp"), ("--devices", "2", "--link", "fast"),
+        ("--link", "300GB/s"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             plan(*wrong)

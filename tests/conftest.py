@@ -169,6 +169,15 @@ def trainer(tmp_path):
     return lambda **arguments: make_trainer(tmp_path, **arguments)
 
 
+@pytest.fixture
+def one_rank(monkeypatch):
+    """Restores the environment, and destroys the process group that the strategies make."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

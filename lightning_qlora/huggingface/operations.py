@@ -16,6 +16,7 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from lightning_qlora.adapters.dequantized_folder import Dequantize
 from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
+from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -70,7 +71,7 @@ class _Operation(ConversionOps):
             layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
             own = layer.named_parameters(prefix, recurse=False)
             # Of a distributed parameter, transformers takes the part of this rank.
-            made |= {name: p.to_local() if isinstance(p, DTensor) else p for name, p in own if p is not layer.bias}
+            made |= {name: local(p) for name, p in own if p is not layer.bias}
         return made
 
 
@@ -106,7 +107,7 @@ class Quantize(_Operation):
         With `experts`, the weight of each as transformers would stack it, the values of `weight` are not used.
         """
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
-        part = place.to_local() if isinstance(place, DTensor) else place
+        part = local(place)
         if isinstance(place, DTensor) and weight.shape == part.shape:
             if message := _not_splittable(place, chosen):
                 return self.failed(source, key, part, f"{key}: {message}")

@@ -20,6 +20,11 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Any) -> Any:
+    """This rank's part of a sharded tensor; any other tensor, or None, as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
     """A whole value, which every rank has, split as a sharded tensor is; any other value as it is."""
     if not isinstance(held, DTensor) or isinstance(value, DTensor):

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lightning_qlora.kernels.lora_linear import PLAIN
+from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedBytes, Part
@@ -110,23 +111,18 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
             "itself, whose plan distributes the input, or leave the layer out of the plan."
         )
     if by_inputs:
-        a, b = _local(held["lora_A"]), _summed_gradient(held["lora_B"])
-        bias = _local(bias) if bias is not None and part.column == 0 else None  # one rank adds it
+        a, b = local(held["lora_A"]), _summed_gradient(held["lora_B"])
+        bias = local(bias) if bias is not None and part.column == 0 else None  # one rank adds it
         columns = torch.tensor([part.column, part.columns], device="cpu")
     else:
-        a, b, bias = _summed_gradient(held["lora_A"]), _local(held["lora_B"]), _local(bias)
-    packed, absmax, nested = (_local(held[name]) for name in BASE)
+        a, b, bias = _summed_gradient(held["lora_A"]), local(held["lora_B"]), local(bias)
+    packed, absmax, nested = (local(held[name]) for name in BASE)
     weight = PackedBytes(packed, absmax, nested, shape, layer.quant_type, layer.block_size, part)
     own = x.to_local(grad_placements=None if by_inputs else [Partial()]) if isinstance(x, DTensor) else x
-    y: Tensor = layer.compute(own, weight, bias, a, b, _local(held["lora_magnitude_vector"]), columns)
+    y: Tensor = layer.compute(own, weight, bias, a, b, local(held["lora_magnitude_vector"]), columns)
     if not isinstance(x, DTensor):
         return y
     return DTensor.from_local(y, mesh, [Partial() if by_inputs else Shard(y.dim() - 1)], run_check=False)
-
-
-def _local(held: Any) -> Any:
-    """This rank's part of a parameter; a plan of transformers may have replaced it by the part already."""
-    return held.to_local() if isinstance(held, DTensor) else held
 
 
 def _summed_gradient(held: Any) -> Any:

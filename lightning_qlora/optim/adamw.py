@@ -13,14 +13,13 @@ from typing_extensions import override
 from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.reference_adamw import AdamWStep
-from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.dtensor import is_sharded, local
 from lightning_qlora.optim.paging.optimizer_pages import windows
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
 from lightning_qlora.optim.state_8bit import (
     MOMENTS,
     block_count,
     is_8bit,
-    local_part,
     quantize_like,
     shard_count,
     split_like,
@@ -160,15 +159,15 @@ class PagedAdamW8bit(Optimizer):
             state = self.state[param]
             state["step"] += 1
             # The last ranks may have no rows of a small sharded parameter.
-            if param.grad is not None and local_part(param).numel():
+            if param.grad is not None and local(param).numel():
                 kind = int(state["step"]), is_8bit(state), param.device, param.dtype, param.grad.dtype
                 groups[kind].append(param)
         beta1, beta2 = group["betas"]
         for (step, in_8bit, *_), members in groups.items():
             numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
             scalars = AdamWStep(step, *map(float, numbers))  # they may be tensors
-            params = [local_part(param) for param in members]
-            grads = [local_part(param.grad) for param in members if param.grad is not None]
+            params = [local(param) for param in members]
+            grads = [local(param.grad) for param in members if param.grad is not None]
             if in_8bit:
                 (m, v), scales = self._local_state(members, "_codes"), self._local_state(members, "_absmax")
                 blocks = [block_count(param.numel()) for param in params]  # a shard's scales can be longer
@@ -179,7 +178,7 @@ class PagedAdamW8bit(Optimizer):
                 adamw_step(params, grads, m, v, scalars)
 
     def _local_state(self, params: list[Tensor], suffix: str) -> list[list[Tensor]]:
-        return [[local_part(self.state[param][moment + suffix]) for param in params] for moment in MOMENTS]
+        return [[local(self.state[param][moment + suffix]) for param in params] for moment in MOMENTS]
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, dequantize_state, quantize_state
-from lightning_qlora.layers.dtensor import shard_like
+from lightning_qlora.layers.dtensor import local, shard_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
 
@@ -53,8 +53,8 @@ def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> 
     """Return 8-bit state that was saved in another number of shards, in the blocks of `new`, the parameter's own."""
     whole = split_like(param, to_32bit(state))
     for signed, moment in zip((True, False), MOMENTS, strict=True):
-        values = local_part(whole[moment]).to(param.device)
-        codes, absmax = local_part(new[f"{moment}_codes"]), local_part(new[f"{moment}_absmax"])
+        values = local(whole[moment]).to(param.device)
+        codes, absmax = local(new[f"{moment}_codes"]), local(new[f"{moment}_absmax"])
         if values.numel():
             quantize_state(values, codes, absmax[: block_count(values.numel())], signed)
     return {**new, "step": whole["step"]}
@@ -64,17 +64,12 @@ def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> 
 def _decode(codes: Tensor, absmax: Tensor, shards: int, signed: bool) -> Tensor:
     """Decode this rank's part of DTensors, or all shards of plain tensors."""
     if isinstance(codes, DTensor):
-        values = dequantize_state(local_part(codes), local_part(absmax), signed)
+        values = dequantize_state(local(codes), local(absmax), signed)
         return _dtensor(values, codes, codes.shape, codes.stride())
     if shards == 1:
         return dequantize_state(codes, absmax, signed)
     parts = zip(codes.chunk(shards), absmax.chunk(shards), strict=False)  # the last ranks may have no rows
     return torch.cat([dequantize_state(part, scales, signed) for part, scales in parts])
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_count(param: Tensor) -> int:
@@ -100,7 +95,7 @@ def zero_absmax(param: Tensor) -> Tensor:
     ranks = shard_count(param)
     rows = -(-param.shape[0] // ranks)  # of the largest shard: DTensor needs the same number of blocks on all ranks
     blocks = block_count(rows * (param.numel() // param.shape[0]))
-    zeros = torch.zeros(blocks, dtype=torch.float32, device=local_part(param).device)
+    zeros = torch.zeros(blocks, dtype=torch.float32, device=local(param).device)
     return _dtensor(zeros, param, torch.Size([blocks * ranks]), (1,))
 
 

@@ -39,7 +39,7 @@ def _with_true(arguments: list[str]) -> list[str]:
 
 
 def _with_arguments_of_config(command: Any) -> Any:
-    """A command with the arguments of QLoRAConfig, which jsonargparse finds by itself, but imports torch for it."""
+    """Give a command the arguments of QLoRAConfig. jsonargparse could find them itself, but would import torch."""
     own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     of_config = signatures.signature(QLoRAConfig).parameters.values()
     parameters = own + [parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY) for parameter in of_config]

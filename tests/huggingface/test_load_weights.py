@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -67,15 +66,6 @@ def test_the_peak_is_the_part_of_a_rank_and_one_layer(tmp_path):
         assert len(found) == ranks, done.stderr[-3000:]
         for peak, kept in found:
             assert float(peak) < float(kept) + 25 and float(kept) < 200 / ranks
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
-    """Restores the environment, and destroys the process group that the strategies make."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class Net(nn.Sequential):

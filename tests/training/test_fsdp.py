@@ -1,6 +1,5 @@
 """FSDP2 on one rank, in this process: when a module is converted, what is refused, and loading of checkpoints."""
 
-import os
 import shutil
 import sys
 
@@ -33,15 +32,6 @@ from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, dataset, loader
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
-    """Restores the environment, and destroys the process group that the strategies make."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
@@ -16,7 +15,7 @@ from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import token_adapters
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.training.rng_state import world_size
+from lightning_qlora.training.rng_state import of_all_ranks
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -62,10 +61,7 @@ def check_equal_batches(trainer: Trainer) -> None:
     Raises:
         ValueError: As above; has the numbers.
     """
-    counts: list[Any] = [None] * world_size()
-    if len(counts) == 1:
-        return
-    dist.all_gather_object(counts, trainer.num_training_batches)
+    counts = of_all_ranks(trainer.num_training_batches)
     if len(set(counts)) > 1:
         raise ValueError(
             f"The ranks have {', '.join(map(str, counts))} training batches. A step needs all ranks, so some would "

@@ -16,16 +16,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value that each rank passes, in rank order; all ranks must call it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def gather_torch_rng_states() -> list[dict[str, Any]]:
     """State of torch's generators on every rank, in rank order; all ranks must call it, as for saving a checkpoint."""
     own: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         own["cuda"] = torch.cuda.get_rng_state()
-    if world_size() == 1:
-        return [own]
-    states: list[Any] = [None] * world_size()
-    dist.all_gather_object(states, own)
-    return states
+    return of_all_ranks(own)
 
 
 def set_torch_rng_state_of_rank(states: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from lightning_qlora.training.calibration.input_statistics import InputStatistic
 from lightning_qlora.training.calibration.isolation import isolated, restore_each
 from lightning_qlora.training.calibration.patches import logging_disabled
 from lightning_qlora.training.calibration.trainer_batches import next_batches, run_training_steps
-from lightning_qlora.training.rng_state import world_size
+from lightning_qlora.training.rng_state import of_all_ranks, world_size
 
 
 class Calibration:
@@ -256,10 +256,7 @@ def _has_weight(layer: QLoRALinear) -> bool:
 
 def _sources(layers: Mapping[str, QLoRALinear]) -> dict[str, int]:
     """Name -> rank that computes the adapter: one that has the float weight, so that the ranks share the work."""
-    held = [[name for name, layer in layers.items() if _has_weight(layer)]]
-    if world_size() > 1:
-        held = held * world_size()
-        dist.all_gather_object(held, held[0])
+    held = of_all_ranks([name for name, layer in layers.items() if _has_weight(layer)])
     ranks = {name: [rank for rank, names in enumerate(held) if name in names] or [0] for name in layers}
     return {name: having[place % len(having)] for place, (name, having) in enumerate(ranks.items())}
 

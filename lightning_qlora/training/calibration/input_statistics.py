@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.training.rng_state import world_size
+from lightning_qlora.training.rng_state import of_all_ranks, world_size
 
 
 class InputStatistics:
@@ -64,8 +64,7 @@ class InputStatistics:
         """
         if world_size() == 1:
             return
-        names_of_ranks: list[list[str]] = [[] for _ in range(world_size())]
-        dist.all_gather_object(names_of_ranks, list(self.sums))
+        names_of_ranks = of_all_ranks(list(self.sums))
         every = {name for names in names_of_ranks for name in names}
         differing = sorted(name for name in every if any(name not in names for names in names_of_ranks))
         if differing:

@@ -27,9 +27,7 @@ def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor]:
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """W = level[code] * scale, rounded to fp32 and then to `dtype`; [out, in]."""
-    book = codebook(weight.quant_type, str(weight.packed.device))
-    packed, scales = weight.packed.reshape(-1), weight.scales()
-    return blockwise.dequantize_4bit(packed, scales, weight.numel, book, weight.block_size, dtype).view(weight.shape)
+    return weight.dequantize_into(weight.packed.new_empty(weight.numel, dtype=dtype)).view(weight.shape)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

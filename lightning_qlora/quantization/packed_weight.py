@@ -66,6 +66,11 @@ class PackedBytes(NamedTuple):
             numbers = first + i + i // per_row * skipped
         return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1], numbers)
 
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Decode into `out`, flat [n], of any of the three float types, in plain torch; returns it."""
+        packed, book = self.packed.reshape(-1), codebook(self.quant_type, str(self.packed.device))
+        return blockwise.dequantize_4bit(out, packed, self.scales(), book, self.block_size)
+
 
 def check_bytes(weight: PackedBytes) -> None:
     """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
@@ -143,12 +148,8 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight: level * scale in fp32, rounded once to `dtype` (default: the type of the original)."""
-        scales = self.absmax
-        if self.nested_absmax is not None:
-            scales = blockwise.dequantize_absmax(self.absmax, self.nested_absmax, self.offset)
-        book, numel = codebook(self.quant_type, str(self.packed.device)), math.prod(self.shape)
-        packed, dtype = self.packed.view(-1), dtype or self.dtype
-        return blockwise.dequantize_4bit(packed, scales, numel, book, self.block_size, dtype).view(self.shape)
+        out = self.packed.new_empty(math.prod(self.shape), dtype=dtype or self.dtype)
+        return self.to_bytes().dequantize_into(out).view(self.shape)
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The same weight on another device."""

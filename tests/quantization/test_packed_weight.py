@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_qlora import PackedWeight, quantize
-from lightning_qlora.kernels import eager, ops
+from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -148,4 +148,4 @@ def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
         askew = PackedBytes(*moved, *held[3:])
         assert torch.equal(lora_linear(x, askew, None, lora_a, lora_b, 1.0), expected)
         assert torch.equal(PackedWeight.from_bytes(askew, torch.float32).dequantize(), value.dequantize())
-        assert torch.equal(eager.dequantize_in_chunks(torch.empty(96 * 64), askew), value.dequantize().view(-1))
+        assert torch.equal(askew.dequantize_into(torch.empty(96 * 64)), value.dequantize().view(-1))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import expert_name, join, parameter_name, stack_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, new
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.readable_stack import ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 
@@ -139,7 +140,7 @@ def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
             entries[name] = entries.pop(name)
 
 
-class _WithExperts:
+class _WithExperts(Derived):
     """What `class_with_experts` adds to a class."""
 
     def __getattr__(self, name: str) -> Any:
@@ -160,25 +161,16 @@ class _WithExperts:
                     state_dict[f"{prefix}{name}.{number}.weight"] = weight.T if stack.transposed else weight
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle an instance of a class that has no name which could be imported."""
-        made = super().__reduce_ex__(protocol)
-        return new, (class_with_experts, type(self).dense_class), *made[2:]  # type: ignore[attr-defined]
 
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class -> the same with experts in 4 bits
-
-
+@derives
 def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass in which a parameter that became a QLoRAExperts reads as `QLoRAExperts.weight`."""
     if issubclass(dense_class, _WithExperts):
         return dense_class
-    if dense_class not in _CLASSES:
-        members: dict[str, Any] = {"__module__": dense_class.__module__, "dense_class": dense_class}
-        if is_routed(dense_class):
-            members["forward"] = routed_forward
-        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
-    return _CLASSES[dense_class]
+    members: dict[str, Any] = {"__module__": dense_class.__module__, "dense_class": dense_class}
+    if is_routed(dense_class):
+        members["forward"] = routed_forward
+    return type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
 
 
 def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather
-from lightning_qlora.layers.qlora_linear import new
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
@@ -50,7 +50,7 @@ class TokenAdapter(nn.Module):
         return [self.trainable_tokens_delta]
 
 
-class TrainableTokens:
+class TrainableTokens(Derived):
     """What `train_tokens` adds to the class of an embedding or output embedding.
 
     Attributes:
@@ -71,11 +71,6 @@ class TrainableTokens:
         view: Any = object.__new__(self.dense_class)
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
         return self.dense_class.forward(view, input)  # type: ignore[no-any-return]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle an instance of a class that has no name which could be imported."""
-        made = object.__reduce_ex__(self, protocol)
-        return new, (class_for, self.dense_class), *made[2:]
 
 
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
@@ -109,19 +104,13 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):
         return logits.index_copy_(-1, indices, self._call_with_rows(input, {"bias": bias}, out_features=len(indices)))
 
 
+@derives
 def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
     """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them."""
-    if dense_class not in _CLASSES:
-        kind = _CLASSES[nn.Embedding if issubclass(dense_class, nn.Embedding) else nn.Linear]
-        members = {"__module__": dense_class.__module__}
-        _CLASSES[dense_class] = type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
-    return _CLASSES[dense_class]
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Embedding: TrainableTokensEmbedding,
-    nn.Linear: TrainableTokensLinear,
-}
+    kind = TrainableTokensEmbedding if issubclass(dense_class, nn.Embedding) else TrainableTokensLinear
+    if dense_class in kind.__bases__:
+        return kind
+    return type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), {"__module__": dense_class.__module__})
 
 
 def train_tokens(weight: Tensor, layers: Iterable[nn.Module], indices: list[int]) -> TokenAdapter:

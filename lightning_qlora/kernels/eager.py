@@ -92,7 +92,7 @@ def linear_backward(
         if seed is not None:
             _dropout(grad_x, grad_x, p, seed)
         if few and library is not None:
-            return library.add_matmul_transposed(grad_x, grad.contiguous(), weight), grad_a, grad_b
+            return library.add_matmul(grad_x, grad.contiguous(), weight, transposed=True), grad_a, grad_b
         return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
     grad_x = torch.mm(grad, _decoded(weight, grad.dtype))
     return grad_x.addmm_(grad_xa, a) if a.numel() else grad_x, grad_a, grad_b

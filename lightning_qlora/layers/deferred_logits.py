@@ -31,15 +31,11 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Source:
-    """One call of a head: its input, its parameters as they were, autocast, and whether adapters were disabled.
-
-    Attributes:
-        head: The output embedding, a `DeferredHead`.
-        trained: Those of its parameters that train.
-    """
+    """One call of a head: its input, its parameters as they were, autocast, and whether adapters were disabled."""
 
     def __init__(self, hidden: Tensor, head: Any) -> None:
         self.head, device = head, hidden.device.type
+        # The parameters that train.
         self.trained = [] if vars(head).get(DISABLED) else [p for p in head.parameters() if p.requires_grad]
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._contexts = contexts()
@@ -62,17 +58,11 @@ class Source:
 
 
 class DeferredLogits(Readable):
-    """Logits [..., vocabulary] of hidden states [..., h] that are not computed yet; see the top of this file.
+    """Logits [..., vocabulary] of hidden states [..., h] that are not computed yet; see the top of this file."""
 
-    Attributes:
-        hidden: The input of the head.
-        source: The call of the head; all views of the logits have the same.
-        functions: Functions of single elements that were called on the logits, in order.
-    """
-
-    hidden: Tensor
-    source: Source
-    functions: tuple[Function, ...]
+    hidden: Tensor  # the input of the head
+    source: Source  # the call of the head; all views of the logits have the same
+    functions: tuple[Function, ...]  # of single elements, that were called on the logits, in order
     _parent: "DeferredLogits | None"  # what these logits are a view or a function of
     _of_parent: Function
     _real: Tensor | None
@@ -245,9 +235,7 @@ def _reshape(logits: DeferredLogits, shape: tuple[int, ...]) -> Tensor | None:
 
 def _flatten(logits: DeferredLogits, start_dim: int = 0, end_dim: int = -1) -> Tensor | None:
     start, end = start_dim % logits.dim(), end_dim % logits.dim()
-    if end == logits.dim() - 1:
-        return logits if start == end else None
-    return logits.rows(lambda real: real.flatten(start, end), logits.hidden.flatten(start, end))
+    return _reshape(logits, (*logits.shape[:start], -1, *logits.shape[end + 1 :]))
 
 
 def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:

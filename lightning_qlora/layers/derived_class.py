@@ -34,4 +34,4 @@ def _made(recipe: Any) -> type[Any]:
 
 def _new(recipe: Any) -> Any:
     """An instance without attributes."""
-    return _made(recipe).__new__(_made(recipe))
+    return object.__new__(_made(recipe))

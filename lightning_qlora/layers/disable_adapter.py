@@ -41,12 +41,8 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
         ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
         RuntimeError: If initial values were kept and the parameters are sharded (FSDP2).
     """
-    context = _Context(module)
-    _switch([], [context])
-    try:
+    with restored((*contexts(), _Context(module))):
         yield
-    finally:
-        _switch([context], [])
 
 
 class _Context:
@@ -111,13 +107,11 @@ def restored(then: Sequence[_Context]) -> Iterator[None]:
     """Within this context the contexts are those that `contexts()` returned at another time."""
     now = contexts()
     begun, ended = [c for c in now if c not in then], [c for c in then if c not in now]
-    if begun or ended:
-        _switch(begun, ended)
+    _switch(begun, ended)
     try:
         yield
     finally:
-        if begun or ended:
-            _switch(ended, begun)
+        _switch(ended, begun)
 
 
 def as_called(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,22 +128,15 @@ def as_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _switch(ends: Iterable[_Context], begins: Iterable[_Context]) -> None:
     with _lock:
-        for context in ends:
-            _active.remove(context)
-            _count(context, -1)
-        for context in begins:
-            _active.append(context)
-            _count(context, 1)
-
-
-def _count(context: _Context, change: int) -> None:
-    for part in context.parts:
-        own = vars(part)
-        before = own.pop(DISABLED, 0)
-        if before + change > 0:  # without it the attribute is absent, which torch.compile guards on
-            own[DISABLED] = before + change
-        if INITIAL in own and 0 in (before, before + change):
-            _exchange(part, own[INITIAL])
+        for context, change in [*((context, -1) for context in ends), *((context, 1) for context in begins)]:
+            (_active.append if change > 0 else _active.remove)(context)
+            for part in context.parts:
+                own = vars(part)
+                before = own.pop(DISABLED, 0)
+                if before + change > 0:  # without it the attribute is absent, which torch.compile guards on
+                    own[DISABLED] = before + change
+                if INITIAL in own and 0 in (before, before + change):
+                    _exchange(part, own[INITIAL])
 
 
 def _exchange(owner: nn.Module, others: dict[str, Any]) -> None:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.kernels.flops import register_flop_formulas
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.ops import has_autocast
+from lightning_qlora.kernels.ops import has_autocast, register_flop_formulas
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
@@ -53,12 +52,9 @@ class QLoRALinear(Derived, LoRALayer):
 
     @staticmethod
     def from_linear(
-        layer: nn.Module,
-        config: QLoRAConfig,
-        name: str,
-        device: torch.device | None = None,
+        layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None = None,
         seed_name: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
@@ -71,13 +67,9 @@ class QLoRALinear(Derived, LoRALayer):
 
     @staticmethod
     def from_packed(
-        layer: nn.Module,
-        weight: PackedWeight,
-        dense_class: type[nn.Module],
-        config: QLoRAConfig,
-        name: str,
+        layer: nn.Module, weight: PackedWeight, dense_class: type[nn.Module], config: QLoRAConfig, name: str,
         seed_name: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
         A weight that the layer has is removed. `dense_class` is the class after `merge`. The quantization that `config`

@@ -35,15 +35,10 @@ class Value(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What conversion records of a parameter.
+    """What conversion records of a parameter."""
 
-    Attributes:
-        trained: Whether it required a gradient before conversion.
-        frozen: Its value, if it is dense and conversion froze it.
-    """
-
-    trained: bool
-    frozen: Value | None
+    trained: bool  # whether it required a gradient before conversion
+    frozen: Value | None  # its value, if it is dense and conversion froze it
 
 
 class Unrecorded(NamedTuple):

@@ -24,17 +24,11 @@ ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that 
 
 
 class TokenAdapter(nn.Module):
-    """The rows of an embedding that train.
+    """The rows of an embedding that train."""
 
-    Attributes:
-        trainable_tokens_delta: [n, dim], fp32 or the type of a larger weight; computed in the weight's type.
-        token_indices: [n], the row of the weight that each row of the delta stands for.
-        order: [n], that of the sorted indices.
-    """
-
-    trainable_tokens_delta: nn.Parameter
-    token_indices: Tensor
-    order: Tensor
+    trainable_tokens_delta: nn.Parameter  # [n, dim], fp32 or the type of a larger weight; computed in the weight's type
+    token_indices: Tensor  # [n], the row of the weight that each row of the delta stands for
+    order: Tensor  # [n], that of the sorted indices
     _qlora_disabled: int = 0
 
     def __init__(self, weight: Tensor, indices: list[int]) -> None:
@@ -51,16 +45,11 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokens(Derived):
-    """What `train_tokens` adds to the class of an embedding or output embedding.
-
-    Attributes:
-        token_adapter: The rows that train; layers of a tied weight have the same.
-        dense_class: Class of the layer before conversion, and again after `merge`.
-    """
+    """What `train_tokens` adds to the class of an embedding or output embedding."""
 
     weight: Tensor
-    token_adapter: TokenAdapter
-    dense_class: type[nn.Module]
+    token_adapter: TokenAdapter  # the rows that train; layers of a tied weight have the same
+    dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
 
     def rows(self) -> Tensor:
         """The rows that train, in the type of the weight."""

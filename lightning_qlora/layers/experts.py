@@ -119,32 +119,18 @@ class QLoRAExperts(nn.ModuleList):
         is. Seeds are made from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` are those of
         the experts, as they would be in it, one after another.
         """
-
-        def convert(layer: nn.Linear, number: int) -> None:
-            seed = f"{name if seed_name is None else seed_name}.{number}"
-            QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
-
-        stack = owner._parameters[key]
-        made = QLoRAExperts.from_slices(owner, key, experts, transposed, convert, weights)
-        setattr(stack, REPLACED, made)  # for an optimizer that was made before
-        return made
-
-    @staticmethod
-    def from_slices(
-        owner: nn.Module, key: str, experts: int, transposed: bool, convert: Callable[[nn.Linear, int], None],
-        weights: Iterable[Tensor] | None = None,
-    ) -> "QLoRAExperts":  # fmt: skip
-        """The same with a function that turns the dense layer of one expert into a QLoRALinear, in place."""
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
         stack: Tensor = owner._parameters[key]  # type: ignore[assignment]
         made = QLoRAExperts()
+        setattr(stack, REPLACED, made)  # for an optimizer that was made before
         made.flat, made.transposed = stack.ndim == 2, transposed
         weights = stack.detach().view(experts, -1, stack.shape[-1]) if weights is None else weights
         for number, weight in enumerate(weights):
             rows = (weight.T if transposed else weight).contiguous()
             layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
             layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-            convert(layer, number)
+            seed = f"{name if seed_name is None else seed_name}.{number}"
+            QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
             made.append(layer)
         made.train(owner.training)
         del owner._parameters[key]  # not before: an operation of transformers that makes an expert asks for its type

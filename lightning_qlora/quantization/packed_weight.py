@@ -166,25 +166,16 @@ class PackedWeight:
 
     @classmethod
     def from_bytes(cls, weight: PackedBytes, dtype: torch.dtype) -> "PackedWeight":
-        """The weight that a layer stores as uint8 tensors; without a copy, unless its scales are misaligned."""
+        """The weight that a layer stores as uint8 tensors, with or without values; copied if scales are misaligned."""
         absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
         if weight.nested.numel():
             nested = aligned(weight.nested).view(-1).view(torch.float32)
-            nested_absmax, offset = nested[:-1], nested[-1].item()
+            has_values = type(nested) is Tensor and not nested.is_meta
+            nested_absmax, offset = nested[:-1], nested[-1].item() if has_values else 0.0
         else:
             absmax = aligned(absmax).view(torch.float32)
         packed, (shape, quant_type, block_size) = weight.packed.reshape(-1, 1), weight[3:6]
         return cls(packed, absmax, nested_absmax, offset, shape, quant_type, block_size, dtype)
-
-    @classmethod
-    def without_data(cls, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> "PackedWeight":
-        """What a weight [out, in] without data becomes: its shapes, on the meta device or with fake tensors."""
-        blocks = -(-weight.numel() // block_size)
-        packed = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
-        absmax = weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
-        nested = weight.new_empty(-(-blocks // blockwise.NESTED_BLOCK_SIZE), dtype=torch.float32)
-        shape, nested_absmax = tuple(weight.shape), nested if double_quant else None
-        return cls(packed, absmax, nested_absmax, 0.0, shape, quant_type, block_size, weight.dtype)
 
     def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""

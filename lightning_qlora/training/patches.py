@@ -37,33 +37,13 @@ def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
 
     Upstream: torch/utils/checkpoint.py, checkpoint: the code that calls a module has to call it instead.
     Supported ways tried: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py puts a module around the block,
-    which renames its parameters in state dicts, patterns and reports.
+    which renames its parameters in state dicts, patterns and reports; `gradient_checkpointing_enable` of transformers,
+    whose layers recompute themselves in training mode alone (transformers/modeling_layers.py).
     Removed by: a switch of nn.Module for gradient checkpointing.
     """
     block.forward = forward
-
-
-def recompute_transformers_layer(layer: nn.Module, function: Callable[..., Any]) -> None:
-    """Let a transformers layer recompute itself by `function(forward, *args)` while its `training` is true.
-
-    Upstream: transformers/modeling_layers.py, GradientCheckpointingLayer.__call__.
-    Supported ways tried: `gradient_checkpointing_enable` of a model takes arguments of torch's checkpoint, but not
-    another function, and torch's alone can't run the layer in its own mode (Lightning keeps these models in eval mode).
-    Removed by: gradient checkpointing in eval mode, in transformers.
-    """
-    layer.gradient_checkpointing = True  # type: ignore[assignment]
-    layer._gradient_checkpointing_func = function  # type: ignore[assignment]
-
-
-def switch_transformers_layer(layer: nn.Module, recomputes: bool) -> None:
-    """Let a layer of `recompute_transformers_layer` recompute itself, or not.
-
-    Upstream: transformers/modeling_layers.py, as there: before 5.23 it does not ask whether autograd records.
-    Supported ways tried: `gradient_checkpointing_disable` of the model; it walks through all modules, at each call.
-    Removed by: support for transformers 5.22 and older ending.
-    """
-    if bool(layer.gradient_checkpointing) != recomputes:  # no write where nothing changes, for torch.compile
-        layer.gradient_checkpointing = recomputes  # type: ignore[assignment]
+    if getattr(block, "gradient_checkpointing", False):
+        block.gradient_checkpointing = False  # transformers would recompute it a second time
 
 
 def skip_moving_meta_module_at_teardown(trainer: Any) -> None:

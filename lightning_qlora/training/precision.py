@@ -33,7 +33,6 @@ from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, finish_loading, shards_module
-from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
@@ -143,8 +142,7 @@ class QLoRAPrecision(Precision):
 
     def _set_training_mode(self, module: nn.Module) -> None:
         """Set the adapters to training mode: transformers loads in eval mode, and Lightning does not change that."""
-        recomputed = transformers_checkpointing_layers(module) if self.config.gradient_checkpointing else ()
-        for layer in (*adapted_layers(module).values(), *recomputed):
+        for layer in adapted_layers(module).values():
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 

@@ -5,6 +5,7 @@ activations and temporary tensors are counted, not guessed.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -15,9 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_qlora.checks import check_choice, check_integer
 from lightning_qlora.config import OptimizerName, QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
-from lightning_qlora.tools.fake_model import convert_fake_model, fake_copy, meta_model
+from lightning_qlora.tools.fake_model import fake_copy, meta_model
+from lightning_qlora.tools.patches import run_without_data
+from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.report import parameter_bytes, size_text
 from lightning_qlora.words import refuse_unknown_arguments
@@ -136,7 +139,9 @@ class PlannedRun:
         with self._mode:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
             self._dense_bytes = parameter_bytes(self.model)
-            layers, self._report = convert_fake_model(self.model, config)
+            self._report = convert_module(self.model, config)
+            run_without_data(self.model)
+        layers = adapted_layers(self.model).values()
         packed = sum(p.nbytes for layer in layers for key, p in layer.named_parameters(recurse=False) if key in BASE)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         in_8_bits = int(self._report.trainable_parameters * STATE_8BIT)
@@ -160,7 +165,7 @@ class PlannedRun:
         return MemoryEstimate(parts, gradients, paged, *weights, self._dense_bytes, step is not None, report.rows())
 
 
-def _decode_buffers(layers: list[QLoRALinear]) -> int:
+def _decode_buffers(layers: Iterable[QLoRALinear]) -> int:
     """Bytes of the buffers that weights are decoded to: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
+from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.layers.initialization import low_rank, unwritten
 from lightning_qlora.layers.initialization.clipping import quantize_clipped
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -46,7 +47,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     The float weight is [out, in]. The seed of the random numbers is made from the layer's name. ValueError if the rank
     is larger than the number of singular values.
     """
-    if weight.is_meta:
+    if not has_values(weight):
         return _without_data(weight, config)
     if config.initialization == "pissa":
         return _pissa(weight, config, name)
@@ -58,7 +59,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 
 
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
-    """Shapes alone, on the meta device: `load_weights` reads the values once the module is sharded."""
+    """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
     r = config.r if config.initialization in ("default", "gaussian") else _checked_rank(weight, config)
     base = PackedWeight.without_data(weight, config.quant_type, config.block_size, config.double_quant)
     a, b = (weight.new_empty(shape, dtype=torch.float32) for shape in ((r, weight.shape[1]), (weight.shape[0], r)))

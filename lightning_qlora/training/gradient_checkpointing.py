@@ -1,14 +1,14 @@
 """Gradient checkpointing: recompute the repeated blocks of a model in the backward pass instead of keeping activations.
 
-The forward method of each block runs in `torch.utils.checkpoint` while autograd records. The layers that transformers
-itself checkpoints are blocks; transformers does so only in training mode, and Lightning keeps these models in eval mode.
+The forward method of each block runs in `torch.utils.checkpoint` while autograd records. transformers checkpoints its
+layers only in training mode, and Lightning keeps these models in eval mode, so their layers are blocks like all others.
 """
 
 import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 

@@ -43,7 +43,7 @@ def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
     """
     block.forward = forward
     if getattr(block, "gradient_checkpointing", False):
-        block.gradient_checkpointing = False  # transformers would recompute it a second time
+        block.gradient_checkpointing = False  # type: ignore[assignment]  # transformers would recompute it again
 
 
 def skip_moving_meta_module_at_teardown(trainer: Any) -> None:

@@ -56,11 +56,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_equal_batches(trainer: Trainer) -> None:
-    """Refuse ranks with different numbers of training batches, where they are known; all ranks must call it.
-
-    Raises:
-        ValueError: As above; has the numbers.
-    """
+    """Refuse ranks with different numbers of training batches (ValueError); all ranks must call it."""
     counts = of_all_ranks(trainer.num_training_batches)
     if len(set(counts)) > 1:
         raise ValueError(
@@ -71,11 +67,7 @@ def check_equal_batches(trainer: Trainer) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of replaced, decoded or frozen weights, or one that can't skip frozen 4-bit parameters.
-
-    Raises:
-        RuntimeError: As above.
-    """
+    """RuntimeError for one of replaced, decoded or frozen weights, or one that can't skip 4-bit parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
     if replaced:

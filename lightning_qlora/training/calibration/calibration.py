@@ -138,11 +138,7 @@ class Calibration:
             self.report.unseen.append(name)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer step that would train adapters before they are calibrated; else report once.
-
-        Raises:
-            RuntimeError: As above; names a layer.
-        """
+        """Raise RuntimeError if the step would train an adapter that is not calibrated yet; else report once."""
         if not self.report.waiting:
             return
         params = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
 
+from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.module_state import Conversion, conversion_of, use_adapter_state_dict
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
@@ -49,7 +50,6 @@ from lightning_qlora.training.convert_checks import (
     warn_of_large_new_parts,
     warn_of_other_arguments,
     warn_of_two_configs,
-    warn_of_unused_arguments,
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
@@ -144,8 +144,10 @@ def convert_module(
     warn_of_what_stayed(module, choice)
     if kept and layers:
         warn_of_two_configs(module)
-    elif kept:
-        warn_of_unused_arguments(module, config)
+    elif kept and not config.rank_pattern and not config.alpha_pattern:
+        for name, layer in adapted_layers(module).items():
+            if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
+                break
     if config.initialization == "calibrated" and layers:
         Calibration(module, config, sharded)
     report = conversion_report(module, choice, bytes_before, start, deferred)
@@ -162,7 +164,9 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
     """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
     if config.adapter is not None and config.adapter not in [known.adapter for known in conversion.given]:
         set_adapter_of_module(module, read_adapter(config.adapter))
-    warn_of_other_arguments(module, conversion, config)
+    if config not in (conversion.config, *conversion.given):
+        names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
+        warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
 

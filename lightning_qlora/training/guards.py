@@ -28,8 +28,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, classes(_MultiProcessingLauncher)):
         raise RuntimeError(
-            f"strategy={_strategy_name(trainer)!r} trains in processes spawned or forked from this one. When they end, "
-            "Lightning copies back only the weights that the module in this process has, and it has no adapters: they "
+            f"strategy='ddp_{launcher._start_method}' trains in processes spawned or forked from this one. When they "
+            "end, Lightning copies back only the weights that the module in this process has, and it has no adapters: they "
             "would be lost without an error. Use strategy='ddp' in a script, or torchrun."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -119,9 +119,3 @@ def _copy_held_by(callback: Callback, module: nn.Module, sharded: bool) -> str |
         if (isinstance(value, AveragedModel) and not averages) or (type(value) is type(module) and value is not module):
             return name
     return None
-
-
-def _strategy_name(trainer: Trainer) -> str:
-    strategy: Any = trainer.strategy
-    method = getattr(strategy, "_start_method", None)
-    return f"ddp_{method}" if method else type(strategy).__name__

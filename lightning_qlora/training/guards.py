@@ -29,8 +29,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     if isinstance(launcher, classes(_MultiProcessingLauncher)):
         raise RuntimeError(
             f"strategy='ddp_{launcher._start_method}' trains in processes spawned or forked from this one. When they "
-            "end, Lightning copies back only the weights that the module in this process has, and it has no adapters: they "
-            "would be lost without an error. Use strategy='ddp' in a script, or torchrun."
+            "end, Lightning copies back only the weights that the module in this process has, and it has no adapters: "
+            "they would be lost without an error. Use strategy='ddp' in a script, or torchrun."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-from lightning_qlora.words import our_value
-
 
 def shown(value: Any) -> str:
     """The value as Python writes it, shortened."""
@@ -26,7 +24,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         words = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name}={shown(value)}: must be one of {words}.{our_value(name, value)}")
+        raise ValueError(f"{name}={shown(value)}: must be one of {words}.")
 
 
 def check_token_indices(name: str, value: Any) -> None:
@@ -109,4 +107,4 @@ def check_patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> 
 
 def _check(good: bool, name: str, value: Any, allowed: str) -> None:
     if not good:
-        raise TypeError(f"{name}={shown(value)}: must be {allowed}.{our_value(name, value)}")
+        raise TypeError(f"{name}={shown(value)}: must be {allowed}.")

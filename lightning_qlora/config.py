@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
@@ -171,11 +171,8 @@ class QLoRAConfig:
 
     def __repr__(self) -> str:
         """The arguments that are not the defaults."""
-        defaults = {
-            field.name: EMPTY.get(field.name, lambda default=field.default: default)() for field in fields(self)
-        }
-        values = {name: getattr(self, name) for name in defaults}
-        given = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
+        defaults = vars(QLoRAConfig())
+        given = [f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(given)})"
 
     def _check_initialization(self) -> None:

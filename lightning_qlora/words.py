@@ -1,8 +1,7 @@
-"""Words in messages: ours for those of PEFT, bitsandbytes, LitGPT, torchtune and Unsloth, and how to install extras."""
+"""Words in messages: arguments of other libraries in our words, and how to install extras."""
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 FOUR_BITS = "leave it out: the weights are always in 4 bits"
 FOUND = "leave it out: it is found"
@@ -27,22 +26,6 @@ ARGUMENTS = {
     "quantize": "use quant_type and double_quant ('bnb.nf4-dq' is quant_type='nf4', double_quant=True)",
     "ignore_modules": "use exclude_modules", "precision": "use compute_dtype", "quantize_base": FOUR_BITS,
     "lora_r": "use r", "lora_rank": "use r", "rank": "use r",
-    **dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), "use target_modules"),
-    "apply_lora_to_mlp": "use target_modules",
-    **dict.fromkeys(("lora_head", "apply_lora_to_output"), "name the output layer in target_modules"),
-    # Unsloth
-    "random_state": "call lightning.pytorch.seed_everything",
-    "max_seq_length": "the data decide the length; estimate_memory has sequence_length",
-}  # fmt: skip
-VALUES: dict[tuple[str, Any], str] = {  # argument and value of another library -> ours
-    **{("quant_type", f"{kind}-dq"): f"quant_type={kind!r}, double_quant=True" for kind in ("nf4", "fp4")},
-    **{("quant_type", f"bnb.{kind}-dq"): f"quant_type={kind!r}, double_quant=True" for kind in ("nf4", "fp4")},
-    **{("quant_type", f"bnb.{kind}"): f"quant_type={kind!r}, double_quant=False" for kind in ("nf4", "fp4")},
-    **dict.fromkeys((("compute_dtype", word) for word in ("bfloat16", "bf16-true")), "compute_dtype='bf16'"),
-    **dict.fromkeys((("compute_dtype", word) for word in ("float16", "16-true")), "compute_dtype='fp16'"),
-    **dict.fromkeys((("compute_dtype", word) for word in ("float32", "32-true")), "compute_dtype='fp32'"),
-    ("init_lora_weights", True): "init_lora_weights='default'",
-    ("gradient_checkpointing", "unsloth"): "gradient_checkpointing=True",
 }  # fmt: skip
 
 
@@ -60,9 +43,3 @@ def refuse_unknown_arguments(given: Iterable[str], allowed: Iterable[str]) -> No
         similar = difflib.get_close_matches(name, allowed, 1)
         guess = f"did you mean {similar[0]}?" if similar else f"the arguments are {', '.join(allowed)}"
         raise TypeError(f"{name}: there is no such argument here; {ARGUMENTS.get(name, guess)}.".replace("?.", "?"))
-
-
-def our_value(name: str, value: Any) -> str:
-    """A sentence with our arguments for a value that another library takes; empty for other values."""
-    ours = VALUES.get((name, value)) if isinstance(value, (str, bool)) else None
-    return f" Use {ours}." if ours else ""

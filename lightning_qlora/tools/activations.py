@@ -18,7 +18,6 @@ from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.tools.fake_model import one_line
-from lightning_qlora.tools.patches import silence_fake_tensor_log
 from lightning_qlora.tools.real_indices import RealIndices
 
 SEED = 11  # position of the dropout seed in the arguments of the op `lora_linear`
@@ -80,7 +79,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory
     living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()])
     hooks = [p.register_post_accumulate_grad_hook(living.add_gradient) for p in trained]  # type: ignore[no-untyped-call]
     try:
-        with silence_fake_tensor_log(), torch.enable_grad(), RealIndices(), living:
+        with torch.enable_grad(), RealIndices(), living:
             _backward(forward())
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None

@@ -5,6 +5,7 @@ A command imports what it runs, so that help and mistakes are answered without t
 
 import inspect as signatures
 import json as json_format
+import logging
 import os
 import re
 import shutil
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
-
-
-def _with_true(arguments: list[str]) -> list[str]:
-    """--check and --json without a value, which jsonargparse asks for, as true."""
-    with_values = []
-    for name, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        with_values += [name, "true"] if name in ("--check", "--json") and following.startswith("--") else [name]
-    return with_values
 
 
 def _with_arguments_of_config(command: Any) -> Any:
@@ -79,20 +72,19 @@ def plan(
     """
     from lightning_qlora.tools.devices import what_devices_do
     from lightning_qlora.tools.fit import what_fits
-    from lightning_qlora.tools.memory_estimate import PlannedRun, estimate_memory
+    from lightning_qlora.tools.memory_estimate import PlannedRun
 
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
     if find_spec("transformers") is not None:
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     if link is not None and devices is None:
         raise ValueError(f"link={link!r}: gives the time of a step's traffic between devices. Pass devices, such as 8.")
-    run = batch_size, sequence_length, optimizer
-    estimate = estimate_memory(model, *run, example=None, **arguments)
-    config = QLoRAConfig(**arguments)
-    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, config)
-    planned = PlannedRun(model, optimizer, config) if devices is not None else None
-    traffic = what_devices_do(planned, str(devices), strategy, link, *run[:2]) if planned else ()
+    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments))
+    estimate = run.estimate(batch_size, sequence_length)
+    fits = () if gpu_memory is None else what_fits(run, gpu_memory, batch_size, sequence_length)
+    traffic = () if devices is None else what_devices_do(run, devices, strategy, link, batch_size, sequence_length)
     if json:
         lists = {name: list(lines) for name, lines in (("fits", fits), ("devices", traffic)) if lines}
         _print_json({**vars(estimate), "total": estimate.total, "device": estimate.device, **lists})
@@ -238,9 +230,17 @@ def doctor(check: bool = False, json: bool = False) -> None:
         raise SystemExit(1)
 
 
-def _with_underscores(arguments: list[str]) -> list[str]:
-    """--gpu-memory as --gpu_memory, the only form that jsonargparse accepts."""
-    return [re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", text) for text in arguments]
+def _as_jsonargparse_takes(arguments: list[str]) -> list[str]:
+    """The arguments with --gpu-memory as --gpu_memory, --json as --json true, and checkpoints to average as a list."""
+    if arguments[:1] == ["average"]:  # average CKPT... OUTPUT
+        paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
+        merged = [json_format.dumps(paths[:-1]), paths[-1]] if paths else []
+        arguments = ["average", *merged, *arguments[1 + len(paths) :]]
+    taken = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        argument = re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument)
+        taken += [argument, "true"] if argument in ("--check", "--json") and following.startswith("--") else [argument]
+    return taken
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "average": average, "doctor": doctor,
     }  # fmt: skip
     try:
-        given = _with_true(_with_underscores(_with_list(list(sys.argv[1:] if arguments is None else arguments))))
+        given = _as_jsonargparse_takes(list(sys.argv[1:] if arguments is None else arguments))
         version = sys.modules["lightning_qlora"].__version__
         auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False, parser_class=Parser)
     except Exception as error:
@@ -275,14 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _with_list(arguments: list[str]) -> list[str]:
-    """`average CKPT... OUTPUT` with the checkpoints as one list, the form in which jsonargparse takes a list."""
-    if arguments[:1] != ["average"]:
-        return arguments
-    paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
-    return ["average", *([json_format.dumps(paths[:-1]), paths[-1]] if paths else []), *arguments[1 + len(paths) :]]
 
 
 def _adapter(path: str, weights_only: bool) -> "Adapter":

@@ -6,7 +6,7 @@ activations and temporary tensors are counted, not guessed.
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -121,9 +121,6 @@ def estimate_memory(
     """
     own = ("batch_size", "sequence_length", "optimizer", "example")
     refuse_unknown_arguments(arguments, [*own, *QLoRAConfig.__dataclass_fields__])
-    check_choice("optimizer", optimizer, get_args(OptimizerName))
-    check_integer("batch_size", batch_size, at_least=1)
-    check_integer("sequence_length", sequence_length, at_least=1)
     return PlannedRun(model, optimizer, QLoRAConfig(**arguments), example).estimate(batch_size, sequence_length)
 
 
@@ -131,11 +128,13 @@ class PlannedRun:
     """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`."""
 
     def __init__(self, model: Any, optimizer: OptimizerName, config: QLoRAConfig, example: Any = None) -> None:
+        check_choice("optimizer", optimizer, get_args(OptimizerName))
         made = model if isinstance(model, nn.Module) else meta_model(model)
         check_initialized(made)
         if config.initializes_from_weight:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
         self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
+        self._given = made, optimizer, example
         with self._mode:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
             self._dense_bytes = parameter_bytes(self.model)
@@ -154,8 +153,15 @@ class PlannedRun:
             "decode buffer": _decode_buffers(layers),
         }
 
+    def with_arguments(self, **changed: Any) -> "PlannedRun":
+        """The same run with other arguments of the conversion."""
+        model, optimizer, example = self._given
+        return PlannedRun(model, optimizer, replace(self.config, **changed), example)
+
     def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         """The memory of a run with batches of this size."""
+        check_integer("batch_size", batch_size, at_least=1)
+        check_integer("sequence_length", sequence_length, at_least=1)
         with self._mode:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
             step = None if forward is None else step_memory(self.model, forward)

@@ -1,31 +1,13 @@
-"""Changes to torch's log, to models without data and to how Python prints warnings."""
+"""Changes to models without data and to how Python prints warnings."""
 
-import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn  # the command line imports this file, and starts without torch
-
-
-@contextmanager
-def silence_fake_tensor_log() -> Iterator[None]:
-    """Turn off torch's log of errors on tensors without data.
-
-    Upstream: torch/_subclasses/fake_tensor.py logs the traceback of an error before it raises the error.
-    Why: `estimate_memory` raises the same error with a message of one line.
-    Removed by: an option of FakeTensorMode that turns the log off.
-    """
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def run_without_data(fake_model: "nn.Module") -> None:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
 
+from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.module_state import Conversion, conversion_of, use_adapter_state_dict
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
@@ -49,7 +50,6 @@ from lightning_qlora.training.convert_checks import (
     warn_of_large_new_parts,
     warn_of_other_arguments,
     warn_of_two_configs,
-    warn_of_unused_arguments,
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
@@ -101,7 +101,7 @@ def convert_module(
     new, conversion = unrecorded(module), conversion_of(module)
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
-        return conversion_report(module, Selection(), bytes_before, start, deferred_heads(module))
+        return _report(module, Selection(), bytes_before, start, deferred_heads(module))
     check_has_data(module, later=sharded or dist.is_initialized())
     kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
     given = config
@@ -126,7 +126,7 @@ def convert_module(
             decode_packed_layer(layer)
     forget_quantizer(module)
     freeze(module, choice, new, kept)
-    record([*new, *add_tokens(module, choice)])
+    record([*new, *_add_tokens(module, choice)])
     if config.keep_initial:
         keep_initial(module)
     if adapter is not None:
@@ -144,11 +144,13 @@ def convert_module(
     warn_of_what_stayed(module, choice)
     if kept and layers:
         warn_of_two_configs(module)
-    elif kept:
-        warn_of_unused_arguments(module, config)
+    elif kept and not config.rank_pattern and not config.alpha_pattern:
+        for name, layer in adapted_layers(module).items():
+            if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
+                break
     if config.initialization == "calibrated" and layers:
         Calibration(module, config, sharded)
-    report = conversion_report(module, choice, bytes_before, start, deferred)
+    report = _report(module, choice, bytes_before, start, deferred)
     warn_of_large_new_parts(module, choice, report)
     return report
 
@@ -162,7 +164,9 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
     """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
     if config.adapter is not None and config.adapter not in [known.adapter for known in conversion.given]:
         set_adapter_of_module(module, read_adapter(config.adapter))
-    warn_of_other_arguments(module, conversion, config)
+    if config not in (conversion.config, *conversion.given):
+        names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
+        warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
 
@@ -206,14 +210,11 @@ def _check_not_sharded(weight: Any) -> None:
         )
 
 
-def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear] = ()) -> None:
-    """Let only the adapters, and the modules that were chosen to train in full, train.
+def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear]) -> None:
+    """Let only the adapters, and the modules that were chosen to train in full, train; sets `choice.stop`.
 
-    Args:
-        module: The module, its layers converted.
-        choice: What was chosen.
-        new: The parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
-        kept: Layers of an earlier conversion.
+    `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
+    `kept` are the layers of an earlier conversion, which do not change.
     """
     modules, named_parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
     train = {
@@ -237,7 +238,7 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
             parameter.requires_grad_(True)
 
 
-def add_tokens(module: nn.Module, choice: Selection) -> list[Unrecorded]:
+def _add_tokens(module: nn.Module, choice: Selection) -> list[Unrecorded]:
     """Let the chosen rows of frozen embeddings train; returns the parameters that train, to be recorded."""
     by_weight: dict[nn.Parameter, list[str]] = {}
     for name in choice.tokens:
@@ -246,12 +247,14 @@ def add_tokens(module: nn.Module, choice: Selection) -> list[Unrecorded]:
     return [Unrecorded(adapter, "trainable_tokens_delta", True) for adapter in made]
 
 
-def conversion_report(
+def _report(
     module: nn.Module, choice: Selection, bytes_before: int, start: float, deferred: dict[str, int]
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
-    frozen = _frozen_weights(module, choice)
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    of_module = [name for name, why in choice.skip.items() if why == FROZEN]  # layers, and parameters of experts
+    frozen = [tensors[key] for name in of_module for key in (join(name, "weight"), name) if key in tensors]
     layers, tokens = adapted_layers(module), token_adapters(module)
     adapters: list[Any] = [*layers.values(), *tokens.values()]
     calibration = calibration_of(module)
@@ -273,10 +276,3 @@ def conversion_report(
         deferred_logits=deferred,
         calibration=None if calibration is None else calibration.report,
     )
-
-
-def _frozen_weights(module: nn.Module, choice: Selection) -> list[nn.Parameter]:
-    """The weights of the layers, and the experts, that the module froze before conversion."""
-    tensors = dict(module.named_parameters(remove_duplicate=False))
-    keys = [name for name, why in choice.skip.items() if why == FROZEN]
-    return [tensors[key] for name in keys for key in (join(name, "weight"), name) if key in tensors]

@@ -4,15 +4,12 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
-from lightning_qlora.adapters.base_model import OF_LAYER
-from lightning_qlora.adapters.module_state import Conversion
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.dotted_names import expert_name, join, owner_name
@@ -78,14 +75,13 @@ def check_loaded(module: nn.Module, choice: Selection) -> None:
         chosen = choice.convert.get(name) or choice.stacks.get(name)
         if chosen is None:
             why = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
-            differing = f"is to stay dense now ({why})"
+            differing = [f"is to stay dense now: {why}"]
         else:
-            pairs = ((w, getattr(layer.config, w), getattr(chosen.config, w)) for w in AT_LOADING)
-            differing = ", ".join(f"{word}={was!r} became {now!r}" for word, was, now in pairs if was != now)
+            differing = _differing(layer.config, chosen.config, AT_LOADING)
         if differing:
             raise ValueError(
-                f"{name}: was quantized while its model loaded, and {differing}. Load and convert with the same "
-                "arguments (exclude_modules keeps layers dense from the start), or load the model outside of "
+                f"{name}: was quantized while its model loaded ({', '.join(differing)}). Load and convert with the "
+                "same arguments (exclude_modules keeps layers dense from the start), or load the model outside of "
                 "configure_model and plugin.init()."
             )
 
@@ -105,27 +101,16 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     warnings.warn(f"No layer was converted to 4 bits ({given}). {why}", stacklevel=2)
 
 
-def warn_of_other_arguments(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    """Warn of arguments that differ from those of the earlier conversion, which is not done again."""
-    if config in (conversion.config, *conversion.given):
-        return
-    names = [name for name in asdict(config) if name not in ("paged_optimizer", "adapter")]
-    other = _differing(conversion.given[-1], config, names)
+def warn_of_other_arguments(name: str, known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> bool:
+    """Warn of arguments that differ from those of an earlier conversion, which is not done again; whether some do."""
+    other = _differing(known, config, names)
     if other:
         warnings.warn(
-            f"{type(module).__name__}: was converted before, with {', '.join(other)}, and stays so. To convert with "
-            "other arguments, build the module again, or merge the adapters first (lightning_qlora.merge).",
+            f"{name}: was converted before, with {', '.join(other)}, and stays so. To convert with other arguments, "
+            "build the module again, or merge the adapters first (lightning_qlora.merge).",
             stacklevel=2,
         )
-
-
-def warn_of_unused_arguments(module: nn.Module, config: QLoRAConfig) -> None:
-    """Warn of the arguments of layers that differ from those of the earlier conversion, if it made all layers."""
-    for name, layer in adapted_layers(module).items():
-        other = _differing(layer.config, config, OF_LAYER)
-        if other and not config.rank_pattern and not config.alpha_pattern:
-            warnings.warn(f"{name}: was converted before, with {', '.join(other)}, and stays so.", stacklevel=2)
-            return
+    return bool(other)
 
 
 def _differing(known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:

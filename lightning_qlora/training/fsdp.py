@@ -72,11 +72,7 @@ def finish_loading(trainer: Trainer, config: QLoRAConfig) -> None:
 
 
 def _check_no_later_layers(module: nn.Module, at_conversion: set[nn.Module]) -> None:
-    """Refuse layers that were added after the module was converted: they are neither 4-bit nor frozen.
-
-    Raises:
-        ValueError: As above; names one.
-    """
+    """Raise ValueError for layers that were added after the conversion: they are neither in 4 bits nor frozen."""
     later = [name for name, part in module.named_modules() if part._parameters and part not in at_conversion]
     if later:
         raise ValueError(
@@ -87,11 +83,7 @@ def _check_no_later_layers(module: nn.Module, at_conversion: set[nn.Module]) -> 
 
 
 def check_fsdp_groups(module: nn.Module) -> None:
-    """Refuse trainable parameters of several dtypes in one FSDP2 group; torch's own error does not name them.
-
-    Raises:
-        ValueError: As above; names two.
-    """
+    """Raise ValueError if one FSDP2 group trains parameters of several dtypes; torch's own error does not name them."""
     from torch.distributed.fsdp import FSDPModule
 
     groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]

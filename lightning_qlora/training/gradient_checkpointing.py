@@ -1,14 +1,14 @@
 """Gradient checkpointing: recompute the repeated blocks of a model in the backward pass instead of keeping activations.
 
-In transformers models the layers checkpoint themselves, and do not use the cache of keys and values while they do. In
-any other module the repeated blocks run in `torch.utils.checkpoint`.
+The forward method of each block runs in `torch.utils.checkpoint` while autograd records. transformers checkpoints its
+layers only in training mode, and Lightning keeps these models in eval mode, so their layers are blocks like all others.
 """
 
 import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,27 +29,24 @@ def enable_gradient_checkpointing(module: nn.Module) -> int:
     Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
     Sequential with two or more children of one class that hold converted layers.
     """
-    layers = list(transformers_checkpointing_layers(module))
-    _follow_grad_mode(module)
-    for layer in layers:
-        setattr(layer, RECOMPUTED, False)
-        patches.recompute_transformers_layer(layer, _RecomputeInOwnMode(layer))
-    inside = {id(part) for layer in layers for part in layer.modules()}
-    blocks = [block for block in _repeated_blocks(module) if id(block) not in inside]
+    blocks = list(transformers_checkpointing_layers(module))
+    inside = {id(part) for layer in blocks for part in layer.modules()}
+    blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
+    _cache_only_without_gradients(module)
     for block in blocks:
         setattr(block, RECOMPUTED, False)
         patches.recompute_block(block, partial(_recomputed_forward, block))
-    if not layers and not blocks:
+    if not blocks:
         warnings.warn(
             f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
             "class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
             stacklevel=2,
         )
-    return len(layers) + len(blocks)
+    return len(blocks)
 
 
 def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers inside a module that transformers recomputes while their `training` is true."""
+    """The layers inside a module that transformers can checkpoint."""
     layers: Any = sys.modules.get("transformers.modeling_layers")
     if layers is not None:
         yield from (layer for layer in module.modules() if isinstance(layer, layers.GradientCheckpointingLayer))
@@ -67,55 +64,23 @@ def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> lis
     return [name for key, of_group in names.items() if not ran[key] for name in of_group]
 
 
-def _follow_grad_mode(module: nn.Module) -> None:
-    """Let transformers models recompute, and run without the cache of keys and values, only while autograd records.
+def _cache_only_without_gradients(module: nn.Module) -> None:
+    """Let transformers models run without the cache of keys and values while autograd records.
 
-    A recomputed layer would write to the cache twice. transformers sets `use_cache=False` itself only in training mode,
-    and before 5.23 its layers drop the cache in that mode without autograd too, so that `generate` would be wrong.
+    A recomputed layer would write to the cache twice, and transformers omits it only in training mode.
     """
     for model in module.modules():
         if hasattr(model, "gradient_checkpointing_enable"):
             parameters = list(inspect.signature(model.forward).parameters)
-            position = parameters.index("use_cache") if "use_cache" in parameters else None
-            hook = partial(_before_forward, list(transformers_checkpointing_layers(model)), position)
-            model.register_forward_pre_hook(hook, with_kwargs=True)
+            if "use_cache" in parameters:
+                hook = partial(_omit_cache, parameters.index("use_cache"))
+                model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _before_forward(
-    layers: list[nn.Module], position: int | None, _: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    records = torch.is_grad_enabled()
-    for layer in layers:
-        patches.switch_transformers_layer(layer, records)
-    if records and position is not None and len(args) <= position:
+def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if torch.is_grad_enabled() and len(args) <= position:
         kwargs["use_cache"] = False
     return args, kwargs
-
-
-class _RecomputeInOwnMode:
-    """The function with which a transformers layer recomputes itself.
-
-    Lightning keeps these models in eval mode, where their layers recompute nothing, so the plugin sets `training` of
-    the layer, but not of the modules inside it. A layer's own dropout (OPT, BART) must be the same as without
-    recomputation, so while it runs, the layer has the mode of the modules inside it.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        if not getattr(self.layer, RECOMPUTED):
-            setattr(self.layer, RECOMPUTED, True)
-        return checkpoint(partial(self._run, function), *args, use_reentrant=False)
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        inside = (part for part in self.layer.modules() if part is not self.layer and not isinstance(part, QLoRALinear))
-        mode, part = self.layer.training, next(inside, self.layer)
-        self.layer.training = part.training
-        try:
-            return function(*args)
-        finally:
-            self.layer.training = mode
 
 
 def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

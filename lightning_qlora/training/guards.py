@@ -28,9 +28,9 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, classes(_MultiProcessingLauncher)):
         raise RuntimeError(
-            f"strategy={_strategy_name(trainer)!r} trains in processes spawned or forked from this one. When they end, "
-            "Lightning copies back only the weights that the module in this process has, and it has no adapters: they "
-            "would be lost without an error. Use strategy='ddp' in a script, or torchrun."
+            f"strategy='ddp_{launcher._start_method}' trains in processes spawned or forked from this one. When they "
+            "end, Lightning copies back only the weights that the module in this process has, and it has no adapters: "
+            "they would be lost without an error. Use strategy='ddp' in a script, or torchrun."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
@@ -56,11 +56,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_equal_batches(trainer: Trainer) -> None:
-    """Refuse ranks with different numbers of training batches, where they are known; all ranks must call it.
-
-    Raises:
-        ValueError: As above; has the numbers.
-    """
+    """Refuse ranks with different numbers of training batches (ValueError); all ranks must call it."""
     counts = of_all_ranks(trainer.num_training_batches)
     if len(set(counts)) > 1:
         raise ValueError(
@@ -71,11 +67,7 @@ def check_equal_batches(trainer: Trainer) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of replaced, decoded or frozen weights, or one that can't skip frozen 4-bit parameters.
-
-    Raises:
-        RuntimeError: As above.
-    """
+    """RuntimeError for one of replaced, decoded or frozen weights, or one that can't skip 4-bit parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
     if replaced:
@@ -127,9 +119,3 @@ def _copy_held_by(callback: Callback, module: nn.Module, sharded: bool) -> str |
         if (isinstance(value, AveragedModel) and not averages) or (type(value) is type(module) and value is not module):
             return name
     return None
-
-
-def _strategy_name(trainer: Trainer) -> str:
-    strategy: Any = trainer.strategy
-    method = getattr(strategy, "_start_method", None)
-    return f"ddp_{method}" if method else type(strategy).__name__

@@ -7,8 +7,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of
-from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.training.report import ConversionReport
 
 
@@ -26,14 +25,14 @@ def hyperparameters(module: nn.Module, report: ConversionReport) -> dict[str, An
     `base_fingerprint` is that of `lightning-qlora inspect`: one number for all frozen weights; "none" if checkpoints
     hold the base itself.
     """
-    state = module.state_dict()
-    prefix = next((key[: -len(CONFIG_KEY)] for key in state if last_part(key) == CONFIG_KEY), "")
-    config = config_of(state, prefix)
+    conversion = conversion_of(module)
+    assert conversion is not None
     return {
-        **({} if config is None else asdict(config)),
+        **asdict(conversion.config),
+        "adapter": None,  # a folder that was read once
         "layers": len(report.converted),
         "trainable_parameters": report.trainable_parameters,
         "total_parameters": report.total_parameters,
         "bytes": report.bytes_after,
-        "base_fingerprint": fingerprint_of_base(state) or "none",
+        "base_fingerprint": fingerprint_of_base(module.state_dict()) or "none",
     }

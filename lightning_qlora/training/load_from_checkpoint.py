@@ -51,9 +51,12 @@ def load_from_checkpoint(
         check_crc(checkpoint_path)
         with one_line_errors(checkpoint_path):
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
-    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    try:
-        config, layers = config_of(state), saved_layers(state)  # both are checked
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    state = checkpoint.get("state_dict", {})
+    try:  # all three are checked
+        config, layers = config_of(state), saved_layers(state)
+        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
@@ -61,10 +64,6 @@ def load_from_checkpoint(
             f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "
             f"{module_class.__name__}.load_from_checkpoint."
         )
-    try:
-        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_path}: {error}") from error
     module = _build(module_class, checkpoint, weights_only, {**networks, **hyperparameters})
     convert_module(module, config, saved=layers)
     module.load_state_dict(state)

@@ -37,33 +37,13 @@ def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
 
     Upstream: torch/utils/checkpoint.py, checkpoint: the code that calls a module has to call it instead.
     Supported ways tried: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py puts a module around the block,
-    which renames its parameters in state dicts, patterns and reports.
+    which renames its parameters in state dicts, patterns and reports; `gradient_checkpointing_enable` of transformers,
+    whose layers recompute themselves in training mode alone (transformers/modeling_layers.py).
     Removed by: a switch of nn.Module for gradient checkpointing.
     """
     block.forward = forward
-
-
-def recompute_transformers_layer(layer: nn.Module, function: Callable[..., Any]) -> None:
-    """Let a transformers layer recompute itself by `function(forward, *args)` while its `training` is true.
-
-    Upstream: transformers/modeling_layers.py, GradientCheckpointingLayer.__call__.
-    Supported ways tried: `gradient_checkpointing_enable` of a model takes arguments of torch's checkpoint, but not
-    another function, and torch's alone can't run the layer in its own mode (Lightning keeps these models in eval mode).
-    Removed by: gradient checkpointing in eval mode, in transformers.
-    """
-    layer.gradient_checkpointing = True  # type: ignore[assignment]
-    layer._gradient_checkpointing_func = function  # type: ignore[assignment]
-
-
-def switch_transformers_layer(layer: nn.Module, recomputes: bool) -> None:
-    """Let a layer of `recompute_transformers_layer` recompute itself, or not.
-
-    Upstream: transformers/modeling_layers.py, as there: before 5.23 it does not ask whether autograd records.
-    Supported ways tried: `gradient_checkpointing_disable` of the model; it walks through all modules, at each call.
-    Removed by: support for transformers 5.22 and older ending.
-    """
-    if bool(layer.gradient_checkpointing) != recomputes:  # no write where nothing changes, for torch.compile
-        layer.gradient_checkpointing = recomputes  # type: ignore[assignment]
+    if getattr(block, "gradient_checkpointing", False):
+        block.gradient_checkpointing = False  # type: ignore[assignment]  # transformers would recompute it again
 
 
 def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
@@ -120,11 +100,11 @@ def split_4_bit_layers_of_plans() -> None:
     """
     styles: Any = import_module("torch.distributed.tensor.parallel")
 
-    def columns(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
-        split(module, mesh, False) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
-
-    def rows(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
-        split(module, mesh, True) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
+    def partition(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
+        if isinstance(module, QLoRALinear):
+            split(module, mesh, isinstance(style, styles.RowwiseParallel))
+        else:
+            original(style, name, module, mesh)
 
     def frozen_stay(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
@@ -133,8 +113,8 @@ def split_4_bit_layers_of_plans() -> None:
             module.get_parameter(name).requires_grad_(False)
         return module
 
-    wrap_once(styles.ColwiseParallel, "_partition_linear_fn", columns)
-    wrap_once(styles.RowwiseParallel, "_partition_linear_fn", rows)
+    for style in (styles.ColwiseParallel, styles.RowwiseParallel):
+        wrap_once(style, "_partition_linear_fn", partition)
     if torch.__version__ < TorchVersion("2.11"):  # which makes all that it distributes trainable
         wrap_once(import_module("torch.distributed.tensor.parallel.style"), "distribute_module", frozen_stay)
 
@@ -309,21 +289,17 @@ def check_crc_before_loading() -> None:
     Removed by: torch.load comparing the CRC-32 that torch.save writes (torch/serialization.py).
     """
 
-    def load_with_trainer(original: Any, connector: Any, checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if checkpoint_path is not None and hasattr(connector.trainer.precision_plugin, "convert_for_trainer"):
-            check_crc(checkpoint_path)
-        return original(connector, checkpoint_path, *args, **kwargs)
-
-    def load_with_fabric(original: Any, fabric: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(fabric._precision, "convert_for_trainer"):
+    def load(original: Any, loader: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        plugin = loader._precision if hasattr(loader, "_precision") else loader.trainer.precision_plugin
+        if path is not None and hasattr(plugin, "convert_for_trainer"):
             check_crc(path)
-        return original(fabric, path, *args, **kwargs)
+        return original(loader, path, *args, **kwargs)
 
     for connector in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        wrap_once(connector._CheckpointConnector, "resume_start", load_with_trainer)
+        wrap_once(connector._CheckpointConnector, "resume_start", load)
     for fabric in modules("lightning.fabric.fabric"):
-        wrap_once(fabric.Fabric, "load", load_with_fabric)
-        wrap_once(fabric.Fabric, "load_raw", load_with_fabric)
+        wrap_once(fabric.Fabric, "load", load)
+        wrap_once(fabric.Fabric, "load_raw", load)
 
 
 def leave_networks_out_of_hyperparameters() -> None:

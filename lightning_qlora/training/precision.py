@@ -21,19 +21,18 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.optim.patches import call_on_setup_optimizer
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
-from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
+from lightning_qlora.training.calibration.calibration import calibration_of
 from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, finish_loading, shards_module
-from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
@@ -121,9 +120,7 @@ class QLoRAPrecision(Precision):
                 patches.skip_moving_meta_module_at_teardown(trainer)
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
-        report = convert_module(
-            module, self.config, device, sharded=shards_module(trainer), evaluating=self._evaluating
-        )
+        report = convert_module(module, self.config, device, shards_module(trainer), evaluating=self._evaluating)
         agree(device)
         if not converted_before:
             rank_zero_only(report.show)()
@@ -137,40 +134,36 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
-            if not self._evaluating:
-                self._set_training_mode(module)
+            # The adapters are in training mode also where transformers loads in eval mode, which Lightning keeps.
+            for layer in () if self._evaluating else self._layers():
+                self._mode_before.setdefault(layer, layer.training)
+                layer.training = True
         return module
-
-    def _set_training_mode(self, module: nn.Module) -> None:
-        """Set the adapters to training mode: transformers loads in eval mode, and Lightning does not change that."""
-        recomputed = transformers_checkpointing_layers(module) if self.config.gradient_checkpointing else ()
-        for layer in (*adapted_layers(module).values(), *recomputed):
-            self._mode_before.setdefault(layer, layer.training)
-            layer.training = True
 
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
         layer = next(self._layers(), None)
         return None if layer is None else describe(layer.packed.device)
 
-    def _layers(self) -> Iterator[QLoRALinear]:
-        module = None if self._module is None else self._module()
-        return (part for part in (() if module is None else module.modules()) if isinstance(part, QLoRALinear))
-
     @property
-    def _calibration(self) -> Calibration | None:
-        return None if self._module is None else calibration_of(self._module())
+    def _root(self) -> nn.Module | None:
+        """The module that was converted last; it is not kept alive."""
+        return None if self._module is None else self._module()
+
+    def _layers(self) -> Iterator[QLoRALinear]:
+        module = self._root
+        return (part for part in (() if module is None else module.modules()) if isinstance(part, QLoRALinear))
 
     @override
     def convert_input(self, data: Any) -> Any:
         """Before the first batch of a Trainer compare the ranks; calibrate adapters that are initialized from data."""
-        trainer = None if self._module is None else _trainer_of(self._module())
+        trainer, calibration = _trainer_of(self._root), calibration_of(self._root)
         if trainer is not None:
             if trainer.training and not self._has_batches:
                 guards.check_equal_batches(trainer)
                 self._has_batches = True
-            if self._calibration is not None:
-                self._calibration.before_batch(trainer, data)
+            if calibration is not None:
+                calibration.before_batch(trainer, data)
         return super().convert_input(data)
 
     @override
@@ -192,18 +185,17 @@ class QLoRAPrecision(Precision):
         """Check the Trainer's optimizers and page their state; a checkpoint restores the state after this."""
         for optimizer in optimizers:
             self.on_setup_optimizer(optimizer)
-        module = None if self._module is None else self._module()  # `model` may be DDP's wrapper
-        if module is not None and not self._evaluating:
-            guards.warn_of_adapters_in_no_optimizer(module, optimizers)
+        module = self._root  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
+            guards.warn_of_adapters_in_no_optimizer(module, optimizers)
             log_hyperparameters(_trainer_of(module), module, self.report)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step, that adapters are calibrated and have gradients."""
-        if self._calibration is not None:
-            self._calibration.before_step(optimizer)
-        module = None if self._module is None else self._module()
+        module, calibration = self._root, calibration_of(self._root)
+        if calibration is not None:
+            calibration.before_step(optimizer)
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
 
@@ -219,18 +211,15 @@ class QLoRAPrecision(Precision):
 
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
-        """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
         check_loss(tensor)
         return _precision_class(module).pre_backward(self, tensor, module)
 
     @override
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
         _precision_class(model).backward(self, tensor, model, *args, **kwargs)
 
     @override
     def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
-        """See Precision of lightning.pytorch (Trainer) or lightning.fabric."""
         return _precision_class(module).post_backward(self, tensor, module)
 
     @override
@@ -276,13 +265,14 @@ class QLoRAPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the random generators, so that a resumed run draws the same dropout masks."""
         saved, here = state_dict.get("kernels"), self._kernels()
-        if not self._evaluating and None not in (saved, here) and saved != here:
+        if self._evaluating:
+            return
+        if None not in (saved, here) and saved != here:
             rank_zero_warn(
                 f"The checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
                 "state, but its results differ from those of an uninterrupted run in their last bits."
             )
-        if not self._evaluating:
-            set_torch_rng_state_of_rank(state_dict["random_state"])
+        set_torch_rng_state_of_rank(state_dict["random_state"])
 
     @override
     def teardown(self) -> None:

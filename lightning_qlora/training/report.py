@@ -67,13 +67,12 @@ class ConversionReport:
         def add(name: str, status: str) -> None:
             groups.setdefault((group(name), status), []).append(name or ROOT)
 
-        for stack, experts in Counter(owner_name(name) for name in self.converted if is_expert(name)).items():
-            rows, columns = self.shapes[f"{stack}.0"]
-            add(parameter_name(stack), f"4-bit + adapter, {experts} experts of {rows}x{columns}")
-        for name in self.converted:
-            if not is_expert(name):
-                rows, columns = self.shapes[name]
-                add(name, f"4-bit + adapter, {rows}x{columns}")
+        experts = Counter(owner_name(name) for name in self.converted if is_expert(name))
+        for name in [*experts, *(name for name in self.converted if not is_expert(name))]:
+            count = experts[name]
+            rows, columns = self.shapes[f"{name}.0" if count else name]
+            what = f"{count} experts of {rows}x{columns}" if count else f"{rows}x{columns}"
+            add(parameter_name(name) if count else name, f"4-bit + adapter, {what}")
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
                 add(name, f"{verb}: {reason}")
@@ -87,24 +86,22 @@ class ConversionReport:
         """Parameters, bytes, time, deferred logits, and the calibration."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         in_full = self.trainable_parameters - self.adapter_parameters
-        return (
-            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"
-            + (f": {self.adapter_parameters:,} in adapters and {in_full:,} in full\n" if in_full > 0 else "\n")
-            + (
+        lines = [f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"]
+        if in_full > 0:
+            lines[0] += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
+        if self.frozen_by_module:
+            lines.append(
                 f"layers that the module froze take {size_text(self.frozen_by_module)}; naming them in target_modules "
-                f"would save {size_text(self.bytes_4_bits_would_save)}\n"
-                if self.frozen_by_module
-                else ""
+                f"would save {size_text(self.bytes_4_bits_would_save)}"
             )
-            + f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
+        lines.append(
+            f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
-            + "".join(
-                f"\nlogits of {name or 'the module itself'}: "
-                + (f"deferred, saves {size_text(saved)} for each 1,000 tokens" if saved else "not deferred (sharded)")
-                for name, saved in self.deferred_logits.items()
-            )
-            + (f"\n{self.calibration}" if self.calibration else "")
         )
+        for name, count in self.deferred_logits.items():
+            how = f"deferred, saves {size_text(count)} for each 1,000 tokens" if count else "not deferred (sharded)"
+            lines.append(f"logits of {name or 'the module itself'}: {how}")
+        return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
 
     def __repr__(self) -> str:
         return (
@@ -185,8 +182,6 @@ def break_at_dots(name: str, width: int) -> str:
 
 def size_text(count: float, base: int = 1000) -> str:
     """A number of bytes with a unit: 1.5 MB, or with base=1024 1.5 MiB."""
-    for unit in ("bytes", "kB" if base == 1000 else "KiB", "MB" if base == 1000 else "MiB"):
-        if count < base:
-            return f"{count:.4g} {unit}"
-        count /= base
-    return f"{count:.4g} {'GB' if base == 1000 else 'GiB'}"
+    units = ("bytes", "kB", "MB", "GB") if base == 1000 else ("bytes", "KiB", "MiB", "GiB")
+    power = sum(count >= base**number for number in (1, 2, 3))
+    return f"{count / base**power:.4g} {units[power]}"

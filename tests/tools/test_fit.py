@@ -39,14 +39,11 @@ def test_the_largest_number_that_fits(budget, step):
 def test_what_fits():
     pytest.importorskip("transformers")
     model = toy("llama", max_position_embeddings=512, num_hidden_layers=4)
-    config = QLoRAConfig(**R)
-    run, smaller = (
-        PlannedRun(model, "adamw", config),
-        PlannedRun(model, "adamw", QLoRAConfig(**R, gradient_checkpointing=True)),
-    )
+    run = PlannedRun(model, "adamw", QLoRAConfig(**R))
+    smaller = run.with_arguments(gradient_checkpointing=True)
     between = (needed(run.estimate(2, 128)) + needed(smaller.estimate(2, 128))) // 2
     memory = int((between + DRIVER) / (1 - FRAGMENTATION)) + 1
-    lines = list(what_fits(model, str(memory), 2, 128, "adamw", config))
+    lines = list(what_fits(run, str(memory), 2, 128))
     assert lines[1].startswith("2 x 128, as asked") and lines[1].endswith("does not fit")
     assert lines[2].startswith("2 x 128, gradient_checkpointing=True") and lines[2].endswith("fits")
     batch = int(re.search(r"largest batch of 128 tokens +(\d+)", lines[3])[1])

@@ -245,8 +245,6 @@ def test_models_that_cache_unless_told_not_to_train_with_equal_gradients(kind):
     pytest.importorskip("transformers")
     model, inputs = cached(kind)
     plain, checkpointed = pair(model.eval())
-    for layer in transformers_checkpointing_layers(checkpointed):
-        layer.training = True  # as the plugin does
     same(
         gradients(plain, lambda: plain(**inputs, use_cache=False).loss),
         gradients(checkpointed, lambda: checkpointed(**inputs).loss),

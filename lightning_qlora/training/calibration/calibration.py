@@ -138,11 +138,7 @@ class Calibration:
             self.report.unseen.append(name)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer step that would train adapters before they are calibrated; else report once.
-
-        Raises:
-            RuntimeError: As above; names a layer.
-        """
+        """Raise RuntimeError if the step would train an adapter that is not calibrated yet; else report once."""
         if not self.report.waiting:
             return
         params = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -164,13 +160,9 @@ class Calibration:
                 layer.dense_weight = None
         self._remove_hooks()
 
-    def after_save(self) -> None:
-        """Free the kept adapters: the saved state dict holds the calibrated ones."""
-        self._initial.clear()
-
-    def after_load(self, config: QLoRAConfig) -> None:
+    def after_load(self, initialization: str) -> None:
         """Set the state of every layer by what was loaded: calibrated, not yet calibrated, or initialized otherwise."""
-        if config.initialization != "calibrated":
+        if initialization != "calibrated":
             self.cancel()
         for name, layer in self._layers.items():
             if not isinstance(layer, QLoRALinear):
@@ -249,14 +241,12 @@ def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, source: int = 
     return float(error)
 
 
-def _has_weight(layer: QLoRALinear) -> bool:
-    """Whether this rank has the float weight of a waiting layer; others may have it on the meta device."""
-    return layer.dense_weight is not None and not layer.dense_weight.is_meta
-
-
 def _sources(layers: Mapping[str, QLoRALinear]) -> dict[str, int]:
     """Name -> rank that computes the adapter: one that has the float weight, so that the ranks share the work."""
-    held = of_all_ranks([name for name, layer in layers.items() if _has_weight(layer)])
+    weights = {
+        name: layer.dense_weight for name, layer in layers.items()
+    }  # on the meta device where another rank has it
+    held = of_all_ranks([name for name, weight in weights.items() if weight is not None and not weight.is_meta])
     ranks = {name: [rank for rank, names in enumerate(held) if name in names] or [0] for name in layers}
     return {name: having[place % len(having)] for place, (name, having) in enumerate(ranks.items())}
 
@@ -269,15 +259,13 @@ def calibration_of(root: nn.Module | None) -> Calibration | None:
 def _after_state_dict(root: nn.Module, *_: Any) -> None:
     calibration = calibration_of(root)
     if calibration is not None:
-        calibration.after_save()
+        calibration._initial.clear()  # the saved state has the calibrated adapters
 
 
 def _after_load_state_dict(root: nn.Module, _: Any) -> None:
-    calibration = calibration_of(root)
-    if calibration is not None:
-        conversion = conversion_of(root)
-        assert conversion is not None
-        calibration.after_load(conversion.config)
+    calibration, conversion = calibration_of(root), conversion_of(root)
+    if calibration is not None and conversion is not None:
+        calibration.after_load(conversion.config.initialization)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -159,6 +159,10 @@ class WeightFolder:
         """Whether a weight is stored in bitsandbytes' 4-bit format."""
         return f"{key}.absmax" in self.entries
 
+    def entries_of(self, key: str) -> dict[str, Tensor]:
+        """Read a weight, and if it is in bitsandbytes' 4-bit format its scales and tables."""
+        return self.tensors([k for k in self.entries if k == key or k.startswith(key + ".")])
+
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU."""
         found: dict[str, Tensor] = {}

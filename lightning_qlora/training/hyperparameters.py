@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of
+from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.training.report import ConversionReport
 
@@ -28,7 +28,7 @@ def hyperparameters(module: nn.Module, report: ConversionReport) -> dict[str, An
     """
     state = module.state_dict()
     prefix = next((key[: -len(CONFIG_KEY)] for key in state if last_part(key) == CONFIG_KEY), "")
-    config = config_of(state, prefix)
+    config, _ = read_conversion(state, prefix)
     return {
         **({} if config is None else asdict(config)),
         "layers": len(report.converted),

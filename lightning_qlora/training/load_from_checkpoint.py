@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
@@ -53,8 +53,8 @@ def load_from_checkpoint(
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     try:
-        config, layers = config_of(state), saved_layers(state)  # both are checked
-    except (TypeError, ValueError) as error:
+        config, description = read_conversion(state)
+    except ValueError as error:
         raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
         raise ValueError(
@@ -66,7 +66,7 @@ def load_from_checkpoint(
     except ValueError as error:
         raise ValueError(f"{checkpoint_path}: {error}") from error
     module = _build(module_class, checkpoint, weights_only, {**networks, **hyperparameters})
-    convert_module(module, config, saved=layers)
+    convert_module(module, config, saved=saved_layers(state, description))
     module.load_state_dict(state)
     return module.to(next(iter(state.values())).device)
 

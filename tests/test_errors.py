@@ -215,7 +215,7 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
     name = os.fsdecode(b"\xff")
     module = Classifier()
     convert(module, r=4)
-    refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "is not valid UTF-8", "Rename the folder")
+    refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "utf-8", "surrogates not allowed")
     assert not list(tmp_path.iterdir())
     (tmp_path / name).write_bytes((files / "adapter.ckpt").read_bytes())
     load_from_checkpoint(Classifier, tmp_path / name)

@@ -31,9 +31,9 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     first = adapters[-1]  # the last one names the source
     for other in adapters[:-1]:
         _check_same(first, other)
-    layers = {name: _mean_of_layer([a.layers[name] for a in adapters]) for name in first.layers}
-    of_experts = {name: _mean_of_layer([a.expert_adapters[name] for a in adapters]) for name in first.expert_adapters}
-    saved = {key: _mean([a.saved[key] for a in adapters]) for key in first.saved}
+    layers = _mean_of_layers([adapter.layers for adapter in adapters])
+    of_experts = _mean_of_layers([adapter.expert_adapters for adapter in adapters])
+    saved = {key: _mean([adapter.saved[key] for adapter in adapters]) for key in first.saved}
     _warn_of_several_runs(adapters, layers | of_experts)
     return replace(first, layers=layers, expert_adapters=of_experts, saved=saved)
 
@@ -44,35 +44,39 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.float() for tensor in tensors]).mean(0).to(tensors[0].dtype)
 
 
-def _mean_of_layer(layers: Sequence[LayerAdapter]) -> LayerAdapter:
-    magnitudes = [layer.magnitude for layer in layers if layer.magnitude is not None]
-    return LayerAdapter(
-        _mean([layer.lora_A for layer in layers]),
-        _mean([layer.lora_B for layer in layers]),
-        layers[0].alpha,
-        _mean(magnitudes) if magnitudes else None,
-    )
+def _mean_of_layers(of_each: Sequence[dict[str, LayerAdapter]]) -> dict[str, LayerAdapter]:
+    def mean(name: str, part: str) -> Tensor:
+        return _mean([getattr(layers[name], part) for layers in of_each])
+
+    return {
+        name: LayerAdapter(
+            mean(name, "lora_A"),
+            mean(name, "lora_B"),
+            layer.alpha,
+            None if layer.magnitude is None else mean(name, "magnitude"),
+        )
+        for name, layer in of_each[0].items()
+    }
 
 
 def _check_same(one: Adapter, other: Adapter) -> None:
-    with_base = one.origin is not None and other.origin is not None
-    here, there = _facts(one, with_base), _facts(other, with_base)
+    here, there = _facts(one), _facts(other)
     for what in here | there:
         ours, theirs = here.get(what, False), there.get(what, False)
-        if ours != theirs:
+        if ours != theirs and None not in (ours, theirs):
             raise CheckpointMismatchError(
                 f"{other.source}: {what} is {theirs!r}, and {ours!r} in {one.source}. Average adapters of one run."
             )
 
 
-def _facts(adapter: Adapter, with_base: bool) -> dict[str, Any]:
-    """In words -> what adapters of one run have in common."""
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    """In words -> what adapters of one run have in common; None: not known."""
     layers = adapter.layers | adapter.expert_adapters
     facts: dict[str, Any] = {
         "use_rslora": adapter.use_rslora,
-        "the quantization and initialization": adapter.quantization,
+        "trainable_token_indices": adapter.tokens,
+        "the quantization and initialization": adapter.quantization or {},
         "the fingerprints of the changed base": adapter.base_fingerprints,
-        **{f"{name}: trainable_token_indices": indices for name, indices in adapter.tokens.items()},
         **{f"whether {name} is trained": True for name in (*layers, *adapter.saved)},
         **{f"{key}: the shape": list(value.shape) for key, value in adapter.saved.items()},
     }
@@ -81,18 +85,14 @@ def _facts(adapter: Adapter, with_base: bool) -> dict[str, Any]:
         facts[f"{name}: lora_alpha"] = layer.alpha
         facts[f"{name}: use_dora"] = layer.magnitude is not None
         facts[f"{name}: the shape"] = layer.lora_B.shape[0], layer.lora_A.shape[1]
-        if with_base and adapter.origin is not None and name in adapter.layers:
-            facts[f"{name}: the fingerprint of the base"] = adapter.origin.fingerprint_of(name)
+        facts[f"{name}: the fingerprint of the base"] = adapter.origin and adapter.origin.fingerprint_of(name)
     return facts
 
 
 def _warn_of_several_runs(adapters: Sequence[Adapter], means: dict[str, LayerAdapter]) -> None:
     kept = sum(mean.lora_A.float().square().sum().item() for mean in means.values())
-    each = sum(
-        layer.lora_A.float().square().sum().item()
-        for a in adapters
-        for layer in (a.layers | a.expert_adapters).values()
-    ) / len(adapters)
+    before = [layer for a in adapters for layer in (a.layers | a.expert_adapters).values()]
+    each = sum(layer.lora_A.float().square().sum().item() for layer in before) / len(adapters)
     if kept < ONE_RUN * each:
         warnings.warn(
             f"The mean of lora_A has {100 * kept / each:.0f}% of the mean square of the {len(adapters)} adapters, so "

@@ -9,15 +9,12 @@ keeps it (`record_initialization`), so that the module can be saved again.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.folder_experts import find_experts
+from lightning_qlora.adapters.folder_layers import find_layers
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
@@ -155,36 +152,21 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             "base_model=."
         )
     folder = ModelFolder.open(resolve_model(os.fspath(source), download=base_model is not None))
-    read, layers = _float_weights(adapter, folder), {}
-    for name, layer in adapter.layers.items():
-        rows = read(name)
-        # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
-        config = origin.config.with_own({"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora})
-        initial = recompute_initial(replace(origin, config=config), name, rows, adapter.bases.get(name))
-        lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
-        # so that alpha / r, or alpha / sqrt(r), stays the same
-        alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
-        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
+    layers = dict(adapter.layers)
+    for key, tensor in find_layers(adapter, folder).items():
+        if folder.is_packed(key):
+            raise CheckpointMismatchError(f"{folder.where(key)} is in 4 bits. Pass a base in 16 or 32 bits.")
+        for name, rows in tensor.split(folder.tensors([key])[key]).items():
+            layer = layers[name]
+            # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
+            of_layer = {"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora}
+            of_origin = replace(origin, config=origin.config.with_own(of_layer))
+            initial = recompute_initial(of_origin, name, rows.contiguous(), adapter.bases.get(name))
+            lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
+            # so that alpha / r, or alpha / sqrt(r), stays the same
+            alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
+            layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
-
-
-def _float_weights(adapter: Adapter, folder: ModelFolder) -> Callable[[str], Tensor]:
-    """A function that reads the weight of a layer, [out, in], as the folder has it."""
-    experts = find_experts(adapter, folder)
-    key_of = {layer: key for key, found in experts.items() for layer in found.layers}
-    split = lru_cache(maxsize=1)(lambda key: experts[key].split(folder.tensors([key])[key]))  # one has many experts
-
-    def read(name: str) -> Tensor:
-        if name in key_of:
-            return split(key_of[name])[name].contiguous()
-        key = folder.find(f"{name}.weight")
-        if key is None or folder.is_packed(key):
-            what = "has no tensor" if key is None else "has only a 4-bit weight, and no float one, for"
-            raise CheckpointMismatchError(f"{folder.folder}: {what} '{name}.weight'.")
-        weight = folder.tensors([key])[key]
-        return weight.T.contiguous() if folder.is_transposed(key, adapter, name) else weight
-
-    return read
 
 
 def _check_input_sizes(adapter: Adapter, origin: InitializationRecord) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer, seed_name_of
 from lightning_qlora.adapters.checksums import check_checksums
-from lightning_qlora.adapters.module_state import CONFIG_KEY, base_model_of, config_of
+from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part, plain_name
 from lightning_qlora.layers.fingerprint import checksum
@@ -28,8 +28,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     """
     state, root = read_converted_state_dict(path, weights_only)
     try:
-        config, description = config_of(state, root), base_model_of(state, root)
-    except (TypeError, ValueError) as error:
+        config, description = read_conversion(state, root)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if config is None or not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
         raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")

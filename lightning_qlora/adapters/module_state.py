@@ -27,7 +27,9 @@ CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conver
 HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
 CONFIG_KEY = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
 BASE_MODEL = "base_model"  # key in that JSON of what `describe_base` returns
-DAMAGED = "The checkpoint is damaged: use another copy."
+KINDS: dict[str, type] = {  # of what `describe_base` returns
+    "prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict, "tokens": dict,
+}  # fmt: skip
 PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
 
 
@@ -71,61 +73,36 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
             part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
 
-def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | None:
-    """The arguments of the conversion in the state dict of a converted module; None if there are none."""
-    found = {key: value for key, value in _read_json(state_dict, prefix).items() if key != BASE_MODEL}
-    unknown = [key for key in found if key not in QLoRAConfig.__dataclass_fields__]
-    if unknown:
-        raise ValueError(
-            f"{prefix + CONFIG_KEY}: has the argument {unknown[0]!r}, which this version of lightning-qlora does not "
-            "know. The checkpoint was saved by a newer version: install that version of lightning-qlora."
-        )
-    try:
-        return QLoRAConfig(**found) if found else None
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{prefix + CONFIG_KEY}: {error}") from error
+def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
+    """The arguments of the conversion, and what `describe_base` returned, from the state dict of a converted module.
 
-
-def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What `base_model.describe_base` returned for the module of a state dict; empty if it holds nothing of it."""
-    description: Any = _read_json(state_dict, prefix).get(BASE_MODEL, {})
-    kinds = {"prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict}
-    kinds["tokens"] = dict
-    source = f"{prefix + CONFIG_KEY}: {BASE_MODEL!r}"
-    if (
-        not isinstance(description, dict)
-        or any(not isinstance(description.get(k, kind()), kind) for k, kind in kinds.items())
-        or not all(isinstance(name, str) for name in description.get("trained_in_full", []))
-    ):
-        raise ValueError(f"{source} is {str(description)[:80]!r}. {DAMAGED}")
-    check_quantization(description.get("quantization"), source)
+    (None, {}) for the state dict of another module. Raises ValueError if they are damaged.
+    """
+    key = prefix + CONFIG_KEY
+    if key not in state_dict:
+        return None, {}
     try:
+        # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
+        arguments = {**json.loads(bytes(state_dict[key].contiguous().tolist()))}
+        description = {**arguments.pop(BASE_MODEL, {})}
+        for name, kind in KINDS.items():
+            if not isinstance(description.get(name, kind()), kind):
+                raise TypeError(f"{name}={shown(description[name])}: must be a {kind.__name__}.")
+        check_quantization(description.get("quantization"), "quantization")
         for own in {json.dumps(own): own for own in description.get("layers", {}).values()}.values():
             QLoRAConfig(**own)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: the arguments of a layer: {error} {DAMAGED}") from error
-    return description
+        return QLoRAConfig(**arguments), description
+    except Exception as error:  # a damaged value raises any
+        raise ValueError(
+            f"{key}: is damaged, or of a newer version of lightning-qlora ({error}). Use another copy, or that version."
+        ) from error
 
 
-def saved_layers(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def saved_layers(state_dict: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Name of each layer with an adapter in the state dict of a converted module -> its own arguments."""
-    description = base_model_of(state_dict)
     own = {join(description.get("prefix", ""), name): given for name, given in description.get("layers", {}).items()}
     names = [plain_name(key).rpartition(".") for key in state_dict]
     return {name: own.get(name, {}) for name, _, last in names if last == "lora_A"}
-
-
-def _read_json(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    if prefix + CONFIG_KEY not in state_dict:
-        return {}
-    # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
-    try:
-        content = json.loads(bytes(state_dict[prefix + CONFIG_KEY].contiguous().tolist()))
-    except Exception as error:  # a value of another type raises any
-        raise ValueError(f"{prefix + CONFIG_KEY}: is not valid JSON ({error}). {DAMAGED}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{prefix + CONFIG_KEY}: is a JSON {type(content).__name__}, not an object. {DAMAGED}")
-    return content
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -172,7 +149,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     if conversion is not None:
         conversion.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)
     _check_same_layers(root, state_dict, prefix)
-    saved, description = config_of(state_dict, prefix), base_model_of(state_dict, prefix)
+    saved, description = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONFIG_KEY, None)
     if saved is not None:
         _check_same_function(root, saved, description)

@@ -33,6 +33,7 @@ from lightning_qlora.adapters.peft_metadata import (
 from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
 from lightning_qlora.checks import (
     check_bool,
+    check_choice,
     check_integer,
     check_names,
     check_number,
@@ -276,24 +277,7 @@ def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path)
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content of adapter_config.json with its default, checked."""
-    config = {"lora_alpha": DEFAULT_ALPHA, **config}
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only 'LORA' can be read.")
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{path}: bias={shown(config['bias'])}: adapters that train biases can't be read, only 'none'."
-        )
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise ValueError(f"{path}: {name}={shown(config[name])}: adapters of this kind can't be read.")
-    method = config.get("init_lora_weights")
-    if isinstance(method, str) and method.lower().startswith(CHANGE_THE_BASE):
-        raise ValueError(
-            f"{path}: init_lora_weights={shown(method)}: PEFT changed the base weights for this initialization, and "
-            "the adapter fits only those. Save it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain adapter. 'loftq' "
-            "can be merged in PEFT instead."
-        )
+    config = {"peft_type": "", "lora_alpha": DEFAULT_ALPHA, **config}
     for name, check in CHECKS.items():
         if config.get(name) is not None or name == "lora_alpha":
             try:
@@ -303,8 +287,26 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
+def _check_unset(name: str, value: Any) -> None:
+    if value:
+        raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read.")
+
+
+def _check_initialization(name: str, value: Any) -> None:
+    if isinstance(value, str) and value.lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{name}={shown(value)}: PEFT changed the base weights for this initialization, and the adapter fits only "
+            "those. Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes it "
+            "a plain adapter. 'loftq' can be merged in PEFT instead."
+        )
+
+
 # Checks of the values that are read from the file. A value that is null is PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "peft_type": partial(check_choice, allowed=("LORA",)),
+    "bias": partial(check_choice, allowed=("none",)),
+    **dict.fromkeys(UNSUPPORTED, _check_unset),
+    "init_lora_weights": _check_initialization,
     "r": partial(check_integer, at_least=1),
     "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
     "use_rslora": check_bool,

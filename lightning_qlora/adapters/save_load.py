@@ -29,7 +29,7 @@ from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.adapters.tied_weights import breaks_tie, tie_error, tied_names
+from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, owner_name, plain_name
@@ -267,8 +267,7 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
             what = f"is for the rows {shown(there)}, and trainable_token_indices is {shown(here)} there"
             refuse(adapter, f"{name}.{DELTA}", base, what)
     for tied in tied_names(base):
-        if breaks_tie(adapter, tied):
-            raise CheckpointMismatchError(tie_error(adapter, tied))
+        check_tie(adapter, tied)
     tensors = _tensors_by_plain_name(base)
     for key, value in adapter.saved.items():
         if key not in tensors:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.layers.dotted_names import plain_name
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.trainable_tokens import DELTA
 
 
@@ -23,17 +24,14 @@ def tied_names(base: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def breaks_tie(adapter: Adapter, tied: Sequence[str]) -> bool:
-    """Whether an adapter has a value for some names of a tied weight only, or different values."""
+def check_tie(adapter: Adapter, tied: Sequence[str]) -> None:
+    """Refuse an adapter with a value for some names of a tied weight only, or with different values."""
     values = [adapter.saved[name] for name in tied if name in adapter.saved]
-    return bool(values) and not (len(values) == len(tied) and all(torch.equal(values[0], v) for v in values))
-
-
-def tie_error(adapter: Adapter, tied: Sequence[str]) -> str:
-    """The error for an adapter that breaks a tie."""
+    if not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values)):
+        return
     trained = next(name for name in tied if name in adapter.saved)
     others = ", ".join(name for name in tied if name != trained)
-    return (
+    raise CheckpointMismatchError(
         f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
         "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
     )

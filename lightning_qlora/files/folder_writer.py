@@ -82,18 +82,15 @@ def _replace_files(source: Path, target: Path) -> None:
 
 def check_free(target: Path) -> None:
     """Raise FileExistsError unless `target` does not exist or is an empty folder that can be replaced."""
+    why = None
     if target.is_symlink():
-        raise FileExistsError(
-            f"{target}: is a symbolic link, which a new folder cannot replace. Pass the folder it points to "
-            f"({os.path.realpath(target)}), or another name."
-        )
-    if not target.exists():
-        return
-    if not target.is_dir() or any(target.iterdir()):
-        raise FileExistsError(f"{target}: exists and is not an empty folder. Choose another name, or remove it first.")
-    if target.samefile(Path.cwd()) or os.path.ismount(target):
-        what = "a mount point" if os.path.ismount(target) else "the current directory"
-        raise FileExistsError(f"{target}: is {what}, which a new folder cannot replace. Choose a folder inside it.")
+        why = f"is a symbolic link to {os.path.realpath(target)}"
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        why = "exists and is not an empty folder"
+    elif target.exists() and (target.samefile(Path.cwd()) or os.path.ismount(target)):
+        why = "is the current directory or a mount point"
+    if why:
+        raise FileExistsError(f"{target}: {why}, and can't be replaced by a new folder. Choose another name.")
 
 
 @contextmanager

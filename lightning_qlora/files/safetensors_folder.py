@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,12 @@ class TensorEntry:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """`safetensors.safe_open` on the CPU, with errors that name the file, and the first tensor that is incomplete."""
-    _check_utf8(path)
+    """`safetensors.safe_open` on the CPU, with errors that name the file."""
     with reading(path):
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            key = _incomplete_tensor(path)
-            what = f"truncated: {key!r} is incomplete" if key else f"not a safetensors file, or truncated ({error})"
+            what = f"not a safetensors file, or truncated ({error})"
             raise ValueError(f"{path}: {what}. Copy or download it again.") from error
     with file:
         try:
@@ -62,7 +60,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file; the same content is the same bytes (safetensors orders the metadata at random)."""
-    _check_utf8(path)
+    str(path).encode()  # raises a ValueError for a path that is not UTF-8, from which safetensors can't read the file
     save_file(tensors, path, metadata=metadata)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -72,27 +70,6 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         assert len(text) <= length  # the same text in another order
         file.seek(8)
         file.write(text.ljust(length))
-
-
-def _check_utf8(path: Path) -> None:
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError as error:
-        shown = os.fspath(path).encode(errors="backslashreplace").decode()
-        raise ValueError(
-            f"{shown}: is not valid UTF-8, and safetensors opens no such path. Rename the folder."
-        ) from error
-
-
-def _incomplete_tensor(path: Path) -> str | None:
-    """Key of the first tensor that ends after the end of the file; None if the header cannot be read either."""
-    size = path.stat().st_size
-    with path.open("rb") as file, suppress(Exception):  # damaged bytes make what follows raise errors of any type
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, size)))
-        ends = {key: entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"}
-        return next((key for key in sorted(ends, key=ends.__getitem__) if 8 + length + ends[key] > size), None)
-    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -158,6 +135,10 @@ class WeightFolder:
     def is_packed(self, key: str) -> bool:
         """Whether a weight is stored in bitsandbytes' 4-bit format."""
         return f"{key}.absmax" in self.entries
+
+    def entries_of(self, key: str) -> dict[str, Tensor]:
+        """Read a weight, and if it is in bitsandbytes' 4-bit format its scales and tables."""
+        return self.tensors([k for k in self.entries if k == key or k.startswith(key + ".")])
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.dequantized_folder import DequantizedFolder, published_format
-from lightning_qlora.adapters.folder_experts import FLOAT_NAMES, assign_to_folder, find_experts
+from lightning_qlora.adapters.folder_layers import AdaptedTensor, assign_to_folder, find_layers
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import OUTPUT, ModelFolder, empty_model
-from lightning_qlora.adapters.tied_weights import breaks_tie, tie_error, tied_names
+from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, FolderDtype
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
@@ -37,6 +37,7 @@ from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import DTYPES
 from lightning_qlora.layers.trainable_tokens import DELTA
 
+FLOAT_NAMES = ("F32", "BF16", "F16")  # types in a safetensors header
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -104,9 +105,8 @@ class _FolderMerge:
         adapter = assign_to_folder(adapter, folder)
         self.folder, self.adapter, self.dtype = folder, adapter, dtype
         self.weights = MergedWeights(folder, adapter, base)
-        self.experts = find_experts(adapter, folder)
-        linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
-        self.layer_of = {self._key_of(name): name for name in linear}
+        self.adapted = find_layers(adapter, folder)
+        self._check_types()
         self.tokens = {key: name for name in adapter.tokens for key in self._keys_of_tokens(name)}
         keys = {name: folder.find(name) for name in adapter.saved if not name.endswith(DELTA)}
         self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
@@ -149,7 +149,7 @@ class _FolderMerge:
             yield name, self._cast(value)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
-        known = self.layer_of.keys() | self.saved.keys() | self.experts.keys() | self.tokens.keys()
+        known = self.adapted.keys() | self.saved.keys() | self.tokens.keys()
         return [name for name in names if name in known]
 
     def _check_conversions(self) -> None:
@@ -185,11 +185,8 @@ class _FolderMerge:
 
     def _merged(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """The entries of the output for one weight of the base: several if it is in 4 bits."""
-        if key in self.experts:
-            yield key, self._merged_experts(key)
-            return
-        name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
-        if name is None and not packed:
+        adapted, packed = self.adapted.get(key), self.folder.is_packed(key) and key not in self.saved
+        if adapted is None and not packed:
             tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
             if (of := self.tokens.get(key)) is not None:
                 rows = self.adapter.saved[f"{of}.{DELTA}"].to(tensor)
@@ -197,34 +194,27 @@ class _FolderMerge:
                 tensor = tensor.index_copy(0, index, rows)
             yield key, self._cast(tensor)
             return
-        state = self.folder.tensors([k for k in self.folder.entries if k == key or k.startswith(key + ".")])
         layer = key.removesuffix(".weight")
-        if name is None and self.dtype == "4bit":
+        if adapted is None and self.dtype == "4bit":
             self.packed.add(layer)
-            yield from state.items()
+            yield from self.folder.entries_of(key).items()
             return
-        transposed = self.folder.is_transposed(key, self.adapter, name)
-        if packed:
-            rows, dtype = self.weights.from_packed(state, name, key)
-        else:
-            assert name is not None  # a dense weight without an adapter was written above
-            rows, dtype = self.weights.from_dense(state[key].T if transposed else state[key], name, key)
-        if self.dtype == "4bit" and layer not in self.always_dense_layers:
-            self.packed.add(layer)
-            entries = self.weights.quantized(rows.to(dtype), key).bnb_state_dict(key)
-            yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
-            return
-        rows = rows.to(self._wanted(dtype)) if name is None else round_stochastically(rows, self._wanted(dtype), name)
-        yield key, (rows.T if transposed else rows).contiguous()
-
-    def _merged_experts(self, key: str) -> Tensor:
-        """A tensor of experts, each merged; dense in every case, since bitsandbytes has no experts in 4 bits."""
-        found, tensor = self.experts[key], self.folder.tensors([key])[key]
         made = []
-        for name, dense in found.split(tensor).items():
-            rows, dtype = self.weights.from_dense(dense.contiguous(), name, key)
-            made.append(round_stochastically(rows, self._wanted(dtype), name))
-        return found.join(made, tensor.shape)
+        for name, rows, dtype in self.weights.of_tensor(key, adapted):
+            # bitsandbytes has no experts in 4 bits
+            if (
+                self.dtype == "4bit"
+                and not self.adapter.expert_parameter(name)
+                and layer not in self.always_dense_layers
+            ):
+                self.packed.add(layer)
+                entries = self.weights.quantized(rows.to(dtype), key).bnb_state_dict(key)
+                yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
+                return
+            wanted = self._wanted(dtype)
+            made.append(rows.to(wanted) if adapted is None else round_stochastically(rows, wanted, name))
+        of_base = adapted or AdaptedTensor([layer], self.folder.is_transposed(key, self.adapter, None))
+        yield key, of_base.join(made)
 
     def _wanted(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the output, for a weight of this type in the base."""
@@ -247,21 +237,16 @@ class _FolderMerge:
         tied = is_file(config) and read_json(config).get("tie_word_embeddings")
         return [key, *(other for other in self.folder.entries if tied and other.endswith(OUTPUT) and other != key)]
 
-    def _key_of(self, name: str) -> str:
-        """The key of a layer's weight; refuses one that can have no adapter before anything is written."""
-        key = self.folder.find(f"{name}.weight")
-        if key is None:
-            raise CheckpointMismatchError(
-                f"{self.adapter.source}: key '{PREFIX}{name}.lora_A.weight' does not fit: {self.folder.folder} has no "
-                f"tensor '{name}.weight'. An adapter fits the model it was trained on."
-            )
-        entry = self.folder.entries[key]
-        if not self.folder.is_packed(key) and (entry.dtype not in FLOAT_NAMES or len(entry.shape) != 2):
-            raise ValueError(
-                f"{self.folder.where(key)} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
-                f"merged into a matrix of type {', '.join(FLOAT_NAMES)}, or in bitsandbytes' 4 bits."
-            )
-        return key
+    def _check_types(self) -> None:
+        """Refuse weights that can have no adapter before anything is written."""
+        for key, adapted in self.adapted.items():
+            entry = self.folder.entries[key]
+            is_matrix = adapted.stacked or len(entry.shape) == 2
+            if not self.folder.is_packed(key) and (entry.dtype not in FLOAT_NAMES or not is_matrix):
+                raise ValueError(
+                    f"{self.folder.where(key)} is {entry.dtype} of shape {list(entry.shape)}: an adapter can be "
+                    f"merged into a matrix of type {', '.join(FLOAT_NAMES)}, or in bitsandbytes' 4 bits."
+                )
 
     def _check_ties(self) -> None:
         """Refuse an embedding that breaks a tie: in a folder only an output embedding can be untied."""
@@ -278,5 +263,5 @@ class _FolderMerge:
         model = self.model or empty_model(path.parent, "what the embedding that this adapter trained is tied to")
         for tied in tied_names(model):
             untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
-            if breaks_tie(self.adapter, tied) and not untied:
-                raise CheckpointMismatchError(tie_error(self.adapter, tied))
+            if not untied:
+                check_tie(self.adapter, tied)

@@ -1,5 +1,6 @@
 """The weights of a base folder with an adapter added to them, one at a time."""
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import BITS, required_base
+from lightning_qlora.adapters.folder_layers import AdaptedTensor
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.kernels.ops import quantize
@@ -16,7 +18,7 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
 class MergedWeights:
-    """Adds an adapter to weights, [out, in]; a weight whose layer has no adapter (name None) stays as it is.
+    """Adds an adapter to the weights of a folder.
 
     With base="quantized" a dense weight is quantized and decoded first, as in training.
     """
@@ -24,19 +26,27 @@ class MergedWeights:
     def __init__(self, folder: ModelFolder, adapter: Adapter, base: Base) -> None:
         self.folder, self.adapter, self.base = folder, adapter, base
 
-    def from_packed(self, state: dict[str, Tensor], name: str | None, key: str) -> tuple[Tensor, torch.dtype]:
-        """The sum, and the type of the base, from bitsandbytes' entries."""
-        try:
-            weight = PackedWeight.from_bnb_state_dict(state, key)
-        except ValueError as error:
-            raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
-        if name is None:
-            return weight.dequantize(), weight.dtype
-        self._check_bits(name, weight)
-        return self._sum(weight.dequantize(), name, key), weight.dtype
+    def of_tensor(self, key: str, adapted: AdaptedTensor | None) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+        """Each layer in a tensor of the folder, its sum [out, in] in fp32, and the type of its base.
 
-    def from_dense(self, dense: Tensor, name: str, key: str) -> tuple[Tensor, torch.dtype]:
-        """The same from a dense weight, or from the weight that the adapter has with it."""
+        A 4-bit weight without an adapter (None) is only decoded.
+        """
+        if self.folder.is_packed(key):
+            try:
+                weight = PackedWeight.from_bnb_state_dict(self.folder.entries_of(key), key)
+            except ValueError as error:
+                raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
+            name, rows = key.removesuffix(".weight"), weight.dequantize()
+            if adapted is not None:
+                (name,) = adapted.layers
+                self._check_bits(name, weight)
+                rows = self._sum(rows, name, key)
+            yield name, rows, weight.dtype
+        elif adapted is not None:
+            for name, dense in adapted.split(self.folder.tensors([key])[key]).items():
+                yield name, *self._from_dense(dense.contiguous(), name, key)
+
+    def _from_dense(self, dense: Tensor, name: str, key: str) -> tuple[Tensor, torch.dtype]:
         if (own := self.adapter.bases.get(name)) is not None:
             return self._sum(own.dequantize(), name, key), own.dtype
         if (self.adapter.quantization or {}).get("base_changed"):

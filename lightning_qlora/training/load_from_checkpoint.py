@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
@@ -54,10 +54,10 @@ def load_from_checkpoint(
     if not isinstance(checkpoint, dict):
         checkpoint = {}
     state = checkpoint.get("state_dict", {})
-    try:  # all three are checked
-        config, layers = config_of(state), saved_layers(state)
+    try:
+        config, description = read_conversion(state)
         networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
         raise ValueError(
@@ -65,7 +65,7 @@ def load_from_checkpoint(
             f"{module_class.__name__}.load_from_checkpoint."
         )
     module = _build(module_class, checkpoint, weights_only, {**networks, **hyperparameters})
-    convert_module(module, config, saved=layers)
+    convert_module(module, config, saved=saved_layers(state, description))
     module.load_state_dict(state)
     return module.to(next(iter(state.values())).device)
 

@@ -321,7 +321,7 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type is 'IA3'"),
+        (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type='IA3'"),
         (lambda f: change_config(f, bias="all"), r"adapter_config.json: bias='all'"),
         (lambda f: change_config(f, use_qalora=True), r"adapter_config.json: use_qalora=True"),
         (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config.json: not valid JSON"),
@@ -380,10 +380,10 @@ def test_an_adapter_whose_initial_values_peft_subtracted_is_read(method, tmp_pat
     torch.testing.assert_close(logits(lit.model), logits(expected), atol=1e-5, rtol=0)
 
 
-def test_a_truncated_file_names_the_key(folder):
+def test_a_truncated_file(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors: truncated: 'base_model.model.*lora_B.weight'"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: not a safetensors file, or truncated"):
         read_adapter(folder)
 
 

@@ -215,13 +215,13 @@ def test_targets_that_cannot_be_replaced_are_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path / "empty")
     for name, message in (
         ("file", "exists and is not an empty folder"),
-        ("link", r"is a symbolic link.* Pass the folder it points to \(.*empty\)"),
+        ("link", "is a symbolic link to .*empty"),
         ("dangling", "is a symbolic link"),
-        ("empty", "is the current directory.* Choose a folder inside it"),
+        ("empty", "is the current directory"),
     ):
         with pytest.raises(FileExistsError, match=f"{name}: {message}"):
             check_free(tmp_path / name)
     ismount = os.path.ismount
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("mount") or ismount(path))
-    with pytest.raises(FileExistsError, match="mount: is a mount point"):
+    with pytest.raises(FileExistsError, match=r"mount: is .* a mount point"):
         check_free(tmp_path / "mount")

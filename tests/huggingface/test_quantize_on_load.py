@@ -747,7 +747,10 @@ def foreign_quant_type(folder):
     ("harm", "message"),
     [
         (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors: this shard is missing; .* holds 'model.layers"),
-        (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-9]), r"model-00002-of-\d+.safetensors: truncated: 'mo"),
+        (
+            lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-9]),
+            r"model-00002-of-\d+.safetensors: not a safetensors file, or truncated",
+        ),
     ],
 )
 def test_a_broken_folder_is_named(harm, message, folder, trainer):

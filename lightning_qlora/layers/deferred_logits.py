@@ -235,7 +235,9 @@ def _reshape(logits: DeferredLogits, shape: tuple[int, ...]) -> Tensor | None:
 
 def _flatten(logits: DeferredLogits, start_dim: int = 0, end_dim: int = -1) -> Tensor | None:
     start, end = start_dim % logits.dim(), end_dim % logits.dim()
-    return _reshape(logits, (*logits.shape[:start], -1, *logits.shape[end + 1 :]))
+    if end == logits.dim() - 1:
+        return logits if start == end else None
+    return logits.rows(lambda real: real.flatten(start, end), logits.hidden.flatten(start, end))
 
 
 def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:

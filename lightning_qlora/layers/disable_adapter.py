@@ -40,8 +40,12 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
         ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
         RuntimeError: If initial values were kept and the parameters are sharded (FSDP2).
     """
-    with restored((*contexts(), _Context(module))):
+    context = _Context(module)
+    _switch([], [context])
+    try:
         yield
+    finally:
+        _switch([context], [])
 
 
 class _Context:

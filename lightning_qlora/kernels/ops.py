@@ -247,8 +247,8 @@ def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes
     if not matches or (bias is not None and bias.shape != (out_features,)):
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]
         raise ValueError(
-            f"lora_linear: a weight [{out_features}, {in_features}] and x {list(x.shape)} need A [r, {in_features}], "
-            f"B [{out_features}, r] and bias [{out_features}]; got {shapes}."
+            f"lora_linear: with a weight [{out_features}, {in_features}] x must be [..., {in_features}], A [r, "
+            f"{in_features}], B [{out_features}, r] and bias [{out_features}]; got x {list(x.shape)} and {shapes}."
         )
     check_bytes(weight)
 

@@ -87,7 +87,7 @@ def _read(file: Path) -> Verdict | None:
 
 
 def examine(device: torch.device) -> Verdict:
-    """Check every op now. After one that is wrong another child goes on, because a fault leaves a device unusable."""
+    """Check every op now. After a wrong op another child checks the rest, because a fault ends the use of a device."""
     found: Verdict = {}
     while left := [op for op in OPS if op not in found]:
         op = ""
@@ -108,7 +108,7 @@ def examine(device: torch.device) -> Verdict:
 
 @contextmanager
 def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | None]"]:
-    """A process that checks ops and is killed at the end; yields the queue of what it says."""
+    """A process that checks ops and is killed at the end; yields the queue of its results."""
     end, output = (_fork if device.type == "cpu" else _spawn)(device, ops)
     said: SimpleQueue[str | None] = SimpleQueue()
 
@@ -127,7 +127,7 @@ def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | 
 
 
 def _spawn(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
-    """A new process, because CUDA can't be used in a fork. Python looks in its working folder first."""
+    """A new process, because CUDA can't be used in a fork. Its working folder is the first in which Python looks."""
     code = f"import sys; from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     child = subprocess.Popen(

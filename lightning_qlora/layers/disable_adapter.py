@@ -7,7 +7,6 @@ pass, deferred logits) does so in the contexts of the call: `contexts()` and `re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from threading import RLock
 from typing import Any
 
@@ -41,8 +40,12 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
         ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
         RuntimeError: If initial values were kept and the parameters are sharded (FSDP2).
     """
-    with restored((*contexts(), _Context(module))):
+    context = _Context(module)
+    _switch([], [context])
+    try:
         yield
+    finally:
+        _switch([context], [])
 
 
 class _Context:
@@ -116,14 +119,7 @@ def restored(then: Sequence[_Context]) -> Iterator[None]:
 
 def as_called(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs later in the contexts of now."""
-    then = contexts()
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with restored(then):
-            return function(*args, **kwargs)
-
-    return run
+    return restored(contexts())(function)
 
 
 def _switch(ends: Iterable[_Context], begins: Iterable[_Context]) -> None:

@@ -3,9 +3,9 @@
     e.mul_(0.99).add_(p, alpha=0.01)        an average by hand (BYOL, MoCo, DINO, SAC), or torch's AveragedModel
 
 Two networks on the same base have the same bytes, and the average of equal weights is the weight. So an operation on
-bytes is done with one number instead, the share of the weight W that its result is: here 0.99, and then 1. It must be 1
-where it is written, and no byte changes. Any other arithmetic is an error that says which parameters to skip. torch
-alone raises a type error for most of it, and rounds the bytes in the rest, which gives other weights.
+bytes computes one number instead, its result as a multiple of the weight (the share): here 0.99, and then 1. Only the
+share 1 can be written to a parameter, and no byte changes. Any other arithmetic is an error that says which parameters
+to skip. torch alone raises a type error for most of it, and rounds the bytes in the rest, which gives other weights.
 """
 
 from typing import Any, NoReturn

@@ -27,7 +27,7 @@ def piecewise_cross_entropy(logits: Any, target: Tensor, options: dict[str, Any]
 
 
 class _PiecewiseCrossEntropy(torch.autograd.Function):
-    """The same, of the logits and of their parameters, which the gradients are for."""
+    """The same as a function of the parameters of the logits, which get the gradients."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ def _run(
 ) -> list[Tensor | None]:  # fmt: skip
     """Piece by piece: write the losses, and return the gradients of sum(factors * losses).
 
-    `needed` says which of the logits' parameters need a gradient; empty: none. No factors are ones.
+    `needed` says which of the logits' parameters need a gradient; empty: none. `factors`: None means ones.
     """
     hidden, parameters = logits.hidden.detach(), logits.parameters()[1:]
     needs_hidden, *needs_others = needed or [False] * (1 + len(parameters))

@@ -5,7 +5,7 @@ On a GPU all experts run in a few launches, and the host does not wait for the n
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -89,19 +89,6 @@ class ExpertGroup(NamedTuple):
     lora_a: list[Tensor]
     lora_b: list[Tensor]
 
-    def without_adapters(self) -> "ExpertGroup":
-        """The same with adapters of rank 1 that are zero."""
-        (_, columns), (rows, _), like = self.lora_a[0].shape, self.lora_b[0].shape, self.lora_a[0]
-        a, b = (_zeros(*shape, like.dtype, like.device) for shape in ((1, columns), (rows, 1)))
-        return self._replace(lora_a=[a] * len(self.layers), lora_b=[b] * len(self.layers))
-
-
-@cache
-def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept, so that the table of addresses in a kernel stays the same. Not of inference mode: autograd saves it."""
-    with torch.inference_mode(False):
-        return torch.zeros(rows, columns, dtype=dtype, device=device)
-
 
 # Of each stack what its group depends on, the tensors, so that no others get their ids, and the group if it can be one.
 _checked: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Tensor], ExpertGroup | None]] = WeakKeyDictionary()
@@ -112,10 +99,8 @@ def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
     layers: list[QLoRALinear] = stack.layers
     own = [vars(layer) for layer in layers]
     held: list[dict[str, Tensor]] = [of["_parameters"] for of in own]
-    scalings, disabled = {of["scaling"] for of in own}, sum(DISABLED in of for of in own)
-    if not is_plain_call(x, held[0]["lora_A"]) or len(scalings) > 1 or not all(map(_is_plain, own)):
-        return None
-    if disabled not in (0, len(own)):
+    kinds = {(of["scaling"], DISABLED in of) for of in own}
+    if not is_plain_call(x, held[0]["lora_A"]) or len(kinds) > 1 or not all(map(_is_plain, own)):
         return None
     lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
     tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]
@@ -126,7 +111,7 @@ def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
             weights = [layer.weight_bytes for layer in layers]
             group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
             _checked[stack] = key, tensors, group
-    return group.without_adapters() if disabled and group else group
+    return group
 
 
 def _is_plain(own: dict[str, Any]) -> bool:
@@ -146,13 +131,14 @@ def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, Any] | None:
 def _product_of_all(
     owner: Any, groups: dict[str, ExpertGroup], ends: Tensor, ids: Tensor, key: str, x: Tensor
 ) -> Tensor:
-    group, seed = groups[key], None
-    first = group.layers[0]
-    dtype = first.compute_dtype(x)
-    if first.lora_dropout and first.training:
+    (layers, weights, lora_a, lora_b), seed = groups[key], None
+    first = layers[0]
+    dtype, scaling = first.compute_dtype(x), first.scaling
+    if first._qlora_disabled:
+        lora_a, lora_b, scaling = [a.detach() for a in lora_a], [b.detach() for b in lora_b], 0.0
+    elif first.lora_dropout and first.training:
         seed = torch.randint(1 << 62, (1,), device="cpu")  # drawn again when checkpointing recomputes
-    tensors = group.weights, group.lora_a, group.lora_b
-    y = grouped_linear(x.to(dtype), ends, *tensors, first.scaling, first.lora_dropout, seed)
+    y = grouped_linear(x.to(dtype), ends, weights, lora_a, lora_b, scaling, first.lora_dropout, seed)
     y = y if has_autocast(x.device.type) else y.to(x.dtype)
     return y + getattr(owner, f"{key}_bias")[ids] if owner.has_bias else y
 

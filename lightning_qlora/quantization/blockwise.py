@@ -13,7 +13,7 @@ from lightning_qlora.quantization.codebooks import Codebook, dynamic_map
 
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale (paper, section 3)
 SMALLEST_SCALE = 1e-38  # divisor of a block of zeros
-CHUNK = 1 << 17  # weights per step: fp32 values that fit the L2 cache; a multiple of every block size
+CHUNK = 1 << 17  # weights per step on a CPU: fp32 values that fit the L2 cache; a multiple of every block size
 
 
 def block_absmax(flat: Tensor, block_size: int) -> Tensor:
@@ -46,8 +46,9 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
     packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
     in_order = bool((codebook.order[1:] > codebook.order[:-1]).all())  # then the rank of a level is its code
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK].float()
+    step = _weights_per_step(flat)
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step].float()
         scales = block_absmax(chunk, block_size)
         absmax[start // block_size :][: scales.numel()] = scales
         values = normalize(chunk, scales, block_size)
@@ -62,17 +63,22 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
 
 def dequantize_4bit(out: Tensor, packed: Tensor, absmax: Tensor, codebook: Codebook, block_size: int) -> Tensor:
     """w = level[code] * scale, the product rounded to fp32 and then to the type of `out`, flat [n]; returns `out`."""
-    pairs = packed.new_empty(min(CHUNK // 2, packed.numel()), dtype=torch.int64)
-    for start in range(0, out.numel(), CHUNK):
-        codes = packed[start // 2 : (start + CHUNK) // 2].int()
+    step = _weights_per_step(out)
+    pairs = packed.new_empty(min(step // 2, packed.numel()), dtype=torch.int64)
+    for start in range(0, out.numel(), step):
+        codes = packed[start // 2 : (start + step) // 2].int()
         levels = torch.index_select(codebook.pairs, 0, codes, out=pairs[: codes.numel()]).view(torch.float32)
         values = levels[: out.numel() - start]
         scales = absmax[start // block_size :]
         full = values.numel() - values.numel() % block_size
         values[:full].view(-1, block_size).mul_(scales[: full // block_size, None])
         values[full:].mul_(scales[-1])  # a short last block
-        out[start : start + CHUNK].copy_(values)
+        out[start : start + step].copy_(values)
     return out
+
+
+def _weights_per_step(like: Tensor) -> int:
+    return CHUNK if like.device.type == "cpu" else 128 * CHUNK  # elsewhere few launches, with 400 MB of temporaries
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.checks import check_choice, check_number
 from lightning_qlora.config import BLOCK_SIZES, QuantType
@@ -170,7 +171,7 @@ class PackedWeight:
         absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
         if weight.nested.numel():
             nested = aligned(weight.nested).view(-1).view(torch.float32)
-            has_values = type(nested) is Tensor and not nested.is_meta
+            has_values = not (nested.is_meta or isinstance(nested, FakeTensor))
             nested_absmax, offset = nested[:-1], nested[-1].item() if has_values else 0.0
         else:
             absmax = aligned(absmax).view(torch.float32)

@@ -70,13 +70,7 @@ def leave_out_networks(checkpoint: dict[str, Any], module: nn.Module) -> None:
 def networks_of(hyperparameters: Any, given: Mapping[str, Any], unpickle: bool) -> dict[str, nn.Module]:
     """The networks that were left out of a checkpoint's hyperparameters and are not given, without their values.
 
-    Args:
-        hyperparameters: Those in the checkpoint.
-        given: The ones that the caller passes.
-        unpickle: Whether the file may run code.
-
-    Raises:
-        ValueError: If a network is neither given nor in the checkpoint; names the argument.
+    Raises ValueError for one that is neither given nor in the checkpoint, or may not be unpickled.
     """
     held = hyperparameters.items() if isinstance(hyperparameters, dict) else ()
     missing = {key: value for key, value in held if isinstance(value, LeftOut) and key not in given}

@@ -97,12 +97,9 @@ class Calibration:
                 self.collect_statistics(module, lambda: run_training_steps(trainer, batches, index))
 
     def collect_statistics(self, module: nn.Module, run: Callable[[], Any], *arguments: Any) -> None:
-        """Collect the inputs of the module's waiting layers during `run`, then initialize their adapters.
+        """Collect the inputs of the module's waiting layers while `run` runs it, then initialize their adapters.
 
-        Args:
-            module: The module that `run` runs.
-            run: Runs it on training data.
-            *arguments: The inputs of `run`; they are restored afterwards.
+        `arguments` are the inputs of `run`, which are restored afterwards.
         """
         layers, began = self._waiting_layers(module), perf_counter()
         statistics = InputStatistics(layers)

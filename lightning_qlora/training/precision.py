@@ -82,7 +82,7 @@ class QLoRAPrecision(Precision):
         trainer = self._trainer
         sharding = convert_before_sharding(trainer, self.config, self.convert_module)
         try:
-            with quantize_while_loading(self.config, shards_module(trainer)), sharding:
+            with sharding, quantize_while_loading(self.config, shards_module(trainer)):
                 yield
         except BaseException:
             if trainer is not None and has_meta(trainer.lightning_module):

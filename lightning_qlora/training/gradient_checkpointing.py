@@ -23,8 +23,8 @@ from lightning_qlora.training.report import group
 RECOMPUTED = "_qlora_recomputed"  # attribute of a block: whether it ran, to be recomputed in the backward pass
 
 
-def enable_gradient_checkpointing(module: nn.Module) -> int:
-    """Recompute the repeated blocks of a converted module in its backward pass; the number of blocks.
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Recompute the repeated blocks of a converted module in its backward pass.
 
     Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
     Sequential with two or more children of one class that hold converted layers.
@@ -42,7 +42,6 @@ def enable_gradient_checkpointing(module: nn.Module) -> int:
             "class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
             stacklevel=2,
         )
-    return len(blocks)
 
 
 def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -182,13 +182,9 @@ class Calibration:
     def _remove_hooks(self) -> None:
         """Remove the hooks of modules without a waiting layer, so that torch.compile can trace them."""
         waiting = {id(layer) for layer in self._waiting_layers().values()}
-        kept = []
         for module, hook in self._hooks:
             if waiting.isdisjoint(map(id, module.modules())):
                 hook.remove()
-            else:
-                kept.append((module, hook))
-        self._hooks = kept
         if not self.report.waiting:
             self._report_once()
 

@@ -125,6 +125,16 @@ def test_transformers_under_the_trainer(name, trainer, count_recomputed):
     same(seen[False], seen[True])
 
 
+def test_layers_that_transformers_recomputes_already_are_recomputed_once(count_recomputed):
+    pytest.importorskip("transformers")
+    model = toy("llama").train()
+    model.gradient_checkpointing_enable()
+    convert(model, **ARGUMENTS, gradient_checkpointing=True)
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    layers = list(transformers_checkpointing_layers(model))
+    assert len(count_recomputed) == len(layers) > 1 and not any(layer.gradient_checkpointing for layer in layers)
+
+
 def opt():
     import transformers
 

@@ -8,7 +8,7 @@ import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,9 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     for block in blocks:
-        setattr(block, RECOMPUTED, False)
-        patches.recompute_block(block, partial(_recomputed_forward, block))
+        if RECOMPUTED not in vars(block):  # else an earlier conversion did this
+            setattr(block, RECOMPUTED, False)
+            patches.recompute_block(block, partial(_recomputed_forward, block, vars(block).get("forward")))
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
@@ -82,9 +83,12 @@ def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of a block, recomputed in the backward pass; hooks of the block run once, outside of it."""
-    forward = partial(type(block).forward, block)
+def _recomputed_forward(block: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
+
+    `own` is the method that a block had in place of that of its class, as accelerate gives it (`device_map`).
+    """
+    forward = own or partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if not getattr(block, RECOMPUTED):

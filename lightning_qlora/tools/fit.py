@@ -72,10 +72,7 @@ def _largest_sizes(run: PlannedRun, usable: int, batch_size: int, sequence_lengt
     batch = largest(lambda n: needed(run.estimate(n, sequence_length)), usable, batch_size, 1, LARGEST_BATCH)
     yield line(f"largest batch of {sequence_length} tokens", f"{batch}{' or more' if batch >= LARGEST_BATCH else ''}")
     longest = positions_of(run.model) or LONGEST
-    start = sequence_length // LENGTH_STEP * LENGTH_STEP or min(LENGTH_STEP, longest)
-    if needed(run.estimate(batch_size, start)) > usable:
-        start = sequence_length
-    length = largest(lambda n: needed(run.estimate(batch_size, n)), usable, start, LENGTH_STEP, longest)
+    length = largest(lambda n: needed(run.estimate(batch_size, n)), usable, sequence_length, LENGTH_STEP, longest)
     why = ", all positions of the model" if length == positions_of(run.model) else ""
     yield line(f"longest sequence at batch size {batch_size}", f"{length:,} tokens{why}")
 
@@ -85,8 +82,7 @@ def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, 
 
     `memory` (number -> bytes) grows almost linearly, so a line through two known points leads to it in few calls.
     """
-    low, high, bytes_low = fitting, limit + step, memory(fitting)
-    guess, bisect = min(2 * fitting, limit), False
+    low, high, bytes_low, guess = fitting, limit + step, memory(fitting), 2 * fitting
     while high - low > step and low < limit:
         guess = min(max(guess, low + step), high - step, limit)
         count = memory(guess)
@@ -95,9 +91,7 @@ def largest(memory: Callable[[int], int], budget: int, fitting: int, step: int, 
             low, bytes_low = guess, count
         else:
             high = guess
-        bisect = high <= limit and not bisect  # every second time, so that the distance halves
-        room = (high - low) / 2 if bisect else (budget - bytes_low) / max(slope, 1e-9)
-        guess = low + int(min(room, limit)) // step * step
+        guess = low + int(min((budget - bytes_low) / max(slope, 1e-9), limit)) // step * step
     return low
 
 

@@ -45,10 +45,8 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     layers = adapter.layers | adapter.expert_adapters
-    parameters = (
-        {adapter.peft_config.get("r", 0): len(adapter.expert_adapters)} if adapter.expert_adapters else {}
-    )  # of many experts
-    ranks = Counter(layer.r for layer in adapter.layers.values()) + Counter(parameters)
+    of_experts = {adapter.peft_config.get("r", 0): len(adapter.expert_adapters)}  # their matrices hold many experts
+    ranks = Counter(layer.r for layer in adapter.layers.values()) + Counter(of_experts)
     alphas = Counter(layer.alpha for layer in layers.values())
     endings = Counter(last_part(name) for name in layers)
     matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer
 from lightning_qlora.config import OptimizerName, QLoRAConfig
 from lightning_qlora.layers.packed_linear import BASE
@@ -22,7 +24,7 @@ from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.convert_checks import check_initialized
-from lightning_qlora.training.report import parameter_bytes, size_text
+from lightning_qlora.training.report import size_text
 from lightning_qlora.words import refuse_unknown_arguments
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
@@ -135,9 +137,10 @@ class PlannedRun:
             config = config.with_initialization("default")
         self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         self._given = made, optimizer, example
+        if config.adapter is not None:  # no file can be read under that mode
+            config = replace(config_of_adapter(made, read_adapter(config.adapter), config), adapter=None)
         with self._mode:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
-            self._dense_bytes = parameter_bytes(self.model)
             self._report = convert_module(self.model, config)
             run_without_data(self.model)
         layers = adapted_layers(self.model).values()
@@ -168,7 +171,7 @@ class PlannedRun:
         activations, gradients = step or (0, self._parts["gradients"])
         parts, report = {**self._parts, "activations": activations}, self._report
         paged, weights = bool(self.config.paged_optimizer), (report.trainable_parameters, report.total_parameters)
-        return MemoryEstimate(parts, gradients, paged, *weights, self._dense_bytes, step is not None, report.rows())
+        return MemoryEstimate(parts, gradients, paged, *weights, report.bytes_before, step is not None, report.rows())
 
 
 def _decode_buffers(layers: Iterable[QLoRALinear]) -> int:

@@ -24,11 +24,7 @@ READ = "its weight was read, but no gradient came back"
 
 
 def check_loss(loss: Any) -> None:
-    """Refuse a loss that autograd did not record, with the reasons that a frozen model has for it.
-
-    Raises:
-        RuntimeError: If the loss needs no gradient.
-    """
+    """Raise RuntimeError for a loss that autograd did not record, with the reasons that a frozen model has for it."""
     if isinstance(loss, Tensor) and not loss.requires_grad:
         raise RuntimeError(
             "The loss needs no gradient, so no adapter can train. Either it was computed without a converted layer, "
@@ -40,11 +36,7 @@ def check_loss(loss: Any) -> None:
 
 
 def adapters_without_gradient(layers: Mapping[str, QLoRALinear]) -> dict[str, str]:
-    """Name of each layer whose adapter has no gradient -> the reason.
-
-    Args:
-        layers: Name -> converted layer, after a backward pass and before the gradients are cleared.
-    """
+    """Name of each layer whose adapter has no gradient, after a backward pass -> the reason."""
     found = {}
     for name, layer in layers.items():
         trains = [p for p in layer.adapter_parameters() if p.requires_grad]
@@ -58,11 +50,7 @@ def audit_first_step(optimizer: Optimizer, module: nn.Module, found: dict[str, s
 
     Weights that are read without a gradient are a warning, as are blocks that gradient checkpointing did not recompute;
     unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
-
-    Args:
-        optimizer: It steps next; later calls with it do nothing.
-        module: The converted module.
-        found: Name -> reason, of the layers that are known to get no gradient; what is found is added to it.
+    `found` has the name -> reason of layers that are known to get no gradient; what is found is added to it.
     """
     if hasattr(optimizer, AUDITED):
         return

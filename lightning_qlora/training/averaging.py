@@ -14,9 +14,7 @@ from lightning_qlora.training.patches import replace_average
 class AverageOfTrained(AveragedModel):
     """The running average of the parameters that train and of the buffers; the module's frozen parameters are shared.
 
-    Args:
-        made: The average that the callback made before conversion: a copy of the dense module.
-        module: The converted module.
+    `made` is the average that the callback made before conversion, a copy of the dense module.
     """
 
     def __init__(self, made: AveragedModel, module: nn.Module) -> None:

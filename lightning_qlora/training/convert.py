@@ -15,16 +15,13 @@ from lightning_qlora.adapters.module_state import Conversion, conversion_of, use
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.patches import (
-    forget_quantizer,
-    refuse_peft_on_4_bit_layers,
-    refuse_save_pretrained,
-)
+from lightning_qlora.huggingface.patches import forget_quantizer, refuse_peft_on_4_bit_layers, refuse_save_pretrained
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.names import named
@@ -118,9 +115,9 @@ def convert_module(
     check_loaded(module, choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
-    for name, layer in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
-        with named(name or type(layer.layer).__name__ if isinstance(layer, ToConvert) else name):
-            (_convert_layer if isinstance(layer, ToConvert) else _convert_stack)(name, layer, device)
+    for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
+        with named(name or type(chosen[0]).__name__):
+            _convert(name, chosen, device)
     for layer in module.modules():
         if is_packed(layer):
             decode_packed_layer(layer)
@@ -171,36 +168,20 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         conversion.given.insert(0, config)  # the last one is that of the conversion
 
 
-def _convert_layer(name: str, to_convert: ToConvert, device: torch.device | None) -> None:
-    layer, config, seed_name = to_convert
-    if isinstance(layer, QLoRALinear):
-        _adopt_loaded(layer, config, name)
-        return
-    _check_not_sharded(layer._parameters["weight"])
-    if is_packed(layer):
-        setattr(layer._parameters["weight"], REPLACED, layer)  # for an optimizer that was made before
-        QLoRALinear.from_packed(layer, *pop_packed_weight(layer), config, name, seed_name)
+def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device | None) -> None:
+    """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
+    part, config, seed_name = chosen
+    if isinstance(part, ExpertParameter):
+        weight: Any = part.owner._parameters.get(part.key)
+        experts = [] if part.loaded is None else part.loaded.layers
+        loaded = {expert_name(name, number): layer for number, layer in enumerate(experts)}
     else:
-        QLoRALinear.from_linear(layer, config, name, device, seed_name)
-
-
-def _convert_stack(name: str, to_convert: StackToConvert, device: torch.device | None) -> None:
-    (owner, key, experts, transposed), config, seed_name = to_convert
-    if (loaded := to_convert.parameter.loaded) is not None:
-        for number, layer in enumerate(loaded.layers):
-            _adopt_loaded(layer, config, expert_name(name, number))
+        weight = part._parameters.get("weight")
+        loaded = {name: part} if isinstance(part, QLoRALinear) else {}
+    for full_name, layer in loaded.items():
+        layer.config, layer.full_name, layer.loaded, layer.lora_dropout = config, full_name, False, config.lora_dropout
+    if loaded:
         return
-    _check_not_sharded(owner._parameters[key])
-    QLoRAExperts.from_parameter(owner, key, config, name, experts, transposed, device, seed_name)
-
-
-def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
-    """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.config, layer.full_name, layer.loaded = config, name, False
-    layer.lora_dropout = config.lora_dropout
-
-
-def _check_not_sharded(weight: Any) -> None:
     if is_sharded(weight):
         raise ValueError(
             "its weight is sharded already (a DTensor), and a shard can't be quantized. Call "
@@ -208,6 +189,14 @@ def _check_not_sharded(weight: Any) -> None:
             "from_pretrained (tp_plan, distributed_config), which shards while it loads. The plugin converts in time "
             "if configure_model sets self.model = model before it calls fully_shard."
         )
+    if isinstance(part, ExpertParameter):
+        owner, key, count, transposed = part
+        QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name)
+    elif is_packed(part):
+        setattr(weight, REPLACED, part)  # for an optimizer that was made before
+        QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
+    else:
+        QLoRALinear.from_linear(part, config, name, device, seed_name)
 
 
 def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear]) -> None:

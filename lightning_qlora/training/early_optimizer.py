@@ -3,10 +3,10 @@
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.dotted_names import join, owner_name
+from lightning_qlora.layers.dotted_names import join, last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS
 
 
@@ -22,24 +22,17 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
         params = [_replacements(param) for param in group["params"]]
         if "param_names" in group:  # the optimizer was made from named_parameters()
             named = zip(group["param_names"], params, strict=True)
-            group["param_names"] = [_renamed(name, key) for name, of_name in named for key in of_name]
+            group["param_names"] = [
+                join(owner_name(name), key) if key else name for name, of_name in named for key in of_name
+            ]
         group["params"][:] = [param for of_param in params for param in of_param.values()]
 
 
 def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
     """Ending of the name -> parameter of the adapter; {"": param} if conversion did not replace it."""
-    became = getattr(param, REPLACED, None)
-    if isinstance(became, QLoRALinear):
-        return _adapter_of(became)
-    if isinstance(became, QLoRAExperts):
-        experts = {".".join(layer.full_name.split(".")[-2:]): layer for layer in became.layers}
-        return {f"{name}.{key}": p for name, layer in experts.items() for key, p in _adapter_of(layer).items()}
-    return {DELTA: getattr(param, ROWS)} if hasattr(param, ROWS) else {"": param}
-
-
-def _adapter_of(layer: QLoRALinear) -> dict[str, nn.Parameter]:
-    return {key: parameter for key in ADAPTER if (parameter := layer._parameters.get(key)) is not None}
-
-
-def _renamed(name: str, key: str) -> str:
-    return join(owner_name(name), key) if key else name
+    if hasattr(param, ROWS):
+        return {DELTA: getattr(param, ROWS)}
+    became: nn.Module = getattr(param, REPLACED, nn.Module())
+    prefix = became.layers[0].full_name.split(".")[-2] if isinstance(became, QLoRAExperts) else ""
+    of_adapter = [(join(prefix, name), p) for name, p in became.named_parameters() if last_part(name) in ADAPTER]
+    return dict(of_adapter) or {"": param}

@@ -28,16 +28,14 @@ def shards_module(trainer: Trainer | None) -> bool:
 def convert_before_sharding(
     trainer: Trainer | None, config: QLoRAConfig, convert: Callable[[LightningModule], Any]
 ) -> Iterator[None]:
-    """Within this, `convert` is called with the Trainer's module before `fully_shard` shards a part of it.
+    """Within this (`configure_model`), `convert` is called with the module before `fully_shard` shards a part of it.
 
-    Args:
-        trainer: The Trainer; None, or a strategy other than ModelParallelStrategy, does nothing.
-        config: The arguments of the conversion.
-        convert: Converts the module.
+    At its end all weights of the module are there, and its adapters are those to start from. It does nothing for a
+    strategy that does not shard.
 
     Raises:
-        ValueError: If layers are added after the first call of `fully_shard`, or values were written before it to a
-            model whose weights are read after it.
+        ValueError: If layers are added after the first call of `fully_shard`, values were written before it to a model
+            whose weights are read after it, or a part of the module is on the meta device at the end.
     """
     if trainer is None or not shards_module(trainer):
         yield
@@ -55,20 +53,10 @@ def convert_before_sharding(
         yield
     if at_conversion:
         _check_no_later_layers(module, at_conversion)
-
-
-def finish_loading(trainer: Trainer, config: QLoRAConfig) -> None:
-    """After `configure_model`: all weights of a sharded module are there, and its adapters are those to start from.
-
-    Raises:
-        ValueError: If a part of the module is on the meta device still.
-    """
-    module = trainer.lightning_module
-    if not shards_module(trainer) or conversion_of(module) is None:
-        return
-    check_has_data(module)
-    if config.adapter is not None:
-        set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
+    if conversion_of(module) is not None:
+        check_has_data(module)
+        if config.adapter is not None:
+            set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
 
 
 def _check_no_later_layers(module: nn.Module, at_conversion: set[nn.Module]) -> None:

@@ -8,7 +8,7 @@ import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,8 @@ from lightning_qlora.training.report import group
 RECOMPUTED = "_qlora_recomputed"  # attribute of a block: whether it ran, to be recomputed in the backward pass
 
 
-def enable_gradient_checkpointing(module: nn.Module) -> int:
-    """Recompute the repeated blocks of a converted module in its backward pass; the number of blocks.
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Recompute the repeated blocks of a converted module in its backward pass.
 
     Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
     Sequential with two or more children of one class that hold converted layers.
@@ -34,15 +34,15 @@ def enable_gradient_checkpointing(module: nn.Module) -> int:
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     for block in blocks:
-        setattr(block, RECOMPUTED, False)
-        patches.recompute_block(block, partial(_recomputed_forward, block))
+        if RECOMPUTED not in vars(block):  # else an earlier conversion did this
+            setattr(block, RECOMPUTED, False)
+            patches.recompute_block(block, partial(_recomputed_forward, block, vars(block).get("forward")))
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
             "class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
             stacklevel=2,
         )
-    return len(blocks)
 
 
 def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -83,9 +83,12 @@ def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of a block, recomputed in the backward pass; hooks of the block run once, outside of it."""
-    forward = partial(type(block).forward, block)
+def _recomputed_forward(block: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
+
+    `own` is the method that a block had in place of that of its class, as accelerate gives it (`device_map`).
+    """
+    forward = own or partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if not getattr(block, RECOMPUTED):

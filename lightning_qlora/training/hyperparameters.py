@@ -1,7 +1,6 @@
 """What a run did, as hyperparameters for the Trainer's loggers, so that runs can be compared."""
 
 from dataclasses import asdict
-from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import nn
@@ -12,22 +11,17 @@ from lightning_qlora.training.report import ConversionReport
 
 
 def log_hyperparameters(trainer: Trainer | None, module: nn.Module, report: ConversionReport) -> None:
-    """Log `hyperparameters` once for a run, under "qlora". All ranks call it, since a sharded module is read."""
-    if trainer is not None and trainer.loggers and getattr(trainer, "enable_autolog_hparams", True):
-        values = hyperparameters(module, report)
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"qlora": values})
+    """Log the arguments of the conversion and the numbers of the report under "qlora", once for a run.
 
-
-def hyperparameters(module: nn.Module, report: ConversionReport) -> dict[str, Any]:
-    """The arguments of the conversion, as in a checkpoint, and the numbers of the report.
-
-    `base_fingerprint` is that of `lightning-qlora inspect`: one number for all frozen weights; "none" if checkpoints
-    hold the base itself.
+    All ranks call it, since a sharded module is read. `base_fingerprint` is that of `lightning-qlora inspect`: one
+    number for all frozen weights; "none" if checkpoints hold the base itself.
     """
     conversion = conversion_of(module)
-    assert conversion is not None
-    return {
+    if trainer is None or conversion is None or not trainer.loggers:
+        return
+    if not getattr(trainer, "enable_autolog_hparams", True):
+        return
+    values = {
         **asdict(conversion.config),
         "adapter": None,  # a folder that was read once
         "layers": len(report.converted),
@@ -36,3 +30,5 @@ def hyperparameters(module: nn.Module, report: ConversionReport) -> dict[str, An
         "bytes": report.bytes_after,
         "base_fingerprint": fingerprint_of_base(module.state_dict()) or "none",
     }
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"qlora": values})

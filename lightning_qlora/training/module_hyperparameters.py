@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lightning_qlora.adapters.module_state import conversion_of
 
@@ -55,28 +56,19 @@ def leave_out_networks(checkpoint: dict[str, Any], module: nn.Module) -> None:
     own, full = {id(parameter) for parameter in module.parameters()}, conversion.config.checkpoint == "full"
 
     def without(value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            shared = any(id(parameter) in own for parameter in value.parameters())
-            return LeftOut(type(value).__name__, _structure(value) if full else "") if shared else value
-        if isinstance(value, dict):
-            return {key: without(item) for key, item in value.items()}
-        return type(value)(map(without, value)) if type(value) in (list, tuple) else value
+        if not isinstance(value, nn.Module) or own.isdisjoint(map(id, value.parameters())):
+            return value
+        return LeftOut(type(value).__name__, _structure(value) if full else "")
 
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if isinstance(checkpoint.get(key), dict):
-            checkpoint[key] = without(checkpoint[key])
+            checkpoint[key] = tree_map(without, checkpoint[key])
 
 
 def networks_of(hyperparameters: Any, given: Mapping[str, Any], unpickle: bool) -> dict[str, nn.Module]:
     """The networks that were left out of a checkpoint's hyperparameters and are not given, without their values.
 
-    Args:
-        hyperparameters: Those in the checkpoint.
-        given: The ones that the caller passes.
-        unpickle: Whether the file may run code.
-
-    Raises:
-        ValueError: If a network is neither given nor in the checkpoint; names the argument.
+    Raises ValueError for one that is neither given nor in the checkpoint, or may not be unpickled.
     """
     held = hyperparameters.items() if isinstance(hyperparameters, dict) else ()
     missing = {key: value for key, value in held if isinstance(value, LeftOut) and key not in given}

@@ -32,7 +32,7 @@ from lightning_qlora.training.calibration.calibration import calibration_of
 from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
-from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, finish_loading, shards_module
+from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
 from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
@@ -82,10 +82,8 @@ class QLoRAPrecision(Precision):
         trainer = self._trainer
         sharding = convert_before_sharding(trainer, self.config, self.convert_module)
         try:
-            with quantize_while_loading(self.config, shards_module(trainer)), sharding:
+            with sharding, quantize_while_loading(self.config, shards_module(trainer)):
                 yield
-            if trainer is not None:
-                finish_loading(trainer, self.config)
         except BaseException:
             if trainer is not None and has_meta(trainer.lightning_module):
                 patches.skip_moving_meta_module_at_teardown(trainer)

@@ -139,8 +139,8 @@ def test_an_adapter_to_start_from(folder, tmp_path):
     ("arguments", "message"),
     [
         ({"rank_pattern": {"experts.gate_up_proj": 4}}, "r=2 and not 4"),
-        ({"exclude_modules": ["experts.down_proj"]}, r"is to stay dense now \(in exclude_modules\)"),
-        ({"modules_to_save": ["mlp.experts"]}, r"is to stay dense now \(in modules_to_save\)"),
+        ({"exclude_modules": ["experts.down_proj"]}, "is to stay dense now: in exclude_modules"),
+        ({"modules_to_save": ["mlp.experts"]}, "is to stay dense now: in modules_to_save"),
     ],
 )
 def test_other_arguments_at_conversion_are_refused(arguments, message, folder):

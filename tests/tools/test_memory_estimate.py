@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import PagedAdamW8bit, convert, estimate_memory
+from lightning_qlora import PagedAdamW8bit, convert, estimate_memory, save_adapter
 from lightning_qlora.kernels import scratch
 from lightning_qlora.tools.fake_model import meta_model
 from lightning_qlora.training.report import count_parameters
@@ -102,6 +102,14 @@ def test_the_initialization_does_not_change_the_estimate(start):
     model, example = nn.Sequential(nn.Linear(64, 64)), torch.zeros(4, 64)
     planned = estimate_memory(model, example=example, r=4, init_lora_weights=start)
     assert planned == estimate_memory(model, example=example, r=4)
+
+
+def test_an_adapter_to_start_from_decides_on_the_layers(tmp_path):
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    convert(module, r=4, lora_alpha=8, target_modules=["1"])
+    save_adapter(module, tmp_path)
+    planned = estimate_memory(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), adapter=str(tmp_path))
+    assert planned.trainable_parameters == 4 * (64 + 64) and planned.layers[0][0] == "1"
 
 
 def test_a_model_of_70_billion_weights_is_not_allocated():

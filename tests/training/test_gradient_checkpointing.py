@@ -94,6 +94,18 @@ def test_a_converted_module_can_be_copied():
     assert other.blocks[0].calls == 2 and module.blocks[0].calls == 0
 
 
+def test_a_block_keeps_the_forward_method_that_was_put_in_its_place_and_is_wrapped_once():
+    module, calls = Plain(), []
+    block = module.blocks[0]
+    original = block.forward
+    block.forward = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    convert(module, **ARGUMENTS, gradient_checkpointing=True)
+    module.more = nn.Linear(64, 64)
+    convert(module, **ARGUMENTS, gradient_checkpointing=True)
+    module(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    assert len(calls) == block.calls == module.blocks[1].calls == 2
+
+
 def test_a_module_without_blocks_warns():
     module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     with pytest.warns(UserWarning, match="Sequential has no repeated blocks"):
@@ -123,6 +135,16 @@ def test_transformers_under_the_trainer(name, trainer, count_recomputed):
         seen[checkpointing] = lit.grads
         assert bool(count_recomputed) == checkpointing
     same(seen[False], seen[True])
+
+
+def test_layers_that_transformers_recomputes_already_are_recomputed_once(count_recomputed):
+    pytest.importorskip("transformers")
+    model = toy("llama").train()
+    model.gradient_checkpointing_enable()
+    convert(model, **ARGUMENTS, gradient_checkpointing=True)
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    layers = list(transformers_checkpointing_layers(model))
+    assert len(count_recomputed) == len(layers) > 1 and not any(layer.gradient_checkpointing for layer in layers)
 
 
 def opt():

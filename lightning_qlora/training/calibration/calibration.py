@@ -97,12 +97,9 @@ class Calibration:
                 self.collect_statistics(module, lambda: run_training_steps(trainer, batches, index))
 
     def collect_statistics(self, module: nn.Module, run: Callable[[], Any], *arguments: Any) -> None:
-        """Collect the inputs of the module's waiting layers during `run`, then initialize their adapters.
+        """Collect the inputs of the module's waiting layers while `run` runs it, then initialize their adapters.
 
-        Args:
-            module: The module that `run` runs.
-            run: Runs it on training data.
-            *arguments: The inputs of `run`; they are restored afterwards.
+        `arguments` are the inputs of `run`, which are restored afterwards.
         """
         layers, began = self._waiting_layers(module), perf_counter()
         statistics = InputStatistics(layers)
@@ -185,13 +182,9 @@ class Calibration:
     def _remove_hooks(self) -> None:
         """Remove the hooks of modules without a waiting layer, so that torch.compile can trace them."""
         waiting = {id(layer) for layer in self._waiting_layers().values()}
-        kept = []
         for module, hook in self._hooks:
             if waiting.isdisjoint(map(id, module.modules())):
                 hook.remove()
-            else:
-                kept.append((module, hook))
-        self._hooks = kept
         if not self.report.waiting:
             self._report_once()
 

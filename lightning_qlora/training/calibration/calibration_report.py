@@ -37,12 +37,15 @@ class CalibrationReport:
                 f"{len(self.waiting)} adapters will be calibrated on the first training batch; until then "
                 f"{self.host_bytes:,} bytes of dense weights stay in host memory"
             )
-        wait = f"; waiting for a first input: {', '.join(self.waiting)}" if self.waiting else ""
+        parts = [
+            f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s",
+            f"{self.host_bytes:,} bytes of dense weights were kept until then",
+        ]
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:WORST]
-        errors = f"; largest errors left: {', '.join(f'{name} {self.errors[name]:.1%}' for name in worst)}"
-        unseen = f"; default initialization, because all inputs were zero: {', '.join(self.unseen)}"
-        return (
-            f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s; "
-            f"{self.host_bytes:,} bytes of dense weights were kept until then{errors if worst else ''}"
-            f"{unseen if self.unseen else ''}{wait}"
-        )
+        for what, names in (
+            ("largest errors left", [f"{name} {self.errors[name]:.1%}" for name in worst]),
+            ("default initialization, because all inputs were zero", self.unseen),
+            ("waiting for a first input", self.waiting),
+        ):
+            parts += [f"{what}: {', '.join(names)}"] if names else []
+        return "; ".join(parts)

@@ -57,11 +57,7 @@ class InputStatistics:
         total[-2] += len(rows)
 
     def sum_over_ranks(self) -> None:
-        """Add the sums of all ranks, in one message.
-
-        Raises:
-            RuntimeError: If the ranks collected from different layers.
-        """
+        """Add the sums of all ranks, in one message; RuntimeError if they collected from different layers."""
         if world_size() == 1:
             return
         names_of_ranks = of_all_ranks(list(self.sums))
@@ -85,11 +81,7 @@ class InputStatistics:
         return int(self.sums[name][-2])
 
     def rms(self, name: str) -> Tensor:
-        """RMS of every input channel, fp32 [in]; zeros for a layer without an input.
-
-        Raises:
-            ValueError: If every row of the layer has NaN or Inf.
-        """
+        """RMS of every input channel, fp32 [in]; zeros without an input, ValueError if every row has NaN or Inf."""
         total = self.sums[name]
         result = (total[:-2] / total[-2].clamp_min(1)).sqrt().float()
         if (total[-1] and not total[-2]) or not torch.isfinite(result).all():

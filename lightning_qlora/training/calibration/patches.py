@@ -25,18 +25,14 @@ class ReadAhead(NamedTuple):
 
 
 def return_to_trainer(fetcher: Any, taken: list[ReadAhead], states: list[Any], rest: Iterator[Any]) -> None:
-    """Let a data fetcher give what was read ahead from it again, and then the rest.
+    """Let the Trainer's fetcher of training data give what was read ahead from it again, and then the rest.
+
+    `states` are those of the loader before it was read ahead and after each item that was `taken`.
 
     Upstream: lightning/pytorch/loops/fetchers.py, _DataFetcher.__next__ reads from its `iterator`;
     lightning/pytorch/utilities/combined_loader.py, CombinedLoader._state_dicts is what a checkpoint saves.
     Supported ways tried: none; `trainer.train_dataloader` is read once, before the first batch.
     Removed by: a fetcher with a method to peek.
-
-    Args:
-        fetcher: The Trainer's fetcher of training data.
-        taken: What was read ahead.
-        states: State of the loader before it was read ahead, and after each of `taken`.
-        rest: What comes after them.
     """
     loader = fetcher.combined_loader
 

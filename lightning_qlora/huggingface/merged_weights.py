@@ -1,13 +1,13 @@
 """The weights of a base folder with an adapter added to them, one at a time."""
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import BITS, required_base
+from lightning_qlora.adapters.base_compatibility import BITS, check_bits, is_base_changed, refuse_base
 from lightning_qlora.adapters.folder_layers import AdaptedTensor
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.config import Base, QLoRAConfig
@@ -39,7 +39,10 @@ class MergedWeights:
             name, rows = key.removesuffix(".weight"), weight.dequantize()
             if adapted is not None:
                 (name,) = adapted.layers
-                self._check_bits(name, weight)
+                if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
+                    refuse_base(self.adapter, name)
+                bits = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
+                check_bits(self.adapter, name, dict(zip(BITS, bits, strict=True)))
                 rows = self._sum(rows, name, key)
             yield name, rows, weight.dtype
         elif adapted is not None:
@@ -49,8 +52,8 @@ class MergedWeights:
     def _from_dense(self, dense: Tensor, name: str, key: str) -> tuple[Tensor, torch.dtype]:
         if (own := self.adapter.bases.get(name)) is not None:
             return self._sum(own.dequantize(), name, key), own.dtype
-        if (self.adapter.quantization or {}).get("base_changed"):
-            self._refuse_base()
+        if is_base_changed(self.adapter):
+            refuse_base(self.adapter, name)
         rows = self.quantized(dense, key).dequantize() if self.base == "quantized" else dense
         return self._sum(rows, name, key), dense.dtype
 
@@ -78,20 +81,3 @@ class MergedWeights:
         if layer.magnitude is not None:
             total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
         return total
-
-    def _check_bits(self, name: str, weight: PackedWeight) -> None:
-        """Refuse 4-bit weights on which the adapter was not trained."""
-        if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
-            self._refuse_base()
-        here = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
-        need = required_base(self.adapter.quantization)
-        if need is not None and here != tuple(self.quantization()[key] for key in BITS):
-            there = ", ".join(f"{key}={value}" for key, value in zip(BITS, here, strict=True))
-            raise ValueError(f"{self.adapter.source}: {self.folder.folder} has {name} in {there}. {need}")
-
-    def _refuse_base(self) -> NoReturn:
-        raise ValueError(
-            f"{self.adapter.source}: the initialization of these adapters changed the 4-bit weights that they fit, so "
-            f"they do not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds these weights, or pass "
-            "the folder that save_quantized wrote as base_model."
-        )

@@ -79,7 +79,7 @@ def test_an_error_names_the_file_and_the_key(patterns, message, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": patterns}))
     with pytest.raises(ValueError, match=message) as error:
         read_adapter(tmp_path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value) and path.name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_thousands_of_names_are_no_problem():

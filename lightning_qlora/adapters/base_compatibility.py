@@ -20,7 +20,7 @@ from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.difference import InitializationRecord, recompute_initial, subtract_initial
+from lightning_qlora.layers.initialization.difference import recompute_initial, subtract_initial
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 
@@ -154,7 +154,13 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: an adapter folder does not hold what the initial values were computed from. Export "
             "from the Lightning checkpoint, or from the module."
         )
-    _check_input_sizes(adapter, origin)
+    for name, layer in adapter.layers.items() if origin.config.initialization == "calibrated" else ():
+        if name not in origin.input_rms and bool(layer.lora_B.any()):
+            raise ValueError(
+                f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
+                "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
+                "checkpoint, or the module, that the adapter was calibrated in."
+            )
     if adapter.use_dora:
         raise ValueError(
             f"{adapter.source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
@@ -182,19 +188,6 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
             layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
-
-
-def _check_input_sizes(adapter: Adapter, origin: InitializationRecord) -> None:
-    """Refuse a "calibrated" adapter that was loaded from a folder, which holds no input sizes."""
-    if origin.config.initialization != "calibrated":
-        return
-    for name, layer in adapter.layers.items():
-        if name not in origin.input_rms and bool(layer.lora_B.any()):
-            raise ValueError(
-                f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
-                "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
-                "checkpoint, or the module, that the adapter was calibrated in."
-            )
 
 
 def _bits_of(layer: QLoRALinear) -> dict[str, Any]:

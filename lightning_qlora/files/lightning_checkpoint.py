@@ -68,7 +68,7 @@ def read_checkpoint(
 def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) -> None:
     """Compare a checkpoint with the CRC-32 that `torch.save` writes of each part of a file; torch.load does not.
 
-    In shards every value is saved so, at the place that the index has. Does nothing for other files, and for addresses.
+    In shards each value is saved this way, at its offset in the index. Does nothing for other files, and for addresses.
     Raises ValueError if a part is damaged, with its name.
     """
     if is_shards(path):

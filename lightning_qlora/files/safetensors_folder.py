@@ -86,6 +86,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json; empty if there is none. Raises as `read_json`."""
+    path = folder / "config.json"
+    return read_json(path) if is_file(path) else {}
+
+
 class WeightFolder:
     """The safetensors files of a model's folder: one file, or several with an index.
 

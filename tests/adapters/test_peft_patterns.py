@@ -66,7 +66,7 @@ def test_no_pattern_hangs(pattern):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({r"(?=proj)proj": 2}, "assert of regular expressions can't be used here"),
+        ({r"(?=proj)proj": 2}, "or has flags, look-around"),
         ({f"(a|{i})": 2 for i in range(MOST_PATTERNS + 1)}, f"101 regular expressions are more than {MOST_PATTERNS}"),
         ({"(" * 1500 + ")" * 1500: 2}, "not a valid regular expression"),
         ({"(a{1,9}){1,9}" * 3000: 2}, "a pattern of 39000 characters is longer than 4000"),

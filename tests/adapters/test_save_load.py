@@ -391,12 +391,12 @@ def test_a_truncated_file(folder):
 
 
 def test_another_architecture_is_refused_with_file_and_key(folder):
-    message = r"adapter_model.safetensors: key 'base_model.model.model.layers.0.*has no such layer"
+    message = r"adapter_model.safetensors: key 'base_model.model.model.layers.0.*has no (such )?layer"
     with pytest.raises(CheckpointMismatchError, match=message):
         load_adapter(converted("gpt2"), folder)
     with pytest.raises(CheckpointMismatchError, match=message):
         convert(toy("gpt2"), adapter=str(folder))
-    with pytest.raises(CheckpointMismatchError, match=r"has a Linear without an adapter there"):
+    with pytest.raises(CheckpointMismatchError, match=r"has no layer with an adapter there"):
         load_adapter(converted("llama", target_modules=["q_proj"]), folder)
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)

@@ -13,6 +13,7 @@ from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part, plain_name
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
+from lightning_qlora.layers.names import named
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -26,10 +27,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
     """
     state, root = read_converted_state_dict(path, weights_only)
-    try:
+    with named(path):
         config, description = read_conversion(state, root)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     if config is None or not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
         raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
     outer = plain_name(root) + (f"{description['prefix']}." if description["prefix"] else "")

@@ -70,7 +70,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """
     path = Path(folder) / WEIGHTS_FILE
     config, tensors, metadata = _read_files(Path(folder))
-    with named(str(path)):
+    with named(path):
         return replace(_parse(config, tensors, metadata), source=str(path))
 
 
@@ -149,7 +149,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
                 raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
             tensors, metadata = _read_weights(weights, end)
             same_config = before == _version(path)
-        with named(str(weights)):
+        with named(weights):
             copy = metadata_entry(metadata, CONFIG_COPY)
         if checked is not None and copy in (None, config):
             return checked, tensors, metadata

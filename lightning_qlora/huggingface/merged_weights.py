@@ -14,6 +14,7 @@ from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import named
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -32,10 +33,8 @@ class MergedWeights:
         A 4-bit weight without an adapter (None) is only decoded.
         """
         if self.folder.is_packed(key):
-            try:
+            with named(self.folder.file_of[key]):
                 weight = PackedWeight.from_bnb_state_dict(self.folder.entries_of(key), key)
-            except ValueError as error:
-                raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
             name, rows = key.removesuffix(".weight"), weight.dequantize()
             if adapted is not None:
                 (name,) = adapted.layers
@@ -64,10 +63,8 @@ class MergedWeights:
 
     def quantized(self, rows: Tensor, key: str) -> PackedWeight:
         """The 4-bit weight as in training; an error names the file."""
-        try:
+        with named(self.folder.where(key)):
             return quantize(rows, **self.quantization())
-        except ValueError as error:
-            raise ValueError(f"{self.folder.where(key)}: {error}") from error
 
     def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
         """W + s B A in fp32, [out, in]; with DoRA times m / ||W + s B A||, where m are the magnitudes."""

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
+from lightning_qlora.layers.names import named
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
 
@@ -52,19 +53,15 @@ def load_from_checkpoint(
         with one_line_errors(checkpoint_path):
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    try:
+    with named(checkpoint_path):
         config, description = read_conversion(state)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
         raise ValueError(
             f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "
             f"{module_class.__name__}.load_from_checkpoint."
         )
-    try:
+    with named(checkpoint_path):
         networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_path}: {error}") from error
     module = _build(module_class, checkpoint, weights_only, {**networks, **hyperparameters})
     convert_module(module, config, saved=saved_layers(state, description))
     module.load_state_dict(state)

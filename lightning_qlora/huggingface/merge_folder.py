@@ -199,12 +199,8 @@ class _FolderMerge:
             return
         made = []
         for name, rows, dtype in self.weights.of_tensor(key, adapted):
-            # bitsandbytes has no experts in 4 bits
-            if (
-                self.dtype == "4bit"
-                and not self.adapter.expert_parameter(name)
-                and layer not in self.always_dense_layers
-            ):
+            of_expert = self.adapter.expert_parameter(name) is not None  # bitsandbytes has none in 4 bits
+            if self.dtype == "4bit" and not of_expert and layer not in self.always_dense_layers:
                 self.packed.add(layer)
                 entries = self.weights.quantized(rows.to(dtype), key).bnb_state_dict(key)
                 yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables

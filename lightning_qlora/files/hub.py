@@ -38,7 +38,7 @@ def resolve_model(name: str, download: bool = True) -> str:
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
                 f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
             ) from error
-        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
-            f"{name}: neither a folder nor a model on the hub ({why}). Check the name, and the connection."
+            f"{name}: neither a folder nor a model on the hub. Check the name, the connection, and that "
+            "huggingface_hub is installed."
         ) from error

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_qlora.checks import shown
 from lightning_qlora.files.regular_file import is_file, reading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -161,11 +162,8 @@ def _indexed(index: Path) -> dict[str, str]:
         return {}
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
-        what = "has no 'weight_map'" if found is None else f"its 'weight_map' is {str(found)[:80]!r}"
-        raise ValueError(f"{index}: {what}; it must be an object: key -> file name.")
+        raise ValueError(f"{index}: its 'weight_map' is {shown(found)}; it must be an object: key -> file name.")
     for key, name in found.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{index}: the file of {key!r} is {name!r}; it must be a file name.")
-        if name in ("", "..") or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
             raise ValueError(f"{index}: the file of {key!r} is {name!r}, which is not a file of this folder.")
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
-ONE_RUN = 0.75  # of independent adapters the mean has 1/n of their mean square; of one run's, nearly all
+ONE_RUN = 0.75  # the mean of n independent adapters has 1/n of their mean square, that of one run's nearly all
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:

@@ -11,7 +11,7 @@ keeps it (`record_initialization`), so that the module can be saved again.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.folder_layers import find_layers
@@ -20,12 +20,11 @@ from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.difference import InitializationRecord, recompute_initial, subtract_initial
+from lightning_qlora.layers.initialization.difference import recompute_initial, subtract_initial
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 
 BITS = ("quant_type", "block_size", "double_quant")
-EXPORT_FLOAT = "Or export the checkpoint that it came from with base='float', for a base in 16 bits."
 
 
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
@@ -97,21 +96,37 @@ def trained_on(quantization: Mapping[str, Any] | None) -> str:
 
 def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> None:
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
-    known = adapter.quantization or {}
     for name, layer in layers.items():
-        if known.get("base_changed") or methods.changes_base_weights(layer.config):
+        if is_base_changed(adapter) or methods.changes_base_weights(layer.config):
             if adapter.base_fingerprints.get(name) != layer.base_fingerprint():
-                whose = "of these adapters" if known.get("base_changed") else "of the adapters in this module"
-                raise CheckpointMismatchError(
-                    f"{adapter.source}: does not fit {name}: the initialization {whose} changed the 4-bit weights, so "
-                    f"the adapter needs others. Use the base that save_quantized wrote with the adapter. {EXPORT_FLOAT}"
-                )
-        elif required_base(known) and any(known.get(key) != value for key, value in _bits_of(layer).items()):
-            raise CheckpointMismatchError(
-                f"{adapter.source}: does not fit {name}: the adapter was initialized as {known['init_lora_weights']!r} "
-                f"from the error of quantization to {_in_words(known)}, and here it is {_in_words(_bits_of(layer))}. "
-                f"Convert with the same quantization. {EXPORT_FLOAT}"
-            )
+                refuse_base(adapter, name)
+        else:
+            check_bits(adapter, name, _bits_of(layer))
+
+
+def is_base_changed(adapter: Adapter) -> bool:
+    """Whether the initialization changed the 4-bit weights that the adapter fits."""
+    return bool((adapter.quantization or {}).get("base_changed"))
+
+
+def refuse_base(adapter: Adapter, name: str) -> NoReturn:
+    """Raise the error for a layer without the 4-bit weight that an initialization made."""
+    raise CheckpointMismatchError(
+        f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the module, "
+        "changed the 4-bit weights. Use the base that save_quantized wrote with the adapter, or the Lightning "
+        "checkpoint, which holds these weights: merge it, or export it with base='float' for a base in 16 bits."
+    )
+
+
+def check_bits(adapter: Adapter, name: str, here: Mapping[str, Any]) -> None:
+    """Raise CheckpointMismatchError if an adapter needs a layer in another quantization than it has here."""
+    known = adapter.quantization or {}
+    if required_base(known) and any(known.get(key) != value for key, value in here.items()):
+        raise CheckpointMismatchError(
+            f"{adapter.source}: does not fit {name}: the adapter was initialized as {known['init_lora_weights']!r} "
+            f"from the error of quantization to {_in_words(known)}, and here it is {_in_words(here)}. Use the same "
+            "quantization, or export the checkpoint that it came from with base='float', for a base in 16 bits."
+        )
 
 
 def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | None) -> None:
@@ -139,7 +154,13 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: an adapter folder does not hold what the initial values were computed from. Export "
             "from the Lightning checkpoint, or from the module."
         )
-    _check_input_sizes(adapter, origin)
+    for name, layer in adapter.layers.items() if origin.config.initialization == "calibrated" else ():
+        if name not in origin.input_rms and bool(layer.lora_B.any()):
+            raise ValueError(
+                f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
+                "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
+                "checkpoint, or the module, that the adapter was calibrated in."
+            )
     if adapter.use_dora:
         raise ValueError(
             f"{adapter.source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
@@ -167,19 +188,6 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
             layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
-
-
-def _check_input_sizes(adapter: Adapter, origin: InitializationRecord) -> None:
-    """Refuse a "calibrated" adapter that was loaded from a folder, which holds no input sizes."""
-    if origin.config.initialization != "calibrated":
-        return
-    for name, layer in adapter.layers.items():
-        if name not in origin.input_rms and bool(layer.lora_B.any()):
-            raise ValueError(
-                f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
-                "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
-                "checkpoint, or the module, that the adapter was calibrated in."
-            )
 
 
 def _bits_of(layer: QLoRALinear) -> dict[str, Any]:

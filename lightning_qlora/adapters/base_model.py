@@ -1,7 +1,7 @@
 """The base model inside a LightningModule: PEFT and vLLM would load that one, so its names are used for adapters."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.wrappers import _FabricModule
@@ -13,6 +13,7 @@ from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import COMPILED, join, last_part, parameter_and_number, plain_name
 from lightning_qlora.layers.experts import experts_of
+from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import is_transformers_model, only_child_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -25,11 +26,6 @@ OF_LAYER = (  # arguments that may differ between the layers of a module
     "use_dora",
 )  # fmt: skip
 OF_ADAPTER = ("task_type", "base_model", "fan_in_fan_out", "quantization", "target_modules")  # in `describe_base` too
-TASK_TYPES = {  # ending of a class name -> PEFT's task type, where PEFT's class for it adds no modules
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
 
 
 def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -75,23 +71,32 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
 
 def adapter_on_base(
     description: Mapping[str, Any], configs: dict[str, QLoRAConfig],
-    tensors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], **others: Any,
+    tensors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], input_rms: dict[str, Tensor],
+    fingerprint_of: Callable[[str], int | None], **others: Any,
 ) -> Adapter:  # fmt: skip
-    """An adapter from `describe_base`, and from the arguments, lora_A, lora_B and magnitudes of each layer by its name.
+    """An adapter from `describe_base`, and from what each layer has, by its name in the base model.
 
+    `tensors` are lora_A, lora_B and the magnitudes; `input_rms` and `fingerprint_of` as in `InitializationRecord`.
     ValueError if an adapter folder has no place for layers with these arguments.
     """
     check_one_folder(configs)
-    use_rslora = all(config.use_rslora for config in configs.values())
+    use_rslora, first = all(config.use_rslora for config in configs.values()), next(iter(configs.values()))
     # With one `use_rslora` for all layers, the alpha is such that the scaling of each layer stays the same.
     alphas = {
         name: config.lora_alpha if config.use_rslora == use_rslora else round_alpha(config.scaling * config.r)
         for name, config in configs.items()
     }
+    known = description["quantization"]  # adapters from a folder may have another initialization than the arguments
+    config = first.with_initialization(known["init_lora_weights"], known.get("loftq_config"))
+    seeds = {name: seed_name_of(description, name) for name in configs}
     return Adapter(
         layers={name: LayerAdapter(a, b, alphas[name], magnitude) for name, (a, b, magnitude) in tensors.items()},
         experts={name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()},
+        modules_to_save=sorted(description["trained_in_full"]),
+        tokens=description.get("tokens", {}),
         use_rslora=use_rslora,
+        lora_dropout=first.lora_dropout,
+        origin=InitializationRecord(config, seeds, input_rms, fingerprint_of),
         **{name: description[name] for name in OF_ADAPTER},
         **others,
     )
@@ -149,12 +154,10 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
 
 def _task_type(base: nn.Module) -> str | None:
     """PEFT's task type of a base model; None if it has none, or one whose class would add modules."""
-    name = type(base).__name__
-    task = next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
-    config: Any = getattr(base, "config", None)
-    if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
-        return "CAUSAL_LM"  # multimodal models
-    return task
+    name, config = type(base).__name__, getattr(base, "config", None)
+    if name.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"  # without an encoder: multimodal models
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) else None
 
 
 def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | list[str]:

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.files.regular_file import is_file
-from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder, read_json
+from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder, read_config
 
 CANNOT_DEQUANTIZE = (
     "transformers can dequantize MXFP4, FP8 and GGUF while it loads from 5.22 on, compressed-tensors from 5.23 on, and "
@@ -185,7 +184,7 @@ def open_dense(folder: Path, model: nn.Module) -> WeightFolder:
     Raises:
         FileNotFoundError, ValueError: As `WeightFolder`; also if transformers can't dequantize the format.
     """
-    stored = published_format(read_json(folder / "config.json")) if is_file(folder / "config.json") else None
+    stored = published_format(read_config(folder))
     if stored is None:
         return WeightFolder(folder)
     method = stored.get("quant_method")

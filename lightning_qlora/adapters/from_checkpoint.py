@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
-from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer, seed_name_of
+from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
 from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part, plain_name
 from lightning_qlora.layers.fingerprint import checksum
-from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
+from lightning_qlora.layers.names import named
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -27,10 +27,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
     """
     state, root = read_converted_state_dict(path, weights_only)
-    try:
+    with named(path):
         config, description = read_conversion(state, root)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     if config is None or not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
         raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
     outer = plain_name(root) + (f"{description['prefix']}." if description["prefix"] else "")
@@ -40,33 +38,23 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     keys = {plain_name(name).removeprefix(outer): name for name in names}  # name in the base model -> name in the state
     owners = {outer + owner for owner in description["trained_in_full"]}
     configs = {name: config_of_layer(description, name, config) for name in keys}
-    quantization = description["quantization"]  # adapters from a folder may have another initialization than `config`
     fingerprints = {name: state.get(f"{key}.weight.{FINGERPRINT}") for name, key in keys.items()}
     return adapter_on_base(
         description,
         configs,
         {name: (state[f"{k}.lora_A"], state[f"{k}.lora_B"], state.get(f"{k}.{MAGNITUDE}")) for name, k in keys.items()},
+        {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
+        {name: int(value) for name, value in fingerprints.items() if value is not None}.get,
         saved={
             plain_name(key).removeprefix(outer): value
             for key, value in state.items()
             if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
         },
-        modules_to_save=sorted(description["trained_in_full"]),
-        tokens=description.get("tokens", {}),
-        lora_dropout=config.lora_dropout,
         bases={
             name: PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
             for name, key in keys.items()
             if f"{key}.weight.absmax" in state
         },
-        origin=InitializationRecord(
-            configs[next(iter(configs))].with_initialization(
-                quantization["init_lora_weights"], quantization.get("loftq_config")
-            ),
-            {name: seed_name_of(description, name) for name in keys},
-            {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
-            {name: int(value) for name, value in fingerprints.items() if value is not None}.get,
-        ),
         source=str(path),
     )
 

@@ -224,11 +224,12 @@ def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[
 
 def _keep_initialization(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
     """Store in the module how the adapters of a checkpoint were initialized: it decides which base they fit."""
-    layers, conversion = _layers_of_base(root), conversion_of(root)
-    for name, _, layer in layers:
+    known, conversion = description.get("quantization"), conversion_of(root)
+    for name, _, layer in _layers_of_base(root):
         layer.seed_name = seed_name_of(description, name)
-        there = config_of_layer(description, name, saved)
-        layer.config = layer.config.with_initialization(there.init_lora_weights, there.loftq_config)
+        # The arguments do not name the initialization of adapters that came from a folder.
+        own = known if required_base(known) else vars(config_of_layer(description, name, saved))
+        record_initialization(layer, own)
     method, loftq_config = saved.init_lora_weights, saved.loftq_config
     if conversion is not None:
         here = conversion.config
@@ -239,10 +240,6 @@ def _keep_initialization(root: nn.Module, saved: QLoRAConfig, description: dict[
                 stacklevel=2,
             )
             conversion.config = here.with_initialization(method, loftq_config)
-    quantization = description.get("quantization")
-    if required_base(quantization):  # the adapters came from a folder, whose initialization the arguments don't name
-        for _, _, layer in layers:
-            record_initialization(layer, quantization)
 
 
 def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:

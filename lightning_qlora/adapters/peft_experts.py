@@ -9,12 +9,11 @@ Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tune
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
 from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
@@ -60,13 +59,14 @@ def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     return key_of(name, stack), LayerAdapter(lora_a, lora_b, parts[0].alpha)
 
 
-def unstack_adapters(stacked: LayerAdapter, stack: ExpertStack) -> list[LayerAdapter]:
-    """The adapter of each expert, from PEFT's matrices."""
+def unstack_adapters(adapter: Adapter, name: str, stack: ExpertStack) -> dict[str, LayerAdapter]:
+    """Name of each expert of a parameter -> its adapter, from PEFT's matrices."""
+    stacked, alpha = adapter.expert_adapters[key_of(name, stack)], alpha_of_name(adapter.peft_config, name)
     r = stacked.r // stack.number
     a = stacked.lora_A.view(stack.number, r, -1).unbind(0)
     b = stacked.lora_B.view(-1, r, stack.number).unbind(2)
-    pairs: Iterator[tuple[Tensor, Tensor]] = zip(a, b, strict=True)
-    return [LayerAdapter(*((b.T, a.T) if stack.swapped_by_peft else (a, b)), stacked.alpha) for a, b in pairs]
+    pairs = ((b.T, a.T) if stack.swapped_by_peft else (a, b) for a, b in zip(a, b, strict=True))
+    return {expert_name(name, i): LayerAdapter(*pair, alpha) for i, pair in enumerate(pairs)}
 
 
 def unstack_known(adapter: Adapter) -> Adapter:
@@ -75,8 +75,7 @@ def unstack_known(adapter: Adapter) -> Adapter:
         return adapter
     layers = dict(adapter.layers)
     for name, stack in adapter.experts.items():
-        stacked = replace(adapter.expert_adapters[key_of(name, stack)], alpha=alpha_of_name(adapter.peft_config, name))
-        layers |= {expert_name(name, i): part for i, part in enumerate(unstack_adapters(stacked, stack))}
+        layers |= unstack_adapters(adapter, name, stack)
     return replace(adapter, layers=layers, expert_adapters={})
 
 
@@ -106,22 +105,15 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
         if keys == [owner] and matrix:
             layers[owner] = adapter.expert_adapters[owner]
             continue
-        expected = [owner + BASE_LAYER * wrappers for wrappers in reversed(range(len(names)))]
-        if set(expected) != set(keys):
+        if {owner + BASE_LAYER * wrappers for wrappers in range(len(names))} != set(keys):
             what = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
             refuse(adapter, f"{keys[0]}.lora_A.weight", base, what)
-        for wrappers, (name, key) in enumerate(reversed(list(zip(names, expected, strict=True)))):
+        for wrappers, name in enumerate(reversed(names)):
             full = f"{owner}.{name}"
-            stacked = replace(adapter.expert_adapters[key], alpha=alpha_of_name(adapter.peft_config, full))
             experts[full] = stack = _stack(module, name, wrappers)
-            _check_shape(adapter, stacked, stack, key, base, _shape(module, name))
-            layers |= {expert_name(full, i): part for i, part in enumerate(unstack_adapters(stacked, stack))}
+            _check_shape(adapter, key_of(full, stack), stack, base, _shape(module, name))
+            layers |= unstack_adapters(adapter, full, stack)
     return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
-
-
-def modules_of(adapter: Adapter) -> set[str]:
-    """Names of the modules that a folder's adapter is for: linear layers, and modules that hold expert parameters."""
-    return {*adapter.layers, *map(outermost, adapter.expert_adapters)}
 
 
 def is_target(config: dict[str, Any], name: str) -> bool:
@@ -153,10 +145,11 @@ def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
     return held.weight_shape if isinstance(held, QLoRAExperts) else tuple(getattr(owner, key).shape)
 
 
-def _check_shape(
-    adapter: Adapter, stacked: LayerAdapter, stack: ExpertStack, key: str, base: nn.Module, shape: tuple[int, ...]
-) -> None:
-    swapped = stack.transposed == stack.swapped_by_peft  # PEFT reads [experts, out, in]
+def _check_shape(adapter: Adapter, key: str, stack: ExpertStack, base: nn.Module, shape: tuple[int, ...]) -> None:
+    stacked, swapped = (
+        adapter.expert_adapters[key],
+        stack.transposed == stack.swapped_by_peft,
+    )  # PEFT reads [experts, out, in]
     outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
     what = None
     if stack.flat:

@@ -6,7 +6,6 @@ are checked if the file has them: PEFT writes none.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,22 +39,22 @@ def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor], config: dict[st
     }
 
 
-def metadata_entry(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any] | None:
+def metadata_entry(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
     """An object that `metadata_of` stored; None if the file does not have it."""
     if key not in metadata:
         return None
     try:
         found = json.loads(metadata[key])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata {key!r} is not valid JSON ({error}). Copy or save it again.") from error
+        raise ValueError(f"its metadata {key!r} is not valid JSON ({error}). Copy or save it again.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: its metadata {key!r} is {str(found)[:80]!r}, not an object. Copy or save it again.")
+        raise ValueError(f"its metadata {key!r} is {str(found)[:80]!r}, not an object. Copy or save it again.")
     return found
 
 
-def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Raise ValueError, with file and key, if a tensor is missing, or one or the metadata has another checksum."""
-    expected = metadata_entry(metadata, CHECKSUMS_OF_FILE, path)
+def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise ValueError, with the key, if a tensor is missing, or one or the metadata has another checksum."""
+    expected = metadata_entry(metadata, CHECKSUMS_OF_FILE)
     if expected is None:
         return
     found = {key: checksum(tensor) for key, tensor in tensors.items()}
@@ -63,7 +62,7 @@ def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path:
     for key in sorted(expected.keys() | found.keys(), key=lambda key: (key != METADATA_KEY, key)):
         if expected.get(key) != found.get(key):
             raise ValueError(
-                f"{path}: {key!r} is not what was saved (its checksum is {found.get(key)}, and was "
+                f"{key!r} is not what was saved (its checksum is {found.get(key)}, and was "
                 f"{expected.get(key)}). The file is damaged: copy it again, or save the adapter again."
             )
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_qlora.checks import check_dict, check_patterns
 
@@ -42,7 +42,10 @@ def fits_peft_pattern(name: str, pattern: str) -> bool:
     """Whether PEFT's pattern names a layer; PatternError if it has flags or look-around, or needs over `STEPS`."""
     if _is_quick(pattern):
         return _compiled(pattern).match(name) is not None
-    return _Matcher(name, pattern).fits()
+    matcher, parsed = _Matcher(name, pattern), _parsed(pattern)
+    if parsed.state.flags & ~re.UNICODE:
+        matcher.refuse()
+    return bool(matcher.ends(parsed, {0}))
 
 
 def _is_quick(pattern: str) -> bool:
@@ -74,16 +77,12 @@ class _Matcher:
     def __init__(self, name: str, pattern: str) -> None:
         self.name, self.pattern, self.steps = name, pattern, 0
 
-    def fits(self) -> bool:
-        parsed = _parsed(self.pattern)
-        if parsed.state.flags & ~re.UNICODE:
-            self._refuse("flags")
-        return bool(self.ends(parsed, {0}))
-
     def ends(self, parts: Iterable[tuple[Any, Any]], starts: set[int]) -> set[int]:
         """Where a sequence of parts can end if it starts at one of these places."""
         for part in parts:
-            self._count(1 + len(starts))
+            self.steps += 1 + len(starts)
+            if self.steps > STEPS:
+                self.refuse()
             word, value = str(part[0]), part[1]
             if word == "BRANCH":
                 starts = set().union(*(self.ends(branch, starts) for branch in value[1]))
@@ -98,7 +97,7 @@ class _Matcher:
                 single = _SINGLES[repr(part)]
                 starts = {found.end() for i in starts if (found := single.match(self.name, i))}
             else:
-                self._refuse(word)
+                self.refuse()
         return starts
 
     def repeated(self, least: int, most: int, body: Any, starts: set[int]) -> set[int]:
@@ -111,15 +110,8 @@ class _Matcher:
             count += 1
         return found
 
-    def _count(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > STEPS:
-            raise PatternError(
-                f"{self.pattern[:80]!r}: takes too long to match. Write the names of the layers instead."
-            )
-
-    def _refuse(self, what: str) -> None:
+    def refuse(self) -> NoReturn:
         raise PatternError(
-            f"{self.pattern[:80]!r}: {what.lower()} of regular expressions can't be used here. Write the names of the "
-            "layers instead."
+            f"{self.pattern[:80]!r}: takes too long to match, or has flags, look-around or back-references. Write the "
+            "names of the layers instead."
         )

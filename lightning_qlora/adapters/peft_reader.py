@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,7 +31,7 @@ from lightning_qlora.adapters.peft_metadata import (
     difference_from_copy,
     metadata_entry,
 )
-from lightning_qlora.adapters.peft_patterns import PatternError, check_patterns_of_file
+from lightning_qlora.adapters.peft_patterns import check_patterns_of_file
 from lightning_qlora.checks import (
     check_bool,
     check_choice,
@@ -45,6 +46,7 @@ from lightning_qlora.config import MOST_ALPHA
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
 from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.names import named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
 LONGEST_KEY = 1000  # characters
@@ -68,24 +70,29 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """
     path = Path(folder) / WEIGHTS_FILE
     config, tensors, metadata = _read_files(Path(folder))
-    check_file(tensors, metadata, path)
+    with named(path):
+        return replace(_parse(config, tensors, metadata), source=str(path))
+
+
+def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> Adapter:
+    check_file(tensors, metadata)
     adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
         if len(key) > LONGEST_KEY:
-            raise ValueError(f"{path}: key {key[:80]!r}... has {len(key)} characters, more than {LONGEST_KEY}.")
+            raise ValueError(f"key {key[:80]!r}... has {len(key)} characters, more than {LONGEST_KEY}.")
         # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
         # another shape: the base has its own. The same goes for an embedding of which some rows are trained.
         owner, base_layer, _ = key.partition(".base_layer.")
         if base_layer and (owner in adapted or last_part(owner) == TOKEN_ADAPTER) and ".lora_" not in key:
             continue
         if not key.startswith(PREFIX):
-            raise ValueError(f"{path}: key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
-        name, part = _split(key, path)
+            raise ValueError(f"key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
+        name, part = _split(key)
         if tensor.dtype not in ADAPTER_DTYPES and (part or tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(
-                f"{path}: key {key!r} is {str(tensor.dtype).removeprefix('torch.')}, and adapters must be float16, "
+                f"key {key!r} is {str(tensor.dtype).removeprefix('torch.')}, and adapters must be float16, "
                 "bfloat16, float32 or float64. Save it in one of these types."
             )
         if part is None:
@@ -93,11 +100,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         else:
             parts.setdefault(name, {})[part] = tensor
     if not parts:
-        raise ValueError(f"{path}: holds no lora_A and lora_B.")
-    layers = {name: _layer(name, matrices, config, path) for name, matrices in parts.items()}
-    quantization = metadata_entry(metadata, QUANTIZATION, path)
-    check_quantization(quantization, f"{path}: its metadata {QUANTIZATION!r}")
-    experts = _experts(metadata_entry(metadata, EXPERTS, path) or {}, layers, path)
+        raise ValueError("holds no lora_A and lora_B.")
+    layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
+    quantization = metadata_entry(metadata, QUANTIZATION)
+    check_quantization(quantization, f"its metadata {QUANTIZATION!r}")
+    experts = _experts(metadata_entry(metadata, EXPERTS) or {}, layers)
     of_experts = layers if config.get("target_parameters") else {}
     if EXPERTS in metadata or CONFIG_COPY in metadata:  # ours, so these are all experts
         keys = {key_of(name, stack) for name, stack in experts.items()}
@@ -112,7 +119,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         ),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
-        tokens=_tokens(saved, config, path),
+        tokens=_tokens(saved, config),
         target_modules=config.get("target_modules") or sorted(parts.keys() - of_experts.keys()),
         use_rslora=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -120,8 +127,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
         quantization=quantization,
-        base_fingerprints=metadata_entry(metadata, FINGERPRINTS, path) or {},
-        source=str(path),
+        base_fingerprints=metadata_entry(metadata, FINGERPRINTS) or {},
     )
 
 
@@ -143,7 +149,8 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
                 raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
             tensors, metadata = _read_weights(weights, end)
             same_config = before == _version(path)
-        copy = metadata_entry(metadata, CONFIG_COPY, weights)
+        with named(weights):
+            copy = metadata_entry(metadata, CONFIG_COPY)
         if checked is not None and copy in (None, config):
             return checked, tensors, metadata
         if copy is None:
@@ -206,44 +213,38 @@ def _version(file: Path | int) -> tuple[int, int, int] | None:
     return None
 
 
-def _split(key: str, path: Path) -> tuple[str, str | None]:
+def _split(key: str) -> tuple[str, str | None]:
     """Layer and part ("lora_A", "lora_B", magnitude) of a key, or name of a parameter and None."""
     name = key.removeprefix(PREFIX)
     match = re.fullmatch(rf"(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
     if match:
         return match[1], match[2]
     if ".lora_" in name or ".base_layer." in name:
-        raise ValueError(f"{path}: key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read.")
+        raise ValueError(f"key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read.")
     return name, None
 
 
-def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
-    def require(fits: bool, part: str, what: str) -> None:
-        if not fits:
-            raise ValueError(f"{path}: key '{PREFIX}{name}.{part}.weight' {what}")
-
-    for part in ("lora_A", "lora_B"):
-        require(part in parts, part, "is missing.")
-    a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get(MAGNITUDE)
+def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> LayerAdapter:
+    a, b, magnitude = parts.get("lora_A"), parts.get("lora_B"), parts.get(MAGNITUDE)
+    shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+    what = f"key '{PREFIX}{name}.lora_A.weight': the file has {shapes}, and must have lora_A [r, in], lora_B [out, r]"
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or not a.numel() * b.numel() or len(a) != b.shape[1]:
+        raise ValueError(f"{what} of a linear layer, of rank 1 or more.")
+    if magnitude is not None and magnitude.shape != b.shape[:1]:
+        raise ValueError(f"{what}, and {MAGNITUDE} [out].")
     for part, tensor in parts.items():
-        fits = tensor.ndim == (1 if part == MAGNITUDE else 2) and tensor.numel() > 0
-        what = f"has shape {list(tensor.shape)}: only adapters of linear layers, of rank 1 or more, can be read."
-        require(fits, part, what)
-        # A float64 may be too large for fp32, in which adapters are trained.
-        what = "holds NaN or Inf: the training diverged, or the file is damaged. Use an adapter that was saved earlier."
-        require(bool(torch.isfinite(tensor.float()).all()), part, what)
-    what = f"has shape {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ."
-    require(a.shape[0] == b.shape[1], "lora_A", what)
-    require(magnitude is None or len(magnitude) == len(b), MAGNITUDE, f"has not {len(b)} values, as lora_B has rows.")
+        if not torch.isfinite(tensor.float()).all():  # a float64 may be too large for fp32, in which adapters train
+            raise ValueError(
+                f"key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is damaged. "
+                "Use an adapter that was saved earlier."
+            )
     parameter = f"{name}.weight"
-    try:
+    with named(f"alpha_pattern in {CONFIG_FILE}"):
         alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
-    except PatternError as error:
-        raise ValueError(f"{path.with_name(CONFIG_FILE)}: alpha_pattern: {error}") from None
     return LayerAdapter(a, b, alpha, magnitude)
 
 
-def _tokens(saved: dict[str, Tensor], config: dict[str, Any], path: Path) -> dict[str, list[int]]:
+def _tokens(saved: dict[str, Tensor], config: dict[str, Any]) -> dict[str, list[int]]:
     """Name of each embedding of which the file has rows -> their indices."""
     given: Any = config.get("trainable_token_indices")
     found = {}
@@ -253,14 +254,14 @@ def _tokens(saved: dict[str, Tensor], config: dict[str, Any], path: Path) -> dic
             fitting = [i for k, i in given.items() if name.endswith(k)] if isinstance(given, dict) else [given]
             if len(fitting) != 1 or fitting[0] is None or rows.ndim != 2 or len(rows) != len(fitting[0]):
                 raise ValueError(
-                    f"{path}: key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in "
+                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in "
                     f"trainable_token_indices, {shown(given)} in {CONFIG_FILE}. Save the adapter again."
                 )
             found[name] = fitting[0]
     return found
 
 
-def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path) -> dict[str, ExpertStack]:
+def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter]) -> dict[str, ExpertStack]:
     """The expert parameters that the metadata name."""
     found = {}
     for name, value in entry.items():
@@ -268,9 +269,7 @@ def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter], path: Path)
         stack = ExpertStack(*value) if fits else None
         layer = layers.get(key_of(name, stack)) if stack is not None and stack.wrappers in range(len(layers)) else None
         if stack is None or layer is None or stack.number < 1 or layer.r % stack.number:
-            raise ValueError(
-                f"{path}: its metadata {EXPERTS!r} has {shown(name)}: {shown(value)}. Copy or save it again."
-            )
+            raise ValueError(f"its metadata {EXPERTS!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
         found[name] = stack
     return found
 

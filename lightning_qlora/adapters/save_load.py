@@ -35,7 +35,6 @@ from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, owner_name, plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -109,35 +108,27 @@ def get_adapter(module: nn.Module) -> Adapter:
             f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
             "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
         )
-    first = next(iter(layers.values()))
     trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(
             f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "
             "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
-
+    _check_endings(list(trained), base)
     tensors: dict[str, Any] = {
         name: tuple(p if p is None else gather(p).detach() for p in map(layer._parameters.get, ADAPTER))
         for name, layer in layers.items()
     }
     return adapter_on_base(
-        describe_base(module, first.config),
+        describe_base(module, next(iter(layers.values())).config),
         {name: layer.config for name, layer in layers.items()},
         tensors,
+        {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
+        lambda name: layers[name].base_fingerprint(),
         saved={f"{name}.{key}": value for name, part in trained.items() for key, value in _state_of(part).items()},
-        modules_to_save=_checked_endings(list(trained), base),
-        tokens=token_indices(base),
-        lora_dropout=first.lora_dropout,
         bases={
             name: layer.packed_weight for name, layer in layers.items() if methods.changes_base_weights(layer.config)
         },
-        origin=InitializationRecord(
-            first.config,
-            {name: layer.seed_name for name, layer in layers.items()},
-            {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
-            lambda name: layers[name].base_fingerprint(),
-        ),
         source=type(module).__name__,
     )
 
@@ -230,8 +221,8 @@ def _state_of(part: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _checked_endings(names: list[str], base: nn.Module) -> list[str]:
-    """PEFT's modules_to_save: it selects every module whose name ends so, with or without a dot before the ending."""
+def _check_endings(names: list[str], base: nn.Module) -> None:
+    """Refuse names that PEFT's modules_to_save can't select alone: it takes all that end so, also without a dot."""
     for name in names:
         also = [n for n, _ in base.named_modules() if plain_name(n).endswith(name) and plain_name(n) not in names]
         if also:
@@ -239,17 +230,13 @@ def _checked_endings(names: list[str], base: nn.Module) -> list[str]:
                 f"{name!r} was trained in full, and PEFT would also select {also[0]!r}, whose name ends the same: its "
                 "modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
             )
-    return sorted(names)
 
 
 def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapter) -> None:
-    modules = {plain_name(name): part for name, part in base.named_modules()}
     for name, loaded in adapter.layers.items():
         layer, key = layers.get(name), f"{name}.lora_A.weight"
         if layer is None:
-            part = modules.get(name)
-            what = "has no such layer" if part is None else f"has a {type(part).__name__} without an adapter there"
-            refuse(adapter, key, base, what)
+            refuse(adapter, key, base, "has no layer with an adapter there")
         sizes, fits = (loaded.lora_A.shape[1], loaded.lora_B.shape[0]), (layer.in_features, layer.out_features)
         if sizes != fits:
             what = "has a layer of {} inputs and {} outputs there, the adapter is for {} and {}".format(*fits, *sizes)
@@ -260,8 +247,8 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
                 f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
             )
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
-            with_dora, without = ("here", "the adapter") if loaded.magnitude is None else ("the adapter", "here")
-            refuse(adapter, key, base, f"differs in DoRA ({with_dora}: yes, {without}: no); set use_dora accordingly")
+            dora = layer.lora_magnitude_vector is not None
+            refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
     for name, there in adapter.tokens.items():
         if there != (here := token_indices(base).get(name)):
             what = f"is for the rows {shown(there)}, and trainable_token_indices is {shown(here)} there"

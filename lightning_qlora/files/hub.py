@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def check_links(folder: Path) -> None:
-    """Raise ValueError for a symbolic link to a file outside of a folder, which would get into what is made of it.
+    """Raise ValueError for a symbolic link to a file outside of a folder, which would be copied into the output.
 
     A snapshot in a Hugging Face cache consists of links to the `blobs` of its model, which are allowed.
     """
@@ -27,19 +27,18 @@ def resolve_model(name: str, download: bool = True) -> str:
     """
     if os.path.isdir(name):
         return name
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise FileNotFoundError(f"{name}: no such folder, and huggingface_hub is not installed.") from error
     files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
+        from huggingface_hub import snapshot_download
+
         return snapshot_download(name, allow_patterns=files, local_files_only=not download)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         if not download:
             raise FileNotFoundError(
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
                 f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
             ) from error
-        also = ", and the connection: the hub did not answer" if isinstance(error, LocalEntryNotFoundError) else ""
-        raise FileNotFoundError(f"{name}: neither a folder nor a model on the hub. Check the name{also}.") from error
+        raise FileNotFoundError(
+            f"{name}: neither a folder nor a model on the hub. Check the name, the connection, and that "
+            "huggingface_hub is installed."
+        ) from error

@@ -68,21 +68,16 @@ def read_checkpoint(
 def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) -> None:
     """Compare a checkpoint with the CRC-32 that `torch.save` writes of each part of a file; torch.load does not.
 
-    In shards every value is saved so, at the place that the index has. Does nothing for other files, and for addresses.
+    In shards each value is saved this way, at its offset in the index. Does nothing for other files, and for addresses.
     Raises ValueError if a part is damaged, with its name.
     """
     if is_shards(path):
         with one_line_errors(path):
             _check_shards(Path(path), weights_only)
-    elif not os.path.isdir(path) and is_file(path) and _is_archive(path):
-        _check_archive(path, path)
-
-
-def _is_archive(path: str | os.PathLike[str]) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except Exception:  # a truncated archive: opening it gives the reason
-        return True
+    elif not os.path.isdir(path) and is_file(path):
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":  # a zip file
+                _check_archive(file, path)
 
 
 def _check_archive(file: Any, name: str | os.PathLike[str]) -> None:

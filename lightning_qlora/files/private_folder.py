@@ -41,30 +41,19 @@ def _is_private_group(gid: int) -> bool:
     return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
-def make_private(folder: Path) -> None:
-    """Create a folder, and those above it, that only this user can enter (mode 0700).
-
-    Raises PermissionError if it exists, and another user could have written to it, or could replace it.
-    """
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    for part in reversed(missing):
-        part.mkdir(mode=0o700, exist_ok=True)
-    if why := objection(folder.resolve()):
-        raise PermissionError(f"{folder}: {why}")
-
-
 def cache_folder() -> Path:
     """Where things are kept: $LIGHTNING_QLORA_CACHE, else `lightning_qlora` in the user's cache folder.
 
-    It is created if it does not exist.
-
-    Raises:
-        OSError: If it cannot be created, or another user could have written to it, or the user has no home folder.
+    It is created if it does not exist, for this user alone (mode 0700). Raises OSError if it cannot be created, another
+    user could have written to it or could replace it, or the user has no home folder.
     """
     chosen, caches = os.environ.get("LIGHTNING_QLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(chosen or Path(caches or Path.home() / ".cache") / "lightning_qlora").absolute()  # for dlopen
-        make_private(folder)
+        for part in reversed([part for part in (folder, *folder.parents) if not part.exists()]):
+            part.mkdir(mode=0o700, exist_ok=True)
+        if why := objection(folder.resolve()):
+            raise PermissionError(f"{folder}: {why}")
     except (OSError, RuntimeError) as error:  # no home: the user is not in the password file, as in some containers
         raise OSError(f"{error}. {OWN_FOLDER}") from error
     return folder

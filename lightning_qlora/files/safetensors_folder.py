@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_qlora.checks import shown
 from lightning_qlora.files.regular_file import is_file, reading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -86,6 +87,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json; empty if there is none. Raises as `read_json`."""
+    path = folder / "config.json"
+    return read_json(path) if is_file(path) else {}
+
+
 class WeightFolder:
     """The safetensors files of a model's folder: one file, or several with an index.
 
@@ -155,11 +162,8 @@ def _indexed(index: Path) -> dict[str, str]:
         return {}
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
-        what = "has no 'weight_map'" if found is None else f"its 'weight_map' is {str(found)[:80]!r}"
-        raise ValueError(f"{index}: {what}; it must be an object: key -> file name.")
+        raise ValueError(f"{index}: its 'weight_map' is {shown(found)}; it must be an object: key -> file name.")
     for key, name in found.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{index}: the file of {key!r} is {name!r}; it must be a file name.")
-        if name in ("", "..") or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
             raise ValueError(f"{index}: the file of {key!r} is {name!r}, which is not a file of this folder.")
     return found

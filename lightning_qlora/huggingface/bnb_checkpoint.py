@@ -111,18 +111,13 @@ def _write_quantized(base: Any, layers: dict[str, QLoRALinear], folder: Path) ->
     first = next(iter(layers.values()))
     dtype = str(first.weight_dtype).removeprefix("torch.")
     packed, linear = _packed_weights(base), {plain_name(name) for name in linear_layers(base)}
-    decoded = []
-    if stacks := [plain_name(name) for name, *_ in expert_stacks(base)]:
-        decoded.append(
-            f"bitsandbytes has no 4-bit format for parameters of experts, so {len(stacks)} of them ({stacks[0]}, ...)"
-        )
-    if dense_again := linear & layers.keys() - packed.keys():
-        decoded.append(
-            f"transformers keeps {len(dense_again)} of the 4-bit layers dense in a {type(base).__name__} "
-            f"({min(dense_again)}, ...), so they"
-        )
-    for what in decoded:
-        warnings.warn(f"{what} are written decoded, as {dtype}.", stacklevel=2)
+    stacks, dense_again = [plain_name(name) for name, *_ in expert_stacks(base)], linear & layers.keys() - packed.keys()
+    for why, decoded in (
+        ("bitsandbytes has no 4-bit format for parameters of experts", stacks),
+        (f"transformers keeps these layers of a {type(base).__name__} dense", sorted(dense_again)),
+    ):
+        if decoded:
+            warnings.warn(f"{why}: {len(decoded)} ({decoded[0]}, ...) are written decoded, as {dtype}.", stacklevel=2)
     skip = skip_modules(linear - packed.keys(), packed)
     with atomic_folder(folder) as partial:
         state, how = _bnb_state_dict(base, packed), _format(base, packed)

@@ -17,16 +17,12 @@ from torch import Tensor, nn
 NOT_ONE_TO_ONE = ("Qwen2MoeTensorProcessor", "GptOssTensorProcessor", "GPT2TensorProcessor", "MiniMaxM2TensorProcessor")
 
 
-class UnreadTensor:
-    """Stands for a tensor of a file, as a slice of safetensors does: `[...]` reads it."""
-
-    def __init__(self, read: Any) -> None:
-        self.read = read
+class UnreadTensor(partial[Tensor]):
+    """A call that reads a tensor of a file: `[...]` does so, as for a slice of safetensors."""
 
     def __getitem__(self, _: Any) -> Tensor:
         """The tensor."""
-        tensor: Tensor = self.read()
-        return tensor
+        return self()
 
     def is_floating_point(self) -> bool:
         """True: it is dequantized when it is read."""
@@ -49,4 +45,4 @@ def unread_tensors(path: str, model: nn.Module, dtype: torch.dtype) -> dict[str,
         made = processor.process(values, tensor.name, tensor_key_mapping=names, parsed_parameters={})
         return torch.from_numpy(np.copy(made.weights)).to(dtype)
 
-    return {names[t.name]: UnreadTensor(partial(read, t)) for t in reader.tensors if t.name in names}
+    return {names[t.name]: UnreadTensor(read, t) for t in reader.tensors if t.name in names}

@@ -1,7 +1,7 @@
 """What transformers finds when it loads a model whose values are read later: names, data types, and what files lack.
 
 transformers loads tensors on the meta device, of the shapes in the files, into a copy of the model, which stays dense.
-What the copy became is then true of the model, whose layers are in 4 bits and may be sharded.
+The model, whose layers are in 4 bits and may be sharded, then gets the types and marks of the copy.
 """
 
 from collections.abc import Callable

@@ -21,8 +21,7 @@ from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, FolderDtype
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
 from lightning_qlora.files.hub import check_links
-from lightning_qlora.files.regular_file import is_file
-from lightning_qlora.files.safetensors_folder import read_json
+from lightning_qlora.files.safetensors_folder import read_config
 from lightning_qlora.files.shard_writer import SHARD_BYTES, ShardWriter
 from lightning_qlora.huggingface.bnb_checkpoint import (
     always_dense_layers,
@@ -117,7 +116,7 @@ class _FolderMerge:
         self._check_ties()
         self._check_conversions()
         self.packed: set[str] = set()  # layers that the output has in 4 bits, for quantization_config
-        if dtype == "4bit" and is_file(folder.folder / "config.json") and self.model is None:
+        if dtype == "4bit" and self.model is None and read_config(folder.folder):
             empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
         self.always_dense_layers = set() if self.model is None else always_dense_layers(self.model)
         self.names_in_files: dict[str, str] = {}
@@ -163,10 +162,9 @@ class _FolderMerge:
 
     def config(self) -> dict[str, Any] | None:
         """The base's config.json, changed so that it describes the output."""
-        path = self.folder.folder / "config.json"
-        if not is_file(path):
+        config = read_config(self.folder.folder)
+        if not config:
             return None
-        config = read_json(path)
         published = published_format(config)
         found = config.pop("quantization_config", None)
         (config.get("text_config") or {}).pop("quantization_config", None)
@@ -201,12 +199,8 @@ class _FolderMerge:
             return
         made = []
         for name, rows, dtype in self.weights.of_tensor(key, adapted):
-            # bitsandbytes has no experts in 4 bits
-            if (
-                self.dtype == "4bit"
-                and not self.adapter.expert_parameter(name)
-                and layer not in self.always_dense_layers
-            ):
+            of_expert = self.adapter.expert_parameter(name) is not None  # bitsandbytes has none in 4 bits
+            if self.dtype == "4bit" and not of_expert and layer not in self.always_dense_layers:
                 self.packed.add(layer)
                 entries = self.weights.quantized(rows.to(dtype), key).bnb_state_dict(key)
                 yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
@@ -225,7 +219,7 @@ class _FolderMerge:
 
     def _keys_of_tokens(self, name: str) -> list[str]:
         """The keys of an embedding, and of the output embedding that is tied to it, if the folder has both."""
-        key, config = self.folder.find(f"{name}.weight"), self.folder.folder / "config.json"
+        key = self.folder.find(f"{name}.weight")
         rows, largest = self.adapter.saved[f"{name}.{DELTA}"], max(self.adapter.tokens[name])
         shape = (0, 0) if key is None or self.folder.is_packed(key) else self.folder.entries[key].shape
         if key is None or largest >= shape[0] or rows.shape[1] != shape[1]:
@@ -234,7 +228,7 @@ class _FolderMerge:
                 f"{largest}, and '{name}.weight' in {self.folder.folder} the dense shape {list(shape)}. For new tokens "
                 "save the base after resize_token_embeddings, and merge with that folder."
             )
-        tied = is_file(config) and read_json(config).get("tie_word_embeddings")
+        tied = read_config(self.folder.folder).get("tie_word_embeddings")
         return [key, *(other for other in self.folder.entries if tied and other.endswith(OUTPUT) and other != key)]
 
     def _check_types(self) -> None:
@@ -250,8 +244,7 @@ class _FolderMerge:
 
     def _check_ties(self) -> None:
         """Refuse an embedding that breaks a tie: in a folder only an output embedding can be untied."""
-        path = self.folder.folder / "config.json"
-        content = read_json(path) if self.adapter.saved and is_file(path) else {}
+        content = read_config(self.folder.folder) if self.adapter.saved else {}
         sizes = {config.get("vocab_size") for config in (content, content.get("text_config") or {})}
         trained = [value.shape for value in self.adapter.saved.values() if value.ndim == 2 and len(value) in sizes]
         if not trained:
@@ -260,7 +253,7 @@ class _FolderMerge:
         names |= {name for name, entry in self.folder.entries.items() if entry.shape in trained}
         if self.model is None and len(names) > 1:  # an output embedding is there, or was trained
             return
-        model = self.model or empty_model(path.parent, "what the embedding that this adapter trained is tied to")
+        model = self.model or empty_model(self.folder.folder, "what the embedding that this adapter trained is tied to")
         for tied in tied_names(model):
             untied = len(tied) == 2 and any(name.endswith(OUTPUT) and name in self.adapter.saved for name in tied)
             if not untied:

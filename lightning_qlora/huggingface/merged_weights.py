@@ -1,19 +1,20 @@
 """The weights of a base folder with an adapter added to them, one at a time."""
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import BITS, required_base
+from lightning_qlora.adapters.base_compatibility import BITS, check_bits, is_base_changed, refuse_base
 from lightning_qlora.adapters.folder_layers import AdaptedTensor
 from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import named
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -32,14 +33,15 @@ class MergedWeights:
         A 4-bit weight without an adapter (None) is only decoded.
         """
         if self.folder.is_packed(key):
-            try:
+            with named(self.folder.file_of[key]):
                 weight = PackedWeight.from_bnb_state_dict(self.folder.entries_of(key), key)
-            except ValueError as error:
-                raise ValueError(f"{self.folder.file_of[key]}: {error}") from error
             name, rows = key.removesuffix(".weight"), weight.dequantize()
             if adapted is not None:
                 (name,) = adapted.layers
-                self._check_bits(name, weight)
+                if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
+                    refuse_base(self.adapter, name)
+                bits = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
+                check_bits(self.adapter, name, dict(zip(BITS, bits, strict=True)))
                 rows = self._sum(rows, name, key)
             yield name, rows, weight.dtype
         elif adapted is not None:
@@ -49,8 +51,8 @@ class MergedWeights:
     def _from_dense(self, dense: Tensor, name: str, key: str) -> tuple[Tensor, torch.dtype]:
         if (own := self.adapter.bases.get(name)) is not None:
             return self._sum(own.dequantize(), name, key), own.dtype
-        if (self.adapter.quantization or {}).get("base_changed"):
-            self._refuse_base()
+        if is_base_changed(self.adapter):
+            refuse_base(self.adapter, name)
         rows = self.quantized(dense, key).dequantize() if self.base == "quantized" else dense
         return self._sum(rows, name, key), dense.dtype
 
@@ -61,10 +63,8 @@ class MergedWeights:
 
     def quantized(self, rows: Tensor, key: str) -> PackedWeight:
         """The 4-bit weight as in training; an error names the file."""
-        try:
+        with named(self.folder.where(key)):
             return quantize(rows, **self.quantization())
-        except ValueError as error:
-            raise ValueError(f"{self.folder.where(key)}: {error}") from error
 
     def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
         """W + s B A in fp32, [out, in]; with DoRA times m / ||W + s B A||, where m are the magnitudes."""
@@ -78,20 +78,3 @@ class MergedWeights:
         if layer.magnitude is not None:
             total *= (layer.magnitude.float() / total.norm(dim=1))[:, None]
         return total
-
-    def _check_bits(self, name: str, weight: PackedWeight) -> None:
-        """Refuse 4-bit weights on which the adapter was not trained."""
-        if self.adapter.base_fingerprints.get(name) not in (None, fingerprint_of_weight(weight)):
-            self._refuse_base()
-        here = (weight.quant_type, weight.block_size, weight.nested_absmax is not None)
-        need = required_base(self.adapter.quantization)
-        if need is not None and here != tuple(self.quantization()[key] for key in BITS):
-            there = ", ".join(f"{key}={value}" for key, value in zip(BITS, here, strict=True))
-            raise ValueError(f"{self.adapter.source}: {self.folder.folder} has {name} in {there}. {need}")
-
-    def _refuse_base(self) -> NoReturn:
-        raise ValueError(
-            f"{self.adapter.source}: the initialization of these adapters changed the 4-bit weights that they fit, so "
-            f"they do not fit {self.folder.folder}. Merge the Lightning checkpoint, which holds these weights, or pass "
-            "the folder that save_quantized wrote as base_model."
-        )

@@ -43,20 +43,17 @@ class _Operation(ConversionOps):
         self.hf_quantizer.chosen.pop(key, None)
         return {key: weight}
 
-    def mismatch(self, source: str, key: str, shape: tuple[int, ...], place: Tensor) -> dict[str, Tensor]:
-        """Let transformers see a weight of another shape: it refuses the load, or initializes the layer."""
-        message = wrong_shape(key, shape, place.shape)
-        return self._without_values(source, key, shape, place, message, self.hf_quantizer.quantizers.mismatches)
-
-    def failed(self, source: str, key: str, place: Tensor, message: str) -> dict[str, Tensor]:
-        """Keep an error until all weights are read: transformers would only log what is raised before."""
-        return self._without_values(source, key, place.shape, place, message, self.hf_quantizer.errors)
-
-    def _without_values(
-        self, source: str, key: str, shape: tuple[int, ...], place: Tensor, message: str, errors: list[ValueError]
+    def refuse(
+        self, source: str, key: str, place: Tensor, message: str, shape: tuple[int, ...] | None = None
     ) -> dict[str, Tensor]:
+        """Keep an error until all weights are read: transformers would only log what is raised before.
+
+        With `shape`, another one than that of the model, transformers refuses the load, or initializes the layer.
+        """
+        errors = self.hf_quantizer.errors if shape is None else self.hf_quantizer.quantizers.mismatches
         errors.append(self.hf_quantizer.error(source, message))
-        return self.dense(key, torch.zeros((), dtype=place.dtype, device="cpu").expand(shape))  # takes no memory
+        empty = torch.zeros((), dtype=place.dtype, device="cpu").expand(shape or place.shape)  # takes no memory
+        return self.dense(key, empty)
 
     @staticmethod
     def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, Tensor]:
@@ -80,12 +77,7 @@ class Quantize(_Operation):
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        model: nn.Module,
-        missing_keys: set[str] | None = None,
-        **_: Any,
+        self, input_dict: dict[str, Any], source_patterns: list[str], model: Any, missing_keys: Any = None, **_: Any
     ) -> dict[str, Any]:
         """See ConversionOps; several weights where transformers split a tensor."""
         made: dict[str, Any] = {}
@@ -110,11 +102,11 @@ class Quantize(_Operation):
         part = local(place)
         if isinstance(place, DTensor) and weight.shape == part.shape:
             if message := _not_splittable(place, chosen):
-                return self.failed(source, key, part, f"{key}: {message}")
+                return self.refuse(source, key, part, f"{key}: {message}")
             # Every rank read its part; to quantize, one weight at a time is gathered.
             weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
-            return self.mismatch(source, key, weight.shape, place)
+            return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         if isinstance(chosen, ToConvert):
             owner, inner, name = chosen.layer, "weight", key.removesuffix(".weight")
         else:
@@ -127,7 +119,7 @@ class Quantize(_Operation):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
             owner.__class__, owner._parameters[inner] = dense_class, place
-            return self.failed(source, key, part, f"{name}: {error}")
+            return self.refuse(source, key, part, f"{name}: {error}")
         return self.quantized(layers, key, missing_keys)
 
 
@@ -203,7 +195,7 @@ class Compose(ConversionOps):
                 raise
             place = arguments["model"].get_parameter(full_layer_name)
             message = f"{full_layer_name}: {error}"
-            return dict(Quantize(self.quantizer).failed(full_layer_name, full_layer_name, place, message))
+            return dict(Quantize(self.quantizer).refuse(full_layer_name, full_layer_name, place, message))
 
     def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
         """The 4-bit layers of a stack, each expert dense for itself; None for other parameters and other operations."""
@@ -262,12 +254,7 @@ class LoadPacked(_Operation):
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
-        self,
-        input_dict: dict[str, Any],
-        model: nn.Module,
-        full_layer_name: str,
-        missing_keys: set[str] | None = None,
-        **_: Any,
+        self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, missing_keys: Any = None, **_: Any
     ) -> dict[str, Any]:
         """See ConversionOps; is also called for each weight that is not in 4 bits."""
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
@@ -281,9 +268,9 @@ class LoadPacked(_Operation):
         try:
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:
-            return self.failed(key, key, place, f"{name}.{error}")
+            return self.refuse(key, key, place, f"{name}.{error}")
         if weight.shape != (place.shape[::-1] if kind_of(type(layer)).transposed else place.shape):
-            return self.mismatch(key, key, weight.shape, place)
+            return self.refuse(key, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         weight = replace(weight, dtype=place.dtype)
         chosen = self.hf_quantizer.chosen.get(key)
         if chosen is not None:

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.dequantized_folder import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
 from lightning_qlora.adapters.model_folder import ModelFolder
-from lightning_qlora.adapters.peft_experts import modules_of
+from lightning_qlora.adapters.peft_experts import outermost
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
@@ -112,9 +112,10 @@ class Quantizers:
         if self.config.adapter is None:
             return self.config
         names = {name for name, _ in model.named_modules()}
-        if self.adapter is None or not names.issuperset(modules_of(self.adapter)):
+        adapter = self.adapter
+        if adapter is None or not names.issuperset([*adapter.layers, *map(outermost, adapter.expert_adapters)]):
             return None
-        adapter, self.adapter = self.adapter, None
+        self.adapter = None
         return config_of_adapter(model, adapter, self.config)
 
 

@@ -74,8 +74,8 @@ def inside(name: str, outer: str) -> bool:
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Errors within this begin with a layer's name."""
+def named(name: object) -> Iterator[None]:
+    """Errors within this begin with a name: of a layer or a file."""
     try:
         yield
     except ValueError as error:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
+from lightning_qlora.layers.names import named
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
 
@@ -54,11 +55,9 @@ def load_from_checkpoint(
     if not isinstance(checkpoint, dict):
         checkpoint = {}
     state = checkpoint.get("state_dict", {})
-    try:
+    with named(checkpoint_path):
         config, description = read_conversion(state)
         networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_path}: {error}") from error
     if config is None:
         raise ValueError(
             f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "

@@ -331,14 +331,17 @@ def change_tensors(folder, change):
             lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
             r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A",
         ),
-        (lambda f: change_tensors(f, lambda t: t.pop(KEY)), r"model.safetensors: key '.*q_proj.lora_A.weight' is miss"),
+        (
+            lambda f: change_tensors(f, lambda t: t.pop(KEY)),
+            r"safetensors: key '.*lora_A.weight': the file has lora_B",
+        ),
         (
             lambda f: change_tensors(f, lambda t: t.update(other=t[KEY] + 1)),
             r"model.safetensors: key 'other' does not beg",
         ),
         (
             lambda f: change_tensors(f, lambda t: t.update({KEY: torch.ones(9, 64)})),
-            r"model.safetensors: key 'base.*q_proj.lora_A.weight' has shape \[9, 64\] and lora_B",
+            r"model.safetensors: key 'base.*q_proj.lora_A.weight': .*lora_A \[9, 64\]",
         ),
     ],
 )
@@ -388,12 +391,12 @@ def test_a_truncated_file(folder):
 
 
 def test_another_architecture_is_refused_with_file_and_key(folder):
-    message = r"adapter_model.safetensors: key 'base_model.model.model.layers.0.*has no such layer"
+    message = r"adapter_model.safetensors: key 'base_model.model.model.layers.0.*has no (such )?layer"
     with pytest.raises(CheckpointMismatchError, match=message):
         load_adapter(converted("gpt2"), folder)
     with pytest.raises(CheckpointMismatchError, match=message):
         convert(toy("gpt2"), adapter=str(folder))
-    with pytest.raises(CheckpointMismatchError, match=r"has a Linear without an adapter there"):
+    with pytest.raises(CheckpointMismatchError, match=r"has no layer with an adapter there"):
         load_adapter(converted("llama", target_modules=["q_proj"]), folder)
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)

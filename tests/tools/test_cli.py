@@ -156,7 +156,9 @@ def test_doctor_fails_if_something_is_wrong(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("trained")
 def test_errors_are_one_line(tmp_path, capsys):
-    assert fails(["inspect", tmp_path / "nothing"], capsys).endswith("nor a model on the hub. Check the name.")
+    assert fails(["inspect", tmp_path / "nothing"], capsys).endswith(
+        "the connection, and that huggingface_hub is installed."
+    )
     assert "not an empty folder" in fails(["merge", tmp_path / "adapter", tmp_path / "base"], capsys)
     (tmp_path / "other").mkdir()
     toy("gpt2").save_pretrained(tmp_path / "other")
@@ -217,11 +219,11 @@ def test_wrong_values_of_an_adapter_config_are_named(values, message, tmp_path, 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ([1], "its 'weight_map' is '[1]'; it must be an object"),
+        ([1], "its 'weight_map' is [1]; it must be an object"),
         ("x", "its 'weight_map' is 'x'; it must be an object"),
-        ({}, "its 'weight_map' is '{}'; it must be an object"),
-        (None, "has no 'weight_map'; it must be an object"),
-        ({"a": 5}, "the file of 'a' is 5; it must be a file name"),
+        ({}, "its 'weight_map' is {}; it must be an object"),
+        (None, "its 'weight_map' is None; it must be an object"),
+        ({"a": 5}, "the file of 'a' is 5, which is not a file"),
     ],
 )
 def test_wrong_indices_are_named(weight_map, message, tmp_path, capsys):

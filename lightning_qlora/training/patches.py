@@ -14,7 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
@@ -107,6 +110,34 @@ def convert_before_checkpoint_is_restored() -> None:
 
     for call in modules("lightning.pytorch.trainer.call"):
         wrap_once(call, "_call_configure_model", convert)
+
+
+def requeue_between_batches(trainer: Any) -> None:
+    """Let the checkpoint of a SLURM job that is queued again be saved between two batches, by all ranks together.
+
+    Upstream: lightning/pytorch/trainer/connectors/signal_connector.py, _SignalConnector._slurm_sigusr_handler_fn, saves
+    in the signal handler, at another place of a step on each rank: a rank waits for the random states of one that waits
+    for its gradients, and half of an optimizer step may be saved (pytorch-lightning issue 21406).
+    Supported ways tried: `SLURMEnvironment(auto_requeue=False)` and a callback with a signal handler of its own, which
+    every user would have to write.
+    Removed by: pytorch-lightning pull request 21407, if all ranks then save after the same batch.
+    """
+    connector, environment = trainer._signal_connector, trainer._accelerator_connector.cluster_environment
+    requeues = isinstance(environment, classes(SLURMEnvironment)) and environment.auto_requeue
+    if not requeues or "_slurm_sigusr_handler_fn" in vars(connector):
+        return
+    save, received = connector._slurm_sigusr_handler_fn, []
+
+    def handle(signum: Any, frame: Any) -> None:
+        received.append(signum) if trainer.state.fn == TrainerFn.FITTING else save(signum, frame)
+
+    def after_batch(*_: Any) -> None:
+        if trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and bool(received), all=False):
+            received.clear()
+            save(environment.requeue_signal, None)
+
+    connector._slurm_sigusr_handler_fn = handle
+    trainer.callbacks.append(LambdaCallback(on_train_batch_end=after_batch))
 
 
 def split_4_bit_layers_of_plans() -> None:

@@ -137,6 +137,7 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
+            patches.requeue_between_batches(trainer)
             if not self._evaluating:
                 self._set_training_mode(module)
         return module

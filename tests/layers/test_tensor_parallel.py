@@ -1,12 +1,15 @@
 """Tensor parallelism on two processes: the numbers of one device, checkpoints, folders; and what is refused."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_qlora import convert
-from tests.conftest import launch
-from tests.toys import toy
+from tests.conftest import ROOT, launch
+from tests.toys import needs, toy
 
 transformers = pytest.importorskip("transformers")
 from tests.scripts.tensor_parallel_training import fit  # noqa: E402
@@ -27,6 +30,16 @@ def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
     torch.testing.assert_close(moved.losses, ranks[0]["losses"][3:], rtol=1e-5, atol=1e-6)
     for rank in ranks:
         assert "experts in 4 bits can't be split over ranks" in rank["experts"]
+
+
+@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
+@pytest.mark.slow
+def test_four_ranks_with_fsdp_as_well_have_the_bytes_and_losses_of_one_device(tmp_path):
+    toy("llama", attention_bias=True, hidden_size=128).save_pretrained(tmp_path / "llama")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["-m", "tests.scripts.tensor_parallel_training", str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class Mesh:

@@ -1,6 +1,7 @@
-"""Run by test_tensor_parallel, in two processes: each case is compared with the same model on one device, in place."""
+"""Run by test_tensor_parallel, in two or four processes: each case is compared with the same model on one device, in place."""
 
 import copy
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -187,15 +188,31 @@ def with_8_bit_state(mesh):
         torch.testing.assert_close(gather(split.detach()), one.detach(), rtol=0, atol=1e-6 * (alone is PagedAdamW))
 
 
+def load(folder, **arguments):
+    with QLoRAPrecision(**ARGUMENTS).init():
+        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    convert(model, **ARGUMENTS)
+    return model
+
+
+def with_fsdp(root):
+    """Run on four ranks: transformers splits the layers, and shards the parts."""
+    from transformers.distributed import DistributedConfig
+
+    torch.distributed.init_process_group("gloo")
+    sizes = DistributedConfig(fsdp_size=2, tp_size=2, tp_plan="auto")
+    one, split = load(root / "llama"), load(root / "llama", distributed_config=sizes)
+    for name, parameter in one.named_parameters():
+        assert torch.equal(gather(split.get_parameter(name).detach()), parameter.detach()), name
+    layer = split.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.packed.to_local().numel() * 4 == layer.packed.numel()
+    torch.testing.assert_close(train(split, 4, clip=1.0), train(one, 4, clip=1.0), rtol=1e-5, atol=1e-6)
+    torch.distributed.barrier()
+
+
 def with_transformers(root):
     """A tp_plan splits the layers while they load; experts are refused."""
     from transformers.distributed import DistributedConfig, mixin
-
-    def load(folder, **arguments):
-        with QLoRAPrecision(**ARGUMENTS).init():
-            model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-        convert(model, **ARGUMENTS)
-        return model
 
     plan = DistributedConfig(tp_size=2, tp_plan="auto")
     one, split = load(root / "llama"), load(root / "llama", distributed_config=plan)
@@ -229,6 +246,8 @@ def with_transformers(root):
 def main(root):
     root = Path(root)
     pl.seed_everything(1, verbose=False)
+    if os.environ.get("WORLD_SIZE") == "4":
+        return with_fsdp(root)
     losses = with_trainer(root)
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)

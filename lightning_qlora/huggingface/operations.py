@@ -132,9 +132,8 @@ class Quantize(_Operation):
 
 
 LOAD_WHOLE = (
-    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, and by FSDP and tensor parallelism "
-    "together without trainable_token_indices. Load it without one, and call parallelize_module and fully_shard in "
-    "configure_model."
+    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices. "
+    "Load it without one, and call parallelize_module and fully_shard in configure_model."
 )
 
 

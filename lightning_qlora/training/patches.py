@@ -28,6 +28,7 @@ from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import split
+from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.optim.state_8bit import is_8bit
 from lightning_qlora.optim.whole_state import load_whole_state
@@ -152,10 +153,15 @@ def split_4_bit_layers_of_plans() -> None:
     styles: Any = import_module("torch.distributed.tensor.parallel")
 
     def columns(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
-        split(module, mesh, False) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
+        split(module, mesh, False) if isinstance(module, QLoRALinear) else whole(original, style, name, module, mesh)
 
     def rows(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
-        split(module, mesh, True) if isinstance(module, QLoRALinear) else original(style, name, module, mesh)
+        split(module, mesh, True) if isinstance(module, QLoRALinear) else whole(original, style, name, module, mesh)
+
+    def whole(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
+        if isinstance(module, TrainableTokens):
+            raise ValueError(SPLIT_TOKENS)
+        original(style, name, module, mesh)
 
     def frozen_stay(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
@@ -166,6 +172,8 @@ def split_4_bit_layers_of_plans() -> None:
 
     wrap_once(styles.ColwiseParallel, "_partition_linear_fn", columns)
     wrap_once(styles.RowwiseParallel, "_partition_linear_fn", rows)
+    for style in (styles.ColwiseParallel, styles.RowwiseParallel):
+        wrap_once(style, "_partition_embedding_fn", whole)
     if torch.__version__ < TorchVersion("2.11"):  # which makes all that it distributes trainable
         wrap_once(import_module("torch.distributed.tensor.parallel.style"), "distribute_module", frozen_stay)
 

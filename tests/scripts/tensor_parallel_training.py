@@ -1,4 +1,4 @@
-"""Run by test_tensor_parallel, in two or four processes: each case is compared with the same model on one device, in place."""
+"""Run by test_tensor_parallel, in two or four processes: each case is compared with one device, in place."""
 
 import copy
 import os
@@ -161,17 +161,21 @@ def with_any_plan(mesh):
             torch.zeros(1, layer.in_features) @ (layer.weight if name == "gpt2" else layer.weight.T)
 
 
-def with_experts(root, mesh):
-    """A plan for the attention alone: experts are whole on each rank, and train there; both are clipped together."""
-    one = AutoModelForCausalLM.from_pretrained(root / "moe")
-    convert(one, **ARGUMENTS)
-    split = copy.deepcopy(one)
-    parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
-    losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(split.parameters(), one.parameters(), strict=True):
-        if theirs.requires_grad:
-            torch.testing.assert_close(gather(ours.detach()), theirs.detach(), rtol=0, atol=1e-4)
+def with_whole_parts(root, mesh):
+    """Experts, or rows of an embedding, that no plan splits: they train on each rank; all are clipped together."""
+    for name, arguments in (("moe", {}), ("llama", {"trainable_token_indices": list(range(40))})):
+        one = AutoModelForCausalLM.from_pretrained(root / name)
+        convert(one, **ARGUMENTS | arguments)
+        split = copy.deepcopy(one)
+        parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
+        losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(split.parameters(), one.parameters(), strict=True):
+            if theirs.requires_grad:
+                torch.testing.assert_close(gather(ours.detach()), theirs.detach(), rtol=0, atol=1e-4)
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        with pytest.raises(ValueError, match="an embedding with rows that train can't be split over ranks"):
+            parallelize_module(split.model, mesh, {"embed_tokens": style})
 
 
 def with_8_bit_state(mesh):
@@ -251,7 +255,7 @@ def main(root):
     losses = with_trainer(root)
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)
-    with_experts(root, mesh)
+    with_whole_parts(root, mesh)
     with_8_bit_state(mesh)
     results = {"losses": losses, "experts": with_transformers(root)}
     torch.save(results, root / f"rank{torch.distributed.get_rank()}.pt")

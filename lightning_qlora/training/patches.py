@@ -25,6 +25,7 @@ from torch.torch_version import TorchVersion
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc, is_shards, names_in_shards, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import split
@@ -139,6 +140,26 @@ def requeue_between_batches(trainer: Any) -> None:
 
     connector._slurm_sigusr_handler_fn = handle
     trainer.callbacks.append(LambdaCallback(on_train_batch_end=after_batch))
+
+
+def clip_gradients_of_fabric() -> None:
+    """Let `fabric.clip_gradients(max_norm=...)` clip layers that a plan splits over ranks together with others.
+
+    Upstream: lightning/fabric/strategies/strategy.py, Strategy.clip_gradients_norm: torch's clip_grad_norm_ takes no
+    DTensors beside other tensors, and none of several meshes.
+    Supported ways tried: `Precision.main_params`, which only chooses what is clipped. The Trainer calls
+    `Precision.clip_grad_by_norm`, which the plugin has.
+    Removed by: clip_grad_norm_ of torch taking them.
+    """
+
+    def clip(original: Any, strategy: Any, module: nn.Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not _is_converted(module):
+            return original(strategy, module, optimizer, *args, **kwargs)
+        strategy.precision.unscale_gradients(optimizer)
+        return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
+
+    for strategy in modules("lightning.fabric.strategies.strategy"):
+        wrap_once(strategy.Strategy, "clip_gradients_norm", clip)
 
 
 def split_4_bit_layers_of_plans() -> None:

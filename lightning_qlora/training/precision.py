@@ -317,6 +317,7 @@ def _fit_into_loaded_packages() -> None:
     patches.load_full_state_dicts_into_sharded_modules()
     patches.load_optimizer_states_as_saved()
     patches.load_shards_on_one_device()
+    patches.clip_gradients_of_fabric()
     patches.allow_keys_without_attributes()
     patches.check_crc_before_loading()
     patches.leave_networks_out_of_hyperparameters()

@@ -5,9 +5,14 @@ import sys
 
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
 from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_qlora import convert
+from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.layers.dtensor import gather
 from tests.conftest import ROOT, launch
 from tests.toys import needs, toy
 
@@ -40,6 +45,30 @@ def test_four_ranks_with_fsdp_as_well_have_the_bytes_and_losses_of_one_device(tm
     command += ["-m", "tests.scripts.tensor_parallel_training", str(tmp_path)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("max_norm", "norm_type"), [(0.1, 2.0), (1e-3, float("inf")), (100.0, 1.0)])
+def test_fabric_clips_layers_of_a_plan_and_others_together(max_norm, norm_type, one_rank):
+    """As torch does without a plan; torch raises an error of its own for DTensors beside other tensors."""
+    grads, norms = [], []
+    for plan in ({}, {"0": ColwiseParallel(output_layouts=Replicate())}):
+        strategy = FabricStrategy(
+            lambda net, mesh, plan=plan: parallelize_module(net, mesh["tensor_parallel"], plan), 1, 1
+        )
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(r=4))
+        fabric.launch()
+        torch.manual_seed(0)
+        net = fabric.setup_module(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW(net.parameters()))
+        fabric.backward(net(torch.ones(2, 64)).square().sum())
+        held = [gather(p.grad) for p in net.parameters() if p.requires_grad]
+        if not plan:
+            norms.append(nn.utils.get_total_norm(held, norm_type))
+        norms.append(fabric.clip_gradients(net, optimizer, max_norm=max_norm, norm_type=norm_type))
+        grads.append([gather(p.grad) for p in net.parameters() if p.requires_grad])
+    torch.testing.assert_close(grads[1], grads[0])
+    assert norms[0] == norms[1] == norms[2] > 0
+    assert (nn.utils.get_total_norm(grads[1], norm_type) < 1.001 * max_norm) or max_norm > norms[0]
 
 
 class Mesh:

@@ -29,6 +29,7 @@ import docstring_qa  # noqa: E402
 import dpo  # noqa: E402
 import encoder  # noqa: E402
 import fabric  # noqa: E402
+import machines  # noqa: E402
 import memory_figure  # noqa: E402
 import quickstart  # noqa: E402
 import smollm2  # noqa: E402
@@ -252,6 +253,14 @@ class TestScripts:
         assert run.trainer.global_step == 4
         assert sum(isinstance(layer, QLoRALinear) for layer in run.model.modules()) == 14
         assert (tmp_path / "checkpoints" / "adapter.ckpt").exists()
+
+    def test_machines(self, base, tmp_path, monkeypatch, one_rank):
+        """Without torchrun and srun it is a run of one process; tests/test_machines.py has two, which resume."""
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        run = machines.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+        assert (run.global_step, run.world_size) == (12, 1)
+        assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["epoch=2-step=12.ckpt"]
 
     def test_dpo(self, base, tmp_path):
         result = dpo.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--lr=5e-3"])

@@ -124,7 +124,7 @@ class Quantize(_Operation):
 
 
 LOAD_WHOLE = (
-    "a DistributedConfig can distribute a model in 4 bits by tensor parallelism alone, and from files in 16 or 32 bit. "
+    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices. "
     "Load it without one, and call parallelize_module and fully_shard in configure_model."
 )
 

@@ -177,9 +177,8 @@ class QLoRAQuantizer(HfQuantizer):
     def _is_sharded_next(self, model: nn.Module, paths: list[Path]) -> bool:
         """Whether `fully_shard` splits the model before its weights are needed, and they can be read then."""
         plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
-        ranks, tensor_parallel = (getattr(plan, size, None) or 1 for size in ("fsdp_size", "tp_size"))
         is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
-        shards_next = self.quantizers.sharding or (ranks > 1 and tensor_parallel == 1)
+        shards_next = self.quantizers.sharding or (getattr(plan, "fsdp_size", None) or 1) > 1
         can_wait = not self.pre_quantized and not self.quantizers.config.trainable_token_indices  # copies of rows
         return shards_next and can_wait and is_folder
 

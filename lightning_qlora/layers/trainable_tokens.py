@@ -16,11 +16,16 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import plain_name
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.layers.dtensor import gather, is_sharded
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
 ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was made before
+SPLIT_TOKENS = (
+    "trainable_token_indices: an embedding with rows that train can't be split over ranks. Leave it, and the output "
+    "embedding that is tied to it, out of the plan of parallelize_module. A DistributedConfig splits it: load the "
+    "model without one, and call parallelize_module or fully_shard."
+)
 
 
 class TokenAdapter(nn.Module):
@@ -103,7 +108,13 @@ def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def train_tokens(weight: Tensor, layers: Iterable[nn.Module], indices: list[int]) -> TokenAdapter:
-    """Let these rows of a weight train, in place, in all layers that have it; they begin with their values."""
+    """Let these rows of a weight train, in place, in all layers that have it; they begin with their values.
+
+    Raises:
+        ValueError: If ranks hold parts of the weight.
+    """
+    if is_sharded(weight):
+        raise ValueError(SPLIT_TOKENS)
     adapter = TokenAdapter(weight, indices)
     setattr(weight, ROWS, adapter.trainable_tokens_delta)
     for layer in layers:

@@ -22,6 +22,10 @@ from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
+LOAD_IN_CONFIGURE_MODEL = (
+    "Call lightning_qlora.load_weights(module, FOLDER) after fully_shard. A copy of a model that was loaded in "
+    "configure_model has no values: load it by from_pretrained too, or load both in __init__."
+)
 COMPUTE_IT = (
     "It is in no state dict: its module computes it when it is built. Build the model within "
     "accelerate.init_empty_weights() in place of torch.device('meta'), or a transformers model by "
@@ -46,14 +50,14 @@ def check_initialized(module: nn.Module) -> None:
             )
 
 
-def check_has_data(module: nn.Module, later: bool = False) -> None:
+def check_has_data(module: nn.Module, later: bool = False, advice: str = LOAD_IT) -> None:
     """Refuse a module that was built on the meta device if a part of it was never loaded, or can't be `later`."""
     for name, tensor in named_tensors(module):
         if tensor.is_meta:
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             owner, _, key = name.rpartition(".")
-            what = COMPUTE_IT if key in module.get_submodule(owner)._non_persistent_buffers_set else LOAD_IT
-            if later and what is LOAD_IT:
+            what = COMPUTE_IT if key in module.get_submodule(owner)._non_persistent_buffers_set else advice
+            if later and what is advice:
                 continue
             raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {what}")
 

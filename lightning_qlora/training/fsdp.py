@@ -16,7 +16,7 @@ from lightning_qlora.huggingface.load_without_data import check_unwritten
 from lightning_qlora.layers.names import inside
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.training import patches
-from lightning_qlora.training.convert_checks import check_has_data
+from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 
 
 def shards_module(trainer: Trainer | None) -> bool:
@@ -54,7 +54,7 @@ def convert_before_sharding(
     if at_conversion:
         _check_no_later_layers(module, at_conversion)
     if conversion_of(module) is not None:
-        check_has_data(module)
+        check_has_data(module, advice=LOAD_IN_CONFIGURE_MODEL)
         if config.adapter is not None:
             set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
 

@@ -14,7 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
@@ -22,9 +25,11 @@ from torch.torch_version import TorchVersion
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc, is_shards, names_in_shards, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import split
+from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.optim.state_8bit import is_8bit
 from lightning_qlora.optim.whole_state import load_whole_state
@@ -89,6 +94,54 @@ def convert_before_checkpoint_is_restored() -> None:
         wrap_once(call, "_call_configure_model", convert)
 
 
+def requeue_between_batches(trainer: Any) -> None:
+    """Let the checkpoint of a SLURM job that is queued again be saved between two batches, by all ranks together.
+
+    Upstream: lightning/pytorch/trainer/connectors/signal_connector.py, _SignalConnector._slurm_sigusr_handler_fn, saves
+    in the signal handler, at another place of a step on each rank: a rank waits for the random states of one that waits
+    for its gradients, and half of an optimizer step may be saved (pytorch-lightning issue 21406).
+    Supported ways tried: `SLURMEnvironment(auto_requeue=False)` and a callback with a signal handler of its own, which
+    every user would have to write.
+    Removed by: pytorch-lightning pull request 21407, if all ranks then save after the same batch.
+    """
+    connector, environment = trainer._signal_connector, trainer._accelerator_connector.cluster_environment
+    requeues = isinstance(environment, classes(SLURMEnvironment)) and environment.auto_requeue
+    if not requeues or "_slurm_sigusr_handler_fn" in vars(connector):
+        return
+    save, received = connector._slurm_sigusr_handler_fn, []
+
+    def handle(signum: Any, frame: Any) -> None:
+        received.append(signum) if trainer.state.fn == TrainerFn.FITTING else save(signum, frame)
+
+    def after_batch(*_: Any) -> None:
+        if trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and bool(received), all=False):
+            received.clear()
+            save(environment.requeue_signal, None)
+
+    connector._slurm_sigusr_handler_fn = handle
+    trainer.callbacks.append(LambdaCallback(on_train_batch_end=after_batch))
+
+
+def clip_gradients_of_fabric() -> None:
+    """Let `fabric.clip_gradients(max_norm=...)` clip layers that a plan splits over ranks together with others.
+
+    Upstream: lightning/fabric/strategies/strategy.py, Strategy.clip_gradients_norm: torch's clip_grad_norm_ takes no
+    DTensors beside other tensors, and none of several meshes.
+    Supported ways tried: `Precision.main_params`, which only chooses what is clipped. The Trainer calls
+    `Precision.clip_grad_by_norm`, which the plugin has.
+    Removed by: clip_grad_norm_ of torch taking them.
+    """
+
+    def clip(original: Any, strategy: Any, module: nn.Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not _is_converted(module):
+            return original(strategy, module, optimizer, *args, **kwargs)
+        strategy.precision.unscale_gradients(optimizer)
+        return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
+
+    for strategy in modules("lightning.fabric.strategies.strategy"):
+        wrap_once(strategy.Strategy, "clip_gradients_norm", clip)
+
+
 def split_4_bit_layers_of_plans() -> None:
     """Let ColwiseParallel and RowwiseParallel of `parallelize_module` split 4-bit layers.
 
@@ -103,6 +156,8 @@ def split_4_bit_layers_of_plans() -> None:
     def partition(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
         if isinstance(module, QLoRALinear):
             split(module, mesh, isinstance(style, styles.RowwiseParallel))
+        elif isinstance(module, TrainableTokens):
+            raise ValueError(SPLIT_TOKENS)
         else:
             original(style, name, module, mesh)
 
@@ -115,6 +170,7 @@ def split_4_bit_layers_of_plans() -> None:
 
     for style in (styles.ColwiseParallel, styles.RowwiseParallel):
         wrap_once(style, "_partition_linear_fn", partition)
+        wrap_once(style, "_partition_embedding_fn", partition)
     if torch.__version__ < TorchVersion("2.11"):  # which makes all that it distributes trainable
         wrap_once(import_module("torch.distributed.tensor.parallel.style"), "distribute_module", frozen_stay)
 

@@ -132,6 +132,7 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
+            patches.requeue_between_batches(trainer)
             # The adapters are in training mode also where transformers loads in eval mode, which Lightning keeps.
             for layer in () if self._evaluating else self._layers():
                 self._mode_before.setdefault(layer, layer.training)
@@ -304,6 +305,7 @@ def _fit_into_loaded_packages() -> None:
     patches.load_full_state_dicts_into_sharded_modules()
     patches.load_optimizer_states_as_saved()
     patches.load_shards_on_one_device()
+    patches.clip_gradients_of_fabric()
     patches.allow_keys_without_attributes()
     patches.check_crc_before_loading()
     patches.leave_networks_out_of_hyperparameters()

@@ -1,12 +1,20 @@
 """Tensor parallelism on two processes: the numbers of one device, checkpoints, folders; and what is refused."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
 from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_qlora import convert
-from tests.conftest import launch
-from tests.toys import toy
+from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.layers.dtensor import gather
+from tests.conftest import ROOT, launch
+from tests.toys import needs, toy
 
 transformers = pytest.importorskip("transformers")
 from tests.scripts.tensor_parallel_training import fit  # noqa: E402
@@ -27,6 +35,40 @@ def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
     torch.testing.assert_close(moved.losses, ranks[0]["losses"][3:], rtol=1e-5, atol=1e-6)
     for rank in ranks:
         assert "experts in 4 bits can't be split over ranks" in rank["experts"]
+
+
+@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
+@pytest.mark.slow
+def test_four_ranks_with_fsdp_as_well_have_the_bytes_and_losses_of_one_device(tmp_path):
+    toy("llama", attention_bias=True, hidden_size=128).save_pretrained(tmp_path / "llama")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["-m", "tests.scripts.tensor_parallel_training", str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("max_norm", "norm_type"), [(0.1, 2.0), (1e-3, float("inf")), (100.0, 1.0)])
+def test_fabric_clips_layers_of_a_plan_and_others_together(max_norm, norm_type, one_rank):
+    """As torch does without a plan; torch raises an error of its own for DTensors beside other tensors."""
+    grads, norms = [], []
+    for plan in ({}, {"0": ColwiseParallel(output_layouts=Replicate())}):
+        strategy = FabricStrategy(
+            lambda net, mesh, plan=plan: parallelize_module(net, mesh["tensor_parallel"], plan), 1, 1
+        )
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(r=4))
+        fabric.launch()
+        torch.manual_seed(0)
+        net = fabric.setup_module(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW(net.parameters()))
+        fabric.backward(net(torch.ones(2, 64)).square().sum())
+        held = [gather(p.grad) for p in net.parameters() if p.requires_grad]
+        if not plan:
+            norms.append(nn.utils.get_total_norm(held, norm_type))
+        norms.append(fabric.clip_gradients(net, optimizer, max_norm=max_norm, norm_type=norm_type))
+        grads.append([gather(p.grad) for p in net.parameters() if p.requires_grad])
+    torch.testing.assert_close(grads[1], grads[0])
+    assert norms[0] == norms[1] == norms[2] > 0
+    assert (nn.utils.get_total_norm(grads[1], norm_type) < 1.001 * max_norm) or max_norm > norms[0]
 
 
 class Mesh:

@@ -44,6 +44,10 @@ PROGRAMS = {
     "hf",
     "ollama",
     "llama-cli",
+    "torchrun",
+    "sbatch",
+    "ray",
+    "export",
     "python -m",
     "python llama.cpp/convert_hf_to_gguf.py",
 }

@@ -4,7 +4,8 @@
 
 FAILURE: none, kill (SIGKILL in the step), stop (SIGSTOP in the step), calibrate (SIGKILL in the
 forward pass that calibrates), raise, short (one batch fewer than the others), save (SIGKILL while the
-checkpoint of STEP is written). A checkpoint is saved every second step.
+checkpoint of STEP is written), requeue (SLURM's signal in the step, and on the other rank in the step before). A
+checkpoint is saved every second step.
 """
 
 import os
@@ -45,6 +46,8 @@ class Failing(Classifier):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.failure == "raise":
                 raise KeyError("a mistake on one rank")
+        if self.failure == "requeue" and self.global_step == self.step - (self.global_rank != FAILING):
+            os.kill(os.getpid(), signal.SIGUSR1)
         return super().training_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint):
@@ -73,8 +76,7 @@ def main(folder, strategy, failure, step, resume=""):
         use_distributed_sampler=False,
     )  # fmt: skip
     module = Failing(failure, int(step))
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    trainer.fit(module, Loader(rank, failure), ckpt_path=resume or None)
+    trainer.fit(module, Loader(trainer.global_rank, failure), ckpt_path=resume or None)
     adapters = {name: gather(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
     torch.save({"losses": module.losses, "adapters": adapters}, Path(folder) / f"rank{trainer.global_rank}.pt")
 

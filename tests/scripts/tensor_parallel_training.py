@@ -1,6 +1,7 @@
-"""Run by test_tensor_parallel, in two processes: each case is compared with the same model on one device, in place."""
+"""Run by test_tensor_parallel, in two or four processes: each case is compared with one device, in place."""
 
 import copy
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -160,17 +161,21 @@ def with_any_plan(mesh):
             torch.zeros(1, layer.in_features) @ (layer.weight if name == "gpt2" else layer.weight.T)
 
 
-def with_experts(root, mesh):
-    """A plan for the attention alone: experts are whole on each rank, and train there; both are clipped together."""
-    one = AutoModelForCausalLM.from_pretrained(root / "moe")
-    convert(one, **ARGUMENTS)
-    split = copy.deepcopy(one)
-    parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
-    losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(split.parameters(), one.parameters(), strict=True):
-        if theirs.requires_grad:
-            torch.testing.assert_close(gather(ours.detach()), theirs.detach(), rtol=0, atol=1e-4)
+def with_whole_parts(root, mesh):
+    """Experts, or rows of an embedding, that no plan splits: they train on each rank; all are clipped together."""
+    for name, arguments in (("moe", {}), ("llama", {"trainable_token_indices": list(range(40))})):
+        one = AutoModelForCausalLM.from_pretrained(root / name)
+        convert(one, **ARGUMENTS | arguments)
+        split = copy.deepcopy(one)
+        parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
+        losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(split.parameters(), one.parameters(), strict=True):
+            if theirs.requires_grad:
+                torch.testing.assert_close(gather(ours.detach()), theirs.detach(), rtol=0, atol=1e-4)
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        with pytest.raises(ValueError, match="an embedding with rows that train can't be split over ranks"):
+            parallelize_module(split.model, mesh, {"embed_tokens": style})
 
 
 def with_8_bit_state(mesh):
@@ -187,15 +192,31 @@ def with_8_bit_state(mesh):
         torch.testing.assert_close(gather(split.detach()), one.detach(), rtol=0, atol=1e-6 * (alone is PagedAdamW))
 
 
+def load(folder, **arguments):
+    with QLoRAPrecision(**ARGUMENTS).init():
+        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    convert(model, **ARGUMENTS)
+    return model
+
+
+def with_fsdp(root):
+    """Run on four ranks: transformers splits the layers, and shards the parts."""
+    from transformers.distributed import DistributedConfig
+
+    torch.distributed.init_process_group("gloo")
+    sizes = DistributedConfig(fsdp_size=2, tp_size=2, tp_plan="auto")
+    one, split = load(root / "llama"), load(root / "llama", distributed_config=sizes)
+    for name, parameter in one.named_parameters():
+        assert torch.equal(gather(split.get_parameter(name).detach()), parameter.detach()), name
+    layer = split.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.packed.to_local().numel() * 4 == layer.packed.numel()
+    torch.testing.assert_close(train(split, 4, clip=1.0), train(one, 4, clip=1.0), rtol=1e-5, atol=1e-6)
+    torch.distributed.barrier()
+
+
 def with_transformers(root):
     """A tp_plan splits the layers while they load; experts are refused."""
     from transformers.distributed import DistributedConfig, mixin
-
-    def load(folder, **arguments):
-        with QLoRAPrecision(**ARGUMENTS).init():
-            model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-        convert(model, **ARGUMENTS)
-        return model
 
     plan = DistributedConfig(tp_size=2, tp_plan="auto")
     one, split = load(root / "llama"), load(root / "llama", distributed_config=plan)
@@ -229,10 +250,12 @@ def with_transformers(root):
 def main(root):
     root = Path(root)
     pl.seed_everything(1, verbose=False)
+    if os.environ.get("WORLD_SIZE") == "4":
+        return with_fsdp(root)
     losses = with_trainer(root)
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)
-    with_experts(root, mesh)
+    with_whole_parts(root, mesh)
     with_8_bit_state(mesh)
     results = {"losses": losses, "experts": with_transformers(root)}
     torch.save(results, root / f"rank{torch.distributed.get_rank()}.pt")

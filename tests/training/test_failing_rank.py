@@ -24,16 +24,22 @@ class Ended(NamedTuple):
     text: str
 
 
-def run(folder, strategy, failure, step, resume="", end=2, port=29611) -> list[Ended]:
-    """Two processes that nobody stops, each with what torchrun would give it, until this many have ended."""
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+SLURM |= {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "test"}
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def run(folder, strategy, failure, step, resume="", end=2, port=29611, launcher=TORCHRUN) -> list[Ended]:
+    """Two processes that nobody stops, each with what torchrun or srun would give it, until this many have ended."""
     folder.mkdir(exist_ok=True)
-    own = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    own |= {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own |= {"PATH": f"{folder.parent}:{os.environ['PATH']}"} | launcher
     command = [sys.executable, "-m", "tests.scripts.failing_rank", *map(str, (folder, strategy, failure, step, resume))]
     outputs = [folder / f"output{rank}" for rank in range(2)]
     ranks = [
         subprocess.Popen(
-            command, env={**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=output.open("w"),
+            command, env={**os.environ, **own, **dict.fromkeys(RANKS, str(rank))}, stdout=output.open("w"),
             stderr=subprocess.STDOUT,
         )
         for rank, output in enumerate(outputs)
@@ -63,11 +69,27 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_exactly(strategy, tmp_
     read_checkpoint(last)
     resumed = run(tmp_path / "killed", strategy, "none", 0, last)
     assert [end.code for end in resumed] == [0, 0]
+    assert_equal(tmp_path, "whole", "killed", 4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_slurm_job_that_is_queued_again_resumes_exactly(strategy, tmp_path):
+    """As many batches are trained after the signal: SLURM ends the job only when its time is over."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/queued")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "resumed").mkdir()
+    whole = run(tmp_path / "whole", strategy, "requeue", 5, launcher=SLURM)
+    assert (tmp_path / "queued").read_text() == "requeue 4711\n"
+    (tmp_path / "whole" / "hpc_ckpt_1.ckpt").rename(tmp_path / "resumed" / "hpc_ckpt_1.ckpt")
+    resumed = run(tmp_path / "resumed", strategy, "none", 0, launcher=SLURM)
+    assert [end.code for end in whole + resumed] == [0, 0, 0, 0]
+    assert_equal(tmp_path, "whole", "resumed", 5)
+
+
+def assert_equal(folder, whole, resumed, step):
     for rank in range(2):
-        expected, found = (
-            torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for name in ("whole", "killed")
-        )
-        assert found["losses"] == expected["losses"][4:]
+        expected, found = (torch.load(folder / name / f"rank{rank}.pt", weights_only=True) for name in (whole, resumed))
+        assert found["losses"] == expected["losses"][step:]
         for name, value in expected["adapters"].items():
             assert torch.equal(found["adapters"][name], value)
 

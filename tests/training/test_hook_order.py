@@ -1,7 +1,9 @@
 """With the plugin, hooks come in Lightning's own order when a checkpoint is restored."""
 
 import datetime
+import os
 import pickle
+import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, ResumableLoader, loader
 
 
 class Recorder(pl.Callback):
@@ -102,3 +104,31 @@ def test_a_trainer_that_ran_can_be_pickled_and_runs_again(trainer):
     again.fit_loop.max_epochs = 2
     again.fit(module, loader())
     assert module.net[0].lora_B.any()
+
+
+class Signalled(Classifier):
+    """Gets SLURM's signal in the forward pass of its third batch."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("with_plugin", [False, True])
+def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path, monkeypatch, with_plugin):
+    """Lightning saves at once; tests/training/test_failing_rank.py has two ranks."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    ranks = dict.fromkeys(("PROCID", "LOCALID", "NODEID"), "0") | dict.fromkeys(("NTASKS", "NTASKS_PER_NODE"), "1")
+    os.environ.update({f"SLURM_{name}": value for name, value in {**ranks, "JOB_ID": "4711"}.items()})
+    os.environ["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/queued")
+    (tmp_path / "scontrol").chmod(0o755)
+    first, resumed = Signalled(dropout=0.1), Classifier(dropout=0.1)
+    plugins = {"plugins": QLoRAPrecision(r=4, lora_dropout=0.1)} if with_plugin else {}
+    trainer(**plugins).fit(first, ResumableLoader())
+    assert (tmp_path / "queued").read_text() == "requeue 4711\n"
+    assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=False)["global_step"] == 2 + with_plugin
+    if with_plugin:
+        trainer(**plugins).fit(resumed, ResumableLoader())  # Lightning finds the checkpoint
+        assert resumed.losses == first.losses[3:]

@@ -179,7 +179,7 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
         weight = part._parameters.get("weight")
         loaded = {name: part} if isinstance(part, QLoRALinear) else {}
     for full_name, layer in loaded.items():
-        layer.config, layer.full_name, layer.loaded, layer.lora_dropout = config, full_name, False, config.lora_dropout
+        _adopt_loaded(layer, config, full_name)
     if loaded:
         return
     if is_sharded(weight):
@@ -197,6 +197,12 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
         QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
     else:
         QLoRALinear.from_linear(part, config, name, device, seed_name)
+
+
+def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
+    """Set what conversion decides for a layer that was quantized while its model loaded."""
+    layer.config, layer.full_name, layer.loaded = config, name, False
+    layer.lora_dropout = config.lora_dropout
 
 
 def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear]) -> None:

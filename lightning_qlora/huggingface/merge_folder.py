@@ -108,6 +108,8 @@ class _FolderMerge:
         linear = [name for name in adapter.layers if adapter.expert_parameter(name) is None]
         self.layer_of = {self._key_of(name): name for name in linear}
         self.tokens = {key: name for name in adapter.tokens for key in self._keys_of_tokens(name)}
+        packed = (adapter.quantization or {}).get("embeddings", []) if base == "quantized" else []
+        self.embeddings = {folder.find(f"{name}.weight") for name in packed}  # in 4 bits in training
         keys = {name: folder.find(name) for name in adapter.saved if not name.endswith(DELTA)}
         self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
         # Trained tensors that the base lacks, except those that are tied to one that it has.
@@ -149,7 +151,7 @@ class _FolderMerge:
             yield name, self._cast(value)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
-        known = self.layer_of.keys() | self.saved.keys() | self.experts.keys() | self.tokens.keys()
+        known = self.layer_of.keys() | self.saved.keys() | self.experts.keys() | self.tokens.keys() | self.embeddings
         return [name for name in names if name in known]
 
     def _check_conversions(self) -> None:
@@ -191,6 +193,8 @@ class _FolderMerge:
         name, packed = self.layer_of.get(key), self.folder.is_packed(key) and key not in self.saved
         if name is None and not packed:
             tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
+            if key in self.embeddings:
+                tensor = self.weights.quantized(tensor, key, double_quant=False).dequantize()
             if (of := self.tokens.get(key)) is not None:
                 rows = self.adapter.saved[f"{of}.{DELTA}"].to(tensor)
                 index = torch.tensor(self.adapter.tokens[of], device=tensor.device)

@@ -49,10 +49,10 @@ class MergedWeights:
         known = self.adapter.quantization or {}
         return {name: known.get(name, getattr(QLoRAConfig, name)) for name in BITS}
 
-    def quantized(self, rows: Tensor, key: str) -> PackedWeight:
+    def quantized(self, rows: Tensor, key: str, **changed: Any) -> PackedWeight:
         """The 4-bit weight as in training; an error names the file."""
         try:
-            return quantize(rows, **self.quantization())
+            return quantize(rows, **self.quantization() | changed)
         except ValueError as error:
             raise ValueError(f"{self.folder.where(key)}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""PackedLinear: a linear layer whose weight is held in 4 bits, as frozen parameters."""
+"""PackedLayer: a layer whose weight is held in 4 bits, as frozen parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,17 @@ from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
 
 
-class PackedLinear(nn.Linear):
+class PackedLayer(nn.Module):
     """Stores a 4-bit weight [out, in] in frozen uint8 parameters.
 
     Attributes:
         packed, absmax, nested: The bytes of the weight, [n, 1] or with one row an output; see `packed_weight`.
         quant_type, block_size: How the weight was quantized.
         weight_dtype: Type of the float weight, which it decodes to.
+        weight: The weight for code that reads it.
     """
 
+    weight: Tensor
     packed: nn.Parameter
     absmax: nn.Parameter
     nested: nn.Parameter
@@ -85,7 +87,7 @@ class PackedLinear(nn.Linear):
         """A weight [out, in] in the shape that the dense layer has, or the reverse."""
         return weight.T if self._transposed else weight
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         def keep_bytes(tensor: Tensor) -> Tensor:
             """`module.type(dtype)` casts integers too, which would destroy the bytes: they only change device."""
             applied = fn(tensor)

@@ -8,14 +8,16 @@ results are put together, so gradients and optimizer state are as large as delta
 delta, in a module of the name that PEFT's files use. Source: peft/tuners/trainable_tokens/layer.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.layers.packed_embedding import FrozenLayer, decode_embeddings, frozen_class
 from lightning_qlora.layers.qlora_linear import new
 
 TOKEN_ADAPTER = "token_adapter"
@@ -40,7 +42,8 @@ class TokenAdapter(nn.Module):
     def __init__(self, weight: Tensor, indices: list[int]) -> None:
         super().__init__()
         index = torch.tensor(indices, device=weight.device)
-        rows = weight.detach()[index]
+        with torch.no_grad():
+            rows = F.embedding(index, weight)  # of a 4-bit weight, only these are decoded
         self.trainable_tokens_delta = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True))
         self.register_buffer("token_indices", index, persistent=False)
         self.register_buffer("order", index.argsort(), persistent=False)
@@ -55,7 +58,7 @@ class TrainableTokens:
 
     Attributes:
         token_adapter: The rows that train; layers of a tied weight have the same.
-        dense_class: Class of the layer before conversion, and again after `merge`.
+        dense_class: Class of the layer without rows that train, dense or in 4 bits.
     """
 
     weight: Tensor
@@ -64,22 +67,25 @@ class TrainableTokens:
 
     def rows(self) -> Tensor:
         """The rows that train, in the type of the weight."""
-        return self.token_adapter.trainable_tokens_delta.to(self.weight.dtype)
+        return self.token_adapter.trainable_tokens_delta.to(vars(self).get("weight_dtype") or self.weight.dtype)
 
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
         """What the layer computes with the rows in place of its weight, also where its class scales the result."""
-        view: Any = object.__new__(self.dense_class)
+        dense: Any = getattr(self.dense_class, "dense_class", self.dense_class)
+        view: Any = object.__new__(dense)
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
-        return self.dense_class.forward(view, input)  # type: ignore[no-any-return]
+        return dense.forward(view, input)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle an instance of a class that has no name which could be imported."""
         made = object.__reduce_ex__(self, protocol)
-        return new, (class_for, self.dense_class), *made[2:]
+        return new, importable(type(self)), *made[2:]
 
 
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
     """An embedding with rows that train."""
+
+    dense_class = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
         """Tokens [...] -> [..., dim]."""
@@ -99,6 +105,8 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
 class TrainableTokensLinear(TrainableTokens, nn.Linear):
     """An output embedding with rows that train."""
 
+    dense_class = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:
         """Hidden states [..., dim] -> logits [..., vocabulary]."""
         logits: Tensor = self.dense_class.forward(self, input)
@@ -110,10 +118,10 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):
 
 
 def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
-    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them."""
+    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them, in 4 bits or not."""
     if dense_class not in _CLASSES:
         kind = _CLASSES[nn.Embedding if issubclass(dense_class, nn.Embedding) else nn.Linear]
-        members = {"__module__": dense_class.__module__}
+        members = {"__module__": dense_class.__module__, "dense_class": dense_class}
         _CLASSES[dense_class] = type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
     return _CLASSES[dense_class]
 
@@ -124,14 +132,21 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def train_tokens(weight: Tensor, layers: Iterable[nn.Module], indices: list[int]) -> TokenAdapter:
-    """Let these rows of a weight train, in place, in all layers that have it; they begin with their values."""
+def importable(kind: Any) -> Any:
+    """What pickle can hold in place of a class: a tuple of the function that makes it and the arguments, for `new`."""
+    if issubclass(kind, TrainableTokens):
+        return class_for, importable(kind.dense_class)
+    return (frozen_class, kind.dense_class) if issubclass(kind, FrozenLayer) else kind
+
+
+def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
+    """Let these rows of a weight train, in place, in all layers that have it; they begin with its values."""
+    weight = layers[0].weight
     adapter = TokenAdapter(weight, indices)
     setattr(weight, ROWS, adapter.trainable_tokens_delta)
     for layer in layers:
-        vars(layer)["dense_class"], layer.__class__ = type(layer), class_for(type(layer))
+        layer.__class__ = class_for(type(layer))
         layer.register_module(TOKEN_ADAPTER, adapter)
-    return adapter
 
 
 def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
@@ -145,23 +160,31 @@ def token_indices(module: nn.Module) -> dict[str, list[int]]:
     return {plain_name(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
 
 
-def merge_tokens(module: nn.Module) -> None:
-    """Write the rows that train into the weights, and make each embedding what it was."""
-    for layer in [part for part in module.modules() if isinstance(part, TrainableTokens)]:
-        with torch.no_grad():
-            layer.weight[layer.token_adapter.token_indices] = layer.rows()
+def merge_embeddings(module: nn.Module) -> list[nn.Parameter]:
+    """Decode embeddings in 4 bits, write the rows that train into the weights, and make each embedding what it was.
+
+    Returns the weights that were decoded.
+    """
+    layers = [part for part in module.modules() if isinstance(part, TrainableTokens)]
+    rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
+    for layer in layers:
         remove_tokens(layer)
+    decoded = decode_embeddings(module)
+    with torch.no_grad():
+        for layer, (indices, values) in zip(layers, rows, strict=True):
+            layer.weight[indices] = values
+    return decoded
 
 
 def remove_tokens(layer: Any) -> None:
-    """Make an embedding what it was, with the weight that it has, in place."""
+    """Make an embedding what it was without rows that train, in place."""
     vars(layer.weight).pop(ROWS, None)
-    layer.__class__ = layer.__dict__.pop("dense_class")
+    layer.__class__ = layer.dense_class
     del layer._modules[TOKEN_ADAPTER]
 
 
 def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:
     """A parameter; a weight with zeros for the rows that train: what stood there is not used, as in new tokens."""
-    if not isinstance(owner, TrainableTokens) or parameter is not owner.weight:
+    if not isinstance(owner, TrainableTokens) or parameter.ndim < 2 or not len(parameter):
         return parameter
     return gather(parameter.detach()).index_fill(0, owner.token_adapter.token_indices, 0)

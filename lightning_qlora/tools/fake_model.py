@@ -16,7 +16,8 @@ from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.layers.dotted_names import expert_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.packed_embedding import freeze_in_4_bits
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.selection import select_layers
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -79,8 +80,8 @@ def _model_of_config(config: Any) -> nn.Module:
     return cast(nn.Module, make(config, dtype=dtype))
 
 
-def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list[QLoRALinear], ConversionReport]:
-    """Convert a model without data as `convert_module` does one with data; returns its 4-bit layers and a report."""
+def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> ConversionReport:
+    """Convert a model without data as `convert_module` does one with data."""
     if config.adapter is not None:
         config = config_of_adapter(fake_model, read_adapter(config.adapter), config)
     check_output_embeddings(fake_model, config.deferred_logits)
@@ -89,7 +90,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
     choice, new = select_layers(fake_model, config), unrecorded(fake_model)
     check_any(choice, config)
     for name, (layer, of_layer, seed_name) in choice.convert.items():
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight: Tensor = layer.get_parameter("weight")
         packed = PackedWeight.without_data(weight.T if kind_of(type(layer)).transposed else weight, *how)
         QLoRALinear.from_packed(layer, packed, type(layer), of_layer, name, seed_name)
     for name, (stack, of_stack, _) in choice.stacks.items():
@@ -99,6 +100,10 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
             QLoRALinear.from_packed(layer, packed, nn.Linear, own, expert_name(name, number))
 
         QLoRAExperts.from_slices(*stack, convert)
+    for embedding in choice.embeddings.values():
+        layers = [*embedding.layers.values()]
+        weight = layers[0].get_parameter("weight")
+        freeze_in_4_bits(layers, PackedWeight.without_data(weight, *how[:2], False), embedding.config)
     freeze(fake_model, choice, new)
     add_tokens(fake_model, choice)
     if config.gradient_checkpointing:
@@ -106,8 +111,7 @@ def convert_fake_model(fake_model: nn.Module, config: QLoRAConfig) -> tuple[list
     defer_output_embeddings(fake_model, config.deferred_logits)
     run_without_data(fake_model)
     warn_of_what_stayed(fake_model, choice)
-    report = conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
-    return list(adapted_layers(fake_model).values()), report
+    return conversion_report(fake_model, choice, bytes_before, start, deferred_heads(fake_model))
 
 
 def one_line(error: Exception) -> str:

@@ -1,13 +1,16 @@
 """An optimizer that was made before conversion, as LightningCLI and Fabric loops make it, gets the adapters."""
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_qlora.layers.dotted_names import join, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.trainable_tokens import DELTA, ROWS
+from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, TOKEN_ADAPTER
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -29,6 +32,9 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
 def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
     """Ending of the name -> parameter of the adapter; {"": param} if conversion did not replace it."""
     became = getattr(param, REPLACED, None)
+    if isinstance(became, FrozenLayer):
+        rows: Any = became._modules.get(TOKEN_ADAPTER)
+        return {} if rows is None else {DELTA: rows.trainable_tokens_delta}
     if isinstance(became, QLoRALinear):
         return _adapter_of(became)
     if isinstance(became, QLoRAExperts):

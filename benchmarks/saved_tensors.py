@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import measure
-from lightning_qlora import QLoRAConfig
-from lightning_qlora.tools.fake_model import convert_fake_model
+from lightning_qlora import convert
 
 
 def decoder_layer(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], Any]]:
@@ -33,7 +32,7 @@ def decoder_layer(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], 
     layer = LlamaDecoderLayer(config, 0)
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    convert_fake_model(layer, QLoRAConfig(r=options.r, lora_dropout=0.05))
+    convert(layer, r=options.r, lora_dropout=0.05)
     x = torch.zeros(1, options.tokens, options.hidden, dtype=torch.bfloat16, requires_grad=True)
     position = torch.arange(options.tokens).unsqueeze(0)
     cos_sin = LlamaRotaryEmbedding(config)(x, position)

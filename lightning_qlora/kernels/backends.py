@@ -21,12 +21,9 @@ Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Backend:
-    """The ops on a device with Triton; `reference` and `adamw` specify what they compute.
+    """The ops on a device with Triton; `reference` and `reference_adamw` specify what they compute."""
 
-    Attributes:
-        failures: The ops that `eager` computes, each with what its kernels do wrong.
-    """
-
+    failures: dict[str, str]  # the ops that `eager` computes, each with what its kernels do wrong
     quantize: Callable[..., PackedBytes]
     dequantize: Callable[..., Tensor]
     lora_project: Callable[..., Tensor]
@@ -39,7 +36,7 @@ class Backend:
     adamw8bit_step: Callable[..., None]
 
     def __init__(self, device: torch.device, kernels: ModuleType) -> None:
-        self.device, self.failures = device, dict[str, str]()
+        self.device, self.failures = device, {}
         for op in OPS:
             setattr(self, op, self._guarded(op, getattr(kernels, op), getattr(eager, op)))
         self.can_group = kernels.can_group
@@ -112,10 +109,8 @@ def describe(device: torch.device) -> str:
 def agree(device: torch.device | None = None) -> None:
     """Let an op fall back on all ranks if it does on one. All ranks must call it, as for wrapping a module in DDP.
 
-    Ranks of one host share a verdict; those of another host, or of another card, have their own.
-
-    Args:
-        device: Of this rank; None: the current GPU, or the CPU if this process does not use CUDA.
+    Ranks of one host share a verdict; those of another host, or of another card, have their own. `device` is that of
+    this rank; None: the current GPU, or the CPU if this process does not use CUDA.
     """
     if device is None:
         in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

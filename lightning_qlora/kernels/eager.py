@@ -19,11 +19,8 @@ from lightning_qlora.kernels.reference import grouped_linear_backward as grouped
 from lightning_qlora.kernels.reference_adamw import adamw8bit_step as adamw8bit_step
 from lightning_qlora.kernels.reference_adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.scratch import scratch
-from lightning_qlora.quantization import blockwise
-from lightning_qlora.quantization.codebooks import codebook
+from lightning_qlora.quantization.blockwise import CHUNK
 from lightning_qlora.quantization.packed_weight import PackedBytes
-
-CHUNK = 1 << 17  # weights per step in plain torch: fp32 values that fit the L2 cache; a multiple of every block size
 
 
 def path() -> str:
@@ -43,7 +40,7 @@ def _library(x: Tensor) -> Library | None:
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`."""
     library = _library(weight)
-    return (quantize_in_chunks if library is None else library.quantize)(weight, quant_type, block_size, double_quant)
+    return (reference.quantize if library is None else library.quantize)(weight, quant_type, block_size, double_quant)
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -52,9 +49,9 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
-    """Decode into `out`, flat [numel], of any of the three float types; returns it."""
+    """See `PackedBytes.dequantize_into`."""
     library = _library(out)
-    return (dequantize_in_chunks if library is None else library.dequantize_into)(out, weight)
+    return weight.dequantize_into(out) if library is None else library.dequantize_into(out, weight)
 
 
 def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -95,7 +92,7 @@ def linear_backward(
         if seed is not None:
             _dropout(grad_x, grad_x, p, seed)
         if few and library is not None:
-            return library.add_matmul_transposed(grad_x, grad.contiguous(), weight), grad_a, grad_b
+            return library.add_matmul(grad_x, grad.contiguous(), weight, transposed=True), grad_a, grad_b
         return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
     grad_x = torch.mm(grad, _decoded(weight, grad.dtype))
     return grad_x.addmm_(grad_xa, a) if a.numel() else grad_x, grad_a, grad_b
@@ -129,54 +126,6 @@ def can_group(*_: object) -> bool:
 def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The first argument of `addmm` if beta is 0, so that it is not read."""
     return torch.empty((), dtype=dtype, device=device)
-
-
-def quantize_in_chunks(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
-    """See `reference.quantize`; the rank of the nearest level is the number of midpoints below the value."""
-    book = codebook(quant_type, str(weight.device))
-    flat = weight.detach().reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=weight.device)
-    in_order = bool((book.order[1:] > book.order[:-1]).all())  # then the rank is the code
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK].float()
-        scales = blockwise.block_absmax(chunk, block_size)
-        absmax[start // block_size :][: scales.numel()] = scales
-        values = blockwise.normalize(chunk, scales, block_size)
-        if values.numel() % 2:
-            values = torch.cat([values, values.new_zeros(1)])
-        rank = torch.zeros(values.shape, dtype=torch.uint8, device=weight.device)
-        for bound in book.bounds.tolist():
-            rank += values > bound
-        packed[start // 2 :][: values.numel() // 2] = blockwise.pack(rank if in_order else book.order[rank.int()])
-    scales_and_nested = reference.store_scales(absmax, double_quant)
-    return PackedBytes(packed, *scales_and_nested, (weight.shape[0], weight.shape[1]), quant_type, block_size)
-
-
-@cache
-def _levels_of_byte(quant_type: QuantType, device: str) -> Tensor:
-    """The two fp32 levels of each byte, stored as one int64: [256]."""
-    levels = codebook(quant_type, device).levels
-    byte = torch.arange(256, device=levels.device)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.int64).view(-1)
-
-
-def dequantize_in_chunks(out: Tensor, weight: PackedBytes) -> Tensor:
-    """See `dequantize_into`."""
-    device, size = out.device, weight.block_size
-    table, packed, scales = _levels_of_byte(weight.quant_type, str(device)), weight.packed.reshape(-1), weight.scales()
-    for start in range(0, weight.numel, CHUNK):
-        numel = min(CHUNK, weight.numel - start)
-        index = packed[start // 2 : (start + numel + 1) // 2].int()
-        pairs = scratch(index.numel(), torch.int64, device, "levels")
-        values = torch.index_select(table, 0, index, out=pairs).view(torch.float32)[:numel]
-        whole = numel - numel % size
-        block = start // size
-        values[:whole].view(-1, size).mul_(scales[block : block + whole // size, None])
-        if whole < numel:
-            values[whole:].mul_(scales[-1])
-        out[start : start + numel].copy_(values)
-    return out
 
 
 def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:

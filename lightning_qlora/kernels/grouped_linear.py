@@ -44,15 +44,9 @@ def grouped_linear(
 
     The layers must be ones that `can_group` accepts: the kernels read them by address.
 
-    Args:
-        x: [rows, in], fp32, bf16 or fp16; rows from the last end on belong to no layer and give zeros.
-        ends: int32 [experts] on x's device, ascending.
-        weights: The 4-bit weight of each layer, [out, in].
-        lora_a: [r, in] of each layer.
-        lora_b: [out, r] of each layer.
-        scaling: The factor s.
-        p: Dropout probability of the adapters' input.
-        seed: As in `lora_linear`; the mask depends on the index among all rows.
+    x is [rows, in]; rows from the last end on belong to no layer and give zeros. `ends` is int32 [experts] on x's
+    device, ascending. The lists have an element for each layer; the other arguments are those of `lora_linear`, and the
+    dropout mask depends on the index among all rows.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.shape[1:] != weights[0].shape[1:]:
         raise ValueError(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels import ops, reference
-from lightning_qlora.quantization.packed_weight import PackedBytes, Part
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
-# Within this, torch does not ask a `PackedParameter` before each call, which takes 4 us: it is a tensor as any other.
+# Within this, torch does not call `PackedParameter.__torch_function__`, which takes 4 us for each operation.
 PLAIN = torch._C.DisableTorchFunctionSubclass
 
 
@@ -47,10 +47,7 @@ def lora_linear(
             "torch.autograd.grad or torch.autograd.functional.vjp."
         )
     if not is_eager(x, lora_a):
-        y, _ = torch.ops.lightning_qlora.lora_linear(
-            x, weight.packed, weight.absmax, weight.nested, bias, lora_a, lora_b, seed, weight.shape[0],
-            weight.quant_type, weight.block_size, scaling, p, weight.part,
-        )  # fmt: skip
+        y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, lora_a, lora_b, seed, scaling, p)
         return cast(Tensor, y)
     projected: list[Tensor] = []
     with PLAIN():
@@ -129,27 +126,25 @@ class _TimesWeight(torch.autograd.Function):
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, packed, absmax, nested, bias, lora_a, lora_b, seed, _, quant_type, block_size, scaling, p, part = inputs
+    x, packed, absmax, nested, *form, bias, lora_a, lora_b, seed, scaling, p = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], packed, absmax, nested, lora_a, lora_b, seed)
-    ctx.choices, ctx.part = (quant_type, block_size, scaling, p), part and Part(*part)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.choices = form, scaling, p, None if bias is None else bias.dtype
 
 
 def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
-    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    (form, scaling, p, bias_dtype), needs_x, needs_bias = ctx.choices, ctx.needs_input_grad[0], ctx.needs_input_grad[8]
     if torch.is_grad_enabled():  # with `create_graph=True`
-        quant_type, block_size, scaling, p = ctx.choices
-        weight = PackedBytes(packed, absmax, nested, (grad.shape[-1], x.shape[-1]), quant_type, block_size, ctx.part)
+        weight = ops.weight_of(packed, absmax, nested, *form)
         grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     else:
         grads = torch.ops.lightning_qlora.lora_linear_backward(
-            grad, x, xa, packed, absmax, nested, lora_a, lora_b, seed, *ctx.choices, needs_x, ctx.part
+            grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
         )
     grad_x, grad_a, grad_b = grads
-    grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs_bias else None
-    return grad_x if needs_x else None, None, None, None, grad_bias, grad_a, grad_b, *[None] * 7
+    grad_bias = _grad_bias(grad, bias_dtype) if needs_bias else None
+    return grad_x if needs_x else None, *[None] * 7, grad_bias, grad_a, grad_b, *[None] * 3
 
 
 ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)

@@ -10,9 +10,12 @@ The first four are `torch.library` ops, so torch.compile sees each as one opaque
 test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast, get_args
+from functools import cache
+from math import prod
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +23,6 @@ from torch import Tensor
 from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.reference_adamw import AdamWStep
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, Part, check_bytes
 
@@ -71,11 +73,7 @@ def quantize(
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """The float weight [out, in] behind 4-bit bytes."""
-    result: Tensor = torch.ops.lightning_qlora.dequantize(
-        weight.packed, weight.absmax, weight.nested, list(weight.shape), weight.quant_type, weight.block_size, dtype,
-        weight.part,
-    )  # fmt: skip
-    return result
+    return cast(Tensor, torch.ops.lightning_qlora.dequantize(*weight, dtype))
 
 
 # Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would repeat one dropout mask, because the seed
@@ -90,7 +88,7 @@ def _quantize(weight: Tensor, quant_type: str, block_size: int, double_quant: bo
 
 
 @_quantize.register_fake
-def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(weight: Tensor, _: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
     blocks = -(-weight.numel() // block_size)
     nested = 4 * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else 0
     sizes = (weight.numel() + 1) // 2, blocks if double_quant else 4 * blocks, nested
@@ -107,78 +105,89 @@ def _refuse_onnx() -> None:
         )
 
 
-def _weight(
-    packed: Tensor, absmax: Tensor, nested: Tensor, shape: tuple[int, int], quant_type: str, block_size: int,
+def weight_of(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
     part: list[int] | None,
 ) -> PackedBytes:  # fmt: skip
+    """A weight from its fields, as the ops get them."""
     whole = None if part is None else Part(*part)
-    return PackedBytes(packed, absmax, nested, shape, cast(QuantType, quant_type), block_size, whole)
+    return PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size, whole)
 
 
 @torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
 def _dequantize(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    dtype: torch.dtype, part: list[int] | None = None,
+    part: list[int] | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     _refuse_onnx()
-    weight = _weight(packed, absmax, nested, (shape[0], shape[1]), quant_type, block_size, part)
+    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
     check_bytes(weight)
     return backend(packed.device).dequantize(weight, dtype)
 
 
 @_dequantize.register_fake
-def _(
-    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    dtype: torch.dtype, part: list[int] | None = None,
-) -> Tensor:  # fmt: skip
+def _(packed: Tensor, *rest: Any) -> Tensor:
     _refuse_onnx()
-    return packed.new_empty(shape, dtype=dtype)
+    return packed.new_empty(rest[2], dtype=rest[-1])
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
 def lora_linear_op(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
-    part: list[int] | None = None,
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
+    part: list[int] | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float,
+    p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
-    weight = _weight(packed, absmax, nested, (out_features, x.shape[-1]), quant_type, block_size, part)
+    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
     y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
     linear_into(y, x, xa, weight, bias, lora_b, scaling)
     return y, xa
 
 
 @lora_linear_op.register_fake
-def _(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    seed: Tensor | None, out_features: int, quant_type: str, block_size: int, scaling: float, p: float,
-    part: list[int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
-    rows = x.reshape(-1, x.shape[-1]).shape[0]
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows, lora_a.shape[0])
+    shape, lora_a, rows = rest[3], rest[8], _rows(x).shape[0]
+    return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(rows, lora_a.shape[0])
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
 def lora_linear_backward_op(
-    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
-    lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
-    part: list[int] | None = None,
+    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int],
+    quant_type: str, block_size: int, part: list[int] | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None,
+    scaling: float, p: float, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (empty if it is not needed), A and B."""
-    weight = _weight(packed, absmax, nested, (grad.shape[-1], x.shape[-1]), quant_type, block_size, part)
+    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
     grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
 
 
 @lora_linear_backward_op.register_fake
-def _(
-    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, lora_a: Tensor,
-    lora_b: Tensor, seed: Tensor | None, quant_type: str, block_size: int, scaling: float, p: float, needs_x: bool,
-    part: list[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lora_a, lora_b, needs_x = rest[8], rest[9], rest[-1]
     return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+@cache
+def register_flop_formulas() -> None:
+    """Tell torch's FlopCounterMode, and so Lightning's measure_flops, the operations of a layer; it gives shapes.
+
+    They are those of a frozen dense layer with an adapter; decoding is not counted. With a dispatch mode as that
+    `lora_linear` runs these ops, which the mode sees.
+    """
+    from torch.utils.flop_counter import register_flop_formula  # imports Triton, where it is installed
+
+    @register_flop_formula(torch.ops.lightning_qlora.lora_linear)
+    def _(x: Sequence[int], *rest: Any, **_: Any) -> int:  # x W^T, x A^T, (x A^T) B^T
+        (outputs, inputs), (r, _) = rest[3], rest[8]
+        return int(2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs)))
+
+    @register_flop_formula(torch.ops.lightning_qlora.lora_linear_backward)
+    def _(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:  # for A, B, and x if that needs one
+        (outputs, inputs), (r, _), needs_x = rest[4], rest[8], rest[-1]
+        return int(2 * prod(x[:-1]) * (r * (inputs + 2 * outputs) + needs_x * inputs * (outputs + r)))
 
 
 def lora_project(
@@ -233,35 +242,26 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
-    if not x.dim():
-        raise ValueError(f"x: has no dimension; it must be [..., {weight.shape[1]}]. Add one: x.reshape(1, -1).")
     (out_features, in_features), r = weight.shape, lora_a.shape[0]
-    matches = x.shape[-1] == in_features and lora_a.shape == (r, in_features) and lora_b.shape == (out_features, r)
+    matches = x.shape[-1:] == (in_features,) and lora_a.shape == (r, in_features) and lora_b.shape == (out_features, r)
     if not matches or (bias is not None and bias.shape != (out_features,)):
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]
         raise ValueError(
-            f"lora_linear: a weight [{out_features}, {in_features}] and x {list(x.shape)} need A [r, {in_features}], "
-            f"B [{out_features}, r] and bias [{out_features}]; got {shapes}."
+            f"lora_linear: with a weight [{out_features}, {in_features}] x must be [..., {in_features}], A [r, "
+            f"{in_features}], B [{out_features}, r] and bias [{out_features}]; got x {list(x.shape)} and {shapes}."
         )
     check_bytes(weight)
 
 
-def adamw_step(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
-) -> None:
-    """One AdamW step with fp32 state, in place; see `adamw.adamw_step`.
+def adamw_step(params: list[Tensor], *rest: Any) -> None:
+    """See `reference_adamw.adamw_step`.
 
     The parameters have one device and one type, and so have the gradients: a backend takes one launch, so that nothing
     is written if that fails.
     """
-    backend(params[0].device).adamw_step(params, grads, exp_avgs, exp_avg_sqs, scalars)
+    backend(params[0].device).adamw_step(params, *rest)
 
 
-def adamw8bit_step(
-    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
-    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
-) -> None:  # fmt: skip
-    """The same with 8-bit state; see `adamw.adamw8bit_step`."""
-    backend(params[0].device).adamw8bit_step(
-        params, grads, exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, scalars
-    )
+def adamw8bit_step(params: list[Tensor], *rest: Any) -> None:
+    """The same; see `reference_adamw.adamw8bit_step`."""
+    backend(params[0].device).adamw8bit_step(params, *rest)

@@ -14,22 +14,16 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """Float weight [out, in] -> 4-bit bytes."""
     packed, absmax = blockwise.quantize_4bit(weight, codebook(quant_type, str(weight.device)), block_size)
-    return PackedBytes(packed, *store_scales(absmax, double_quant), _shape(weight), quant_type, block_size)
-
-
-def store_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor]:
-    """Scales fp32 [b] -> the bytes of `PackedBytes.absmax` and `PackedBytes.nested`."""
+    shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
-        return absmax.view(torch.uint8), absmax.new_empty(0, dtype=torch.uint8)
+        return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
     codes, nested_absmax, offset = blockwise.double_quantize(absmax)
-    return codes, blockwise.nested_bytes(nested_absmax, offset)
+    return PackedBytes(packed, codes, blockwise.nested_bytes(nested_absmax, offset), shape, quant_type, block_size)
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """W = level[code] * scale, rounded to fp32 and then to `dtype`; [out, in]."""
-    book = codebook(weight.quant_type, str(weight.packed.device))
-    packed, scales = weight.packed.reshape(-1), weight.scales()
-    return blockwise.dequantize_4bit(packed, scales, weight.numel, book, weight.block_size, dtype).view(weight.shape)
+    return weight.dequantize_into(weight.packed.new_empty(weight.numel, dtype=dtype)).view(weight.shape)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -163,7 +157,3 @@ def grouped_linear_backward(
 def _groups(ends: Tensor) -> list[slice]:
     numbers = ends.tolist()
     return [slice(begin, end) for begin, end in zip([0, *numbers], numbers, strict=False)]
-
-
-def _shape(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]

@@ -22,23 +22,14 @@ STATE_BLOCK_SIZE = 256  # elements per scale, as in bitsandbytes
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """The scalars of one step.
+    """The scalars of one step, as in the formulas above."""
 
-    Attributes:
-        step: Number of the step, from 1.
-        lr: Learning rate.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
-    """
-
-    step: int
+    step: int  # t, from 1
     lr: float
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float
+    weight_decay: float  # wd
 
 
 @torch.no_grad()
@@ -52,14 +43,9 @@ def adamw_step(
 
 @torch.no_grad()
 def adamw8bit_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_codes: list[Tensor],
-    exp_avg_absmaxes: list[Tensor],
-    exp_avg_sq_codes: list[Tensor],
-    exp_avg_sq_absmaxes: list[Tensor],
-    scalars: AdamWStep,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
+) -> None:  # fmt: skip
     """One step with 8-bit state, in place.
 
     Codes are uint8 with the shape of the parameter, which has n elements; absmaxes are fp32 [ceil(n / 256)]. Codes 0

@@ -40,7 +40,8 @@ def scratch(
     make = torch.zeros if zero else torch.empty
     if is_capturing(device):
         return make(numel, dtype=dtype, device=device)
-    stream = _stream(device.index) if device.type == "cuda" else 0
+    # As Triton reads it: `torch.cuda.current_stream` makes an object each time.
+    stream = int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
     key = (device, stream, dtype, purpose)
     buffer = _thread.buffers.get(key)
     if buffer is None or buffer.numel() < numel:
@@ -53,11 +54,6 @@ def scratch(
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(index: int) -> int:
-    """The address of the current stream, as Triton reads it; `torch.cuda.current_stream` makes an object each time."""
-    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 def release() -> None:

@@ -4,7 +4,6 @@ The kernels run in a child process, so a kernel that hangs or faults ends the ch
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -44,6 +43,7 @@ def verdict(device: torch.device, repeat: bool = False) -> Verdict:
     Any number of processes may ask at the same time: one checks, and the others wait for it.
     """
     facts = setup(device)
+    found: Verdict | None = None
     try:
         file = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.json"
         if not repeat and (found := _read(file)):
@@ -52,11 +52,11 @@ def verdict(device: torch.device, repeat: bool = False) -> Verdict:
             if repeat or not (found := _read(file)):  # it may be there now
                 found = examine(device)
                 if not any("out of memory" in (why or "") for why in found.values()):  # the next process may have some
-                    _write(file, {"setup": facts, "ops": found})
-            return found
-    except OSError as error:  # of `cache_folder`
+                    with atomic_files(file.parent) as folder:
+                        (folder / file.name).write_text(json.dumps({"setup": facts, "ops": found}, indent=1) + "\n")
+    except OSError as error:  # no private folder, or no space
         _log.warning("The kernels are checked again in each process: %s", error)
-        return examine(device)
+    return found or examine(device)
 
 
 def setup(device: torch.device) -> dict[str, str]:
@@ -73,20 +73,7 @@ def setup(device: torch.device) -> dict[str, str]:
     for file in sorted(path for part in ("kernels", "quantization") for path in (PACKAGE / part).rglob("*")):
         if file.suffix in (".py", ".json"):
             digest.update(file.read_bytes())
-    if device.type == "cpu":  # Triton's interpreter, where tests replace functions in their process
-        digest.update(repr([*_code_of_kernels()]).encode())
     return facts | {"sources": digest.hexdigest()}
-
-
-def _code_of_kernels() -> Iterable[tuple[str, bytes, list[Any]]]:
-    """Name, code and constants of every function."""
-    modules = [sys.modules[name] for name in sorted(sys.modules) if name.startswith(KERNELS)]
-    for name, held in (pair for module in modules for pair in vars(module).items()):
-        is_class = isinstance(held, type) and held.__module__.startswith(KERNELS)
-        for value in vars(held).values() if is_class else [held]:
-            code = getattr(getattr(inspect.unwrap(value), "fn", value), "__code__", None)
-            if code is not None:
-                yield name, code.co_code, [const for const in code.co_consts if isinstance(const, int | float | str)]
 
 
 def _read(file: Path) -> Verdict | None:
@@ -99,16 +86,8 @@ def _read(file: Path) -> Verdict | None:
     return found if known and all(why is None or isinstance(why, str) for why in found.values()) else None
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
-    try:
-        with atomic_files(file.parent) as folder:
-            (folder / file.name).write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        _log.warning("The kernels are checked again in each process: %s", error)
-
-
 def examine(device: torch.device) -> Verdict:
-    """Check every op now. After one that is wrong another child goes on, because a fault leaves a device unusable."""
+    """Check every op now. After a wrong op another child checks the rest, because a fault ends the use of a device."""
     found: Verdict = {}
     while left := [op for op in OPS if op not in found]:
         op = ""
@@ -129,7 +108,7 @@ def examine(device: torch.device) -> Verdict:
 
 @contextmanager
 def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | None]"]:
-    """A process that checks ops and is killed at the end; yields the queue of what it says."""
+    """A process that checks ops and is killed at the end; yields the queue of its results."""
     end, output = (_fork if device.type == "cpu" else _spawn)(device, ops)
     said: SimpleQueue[str | None] = SimpleQueue()
 
@@ -148,7 +127,7 @@ def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | 
 
 
 def _spawn(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
-    """A new process, because CUDA can't be used in a fork. Python looks in its working folder first."""
+    """A new process, because CUDA can't be used in a fork. Its working folder is the first in which Python looks."""
     code = f"import sys; from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     child = subprocess.Popen(

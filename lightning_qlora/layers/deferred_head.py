@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.packed_embedding import FrozenLayer, PackedHead
 from lightning_qlora.layers.packed_parameter import PackedParameter
-from lightning_qlora.layers.qlora_linear import QLoRALinear, class_for, new
-from lightning_qlora.layers.trainable_tokens import TrainableTokens, importable
+from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
@@ -24,7 +25,7 @@ from lightning_qlora.layers.trainable_tokens import TrainableTokens, importable
 LARGE = 4
 
 
-class DeferredHead:
+class DeferredHead(Derived):
     """What `defer_logits` adds to the class of an output embedding."""
 
     plain_class: type[nn.Module]  # the class without this one
@@ -38,13 +39,6 @@ class DeferredHead:
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         return DeferredLogits(input, Source(input, head), dtype).attached()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle an instance of a class that has no name which could be imported."""
-        made = object.__reduce_ex__(self, protocol)
-        packed = isinstance(self, QLoRALinear)
-        dense_class = self.dense_class if packed else importable(self.plain_class)  # type: ignore[attr-defined]
-        return new, (_class_for, dense_class, packed), *made[2:]
 
 
 def _can_defer(head: Any, input: Tensor) -> bool:
@@ -62,18 +56,13 @@ def _can_defer(head: Any, input: Tensor) -> bool:
     return input.requires_grad or any(p.requires_grad for p in head.parameters())
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class of a head -> the same with deferred logits
-
-
-def _class_for(kind: type[nn.Module], packed: bool = False) -> type[nn.Module]:
-    if packed:
-        kind = class_for(kind)
-    if kind not in _CLASSES:
-        members = {"__module__": kind.__module__, "plain_class": kind, "plain_forward": kind.forward}
-        if not issubclass(kind, (QLoRALinear, FrozenLayer, TrainableTokens)):
-            members["dense_class"] = kind  # as these say which class it was
-        _CLASSES[kind] = type(f"Deferred{kind.__name__}", (DeferredHead, kind), members)
-    return _CLASSES[kind]
+@derives
+def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a head with deferred logits."""
+    members = {"__module__": kind.__module__, "plain_class": kind, "plain_forward": kind.forward}
+    if not issubclass(kind, (QLoRALinear, FrozenLayer, TrainableTokens)):
+        members["dense_class"] = kind  # as these say which class it was
+    return type(f"Deferred{kind.__name__}", (DeferredHead, kind), members)
 
 
 def defer_logits(head: nn.Module) -> None:

@@ -31,15 +31,11 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Source:
-    """One call of a head: its input, its parameters as they were, autocast, and whether adapters were disabled.
-
-    Attributes:
-        head: The output embedding, a `DeferredHead`.
-        trained: Those of its parameters that train.
-    """
+    """One call of a head: its input, its parameters as they were, autocast, and whether adapters were disabled."""
 
     def __init__(self, hidden: Tensor, head: Any) -> None:
         self.head, device = head, hidden.device.type
+        # The parameters that train.
         self.trained = [] if vars(head).get(DISABLED) else [p for p in head.parameters() if p.requires_grad]
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._contexts = contexts()
@@ -62,45 +58,34 @@ class Source:
 
 
 class DeferredLogits(Readable):
-    """Logits [..., vocabulary] of hidden states [..., h] that are not computed yet; see the top of this file.
+    """Logits [..., vocabulary] of hidden states [..., h] that are not computed yet; see the top of this file."""
 
-    Attributes:
-        hidden: The input of the head.
-        source: The call of the head; all views of the logits have the same.
-        functions: Functions of single elements that were called on the logits, in order.
-    """
-
-    hidden: Tensor
-    source: Source
-    functions: tuple[Function, ...]
-    _parent: "DeferredLogits | None"  # what these logits are a view or a function of
-    _of_parent: Function
+    hidden: Tensor  # the input of the head
+    source: Source  # the call of the head; all views of the logits have the same
+    functions: tuple[Function, ...]  # of single elements, that were called on the logits, in order
+    _parent: "tuple[DeferredLogits, Function] | None"  # the logits that these are a view or a function of
     _real: Tensor | None
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, source: Source, dtype: torch.dtype) -> "DeferredLogits":
+    def __new__(
+        cls, hidden: Tensor, source: Source, dtype: torch.dtype, functions: tuple[Function, ...] = (),
+        parent: "tuple[DeferredLogits, Function] | None" = None,
+    ) -> "DeferredLogits":  # fmt: skip
         """A tensor with the shape, type and device of the logits, and no memory."""
         made: DeferredLogits = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], source.head.out_features), dtype=dtype, device=hidden.device
         )
-        made.hidden, made.source, made.functions, made._parent, made._real = hidden, source, (), None, None
-        return made
-
-    def derived(
-        self, of_parent: Function, hidden: Tensor, functions: tuple[Function, ...], dtype: torch.dtype
-    ) -> "DeferredLogits":
-        """Deferred logits that are a view or a function of these, without a gradient."""
-        made = DeferredLogits(hidden, self.source, dtype)
-        made.functions, made._parent, made._of_parent = functions, self, of_parent
+        made.hidden, made.source, made.functions, made._parent, made._real = hidden, source, functions, parent, None
         return made
 
     def rows(self, of_parent: Function, hidden: Tensor) -> Tensor:
         """Deferred logits of other rows, or of the same in another shape."""
-        return self.derived(of_parent, hidden, self.functions, self.dtype).attached()
+        return DeferredLogits(hidden, self.source, self.dtype, self.functions, (self, of_parent)).attached()
 
     def elementwise(self, function: Function, dtype: torch.dtype) -> Tensor:
         """Deferred logits that are a function of each element of these."""
-        return self.derived(function, self.hidden, (*self.functions, function), dtype).attached()
+        functions = (*self.functions, function)
+        return DeferredLogits(self.hidden, self.source, dtype, functions, (self, function)).attached()
 
     def compute(self, hidden: Tensor) -> Tensor:
         """The logits of some rows of hidden states."""
@@ -112,7 +97,7 @@ class DeferredLogits(Readable):
     @property
     def is_computed(self) -> bool:
         """Whether something has read the logits; from then on everything uses the real ones."""
-        return self._real is not None or (self._parent is not None and self._parent.is_computed)
+        return self._real is not None or (self._parent is not None and self._parent[0].is_computed)
 
     def computed(self, keep: bool = False) -> Tensor:
         """The real logits: a plain tensor, computed once for all their views, differentiable.
@@ -125,7 +110,8 @@ class DeferredLogits(Readable):
             if self._parent is None:
                 real = self.compute(self.hidden)
             else:
-                real = self._of_parent(self._parent.computed(keep))
+                parent, function = self._parent
+                real = function(parent.computed(keep))
         # Within activation checkpointing the recomputation must save the same tensors as the forward pass.
         in_checkpoint = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         if (keep or not in_checkpoint) and not torch.is_inference_mode_enabled():
@@ -138,7 +124,7 @@ class DeferredLogits(Readable):
 
     def detached(self) -> "DeferredLogits":
         """The same without a gradient."""
-        return self.derived(lambda real: real, self.hidden, self.functions, self.dtype)
+        return DeferredLogits(self.hidden, self.source, self.dtype, self.functions, (self, lambda real: real))
 
     def parameters(self) -> list[Any]:
         """The tensors that the logits depend on: the hidden states and what trains in the head."""

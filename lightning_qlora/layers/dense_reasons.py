@@ -69,12 +69,10 @@ class ModuleFacts:
         """Why a layer can't be converted, even if target_modules names it."""
         if isinstance(layer, QLoRALinear):
             return None
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            return "its weight is computed (parametrized), not stored"
-        if "bias" not in layer._parameters:
-            return "its bias is computed (parametrized), not stored"
-        return self.cannot_quantize(weight, is_packed(layer))
+        for key in ("weight", "bias"):
+            if key not in layer._parameters:
+                return f"its {key} is computed (parametrized), not stored"
+        return self.cannot_quantize(layer._parameters["weight"], is_packed(layer))
 
     def cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
         """Why a weight can't be quantized."""

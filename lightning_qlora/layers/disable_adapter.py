@@ -7,7 +7,6 @@ pass, deferred logits) does so in the contexts of the call: `contexts()` and `re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from threading import RLock
 from typing import Any
 
@@ -111,45 +110,29 @@ def restored(then: Sequence[_Context]) -> Iterator[None]:
     """Within this context the contexts are those that `contexts()` returned at another time."""
     now = contexts()
     begun, ended = [c for c in now if c not in then], [c for c in then if c not in now]
-    if begun or ended:
-        _switch(begun, ended)
+    _switch(begun, ended)
     try:
         yield
     finally:
-        if begun or ended:
-            _switch(ended, begun)
+        _switch(ended, begun)
 
 
 def as_called(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs later in the contexts of now."""
-    then = contexts()
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with restored(then):
-            return function(*args, **kwargs)
-
-    return run
+    return restored(contexts())(function)
 
 
 def _switch(ends: Iterable[_Context], begins: Iterable[_Context]) -> None:
     with _lock:
-        for context in ends:
-            _active.remove(context)
-            _count(context, -1)
-        for context in begins:
-            _active.append(context)
-            _count(context, 1)
-
-
-def _count(context: _Context, change: int) -> None:
-    for part in context.parts:
-        own = vars(part)
-        before = own.pop(DISABLED, 0)
-        if before + change > 0:  # without it the attribute is absent, which torch.compile guards on
-            own[DISABLED] = before + change
-        if INITIAL in own and 0 in (before, before + change):
-            _exchange(part, own[INITIAL])
+        for context, change in [*((context, -1) for context in ends), *((context, 1) for context in begins)]:
+            (_active.append if change > 0 else _active.remove)(context)
+            for part in context.parts:
+                own = vars(part)
+                before = own.pop(DISABLED, 0)
+                if before + change > 0:  # without it the attribute is absent, which torch.compile guards on
+                    own[DISABLED] = before + change
+                if INITIAL in own and 0 in (before, before + change):
+                    _exchange(part, own[INITIAL])
 
 
 def _exchange(owner: nn.Module, others: dict[str, Any]) -> None:

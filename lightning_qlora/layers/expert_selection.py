@@ -17,19 +17,12 @@ DOWN = ("down", "w2")  # in the names of projections from the experts' width to 
 
 
 class ExpertParameter(NamedTuple):
-    """A parameter with the weights of all experts, or the experts in 4 bits that it became while its model loaded.
-
-    Attributes:
-        owner: The module that holds it.
-        key: Its name there.
-        experts: Number of experts.
-        transposed: Whether one expert is [in, out].
-    """
+    """A parameter with the weights of all experts, or the experts in 4 bits that it became while its model loaded."""
 
     owner: nn.Module
-    key: str
-    experts: int
-    transposed: bool
+    key: str  # its name in the owner
+    experts: int  # number of experts
+    transposed: bool  # whether one expert is [in, out]
 
     @property
     def loaded(self) -> QLoRAExperts | None:

@@ -3,6 +3,7 @@
     mlp.gate_up_proj                nn.Parameter [experts, out, in] -> QLoRAExperts `mlp.gate_up_proj_experts`
     mlp.gate_up_proj_experts.3      the QLoRALinear of one expert, [out, in]
     mlp.gate_up_proj[3]             its readable weight: `F.linear` on it runs the fused op of that layer
+    torch.bmm(x, mlp.gate_up_proj)  the fused op of each expert, for [experts, in, out]
     mlp.forward(...)                of transformers' experts: each expert that tokens reached runs once, on its tokens
 
 Each expert is quantized separately and has its own adapter. Only the experts that tokens reached are decoded, one at a
@@ -15,27 +16,96 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import expert_name, join, parameter_name, stack_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, new
-from lightning_qlora.layers.readable_stack import ReadableStack
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.readable_weight import METADATA, Readable, readable_weight
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module with such parameters: names of all, in the order of its class
 
 
+class ReadableStack(Readable):
+    """What a parameter with the weights of all experts reads as: W + s B A of all, with gradients for every A and B."""
+
+    _experts: Any  # a QLoRAExperts
+
+    @staticmethod
+    def __new__(cls, experts: Any, shape: tuple[int, ...] | None = None) -> "ReadableStack":
+        """A tensor with the shape, type and device of the parameter, and no memory."""
+        first = experts.layers[0]
+        made: ReadableStack = Tensor._make_wrapper_subclass(
+            cls, shape or experts.weight_shape, dtype=first.weight_dtype, device=first.packed.device
+        )
+        made._experts = experts
+        return made
+
+    def values(self) -> Tensor:
+        """The effective weights."""
+        weight: Tensor = self._experts.effective_weight().view(self.shape)
+        return weight
+
+    def detached(self) -> "ReadableStack":
+        """The same without a gradient."""
+        return ReadableStack(self._experts, tuple(self.shape))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapters of all experts."""
+        layers = self._experts.layers
+        return [] if layers[0]._qlora_disabled else [of for layer in layers for of in layer.adapter_parameters()]
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Those of the adapters of all experts."""
+        parts = grad.reshape(-1, *self._experts.expert_shape)
+        rows = (part.T if self._experts.transposed else part for part in parts)
+        each = len(self._inputs) // len(parts)
+        adapters = [self._inputs[i::each] for i in range(each)]  # A of all experts, B of all
+        grads = map(QLoRALinear.effective_weight_backward, self._experts.layers, rows, *adapters)
+        return tuple(of for grads_of_layer in grads for of in grads_of_layer)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        stack: Any = args[0] if args else None
+        if isinstance(stack, ReadableStack):
+            experts = stack._experts
+            count, (rows, columns) = len(experts.layers), experts.expert_shape
+            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
+                return readable_weight(experts.layers[int(args[1])], experts.transposed)
+            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
+                weights = [readable_weight(layer, experts.transposed) for layer in experts.layers]
+                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
+            if func in (Tensor.view, Tensor.reshape) and experts.flat:
+                shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
+                if shape in ((-1, rows, columns), (count, rows, columns)):
+                    return ReadableStack(experts, (count, rows, columns))
+        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts.transposed:
+            return torch.stack([layer(x) for layer, x in zip(args[1]._experts.layers, stack.unbind(), strict=True)])
+        if func not in METADATA and func != Tensor.grad.__get__:  # type: ignore[union-attr]
+            args, kwargs = tree_map(_attached, args), tree_map(_attached, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+def _attached(value: Any) -> Any:
+    return value.attached() if isinstance(value, ReadableStack) else value
+
+
+def _is_number(index: Any) -> bool:
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and not index.dtype.is_floating_point and index.dtype is not torch.bool
+    return isinstance(index, int)
+
+
 class QLoRAExperts(nn.ModuleList):
-    """The experts of one parameter, in 4 bits, each with an adapter.
+    """The experts of one parameter, in 4 bits, each with an adapter."""
 
-    Attributes:
-        transposed: One expert of the parameter was [in, out].
-        flat: The parameter was [experts * width, in] (DBRX).
-    """
-
-    transposed: bool
-    flat: bool
+    transposed: bool  # one expert of the parameter was [in, out]
+    flat: bool  # the parameter was [experts * width, in] (DBRX)
 
     @staticmethod
     def from_parameter(
@@ -49,32 +119,18 @@ class QLoRAExperts(nn.ModuleList):
         is. Seeds are made from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` are those of
         the experts, as they would be in it, one after another.
         """
-
-        def convert(layer: nn.Linear, number: int) -> None:
-            seed = f"{name if seed_name is None else seed_name}.{number}"
-            QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
-
-        stack = owner._parameters[key]
-        made = QLoRAExperts.from_slices(owner, key, experts, transposed, convert, weights)
-        setattr(stack, REPLACED, made)  # for an optimizer that was made before
-        return made
-
-    @staticmethod
-    def from_slices(
-        owner: nn.Module, key: str, experts: int, transposed: bool, convert: Callable[[nn.Linear, int], None],
-        weights: Iterable[Tensor] | None = None,
-    ) -> "QLoRAExperts":  # fmt: skip
-        """The same with a function that turns the dense layer of one expert into a QLoRALinear, in place."""
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
         stack: Tensor = owner._parameters[key]  # type: ignore[assignment]
         made = QLoRAExperts()
+        setattr(stack, REPLACED, made)  # for an optimizer that was made before
         made.flat, made.transposed = stack.ndim == 2, transposed
         weights = stack.detach().view(experts, -1, stack.shape[-1]) if weights is None else weights
         for number, weight in enumerate(weights):
             rows = (weight.T if transposed else weight).contiguous()
             layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
             layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-            convert(layer, number)
+            seed = f"{name if seed_name is None else seed_name}.{number}"
+            QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
             made.append(layer)
         made.train(owner.training)
         del owner._parameters[key]  # not before: an operation of transformers that makes an expert asks for its type
@@ -139,7 +195,7 @@ def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
             entries[name] = entries.pop(name)
 
 
-class _WithExperts:
+class _WithExperts(Derived):
     """What `class_with_experts` adds to a class."""
 
     def __getattr__(self, name: str) -> Any:
@@ -160,25 +216,16 @@ class _WithExperts:
                     state_dict[f"{prefix}{name}.{number}.weight"] = weight.T if stack.transposed else weight
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle an instance of a class that has no name which could be imported."""
-        made = super().__reduce_ex__(protocol)
-        return new, (class_with_experts, type(self).dense_class), *made[2:]  # type: ignore[attr-defined]
 
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # class -> the same with experts in 4 bits
-
-
+@derives
 def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass in which a parameter that became a QLoRAExperts reads as `QLoRAExperts.weight`."""
     if issubclass(dense_class, _WithExperts):
         return dense_class
-    if dense_class not in _CLASSES:
-        members: dict[str, Any] = {"__module__": dense_class.__module__, "dense_class": dense_class}
-        if is_routed(dense_class):
-            members["forward"] = routed_forward
-        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
-    return _CLASSES[dense_class]
+    members: dict[str, Any] = {"__module__": dense_class.__module__, "dense_class": dense_class}
+    if is_routed(dense_class):
+        members["forward"] = routed_forward
+    return type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
 
 
 def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.dtensor import gather, own_rows
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -15,14 +16,22 @@ def fingerprint(*tensors: Tensor) -> int:
     """A number that changes with any bit and with the order of the tensors; the same on every device.
 
     Floats count by their fp32 value, so a copy cast from bf16 to fp32 has the fingerprint of the original.
+    0 for tensors without values (see `has_values`).
     Formula: the sum over all words w of mix(w xor i * odd) mod 2^64, i the position of w. Sums that wrap need no order.
     """
     total = 0
     for tensor in tensors:
+        if not has_values(tensor):
+            return 0
         for piece in _sums_of_pieces(tensor.detach()):
             total = _mix(total + piece)
         total = _mix(total + tensor.numel())
     return total
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: those on the meta device and those of FakeTensorMode have none."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def _sums_of_pieces(tensor: Tensor) -> list[int]:
@@ -56,8 +65,7 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
 
 def fingerprint_of_weight(weight: PackedWeight) -> int:
     """The fingerprint of a layer with this 4-bit weight."""
-    stored = weight.to_bytes()
-    return fingerprint(stored.packed, stored.absmax, stored.nested)
+    return fingerprint(*weight.to_bytes()[:3])
 
 
 def checksum(tensor: Tensor) -> str:

@@ -15,19 +15,12 @@ ORIGINAL_PACKED = "_qlora_original_packed"  # attribute of a dense layer: the 4-
 
 
 class LayerKind(NamedTuple):
-    """A class of linear layers.
+    """A class of linear layers."""
 
-    Attributes:
-        transposed: Whether the weight is stored as [in, out].
-        sizes: Attributes of a layer with the numbers of its outputs and inputs.
-        forward: The forward of the 4-bit class; None: that of QLoRALinear, or of a subclass of nn.Linear.
-        pop_packed: Of layers whose weight is in 4 bits: a function that removes the weight, [out, in], and returns it
-            with the class of the dense layer.
-    """
-
-    transposed: bool = False
-    sizes: tuple[str, str] = ("out_features", "in_features")
-    forward: Callable[..., Tensor] | None = None
+    transposed: bool = False  # whether the weight is stored as [in, out]
+    sizes: tuple[str, str] = ("out_features", "in_features")  # attributes with the numbers of its outputs and inputs
+    forward: Callable[..., Tensor] | None = None  # of the 4-bit class; None: as QLoRALinear, or its nn.Linear subclass
+    # Of layers whose weight is in 4 bits: removes it, [out, in], and returns it with the class of the dense layer.
     pop_packed: Callable[[Any], tuple[PackedWeight, type[nn.Module]]] | None = None
 
 

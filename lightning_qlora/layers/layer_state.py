@@ -90,25 +90,21 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
         return False
     names = [name for name in state_dict if name == key or name.startswith(key + ".")]
     entries = {name: state_dict.pop(name).contiguous() for name in names}
-    weight = entries[key]
-    if weight.is_floating_point() and f"{key}.absmax" not in entries:
-        if tuple(layer._as_stored(weight).shape) != layer._shape:
-            raise CheckpointMismatchError(
-                f"{key}: has shape {list(weight.shape)} in the checkpoint, {list(layer.weight.shape)} here."
-            )
-        # A "calibrated" adapter depends on the weight only until the inputs were measured.
-        from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
-        depends = layer.config.use_dora or from_weight or layer.dense_weight is not None
-        if depends and not with_adapter:
-            layer.initialize(weight, layer.packed.device)
-        else:
-            layer.quantize_weight(weight.to(layer.packed.device))
+    weight, packed = entries[key], None
+    if not weight.is_floating_point() or f"{key}.absmax" in entries:
+        packed = PackedWeight.from_bnb_state_dict(entries, key)
+    shape = tuple(layer._as_stored(weight).shape) if packed is None else packed.shape
+    if shape != layer._shape:
+        raise CheckpointMismatchError(
+            f"{key}: has shape {list(shape)} in the checkpoint, {list(layer._shape)} here. Build the model of the "
+            "training."
+        )
+    # A "calibrated" adapter depends on the weight only until the inputs were measured.
+    from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
+    if packed is not None:
+        layer.set_packed_weight(packed.to(layer.packed.device))
+    elif not with_adapter and (layer.config.use_dora or from_weight or layer.dense_weight is not None):
+        layer.initialize(weight, layer.packed.device)
     else:
-        loaded = PackedWeight.from_bnb_state_dict(entries, key)
-        if loaded.shape != layer._shape:
-            raise CheckpointMismatchError(
-                f"{key}: is a 4-bit weight {list(loaded.shape)} in the checkpoint, {list(layer._shape)} here. Build "
-                "the model of the training."
-            )
-        layer.set_packed_weight(loaded.to(layer.packed.device))
+        layer.quantize_weight(weight.to(layer.packed.device))
     return True

@@ -25,29 +25,17 @@ DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter
 
 
 class LoRALayer(PackedLayer):
-    """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
+    """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows."""
 
-    Attributes:
-        lora_A: [r, in], fp32; computed in the compute type.
-        lora_B: [out, r], fp32.
-        lora_magnitude_vector: [out], fp32, with DoRA; None without.
-        scaling: The factor s.
-        config: The arguments of the conversion, with this layer's r and lora_alpha and without patterns.
-        full_name: The layer's name in the converted module.
-        seed_name: Its name in the model that holds it; the seed of its adapter is made from it.
-        dense_weight: With a "calibrated" initialization: the float weight [out, in], in host memory until inputs come.
-        input_rms: With a "calibrated" initialization: the root mean square of each input, [in], that it used.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_magnitude_vector: nn.Parameter | None
-    scaling: float
-    config: QLoRAConfig
-    full_name: str
-    seed_name: str
-    dense_weight: Tensor | None
-    input_rms: Tensor | None
+    lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
+    lora_B: nn.Parameter  # [out, r], fp32
+    lora_magnitude_vector: nn.Parameter | None  # [out], fp32, with DoRA
+    scaling: float  # the factor s
+    config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
+    full_name: str  # in the converted module
+    seed_name: str  # in the model that holds the layer; the seed of the adapter is made from it
+    dense_weight: Tensor | None  # "calibrated": the float weight [out, in], in host memory until inputs come
+    input_rms: Tensor | None  # "calibrated": the root mean square of each input, [in], that it used
     _qlora_disabled: int = 0
     was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
     weight_was_read: bool = False
@@ -142,37 +130,26 @@ class LoRALayer(PackedLayer):
         grads = grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
         return tuple(map(shard_like, grads, (lora_a, lora_b, magnitude)))
 
+    @torch.no_grad()
     def row_norm(self, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes | None = None) -> Tensor:
-        """||W + s B A|| of every row, [out], fp32; `weight`: some rows of W, None: all."""
+        """||W + s B A|| of every row, [out], fp32, computed without that matrix; `weight`: some rows of W, None: all.
+
+        Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is
+        the bracket.
+        """
         weight = self.whole_bytes if weight is None else weight
-        known = self._base_squares
-        if known is None or known.device != weight.packed.device or len(known) != weight.shape[0]:
-            known = self._base_squares = row_squares(weight)
-        return row_norm(weight, known, lora_a, lora_b, self.scaling)
+        squares, a, b, s = self._base_squares, lora_a.float(), lora_b.float(), self.scaling
+        if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
+            # In place: it is the whole weight.
+            squares = self._base_squares = ops.dequantize(weight, torch.float32).square_().sum(1)
+        bracket = lora_linear(a, weight, None, a, b, s / 2)  # [r, out]
+        return (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
 
     def dora_scale(self) -> Tensor:
         """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
         assert self.lora_magnitude_vector is not None
         norm = self.row_norm(gather(self.lora_A), gather(self.lora_B))
         return gather(self.lora_magnitude_vector) / norm.clamp_min(TINY)
-
-
-@torch.no_grad()
-def row_squares(weight: PackedBytes) -> Tensor:
-    """||W||^2 of every row, fp32 [out]; constant, since W is frozen."""
-    return ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
-
-
-@torch.no_grad()
-def row_norm(weight: PackedBytes, squares: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """||W + s B A|| of every row, fp32 [out], computed without that matrix.
-
-    Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is the
-    bracket.
-    """
-    a, b = lora_a.float(), lora_b.float()
-    bracket = lora_linear(a, weight, None, a, b, scaling / 2)  # [r, out]
-    return (squares + 2 * scaling * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
 
 
 def cancel_calibration(module: nn.Module) -> None:

@@ -16,16 +16,12 @@ from lightning_qlora.lightning_copies import classes
 
 
 class LayerNames(NamedTuple):
-    """Names of one module.
+    """Names of one module; one that is used in several places has several of each form."""
 
-    Attributes:
-        forms: Every name that a pattern may match: from the root, from the child of a LightningModule, and from the
-            transformers model that holds the module. A module that is used in several places has several of each.
-        seed_name: The name from the model that holds the module; the seed of a layer's adapter is made from it.
-    """
-
+    # Every name that a pattern may match: from the root, from the child of a LightningModule, and from the transformers
+    # model that holds the module.
     forms: list[str]
-    seed_name: str
+    seed_name: str  # from the model that holds the module; the seed of a layer's adapter is made from it
 
 
 def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import PLAIN, lora_linear
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.fingerprint import has_values
+from lightning_qlora.layers.initialization.methods import base_without_data
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, new
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
@@ -30,7 +33,7 @@ SPLIT_EMBEDDING = (
 STATE = ("config", "_shape", "quant_type", "block_size", "weight_dtype", "_fingerprint", "_base_squares")
 
 
-class FrozenLayer(PackedLayer):
+class FrozenLayer(Derived, PackedLayer):
     """What an embedding and an output embedding in 4 bits have in common.
 
     Attributes:
@@ -105,11 +108,6 @@ class FrozenLayer(PackedLayer):
         else:
             super().register_parameter(name, param)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle an instance of a class that has no name which could be imported."""
-        made = object.__reduce_ex__(self, protocol)
-        return new, (frozen_class, self.dense_class), *made[2:]
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
@@ -146,21 +144,21 @@ class PackedHead(FrozenLayer, nn.Linear):  # type: ignore[override]
         return self.linear_by_weight(input, self.bias)
 
 
-def frozen_class(dense_class: type[nn.Module]) -> type[FrozenLayer]:
+@derives
+def frozen_class(dense_class: type[nn.Module]) -> type[nn.Module]:
     """The 4-bit class for nn.Embedding, nn.Linear or a subclass of one, whose forward stays."""
-    if dense_class not in _CLASSES:
-        kind = _CLASSES[nn.Embedding if issubclass(dense_class, nn.Embedding) else nn.Linear]
-        members = {"__module__": dense_class.__module__, "dense_class": dense_class}
-        # In this order `super().forward` of the subclass is that of the 4-bit class.
-        _CLASSES[dense_class] = type(f"Packed{dense_class.__name__}", (dense_class, kind), members)
-    return _CLASSES[dense_class]
-
-
-_CLASSES: dict[type[nn.Module], type[FrozenLayer]] = {nn.Embedding: PackedEmbedding, nn.Linear: PackedHead}
+    kind = PackedEmbedding if issubclass(dense_class, nn.Embedding) else PackedHead
+    if dense_class is kind.dense_class:
+        return kind
+    members = {"__module__": dense_class.__module__, "dense_class": dense_class}
+    # In this order `super().forward` of the subclass is that of the 4-bit class.
+    return type(f"Packed{dense_class.__name__}", (dense_class, kind), members)
 
 
 def quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
     """The 4-bit weight of an embedding, without double quantization."""
+    if not (has_values(weight) or weight.is_meta):  # `estimate_memory`
+        return base_without_data(weight.detach(), config, double_quant=False)
     return ops.quantize(weight.detach(), config.quant_type, config.block_size, double_quant=False)
 
 

@@ -18,22 +18,15 @@ BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen wei
 
 
 class PackedLayer(nn.Module):
-    """Stores a 4-bit weight [out, in] in frozen uint8 parameters.
+    """Stores a 4-bit weight [out, in] in frozen uint8 parameters."""
 
-    Attributes:
-        packed, absmax, nested: The bytes of the weight, [n, 1] or with one row an output; see `packed_weight`.
-        quant_type, block_size: How the weight was quantized.
-        weight_dtype: Type of the float weight, which it decodes to.
-        weight: The weight for code that reads it.
-    """
-
-    weight: Tensor
-    packed: nn.Parameter
+    weight: Tensor  # for code that reads it
+    packed: nn.Parameter  # the three parts of `PackedBytes`, [n, 1] or with one row an output
     absmax: nn.Parameter
     nested: nn.Parameter
     quant_type: QuantType
     block_size: int
-    weight_dtype: torch.dtype
+    weight_dtype: torch.dtype  # of the float weight, which it decodes to
     _shape: tuple[int, int]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
     _fingerprint: int | None  # computed at the first use
@@ -98,11 +91,7 @@ class PackedLayer(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Refuse what Lightning does to a module that is still on the meta device after it was sharded.
-
-        Raises:
-            RuntimeError: As above.
-        """
+        """Raise RuntimeError: Lightning calls this for a module that is on the meta device after it was sharded."""
         raise RuntimeError(
             "A 4-bit layer can't be initialized anew: its weight is that of a pretrained model. Load a module that was "
             "sharded on the meta device with lightning_qlora.load_weights(module, FOLDER), after fully_shard."

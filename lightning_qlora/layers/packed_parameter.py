@@ -3,9 +3,9 @@
     e.mul_(0.99).add_(p, alpha=0.01)        an average by hand (BYOL, MoCo, DINO, SAC), or torch's AveragedModel
 
 Two networks on the same base have the same bytes, and the average of equal weights is the weight. So an operation on
-bytes is done with one number instead, the share of the weight W that its result is: here 0.99, and then 1. It must be 1
-where it is written, and no byte changes. Any other arithmetic is an error that says which parameters to skip. torch
-alone raises a type error for most of it, and rounds the bytes in the rest, which gives other weights.
+bytes computes one number instead, its result as a multiple of the weight (the share): here 0.99, and then 1. Only the
+share 1 can be written to a parameter, and no byte changes. Any other arithmetic is an error that says which parameters
+to skip. torch alone raises a type error for most of it, and rounds the bytes in the rest, which gives other weights.
 """
 
 from typing import Any, NoReturn
@@ -79,7 +79,7 @@ class _Arithmetic:
         has_multiple = name != "__get__" and any(isinstance(value, Multiple) for value in tree_leaves((args, kwargs)))
         calculates = name.removeprefix("_foreach").strip("_") in SCALE | SUM
         if name.startswith("_foreach") and (calculates or has_multiple):
-            return _one_by_one(func, name.removeprefix("_foreach_"), args, kwargs)
+            return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
         if calculates:
             return _calculate(func, name, args, kwargs)
         if has_multiple:
@@ -178,17 +178,9 @@ def _write(func: Any, name: str, args: Any) -> Any:
     return args[0]
 
 
-def _one_by_one(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """A function of lists of tensors (`torch._foreach_mul_`): 4-bit weights one by one, the others together."""
-
-    def part(at: list[int]) -> list[Any]:
-        return [[value[i] for i in at] if isinstance(value, (list, tuple)) else value for value in args]
-
-    packed = [i for i in range(len(args[0])) if any(isinstance(value, _Arithmetic) for value in tree_leaves(part([i])))]
-    others = [i for i in range(len(args[0])) if i not in packed]
-    made = func(*part(others), **kwargs) if others else None
-    results = dict(zip(others, made or (), strict=False))
-    for i in packed:
-        one = [value[0] if isinstance(value, list) else value for value in part([i])]
-        results[i] = getattr(Tensor, name)(*one, **kwargs)
-    return None if name.endswith("_") else [results[i] for i in range(len(args[0]))]
+def _one_by_one(name: str, args: Any, kwargs: Any) -> Any:
+    """A function of lists of tensors (`torch._foreach_mul_`) as one of each tensor."""
+    count = len(args[0])
+    columns = [value if isinstance(value, (list, tuple)) else [value] * count for value in args]
+    made = [getattr(Tensor, name)(*each, **kwargs) for each in zip(*columns, strict=True)]
+    return None if name.endswith("_") else made

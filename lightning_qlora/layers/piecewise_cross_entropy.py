@@ -27,7 +27,7 @@ def piecewise_cross_entropy(logits: Any, target: Tensor, options: dict[str, Any]
 
 
 class _PiecewiseCrossEntropy(torch.autograd.Function):
-    """The same, of the logits and of their parameters, which the gradients are for."""
+    """The same as a function of the parameters of the logits, which get the gradients."""
 
     @staticmethod
     def forward(
@@ -37,13 +37,14 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
         ctx.total, losses = None, torch.zeros(len(target), dtype=torch.float32, device=target.device)
         if reduction == "none":
             ctx.rng_state = torch.get_rng_state()  # the seeds of adapter dropout
-            _run(logits, target, options, None, losses=losses)
+            _run(logits, target, options, (), losses=losses)
             result = losses
         else:
-            ctx.save_for_backward(*_run(logits, target, options, ctx.needed if records else None, losses=losses))
+            ctx.save_for_backward(*_run(logits, target, options, ctx.needed if records else (), losses=losses))
             result = losses.sum()
         if reduction == "mean":
-            ctx.total = _total(target, **options)
+            weight, kept = options["weight"], target != options["ignore_index"]
+            ctx.total = kept.sum() if weight is None else (weight[torch.where(kept, target, 0)] * kept).sum()
             result = result / ctx.total  # NaN without a row that counts, as in torch
         return result.to(torch.float32 if torch.is_autocast_enabled(target.device.type) else logits.dtype)
 
@@ -62,19 +63,13 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
         return None, None, None, None, None, *grads
 
 
-def _total(target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float) -> Tensor:
-    """What a sum of losses is divided by for their mean."""
-    kept = target != ignore_index
-    return kept.sum() if weight is None else (weight[torch.where(kept, target, 0)] * kept).sum()
-
-
 def _run(
-    logits: Any, target: Tensor, options: dict[str, Any], needed: tuple[bool, ...] | None,
+    logits: Any, target: Tensor, options: dict[str, Any], needed: tuple[bool, ...],
     factors: Tensor | None = None, losses: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Piece by piece: write the losses, and return the gradients of sum(factors * losses).
 
-    `needed` says which of the logits' parameters need a gradient; without it the result is empty. No factors are ones.
+    `needed` says which of the logits' parameters need a gradient; empty: none. `factors`: None means ones.
     """
     hidden, parameters = logits.hidden.detach(), logits.parameters()[1:]
     needs_hidden, *needs_others = needed or [False] * (1 + len(parameters))
@@ -83,13 +78,13 @@ def _run(
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
     for rows in _pieces(target, options["ignore_index"], logits.shape[-1]):
         piece = hidden[rows].requires_grad_(needs_hidden)
-        with torch.set_grad_enabled(needed is not None):
+        with torch.set_grad_enabled(bool(needed)):
             made = logits.compute(piece)
         with torch.autocast(hidden.device.type, enabled=False):
             of_rows, grad = _losses_and_gradient(made.detach(), target[rows], **options)
         if losses is not None:
             losses[rows] = of_rows
-        if needed is None:
+        if not needed:
             continue
         if factors is not None:
             grad *= factors[rows].unsqueeze(1)
@@ -100,8 +95,6 @@ def _run(
             of_hidden[rows] = grads.pop(0)
         for total, value in zip(sums, grads, strict=True):
             total += value
-    if needed is None:
-        return []
     of_trained = iter(total.to(p.dtype) for total, p in zip(sums, trained, strict=True))
     return [of_hidden, *(next(of_trained) if is_needed else None for is_needed in needs_others)]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.kernels.flops import register_flop_formulas
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.ops import has_autocast
+from lightning_qlora.kernels.ops import has_autocast, register_flop_formulas
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import ORIGINAL_PACKED, kind_of
@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 
 
-class QLoRALinear(LoRALayer, nn.Linear):
+class QLoRALinear(Derived, LoRALayer, nn.Linear):
     """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
 
     An `nn.Linear` becomes one in place (`from_linear`), so every reference to the layer stays valid. A layer of a
@@ -52,12 +52,9 @@ class QLoRALinear(LoRALayer, nn.Linear):
 
     @staticmethod
     def from_linear(
-        layer: nn.Module,
-        config: QLoRAConfig,
-        name: str,
-        device: torch.device | None = None,
+        layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None = None,
         seed_name: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
@@ -70,13 +67,9 @@ class QLoRALinear(LoRALayer, nn.Linear):
 
     @staticmethod
     def from_packed(
-        layer: nn.Module,
-        weight: PackedWeight,
-        dense_class: type[nn.Module],
-        config: QLoRAConfig,
-        name: str,
+        layer: nn.Module, weight: PackedWeight, dense_class: type[nn.Module], config: QLoRAConfig, name: str,
         seed_name: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
         A weight that the layer has is removed. `dense_class` is the class after `merge`. The quantization that `config`
@@ -122,13 +115,6 @@ class QLoRALinear(LoRALayer, nn.Linear):
             parameter: nn.Parameter = getattr(self, key)
             parameter.data = value.to(parameter.device)
         return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle a layer of a class made by `class_for`, which has no name that could be imported."""
-        made = super().__reduce_ex__(protocol)
-        if type(self) is QLoRALinear or type(self) is not class_for(self.dense_class):
-            return made
-        return new, (class_for, self.dense_class), *made[2:]
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
@@ -216,26 +202,25 @@ class QLoRALinear(LoRALayer, nn.Linear):
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
 
 
+@derives
 def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
     """The 4-bit class for a dense class; that for a subclass of nn.Linear keeps its methods, a forward included."""
-    if dense_class not in _CLASSES:
-        kind, is_subclass = kind_of(dense_class), issubclass(dense_class, nn.Linear)
-        members: dict[str, Any] = {"__module__": dense_class.__module__, "_transposed": kind.transposed}
-        if kind.forward is not None:
-            members["forward"] = kind.forward
-        elif dense_class.forward is not nn.Linear.forward:
-            members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
-        bases = (QLoRALinear, dense_class) if is_subclass else (QLoRALinear,)
-        _CLASSES[dense_class] = type(f"QLoRA{dense_class.__name__}", bases, members)
-    return _CLASSES[dense_class]
+    if dense_class is nn.Linear:
+        return QLoRALinear
+    kind, is_subclass = kind_of(dense_class), issubclass(dense_class, nn.Linear)
+    members: dict[str, Any] = {"__module__": dense_class.__module__, "_transposed": kind.transposed}
+    if kind.forward is not None:
+        members["forward"] = kind.forward
+    elif dense_class.forward is not nn.Linear.forward:
+        members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
+    bases = (QLoRALinear, dense_class) if is_subclass else (QLoRALinear,)
+    return type(f"QLoRA{dense_class.__name__}", bases, members)
 
 
 # Attributes that a layer has while it is in 4 bits, and the same with the methods and properties that nn.Linear lacks.
 _KINDS = (PackedLayer, LoRALayer, QLoRALinear)
 ATTRIBUTES = {name for kind in _KINDS for name in kind.__annotations__}
 MEMBERS = ATTRIBUTES | {name for kind in _KINDS for name in vars(kind) if not hasattr(nn.Linear, name)}
-
-_CLASSES: dict[type[nn.Module], type[QLoRALinear]] = {nn.Linear: QLoRALinear}  # dense class -> its 4-bit class
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,19 +229,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
             f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
         )
     return x.to(dtype)
-
-
-def new(class_of: Callable[..., type[nn.Module]], *given: Any) -> Any:
-    """An instance, without attributes, of the class that a function makes: pickle can import the function alone.
-
-    A tuple in `given` is a function and its arguments: the class that it makes.
-    """
-
-    def made(value: Any) -> Any:
-        return value[0](*map(made, value[1:])) if isinstance(value, tuple) else value
-
-    kind = made((class_of, *given))
-    return kind.__new__(kind)
 
 
 def adapted_layers(module: nn.Module) -> dict[str, QLoRALinear]:

@@ -10,6 +10,7 @@ computed below autograd, in `__torch_dispatch__`, when an op reads them. A read 
 keeps the dense weight for the backward pass, as any weight is kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,26 +41,14 @@ class Readable(Tensor):
     """A tensor without memory whose values are computed when an operation reads them; nothing can write to it."""
 
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
+    values: Callable[[], Tensor]  # a plain tensor of this shape
+    detached: Callable[[], "Readable"]  # the same without a gradient
+    parameters: Callable[[], list[Any]]  # the parameters that the values depend on
+    gradients: Callable[[Tensor], tuple[Tensor, ...]]  # those of the parameters from that of the values
     _inputs: list[Any]  # the parameters when the tensor was made: those of a layer may be those of another call later
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
-
-    def values(self) -> Tensor:
-        """The values, a plain tensor of this shape."""
-        raise NotImplementedError
-
-    def detached(self) -> "Readable":
-        """The same without a gradient."""
-        raise NotImplementedError
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the values depend on."""
-        raise NotImplementedError
-
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of those parameters from that of the values."""
-        raise NotImplementedError
 
     def attached(self) -> Tensor:
         """The same as a function of the parameters, where autograd records."""

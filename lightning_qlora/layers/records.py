@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.fingerprint import fingerprint, has_values
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import without_tokens
 
@@ -30,20 +30,15 @@ class Value(NamedTuple):
     @staticmethod
     def of(parameter: Tensor, known: int) -> "Value":
         """The value of a parameter whose fingerprint is known."""
-        address = 0 if is_sharded(parameter) else parameter.data_ptr()
+        address = parameter.data_ptr() if has_values(parameter) and not is_sharded(parameter) else 0
         return Value(parameter._version, parameter.dtype, parameter.shape, address, known)
 
 
 class Record(NamedTuple):
-    """What conversion records of a parameter.
+    """What conversion records of a parameter."""
 
-    Attributes:
-        trained: Whether it required a gradient before conversion.
-        frozen: Its value, if it is dense and conversion froze it.
-    """
-
-    trained: bool
-    frozen: Value | None
+    trained: bool  # whether it required a gradient before conversion
+    frozen: Value | None  # its value, if it is dense and conversion froze it
 
 
 class Unrecorded(NamedTuple):
@@ -80,8 +75,7 @@ def record(parameters: Iterable[Unrecorded]) -> None:
         parameter, frozen = own_parameters(owner).get(key), None
         if parameter is not None and not parameter.requires_grad:
             if id(parameter) not in read:
-                known = 0 if parameter.is_meta else _fingerprint(owner, parameter)  # `load_weights` renews it
-                read[id(parameter)] = Value.of(parameter, known)
+                read[id(parameter)] = Value.of(parameter, _fingerprint(owner, parameter))
             frozen = read[id(parameter)]
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, frozen)
 

@@ -4,20 +4,26 @@ On a GPU all experts run in a few launches, and the host does not wait for the n
 (`grouped_linear`). Elsewhere, and where that does not support the layers, each expert that tokens reached runs once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.kernels.backends import INTERPRETED
-from lightning_qlora.kernels.grouped_linear import grouped_linear
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear, is_plain_call
+from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.dotted_names import stack_name
-from lightning_qlora.layers.expert_group import ExpertGroup, expert_group
+from lightning_qlora.layers.lora_layer import DISABLED
+from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.quantization.packed_weight import PackedBytes
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -30,7 +36,8 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     tokens, k = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)
     keys = ("gate_up_proj" if self.has_gate else "up_proj"), "down_proj"
-    stacks = {key: _weights_of(self, key) for key in keys}
+    # The experts of a stack are a `QLoRAExperts`, or the matrices of a dense parameter.
+    stacks: dict[str, Any] = {key: self._modules.get(stack_name(key)) or getattr(self, key) for key in keys}
     experts = len(stacks["down_proj"])
     if groups := _grouped(stacks, hidden_states):
         ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
@@ -38,7 +45,9 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
         outputs = _feed_forward(self, keys, hidden_states[order // k], product)
         weights = top_k_weights.reshape(-1)[order] * (ids < experts)
     else:
-        counts = _tokens_of_experts(ids, experts)
+        counts: list[int] = [len(ids)] + [0] * (experts - 1)
+        if not isinstance(ids, FakeTensor):  # without data, as the memory planner runs models, one expert gets all
+            counts = torch.bincount(ids, minlength=experts)[:experts].tolist()
         order = order[: sum(counts)]
         parts = enumerate(torch.split(hidden_states[order // k], counts))
         made = [
@@ -63,19 +72,6 @@ def _feed_forward(owner: Any, keys: tuple[str, str], x: Tensor, product: Callabl
     return owner.post_expert_norm(y) if getattr(owner, "has_post_expert_norm", False) else y
 
 
-def _tokens_of_experts(ids: Tensor, experts: int) -> list[int]:
-    if isinstance(ids, FakeTensor):  # the memory planner runs models on tensors without data: one expert gets all
-        return [len(ids)] + [0] * (experts - 1)
-    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
-    return counts
-
-
-def _weights_of(owner: Any, key: str) -> Any:
-    """The experts of a stack: a `QLoRAExperts`, or the matrices of a dense parameter."""
-    stack = owner._modules.get(stack_name(key))
-    return getattr(owner, key) if stack is None else stack
-
-
 def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x: Tensor) -> Tensor:
     weight = stacks[key][number]
     if isinstance(weight, QLoRALinear):
@@ -83,6 +79,45 @@ def _product_of_one(owner: Any, stacks: dict[str, Any], number: int, key: str, x
     else:
         y = x @ weight if owner.is_transposed else nn.functional.linear(x, weight)
     return y + getattr(owner, f"{key}_bias")[number] if owner.has_bias else y
+
+
+class ExpertGroup(NamedTuple):
+    """The layers of all experts of a stack, and their tensors."""
+
+    layers: Sequence[QLoRALinear]
+    weights: list[PackedBytes]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+
+
+# Of each stack what its group depends on, the tensors, so that no others get their ids, and the group if it can be one.
+_checked: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Tensor], ExpertGroup | None]] = WeakKeyDictionary()
+
+
+def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
+    """The experts of a `QLoRAExperts` if one call of `grouped_linear` can compute all of them on x, else None."""
+    layers: list[QLoRALinear] = stack.layers
+    own = [vars(layer) for layer in layers]
+    held: list[dict[str, Tensor]] = [of["_parameters"] for of in own]
+    kinds = {(of["scaling"], DISABLED in of) for of in own}
+    if not is_plain_call(x, held[0]["lora_A"]) or len(kinds) > 1 or not all(map(_is_plain, own)):
+        return None
+    lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
+    tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]
+    with PLAIN():
+        key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+        known, _, group = _checked.get(stack, (None, None, None))
+        if known != key:
+            weights = [layer.weight_bytes for layer in layers]
+            group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
+            _checked[stack] = key, tensors, group
+    return group
+
+
+def _is_plain(own: dict[str, Any]) -> bool:
+    """Whether nothing but the layer's op is to run: no DoRA, no hook (as a calibration registers), no other forward."""
+    has_hook = any(map(own.get, HOOKS))
+    return not has_hook and own["_parameters"]["lora_magnitude_vector"] is None and "forward" not in own
 
 
 def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, Any] | None:
@@ -96,13 +131,14 @@ def _grouped(stacks: dict[str, Any], x: Tensor) -> dict[str, Any] | None:
 def _product_of_all(
     owner: Any, groups: dict[str, ExpertGroup], ends: Tensor, ids: Tensor, key: str, x: Tensor
 ) -> Tensor:
-    group, seed = groups[key], None
-    first = group.layers[0]
-    dtype = first.compute_dtype(x)
-    if first.lora_dropout and first.training:
+    (layers, weights, lora_a, lora_b), seed = groups[key], None
+    first = layers[0]
+    dtype, scaling = first.compute_dtype(x), first.scaling
+    if first._qlora_disabled:
+        lora_a, lora_b, scaling = [a.detach() for a in lora_a], [b.detach() for b in lora_b], 0.0
+    elif first.lora_dropout and first.training:
         seed = torch.randint(1 << 62, (1,), device="cpu")  # drawn again when checkpointing recomputes
-    tensors = group.weights, group.lora_a, group.lora_b
-    y = grouped_linear(x.to(dtype), ends, *tensors, first.scaling, first.lora_dropout, seed)
+    y = grouped_linear(x.to(dtype), ends, weights, lora_a, lora_b, scaling, first.lora_dropout, seed)
     y = y if has_autocast(x.device.type) else y.to(x.dtype)
     return y + getattr(owner, f"{key}_bias")[ids] if owner.has_bias else y
 

@@ -60,29 +60,17 @@ class StackToConvert(NamedTuple):
 
 @dataclass
 class Selection:
-    """What conversion does with each layer.
+    """What conversion does with each layer, by name."""
 
-    Attributes:
-        convert: Name -> layer that becomes a QLoRALinear.
-        stacks: Name -> parameter that becomes QLoRAExperts.
-        train: Name -> why a module, or a parameter of a module with others inside, trains in full.
-        skip: Name -> why a linear layer, or a parameter of experts, stays dense and frozen.
-        stop: Names of modules and parameters that trained before, are no linear layers, and are frozen.
-        tokens: Name of a layer of which some rows train -> their indices.
-        embeddings: Name -> embedding that is frozen in 4 bits, with the layers tied to it.
-        refused: Name -> why a layer that target_modules names can't be converted.
-        names: Id of each module -> its names.
-    """
-
-    convert: dict[str, ToConvert] = field(default_factory=dict)
-    stacks: dict[str, StackToConvert] = field(default_factory=dict)
-    train: dict[str, str] = field(default_factory=dict)
-    skip: dict[str, str] = field(default_factory=dict)
-    stop: dict[str, None] = field(default_factory=dict)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    embeddings: dict[str, ToFreeze] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    names: dict[int, LayerNames] = field(default_factory=dict)
+    convert: dict[str, ToConvert] = field(default_factory=dict)  # layers that become QLoRALinears
+    stacks: dict[str, StackToConvert] = field(default_factory=dict)  # parameters that become QLoRAExperts
+    train: dict[str, str] = field(default_factory=dict)  # why a module or parameter trains in full
+    skip: dict[str, str] = field(default_factory=dict)  # why a linear layer, or a stack of experts, is dense and frozen
+    stop: dict[str, None] = field(default_factory=dict)  # what trained before, is no linear layer, and is frozen
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
+    embeddings: dict[str, ToFreeze] = field(default_factory=dict)  # frozen in 4 bits, with the layers tied to them
+    refused: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names can't be converted
+    names: dict[int, LayerNames] = field(default_factory=dict)  # id of each module -> its names
 
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
@@ -244,18 +232,9 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
             endings = sorted({last_part(name) for name in convertible})
             raise ValueError(
                 f"{argument}={getattr(config, argument)!r}: no module of this model fits {pattern!r}. "
-                f"Its linear layers end in {endings}.{_meant(config, argument, pattern, endings)}"
+                f"Its linear layers end in {endings}. A list has names or such endings, a string is a regular "
+                "expression for the full name, and target_modules='all-linear' means all linear layers."
             )
-
-
-def _meant(config: QLoRAConfig, argument: str, pattern: str, endings: list[str]) -> str:
-    """What a pattern that fits no layer was meant to be, if that is clear; else an empty string."""
-    if argument == "target_modules" and pattern.replace("_", "-") in ("all-linear", "all"):
-        return " Use target_modules='all-linear' for all linear layers."
-    parts = [part.strip() for part in pattern.split(",")]
-    if isinstance(getattr(config, argument), str) and set(parts) <= set(endings):
-        return f" A string is a regular expression for the full name. Use {argument}={parts} for endings."
-    return ""
 
 
 def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:

@@ -38,34 +38,6 @@ class Split(NamedTuple):
     by_inputs: bool
     shape: tuple[int, int]  # of the part of one rank, [out, in]
 
-    @staticmethod
-    def of(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> "Split":
-        """Check that a layer can be split.
-
-        Raises:
-            ValueError: If a block would belong to two ranks, or the adapter can't be split.
-        """
-        (out, inputs), ranks, size = layer._shape, mesh.size(), layer.block_size
-        if by_inputs and layer.lora_magnitude_vector is not None:
-            raise ValueError(
-                f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of "
-                "whole rows at every step. Set use_dora=False, or leave the layer out of the plan."
-            )
-        if layer.dense_weight is not None:
-            raise ValueError(
-                f"{layer.full_name}: init_lora_weights='calibrated' needs a batch before the layer is split over "
-                "ranks. Use 'loftq' or 'pissa', which need none."
-            )
-        step = size * ranks if by_inputs else size
-        if inputs % step or (not by_inputs and out % ranks):
-            what = f"{inputs} inputs, which must be a multiple of {step}" if inputs % step else f"{out} outputs"
-            raise ValueError(
-                f"{layer.full_name}: can't be split over {ranks} ranks by {'in' if by_inputs else 'out'}puts in blocks "
-                f"of {size}: it has {what}. Choose another number of ranks or block_size, name the layer in "
-                "exclude_modules, or leave it out of the plan."
-            )
-        return Split(mesh, by_inputs, (out, inputs // ranks) if by_inputs else (out // ranks, inputs))
-
     @property
     def part(self) -> Part:
         """Which part of the weight this rank has."""
@@ -87,9 +59,28 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
     """Let each rank of a mesh keep its part of a layer that every rank has, by inputs or by outputs.
 
     Raises:
-        ValueError: If the layer can't be split so.
+        ValueError: If a block would belong to two ranks, or the adapter can't be split.
     """
-    layer._split = Split.of(layer, mesh, by_inputs)
+    (out, inputs), ranks, size = layer._shape, mesh.size(), layer.block_size
+    if by_inputs and layer.lora_magnitude_vector is not None:
+        raise ValueError(
+            f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of whole "
+            "rows at every step. Set use_dora=False, or leave the layer out of the plan."
+        )
+    if layer.dense_weight is not None:
+        raise ValueError(
+            f"{layer.full_name}: init_lora_weights='calibrated' needs a batch before the layer is split over ranks. "
+            "Use 'loftq' or 'pissa', which need none."
+        )
+    step = size * ranks if by_inputs else size
+    if inputs % step or (not by_inputs and out % ranks):
+        what = f"{inputs} inputs, which must be a multiple of {step}" if inputs % step else f"{out} outputs"
+        raise ValueError(
+            f"{layer.full_name}: can't be split over {ranks} ranks by {'in' if by_inputs else 'out'}puts in blocks of "
+            f"{size}: it has {what}. Choose another number of ranks or block_size, name the layer in exclude_modules, "
+            "or leave it out of the plan."
+        )
+    layer._split = Split(mesh, by_inputs, (out, inputs // ranks) if by_inputs else (out // ranks, inputs))
     for name, held in layer._parameters.items():
         if held is None or isinstance(held, DTensor):
             continue

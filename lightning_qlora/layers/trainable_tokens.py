@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather
-from lightning_qlora.layers.packed_embedding import FrozenLayer, decode_embeddings, frozen_class
-from lightning_qlora.layers.qlora_linear import new
+from lightning_qlora.layers.packed_embedding import decode_embeddings
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
@@ -26,17 +26,11 @@ ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that 
 
 
 class TokenAdapter(nn.Module):
-    """The rows of an embedding that train.
+    """The rows of an embedding that train."""
 
-    Attributes:
-        trainable_tokens_delta: [n, dim], fp32 or the type of a larger weight; computed in the weight's type.
-        token_indices: [n], the row of the weight that each row of the delta stands for.
-        order: [n], that of the sorted indices.
-    """
-
-    trainable_tokens_delta: nn.Parameter
-    token_indices: Tensor
-    order: Tensor
+    trainable_tokens_delta: nn.Parameter  # [n, dim], fp32 or the type of a larger weight; computed in the weight's type
+    token_indices: Tensor  # [n], the row of the weight that each row of the delta stands for
+    order: Tensor  # [n], that of the sorted indices
     _qlora_disabled: int = 0
 
     def __init__(self, weight: Tensor, indices: list[int]) -> None:
@@ -53,17 +47,12 @@ class TokenAdapter(nn.Module):
         return [self.trainable_tokens_delta]
 
 
-class TrainableTokens:
-    """What `train_tokens` adds to the class of an embedding or output embedding.
-
-    Attributes:
-        token_adapter: The rows that train; layers of a tied weight have the same.
-        dense_class: Class of the layer without rows that train, dense or in 4 bits.
-    """
+class TrainableTokens(Derived):
+    """What `train_tokens` adds to the class of an embedding or output embedding."""
 
     weight: Tensor
-    token_adapter: TokenAdapter
-    dense_class: type[nn.Module]
+    token_adapter: TokenAdapter  # the rows that train; layers of a tied weight have the same
+    dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
 
     def rows(self) -> Tensor:
         """The rows that train, in the type of the weight."""
@@ -75,11 +64,6 @@ class TrainableTokens:
         view: Any = object.__new__(dense)
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
         return dense.forward(view, input)  # type: ignore[no-any-return]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle an instance of a class that has no name which could be imported."""
-        made = object.__reduce_ex__(self, protocol)
-        return new, importable(type(self)), *made[2:]
 
 
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
@@ -117,26 +101,14 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):
         return logits.index_copy_(-1, indices, self._call_with_rows(input, {"bias": bias}, out_features=len(indices)))
 
 
+@derives
 def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
     """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them, in 4 bits or not."""
-    if dense_class not in _CLASSES:
-        kind = _CLASSES[nn.Embedding if issubclass(dense_class, nn.Embedding) else nn.Linear]
-        members = {"__module__": dense_class.__module__, "dense_class": dense_class}
-        _CLASSES[dense_class] = type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
-    return _CLASSES[dense_class]
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Embedding: TrainableTokensEmbedding,
-    nn.Linear: TrainableTokensLinear,
-}
-
-
-def importable(kind: Any) -> Any:
-    """What pickle can hold in place of a class: a tuple of the function that makes it and the arguments, for `new`."""
-    if issubclass(kind, TrainableTokens):
-        return class_for, importable(kind.dense_class)
-    return (frozen_class, kind.dense_class) if issubclass(kind, FrozenLayer) else kind
+    kind = TrainableTokensEmbedding if issubclass(dense_class, nn.Embedding) else TrainableTokensLinear
+    if dense_class in kind.__bases__:
+        return kind
+    members = {"__module__": dense_class.__module__, "dense_class": dense_class}
+    return type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
 
 
 def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:

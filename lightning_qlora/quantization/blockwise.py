@@ -13,6 +13,7 @@ from lightning_qlora.quantization.codebooks import Codebook, dynamic_map
 
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale (paper, section 3)
 SMALLEST_SCALE = 1e-38  # divisor of a block of zeros
+CHUNK = 1 << 17  # weights per step on a CPU: fp32 values that fit the L2 cache; a multiple of every block size
 
 
 def block_absmax(flat: Tensor, block_size: int) -> Tensor:
@@ -41,22 +42,43 @@ def pack(codes: Tensor) -> Tensor:
 
 def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
     """Float weight of n values -> packed codes uint8 [ceil(n / 2)] and scales fp32 [ceil(n / block_size)]."""
-    flat = weight.detach().reshape(-1).float()
-    absmax = block_absmax(flat, block_size)
-    values = normalize(flat, absmax, block_size)
-    if values.numel() % 2:
-        values = torch.cat([values, values.new_zeros(1)])
-    nearest = torch.bucketize(values, codebook.bounds, out_int32=True)
-    return pack(codebook.order[nearest]), absmax
+    flat = weight.detach().reshape(-1)
+    packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    in_order = bool((codebook.order[1:] > codebook.order[:-1]).all())  # then the rank of a level is its code
+    step = _weights_per_step(flat)
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step].float()
+        scales = block_absmax(chunk, block_size)
+        absmax[start // block_size :][: scales.numel()] = scales
+        values = normalize(chunk, scales, block_size)
+        if values.numel() % 2:
+            values = torch.cat([values, values.new_zeros(1)])
+        rank = torch.zeros_like(values, dtype=torch.uint8)  # how many midpoints are below the value
+        for bound in codebook.bounds.tolist():
+            rank += values > bound
+        packed[start // 2 :][: values.numel() // 2] = pack(rank if in_order else codebook.order[rank.int()])
+    return packed, absmax
 
 
-def dequantize_4bit(
-    packed: Tensor, absmax: Tensor, numel: int, codebook: Codebook, block_size: int, dtype: torch.dtype
-) -> Tensor:
-    """w = level[code] * scale, the product rounded to fp32 and then to `dtype`; flat [numel]."""
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:numel]
-    scales = absmax.repeat_interleave(block_size)[:numel]
-    return (codebook.levels[codes.int()] * scales).to(dtype)
+def dequantize_4bit(out: Tensor, packed: Tensor, absmax: Tensor, codebook: Codebook, block_size: int) -> Tensor:
+    """w = level[code] * scale, the product rounded to fp32 and then to the type of `out`, flat [n]; returns `out`."""
+    step = _weights_per_step(out)
+    pairs = packed.new_empty(min(step // 2, packed.numel()), dtype=torch.int64)
+    for start in range(0, out.numel(), step):
+        codes = packed[start // 2 : (start + step) // 2].int()
+        levels = torch.index_select(codebook.pairs, 0, codes, out=pairs[: codes.numel()]).view(torch.float32)
+        values = levels[: out.numel() - start]
+        scales = absmax[start // block_size :]
+        full = values.numel() - values.numel() % block_size
+        values[:full].view(-1, block_size).mul_(scales[: full // block_size, None])
+        values[full:].mul_(scales[-1])  # a short last block
+        out[start : start + step].copy_(values)
+    return out
+
+
+def _weights_per_step(like: Tensor) -> int:
+    return CHUNK if like.device.type == "cpu" else 128 * CHUNK  # elsewhere few launches, with 400 MB of temporaries
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -31,6 +31,7 @@ class Codebook(NamedTuple):
     levels: Tensor  # level of each 4-bit code, fp32 [16]
     order: Tensor  # the codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first
     bounds: Tensor  # midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level
+    pairs: Tensor  # the two levels of each byte, stored as one int64, [256]
 
 
 @cache
@@ -41,8 +42,9 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
     check_choice("quant_type", quant_type, tuple(_LEVELS))
     levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)
-    ascending = levels[order]
-    return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2)
+    ascending, byte = levels[order], torch.arange(256, device="cpu")
+    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.int64).view(-1)
+    return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2, pairs)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.checks import check_choice, check_number
 from lightning_qlora.config import BLOCK_SIZES, QuantType
@@ -65,6 +66,11 @@ class PackedBytes(NamedTuple):
             (first, per_row, skipped), i = self.block_numbers, torch.arange(self.absmax.numel(), device=nested.device)
             numbers = first + i + i // per_row * skipped
         return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1], numbers)
+
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Decode into `out`, flat [n], of any of the three float types, in plain torch; returns it."""
+        packed, book = self.packed.reshape(-1), codebook(self.quant_type, str(self.packed.device))
+        return blockwise.dequantize_4bit(out, packed, self.scales(), book, self.block_size)
 
 
 def check_bytes(weight: PackedBytes) -> None:
@@ -143,12 +149,8 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight: level * scale in fp32, rounded once to `dtype` (default: the type of the original)."""
-        scales = self.absmax
-        if self.nested_absmax is not None:
-            scales = blockwise.dequantize_absmax(self.absmax, self.nested_absmax, self.offset)
-        book, numel = codebook(self.quant_type, str(self.packed.device)), math.prod(self.shape)
-        packed, dtype = self.packed.view(-1), dtype or self.dtype
-        return blockwise.dequantize_4bit(packed, scales, numel, book, self.block_size, dtype).view(self.shape)
+        out = self.packed.new_empty(math.prod(self.shape), dtype=dtype or self.dtype)
+        return self.to_bytes().dequantize_into(out).view(self.shape)
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The same weight on another device."""
@@ -165,33 +167,16 @@ class PackedWeight:
 
     @classmethod
     def from_bytes(cls, weight: PackedBytes, dtype: torch.dtype) -> "PackedWeight":
-        """The weight that a layer stores as uint8 tensors; without a copy, unless its scales are misaligned."""
+        """The weight that a layer stores as uint8 tensors, with or without values; copied if scales are misaligned."""
         absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
         if weight.nested.numel():
             nested = aligned(weight.nested).view(-1).view(torch.float32)
-            nested_absmax, offset = nested[:-1], nested[-1].item()
+            has_values = not (nested.is_meta or isinstance(nested, FakeTensor))
+            nested_absmax, offset = nested[:-1], nested[-1].item() if has_values else 0.0
         else:
             absmax = aligned(absmax).view(torch.float32)
         packed, (shape, quant_type, block_size) = weight.packed.reshape(-1, 1), weight[3:6]
         return cls(packed, absmax, nested_absmax, offset, shape, quant_type, block_size, dtype)
-
-    @classmethod
-    def without_data(cls, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> "PackedWeight":
-        """What a weight [out, in] without data becomes: its shapes, on the meta device or with fake tensors."""
-        blocks = -(-weight.numel() // block_size)
-        packed = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
-        absmax = weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
-        nested = weight.new_empty(-(-blocks // blockwise.NESTED_BLOCK_SIZE), dtype=torch.float32)
-        return cls(
-            packed,
-            absmax,
-            nested if double_quant else None,
-            0.0,
-            tuple(weight.shape),
-            quant_type,
-            block_size,
-            weight.dtype,
-        )
 
     def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
@@ -231,21 +216,13 @@ class PackedWeight:
         packed = state[prefix].contiguous().view(torch.uint8).reshape(-1, 1)
         absmax, nested = state[f"{prefix}.absmax"], state.get(f"{prefix}.nested_absmax")
         blocks = -(-numel // block_size)
-        if packed.numel() != (numel + 1) // 2:
-            raise ValueError(
-                f"{prefix}: a weight of shape {meta['shape']} has {(numel + 1) // 2} bytes; got {packed.numel()}."
-            )
-        if (nested is not None) is not has_nested:
-            raise ValueError(
-                f"{prefix}: {found[0]!r} {'has a' if has_nested else 'has no'} nested_offset, but "
-                f"'{prefix}.nested_absmax' is {'missing' if nested is None else 'there'}. Write the file again."
-            )
-        _check_scales(f"{prefix}.absmax", absmax, blocks, torch.uint8 if has_nested else torch.float32)
+        nested_blocks = -(-blocks // blockwise.NESTED_BLOCK_SIZE) if has_nested else 0
+        _check_values(prefix, packed, (numel + 1) // 2, torch.uint8)
+        _check_values(f"{prefix}.absmax", absmax, blocks, torch.uint8 if has_nested else torch.float32)
+        _check_values(f"{prefix}.nested_absmax", nested, nested_blocks, torch.float32)
         _check_levels(f"{prefix}.quant_map", state, codebook(meta["quant_type"]).levels)
-        if nested is not None:
-            _check_scales(f"{prefix}.nested_absmax", nested, -(-blocks // blockwise.NESTED_BLOCK_SIZE), torch.float32)
-            _check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
-            nested = nested.reshape(-1)
+        _check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
+        nested = None if nested is None else nested.reshape(-1)
         quant_type, dtype = cast(QuantType, meta["quant_type"]), getattr(torch, meta["dtype"])
         shape, offset = tuple(meta["shape"]), meta.get("nested_offset", 0.0)
         return cls(packed, absmax.reshape(-1), nested, offset, shape, quant_type, block_size, dtype)
@@ -275,10 +252,14 @@ def _read_meta(prefix: str, key: str, held: Tensor) -> dict[str, Any]:
     return cast(dict[str, Any], meta)
 
 
-def _check_scales(key: str, scales: Tensor, count: int, dtype: torch.dtype) -> None:
-    if scales.numel() != count or scales.dtype is not dtype:
-        raise ValueError(f"{key}: must hold {count} scales of {dtype}; got {scales.numel()} of {scales.dtype}.")
-    if dtype.is_floating_point and not torch.isfinite(scales).all():
+def _check_values(key: str, values: Tensor | None, count: int, dtype: torch.dtype) -> None:
+    """Refuse an entry that has another size or type than the shape, and the offset, in the entry of JSON say."""
+    if values is None and not count:
+        return
+    if values is None or not count or values.numel() != count or values.dtype is not dtype:
+        found = "no such entry" if values is None else f"{values.numel()} of {values.dtype}"
+        raise ValueError(f"{key}: must hold {count} values of {dtype}; got {found}. Copy or write the file again.")
+    if dtype.is_floating_point and not torch.isfinite(values).all():
         raise ValueError(f"{key}: holds NaN or Inf. The file is damaged: copy or write it again.")
 
 

@@ -19,7 +19,9 @@ from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
-from lightning_qlora.tools.fake_model import convert_fake_model, fake_copy, meta_model
+from lightning_qlora.tools.fake_model import fake_copy, meta_model
+from lightning_qlora.tools.patches import run_without_data
+from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.report import packed_layers, parameter_bytes, size_text
 from lightning_qlora.words import refuse_unknown_arguments
@@ -138,7 +140,8 @@ class PlannedRun:
         with self._mode:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
             self._dense_bytes = parameter_bytes(self.model)
-            self._report = convert_fake_model(self.model, config)
+            self._report = convert_module(self.model, config)
+            run_without_data(self.model)
         layers = packed_layers(self.model)
         packed = sum(p.nbytes for layer in layers for key, p in layer.named_parameters(recurse=False) if key in BASE)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)

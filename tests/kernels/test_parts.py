@@ -29,7 +29,7 @@ def test_decodes_to_the_part_of_the_whole_everywhere(rows, columns, size, part, 
     )
     assert torch.equal(reference.dequantize(cut, torch.float32), expected)
     assert torch.equal(ops.dequantize(cut, torch.bfloat16), expected.bfloat16())
-    assert torch.equal(eager.dequantize_in_chunks(torch.empty(m * n), cut).view(m, n), expected)
+    assert torch.equal(cut.dequantize_into(torch.empty(m * n)).view(m, n), expected)
     x = torch.randn(3, n)
     if library.multiplies(3, cut, x.dtype):
         torch.testing.assert_close(library.add_matmul(torch.zeros(3, m), x, cut), x @ expected.T, atol=1e-4, rtol=1e-4)

@@ -9,7 +9,7 @@ def test_a_captured_graph_gets_memory_of_its_own(monkeypatch):
     for name in ("empty", "zeros"):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, make=make, device, **k: made.append(make(*a, **k)) or made[-1])
-    monkeypatch.setattr(scratch, "_stream", lambda index: 7)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     scratch.release()
     card = torch.device("cuda", 0)

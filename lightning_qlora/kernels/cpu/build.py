@@ -50,10 +50,7 @@ def compiler() -> str:
 def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctypes.CDLL:
     """The library compiled from `source` with the first of `variants` (lists of flags) that compiles and loads.
 
-    Args:
-        source: The C file.
-        symbols: Functions that it must have: a cached file without them is compiled again.
-        variants: As above. A warning says why, if threads are lost.
+    A cached file without one of the functions `symbols` is compiled again. A warning says why, if threads are lost.
 
     Raises:
         BuildError: If there is no compiler, no private cache folder or no space, or if no variant works.
@@ -73,7 +70,8 @@ def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str,
 
 def _loaded(source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str]) -> ctypes.CDLL:
     binary = Path(program).resolve()
-    inputs = (_text(source), binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
+    text = "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))  # what the source may include
+    inputs = (text, binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
     name = f"{source.stem}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]}"
     try:
         folder = cache_folder()
@@ -117,11 +115,6 @@ def _built(source: Path, program: str, flags: tuple[str, ...], folder: Path, nam
 
 def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:20]
-
-
-def _text(source: Path) -> str:
-    """The source and all files in its folder that it may include."""
-    return "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))
 
 
 def _run(command: list[str]) -> None:

@@ -5,7 +5,6 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,18 +76,13 @@ class Library:
             return True
         return m <= MOST_ROWS_SLOW and not transposed
 
-    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
-        """y += x W^T, decoding W tile by tile; y [m, out] and x [m, in] contiguous, m <= `MOST_ROWS`."""
-        return self._add(self._loaded.add_matmul, y, x, weight)
+    def add_matmul(self, total: Tensor, factor: Tensor, weight: PackedBytes, transposed: bool = False) -> Tensor:
+        """y += x W^T, or transposed x += y W, decoding W tile by tile.
 
-    def add_matmul_transposed(self, x: Tensor, y: Tensor, weight: PackedBytes) -> Tensor:
-        """x += y W, with the same conditions."""
-        return self._add(self._loaded.add_matmul_transposed, x, y, weight)
-
-    @staticmethod
-    def _add(function: Any, total: Tensor, factor: Tensor, weight: PackedBytes) -> Tensor:
-        described, _keep = _describe(weight)
-        m, width = factor.shape
+        y [m, out] and x [m, in] are contiguous, m <= `MOST_ROWS`.
+        """
+        function = self._loaded.add_matmul_transposed if transposed else self._loaded.add_matmul
+        (described, _keep), (m, width) = _describe(weight), factor.shape
         workspace = scratch(m * (width + STEP), torch.float32, factor.device, "rows")
         function(
             ctypes.byref(described), factor.data_ptr(), total.data_ptr(), TYPES[factor.dtype], m, workspace.data_ptr(),

@@ -23,19 +23,13 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 @dataclass(frozen=True)
 class InitializationRecord:
-    """What is needed to compute the initial values of a module's adapters again.
+    """What is needed to compute the initial adapters of a module again; layers by their names in the base model."""
 
-    Attributes:
-        config: The arguments of the conversion.
-        seed_names: Name of a layer in the base model -> the name that the seed of its adapter was made from.
-        input_rms: Name of a layer in the base model -> the input RMS that a "calibrated" adapter was computed from.
-        fingerprint_of: Name of a layer in the base model -> fingerprint of its 4-bit weight; None if not known.
-    """
-
-    config: QLoRAConfig
-    seed_names: dict[str, str]
-    input_rms: dict[str, Tensor]
-    fingerprint_of: Callable[[str], int | None]  # a function: computing it reads the weight, and few callers need it
+    config: QLoRAConfig  # the arguments of the conversion
+    seed_names: dict[str, str]  # the name that the seed of a layer's adapter was made from
+    input_rms: dict[str, Tensor]  # that a "calibrated" adapter was computed from
+    # The fingerprint of a 4-bit weight, None if not known. A function: it reads the weight, and few callers need it.
+    fingerprint_of: Callable[[str], int | None]
 
 
 @torch.no_grad()

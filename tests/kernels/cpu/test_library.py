@@ -91,7 +91,7 @@ def test_few_rows_are_multiplied_by_the_rounded_weight(library, dtype, tolerance
                 x, y = torch.randn(m, shape[1]).to(dtype), torch.randn(m, shape[0]).to(dtype)
                 for ours, expected in [
                     (library.add_matmul(y.clone(), x, weight), y.double() + x.double() @ dense.T),
-                    (library.add_matmul_transposed(x.clone(), y, weight), x.double() + y.double() @ dense),
+                    (library.add_matmul(x.clone(), y, weight, transposed=True), x.double() + y.double() @ dense),
                 ]:
                     error = (ours.double() - expected).abs().max()
                     assert error <= tolerance * expected.abs().max(), (shape, block_size, m)

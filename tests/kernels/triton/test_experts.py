@@ -7,7 +7,7 @@ import torch
 
 from lightning_qlora import QLoRALinear, convert, disable_adapter
 from lightning_qlora.layers import routed_experts
-from lightning_qlora.layers.expert_group import expert_group
+from lightning_qlora.layers.routed_experts import expert_group
 from tests.layers.test_experts import gpt_oss, made, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -129,7 +129,8 @@ def test_layers_that_are_not_plain_run_expert_by_expert(monkeypatch):
     x = torch.randn(1, 64)
 
     def stacks(owner):
-        return {key: routed_experts._weights_of(owner, key) for key in ("gate_up_proj", "down_proj")}
+        keys = ("gate_up_proj", "down_proj")
+        return {key: owner._modules.get(f"{key}_experts") or getattr(owner, key) for key in keys}
 
     owner = model_of(qwen3_moe)
     assert routed_experts._grouped(stacks(owner), x)

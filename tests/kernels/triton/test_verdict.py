@@ -177,13 +177,6 @@ def test_the_key_of_a_verdict(monkeypatch, tmp_path):
     assert len({repr(facts) for facts in seen}) == len(seen)
 
 
-def test_in_the_interpreter_a_function_that_was_replaced_needs_another_verdict(monkeypatch):
-    before = verdict.setup(CPU)
-    assert verdict.setup(CPU) == before
-    monkeypatch.setattr(MODULE["launch"].Launch, "__call__", lambda self, *_: None)
-    assert verdict.setup(CPU) != before
-
-
 def in_forks(number, call):
     """Whether call(rank) is true in several processes at the same time."""
     context = get_context("fork")

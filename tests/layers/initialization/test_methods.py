@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert, quantize
 from lightning_qlora.layers.initialization import low_rank, methods
-from lightning_qlora.layers.initialization.clipping import quantize_clipped
 from tests.conftest import elsewhere
 
 R = 8
@@ -206,7 +205,7 @@ def test_each_iteration_of_pissa_reduces_the_error_and_loftq_has_a_larger_one():
 def test_clipped_scales_reduce_the_error_in_the_same_format(arguments):
     weight, config = torch.distributions.StudentT(3).sample((40, 131)), QLoRAConfig(**arguments)
     plain = quantize(weight, config.quant_type, config.block_size, config.double_quant)
-    clipped = quantize_clipped(weight, config)
+    clipped = methods.quantize_clipped(weight, config)
     assert (clipped.dequantize() - weight).square().sum() < (plain.dequantize() - weight).square().sum()
     assert [part.shape for part in clipped.to_bytes()[:3]] == [part.shape for part in plain.to_bytes()[:3]]
 

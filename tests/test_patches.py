@@ -28,9 +28,9 @@ ALLOWED = {
     # Conversion of an output embedding, of an embedding with rows that train, and of a module whose expert parameters
     # become layers.
     "layers/deferred_head.py": {"head.__class__"},
-    "layers/trainable_tokens.py": {
-        "layer.__class__", "vars(layer)['dense_class']", "layer.__dict__.pop('dense_class')",
-        "layer._modules[TOKEN_ADAPTER]",
+    "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
+    "layers/packed_embedding.py": {  # a tensor that it made
+        "layer._parameters.pop('weight')", "layer.__class__", "made._is_param",
     },
     # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
     "layers/disable_adapter.py": {"owner._parameters[name]"},

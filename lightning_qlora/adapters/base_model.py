@@ -16,6 +16,7 @@ from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import is_transformers_model, only_child_of
+from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
@@ -57,7 +58,9 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "task_type": _task_type(base),
         "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
-        "quantization": quantization_of_layer(next(iter(layers.values()))) if layers else None,
+        "quantization": quantization_of_layer(next(iter(layers.values())), _packed_embeddings(base))
+        if layers
+        else None,
         "target_modules": target_modules_of(base),
         **({"experts": {name: list(stack) for name, stack in stacks.items()}} if stacks else {}),
         **({"tokens": tokens} if (tokens := token_indices(base)) else {}),
@@ -67,6 +70,11 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         },
         "layers": {name: own for name, layer in layers.items() if (own := _own_arguments(layer.config, config))},
     }
+
+
+def _packed_embeddings(base: nn.Module) -> list[str]:
+    modules = base.named_modules(remove_duplicate=False)
+    return [plain_name(name) for name, layer in modules if isinstance(layer, FrozenLayer)]
 
 
 def adapter_on_base(

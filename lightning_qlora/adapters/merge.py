@@ -19,7 +19,7 @@ from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import undo
-from lightning_qlora.layers.trainable_tokens import merge_tokens
+from lightning_qlora.layers.trainable_tokens import merge_embeddings
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -63,9 +63,9 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         to_dense(layer, merged(layer))
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, stack.stack(merged))
-    mark_as_loaded(module, [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)])
     compute_logits(module)
-    merge_tokens(module)
+    made = [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)]
+    mark_as_loaded(module, [*made, *merge_embeddings(module)])
     for part in module.modules():
         vars(part).pop(CONVERSION, None)
     undo(module)

@@ -25,6 +25,7 @@ from lightning_qlora.layers.dotted_names import last_part, parameter_name, plain
 from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks, experts_of
 from lightning_qlora.layers.kinds import is_linear, original_packed_weight
 from lightning_qlora.layers.names import is_transformers_model
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import TokenAdapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
@@ -206,8 +207,8 @@ def _bnb_state_dict(base: nn.Module, packed: dict[str, PackedWeight]) -> dict[st
         if weight := packed.get(plain_name(name)):
             state |= {key: value.clone() for key, value in weight.bnb_state_dict(prefix + "weight").items()}
             own = {"bias": part._parameters["bias"]}
-        elif isinstance(part, QLoRALinear):
-            own = {"weight": part.decode().contiguous(), "bias": part._parameters["bias"]}
+        elif isinstance(part, PackedLayer):
+            own = {"weight": part.decode().contiguous(), "bias": part._parameters.get("bias")}
         for key, value in own.items():
             if value is not None and key not in part._non_persistent_buffers_set:
                 state[prefix + key] = value.detach()

@@ -107,6 +107,8 @@ class _FolderMerge:
         self.adapted = find_layers(adapter, folder)
         self._check_types()
         self.tokens = {key: name for name in adapter.tokens for key in self._keys_of_tokens(name)}
+        packed = (adapter.quantization or {}).get("embeddings", []) if base == "quantized" else []
+        self.embeddings = {folder.find(f"{name}.weight") for name in packed}  # in 4 bits in training
         keys = {name: folder.find(name) for name in adapter.saved if not name.endswith(DELTA)}
         self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
         # Trained tensors that the base lacks, except those that are tied to one that it has.
@@ -148,7 +150,7 @@ class _FolderMerge:
             yield name, self._cast(value)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
-        known = self.adapted.keys() | self.saved.keys() | self.tokens.keys()
+        known = self.adapted.keys() | self.saved.keys() | self.tokens.keys() | self.embeddings
         return [name for name in names if name in known]
 
     def _check_conversions(self) -> None:
@@ -186,6 +188,8 @@ class _FolderMerge:
         adapted, packed = self.adapted.get(key), self.folder.is_packed(key) and key not in self.saved
         if adapted is None and not packed:
             tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
+            if key in self.embeddings:
+                tensor = self.weights.quantized(tensor, key, double_quant=False).dequantize()
             if (of := self.tokens.get(key)) is not None:
                 rows = self.adapter.saved[f"{of}.{DELTA}"].to(tensor)
                 index = torch.tensor(self.adapter.tokens[of], device=tensor.device)

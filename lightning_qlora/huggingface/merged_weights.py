@@ -61,10 +61,10 @@ class MergedWeights:
         known = self.adapter.quantization or {}
         return {name: known.get(name, getattr(QLoRAConfig, name)) for name in BITS}
 
-    def quantized(self, rows: Tensor, key: str) -> PackedWeight:
+    def quantized(self, rows: Tensor, key: str, **changed: Any) -> PackedWeight:
         """The 4-bit weight as in training; an error names the file."""
         with named(self.folder.where(key)):
-            return quantize(rows, **self.quantization())
+            return quantize(rows, **self.quantization() | changed)
 
     def _sum(self, rows: Tensor, name: str, key: str) -> Tensor:
         """W + s B A in fp32, [out, in]; with DoRA times m / ||W + s B A||, where m are the magnitudes."""

@@ -17,8 +17,11 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 from lightning_qlora.adapters.dequantized_folder import Dequantize
 from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
 from lightning_qlora.layers.dtensor import local
+from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
+from lightning_qlora.layers.packed_embedding import SPLIT_EMBEDDING, FrozenLayer, freeze_in_4_bits, quantize
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import StackToConvert, ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
@@ -62,13 +65,15 @@ class _Operation(ConversionOps):
             missing_keys.discard(key)
         made: dict[str, Tensor] = {}
         for prefix, layer in layers.items():
-            assert isinstance(layer, QLoRALinear)
-            layer.loaded = True
+            assert isinstance(layer, PackedLayer)
+            if isinstance(layer, QLoRALinear):
+                layer.loaded = True
+            bias = layer._parameters.get("bias")
             # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
-            layer._is_hf_initialized = layer.bias is None  # type: ignore[assignment]
+            layer._is_hf_initialized = bias is None  # type: ignore[assignment]
             own = layer.named_parameters(prefix, recurse=False)
             # Of a distributed parameter, transformers takes the part of this rank.
-            made |= {name: local(p) for name, p in own if p is not layer.bias}
+            made |= {name: local(p) for name, p in own if p is not bias}
         return made
 
 
@@ -100,6 +105,8 @@ class Quantize(_Operation):
         """
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
         part = local(place)
+        if isinstance(chosen, ToFreeze):
+            return self._freeze(key, weight, source, place, chosen, missing_keys)
         if isinstance(place, DTensor) and weight.shape == part.shape:
             if message := _not_splittable(place, chosen):
                 return self.refuse(source, key, part, f"{key}: {message}")
@@ -122,10 +129,34 @@ class Quantize(_Operation):
             return self.refuse(source, key, part, f"{name}: {error}")
         return self.quantized(layers, key, missing_keys)
 
+    def _freeze(
+        self, key: str, weight: Tensor, source: str, place: Tensor, chosen: ToFreeze, missing_keys: set[str] | None
+    ) -> dict[str, Any]:
+        """The parameters of an embedding in 4 bits; the layers that are tied to it have the same."""
+        name, part = owner_name(key), local(place)
+        if isinstance(place, DTensor):
+            return self.refuse(source, key, part, f"{key}: {SPLIT_EMBEDDING}")
+        if weight.shape != place.shape:
+            return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
+        layer: Any = chosen.layers[name]
+        try:
+            made = quantize(weight, chosen.config)
+        except ValueError as error:
+            return self.refuse(source, key, part, f"{name}: {error}")
+        if not isinstance(layer, FrozenLayer):
+            freeze_in_4_bits([*chosen.layers.values()], made, chosen.config)
+        elif not torch.equal(layer.packed_weight.packed, made.packed):
+            self.hf_quantizer.errors.append(self.hf_quantizer.error(source, f"{key}: {NOT_TIED}"))
+        return self.quantized({name: layer}, key, missing_keys)
 
+
+NOT_TIED = (
+    "differs from the weight that the config of the model ties it to. Set tie_word_embeddings=False in config.json, or "
+    "leave out quantize_embeddings."
+)
 LOAD_WHOLE = (
-    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices. "
-    "Load it without one, and call parallelize_module and fully_shard in configure_model."
+    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices "
+    "and quantize_embeddings. Load it without one, and call parallelize_module and fully_shard in configure_model."
 )
 
 
@@ -262,9 +293,9 @@ class LoadPacked(_Operation):
         layer = model.get_submodule(name)
         place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
         if set(state) == {"weight"}:
-            stack = isinstance(self.hf_quantizer.chosen.get(key), StackToConvert)
+            next_quantized = isinstance(self.hf_quantizer.chosen.get(key), (StackToConvert, ToFreeze))
             value = state["weight"].to(place.dtype)
-            return {key: value} if stack else self.dense(key, value)
+            return {key: value} if next_quantized else self.dense(key, value)
         try:
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:

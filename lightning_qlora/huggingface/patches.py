@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.layers.dense_reasons import LOADED
+from lightning_qlora.layers.dense_reasons import LOADED, get_output_embeddings
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model
+from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.patches import wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 # model config, device_map, gguf_file, transformers' function -> HfQuantizer or None, model config, device_map
 QuantizerFor = Callable[[Any, Any, str | None, Callable[[Any], tuple[Any, Any, Any]]], tuple[Any, Any, Any]]
@@ -189,6 +191,36 @@ def refuse_save_pretrained() -> None:
 
     wrap_once(upstream.PreTrainedModel, "save_pretrained", refuse)
     wrap_once(upstream.PreTrainedModel, "push_to_hub", refuse_before_a_repository_is_made)
+
+
+def refuse_resizing() -> None:
+    """Let `resize_token_embeddings` raise if rows of an embedding train, or if one is in 4 bits.
+
+    Upstream: transformers/modeling_utils.py, PreTrainedModel.resize_token_embeddings, puts a new nn.Linear in place of
+    an untied output embedding, so that its adapter, or its rows that train, would be lost without an error.
+    Supported ways tried: none; it asks nothing of the layers.
+    Removed by: a method of the embedding that resizes it.
+    """
+    upstream: Any = sys.modules.get("transformers.modeling_utils")
+    if upstream is None:
+        return
+
+    def refuse(
+        original: Any, model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
+        rows = len(layers[0].weight)
+        wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, FrozenLayer, QLoRALinear)
+        if found := next((layer for layer in layers if wanted != rows and isinstance(layer, kinds)), None):
+            raise ValueError(
+                f"{type(model).__name__}.resize_token_embeddings: a {type(found).__name__} of {rows} rows can't get "
+                f"{wanted}. Resize the model before it is converted; one that is quantized while it loads, before it "
+                "is saved."
+            )
+        return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    wrap_once(upstream.PreTrainedModel, "resize_token_embeddings", refuse)
 
 
 def refuse_peft_on_4_bit_layers() -> None:

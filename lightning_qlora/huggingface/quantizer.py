@@ -50,6 +50,7 @@ from lightning_qlora.huggingface.patches import (
 from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
@@ -132,7 +133,7 @@ class QLoRAQuantizer(HfQuantizer):
         pre_quantized = in_4_bits or own is not None  # then transformers reads tensors in the type of the files
         super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=pre_quantized)  # type: ignore[arg-type]
         self.quantizers, self.own, self.in_4_bits = quantizers, own, in_4_bits
-        self.chosen: dict[str, ToConvert | StackToConvert] = {}  # by the name of the parameter
+        self.chosen: dict[str, ToConvert | StackToConvert | ToFreeze] = {}  # by the name of the parameter
         self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
         self.errors: list[ValueError] = []
@@ -171,6 +172,8 @@ class QLoRAQuantizer(HfQuantizer):
                 check_packed_initialization(config)
         if COMPOSES or not self.in_4_bits:  # else they are dense in the files, and conversion quantizes them
             self.chosen |= choice.stacks
+            for embedding in choice.embeddings.values():
+                self.chosen |= {f"{name}.weight": embedding for name in embedding.layers}
         if self.file_of and self._is_sharded_next(model, paths):
             self._convert_without_data(model, paths[0].parent)
 
@@ -179,13 +182,15 @@ class QLoRAQuantizer(HfQuantizer):
         plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
         is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
         shards_next = self.quantizers.sharding or (getattr(plan, "fsdp_size", None) or 1) > 1
-        can_wait = not self.pre_quantized and not self.quantizers.config.trainable_token_indices  # copies of rows
-        return shards_next and can_wait and is_folder
+        config = self.quantizers.config
+        needs_values = self.pre_quantized or config.trainable_token_indices or config.quantize_embeddings
+        return shards_next and not needs_values and is_folder
 
     def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
         """Convert the layers that the files have, on the meta device."""
         self.folder = ModelFolder(folder, copy.deepcopy(model))
         for key, chosen in self.chosen.items():
+            assert not isinstance(chosen, ToFreeze)
             entry, of_layer = self.folder.entries.get(key), isinstance(chosen, ToConvert)
             if entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries:
                 for layer in convert_chosen(key.removesuffix(".weight") if of_layer else key, chosen).values():

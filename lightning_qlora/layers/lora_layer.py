@@ -16,7 +16,7 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
@@ -24,7 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter` a layer is in
 
 
-class LoRALayer(PackedLinear):
+class LoRALayer(PackedLayer):
     """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows."""
 
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type

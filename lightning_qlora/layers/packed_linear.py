@@ -1,4 +1,4 @@
-"""PackedLinear: a linear layer whose weight is held in 4 bits, as frozen parameters."""
+"""PackedLayer: a layer whose weight is held in 4 bits, as frozen parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,10 @@ from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
 
 
-class PackedLinear(nn.Linear):
+class PackedLayer(nn.Module):
     """Stores a 4-bit weight [out, in] in frozen uint8 parameters."""
 
+    weight: Tensor  # for code that reads it
     packed: nn.Parameter  # the three parts of `PackedBytes`, [n, 1] or with one row an output
     absmax: nn.Parameter
     nested: nn.Parameter
@@ -79,7 +80,7 @@ class PackedLinear(nn.Linear):
         """A weight [out, in] in the shape that the dense layer has, or the reverse."""
         return weight.T if self._transposed else weight
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         def keep_bytes(tensor: Tensor) -> Tensor:
             """`module.type(dtype)` casts integers too, which would destroy the bytes: they only change device."""
             applied = fn(tensor)

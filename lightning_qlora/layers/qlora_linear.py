@@ -23,7 +23,7 @@ from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import ORIGINAL_PACKED, kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
 from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
-from lightning_qlora.layers.packed_linear import PackedLinear
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
@@ -33,14 +33,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 
 
-class QLoRALinear(Derived, LoRALayer):
+class QLoRALinear(Derived, LoRALayer, nn.Linear):
     """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
 
     An `nn.Linear` becomes one in place (`from_linear`), so every reference to the layer stays valid. A layer of a
     subclass of nn.Linear becomes an instance of that subclass and of this class (`class_for`).
 
     Attributes:
-        bias: Frozen, [out], or None. `PackedLinear` has the 4-bit weight, `LoRALayer` the adapter.
+        bias: Frozen, [out], or None. `PackedLayer` has the 4-bit weight, `LoRALayer` the adapter.
         lora_dropout: Probability of dropping an input of the adapter in training.
         loaded: Whether it was quantized while its model loaded, and is not yet part of a converted module.
         dense_class: Class of the layer before conversion, and again after `merge`.
@@ -218,7 +218,7 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
 
 
 # Attributes that a layer has while it is in 4 bits, and the same with the methods and properties that nn.Linear lacks.
-_KINDS = (PackedLinear, LoRALayer, QLoRALinear)
+_KINDS = (PackedLayer, LoRALayer, QLoRALinear)
 ATTRIBUTES = {name for kind in _KINDS for name in kind.__annotations__}
 MEMBERS = ATTRIBUTES | {name for kind in _KINDS for name in vars(kind) if not hasattr(nn.Linear, name)}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 READ_ONLY = (
-    "the weight of a QLoRALinear is read-only, because it is decoded from 4 bits at each use. "
+    "the weight of a 4-bit layer is read-only, because it is decoded from 4 bits at each use. "
     "To replace it, call layer.quantize_weight(new_weight). If the model itself writes to it, name the layer in "
     "exclude_modules, so that it stays dense."
 )
@@ -170,6 +170,10 @@ class ReadableWeight(Readable):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, ReadableWeight) and not (weight._transposed or isinstance(x, Readable)):
                 return weight._source.linear_by_weight(x, bias)
+        if func is torch.nn.functional.embedding:
+            tokens, weight = _embedding_arguments(*args, **kwargs)
+            if hasattr(weight._source, "lookup") and not weight._transposed:
+                return weight._source.lookup(tokens)
         if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
             x, weight = args
             if weight._transposed and not isinstance(x, Readable) and x.dtype is weight.dtype:
@@ -193,3 +197,7 @@ def readable_weight(source: Any, transposed: bool = False) -> Tensor:
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     """The arguments of F.linear, by position or by name."""
     return input, weight, bias
+
+
+def _embedding_arguments(input: Any, weight: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+    return input, weight

@@ -8,15 +8,17 @@ results are put together, so gradients and optimizer state are as large as delta
 delta, in a module of the name that PEFT's files use. Source: peft/tuners/trainable_tokens/layer.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded
+from lightning_qlora.layers.packed_embedding import decode_embeddings
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
@@ -39,7 +41,8 @@ class TokenAdapter(nn.Module):
     def __init__(self, weight: Tensor, indices: list[int]) -> None:
         super().__init__()
         index = torch.tensor(indices, device=weight.device)
-        rows = weight.detach()[index]
+        with torch.no_grad():
+            rows = F.embedding(index, weight)  # of a 4-bit weight, only these are decoded
         self.trainable_tokens_delta = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True))
         self.register_buffer("token_indices", index, persistent=False)
         self.register_buffer("order", index.argsort(), persistent=False)
@@ -58,17 +61,20 @@ class TrainableTokens(Derived):
 
     def rows(self) -> Tensor:
         """The rows that train, in the type of the weight."""
-        return self.token_adapter.trainable_tokens_delta.to(self.weight.dtype)
+        return self.token_adapter.trainable_tokens_delta.to(vars(self).get("weight_dtype") or self.weight.dtype)
 
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
         """What the layer computes with the rows in place of its weight, also where its class scales the result."""
-        view: Any = object.__new__(self.dense_class)
+        dense: Any = getattr(self.dense_class, "dense_class", self.dense_class)
+        view: Any = object.__new__(dense)
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
-        return self.dense_class.forward(view, input)  # type: ignore[no-any-return]
+        return dense.forward(view, input)  # type: ignore[no-any-return]
 
 
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
     """An embedding with rows that train."""
+
+    dense_class = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
         """Tokens [...] -> [..., dim]."""
@@ -88,6 +94,8 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
 class TrainableTokensLinear(TrainableTokens, nn.Linear):
     """An output embedding with rows that train."""
 
+    dense_class = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:
         """Hidden states [..., dim] -> logits [..., vocabulary]."""
         logits: Tensor = self.dense_class.forward(self, input)
@@ -100,27 +108,28 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):
 
 @derives
 def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
-    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them."""
+    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them, in 4 bits or not."""
     kind = TrainableTokensEmbedding if issubclass(dense_class, nn.Embedding) else TrainableTokensLinear
     if dense_class in kind.__bases__:
         return kind
-    return type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), {"__module__": dense_class.__module__})
+    members = {"__module__": dense_class.__module__, "dense_class": dense_class}
+    return type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
 
 
-def train_tokens(weight: Tensor, layers: Iterable[nn.Module], indices: list[int]) -> TokenAdapter:
-    """Let these rows of a weight train, in place, in all layers that have it; they begin with their values.
+def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
+    """Let these rows of a weight train, in place, in all layers that have it; they begin with its values.
 
     Raises:
         ValueError: If ranks hold parts of the weight.
     """
+    weight = layers[0].weight
     if is_sharded(weight):
         raise ValueError(SPLIT_TOKENS)
     adapter = TokenAdapter(weight, indices)
     setattr(weight, ROWS, adapter.trainable_tokens_delta)
     for layer in layers:
-        vars(layer)["dense_class"], layer.__class__ = type(layer), class_for(type(layer))
+        layer.__class__ = class_for(type(layer))
         layer.register_module(TOKEN_ADAPTER, adapter)
-    return adapter
 
 
 def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
@@ -134,23 +143,31 @@ def token_indices(module: nn.Module) -> dict[str, list[int]]:
     return {plain_name(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
 
 
-def merge_tokens(module: nn.Module) -> None:
-    """Write the rows that train into the weights, and make each embedding what it was."""
-    for layer in [part for part in module.modules() if isinstance(part, TrainableTokens)]:
-        with torch.no_grad():
-            layer.weight[layer.token_adapter.token_indices] = layer.rows()
+def merge_embeddings(module: nn.Module) -> list[nn.Parameter]:
+    """Decode embeddings in 4 bits, write the rows that train into the weights, and make each embedding what it was.
+
+    Returns the weights that were decoded.
+    """
+    layers = [part for part in module.modules() if isinstance(part, TrainableTokens)]
+    rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
+    for layer in layers:
         remove_tokens(layer)
+    decoded = decode_embeddings(module)
+    with torch.no_grad():
+        for layer, (indices, values) in zip(layers, rows, strict=True):
+            layer.weight[indices] = values
+    return decoded
 
 
 def remove_tokens(layer: Any) -> None:
-    """Make an embedding what it was, with the weight that it has, in place."""
+    """Make an embedding what it was without rows that train, in place."""
     vars(layer.weight).pop(ROWS, None)
-    layer.__class__ = layer.__dict__.pop("dense_class")
+    layer.__class__ = layer.dense_class
     del layer._modules[TOKEN_ADAPTER]
 
 
 def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:
     """A parameter; a weight with zeros for the rows that train: what stood there is not used, as in new tokens."""
-    if not isinstance(owner, TrainableTokens) or parameter is not owner.weight:
+    if not isinstance(owner, TrainableTokens) or parameter.ndim < 2 or not len(parameter):
         return parameter
     return gather(parameter.detach()).index_fill(0, owner.token_adapter.token_indices, 0)

@@ -17,14 +17,15 @@ from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer
 from lightning_qlora.config import OptimizerName, QLoRAConfig
+from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.convert_checks import check_initialized
-from lightning_qlora.training.report import size_text
+from lightning_qlora.training.report import packed_layers, size_text
 from lightning_qlora.words import refuse_unknown_arguments
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
@@ -143,7 +144,7 @@ class PlannedRun:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
             self._report = convert_module(self.model, config)
             run_without_data(self.model)
-        layers = adapted_layers(self.model).values()
+        layers = packed_layers(self.model)
         packed = sum(p.nbytes for layer in layers for key, p in layer.named_parameters(recurse=False) if key in BASE)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         in_8_bits = int(self._report.trainable_parameters * STATE_8BIT)
@@ -174,11 +175,14 @@ class PlannedRun:
         return MemoryEstimate(parts, gradients, paged, *weights, report.bytes_before, step is not None, report.rows())
 
 
-def _decode_buffers(layers: Iterable[QLoRALinear]) -> int:
+def _decode_buffers(layers: Iterable[Any]) -> int:
     """Bytes of the buffers that weights are decoded to: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        dtype = layer.compute_dtype(torch.empty(0, dtype=layer.weight_dtype, device="cpu"))
-        for each in {dtype, torch.float32} if layer.config.use_dora else {dtype}:  # DoRA: the norm of the rows
-            largest[each] = max(largest.get(each, 0), layer.weight_bytes.numel)
+        dtype = QLoRALinear.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))
+        frozen = isinstance(layer, FrozenLayer)
+        numel = layer.pieces()[0].numel if frozen else layer.weight_bytes.numel
+        # DoRA: the norm of the rows
+        for each in {dtype, torch.float32} if layer.config.use_dora and not frozen else {dtype}:
+            largest[each] = max(largest.get(each, 0), numel)
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())

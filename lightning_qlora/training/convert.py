@@ -15,16 +15,23 @@ from lightning_qlora.adapters.module_state import Conversion, conversion_of, use
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.patches import forget_quantizer, refuse_peft_on_4_bit_layers, refuse_save_pretrained
+from lightning_qlora.huggingface.patches import (
+    forget_quantizer,
+    refuse_peft_on_4_bit_layers,
+    refuse_resizing,
+    refuse_save_pretrained,
+)
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.names import named
+from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.patches import recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
@@ -37,6 +44,7 @@ from lightning_qlora.layers.selection import (
     check_names_in_loaded_models,
     select_layers,
 )
+from lightning_qlora.layers.token_selection import held_weight
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
@@ -118,12 +126,16 @@ def convert_module(
     for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(name or type(chosen[0]).__name__):
             _convert(name, chosen, device)
+    for name, embedding in choice.embeddings.items():
+        with named(name):
+            _freeze_embedding(embedding, device)
     for layer in module.modules():
         if is_packed(layer):
             decode_packed_layer(layer)
     forget_quantizer(module)
     freeze(module, choice, new, kept)
-    record([*new, *_add_tokens(module, choice)])
+    _add_tokens(module, choice)
+    record([*unrecorded(module), *new])  # what conversion made, and what it found
     if config.keep_initial:
         keep_initial(module)
     if adapter is not None:
@@ -136,6 +148,7 @@ def convert_module(
     shard_bytes()
     split_4_bit_layers_of_plans()
     use_adapter_state_dict(module, config, given)
+    refuse_resizing()
     refuse_save_pretrained()
     refuse_peft_on_4_bit_layers()
     warn_of_what_stayed(module, choice)
@@ -182,13 +195,7 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
         _adopt_loaded(layer, config, full_name)
     if loaded:
         return
-    if is_sharded(weight):
-        raise ValueError(
-            "its weight is sharded already (a DTensor), and a shard can't be quantized. Call "
-            "lightning_qlora.convert(model) before fully_shard or parallelize_module, and pass no plan to "
-            "from_pretrained (tp_plan, distributed_config), which shards while it loads. The plugin converts in time "
-            "if configure_model sets self.model = model before it calls fully_shard."
-        )
+    _check_not_sharded(weight)
     if isinstance(part, ExpertParameter):
         owner, key, count, transposed = part
         QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name)
@@ -203,6 +210,23 @@ def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
     layer.config, layer.full_name, layer.loaded = config, name, False
     layer.lora_dropout = config.lora_dropout
+
+
+def _freeze_embedding(embedding: ToFreeze, device: torch.device | None) -> None:
+    layers = [*embedding.layers.values()]
+    weight: Any = layers[0]._parameters["weight"]
+    _check_not_sharded(weight)
+    freeze_in_4_bits(layers, quantize(weight.to(device or weight.device), embedding.config), embedding.config)
+
+
+def _check_not_sharded(weight: Any) -> None:
+    if is_sharded(weight):
+        raise ValueError(
+            "its weight is sharded already (a DTensor), and a shard can't be quantized. Call "
+            "lightning_qlora.convert(model) before fully_shard or parallelize_module, and pass no plan to "
+            "from_pretrained (tp_plan, distributed_config), which shards while it loads. The plugin converts in time "
+            "if configure_model sets self.model = model before it calls fully_shard."
+        )
 
 
 def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear]) -> None:
@@ -233,13 +257,13 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
             parameter.requires_grad_(True)
 
 
-def _add_tokens(module: nn.Module, choice: Selection) -> list[Unrecorded]:
-    """Let the chosen rows of frozen embeddings train; returns the parameters that train, to be recorded."""
-    by_weight: dict[nn.Parameter, list[str]] = {}
+def _add_tokens(module: nn.Module, choice: Selection) -> None:
+    """Let the chosen rows of frozen embeddings train."""
+    tied: dict[int, list[str]] = {}
     for name in choice.tokens:
-        by_weight.setdefault(module.get_parameter(join(name, "weight")), []).append(name)
-    made = [train_tokens(w, map(module.get_submodule, n), choice.tokens[n[0]]) for w, n in by_weight.items()]
-    return [Unrecorded(adapter, "trainable_tokens_delta", True) for adapter in made]
+        tied.setdefault(id(held_weight(module.get_submodule(name))), []).append(name)
+    for names in tied.values():
+        train_tokens([module.get_submodule(name) for name in names], choice.tokens[names[0]])
 
 
 def _report(
@@ -264,6 +288,7 @@ def _report(
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
         frozen=list(choice.stop),
+        embeddings={name: layer._shape for name, layer in module.named_modules() if isinstance(layer, FrozenLayer)},
         adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
         trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},
         frozen_by_module=sum(weight.nbytes for weight in frozen),

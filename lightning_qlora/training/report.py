@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from html import escape
 
@@ -10,8 +11,7 @@ from torch import nn
 
 from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.training.calibration.calibration_report import CalibrationReport
 
 ROOT = "(the module itself)"
@@ -30,6 +30,7 @@ class ConversionReport:
         bytes_before: Bytes of the parameters before conversion.
         bytes_after: Bytes of the parameters now, adapters included.
         seconds: Time of the conversion.
+        embeddings: Name -> (rows, width) of the embeddings and output embeddings that are frozen in 4 bits.
         shapes: Name -> (out_features, in_features) of the converted layers.
         frozen: Names of modules and parameters that trained before and are frozen now, without the linear layers.
         adapter_parameters: Number of parameters of all adapters, and of the rows that train.
@@ -51,6 +52,7 @@ class ConversionReport:
     bytes_after: int
     seconds: float
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    embeddings: dict[str, tuple[int, int]] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
     trained_rows: dict[str, int] = field(default_factory=dict)
@@ -76,6 +78,8 @@ class ConversionReport:
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
                 add(name, f"{verb}: {reason}")
+        for name, (rows, columns) in self.embeddings.items():
+            add(name, f"4-bit, frozen, {rows}x{columns}")
         for name, count in self.trained_rows.items():
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
@@ -147,9 +151,14 @@ def count_parameters(module: nn.Module) -> tuple[int, int, int]:
 
 def weights_minus_elements(module: nn.Module) -> int:
     """Number of weights in the 4-bit layers of a module, minus the number of elements that store them."""
-    layers = adapted_layers(module).values()
+    layers = packed_layers(module)
     stored = [p for layer in layers for key, p in layer._parameters.items() if key in BASE and p is not None]
     return sum(layer.weight_bytes.numel for layer in layers) - sum(p.numel() for p in stored)
+
+
+def packed_layers(module: nn.Module) -> Collection[PackedLayer]:
+    """The layers in 4 bits; of tied ones the last."""
+    return {id(layer.packed): layer for layer in module.modules() if isinstance(layer, PackedLayer)}.values()
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -159,7 +168,7 @@ def parameter_bytes(module: nn.Module) -> int:
 
 def dense_bytes(module: nn.Module) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
-    layers = adapted_layers(module).values()
+    layers = packed_layers(module)
     own = {id(p) for layer in layers for key in (*BASE, *ADAPTER) if (p := layer._parameters.get(key)) is not None}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
     return dense + sum(p.nbytes for p in module.parameters() if id(p) not in own)

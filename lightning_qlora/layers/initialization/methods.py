@@ -63,11 +63,16 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
     r = config.r if config.initialization in ("default", "gaussian") else _checked_rank(weight, config)
-    (rows, columns), how = weight.shape, (config.quant_type, config.block_size)
-    packed, absmax, nested = torch.ops.lightning_qlora.quantize(weight, *how, config.double_quant)
-    base = PackedWeight.from_bytes(PackedBytes(packed, absmax, nested, (rows, columns), *how), weight.dtype)
+    base = base_without_data(weight, config, config.double_quant)
     a, b = (weight.new_empty(shape, dtype=torch.float32) for shape in ((r, weight.shape[1]), (weight.shape[0], r)))
     return Initialization(base, a, b)
+
+
+def base_without_data(weight: Tensor, config: QLoRAConfig, double_quant: bool) -> PackedWeight:
+    """The shapes of a 4-bit weight."""
+    (rows, columns), how = weight.shape, (config.quant_type, config.block_size)
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(weight, *how, double_quant)
+    return PackedWeight.from_bytes(PackedBytes(packed, absmax, nested, (rows, columns), *how), weight.dtype)
 
 
 def changes_base_weights(config: QLoRAConfig) -> bool:

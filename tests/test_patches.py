@@ -2,11 +2,15 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.trainer import call
 
 import lightning_qlora
+from lightning_qlora.optim.patches import call_on_setup_optimizer
 from lightning_qlora.training import patches
 from tests.foreign_changes import Package, changes_in, changes_of
 
@@ -95,6 +99,13 @@ def test_a_function_is_wrapped_once_however_often_the_patch_is_applied():
     before = call._call_configure_model
     patches.convert_before_checkpoint_is_restored()
     assert call._call_configure_model is before
+
+
+def test_fabric_wraps_optimizers_of_strategies_without_precision():
+    """As Lightning's own tests do (tests_fabric/test_wrappers.py); there is no plugin in this run."""
+    call_on_setup_optimizer()
+    strategy = SimpleNamespace(optimizer_step=lambda optimizer: "stepped")
+    assert _FabricOptimizer(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), strategy).step() == "stepped"
 
 
 # ---------------------------------------------------------------- the checker itself

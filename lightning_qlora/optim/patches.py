@@ -19,7 +19,7 @@ def call_on_setup_optimizer() -> None:
 
     def init(original: Any, self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
         original(self, optimizer, strategy, callbacks)
-        for listener in (strategy.precision, *(callbacks or [])):
+        for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a stand-in may have none
             hook = getattr(listener, "on_setup_optimizer", None)
             if callable(hook):
                 hook(optimizer)

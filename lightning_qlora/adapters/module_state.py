@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
@@ -16,6 +16,7 @@ from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import reshard, shard_like
+from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
@@ -40,12 +41,14 @@ class Conversion:
         given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
             are those of this conversion.
         has_layers: Whether layers were converted.
+        buffers: Float buffer -> its fingerprint at conversion; no adapter folder holds what changed since.
         replaced: Whether the state dict that is being loaded holds a dense base.
     """
 
     config: QLoRAConfig
     given: list[QLoRAConfig]
     has_layers: bool
+    buffers: dict[str, int]
     replaced: bool = False
 
 
@@ -61,7 +64,9 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     has the arguments of the conversion; with checkpoint="full" the base is not left out. `given`: as they were passed.
     """
     earlier = [known for _, conversion in _conversions(root) for known in conversion.given]
-    root._qlora_conversion = Conversion(config, [*earlier, given], bool(adapted_layers(root)))  # type: ignore[assignment]
+    buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
+    made = Conversion(config, [*earlier, given], bool(adapted_layers(root)), buffers)
+    root._qlora_conversion = made  # type: ignore[assignment]
     for part in root.modules():
         if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
             vars(part)[HOOKED] = True
@@ -69,6 +74,15 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+
+def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the float buffers that state dicts have, such as the statistics of BatchNorm."""
+    for name, part in module.named_modules():
+        for key, value in part.named_buffers(recurse=False):
+            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
+                yield join(name, key), value
 
 
 def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | None:

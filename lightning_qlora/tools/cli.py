@@ -79,7 +79,7 @@ def plan(
     """
     from lightning_qlora.tools.devices import what_devices_do
     from lightning_qlora.tools.fit import what_fits
-    from lightning_qlora.tools.memory_estimate import PlannedRun, estimate_memory
+    from lightning_qlora.tools.memory_estimate import planned_run
 
     if find_spec("transformers") is not None:
         import transformers
@@ -87,12 +87,11 @@ def plan(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     if link is not None and devices is None:
         raise ValueError(f"link={link!r}: gives the time of a step's traffic between devices. Pass devices, such as 8.")
-    run = batch_size, sequence_length, optimizer
-    estimate = estimate_memory(model, *run, example=None, **arguments)
-    config = QLoRAConfig(**arguments)
-    fits = () if gpu_memory is None else what_fits(model, gpu_memory, *run, config)
-    planned = PlannedRun(model, optimizer, config) if devices is not None else None
-    traffic = what_devices_do(planned, str(devices), strategy, link, *run[:2]) if planned else ()
+    sizes = batch_size, sequence_length
+    run = planned_run(model, *sizes, optimizer, **arguments)
+    estimate = run.estimate(*sizes)
+    fits = () if gpu_memory is None else what_fits(run, gpu_memory, *sizes)
+    traffic = () if devices is None else what_devices_do(run, str(devices), strategy, link, *sizes)
     if json:
         lists = {name: list(lines) for name, lines in (("fits", fits), ("devices", traffic)) if lines}
         _print_json({**vars(estimate), "total": estimate.total, "device": estimate.device, **lists})

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_qlora.config import StrategyName
-from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.tools.fit import both_units, line, needed, parse_memory, sharded_memory
 from lightning_qlora.tools.memory_estimate import PlannedRun
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
@@ -67,9 +66,7 @@ def what_devices_do(
     """Lines with the memory of each device, what it sends in a step, and the time that takes; the batch is of each."""
     replicas, shards = parse_devices(devices, strategy)
     speed = None if link is None else parse_memory(link.strip().removesuffix("/s"), "link")
-    if strategy == "fsdp":
-        compute_logits(run.model)
-    estimate = run.estimate(batch_size, sequence_length)
+    estimate = run.estimate(batch_size, sequence_length, sharded=strategy == "fsdp")
     kept, shared = sharded_memory(run, estimate)
     memory = needed(estimate) if strategy == "ddp" else kept + shared // shards
     traffic = Traffic.of(run.model, replicas, shards)

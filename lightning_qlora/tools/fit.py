@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lightning_qlora.config import OptimizerName, QLoRAConfig
-from lightning_qlora.layers.deferred_head import compute_logits
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.activations import positions_of
 from lightning_qlora.tools.memory_estimate import MemoryEstimate, PlannedRun
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
@@ -31,9 +30,7 @@ def parse_memory(text: str, name: str = "gpu_memory") -> int:
     return count
 
 
-def what_fits(
-    model: Any, gpu_memory: str, batch_size: int, sequence_length: int, optimizer: OptimizerName, config: QLoRAConfig
-) -> Iterator[str]:
+def what_fits(run: PlannedRun, gpu_memory: str, batch_size: int, sequence_length: int) -> Iterator[str]:
     """Lines that say which settings fit, and what fits with them; arguments: `estimate_memory` and `parse_memory`."""
     memory = parse_memory(gpu_memory)
     usable = int(memory * (1 - FRAGMENTATION) - DRIVER)
@@ -41,12 +38,12 @@ def what_fits(
         f"GPU memory {both_units(memory)}, for the run {both_units(usable)}: the driver takes up to "
         f"{size_text(DRIVER)}, fragmentation {FRAGMENTATION:.0%}. A card that is sold as 24 GB has 24 GiB: pass 24GiB."
     )
-    run, names = PlannedRun(model, optimizer, config), list[str]()
+    names = list[str]()
     for name, value in [("", None), *TRIED.items()]:
         if name:
             if not _saves_memory(run.config, name, value):
                 continue
-            run = PlannedRun(model, optimizer, replace(run.config, **{name: value}))
+            run = PlannedRun(run.made, run.optimizer, replace(run.config, **{name: value}))
             names.append(f"{name}={value}")
         estimate = run.estimate(batch_size, sequence_length)
         if not estimate.counted_activations:
@@ -119,8 +116,7 @@ def sharded_memory(run: PlannedRun, estimate: MemoryEstimate) -> tuple[int, int]
 
 def _gpus(run: PlannedRun, usable: int, batch_size: int, sequence_length: int) -> str:
     """The number of GPUs with FSDP2; the batch is that of each."""
-    compute_logits(run.model)
-    estimate = run.estimate(batch_size, sequence_length)
+    estimate = run.estimate(batch_size, sequence_length, sharded=True)
     kept, shared = sharded_memory(run, estimate)
     name = f"GPUs with FSDP2, {batch_size} x {sequence_length} on each"
     if kept >= usable:

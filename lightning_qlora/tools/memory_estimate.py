@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_qlora.checks import check_choice, check_integer
 from lightning_qlora.config import OptimizerName, QLoRAConfig
+from lightning_qlora.layers.deferred_head import compute_logits, defer_logits, deferred_heads
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
@@ -116,23 +117,32 @@ def estimate_memory(
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
     """
+    run = planned_run(model, batch_size, sequence_length, optimizer, example, **arguments)
+    return run.estimate(batch_size, sequence_length)
+
+
+def planned_run(
+    model: Any, batch_size: int, sequence_length: int, optimizer: OptimizerName, example: Any = None, **arguments: Any
+) -> "PlannedRun":
+    """The run that `estimate_memory` describes, its arguments checked."""
     own = ("batch_size", "sequence_length", "optimizer", "example")
     refuse_unknown_arguments(arguments, [*own, *QLoRAConfig.__dataclass_fields__])
     check_choice("optimizer", optimizer, get_args(OptimizerName))
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("sequence_length", sequence_length, at_least=1)
-    return PlannedRun(model, optimizer, QLoRAConfig(**arguments), example).estimate(batch_size, sequence_length)
+    return PlannedRun(model, optimizer, QLoRAConfig(**arguments), example)
 
 
 class PlannedRun:
     """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`."""
 
     def __init__(self, model: Any, optimizer: OptimizerName, config: QLoRAConfig, example: Any = None) -> None:
-        made = model if isinstance(model, nn.Module) else meta_model(model)
+        self.made = made = model if isinstance(model, nn.Module) else meta_model(model)
         check_initialized(made)
         if config.initializes_from_weight:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
-        self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
+        self.config, self.optimizer, self._known = config, optimizer, dict[Any, MemoryEstimate]()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         with self._mode:
             self.model, self._example = fake_copy(made), fake_example(example, self._mode)
             self._dense_bytes = parameter_bytes(self.model)
@@ -149,8 +159,19 @@ class PlannedRun:
             "decode buffer": _decode_buffers(layers),
         }
 
-    def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
-        """The memory of a run with batches of this size."""
+    def estimate(self, batch_size: int, sequence_length: int, sharded: bool = False) -> MemoryEstimate:
+        """The memory of a run with batches of this size; of a module to be sharded, whose logits are not deferred."""
+        key = batch_size, sequence_length, sharded
+        if key not in self._known:
+            deferred = [self.model.get_submodule(name) for name in deferred_heads(self.model)]
+            if sharded:
+                compute_logits(self.model)
+            self._known[key] = self._estimate(batch_size, sequence_length)
+            for head in deferred:
+                defer_logits(head)
+        return self._known[key]
+
+    def _estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         with self._mode:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
             step = None if forward is None else step_memory(self.model, forward)

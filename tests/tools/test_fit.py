@@ -5,6 +5,7 @@ import re
 import pytest
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.tools.devices import what_devices_do
 from lightning_qlora.tools.fit import DRIVER, FRAGMENTATION, largest, needed, parse_memory, what_fits
 from lightning_qlora.tools.memory_estimate import PlannedRun
 from tests.toys import toy
@@ -46,7 +47,9 @@ def test_what_fits():
     )
     between = (needed(run.estimate(2, 128)) + needed(smaller.estimate(2, 128))) // 2
     memory = int((between + DRIVER) / (1 - FRAGMENTATION)) + 1
-    lines = list(what_fits(model, str(memory), 2, 128, "adamw", config))
+    before = list(what_devices_do(run, "2", "ddp", None, 2, 128))
+    lines = list(what_fits(run, str(memory), 2, 128))
+    assert list(what_devices_do(run, "2", "ddp", None, 2, 128)) == before  # the run is as it was
     assert lines[1].startswith("2 x 128, as asked") and lines[1].endswith("does not fit")
     assert lines[2].startswith("2 x 128, gradient_checkpointing=True") and lines[2].endswith("fits")
     batch = int(re.search(r"largest batch of 128 tokens +(\d+)", lines[3])[1])

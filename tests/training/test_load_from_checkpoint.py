@@ -71,3 +71,40 @@ def test_full_and_weights_only_checkpoints_come_back(trainer, tmp_path):
         again = load_from_checkpoint(Classifier, callback.best_model_path)
         x = torch.randn(3, 64)
         assert torch.equal(again.eval()(x), module.eval()(x))
+
+
+def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
+    class Edits(Classifier):
+        """Leaves out a frozen part, and another prefix for the rest, as a method that reads the weights expects."""
+
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Linear(64, 8).requires_grad_(False)
+            nn.init.ones_(self.frozen.weight)
+            nn.init.ones_(self.frozen.bias)
+
+        def on_save_checkpoint(self, checkpoint):
+            kept = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("frozen")}
+            checkpoint["state_dict"] = {f"x.{key}": value for key, value in kept.items()}
+
+        def on_load_checkpoint(self, checkpoint):
+            state = {key[2:]: value for key, value in checkpoint["state_dict"].items()}
+            own = {key: value for key, value in self.state_dict().items() if key.startswith("frozen")}
+            checkpoint["state_dict"] = {**state, **own}
+
+        @classmethod
+        def load_from_checkpoint(cls, path, *args, **kwargs):
+            assert "x.net.0.lora_A" in torch.load(path, weights_only=True)["state_dict"]
+            return super().load_from_checkpoint(path, *args, **kwargs)
+
+    module, run = Edits(), trainer(plugins=QLoRAPrecision(r=4))
+    run.fit(module, loader())
+    again = load_from_checkpoint(Edits, run.checkpoint_callback.best_model_path)
+    assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
+    assert torch.equal(again.frozen.weight, module.frozen.weight)
+
+
+def test_a_path_that_is_no_file_is_named():
+    for path in ("", "no.ckpt"):
+        with pytest.raises(FileNotFoundError, match=f"checkpoint_path='{path}': no such file"):
+            load_from_checkpoint(Classifier, path)

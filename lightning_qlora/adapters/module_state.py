@@ -152,7 +152,8 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         for name, layer in root.named_modules(remove_duplicate=False):
             key = prefix + join(name, "weight")
             if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
-                state_dict.update(layer.packed_weight.bnb_state_dict(key))  # all ranks gather a sharded weight
+                entries = layer.packed_weight.bnb_state_dict(key)  # all ranks gather a sharded weight
+                state_dict.update({name: value.clone() for name, value in entries.items()})  # may be written to
     else:
         config = conversion.config
     if config.checkpoint == "adapter":

@@ -8,6 +8,7 @@ The first line that fits decides on a layer:
     in exclude_modules                                   skipped: dense and frozen
     new (`new_parameters`), and not in target_modules    trains in full
     not in target_modules                                skipped
+    a frozen copy of a layer that is converted           4 bits, and its adapter is frozen too (`frozen_copies`)
     can't be converted, or only if named                 skipped (`dense_reasons`: tied, frozen by the module, routers)
     not larger than its adapter, with "all-linear"       trains in full
     any other linear layer                               4 bits and an adapter
@@ -27,6 +28,7 @@ from lightning_qlora.layers.dotted_names import expert_name, join, last_part, pl
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
+from lightning_qlora.layers.frozen_copies import originals
 from lightning_qlora.layers.kinds import is_linear, weight_shape
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_parameters import new_parameters
@@ -68,6 +70,7 @@ class Selection:
         stop: Names of modules and parameters that trained before, are no linear layers, and are frozen.
         tokens: Name of a layer of which some rows train -> their indices.
         refused: Name -> why a layer that target_modules names can't be converted.
+        copies: Names of the layers in `convert` whose adapter is frozen, because the module froze the layer.
         names: Id of each module -> its names.
     """
 
@@ -78,6 +81,7 @@ class Selection:
     stop: dict[str, None] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    copies: set[str] = field(default_factory=set)
     names: dict[int, LayerNames] = field(default_factory=dict)
 
 
@@ -145,6 +149,8 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         of_layer = config.for_layer(forms)
         if saved is not None and plain_name(name) in saved:
             choice.convert[name] = ToConvert(layer, of_layer.with_own(saved[plain_name(name)]), seed_name)
+            if everything and facts.is_frozen(layer):
+                choice.copies.add(name)
         elif _is_excluded(forms, config):
             choice.skip[name] = "in exclude_modules"
         elif is_new and not target:
@@ -167,6 +173,12 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
             choice.skip[name] = NOT_SAVED
         else:
             choice.convert[name] = ToConvert(layer, of_layer, seed_name)
+    if saved is None and config.initialization != "calibrated":  # which depends on the inputs of each
+        frozen = [name for name, reason in choice.skip.items() if reason == FROZEN and name in layers]
+        for name, original in originals(frozen, choice.convert, layers).items():
+            choice.convert[name] = choice.convert[original]._replace(layer=layers[name])
+            choice.copies.add(name)
+            del choice.skip[name]
     return choice
 
 

@@ -237,6 +237,9 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
     for parameter in module.parameters():
         if id(parameter) in trains and parameter.is_floating_point():
             parameter.requires_grad_(True)
+    for name in choice.copies:
+        for parameter in adapted_layers(module)[name].adapter_parameters():
+            parameter.requires_grad_(False)
 
 
 def add_tokens(module: nn.Module, choice: Selection) -> list[Unrecorded]:
@@ -268,7 +271,12 @@ def conversion_report(
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
         frozen=list(choice.stop),
-        adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
+        adapter_parameters=sum(
+            p.numel() for adapter in adapters for p in adapter.adapter_parameters() if p.requires_grad
+        ),
+        frozen_adapters=[
+            n for n, layer in layers.items() if not any(p.requires_grad for p in layer.adapter_parameters())
+        ],
         trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},
         frozen_by_module=sum(weight.nbytes for weight in frozen),
         bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),

@@ -32,7 +32,8 @@ class ConversionReport:
         seconds: Time of the conversion.
         shapes: Name -> (out_features, in_features) of the converted layers.
         frozen: Names of modules and parameters that trained before and are frozen now, without the linear layers.
-        adapter_parameters: Number of parameters of all adapters, and of the rows that train.
+        adapter_parameters: Number of parameters of the adapters, and of the rows, that train.
+        frozen_adapters: Names of the converted layers whose adapter is frozen: copies that the module froze.
         trained_rows: Name of an embedding -> how many of its rows train; tied ones by the first name.
         frozen_by_module: Bytes of the layers that the module itself froze before conversion.
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
@@ -53,6 +54,7 @@ class ConversionReport:
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
+    frozen_adapters: list[str] = field(default_factory=list)
     trained_rows: dict[str, int] = field(default_factory=dict)
     frozen_by_module: int = 0
     bytes_4_bits_would_save: int = 0
@@ -73,7 +75,8 @@ class ConversionReport:
         for name in self.converted:
             if not is_expert(name):
                 rows, columns = self.shapes[name]
-                add(name, f"4-bit + adapter, {rows}x{columns}")
+                adapter = "frozen adapter" if name in self.frozen_adapters else "adapter"
+                add(name, f"4-bit + {adapter}, {rows}x{columns}")
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
                 add(name, f"{verb}: {reason}")

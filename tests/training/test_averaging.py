@@ -116,3 +116,54 @@ def test_a_sharded_module_is_refused():
     run = SimpleNamespace(callbacks=[average], strategy=ModelParallelStrategy())
     with pytest.raises(RuntimeError, match=r"WeightAveraging copied the module.*lightning-qlora average"):
         check_trainer(run, Classifier())
+
+
+@torch.no_grad()
+def by_parameters(online, target):
+    for new, old in zip(online.parameters(), target.parameters(), strict=True):
+        old.data = 0.9 * old.data + 0.1 * new.data
+
+
+@torch.no_grad()
+def by_state_dict(online, target):
+    new = online.state_dict()
+    for key, old in target.state_dict().items():
+        old.copy_(0.9 * old + 0.1 * new[key])
+
+
+def by_copy(online, target):
+    target.load_state_dict(online.state_dict())
+
+
+@pytest.mark.parametrize("update", [by_parameters, by_state_dict, by_copy])
+def test_a_frozen_copy_follows_its_original(update, trainer):
+    """The target network of BYOL, MoCo, DINO and DQN, as their modules make it: `copy.deepcopy`, then frozen."""
+
+    class WithTarget(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(self.net[0], nn.ReLU(), copy.deepcopy(self.net[0]), nn.Linear(64, 8))
+            self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+        def on_fit_start(self):
+            self.start, self.expected = copy.deepcopy(self.target), adapters(self.target)
+
+        def on_train_batch_end(self, *_):
+            update(self.net, self.target)
+            for old, new in zip(self.expected, adapters(self.net), strict=True):
+                old.lerp_(new, 1.0 if update is by_copy else 0.1)
+
+    module, plugin = WithTarget(), QLoRAPrecision(r=4, lora_dropout=0.0)
+    trainer(plugins=plugin, max_epochs=2).fit(module, loader())
+    assert plugin.report.frozen_adapters == ["target.0", "target.2", "target.3"]
+    assert not any(parameter.requires_grad for parameter in module.target.parameters())
+    torch.testing.assert_close(adapters(module.target), module.expected)
+    assert module.target[0].lora_B.any()
+    for layer in (0, 2, 3):
+        weights = [part[layer].decode() for part in (module.start, module.target, module.net)]
+        assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+
+
+def adapters(network):
+    layers = (network[0], network[2], network[3])
+    return [p.detach().clone() for layer in layers for p in (layer.lora_A, layer.lora_B)]

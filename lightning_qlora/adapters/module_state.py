@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import CHECKSUMS_KEY, add_checksums, check_checksums
+from lightning_qlora.adapters.peft_patterns import check_few_ways
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
@@ -98,6 +99,16 @@ def config_of(state_dict: Mapping[str, Any], prefix: str = "") -> QLoRAConfig | 
         return QLoRAConfig(**found) if found else None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{prefix + CONFIG_KEY}: {error}") from error
+
+
+def check_config_patterns(config: QLoRAConfig, state_dict: Mapping[str, Any]) -> None:
+    """Raise PatternError for a regular expression of a checkpoint that may take years to match with a name in it."""
+    length = max((len(owner_name(key)) for key in state_dict), default=0)
+    for argument in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        value: Any = getattr(config, argument) or []
+        if isinstance(value, (str, dict)):  # of a list: endings of names
+            for pattern in [value] if isinstance(value, str) else value:
+                check_few_ways(argument, pattern, length)
 
 
 def base_model_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_qlora.layers.dtensor import is_sharded
 
 
-def originals(frozen: Iterable[str], converted: Iterable[str], layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def originals(frozen: Iterable[str], converted: Iterable[str], layers: Mapping[str, Any]) -> dict[str, str]:
     """Name of each frozen layer that has the weight of a layer to convert -> the name of that one.
 
     Of several the one whose name ends alike, since the blocks of an nn.TransformerEncoder begin with equal weights.

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_of, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, check_config_patterns, config_of, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
 from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.layers.dotted_names import last_part
@@ -72,9 +72,10 @@ def load_from_checkpoint(
     def convert(module: nn.Module, state: Mapping[str, Any]) -> None:
         try:
             config, layers = config_of(state), saved_layers(state)  # both are checked
+            assert config is not None
+            check_config_patterns(config, state)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint_path}: {error}") from error
-        assert config is not None
         convert_module(module, config, saved=layers)
 
     source: Any = checkpoint_path

@@ -15,7 +15,7 @@ from lightning_qlora.adapters.checksums import CHECKSUMS_KEY, add_checksums, che
 from lightning_qlora.adapters.peft_patterns import check_few_ways
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
+from lightning_qlora.layers.dotted_names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
@@ -160,7 +160,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     conversion = conversion_of(root)
     if conversion is None:  # a part that is saved alone
         config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
-        for name, layer in root.named_modules(remove_duplicate=False):
+        for name, layer in _named_modules(root):
             key = prefix + join(name, "weight")
             if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
                 entries = layer.packed_weight.bnb_state_dict(key)  # all ranks gather a sharded weight
@@ -221,11 +221,12 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
             )
         state_dict[prefix + name] = parameter.detach()
     if saved is None:  # of the dense module: rows that train begin with its values
-        for name, part in root.named_modules(remove_duplicate=False):
+        for name, part in _named_modules(root):
             key = prefix + join(name, "weight")
             if isinstance(part, TrainableTokens) and key in state_dict:
                 state_dict.setdefault(prefix + join(name, DELTA), state_dict[key][part.token_adapter.token_indices])
     for name, parameter in root.named_parameters(remove_duplicate=False):
+        name = key_name(name)
         if prefix + name in state_dict:  # of a sharded parameter the state holds the whole
             state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
 
@@ -241,7 +242,7 @@ def _after_load(root: nn.Module, _: Any) -> None:
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     there = {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
     # A shared layer is in a state dict under each of its names.
-    here = {name for name, layer in root.named_modules(remove_duplicate=False) if isinstance(layer, QLoRALinear)}
+    here = {name for name, layer in _named_modules(root) if isinstance(layer, QLoRALinear)}
     if there and there != here:
         name = sorted(there ^ here)[0]
         raise CheckpointMismatchError(
@@ -301,9 +302,14 @@ def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:
     return [(plain_name(name), join(prefix, name), layer) for name, layer in layers]
 
 
+def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules under each of their names in state dicts."""
+    return [(key_name(name), part) for name, part in root.named_modules(remove_duplicate=False)]
+
+
 def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
     """Name and conversion of a module and of its parts, under each of their names."""
-    for name, part in root.named_modules(remove_duplicate=False):
+    for name, part in _named_modules(root):
         if (conversion := conversion_of(part)) is not None:
             yield name, conversion
 
@@ -323,7 +329,7 @@ def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Par
     """Name, owner, key and value of every parameter under each of its names, but what QLoRALinear saves itself."""
     return [
         (join(name, key), owner, key, parameter)
-        for name, owner in root.named_modules(remove_duplicate=False)
+        for name, owner in _named_modules(root)
         for key, parameter in owner._parameters.items()
         if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER))
     ]

@@ -85,7 +85,12 @@ class _Arithmetic:
         if has_multiple:
             return _write(func, name, args)
         with PLAIN():
-            made = func(*args, **kwargs)
+            try:
+                made = func(*args, **kwargs)
+            except (RuntimeError, NotImplementedError) as error:
+                if type(error) not in (RuntimeError, NotImplementedError) or not isinstance(args[0], _Arithmetic):
+                    raise  # memory, for example
+                raise RuntimeError(f"{name}: {error}. {SKIP}") from error
             if name == "__set__":  # of `data`: the module moved
                 vars(args[0]).pop("_qlora_weight", None)
             if func in ALIASES and isinstance(args[0], (PackedParameter, _Bytes)):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, load_from_checkpoint
 from tests.conftest import Classifier, loader
@@ -118,3 +119,21 @@ def test_a_pattern_of_a_checkpoint_that_can_hang_is_refused(trained, tmp_path):
     torch.save(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt: exclude_modules: .* may take years to match"):
         load_from_checkpoint(Classifier, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_blocks_in_a_checkpoint_wrapper_have_the_names_of_the_plain_module(saves, trainer):
+    class Wrapped(Classifier):
+        def __init__(self, wrapped=True):
+            super().__init__()
+            if wrapped:
+                self.net[0], self.net[2] = checkpoint_wrapper(self.net[0]), checkpoint_wrapper(self.net[2])
+
+    module, run = Wrapped(saves), trainer(plugins=QLoRAPrecision(r=4), max_epochs=1)
+    run.fit(module, loader())
+    path = run.checkpoint_callback.best_model_path
+    assert "net.2.weight.fingerprint" in torch.load(path, weights_only=True)["state_dict"]
+    for wrapped in (False, True):
+        again = load_from_checkpoint(Wrapped, path, wrapped=wrapped)
+        assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
+        trainer(plugins=QLoRAPrecision(r=4), max_epochs=2).fit(Wrapped(wrapped), loader(), ckpt_path=path)

@@ -430,7 +430,12 @@ _converting: ContextVar[Callable[[nn.Module, Any], None] | None] = ContextVar("c
 
 @contextmanager
 def converting_what_loads(convert: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Within this, `convert` is called with a module that would refuse a state, and the state; then it loads."""
+    """Within this, `convert` is called with the module that is about to load the state of a converted one, and the state.
+
+    Upstream: lightning/pytorch/core/saving.py, _load_state, loads right after `on_load_checkpoint`.
+    Supported ways tried: to load after it returned; then edits of the state by hooks and methods of the class are lost.
+    Removed by: a hook of Lightning between building a module and loading its state.
+    """
     token = _converting.set(convert)
     try:
         yield

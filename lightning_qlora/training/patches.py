@@ -430,7 +430,7 @@ _converting: ContextVar[Callable[[nn.Module, Any], None] | None] = ContextVar("c
 
 @contextmanager
 def converting_what_loads(convert: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Within this, `convert` is called with the module that is about to load the state of a converted one, and the state.
+    """Within this, `convert` is called with the module that loads the state of a converted one, and that state.
 
     Upstream: lightning/pytorch/core/saving.py, _load_state, loads right after `on_load_checkpoint`.
     Supported ways tried: to load after it returned; then edits of the state by hooks and methods of the class are lost.

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.adapters.checksums import CHECKSUMS_KEY, add_checksums, check_checksums
+from lightning_qlora.adapters.peft_patterns import check_few_ways
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
+from lightning_qlora.layers.dotted_names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import reshard, shard_like
+from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
@@ -42,12 +44,14 @@ class Conversion:
         given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
             are those of this conversion.
         has_layers: Whether layers were converted.
+        buffers: Float buffer -> its fingerprint at conversion; no adapter folder holds what changed since.
         replaced: Whether the state dict that is being loaded holds a dense base.
     """
 
     config: QLoRAConfig
     given: list[QLoRAConfig]
     has_layers: bool
+    buffers: dict[str, int]
     replaced: bool = False
 
 
@@ -63,7 +67,9 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     has the arguments of the conversion; with checkpoint="full" the base is not left out. `given`: as they were passed.
     """
     earlier = [known for _, conversion in _conversions(root) for known in conversion.given]
-    root._qlora_conversion = Conversion(config, [*earlier, given], bool(adapted_layers(root)))  # type: ignore[assignment]
+    buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
+    made = Conversion(config, [*earlier, given], bool(adapted_layers(root)), buffers)
+    root._qlora_conversion = made  # type: ignore[assignment]
     for part in root.modules():
         if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
             vars(part)[HOOKED] = True
@@ -71,6 +77,25 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+
+def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the float buffers that state dicts have, such as the statistics of BatchNorm."""
+    for name, part in module.named_modules():
+        for key, value in part.named_buffers(recurse=False):
+            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
+                yield join(name, key), value
+
+
+def check_config_patterns(config: QLoRAConfig, state_dict: Mapping[str, Any]) -> None:
+    """Raise PatternError for a regular expression of a checkpoint that may take years to match with a name in it."""
+    length = max((len(owner_name(key)) for key in state_dict), default=0)
+    for argument in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        value: Any = getattr(config, argument) or []
+        if isinstance(value, (str, dict)):  # of a list: endings of names
+            for pattern in [value] if isinstance(value, str) else value:
+                check_few_ways(argument, pattern, length)
 
 
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
@@ -112,10 +137,11 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     conversion = conversion_of(root)
     if conversion is None:  # a part that is saved alone
         config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
-        for name, layer in root.named_modules(remove_duplicate=False):
+        for name, layer in _named_modules(root):
             key = prefix + join(name, "weight")
             if isinstance(layer, QLoRALinear) and state_dict.pop(f"{key}.{FINGERPRINT}", None) is not None:
-                state_dict.update(layer.packed_weight.bnb_state_dict(key))  # all ranks gather a sharded weight
+                entries = layer.packed_weight.bnb_state_dict(key)  # all ranks gather a sharded weight
+                state_dict.update({name: value.clone() for name, value in entries.items()})  # may be written to
     else:
         config = conversion.config
     if config.checkpoint == "adapter":
@@ -172,11 +198,12 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
             )
         state_dict[prefix + name] = parameter.detach()
     if saved is None:  # of the dense module: rows that train begin with its values
-        for name, part in root.named_modules(remove_duplicate=False):
+        for name, part in _named_modules(root):
             key = prefix + join(name, "weight")
             if isinstance(part, TrainableTokens) and key in state_dict:
                 state_dict.setdefault(prefix + join(name, DELTA), state_dict[key][part.token_adapter.token_indices])
     for name, parameter in root.named_parameters(remove_duplicate=False):
+        name = key_name(name)
         if prefix + name in state_dict:  # of a sharded parameter the state holds the whole
             state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
 
@@ -192,7 +219,7 @@ def _after_load(root: nn.Module, _: Any) -> None:
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     there = {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
     # A shared layer is in a state dict under each of its names.
-    here = {name for name, layer in root.named_modules(remove_duplicate=False) if isinstance(layer, QLoRALinear)}
+    here = {name for name, layer in _named_modules(root) if isinstance(layer, QLoRALinear)}
     if there and there != here:
         name = sorted(there ^ here)[0]
         raise CheckpointMismatchError(
@@ -249,9 +276,14 @@ def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:
     return [(plain_name(name), join(prefix, name), layer) for name, layer in layers]
 
 
+def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules under each of their names in state dicts."""
+    return [(key_name(name), part) for name, part in root.named_modules(remove_duplicate=False)]
+
+
 def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
     """Name and conversion of a module and of its parts, under each of their names."""
-    for name, part in root.named_modules(remove_duplicate=False):
+    for name, part in _named_modules(root):
         if (conversion := conversion_of(part)) is not None:
             yield name, conversion
 
@@ -271,7 +303,7 @@ def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Par
     """Name, owner, key and value of every parameter under each of its names, but what QLoRALinear saves itself."""
     return [
         (join(name, key), owner, key, parameter)
-        for name, owner in root.named_modules(remove_duplicate=False)
+        for name, owner in _named_modules(root)
         for key, parameter in owner._parameters.items()
         if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER))
     ]

@@ -19,6 +19,7 @@ _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "s
 _compiler: Any = import_module("re._compiler" if sys.version_info >= (3, 11) else "sre_compile")
 STEPS = 20_000  # parts of an expression that are tried for one name
 LONGEST = 4000  # characters of an expression
+MOST_WAYS = 10**7  # in which `re` may match an expression; it tries about as many in a second
 MOST_PATTERNS = 100  # expressions in one file; names, of which there may be one for each layer, do not count
 
 
@@ -71,6 +72,37 @@ def _parsed(pattern: str) -> Any:
 
 
 _SINGLES: dict[str, re.Pattern[str]] = {}  # a character or a place in an expression, as `re` parsed and compiled it
+
+
+def check_few_ways(argument: str, pattern: str, length: int) -> None:
+    """Raise PatternError if `re` may try too many ways to match a pattern with a name of this length, as (a+)+$."""
+    if _ways(_parser.parse(pattern), length) > MOST_WAYS:
+        raise PatternError(
+            f"{argument}: {pattern[:80]!r} may take years to match. If you trust the file, convert the module with "
+            "lightning_qlora.convert and these arguments, and call its load_state_dict."
+        )
+
+
+def _ways(parts: Iterable[tuple[Any, Any]], length: int) -> int:
+    """A bound for the number of ways in which `re` can match a sequence of parts, at most MOST_WAYS + 1."""
+    ways, repetitions = 1, 0
+    for part in parts:
+        word, value = str(part[0]), part[1]
+        if word == "BRANCH":
+            ways *= sum(_ways(branch, length) for branch in value[1])
+        elif word == "GROUPREF_EXISTS":
+            ways *= sum(_ways(branch, length) for branch in value[1:] if branch is not None)
+        elif word in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+            ways *= _ways(value[-1], length)
+        elif word == "ATOMIC_GROUP":
+            ways *= _ways(value, length)
+        elif word.endswith("_REPEAT"):
+            least, most = (min(int(bound), length) for bound in value[:2])
+            repetitions += most > least
+            # n repetitions of single characters share one name: of n^k ways to split it, one of k! is in order.
+            ways = ways * (most - least + 1) // max(repetitions, 1) * _ways(value[2], length) ** most
+        ways = min(ways, MOST_WAYS + 1)
+    return ways
 
 
 class _Matcher:

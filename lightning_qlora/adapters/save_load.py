@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from lightning_qlora.adapters.base_model import (
     trained_in_full,
     trained_outside,
 )
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.module_state import conversion_of, float_buffers
 from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
@@ -34,6 +35,7 @@ from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, owner_name, plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
+from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
@@ -78,7 +80,22 @@ def save_adapter(
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
+    if changed := _changed_buffers(module, {join(prefix, name) for name in adapter.modules_to_save}):
+        warnings.warn(
+            f"The folder does not get the buffers that training changed: {', '.join(changed[:3])}"
+            f"{', ...' if len(changed) > 3 else ''}. A Lightning checkpoint has them; or name their modules in "
+            "modules_to_save.",
+            stacklevel=2,
+        )
     rank_zero_only(lambda: write_adapter(as_peft_loads_it(adapter, inner), folder))()
+
+
+def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:
+    """Names of the buffers outside of the modules that are saved whose values are not those at conversion."""
+    conversion = conversion_of(module)
+    known = {} if conversion is None else conversion.buffers
+    buffers = {name: value for name, value in float_buffers(module) if owner_name(name) not in saved}
+    return [name for name, value in buffers.items() if name in known and fingerprint(value) != known[name]]
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:

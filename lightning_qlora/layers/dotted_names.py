@@ -7,6 +7,7 @@ is the layer NAME_experts.i. No other file knows this.
 import re
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
+CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
 _EXPERTS = "_experts"
 _EXPERT = re.compile(r"(.*)_experts\.(\d+)", re.DOTALL)
 
@@ -27,8 +28,13 @@ def last_part(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A name without what torch.compile put into it."""
-    return ".".join(part for part in name.split(".") if part != COMPILED)
+    """A name without what torch.compile and checkpoint_wrapper put into it."""
+    return ".".join(part for part in name.split(".") if part not in (COMPILED, CHECKPOINTED))
+
+
+def key_name(name: str) -> str:
+    """The name of a module or parameter in state dicts."""
+    return ".".join(part for part in name.split(".") if part != CHECKPOINTED)
 
 
 def stack_name(parameter: str) -> str:

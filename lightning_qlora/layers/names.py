@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_qlora.layers.dotted_names import plain_name
+from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.lightning_copies import classes
 
@@ -48,11 +49,11 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
 
 
 def only_child_of(module: nn.Module) -> str | None:
-    """Name of the child that holds all parameters of a LightningModule; None if there is no such child."""
+    """Name of the child that holds all parameters of a LightningModule; None if there is none, or only one layer."""
     if not isinstance(module, classes(LightningModule)) or module._parameters:
         return None
     holders = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
-    return holders[0] if len(holders) == 1 else None
+    return holders[0] if len(holders) == 1 and not is_linear(module.get_submodule(holders[0])) else None
 
 
 def matches(name: str, patterns: str | list[str]) -> bool:

@@ -18,7 +18,8 @@ from lightning_qlora.kernels.lora_linear import PLAIN
 
 SKIP = (
     "4-bit weights are codes, so arithmetic on them gives other weights. Two networks with the same 4-bit weights can "
-    "be averaged (e.mul_(m).add_(p, alpha=1 - m)). For all else skip them: `if parameter.is_floating_point()`."
+    "be averaged (e.mul_(m).add_(p, alpha=1 - m)); a copy that the module froze is dense, unless target_modules names "
+    "its layers. For all else skip them: `if parameter.is_floating_point()`."
 )
 SCALE = {"mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "true_divide", "divide", "neg", "negative"}
 SUM = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "lerp", "addcdiv"}
@@ -85,7 +86,12 @@ class _Arithmetic:
         if has_multiple:
             return _write(func, name, args)
         with PLAIN():
-            made = func(*args, **kwargs)
+            try:
+                made = func(*args, **kwargs)
+            except (RuntimeError, NotImplementedError) as error:
+                if type(error) not in (RuntimeError, NotImplementedError):  # memory, for example
+                    raise
+                raise RuntimeError(f"{name}: {error}. {SKIP}") from error
             if name == "__set__":  # of `data`: the module moved
                 vars(args[0]).pop("_qlora_weight", None)
             if func in ALIASES and isinstance(args[0], (PackedParameter, _Bytes)):

@@ -192,6 +192,8 @@ class PackedWeight:
             meta["nested_offset"] = self.offset
             entries["nested_absmax"] = self.nested_absmax
             entries["nested_quant_map"] = dynamic_map(device=self.packed.device)
+        # Averages over the floats of a state dict write to them, and the tables are those of all weights.
+        entries = {key: value.clone() if value.is_floating_point() else value for key, value in entries.items()}
         text = json.dumps(meta).encode()
         entries[_BNB_META + self.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
         return {prefix: self.packed, **{f"{prefix}.{name}": value for name, value in entries.items()}}

@@ -12,6 +12,9 @@ from lightning_qlora.files.regular_file import is_file
 
 def fake_copy(module: nn.Module) -> nn.Module:
     """Copy a module, under FakeTensorMode; the parameters and buffers of the copy have no data."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(f"{name}: is a torch.jit.ScriptModule, which can't be copied without data. Leave it out.")
     tensors: dict[int, Any] = {}
     for parameter in module.parameters():
         empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")

@@ -52,6 +52,7 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
+    warn_of_hooks,
     warn_of_large_new_parts,
     warn_of_other_arguments,
     warn_of_two_configs,
@@ -121,6 +122,7 @@ def convert_module(
     if not kept:
         check_any(choice, config)
     check_loaded(module, choice)
+    warn_of_hooks(choice)
     layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
@@ -105,6 +106,20 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     warnings.warn(f"No layer was converted to 4 bits ({given}). {why}", stacklevel=2)
 
 
+def warn_of_hooks(choice: Selection) -> None:
+    """Warn of hooks for the gradient of a weight that is replaced."""
+    weights: dict[str, Any] = {name: each.layer._parameters.get("weight") for name, each in choice.convert.items()}
+    kinds = "_backward_hooks", "_post_accumulate_grad_hooks"
+    hooked = [name for name, weight in weights.items() if any(getattr(weight, kind, None) for kind in kinds)]
+    if hooked:
+        warnings.warn(
+            f"The hooks of {len(hooked)} weights ({', '.join(hooked[:3])}{', ...' if len(hooked) > 3 else ''}) are "
+            "lost, because 4-bit weights get no gradient. Register hooks of lora_A and lora_B after conversion "
+            "(on_fit_start), or name a layer in modules_to_save to train its weight.",
+            stacklevel=2,
+        )
+
+
 def warn_of_other_arguments(name: str, known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> bool:
     """Warn of arguments that differ from those of an earlier conversion, which is not done again; whether some do."""
     other = _differing(known, config, names)
@@ -159,7 +174,8 @@ def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
     kept = {
         full: parameter.numel()
         for name, layer in module.named_modules()
-        if not is_linear(layer) and not isinstance(layer, nn.Embedding)
+        if not isinstance(layer, (nn.Embedding, QLoRALinear))
+        if not is_linear(layer) or "weight" not in layer._parameters  # weight_norm stores others
         for key, parameter in layer._parameters.items()
         if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
         if (full := join(name, key)) not in choice.skip

@@ -44,7 +44,8 @@ def convert_before_sharding(
     at_conversion: set[nn.Module] = set()
 
     def before(to_shard: list[nn.Module]) -> None:
-        if conversion_of(module) is None and not set(module.modules()).isdisjoint(to_shard):
+        parts = {part for each in to_shard for part in each.modules()}  # also of a block in a checkpoint_wrapper
+        if conversion_of(module) is None and not parts.isdisjoint(module.modules()):
             check_unwritten(module)
             convert(module)
             at_conversion.update(module.modules())

@@ -1,20 +1,25 @@
 """load_from_checkpoint: a trained module from a checkpoint that holds only the adapters."""
 
+import inspect
 import io
 import os
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
+from torch import nn
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, check_config_patterns, read_conversion, saved_layers
 from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
+from lightning_qlora.files.regular_file import is_file
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.names import named
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
+from lightning_qlora.training.patches import converting_what_loads
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -47,6 +52,8 @@ def load_from_checkpoint(
     if os.path.isdir(checkpoint_path):
         checkpoint = read_checkpoint(checkpoint_path, weights_only is not False)
     else:
+        if "://" not in str(checkpoint_path) and not is_file(checkpoint_path):
+            raise FileNotFoundError(f"checkpoint_path={str(checkpoint_path)!r}: no such file.")
         if weights_only is None and str(checkpoint_path).startswith("http"):
             weights_only = True  # Lightning runs the code of a file from the network
         check_crc(checkpoint_path)
@@ -54,31 +61,29 @@ def load_from_checkpoint(
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
         checkpoint = {}
-    state = checkpoint.get("state_dict", {})
-    with named(checkpoint_path):
-        config, description = read_conversion(state)
-        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
-    if config is None:
+    if not any(last_part(str(key)) == CONFIG_KEY for key in checkpoint.get("state_dict", {})):
         raise ValueError(
             f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "
             f"{module_class.__name__}.load_from_checkpoint."
         )
-    module = _build(module_class, checkpoint, weights_only, {**networks, **hyperparameters})
-    convert_module(module, config, saved=saved_layers(state, description))
-    module.load_state_dict(state)
-    return module.to(next(iter(state.values())).device)
+    with named(checkpoint_path):
+        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
 
+    def convert(module: nn.Module, state: Mapping[str, Any]) -> None:
+        with named(checkpoint_path):
+            config, description = read_conversion(state)
+            assert config is not None
+            check_config_patterns(config, state)
+        convert_module(module, config, saved=saved_layers(state, description))
 
-def _build(
-    module_class: type[Module], checkpoint: dict[str, Any], weights_only: bool | None, hyperparameters: dict[str, Any]
-) -> Module:
-    """The module that Lightning builds from the checkpoint's hyperparameters, without its weights."""
-    without_weights = io.BytesIO()
-    torch.save({**checkpoint, "state_dict": {}}, without_weights)
-    without_weights.seek(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict|The state dict in")
-        module: Module = module_class.load_from_checkpoint(
-            without_weights, strict=False, weights_only=weights_only, **hyperparameters
-        )
+    source: Any = checkpoint_path
+    if not os.path.isfile(checkpoint_path):  # shards, or an address
+        source = io.BytesIO()
+        torch.save(checkpoint, source)
+        source.seek(0)
+    arguments = {"map_location": map_location, "weights_only": weights_only}
+    if "weights_only" not in inspect.signature(module_class.load_from_checkpoint).parameters:
+        del arguments["weights_only"]  # a class with a method of its own that decides this itself
+    with converting_what_loads(convert):  # after `on_load_checkpoint`, which may edit the state
+        module: Module = module_class.load_from_checkpoint(source, **arguments, **{**networks, **hyperparameters})
     return module

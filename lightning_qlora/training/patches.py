@@ -8,6 +8,7 @@ Lightning is also made to its copies (`lightning_copies`).
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from importlib import import_module
 from types import SimpleNamespace
@@ -433,6 +434,8 @@ def explain_adapter_checkpoints() -> None:
     """
 
     def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if CONFIG_KEY in state_dict and (convert := _converting.get()) and conversion_of(module) is None:
+            convert(module, state_dict)
         held = {last_part(str(key)) for key in state_dict}
         of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
         # A conversion may have found no layer that is large enough; then everything trains in full.
@@ -452,6 +455,24 @@ def explain_adapter_checkpoints() -> None:
         return original(module, state_dict, *args, **kwargs)
 
     wrap_once(nn.Module, "load_state_dict", load)
+
+
+_converting: ContextVar[Callable[[nn.Module, Any], None] | None] = ContextVar("converting", default=None)
+
+
+@contextmanager
+def converting_what_loads(convert: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Within this, `convert` is called with the module that loads the state of a converted one, and that state.
+
+    Upstream: lightning/pytorch/core/saving.py, _load_state, loads right after `on_load_checkpoint`.
+    Supported ways tried: to load after it returned; then edits of the state by hooks and methods of the class are lost.
+    Removed by: a hook of Lightning between building a module and loading its state.
+    """
+    token = _converting.set(convert)
+    try:
+        yield
+    finally:
+        _converting.reset(token)
 
 
 def _is_converted(module: nn.Module) -> bool:

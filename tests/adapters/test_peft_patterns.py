@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import time
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora.adapters.peft_files import WEIGHTS_FILE, write_adapter
-from lightning_qlora.adapters.peft_patterns import MOST_PATTERNS, PatternError, fits_peft_pattern
+from lightning_qlora.adapters.peft_patterns import MOST_PATTERNS, PatternError, check_few_ways, fits_peft_pattern
 from lightning_qlora.adapters.peft_reader import read_adapter
 from tests.adapters.test_peft_metadata import adapter
 
@@ -87,3 +88,27 @@ def test_thousands_of_names_are_no_problem():
     start = time.perf_counter()
     assert sum(fits_peft_pattern(names[7], name) for name in names) == 1
     assert time.perf_counter() - start < 5
+
+
+HOSTILE = [
+    "(a+)+$",
+    "(a|a)*b",
+    ".*.*.*.*.*.*.*x",
+    "((a*)*)*b",
+    "(a?){60}b",
+    "(a|a)" * 40 + "b",
+    "(?=(a+)+b)a",
+    "(?>(a+)+)b",
+]
+COMMON = [
+    r".*\.layers\.\d+\.(self_attn|mlp)\..*_proj", r"(?!vision).*\.(q_proj|v_proj)", "net[.]0|net[.]2",
+    "|".join(f"model.layers.{i}.q_proj" for i in range(500)), r"(model\.)?layers\.[0-9]+\..*(up|down)_proj",
+]  # fmt: skip
+
+
+def test_patterns_of_a_checkpoint_are_refused_if_they_can_hang():
+    for pattern in COMMON:
+        check_few_ways("target_modules", pattern, 60)
+    for pattern in HOSTILE if sys.version_info >= (3, 11) else HOSTILE[:-1]:  # atomic groups
+        with pytest.raises(PatternError, match=r"^exclude_modules: .* may take years to match"):
+            check_few_ways("exclude_modules", pattern, 60)

@@ -516,3 +516,32 @@ def test_the_default_device_has_no_effect(arguments, tmp_path):
         convert(third, adapter=str(tmp_path))
     for module in (again, third):
         assert torch.equal(logits(module.model), logits(lit.model))
+
+
+def test_a_module_with_one_layer_comes_back(tmp_path):
+    class One(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(64, 64)
+
+    module, again = One(), One()
+    again.load_state_dict(module.state_dict())
+    convert(module, **ARGUMENTS)
+    perturb(module)
+    save_adapter(module, tmp_path)
+    assert "base_model.model.net.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    convert(again, adapter=str(tmp_path))
+    assert torch.equal(again.eval()(x := torch.randn(3, 64)), module(x))
+
+
+@pytest.mark.parametrize("saved", [[], ["2"]])
+def test_changed_statistics_of_batch_norm_are_named(saved, tmp_path, recwarn):
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64, 64))
+    convert(module, **ARGUMENTS, modules_to_save=saved)
+    for trained in (False, True):
+        recwarn.clear()
+        save_adapter(module, tmp_path)
+        found = [str(each.message) for each in recwarn if "buffers that training changed" in str(each.message)]
+        assert bool(found) == (trained and not saved)
+        assert not found or "2.running_mean, 2.running_var" in found[0]
+        module(torch.randn(8, 64))

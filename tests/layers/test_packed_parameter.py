@@ -195,3 +195,11 @@ def _saved(value):
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["norm", "normal_", "clamp_"])
+def test_what_torch_has_for_floats_only_says_what_to_do(name):
+    module = nn.Linear(64, 64)
+    convert(module, r=4)
+    with pytest.raises(RuntimeError, match=rf"{name}: .*skip them: `if parameter\.is_floating_point"):
+        getattr(module.packed, name)(*([0.5] if name == "clamp_" else []))

@@ -33,8 +33,7 @@ class Project:
         build: Makes the module and the keyword arguments of `Trainer.fit` that hold its data.
         own: Trains, saves and loads with the package's own functions; its argument is an empty folder.
         lightning: The package of its LightningModule.
-        load: Makes the arguments of `load_from_checkpoint` that the hyperparameters do not have, from the module; None
-            if the class has a `load_from_checkpoint` of its own that reads the weights.
+        load: Makes the arguments of `load_from_checkpoint` that the hyperparameters do not have, from the module.
         attributes: What the package sets in a module that it trains, and no checkpoint holds.
         resumes: Whether a resumed run of the plain module is bit-equal to a straight one.
     """
@@ -43,7 +42,7 @@ class Project:
     build: Callable[[], tuple[Any, dict[str, Any]]]
     own: Callable[[Path], None]
     lightning: str = "lightning.pytorch"
-    load: Callable[[Any], dict[str, Any]] | None = lambda module: {}
+    load: Callable[[Any], dict[str, Any]] = lambda module: {}
     attributes: tuple[str, ...] = ()
     resumes: bool = True
 
@@ -467,7 +466,7 @@ PROJECTS: dict[str, Project] = {
         resumes=False,
     ),
     "lightly": Project("lightly", lightly, own_lightly, "pytorch_lightning", lambda module: {"model": Backbone()}),
-    "chemprop MPNN": Project("chemprop", chemprop, own_chemprop, load=None),
+    "chemprop MPNN": Project("chemprop", chemprop, own_chemprop),
     "lightning-hydra-template": Project("torchmetrics", hydra, own_hydra),
 }
 FORECASTING = {

@@ -98,7 +98,7 @@ def test_loads_and_merges(name, tmp_path, checkpoint):
     project = PROJECTS[name]
     trained, data, paths = fit(project, tmp_path, r=4, checkpoint=checkpoint)
     expected = metrics(project, tmp_path, trained, data)
-    if checkpoint == "adapter" or project.load is None:  # onto the same base, by a Trainer
+    if checkpoint == "adapter":  # onto the same base, by a Trainer
         module, _ = build(project)
         trainer = project.trainer(tmp_path, plugins=QLoRAPrecision(r=4))
         trainer.validate(module, **validation(data), ckpt_path=paths[1], weights_only=False, verbose=False)

@@ -302,3 +302,9 @@ def test_dense_experts_in_fp32():
     assert estimate.counted_activations
     assert "model.layers.0.mlp.experts.gate_up_proj  x1  skipped: not in target_modules" in str(estimate)
     assert "4 experts of 256x64" in str(estimate_memory(mixture, 1, 16, **ARGUMENTS))
+
+
+def test_a_scriptmodule_is_named():
+    module = nn.Sequential(nn.Linear(64, 64), torch.jit.script(nn.Linear(64, 64)))
+    with pytest.raises(TypeError, match=r"1: is a torch\.jit\.ScriptModule"):
+        estimate_memory(module, r=4)

@@ -181,3 +181,17 @@ def test_an_encoder_with_a_padding_mask_evaluates():
     with torch.no_grad():
         result = encoder.eval()(x, src_key_padding_mask=mask)
     torch.testing.assert_close(result[~mask], expected[~mask])
+
+
+def test_lost_hooks_of_a_weight_are_named():
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    module[0].weight.register_hook(lambda gradient: 0 * gradient)
+    module[2].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.warns(UserWarning, match=r"hooks of 2 weights \(0, 2\) are lost"):
+        convert(module, r=4)
+
+
+def test_weights_of_weight_norm_are_named():
+    module = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match=r"47% of the weights are frozen and not in 4 bits.*0\.weight_v"):
+        convert(module, r=4)

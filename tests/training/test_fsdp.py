@@ -10,6 +10,7 @@ from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -67,6 +68,23 @@ class Sharded(Classifier):
     def configure_model(self):
         if self._device_mesh is not None and not isinstance(self.net, FSDPModule):
             shard(self.net, self.device_mesh)
+
+
+def test_a_block_in_a_checkpoint_wrapper_that_is_not_in_the_module_yet(fit):
+    """As in Lightning's example of tensor parallelism."""
+
+    class Wrapped(Classifier):
+        def configure_model(self):
+            block = checkpoint_wrapper(self.net[0])
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            self.net[0] = block
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    module, plain = Wrapped(), Sharded()
+    fit(module)
+    fit(plain)
+    assert module.losses == plain.losses
+    assert [gather(p).tolist() for p in module.parameters()] == [gather(p).tolist() for p in plain.parameters()]
 
 
 def test_a_file_imported_within_configure_model_shards_converted_modules_in_every_run(fit, tmp_path, monkeypatch):

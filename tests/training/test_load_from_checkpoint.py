@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, load_from_checkpoint
 from tests.conftest import Classifier, loader
@@ -71,3 +72,68 @@ def test_full_and_weights_only_checkpoints_come_back(trainer, tmp_path):
         again = load_from_checkpoint(Classifier, callback.best_model_path)
         x = torch.randn(3, 64)
         assert torch.equal(again.eval()(x), module.eval()(x))
+
+
+def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
+    class Edits(Classifier):
+        """Leaves out a frozen part, and another prefix for the rest, as a method that reads the weights expects."""
+
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Linear(64, 8).requires_grad_(False)
+            nn.init.ones_(self.frozen.weight)
+            nn.init.ones_(self.frozen.bias)
+
+        def on_save_checkpoint(self, checkpoint):
+            kept = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("frozen")}
+            checkpoint["state_dict"] = {f"x.{key}": value for key, value in kept.items()}
+
+        def on_load_checkpoint(self, checkpoint):
+            state = {key[2:]: value for key, value in checkpoint["state_dict"].items()}
+            own = {key: value for key, value in self.state_dict().items() if key.startswith("frozen")}
+            checkpoint["state_dict"] = {**state, **own}
+
+        @classmethod
+        def load_from_checkpoint(cls, path, *args, **kwargs):
+            assert "x.net.0.lora_A" in torch.load(path, weights_only=True)["state_dict"]
+            return super().load_from_checkpoint(path, *args, **kwargs)
+
+    module, run = Edits(), trainer(plugins=QLoRAPrecision(r=4))
+    run.fit(module, loader())
+    again = load_from_checkpoint(Edits, run.checkpoint_callback.best_model_path)
+    assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
+    assert torch.equal(again.frozen.weight, module.frozen.weight)
+
+
+def test_a_path_that_is_no_file_is_named():
+    for path in ("", "no.ckpt"):
+        with pytest.raises(FileNotFoundError, match=f"checkpoint_path='{path}': no such file"):
+            load_from_checkpoint(Classifier, path)
+
+
+def test_a_pattern_of_a_checkpoint_that_can_hang_is_refused(trained, tmp_path):
+    checkpoint = torch.load(trained[1], weights_only=True)
+    text = bytes(checkpoint["state_dict"]["qlora_config"].tolist()).decode()
+    changed = text.replace('"exclude_modules": []', '"exclude_modules": "(n*.*)*x"').encode()
+    checkpoint["state_dict"]["qlora_config"] = torch.tensor(list(changed), dtype=torch.uint8)
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x\.ckpt: exclude_modules: .* may take years to match"):
+        load_from_checkpoint(Classifier, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_blocks_in_a_checkpoint_wrapper_have_the_names_of_the_plain_module(saves, trainer):
+    class Wrapped(Classifier):
+        def __init__(self, wrapped=True):
+            super().__init__()
+            if wrapped:
+                self.net[0], self.net[2] = checkpoint_wrapper(self.net[0]), checkpoint_wrapper(self.net[2])
+
+    module, run = Wrapped(saves), trainer(plugins=QLoRAPrecision(r=4), max_epochs=1)
+    run.fit(module, loader())
+    path = run.checkpoint_callback.best_model_path
+    assert "net.2.weight.fingerprint" in torch.load(path, weights_only=True)["state_dict"]
+    for wrapped in (False, True):
+        again = load_from_checkpoint(Wrapped, path, wrapped=wrapped)
+        assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
+        trainer(plugins=QLoRAPrecision(r=4), max_epochs=2).fit(Wrapped(wrapped), loader(), ckpt_path=path)

@@ -225,8 +225,12 @@ def tables(results: list[dict[str, Any]]) -> str:
     rows = []
     for name, runs in groups.items():
         cells = [spread([run["losses"][step] for run in runs]) for step in steps]
-        rows.append([f"`{name}`", str(len(runs)), *cells, f"{last[name] / last[best]:.4f}" if best else ""])
-    heads = ["variant", "seeds", *(f"step {step}" for step in steps), f"divided by `{best}`" if best else ""]
+        cells.append(f"{last[name] / last[best]:.4f}" if best else "")
+        if "accuracies" in runs[0]:
+            cells.append(spread([100 * run["accuracies"][steps[-1]] for run in runs], 1))
+        rows.append([f"`{name}`", f"{runs[0]['MB']:.1f}", str(len(runs)), *cells])
+    heads = ["variant", "MB", "seeds", *(f"step {step}" for step in steps), f"divided by `{best}`" if best else ""]
+    heads += ["accuracy"] if "accuracies" in results[0] else []
     text = table(heads, rows) + "\n"
     rows = []
     for name, runs in groups.items():
@@ -236,9 +240,9 @@ def tables(results: list[dict[str, Any]]) -> str:
     return text + ("\n" + table(["variant", "measured", "held-out loss", "perplexity"], rows) + "\n" if rows else "")
 
 
-def spread(values: list[float]) -> str:
-    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{more}"
+def spread(values: list[float], digits: int = 4) -> str:
+    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{more}"
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

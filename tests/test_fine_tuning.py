@@ -114,6 +114,22 @@ def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, m
     assert len(json.loads((tmp_path / "fine_tuning.json").read_text())) == 4
 
 
+@pytest.mark.slow
+def test_the_error_added_back_gives_the_loss_of_16_bits_and_equal_settings_have_equal_bytes(tiny_llm, tmp_path):
+    starts = ["lora,r=4", "calibrated,r=4,float=1e3", "calibrated,r=4,frozen=1e3", "default,r=4"]
+    sizes = ["calibrated,r=6", "calibrated,r=4,frozen=2", "calibrated,r=4,float=2", "calibrated,r=4,codes=100"]
+    arguments = [f"--base={tiny_llm}", f"--output={tmp_path}", "--steps=1", "--held_out=4", "--points=0", "--seeds=0"]
+    dense, kept, corrected, default, *runs = fine_tuning.main([*starts, *sizes, *arguments])
+    loss = {run["variant"]: run["losses"]["0"] for run in (dense, kept, corrected, default)}
+    gap = abs(loss["default,r=4"] - loss["lora,r=4"])
+    for name in ("calibrated,r=4,float=1e3", "calibrated,r=4,frozen=1e3"):
+        assert abs(loss[name] - loss["lora,r=4"]) < gap / 5, loss
+    more, frozen, some, codes = (run["MB"] for run in runs)
+    assert more == pytest.approx(frozen, rel=1e-6)
+    assert codes < some <= more
+    assert codes == pytest.approx(default["MB"])
+
+
 def test_attention_alone_trains_attention_alone(tiny_llm, tmp_path, monkeypatch):
     trained = []
 

@@ -16,7 +16,6 @@ have equal bytes.
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,19 +41,19 @@ class SpendBytes(Callback):
         extra: Bytes that the base has more than in 4 bits.
     """
 
-    def __init__(self, settings: dict[str, Any], dense: nn.Module, seed: int, cache: Path) -> None:
+    def __init__(self, settings: dict[str, Any], dense: Any, seed: int, cache: Path) -> None:
         self.settings, self.dense, self.seed, self.cache, self.extra = settings, dense, seed, cache, 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        each, model = self.settings, module.model
-        assert isinstance(model, nn.Module)
+        each: dict[str, Any] = self.settings
+        model: Any = module.model
         layers = adapted_layers(model)
         weights = {name: self.dense.get_submodule(name).weight.detach().float() for name in layers}
         if each["codes"]:
             self.choose_codes(each["codes"], layers, weights, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         model(**next(iter(trainer.datamodule.train_dataloader())))  # type: ignore[attr-defined]
         calibration = calibration_of(module)
-        assert calibration is not None and not calibration.report.waiting
+        assert calibration is not None
         budget = TRAINED * sum(sum(w.shape) for w in weights.values())
         if each["float"]:
             errors = {name.removeprefix("model."): value for name, value in calibration.report.errors.items()}
@@ -149,7 +148,7 @@ def input_moments(
         x = args[0]
         if x is not last[0]:
             flat = (x[mask[0]] if x.ndim == 3 else x).float()  # a pooler has one row for each text
-            total = moments[name] if name in moments else [torch.zeros(x.shape[-1], x.shape[-1]), 0]
+            total: list[Any] = moments.get(name, [torch.zeros(x.shape[-1], x.shape[-1]), 0])
             total[0].addmm_(flat.T, flat)
             total[1] += len(flat)
             last[:] = x, total
@@ -157,10 +156,12 @@ def input_moments(
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(count, name)) for name in names]
     seen, mask = 0, [torch.empty(0)]
-    for batch in takewhile(lambda _: seen < tokens, batches):
+    for batch in batches:
         mask[0] = batch["attention_mask"].bool()
-        seen += int(mask[0].sum())
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        seen += int(mask[0].sum())
+        if seen >= tokens:
+            break
     for hook in hooks:
         hook.remove()
     return {name: total / rows for name, (total, rows) in moments.items()}
@@ -169,4 +170,3 @@ def input_moments(
 def feedback(layer: QLoRALinear, weight: Tensor, moments: Tensor) -> Any:
     damped = moments.double() + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
     return round_with_feedback(weight, layer.packed_weight, damped)
-

@@ -53,7 +53,8 @@ DENSE = "lora"
 DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
-    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "frozen": 0.0, "float": 0.0, "by": "per_byte", "bare": 0,
+    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "frozen": 0.0, "float": 0.0, "by": "per_byte",
+    "bare": 0,
 }  # fmt: skip
 SETS = {
     "starts": [
@@ -105,7 +106,7 @@ class Module(LightningModule):
         loss: Tensor = self.model(**batch).loss
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         each = self.variant.settings
         if each["layers"] == "attention":
             for name, parameter in self.named_parameters():
@@ -177,7 +178,9 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
             quant_type=each["quant"], block_size=each["block"], double_quant=bool(each["dq"]),
             loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None, **variant.adapter(),
         )  # fmt: skip
-    changes: list[Any] = [CandidateStart(variant.start, task.load(base), task.labels)] if variant.start in STARTS else []
+    changes: list[Any] = (
+        [CandidateStart(variant.start, task.load(base), task.labels)] if variant.start in STARTS else []
+    )
     if each["codes"] or each["frozen"] or each["float"]:
         spend.dense = task.load(base).eval()
         changes.append(spend)
@@ -189,7 +192,9 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     )  # fmt: skip
     trainer.fit(module, data)
     layers = adapted_layers(module.model).values()
-    base_bytes = sum(layer.packed_weight.nbytes for layer in layers) if layers else FROZEN * sum(w.numel() for w in weights)
+    base_bytes = (
+        sum(layer.packed_weight.nbytes for layer in layers) if layers else FROZEN * sum(w.numel() for w in weights)
+    )
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}
     if options.merge:
@@ -299,10 +304,14 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "fine_tuning.json"
     results = json.loads(file.read_text()) if file.exists() else []
-    settings = {name: getattr(options, name) for name in ("task", "steps", "held_out", "merge", "text", "windows", "base")}
+    settings = {
+        name: getattr(options, name) for name in ("task", "steps", "held_out", "merge", "text", "windows", "base")
+    }
     with tempfile.TemporaryDirectory() as temporary:
         base = options.base
-        if base is None and options.task == "docstrings":  # an adapter for the 16-bit model is computed from a folder of weights
+        if (
+            base is None and options.task == "docstrings"
+        ):  # an adapter for the 16-bit model is computed from a folder of weights
             base = temporary
             load_model().save_pretrained(base)
         for seed in options.seeds:

@@ -80,7 +80,7 @@ class SpendBytes(Callback):
         self, layers: dict[str, QLoRALinear], weights: dict[str, Tensor], errors: dict[str, float], budget: float
     ) -> list[str]:
         """The first layers in the order of `by` that cost at most the budget."""
-        cost = {name: self.cost(layers[name], weights[name]) for name in layers}
+        cost = {name: max(1.0, self.cost(layers[name], weights[name])) for name in layers}
         keys = {
             "error": errors, "per_byte": {name: errors[name] / cost[name] for name in errors},
             "random": {name: Random(f"{self.seed} {name}").random() for name in layers},

@@ -12,6 +12,7 @@ A variant is a start with the settings that differ from DEFAULTS, such as "calib
     r, alpha, rslora     the adapter: rank, lora_alpha, and use_rslora (1 or 0)
     layers   all, or attention: which layers have adapters; the others are in 4 bits too, and frozen
     quant, block, dq     data type, block size, and double quantization, 1 or 0
+    exclude  layers to leave in 16 bits without an adapter (exclude_modules), joined by "+"
     codes, frozen, float, by, bare     for "calibrated" only: see `equal_bytes`
     init     for "lora" only: PEFT's init_lora_weights, default, pissa, olora or lora_ga
 
@@ -54,7 +55,7 @@ DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
     "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "frozen": 0.0, "float": 0.0, "by": "per_byte",
-    "bare": 0,
+    "bare": 0, "exclude": "",
 }  # fmt: skip
 SETS = {
     "starts": [
@@ -175,6 +176,7 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     else:
         plugin = QLoRAPrecision(
             init_lora_weights="default" if variant.start in STARTS else variant.start,
+            exclude_modules=each["exclude"].split("+") if each["exclude"] else None,
             quant_type=each["quant"], block_size=each["block"], double_quant=bool(each["dq"]),
             loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None, **variant.adapter(),
         )  # fmt: skip

@@ -194,9 +194,8 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     )  # fmt: skip
     trainer.fit(module, data)
     layers = adapted_layers(module.model).values()
-    base_bytes = (
-        sum(layer.packed_weight.nbytes for layer in layers) if layers else FROZEN * sum(w.numel() for w in weights)
-    )
+    dense = sum(weight.numel() for weight in weights) - sum(layer.in_features * layer.out_features for layer in layers)
+    base_bytes = sum(layer.packed_weight.nbytes for layer in layers) + FROZEN * dense
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}
     if options.merge:

@@ -169,7 +169,7 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     task, each = TASKS[options.task], variant.settings
     module = Module(base, variant, options.steps, task)
     data = task.data(options.base, batch_size=task.batch_size, held_out=options.held_out, seed=seed)
-    weights = [part.weight for part in module.model.base_model.modules() if isinstance(part, nn.Linear)]
+    dense = sum(part.weight.numel() for part in module.model.base_model.modules() if isinstance(part, nn.Linear))
     plugin, spend = None, SpendBytes(each, module.model, seed, Path(options.output))
     if variant.start == DENSE:
         module.model = dense_lora(module.model, variant, data, task.peft)
@@ -194,7 +194,7 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     )  # fmt: skip
     trainer.fit(module, data)
     layers = adapted_layers(module.model).values()
-    dense = sum(weight.numel() for weight in weights) - sum(layer.in_features * layer.out_features for layer in layers)
+    dense -= sum(layer.in_features * layer.out_features for layer in layers)
     base_bytes = sum(layer.packed_weight.nbytes for layer in layers) + FROZEN * dense
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}

@@ -1,9 +1,10 @@
 """Held-out loss during fine-tuning: initializations, data types, optimizer settings, and the paper's ablations.
 
-    python -m benchmarks.fine_tuning starts|candidates|ablations|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output DIR]
+    python -m benchmarks.fine_tuning SET|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output DIR]
     python -m benchmarks.fine_tuning VARIANT ... --task reviews                 # MiniLM, see `tasks`
     python -m benchmarks.fine_tuning default calibrated --merge --text FILE     # what merging costs, after training
 
+The sets are in SETS: starts, dense, candidates, equal_bytes, ablations.
 A variant is a start with the settings that differ from DEFAULTS, such as "calibrated,lr=1e-3,ratio=4". Starts: "lora"
 (16-bit LoRA, PEFT), those of init_lora_weights ("loftq" with 5 iterations), and those of `candidate_starts`. Settings:
     lr       learning rate of lora_A; lora_B has ratio times lr (LoRA+)
@@ -64,6 +65,13 @@ SETS = {
     ],
     "dense": [f"{DENSE},ratio=4{more}" for more in ("", *(f",init={init}" for init in DENSE_INITS))],
     "candidates": ["default,ratio=4", "calibrated,ratio=4", *(f"{start},ratio=4" for start in STARTS)],
+    "equal_bytes": [
+        f"{DENSE},ratio=4",
+        *(f"calibrated,ratio=4{more}" for more in (
+            "", ",exclude=k_proj+v_proj", ",exclude=self_attn", ",r=24,alpha=24", ",frozen=8", ",float=8",
+            ",float=8,by=random", ",float=8,bare=1",
+        )),
+    ],
     "ablations": [
         DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
     ],
@@ -285,7 +293,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", help="starts, candidates, ablations, or variants")
+    parser.add_argument("variants", nargs="+", help="sets, or variants")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--task", choices=TASKS, default="docstrings")

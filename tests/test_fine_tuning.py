@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Module, Variant, dense_lora
+from benchmarks.tasks import TASKS
 from lightning_qlora import QLoRALinear, convert
 from tests.toys import chat_model
 
@@ -112,6 +113,21 @@ def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, m
     assert calls == [("lora", 1), ("calibrated", 1)]
     assert [run for run in again if run["seed"] == 0] == results
     assert len(json.loads((tmp_path / "fine_tuning.json").read_text())) == 4
+
+
+def test_batches_of_reviews_have_each_sentence_once_beside_others_of_its_length(tiny_llm, monkeypatch):
+    rows = [("word " * (1 + place % 20), place % 2) for place in range(70)]
+    monkeypatch.setattr("encoder.reviews", lambda: (rows, rows[:30]))
+    data = TASKS["reviews"].data(tiny_llm, batch_size=4, held_out=20, seed=1)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    lengths = [int(mask.sum()) for batch in batches for mask in batch["attention_mask"]]
+    seen = zip(lengths, [int(label) for batch in batches for label in batch["labels"]], strict=True)
+    assert sorted(seen) == sorted((len(row["input_ids"]), row["labels"]) for row in data.train)
+    assert len(data.train) == 70
+    assert sum(lengths) > 0.9 * sum(batch["input_ids"].numel() for batch in batches)
+    assert [b["labels"].tolist() for b in data.train_dataloader()] == [b["labels"].tolist() for b in batches]
+    assert sum(len(b["labels"]) for b in data.val_dataloader()) == 20
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ SETS = {
         f"{DENSE},ratio=4",
         *(f"calibrated,ratio=4{more}" for more in (
             "", ",exclude=k_proj+v_proj", ",exclude=self_attn", ",r=24,alpha=24", ",frozen=8", ",float=8",
-            ",float=8,by=random", ",float=8,bare=1",
+            ",float=8,by=error", ",float=8,by=random", ",float=8,bare=1",
         )),
     ],
     "ablations": [

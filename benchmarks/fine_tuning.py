@@ -95,6 +95,8 @@ class Variant(NamedTuple):
             settings[key] = type(DEFAULTS[key])(value)
         if start != DENSE and settings["init"] != DEFAULTS["init"]:
             raise ValueError(f"{text!r}: init is a setting of {DENSE!r} only; the other starts are initializations.")
+        if start != "calibrated" and any(settings[key] for key in ("codes", "frozen", "float")):
+            raise ValueError(f"{text!r}: codes, frozen and float are settings of 'calibrated' only.")
         return cls(start, settings)
 
     def adapter(self) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def test_a_variant_has_the_settings_that_it_names():
             Variant.parse(wrong)
     with pytest.raises(ValueError, match="init is a setting of 'lora' only"):
         Variant.parse("default,init=pissa")
+    with pytest.raises(ValueError, match="settings of 'calibrated' only"):
+        Variant.parse("default,frozen=8")
 
 
 def test_rates_rise_and_fall(tiny_llm):

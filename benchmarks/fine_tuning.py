@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks.candidate_starts import BATCHES, STARTS, CandidateStart
 from benchmarks.data_types import window_losses
-from benchmarks.equal_bytes import FROZEN, TRAINED, SpendBytes
+from benchmarks.equal_bytes import TRAINED, SpendBytes
 from benchmarks.measure import table
 from benchmarks.starts import windows
 from benchmarks.tasks import TASKS, Task
@@ -179,6 +179,7 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     task, each = TASKS[options.task], variant.settings
     module = Module(base, variant, options.steps, task)
     data = task.data(options.base, batch_size=task.batch_size, held_out=options.held_out, seed=seed)
+    itemsize = module.model.dtype.itemsize
     dense = sum(part.weight.numel() for part in module.model.base_model.modules() if isinstance(part, nn.Linear))
     plugin, spend = None, SpendBytes(each, module.model, seed, Path(options.output))
     if variant.start == DENSE:
@@ -205,7 +206,7 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     trainer.fit(module, data)
     layers = adapted_layers(module.model).values()
     dense -= sum(layer.in_features * layer.out_features for layer in layers)
-    base_bytes = sum(layer.packed_weight.nbytes for layer in layers) + FROZEN * dense
+    base_bytes = sum(layer.packed_weight.nbytes for layer in layers) + itemsize * dense
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}
     if options.merge:

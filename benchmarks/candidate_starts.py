@@ -80,13 +80,13 @@ class Layer(NamedTuple):
 class CandidateStart(Callback):
     """Initializes the adapters of a converted module with a start of this file, before the first step."""
 
-    def __init__(self, start: str, dense: nn.Module) -> None:
-        self.start, self.dense = start, dense
+    def __init__(self, start: str, dense: nn.Module, labels: Callable[[Tensor], Tensor]) -> None:
+        self.start, self.dense, self.labels = start, dense, labels
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         batches: Iterable[dict[str, Tensor]] = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         if self.start == "random_text":
-            batches = random_tokens(module.model.config.vocab_size)  # type: ignore[union-attr]
+            batches = random_tokens(module.model.config.vocab_size, self.labels)  # type: ignore[union-attr]
         elif self.start == "own_text":
             batches = written_by(module.model)  # type: ignore[arg-type]
         with torch.random.fork_rng():
@@ -126,11 +126,11 @@ def measured(model: nn.Module, dense: nn.Module, batches: Iterable[dict[str, Ten
     ]
 
 
-def random_tokens(vocabulary: int) -> Iterator[dict[str, Tensor]]:
+def random_tokens(vocabulary: int, labels: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     while True:
         tokens = torch.randint(vocabulary, (4, TOKENS), generator=generator)
-        yield {"input_ids": tokens, "labels": tokens}
+        yield {"input_ids": tokens, "labels": labels(tokens)}
 
 
 def written_by(model: Any) -> Iterator[dict[str, Tensor]]:

@@ -1,8 +1,10 @@
-"""Held-out loss of SmolLM2-135M during fine-tuning: initializations, optimizer settings, and the paper's ablations.
+"""Held-out loss during fine-tuning: initializations, data types, optimizer settings, and the paper's ablations.
 
-    python -m benchmarks.fine_tuning starts|candidates|ablations|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output DIR]
+    python -m benchmarks.fine_tuning SET|VARIANT ... [--steps 60] [--seeds 0 1 2] [--output DIR]
+    python -m benchmarks.fine_tuning VARIANT ... --task reviews                 # MiniLM, see `tasks`
     python -m benchmarks.fine_tuning default calibrated --merge --text FILE     # what merging costs, after training
 
+The sets are in SETS: starts, dense, candidates, equal_bytes, ablations.
 A variant is a start with the settings that differ from DEFAULTS, such as "calibrated,lr=1e-3,ratio=4". Starts: "lora"
 (16-bit LoRA, PEFT), those of init_lora_weights ("loftq" with 5 iterations), and those of `candidate_starts`. Settings:
     lr       learning rate of lora_A; lora_B has ratio times lr (LoRA+)
@@ -10,10 +12,13 @@ A variant is a start with the settings that differ from DEFAULTS, such as "calib
     decay    linear, cosine or none: how the rates fall to 0 afterwards
     r, alpha, rslora     the adapter: rank, lora_alpha, and use_rslora (1 or 0)
     layers   all, or attention: which layers have adapters; the others are in 4 bits too, and frozen
-    dq       double quantization, 1 or 0
+    quant, block, dq     data type, block size, and double quantization, 1 or 0
+    exclude  layers to leave in 16 bits without an adapter (exclude_modules), joined by "+"
+    codes, frozen, float, by, bare     for "calibrated" only: see `equal_bytes`
     init     for "lora" only: PEFT's init_lora_weights, default, pissa, olora or lora_ga
 
-The data are the docstrings of examples/quickstart.py; all variants of a seed see the same batches in the same order.
+The data are those of `--task`; all variants of a seed see the same batches in the same order. "MB" counts the linear
+layers, and 16 bytes for each number that trains (fp32 weight, gradient, two moments of AdamW).
 --output gets fine_tuning.json, .md and .png; a run that was stopped continues there.
 """
 
@@ -29,27 +34,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, preprocess_loraga
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.candidate_starts import BATCHES, STARTS, CandidateStart
 from benchmarks.data_types import window_losses
+from benchmarks.equal_bytes import TRAINED, SpendBytes
 from benchmarks.measure import table
 from benchmarks.starts import windows
+from benchmarks.tasks import TASKS, Task
 from lightning_qlora import QLoRAPrecision, merge, save_adapter
+from lightning_qlora.layers.qlora_linear import adapted_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from causal_lm import CausalLM
-from compare_initializations import HeldOutLoss, held_out_loss
-from docstring_qa import DocstringQA
+import compare_initializations
 from smollm2 import load_model, load_tokenizer
 
 DENSE = "lora"
 DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
-    "dq": 1, "init": "default",
+    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "frozen": 0.0, "float": 0.0, "by": "per_byte",
+    "bare": 0, "exclude": "",
 }  # fmt: skip
 SETS = {
     "starts": [
@@ -58,6 +65,13 @@ SETS = {
     ],
     "dense": [f"{DENSE},ratio=4{more}" for more in ("", *(f",init={init}" for init in DENSE_INITS))],
     "candidates": ["default,ratio=4", "calibrated,ratio=4", *(f"{start},ratio=4" for start in STARTS)],
+    "equal_bytes": [
+        f"{DENSE},ratio=4",
+        *(f"calibrated,ratio=4{more}" for more in (
+            "", ",exclude=k_proj+v_proj", ",exclude=self_attn", ",r=24,alpha=24", ",frozen=8", ",float=8",
+            ",float=8,by=error", ",float=8,by=random", ",float=8,bare=1",
+        )),
+    ],
     "ablations": [
         DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
     ],
@@ -81,6 +95,8 @@ class Variant(NamedTuple):
             settings[key] = type(DEFAULTS[key])(value)
         if start != DENSE and settings["init"] != DEFAULTS["init"]:
             raise ValueError(f"{text!r}: init is a setting of {DENSE!r} only; the other starts are initializations.")
+        if start != "calibrated" and any(settings[key] for key in ("codes", "frozen", "float")):
+            raise ValueError(f"{text!r}: codes, frozen and float are settings of 'calibrated' only.")
         return cls(start, settings)
 
     def adapter(self) -> dict[str, Any]:
@@ -89,14 +105,19 @@ class Variant(NamedTuple):
         return {"r": each["r"], "lora_alpha": each["alpha"], "use_rslora": bool(each["rslora"]), "lora_dropout": 0.0}
 
 
-class Module(CausalLM):
-    """CausalLM with LoRA+ and a schedule."""
+class Module(LightningModule):
+    """A model with LoRA+ and a schedule."""
 
-    def __init__(self, base: str, variant: Variant, steps: int) -> None:
-        super().__init__(base)
-        self.variant, self.steps = variant, steps
+    def __init__(self, base: str | None, variant: Variant, steps: int, task: Task = TASKS["docstrings"]) -> None:
+        super().__init__()
+        self.model = task.load(base).train()
+        self.variant, self.steps, self.task = variant, steps, task
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
         each = self.variant.settings
         if each["layers"] == "attention":
             for name, parameter in self.named_parameters():
@@ -120,12 +141,27 @@ class Module(CausalLM):
         return {"none": 1.0, "linear": rest, "cosine": (1 - math.cos(math.pi * rest)) / 2}[each["decay"]]
 
 
-def dense_lora(model: Any, variant: Variant, data: DocstringQA) -> Any:
+class HeldOutLoss(compare_initializations.HeldOutLoss):
+    """What the task measures before given steps, and after the last: self.values[what][step]."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__(steps)
+        self.values: dict[str, dict[str, float]] = {}
+
+    def measure(self, trainer: Trainer, module: LightningModule) -> None:
+        module.eval()
+        found = module.task.measure(module.model, trainer.datamodule.val_dataloader())  # type: ignore
+        module.train()
+        for what, value in found.items():
+            self.values.setdefault(what, {})[str(trainer.global_step)] = value
+
+
+def dense_lora(model: Any, variant: Variant, data: Any, more: dict[str, Any] | None = None) -> Any:
     """16-bit LoRA of PEFT with one of its initializations; "lora_ga" gets the gradients of BATCHES batches."""
     init = variant.settings["init"]
     config = LoraConfig(
         target_modules="all-linear", init_lora_weights=True if init == "default" else init,
-        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None, **variant.adapter(),
+        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None, **variant.adapter(), **(more or {}),
     )  # fmt: skip
     if init == "lora_ga":
         data.setup("fit")
@@ -139,38 +175,51 @@ def dense_lora(model: Any, variant: Variant, data: DocstringQA) -> Any:
 
 def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune once; return the held-out losses, and with --merge those of the merged model."""
-    seed_everything(seed)
-    module = Module(base, variant, options.steps)
-    data = DocstringQA(options.base, batch_size=4, held_out=options.held_out, seed=seed)
-    plugin = None
+    seed_everything(seed, verbose=False)
+    task, each = TASKS[options.task], variant.settings
+    module = Module(base, variant, options.steps, task)
+    data = task.data(options.base, batch_size=task.batch_size, held_out=options.held_out, seed=seed)
+    itemsize = module.model.dtype.itemsize
+    dense = sum(part.weight.numel() for part in module.model.base_model.modules() if isinstance(part, nn.Linear))
+    plugin, spend = None, SpendBytes(each, module.model, seed, Path(options.output))
     if variant.start == DENSE:
-        module.model = dense_lora(module.model, variant, data)
+        module.model = dense_lora(module.model, variant, data, task.peft)
     else:
         plugin = QLoRAPrecision(
             init_lora_weights="default" if variant.start in STARTS else variant.start,
-            double_quant=bool(variant.settings["dq"]),
+            exclude_modules=each["exclude"].split("+") if each["exclude"] else None,
+            quant_type=each["quant"], block_size=each["block"], double_quant=bool(each["dq"]),
             loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None, **variant.adapter(),
         )  # fmt: skip
-    candidate = [CandidateStart(variant.start, load_model(base))] if variant.start in STARTS else []
-    losses = HeldOutLoss([0, *(round(part * options.steps) for part in (1 / 6, 1 / 2, 4 / 5))])
+    changes: list[Any] = (
+        [CandidateStart(variant.start, task.load(base), task.labels)] if variant.start in STARTS else []
+    )
+    if each["codes"] or each["frozen"] or each["float"]:
+        spend.dense = task.load(base).eval()
+        changes.append(spend)
+    losses = HeldOutLoss([round(part * options.steps) for part in options.points])
     trainer = Trainer(
-        plugins=plugin, callbacks=[losses, *candidate], max_steps=options.steps, gradient_clip_val=0.3,
+        plugins=plugin, callbacks=[losses, *changes], max_steps=options.steps, max_epochs=-1, gradient_clip_val=0.3,
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        limit_val_batches=0,
+        limit_val_batches=0, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(module, data)
-    result: dict[str, Any] = {"losses": {str(step): loss for step, loss in losses.losses.items()}}
+    layers = adapted_layers(module.model).values()
+    dense -= sum(layer.in_features * layer.out_features for layer in layers)
+    base_bytes = sum(layer.packed_weight.nbytes for layer in layers) + itemsize * dense
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}
     if options.merge:
         result["merged"] = merging(module, data, base, options)
     return result
 
 
-def merging(module: Module, data: DocstringQA, base: str, options: argparse.Namespace) -> dict[str, list[float]]:
+def merging(module: Module, data: Any, base: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Held-out loss and perplexity of the adapter on its base, of the merged model, and on the 16-bit model."""
     text = windows(options.text, options.windows, load_tokenizer(options.base))
 
     def measure(model: Any) -> list[float]:
-        loss = held_out_loss(model.eval(), data.val_dataloader())
+        loss = module.task.measure(model.eval(), data.val_dataloader())["losses"]
         return [loss, math.exp(statistics.mean(window_losses(model, text)))]
 
     found = {"adapter on its base": measure(module.model)}
@@ -193,8 +242,12 @@ def tables(results: list[dict[str, Any]]) -> str:
     rows = []
     for name, runs in groups.items():
         cells = [spread([run["losses"][step] for run in runs]) for step in steps]
-        rows.append([f"`{name}`", str(len(runs)), *cells, f"{last[name] / last[best]:.4f}" if best else ""])
-    heads = ["variant", "seeds", *(f"step {step}" for step in steps), f"divided by `{best}`" if best else ""]
+        cells.append(f"{last[name] / last[best]:.4f}" if best else "")
+        if "accuracies" in runs[0]:
+            cells.append(spread([100 * run["accuracies"][steps[-1]] for run in runs], 1))
+        rows.append([f"`{name}`", f"{runs[0]['MB']:.1f}", str(len(runs)), *cells])
+    heads = ["variant", "MB", "seeds", *(f"step {step}" for step in steps), f"divided by `{best}`" if best else ""]
+    heads += ["accuracy"] if "accuracies" in results[0] else []
     text = table(heads, rows) + "\n"
     rows = []
     for name, runs in groups.items():
@@ -204,9 +257,9 @@ def tables(results: list[dict[str, Any]]) -> str:
     return text + ("\n" + table(["variant", "measured", "held-out loss", "perplexity"], rows) + "\n" if rows else "")
 
 
-def spread(values: list[float]) -> str:
-    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{more}"
+def spread(values: list[float], digits: int = 4) -> str:
+    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{more}"
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -243,16 +296,19 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", help="starts, candidates, ablations, or variants")
+    parser.add_argument("variants", nargs="+", help="sets, or variants")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--held_out", type=int, default=64, help="pairs for the held-out loss")
+    parser.add_argument("--task", choices=TASKS, default="docstrings")
+    parser.add_argument("--held_out", type=int, help="examples for the held-out loss; default: 64 pairs, 1,376 reviews")
+    parser.add_argument("--points", nargs="*", type=float, default=[0, 1 / 6, 1 / 2, 4 / 5], help="shares of the steps")
     parser.add_argument("--merge", action="store_true", help="measure the merged model after training")
     parser.add_argument("--text", help="file for the perplexity of --merge; see benchmarks.data_types")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens of --text")
     parser.add_argument("--base", help="hub name or folder of another model")
     parser.add_argument("--output", default="outputs/fine_tuning", help="folder for the results")
     options = parser.parse_args(args)
+    options.held_out = options.held_out or TASKS[options.task].held_out
     variants = [each for name in options.variants for each in SETS.get(name, [name])]
     parsed = {name: Variant.parse(name) for name in variants}
 
@@ -260,10 +316,14 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "fine_tuning.json"
     results = json.loads(file.read_text()) if file.exists() else []
-    settings = {name: getattr(options, name) for name in ("steps", "held_out", "merge", "text", "windows", "base")}
+    settings = {
+        name: getattr(options, name) for name in ("task", "steps", "held_out", "merge", "text", "windows", "base")
+    }
     with tempfile.TemporaryDirectory() as temporary:
         base = options.base
-        if base is None:  # an adapter for the 16-bit model is computed from a folder of weights
+        if (
+            base is None and options.task == "docstrings"
+        ):  # an adapter for the 16-bit model is computed from a folder of weights
             base = temporary
             load_model().save_pretrained(base)
         for seed in options.seeds:

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Module, Variant, dense_lora
+from benchmarks.tasks import TASKS
 from lightning_qlora import QLoRALinear, convert
 from tests.toys import chat_model
 
@@ -42,6 +43,8 @@ def test_a_variant_has_the_settings_that_it_names():
             Variant.parse(wrong)
     with pytest.raises(ValueError, match="init is a setting of 'lora' only"):
         Variant.parse("default,init=pissa")
+    with pytest.raises(ValueError, match="settings of 'calibrated' only"):
+        Variant.parse("default,frozen=8")
 
 
 def test_rates_rise_and_fall(tiny_llm):
@@ -112,6 +115,37 @@ def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, m
     assert calls == [("lora", 1), ("calibrated", 1)]
     assert [run for run in again if run["seed"] == 0] == results
     assert len(json.loads((tmp_path / "fine_tuning.json").read_text())) == 4
+
+
+def test_batches_of_reviews_have_each_sentence_once_beside_others_of_its_length(tiny_llm, monkeypatch):
+    rows = [("word " * (1 + place % 20), place % 2) for place in range(70)]
+    monkeypatch.setattr("encoder.reviews", lambda: (rows, rows[:30]))
+    data = TASKS["reviews"].data(tiny_llm, batch_size=4, held_out=20, seed=1)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    lengths = [int(mask.sum()) for batch in batches for mask in batch["attention_mask"]]
+    seen = zip(lengths, [int(label) for batch in batches for label in batch["labels"]], strict=True)
+    assert sorted(seen) == sorted((len(row["input_ids"]), row["labels"]) for row in data.train)
+    assert len(data.train) == 70
+    assert sum(lengths) > 0.9 * sum(batch["input_ids"].numel() for batch in batches)
+    assert [b["labels"].tolist() for b in data.train_dataloader()] == [b["labels"].tolist() for b in batches]
+    assert sum(len(b["labels"]) for b in data.val_dataloader()) == 20
+
+
+@pytest.mark.slow
+def test_the_error_added_back_gives_the_loss_of_16_bits_and_equal_settings_have_equal_bytes(tiny_llm, tmp_path):
+    starts = ["lora,r=4", "calibrated,r=4,float=1e3", "calibrated,r=4,frozen=1e3", "default,r=4"]
+    sizes = ["calibrated,r=6", "calibrated,r=4,frozen=2", "calibrated,r=4,float=2", "calibrated,r=4,codes=100"]
+    arguments = [f"--base={tiny_llm}", f"--output={tmp_path}", "--steps=1", "--held_out=4", "--points=0", "--seeds=0"]
+    dense, kept, corrected, default, *runs = fine_tuning.main([*starts, *sizes, *arguments])
+    loss = {run["variant"]: run["losses"]["0"] for run in (dense, kept, corrected, default)}
+    gap = abs(loss["default,r=4"] - loss["lora,r=4"])
+    for name in ("calibrated,r=4,float=1e3", "calibrated,r=4,frozen=1e3"):
+        assert abs(loss[name] - loss["lora,r=4"]) < gap / 5, loss
+    more, frozen, some, codes = (run["MB"] for run in runs)
+    assert more == pytest.approx(frozen, rel=1e-6)
+    assert codes < some <= more
+    assert codes == pytest.approx(default["MB"])
 
 
 def test_attention_alone_trains_attention_alone(tiny_llm, tmp_path, monkeypatch):

@@ -26,18 +26,25 @@ class Experts(Classifier):
         return F.cross_entropy(self.net(self.experts[(self.global_rank + batch_idx) % 2](batch[0])), batch[1])
 
 
+class Called(Classifier):
+    """Calls its model before the first batch."""
+
+    def on_train_start(self):
+        self.net(torch.randn(8, 64) + self.global_rank)
+
+
 def main(root: str) -> None:
     results = {}
-    for accumulate in (1, 2):
+    for key, make in ((1, Classifier), (2, Classifier), ("called", Called)):
         pl.seed_everything(1, verbose=False)
-        module, plugin = Classifier(dropout=0.1, seed=2), QLoRAPrecision(r=4, init_lora_weights="calibrated")
+        module, plugin = make(dropout=0.1, seed=2), QLoRAPrecision(r=4, init_lora_weights="calibrated")
         run = make_trainer(
-            root, plugins=plugin, strategy="ddp", devices=2, max_steps=3, accumulate_grad_batches=accumulate,
+            root, plugins=plugin, strategy="ddp", devices=2, max_steps=3, accumulate_grad_batches=2 if key == 2 else 1,
             enable_checkpointing=False, limit_val_batches=0, use_distributed_sampler=False,
         )  # fmt: skip
         mine = Subset(dataset(64), range(run.global_rank, 64, 2))  # the samples are dealt out in turn
         run.fit(module, DataLoader(mine, batch_size=4))
-        results[accumulate] = module.state_dict(), plugin.report.calibration.rows
+        results[key] = module.state_dict(), plugin.report.calibration.rows
     pl.seed_everything(1, verbose=False)
     module, plugin = Experts(), QLoRAPrecision(r=4, init_lora_weights="calibrated")
     run = make_trainer(

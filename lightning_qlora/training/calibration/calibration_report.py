@@ -17,7 +17,7 @@ class CalibrationReport:
         host_bytes: Dense weights kept in host memory (or mapped from a file) until the calibration.
         seconds: Time of the calibration.
         errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
-            diag(d)||. The layers with the largest ones gain most in `exclude_modules`.
+            diag(d)||.
     """
 
     waiting: list[str]

@@ -386,6 +386,20 @@ def test_dense_weights_loaded_before_calibration_are_used_by_it():
     torch.testing.assert_close(first(x), second(x))
 
 
+def test_after_a_call_before_the_loop_no_pass_of_the_loop_runs_twice(trainer):
+    class Before(Lit):
+        calls = 0
+
+        def on_train_start(self):
+            self.net(torch.randn(32, 64))
+            self.net.register_forward_pre_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    module, plugin, _ = fit(trainer, Before(), max_steps=2)
+    assert module.calls == 2
+    report = plugin.report.calibration
+    assert (report.calibrated, report.rows) == (["net.layers.0", "net.layers.2"], 32)
+
+
 def test_manual_optimization_calibrates_in_its_first_forward_pass(trainer):
     class Manual(Lit):
         def __init__(self):

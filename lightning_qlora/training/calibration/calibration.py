@@ -236,9 +236,8 @@ def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, source: int = 
 
 def _sources(layers: Mapping[str, QLoRALinear]) -> dict[str, int]:
     """Name -> rank that computes the adapter: one that has the float weight, so that the ranks share the work."""
-    weights = {
-        name: layer.dense_weight for name, layer in layers.items()
-    }  # on the meta device where another rank has it
+    # On the meta device where another rank has it.
+    weights = {name: layer.dense_weight for name, layer in layers.items()}
     held = of_all_ranks([name for name, weight in weights.items() if weight is not None and not weight.is_meta])
     ranks = {name: [rank for rank, names in enumerate(held) if name in names] or [0] for name in layers}
     return {name: having[place % len(having)] for place, (name, having) in enumerate(ranks.items())}

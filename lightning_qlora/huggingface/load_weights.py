@@ -22,7 +22,7 @@ from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.load_without_data import NO_VALUES
 from lightning_qlora.layers.dotted_names import join, owner_name, parameter_and_number
-from lightning_qlora.layers.dtensor import is_sharded, local_part
+from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import is_transformers_model, named
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR
@@ -142,11 +142,7 @@ def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _raise_on_all_ranks(error: str | None, ranks: int) -> None:
     """Raise the error of one rank on all: the others would wait for its layer."""
-    errors = [error]
-    if ranks > 1:
-        errors = [None] * ranks
-        dist.all_gather_object(errors, error)
-    for raised in filter(None, errors):
+    for raised in filter(None, of_all_ranks(error) if ranks > 1 else [error]):
         raise ValueError(raised)
 
 

@@ -1,13 +1,27 @@
-"""Tensors of which every rank holds a part (FSDP2's parameters): the whole of one, and the part of a whole."""
+"""Tensors of which every rank holds a part (FSDP2), the whole and the part of a whole; and values of all ranks."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value that each rank passes, in rank order; all ranks must call it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def is_sharded(tensor: Tensor | None) -> bool:

@@ -13,10 +13,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_qlora.layers.dtensor import world_size
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.training.report import group
-from lightning_qlora.training.rng_state import world_size
 
 AUDITED = "_qlora_audited"  # mark of an optimizer
 UNUSED = "not used in the loss"

@@ -11,11 +11,11 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import token_adapters
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.training.rng_state import of_all_ranks
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:

@@ -7,21 +7,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
+from lightning_qlora.layers.dtensor import of_all_ranks, world_size
+
 # The global generators of torch, numpy and Python in this process.
 collect_rng_states, set_rng_states = _collect_rng_states, _set_rng_states
-
-
-def world_size() -> int:
-    """Number of ranks; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """The value that each rank passes, in rank order; all ranks must call it."""
-    values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def gather_torch_rng_states() -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import gather, gather_again, reshard, start_sharding
+from lightning_qlora.layers.dtensor import gather, gather_again, of_all_ranks, reshard, start_sharding, world_size
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training.calibration.calibration_report import CalibrationReport
@@ -33,7 +33,6 @@ from lightning_qlora.training.calibration.input_statistics import InputStatistic
 from lightning_qlora.training.calibration.isolation import isolated, restore_each
 from lightning_qlora.training.calibration.patches import logging_disabled
 from lightning_qlora.training.calibration.trainer_batches import next_batches, run_training_steps
-from lightning_qlora.training.rng_state import of_all_ranks, world_size
 
 
 class Calibration:

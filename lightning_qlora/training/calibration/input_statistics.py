@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_qlora.layers.dtensor import of_all_ranks, world_size
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.training.rng_state import of_all_ranks, world_size
 
 
 class InputStatistics:

@@ -1,11 +1,13 @@
 """What bytes buy beside "calibrated" adapters of rank 16, as settings of `benchmarks.fine_tuning`.
 
     codes=N      the codes of the 4-bit base are chosen with error feedback (GPTQ) from N tokens
+    span=N       feedback within N columns, from their moments alone; 0: all columns
     frozen=N     N ranks' worth of bytes for the next directions of the error, in bf16 and frozen
     float=N      N ranks' worth of bytes to keep whole layers in bf16; they keep an adapter, begun with B = 0
     by=...       which layers: error (`report.calibration.errors`), per_byte (that, per byte that the layer costs),
                  gain (the square of the error of the layer's output, not divided by the output, per byte), or random
     bare=1       these layers have no adapter, as with exclude_modules
+    fresh=1      adapters begin with B = 0; with frozen=N all directions of the error are frozen
 
 A rank's worth of bytes is what one more rank of every adapter takes: 16 bytes for each of its numbers (fp32 weight,
 gradient, and two moments of AdamW). A number of a frozen correction takes 2 bytes, a weight in bf16 2 bytes more than
@@ -60,6 +62,10 @@ class SpendBytes(Callback):
             for name in self.chosen(layers, weights, errors, each["float"] * budget):
                 self.keep(layers[name], weights[name])
                 self.extra += FROZEN * weights[name].numel() - layers[name].packed_weight.nbytes
+        if each["fresh"]:
+            for layer in layers.values():
+                initial = methods.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name)
+                layer.set_adapter(*initial)
         if each["frozen"]:
             for name, layer in layers.items():
                 self.correct(layer, weights[name], round(each["frozen"] * TRAINED / FROZEN))
@@ -69,10 +75,13 @@ class SpendBytes(Callback):
         self, tokens: int, layers: dict[str, Any], weights: dict[str, Tensor], batches: Iterable[Any]
     ) -> None:
         """From the inputs that each layer has in the float model."""
-        file = self.cache / f"codes-{len(layers)}-{tokens}.pt"
+        span = self.settings["span"]
+        file = self.cache / f"codes-{len(layers)}-{tokens}-{span}.pt"
         if not file.exists():
             moments = input_moments(self.dense, layers, batches, tokens)
-            torch.save({name: feedback(layers[name], weights[name], moments[name]).packed for name in layers}, file)
+            torch.save(
+                {name: feedback(layers[name], weights[name], moments[name], span).packed for name in layers}, file
+            )
         for name, packed in torch.load(file).items():
             layers[name].set_packed_weight(replace(layers[name].packed_weight, packed=packed))
 
@@ -167,6 +176,9 @@ def input_moments(
     return {name: total / rows for name, (total, rows) in moments.items()}
 
 
-def feedback(layer: QLoRALinear, weight: Tensor, moments: Tensor) -> Any:
+def feedback(layer: QLoRALinear, weight: Tensor, moments: Tensor, span: int) -> Any:
+    if span:
+        place = torch.arange(len(moments)) // span
+        moments = moments * (place.unsqueeze(0) == place.unsqueeze(1))
     damped = moments.double() + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
     return round_with_feedback(weight, layer.packed_weight, damped)

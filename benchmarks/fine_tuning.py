@@ -4,7 +4,7 @@
     python -m benchmarks.fine_tuning VARIANT ... --task reviews                 # MiniLM, see `tasks`
     python -m benchmarks.fine_tuning default calibrated --merge --text FILE     # what merging costs, after training
 
-The sets are in SETS: starts, dense, candidates, equal_bytes, ablations.
+The sets are in SETS: starts, dense, candidates, equal_bytes, best_rates, reviews, ablations.
 A variant is a start with the settings that differ from DEFAULTS, such as "calibrated,lr=1e-3,ratio=4". Starts: "lora"
 (16-bit LoRA, PEFT), those of init_lora_weights ("loftq" with 5 iterations), and those of `candidate_starts`. Settings:
     lr       learning rate of lora_A; lora_B has ratio times lr (LoRA+)
@@ -14,7 +14,7 @@ A variant is a start with the settings that differ from DEFAULTS, such as "calib
     layers   all, or attention: which layers have adapters; the others are in 4 bits too, and frozen
     quant, block, dq     data type, block size, and double quantization, 1 or 0
     exclude  layers to leave in 16 bits without an adapter (exclude_modules), joined by "+"
-    codes, frozen, float, by, bare     for "calibrated" only: see `equal_bytes`
+    codes, span, frozen, float, by, bare, fresh     for "calibrated" only: see `equal_bytes`
     init     for "lora" only: PEFT's init_lora_weights, default, pissa, olora or lora_ga
 
 The data are those of `--task`; all variants of a seed see the same batches in the same order. "MB" counts the linear
@@ -55,8 +55,8 @@ DENSE = "lora"
 DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
-    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "frozen": 0.0, "float": 0.0, "by": "per_byte",
-    "bare": 0, "exclude": "",
+    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "span": 0, "frozen": 0.0, "float": 0.0,
+    "by": "per_byte", "bare": 0, "fresh": 0, "exclude": "",
 }  # fmt: skip
 SETS = {
     "starts": [
@@ -71,6 +71,18 @@ SETS = {
             "", ",exclude=k_proj+v_proj", ",exclude=self_attn", ",r=24,alpha=24", ",frozen=8", ",float=8",
             ",float=8,by=error", ",float=8,by=random", ",float=8,bare=1",
         )),
+    ],
+    "best_rates": [
+        f"{DENSE},ratio=4,lr=1e-3", "default,ratio=4,lr=1e-3",
+        *(f"calibrated,ratio=4,{more}" for more in (
+            "lr=1e-3", "frozen=8,fresh=1,lr=1e-3", "frozen=2,fresh=1,lr=1e-3", "codes=100000", "codes=100000,lr=1e-3",
+            "codes=10000,span=64,lr=1e-3", "codes=100000,frozen=8,fresh=1,lr=1e-3",
+        )),
+    ],
+    "reviews": [
+        f"{DENSE},ratio=4", *(f"default,ratio=4{more}" for more in ("", ",block=32", ",quant=fp4", ",quant=int4")),
+        "loftq,ratio=4", "pissa,ratio=4", "pissa,lr=1e-4,ratio=4",
+        *(f"calibrated,ratio=4{more}" for more in ("", ",r=24,alpha=24", ",frozen=8", ",codes=20000")),
     ],
     "ablations": [
         DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
@@ -95,8 +107,8 @@ class Variant(NamedTuple):
             settings[key] = type(DEFAULTS[key])(value)
         if start != DENSE and settings["init"] != DEFAULTS["init"]:
             raise ValueError(f"{text!r}: init is a setting of {DENSE!r} only; the other starts are initializations.")
-        if start != "calibrated" and any(settings[key] for key in ("codes", "frozen", "float")):
-            raise ValueError(f"{text!r}: codes, frozen and float are settings of 'calibrated' only.")
+        if start != "calibrated" and any(settings[key] for key in ("codes", "frozen", "float", "fresh")):
+            raise ValueError(f"{text!r}: codes, frozen, float and fresh are settings of 'calibrated' only.")
         return cls(start, settings)
 
     def adapter(self) -> dict[str, Any]:
@@ -209,13 +221,13 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     base_bytes = sum(layer.packed_weight.nbytes for layer in layers) + itemsize * dense
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}
-    if options.merge:
+    if options.merge or options.text:
         result["merged"] = merging(module, data, base, options)
     return result
 
 
 def merging(module: Module, data: Any, base: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Held-out loss and perplexity of the adapter on its base, of the merged model, and on the 16-bit model."""
+    """Held-out loss and perplexity of the adapter on its base; with --merge merged, and on the 16-bit model."""
     text = windows(options.text, options.windows, load_tokenizer(options.base))
 
     def measure(model: Any) -> list[float]:
@@ -223,6 +235,8 @@ def merging(module: Module, data: Any, base: str, options: argparse.Namespace) -
         return [loss, math.exp(statistics.mean(window_losses(model, text)))]
 
     found = {"adapter on its base": measure(module.model)}
+    if not options.merge:
+        return found
     with tempfile.TemporaryDirectory() as folder:
         if module.variant.start == DENSE:
             module.model = module.model.merge_and_unload()
@@ -303,7 +317,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--held_out", type=int, help="examples for the held-out loss; default: 64 pairs, 1,376 reviews")
     parser.add_argument("--points", nargs="*", type=float, default=[0, 1 / 6, 1 / 2, 4 / 5], help="shares of the steps")
     parser.add_argument("--merge", action="store_true", help="measure the merged model after training")
-    parser.add_argument("--text", help="file for the perplexity of --merge; see benchmarks.data_types")
+    parser.add_argument("--text", help="file for a perplexity after training; see benchmarks.data_types")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens of --text")
     parser.add_argument("--base", help="hub name or folder of another model")
     parser.add_argument("--output", default="outputs/fine_tuning", help="folder for the results")

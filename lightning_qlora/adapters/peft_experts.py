@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
-from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
+from lightning_qlora.config import fits
 from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
@@ -124,7 +124,7 @@ def is_target(config: dict[str, Any], name: str) -> bool:
 def alpha_of_name(config: dict[str, Any], name: str) -> float:
     """PEFT's alpha of a layer or parameter: as peft.utils.other.get_pattern_key, of the first pattern that matches."""
     patterns = (config.get("alpha_pattern") or {}).items()
-    return float(next((a for key, a in patterns if fits_peft_pattern(name, key)), config["lora_alpha"]))
+    return float(next((a for key, a in patterns if fits(name, key)), config["lora_alpha"]))
 
 
 def outermost(key: str) -> str:

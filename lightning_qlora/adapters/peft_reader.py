@@ -31,7 +31,7 @@ from lightning_qlora.adapters.peft_metadata import (
     difference_from_copy,
     metadata_entry,
 )
-from lightning_qlora.adapters.peft_patterns import check_patterns_of_file
+from lightning_qlora.adapters.peft_patterns import check_few_ways, check_patterns_of_file
 from lightning_qlora.checks import (
     check_bool,
     check_choice,
@@ -101,6 +101,8 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
             parts.setdefault(name, {})[part] = tensor
     if not parts:
         raise ValueError("holds no lora_A and lora_B.")
+    with named(CONFIG_FILE):
+        check_few_ways("alpha_pattern", config.get("alpha_pattern") or {}, max(map(len, parts)))
     layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
     quantization = metadata_entry(metadata, QUANTIZATION)
     check_quantization(quantization, f"its metadata {QUANTIZATION!r}")
@@ -239,8 +241,7 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> Layer
                 "Use an adapter that was saved earlier."
             )
     parameter = f"{name}.weight"
-    with named(f"alpha_pattern in {CONFIG_FILE}"):
-        alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
+    alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
     return LayerAdapter(a, b, alpha, magnitude)
 
 

@@ -36,7 +36,7 @@ def load_from_checkpoint(
         module_class: The class that was trained; it must load the base model itself, as for training.
         checkpoint_path: A checkpoint of the Trainer or of ModelCheckpoint, in one file or in shards.
         map_location: As in `torch.load`; shards are loaded to host memory.
-        weights_only: As in `torch.load`; False loads hyperparameters of any class, and can run code that is in the file.
+        weights_only: As in `torch.load`; False loads hyperparameters of any class, and can run code of the file.
         **hyperparameters: Arguments of the class that replace those in the checkpoint. A network among them must be
             passed, since checkpoints don't hold it; with checkpoint="full" weights_only=False builds it anew.
 

@@ -88,9 +88,7 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     """A folder's adapter with the names that the base model, dense or converted, has for its layers and parameters.
 
     `expert_adapters` are for linear layers or for expert parameters of a module; those of the result are empty.
-
-    Raises:
-        CheckpointMismatchError: If the adapter does not fit the model; names file and key.
+    CheckpointMismatchError, with file and key, if the adapter does not fit the model.
     """
     layers, experts = dict(adapter.layers), dict(adapter.experts)
     modules = {plain_name(name): part for name, part in base.named_modules()}

@@ -64,9 +64,8 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read a folder that PEFT or `write_adapter` wrote.
 
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is broken, or QLoRALinear does not compute this kind of adapter; names file and key.
+    FileNotFoundError if a file is missing; ValueError, with file and key, if one is broken, or QLoRALinear does not
+    compute this kind of adapter.
     """
     path = Path(folder) / WEIGHTS_FILE
     config, tensors, metadata = _read_files(Path(folder))

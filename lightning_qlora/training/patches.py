@@ -355,28 +355,23 @@ def leave_networks_out_of_hyperparameters(original: Any, connector: Any, *args: 
     return checkpoint
 
 
-@replaces(f"{SUMMARY}:LayerSummary.num_parameters", f"{SUMMARY}:ModelSummary.total_parameters")
+@replaces(
+    f"{SUMMARY}:LayerSummary.num_parameters", f"{SUMMARY}:ModelSummary.total_parameters",
+    f"{SUMMARY}:ModelSummary.model_size",
+)  # fmt: skip
 def count_weights_in_model_summary(original: Any, summary: Any) -> Any:
-    """Let Lightning's ModelSummary count the weights of 4-bit layers.
+    """Let Lightning's ModelSummary count the weights of 4-bit layers, and the bytes that all parameters really take.
 
     Upstream: lightning/pytorch/utilities/model_summary/model_summary.py: LayerSummary.num_parameters and
-    ModelSummary.total_parameters count the elements of the packed tensors.
+    ModelSummary.total_parameters count the elements of the packed tensors; ModelSummary.model_size multiplies them by
+    the bytes of the Trainer's precision.
     Supported ways tried: none; the callback chooses its summary class by the strategy (DeepSpeedSummary).
-    Removed by: ModelSummary asking a module for its number of parameters.
+    Removed by: ModelSummary asking a module for its number of parameters and bytes.
     """
-    return original(summary) + weights_minus_elements(getattr(summary, "_module", None) or summary._model)
-
-
-@replaces(f"{SUMMARY}:ModelSummary.model_size")
-def count_bytes_in_model_summary(original: Any, summary: Any) -> Any:
-    """Let Lightning's ModelSummary show the bytes that the parameters of a converted module take.
-
-    Upstream: lightning/pytorch/utilities/model_summary/model_summary.py: ModelSummary.model_size multiplies the number
-    of elements by the bytes of the Trainer's precision.
-    Supported ways tried: as for `count_weights_in_model_summary`.
-    Removed by: ModelSummary asking a module for its bytes.
-    """
-    return parameter_bytes(summary._model) / 1e6 if _is_converted(summary._model) else original(summary)
+    module = summary._module if hasattr(summary, "_module") else summary._model
+    if original.__name__ == "model_size":
+        return parameter_bytes(module) / 1e6 if _is_converted(module) else original(summary)
+    return original(summary) + weights_minus_elements(module)
 
 
 @replaces("transformers.modeling_utils:PreTrainedModel.num_parameters")

@@ -135,43 +135,38 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Config, tensors and metadata of one adapter, also while other processes replace its files.
 
-    Writers remove a config before they replace the weights by those of another one. So if the same config is there
-    before and after the weights are read, both belong together, or were edited.
+    The weights' file has a copy of its config. If the config is missing, or is not that one, another process may be
+    writing, so both are read again until `PATIENCE` ends.
     """
     path, weights, end = folder / CONFIG_FILE, folder / WEIGHTS_FILE, time.monotonic() + PATIENCE
     while True:
-        with _held(path) as before:
-            config = None
-            with suppress(FileNotFoundError):
-                config = read_json(path)
-            checked = None if config is None else _checked(config, path)
-            if not is_file(weights):
-                why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
-                raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
-            tensors, metadata = _read_weights(weights, end)
-            same_config = before == _version(path)
+        config = None
+        with suppress(FileNotFoundError):
+            config = _checked(read_json(path), path)
+        if not is_file(weights):
+            why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
+            raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
+        tensors, metadata = _read_weights(weights, end)
         with named(weights):
             copy = metadata_entry(metadata, CONFIG_COPY)
-        if checked is not None and copy in (None, config):
-            return checked, tensors, metadata
+        difference = None if config is None or copy is None else difference_from_copy(config, copy)
+        if config is not None and difference is None:
+            return config, tensors, metadata
         if copy is None:
             raise FileNotFoundError(f"{path}: no such file.")
-        if checked is not None and same_config:
-            if difference := difference_from_copy(checked, copy):
-                raise ValueError(
-                    f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the "
-                    "adapter again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
-                )
-            return checked, tensors, metadata
         if time.monotonic() > end:
             break
         time.sleep(0.01)
-    if _version(path) is None:
-        warnings.warn(
-            f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS_FILE} is used. Save the "
-            "adapter again, so that PEFT can load it.",
-            stacklevel=4,
+    if difference is not None:
+        raise ValueError(
+            f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the adapter "
+            "again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
         )
+    warnings.warn(
+        f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS_FILE} is used. Save the "
+        "adapter again, so that PEFT can load it.",
+        stacklevel=4,
+    )
     return _checked(copy, weights), tensors, metadata
 
 

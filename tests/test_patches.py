@@ -94,15 +94,15 @@ def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
 
 
 def test_a_function_is_wrapped_once_however_often_the_patch_is_applied():
-    make_changes()
+    make_changes("lightning")
     before = call._call_configure_model
-    make_changes()
+    make_changes("lightning")
     assert call._call_configure_model is before
 
 
 def test_fabric_wraps_optimizers_of_strategies_without_precision():
     """As Lightning's own tests do (tests_fabric/test_wrappers.py); there is no plugin in this run."""
-    make_changes()
+    make_changes("lightning")
     strategy = SimpleNamespace(optimizer_step=lambda optimizer: "stepped")
     assert _FabricOptimizer(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), strategy).step() == "stepped"
 

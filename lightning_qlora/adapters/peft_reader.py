@@ -7,8 +7,8 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -174,7 +174,8 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
     """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
     for attempt in count():
         error = None
-        with _held(path) as before:
+        with path.open("rb") as held:  # while it is open, no new file can get its inode number
+            before = _version(held.fileno())
             try:
                 with open_safetensors(path) as file:
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
@@ -189,16 +190,6 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
         if attempt > 100 and time.monotonic() > end:
             raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
     return tensors, metadata
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[tuple[int, int, int] | None]:
-    """The `_version` of a file, which is open within this: until then no new file can get its inode number."""
-    with ExitStack() as stack:
-        file = None
-        with suppress(OSError):  # reading it raises an error that names it
-            file = stack.enter_context(path.open("rb")) if path.is_file() else None
-        yield None if file is None else _version(file.fileno())
 
 
 def _version(file: Path | int) -> tuple[int, int, int] | None:

@@ -45,7 +45,7 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
 
     wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
     load_without_data()
-    make_changes()
+    make_changes("transformers", "peft")
     token = _quantizer_for.set(quantizer_for)
     try:
         yield

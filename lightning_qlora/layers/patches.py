@@ -47,11 +47,11 @@ def replaces(*places: str) -> Callable[[Function], Function]:
     return register
 
 
-def make_changes() -> None:
-    """Make every change once: in torch, Lightning and its copies, and in other packages as soon as they are loaded."""
+def make_changes(*packages: str) -> None:
+    """Make the changes to these packages, once: to lightning also in its copies, to transformers and peft if loaded."""
     for module, name, replacement in CHANGES:
         *owners, last = name.split(".")
-        for found in modules(module):
+        for found in modules(module) if module.partition(".")[0] in packages else ():
             wrap_once(reduce(getattr, owners, found), last, replacement)
 
 

@@ -25,7 +25,7 @@ class PagedOptimizer(Callback):
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self._pager = Pager(min_numel)
-        make_changes()
+        make_changes("lightning")
         inherit_from_copies(PagedOptimizer)
 
     def report(self) -> PagingReport:

@@ -140,7 +140,7 @@ def convert_module(
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
-    make_changes()
+    make_changes("torch", "transformers", "peft")
     recompute_as_called()
     shard_bytes()
     use_adapter_state_dict(module, config, given)
@@ -184,8 +184,9 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
     else:
         weight = part._parameters.get("weight")
         loaded = {name: part} if isinstance(part, QLoRALinear) else {}
-    for full_name, layer in loaded.items():
-        _adopt_loaded(layer, config, full_name)
+    for full_name, layer in loaded.items():  # these lack what conversion decides
+        layer.config, layer.full_name, layer.loaded = config, full_name, False
+        layer.lora_dropout = config.lora_dropout
     if loaded:
         return
     _check_not_sharded(weight)
@@ -197,12 +198,6 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
         QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
     else:
         QLoRALinear.from_linear(part, config, name, device, seed_name)
-
-
-def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
-    """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.config, layer.full_name, layer.loaded = config, name, False
-    layer.lora_dropout = config.lora_dropout
 
 
 def _freeze_embedding(embedding: ToFreeze, device: torch.device | None) -> None:

@@ -301,7 +301,7 @@ def _precision_class(module: nn.Module | None) -> type[Any]:
 def _fit_into_loaded_packages() -> None:
     """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
     inherit_from_copies(QLoRAPrecision)
-    make_changes()
+    make_changes("lightning", "torch")
 
 
 _fit_into_loaded_packages()

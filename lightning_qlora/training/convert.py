@@ -184,9 +184,8 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
     else:
         weight = part._parameters.get("weight")
         loaded = {name: part} if isinstance(part, QLoRALinear) else {}
-    for full_name, layer in loaded.items():  # these lack what conversion decides
-        layer.config, layer.full_name, layer.loaded = config, full_name, False
-        layer.lora_dropout = config.lora_dropout
+    for full_name, layer in loaded.items():
+        _adopt_loaded(layer, config, full_name)
     if loaded:
         return
     _check_not_sharded(weight)
@@ -198,6 +197,12 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
         QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
     else:
         QLoRALinear.from_linear(part, config, name, device, seed_name)
+
+
+def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
+    """Set what conversion decides for a layer that was quantized while its model loaded."""
+    layer.config, layer.full_name, layer.loaded = config, name, False
+    layer.lora_dropout = config.lora_dropout
 
 
 def _freeze_embedding(embedding: ToFreeze, device: torch.device | None) -> None:

@@ -273,7 +273,12 @@ def takes_arguments_of(
 
 def fits(name: str, pattern: str) -> bool:
     """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending, or a regular expression for it."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _compiled(pattern).match(name) is not None
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")  # peft/utils/other.py, get_pattern_key
 
 
 def _first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:

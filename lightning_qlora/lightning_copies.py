@@ -13,8 +13,10 @@ COPIES = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightni
 
 
 def modules(name: str) -> list[Any]:
-    """The module of `lightning` with this name, and its copy."""
+    """The module of `lightning` with this name, and its copy; one of an optional package only if it is loaded."""
     package = ".".join(name.split(".")[:2])
+    if package not in COPIES:
+        return [import_module(name)] if name.startswith("torch.") or name in sys.modules else []
     version: str = getattr(sys.modules.get(COPIES[package]), "__version__", "0")
     copy = sys.modules.get(COPIES[package] + name.removeprefix(package))
     recent = [int(number) for number in version.split(".")[:2]] >= [2, 5]  # older ones do not have all modules

@@ -10,8 +10,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.trainer import call
 
 import lightning_qlora
-from lightning_qlora.optim.patches import call_on_setup_optimizer
-from lightning_qlora.training import patches
+from lightning_qlora.layers.patches import make_changes
 from tests.foreign_changes import Package, changes_in, changes_of
 
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -86,7 +85,7 @@ def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
     assert functions
     for name, function in functions.items():
-        if name == "wrap_once":  # the first is what patches are made with
+        if name in ("wrap_once", "replaces", "make_changes"):  # what patches are made with
             continue
         text = ast.get_docstring(function)
         assert "Upstream:" in text, name
@@ -95,15 +94,15 @@ def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
 
 
 def test_a_function_is_wrapped_once_however_often_the_patch_is_applied():
-    patches.convert_before_checkpoint_is_restored()
+    make_changes("lightning")
     before = call._call_configure_model
-    patches.convert_before_checkpoint_is_restored()
+    make_changes("lightning")
     assert call._call_configure_model is before
 
 
 def test_fabric_wraps_optimizers_of_strategies_without_precision():
     """As Lightning's own tests do (tests_fabric/test_wrappers.py); there is no plugin in this run."""
-    call_on_setup_optimizer()
+    make_changes("lightning")
     strategy = SimpleNamespace(optimizer_step=lambda optimizer: "stepped")
     assert _FabricOptimizer(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), strategy).step() == "stepped"
 

@@ -15,16 +15,12 @@ ONE_RUN = 0.75  # the mean of n independent adapters has 1/n of their mean squar
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """The mean of each trained tensor of several adapters, computed in fp32.
+    """The mean of each trained tensor of two or more adapters, computed in fp32.
 
     The mean of A and the mean of B are those of a run only if the adapters are from one run: adapters of two runs have
-    other random values in A, and a warning says so.
-
+    other random values in A, and a warning says so. CheckpointMismatchError, with the layer, if they differ in layers,
+    ranks, scalings or their base.
     Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization".
-
-    Raises:
-        ValueError: If there are fewer than two.
-        CheckpointMismatchError: If they differ in layers, ranks, scalings or their base; names the layer.
     """
     if len(adapters) < 2:
         raise ValueError(f"{len(adapters)} adapter(s) to average: pass two or more, and then the output folder.")

@@ -144,11 +144,8 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
     """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
 
     One that was initialized with B = 0 is returned as it is. `base_model` is a folder of safetensors, or a hub name, of
-    the base that it was trained on; None: the one that the adapter names.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such base, or the difference can't be computed.
-        CheckpointMismatchError: If the base lacks one of its layers.
+    the base that it was trained on; None: the one that the adapter names. FileNotFoundError, ValueError or
+    CheckpointMismatchError if there is no such base, it lacks a layer, or the difference can't be computed.
     """
     if required_base(adapter.quantization) is None:
         return adapter

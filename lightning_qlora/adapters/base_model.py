@@ -50,17 +50,16 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     """What a checkpoint with these arguments must say of the base model to write a PEFT folder without the module."""
     prefix, base = find_base_model(module)
-    modules = base.named_modules(remove_duplicate=False)
-    layers = {plain_name(name): layer for name, layer in modules if isinstance(layer, QLoRALinear)}
-    stacks = stacks_of(base)
+    modules = [(plain_name(name), layer) for name, layer in base.named_modules(remove_duplicate=False)]
+    layers = {name: layer for name, layer in modules if isinstance(layer, QLoRALinear)}
+    embeddings = [name for name, layer in modules if isinstance(layer, FrozenLayer)]
+    stacks, first = stacks_of(base), next(iter(layers.values()), None)
     return {
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
         "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
-        "quantization": quantization_of_layer(next(iter(layers.values())), _packed_embeddings(base))
-        if layers
-        else None,
+        "quantization": None if first is None else quantization_of_layer(first, embeddings),
         "target_modules": target_modules_of(base),
         **({"experts": {name: list(stack) for name, stack in stacks.items()}} if stacks else {}),
         **({"tokens": tokens} if (tokens := token_indices(base)) else {}),
@@ -70,11 +69,6 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         },
         "layers": {name: own for name, layer in layers.items() if (own := _own_arguments(layer.config, config))},
     }
-
-
-def _packed_embeddings(base: nn.Module) -> list[str]:
-    modules = base.named_modules(remove_duplicate=False)
-    return [plain_name(name) for name, layer in modules if isinstance(layer, FrozenLayer)]
 
 
 def adapter_on_base(

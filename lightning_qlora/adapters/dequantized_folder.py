@@ -105,15 +105,12 @@ def _list(value: Any) -> list[Tensor]:
 
 
 class DequantizedFolder(WeightFolder):
-    """A folder in a published format, with the entries of the dense folder that it stands for.
+    """A folder in a published format, with the entries of the dense folder that it stands for; raises as that.
 
     Attributes:
         method: transformers' name of the format.
         dtype: Type of the dense weights, that of the model.
         parameter_of: Key -> parameter of the model that it becomes, and whether with others (experts).
-
-    Raises:
-        FileNotFoundError, ValueError: As `WeightFolder`.
     """
 
     def __init__(self, folder: Path, model: nn.Module, quantizer: Any) -> None:
@@ -175,14 +172,10 @@ class DequantizedFolder(WeightFolder):
 
 
 def open_dense(folder: Path, model: nn.Module) -> WeightFolder:
-    """A folder as it is, or if it is in a published format, as the dense one that it stands for.
+    """A folder of safetensors as it is, or if it is in a published format, as the dense one that it stands for.
 
-    Args:
-        folder: A folder of safetensors.
-        model: Its model, on the meta device.
-
-    Raises:
-        FileNotFoundError, ValueError: As `WeightFolder`; also if transformers can't dequantize the format.
+    `model` is its model, on the meta device. Raises as `WeightFolder`; also ValueError if transformers can't dequantize
+    the format.
     """
     stored = published_format(read_config(folder))
     if stored is None:

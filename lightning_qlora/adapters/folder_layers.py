@@ -52,8 +52,7 @@ def assign_to_folder(adapter: Adapter, folder: ModelFolder) -> Adapter:
 def find_layers(adapter: Adapter, folder: ModelFolder) -> dict[str, AdaptedTensor]:
     """Key of every tensor that holds adapted layers -> what it holds.
 
-    Raises:
-        CheckpointMismatchError: If there is no such tensor, or it is of another number of experts.
+    CheckpointMismatchError if there is no such tensor, or it is of another number of experts.
     """
 
     def refuse(key: str, what: str) -> NoReturn:

@@ -21,10 +21,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     """The adapters that `get_adapter` would return for the module that was saved.
 
     The checkpoint is of the Trainer, ModelCheckpoint or Fabric, in one file or in shards. `weights_only` refuses
-    objects other than tensors and plain values, as in `torch.load`.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it was not saved from a converted module.
+    objects other than tensors and plain values, as in `torch.load`. FileNotFoundError or ValueError if there is no such
+    file, or it was not saved from a converted module.
     """
     state, root = read_converted_state_dict(path, weights_only)
     with named(path):

@@ -111,16 +111,14 @@ class Conversion:
 class ModelFolder(WeightFolder):
     """A folder whose entries have the names of the model's parameters, where transformers can make that model.
 
-    Tensors that the model does not use, and 4-bit weights that it would have to convert, keep their keys.
+    Tensors that the model does not use, and 4-bit weights that it would have to convert, keep their keys. Raises as
+    `WeightFolder`; also ValueError if two tensors become one parameter.
 
     Attributes:
         model: The model, on the meta device; None: every name is a key.
         stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
         conversions: Name -> conversion that makes this parameter.
-
-    Raises:
-        FileNotFoundError, ValueError: As `WeightFolder`; also if two tensors become one parameter.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:

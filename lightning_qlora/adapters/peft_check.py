@@ -28,10 +28,7 @@ from lightning_qlora.layers.trainable_tokens import TrainableTokens, remove_toke
 def as_peft_loads_it(adapter: Adapter, base: nn.Module) -> Adapter:
     """The adapter in the form in which PEFT loads all of it; a warning names what PEFT would lose in any form.
 
-    Without PEFT installed the adapter is returned as it is.
-
-    Raises:
-        ValueError: If PEFT has no place for adapters of experts as they are; names the parameter.
+    Without PEFT installed the adapter is returned as it is. Raises as `peft_tensors`.
     """
     tensors = peft_tensors(adapter)
     if importlib.util.find_spec("peft") is None:

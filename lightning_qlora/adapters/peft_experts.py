@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
-from lightning_qlora.adapters.peft_patterns import fits_peft_pattern
+from lightning_qlora.config import fits
 from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
@@ -88,9 +88,7 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     """A folder's adapter with the names that the base model, dense or converted, has for its layers and parameters.
 
     `expert_adapters` are for linear layers or for expert parameters of a module; those of the result are empty.
-
-    Raises:
-        CheckpointMismatchError: If the adapter does not fit the model; names file and key.
+    CheckpointMismatchError, with file and key, if the adapter does not fit the model.
     """
     layers, experts = dict(adapter.layers), dict(adapter.experts)
     modules = {plain_name(name): part for name, part in base.named_modules()}
@@ -124,7 +122,7 @@ def is_target(config: dict[str, Any], name: str) -> bool:
 def alpha_of_name(config: dict[str, Any], name: str) -> float:
     """PEFT's alpha of a layer or parameter: as peft.utils.other.get_pattern_key, of the first pattern that matches."""
     patterns = (config.get("alpha_pattern") or {}).items()
-    return float(next((a for key, a in patterns if fits_peft_pattern(name, key)), config["lora_alpha"]))
+    return float(next((a for key, a in patterns if fits(name, key)), config["lora_alpha"]))
 
 
 def outermost(key: str) -> str:

@@ -7,8 +7,8 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -31,7 +31,7 @@ from lightning_qlora.adapters.peft_metadata import (
     difference_from_copy,
     metadata_entry,
 )
-from lightning_qlora.adapters.peft_patterns import check_patterns_of_file
+from lightning_qlora.adapters.peft_patterns import check_few_ways, check_patterns_of_file
 from lightning_qlora.checks import (
     check_bool,
     check_choice,
@@ -64,9 +64,8 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read a folder that PEFT or `write_adapter` wrote.
 
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is broken, or QLoRALinear does not compute this kind of adapter; names file and key.
+    FileNotFoundError if a file is missing; ValueError, with file and key, if one is broken, or QLoRALinear does not
+    compute this kind of adapter.
     """
     path = Path(folder) / WEIGHTS_FILE
     config, tensors, metadata = _read_files(Path(folder))
@@ -101,6 +100,8 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
             parts.setdefault(name, {})[part] = tensor
     if not parts:
         raise ValueError("holds no lora_A and lora_B.")
+    with named(CONFIG_FILE):
+        check_few_ways("alpha_pattern", config.get("alpha_pattern") or {}, max(map(len, parts)))
     layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
     quantization = metadata_entry(metadata, QUANTIZATION)
     check_quantization(quantization, f"its metadata {QUANTIZATION!r}")
@@ -134,43 +135,38 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Config, tensors and metadata of one adapter, also while other processes replace its files.
 
-    Writers remove a config before they replace the weights by those of another one. So if the same config is there
-    before and after the weights are read, both belong together, or were edited.
+    The weights' file has a copy of its config. If the config is missing, or is not that one, another process may be
+    writing, so both are read again until `PATIENCE` ends.
     """
     path, weights, end = folder / CONFIG_FILE, folder / WEIGHTS_FILE, time.monotonic() + PATIENCE
     while True:
-        with _held(path) as before:
-            config = None
-            with suppress(FileNotFoundError):
-                config = read_json(path)
-            checked = None if config is None else _checked(config, path)
-            if not is_file(weights):
-                why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
-                raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
-            tensors, metadata = _read_weights(weights, end)
-            same_config = before == _version(path)
+        config = None
+        with suppress(FileNotFoundError):
+            config = _checked(read_json(path), path)
+        if not is_file(weights):
+            why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
+            raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
+        tensors, metadata = _read_weights(weights, end)
         with named(weights):
             copy = metadata_entry(metadata, CONFIG_COPY)
-        if checked is not None and copy in (None, config):
-            return checked, tensors, metadata
+        difference = None if config is None or copy is None else difference_from_copy(config, copy)
+        if config is not None and difference is None:
+            return config, tensors, metadata
         if copy is None:
             raise FileNotFoundError(f"{path}: no such file.")
-        if checked is not None and same_config:
-            if difference := difference_from_copy(checked, copy):
-                raise ValueError(
-                    f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the "
-                    "adapter again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
-                )
-            return checked, tensors, metadata
         if time.monotonic() > end:
             break
         time.sleep(0.01)
-    if _version(path) is None:
-        warnings.warn(
-            f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS_FILE} is used. Save the "
-            "adapter again, so that PEFT can load it.",
-            stacklevel=4,
+    if difference is not None:
+        raise ValueError(
+            f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the adapter "
+            "again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
         )
+    warnings.warn(
+        f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS_FILE} is used. Save the "
+        "adapter again, so that PEFT can load it.",
+        stacklevel=4,
+    )
     return _checked(copy, weights), tensors, metadata
 
 
@@ -178,7 +174,8 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
     """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
     for attempt in count():
         error = None
-        with _held(path) as before:
+        with path.open("rb") as held:  # while it is open, no new file can get its inode number
+            before = _version(held.fileno())
             try:
                 with open_safetensors(path) as file:
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
@@ -193,16 +190,6 @@ def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, 
         if attempt > 100 and time.monotonic() > end:
             raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
     return tensors, metadata
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[tuple[int, int, int] | None]:
-    """The `_version` of a file, which is open within this: until then no new file can get its inode number."""
-    with ExitStack() as stack:
-        file = None
-        with suppress(OSError):  # reading it raises an error that names it
-            file = stack.enter_context(path.open("rb")) if path.is_file() else None
-        yield None if file is None else _version(file.fileno())
 
 
 def _version(file: Path | int) -> tuple[int, int, int] | None:
@@ -239,8 +226,7 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> Layer
                 "Use an adapter that was saved earlier."
             )
     parameter = f"{name}.weight"
-    with named(f"alpha_pattern in {CONFIG_FILE}"):
-        alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
+    alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
     return LayerAdapter(a, b, alpha, magnitude)
 
 

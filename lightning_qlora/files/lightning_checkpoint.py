@@ -54,7 +54,7 @@ def read_checkpoint(
     """
     shards, folder = is_shards(path), os.path.isdir(path)
     if not shards and (folder or not is_file(path)):
-        kind = f"no checkpoint (no {META} in it)" if folder else "no file"
+        kind = f"no checkpoint (no {META} in it)" if folder else "no such file"
         if _has_file(path, OTHER):
             kind = "a folder of a model or an adapter, not of a checkpoint"
         raise FileNotFoundError(f"{path}: {kind}.")

@@ -96,9 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 class WeightFolder:
     """The safetensors files of a model's folder: one file, or several with an index.
 
-    Raises:
-        FileNotFoundError: If there is no safetensors file, or a file that the index lists is missing.
-        ValueError: If a file is truncated, or does not have a tensor that the index lists.
+    FileNotFoundError or ValueError if a file is missing or truncated, or lacks a tensor that the index lists.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -81,7 +81,8 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
                 made = _make(module, name, layer, folder, device)
         except ValueError as raised:
             error = str(raised)
-        _raise_on_all_ranks(error, ranks)
+        for raised_on in filter(None, of_all_ranks(error) if ranks > 1 else [error]):
+            raise ValueError(raised_on)  # on all ranks: the others would wait for the layer of the one that failed
         for source, (_, layer) in enumerate(group):
             _share(layer, made if source == rank else None, source, device, ranks)
 
@@ -138,12 +139,6 @@ def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
             f"{folder.where(name)} has shape {list(value.shape)}, and the module has {list(shape)} there. {NO_VALUES}"
         )
     return value
-
-
-def _raise_on_all_ranks(error: str | None, ranks: int) -> None:
-    """Raise the error of one rank on all: the others would wait for its layer."""
-    for raised in filter(None, of_all_ranks(error) if ranks > 1 else [error]):
-        raise ValueError(raised)
 
 
 def _with_data(held: Tensor, value: Tensor, device: torch.device) -> Tensor:

@@ -58,11 +58,7 @@ def remember_versions(model: nn.Module) -> None:
 
 
 def check_unwritten(module: nn.Module) -> None:
-    """Refuse values that code wrote to a tensor on the meta device: they would be lost.
-
-    Raises:
-        ValueError: As above; names the tensor.
-    """
+    """ValueError, with the name, for a tensor on the meta device to which code wrote values: they would be lost."""
     for name, tensor in named_tensors(module):
         if getattr(tensor, VERSION, tensor._version) != tensor._version:
             raise ValueError(f"{name}: configure_model wrote values to it, which would be lost. {NO_VALUES}")

@@ -105,8 +105,6 @@ class Quantize(_Operation):
         """
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
         part = local(place)
-        if isinstance(chosen, ToFreeze):
-            return self._freeze(key, weight, source, place, chosen, missing_keys)
         if isinstance(place, DTensor) and weight.shape == part.shape:
             if message := _not_splittable(place, chosen):
                 return self.refuse(source, key, part, f"{key}: {message}")
@@ -114,6 +112,8 @@ class Quantize(_Operation):
             weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
+        if isinstance(chosen, ToFreeze):
+            return self._freeze(key, weight, source, place, chosen, missing_keys)
         if isinstance(chosen, ToConvert):
             owner, inner, name = chosen.layer, "weight", key.removesuffix(".weight")
         else:
@@ -133,16 +133,12 @@ class Quantize(_Operation):
         self, key: str, weight: Tensor, source: str, place: Tensor, chosen: ToFreeze, missing_keys: set[str] | None
     ) -> dict[str, Any]:
         """The parameters of an embedding in 4 bits; the layers that are tied to it have the same."""
-        name, part = owner_name(key), local(place)
-        if isinstance(place, DTensor):
-            return self.refuse(source, key, part, f"{key}: {SPLIT_EMBEDDING}")
-        if weight.shape != place.shape:
-            return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
+        name = owner_name(key)
         layer: Any = chosen.layers[name]
         try:
             made = quantize(weight, chosen.config)
         except ValueError as error:
-            return self.refuse(source, key, part, f"{name}: {error}")
+            return self.refuse(source, key, place, f"{name}: {error}")
         if not isinstance(layer, FrozenLayer):
             freeze_in_4_bits([*chosen.layers.values()], made, chosen.config)
         elif not torch.equal(layer.packed_weight.packed, made.packed):
@@ -160,10 +156,10 @@ LOAD_WHOLE = (
 )
 
 
-def _not_splittable(place: DTensor, chosen: ToConvert | StackToConvert) -> str | None:
+def _not_splittable(place: DTensor, chosen: ToConvert | StackToConvert | ToFreeze) -> str | None:
     """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
-    if isinstance(chosen, StackToConvert):
-        return SPLIT_EXPERTS
+    if not isinstance(chosen, ToConvert):
+        return SPLIT_EXPERTS if isinstance(chosen, StackToConvert) else SPLIT_EMBEDDING
     if place.device_mesh.ndim > 1:
         return LOAD_WHOLE
     return None if type(place.placements[0]) is Shard else unknown_style("a plan for fused layers")

@@ -1,6 +1,5 @@
 """Changes to transformers' code and objects, each with the upstream file, the reason, and what would remove it."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +13,7 @@ from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.packed_embedding import FrozenLayer
-from lightning_qlora.layers.patches import wrap_once
+from lightning_qlora.layers.patches import make_changes, replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
@@ -46,7 +45,7 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
 
     wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
     load_without_data()
-    split_4_bit_layers_of_tp_plans()
+    make_changes("transformers", "peft")
     token = _quantizer_for.set(quantizer_for)
     try:
         yield
@@ -127,8 +126,11 @@ def forget_quantizer(module: nn.Module) -> None:
                 part._weight_conversions = [c for c in conversions if not _is_of_a_quantizer(c)]  # type: ignore[assignment]
 
 
-def split_4_bit_layers_of_tp_plans() -> None:
-    """Let a plan of transformers (DistributedConfig) split 4-bit layers, if transformers is loaded.
+@replaces("transformers.distributed.mixin:apply_tensor_parallelism")
+def split_4_bit_layers_of_tp_plans(
+    original: Any, model: nn.Module, mesh: Any, plan: dict[str, str], *args: Any, **kwargs: Any
+) -> Any:
+    """Let a plan of transformers (DistributedConfig) split 4-bit layers.
 
     Upstream: transformers/distributed/mixin.py, maybe_distribute_model, calls apply_tensor_parallelism, whose styles
     split every parameter of a linear layer in the same way, also A, B and the second-level scales.
@@ -136,31 +138,25 @@ def split_4_bit_layers_of_tp_plans() -> None:
     styles of our own, which a plan would have to name.
     Removed by: styles that ask a layer to split its parameters.
     """
-    upstream: Any = sys.modules.get("transformers.distributed.mixin")
-    if upstream is None:
-        return
     styles: Any = import_module("transformers.distributed.tensor_parallel")
-
-    def apply(original: Any, model: nn.Module, mesh: Any, plan: dict[str, str], *args: Any, **kwargs: Any) -> Any:
-        modules, of_others = dict(model.named_modules()), dict[str, str]()
-        for name, style in plan.items():
-            layer = modules.get(name)
-            if isinstance(layer, QLoRALinear):
-                by_inputs = isinstance(styles.ALL_PARALLEL_STYLES[style], styles.RowwiseParallel)
-                if not by_inputs and not isinstance(styles.ALL_PARALLEL_STYLES[style], styles.ColwiseParallel):
-                    raise ValueError(f"{name}: {unknown_style(style)}")
-                split(layer, mesh, by_inputs)
-            if isinstance(layer, QLoRAExperts):
-                raise ValueError(f"{name}: {SPLIT_EXPERTS}")
-            if not isinstance(modules.get(owner_name(name)), QLoRALinear):
-                of_others[name] = style
-        return original(model, mesh, of_others, *args, **kwargs)
-
-    wrap_once(upstream, "apply_tensor_parallelism", apply)
+    modules, of_others = dict(model.named_modules()), dict[str, str]()
+    for name, style in plan.items():
+        layer = modules.get(name)
+        if isinstance(layer, QLoRALinear):
+            by_inputs = isinstance(styles.ALL_PARALLEL_STYLES[style], styles.RowwiseParallel)
+            if not by_inputs and not isinstance(styles.ALL_PARALLEL_STYLES[style], styles.ColwiseParallel):
+                raise ValueError(f"{name}: {unknown_style(style)}")
+            split(layer, mesh, by_inputs)
+        if isinstance(layer, QLoRAExperts):
+            raise ValueError(f"{name}: {SPLIT_EXPERTS}")
+        if not isinstance(modules.get(owner_name(name)), QLoRALinear):
+            of_others[name] = style
+    return original(model, mesh, of_others, *args, **kwargs)
 
 
-def refuse_save_pretrained() -> None:
-    """Let `save_pretrained` of a converted model raise, if transformers is loaded. HF Trainer and push_to_hub call it.
+@replaces("transformers.modeling_utils:PreTrainedModel.save_pretrained")
+def refuse_save_pretrained(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Let `save_pretrained` of a converted model raise. HF Trainer and push_to_hub call it.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
     converted model has no base, so `from_pretrained` would initialize the model at random. A state dict that is passed
@@ -168,32 +164,35 @@ def refuse_save_pretrained() -> None:
     Supported ways tried: a quantizer that is not serializable is refused, but it also refuses to move and cast.
     Removed by: a hook of nn.Module or PreTrainedModel that says whether a model can be saved.
     """
-    upstream: Any = sys.modules.get("transformers.modeling_utils")
-    if upstream is None:
-        return
-
-    def refuse(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
-        adapted = adapted_layers(model)
-        if adapted and (state is None or any(last_part(str(key)).startswith("lora_") for key in state)):
-            raise ValueError(
-                f"{type(model).__name__}.save_pretrained: {len(adapted)} layers are in 4 bits with adapters, and a "
-                "folder without their base could not be loaded. lightning_qlora.save_adapter(model, FOLDER) writes "
-                "the adapters as a PEFT folder, lightning_qlora.merge(model) makes dense layers, which "
-                "save_pretrained can write, and lightning_qlora.save_quantized(model, FOLDER) writes the 4-bit base."
-            )
-        return original(model, *args, **kwargs)
-
-    def refuse_before_a_repository_is_made(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if adapted_layers(model):
-            model.save_pretrained("", push_to_hub=False)
-        return original(model, *args, **kwargs)
-
-    wrap_once(upstream.PreTrainedModel, "save_pretrained", refuse)
-    wrap_once(upstream.PreTrainedModel, "push_to_hub", refuse_before_a_repository_is_made)
+    state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
+    adapted = adapted_layers(model)
+    if adapted and (state is None or any(last_part(str(key)).startswith("lora_") for key in state)):
+        raise ValueError(
+            f"{type(model).__name__}.save_pretrained: {len(adapted)} layers are in 4 bits with adapters, and a "
+            "folder without their base could not be loaded. lightning_qlora.save_adapter(model, FOLDER) writes "
+            "the adapters as a PEFT folder, lightning_qlora.merge(model) makes dense layers, which "
+            "save_pretrained can write, and lightning_qlora.save_quantized(model, FOLDER) writes the 4-bit base."
+        )
+    return original(model, *args, **kwargs)
 
 
-def refuse_resizing() -> None:
+@replaces("transformers.modeling_utils:PreTrainedModel.push_to_hub")
+def refuse_push_to_hub(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let `push_to_hub` of a converted model raise before it makes a repository; see `refuse_save_pretrained`.
+
+    Upstream: transformers/utils/hub.py, PushToHubMixin.push_to_hub.
+    Removed by: what would remove `refuse_save_pretrained`.
+    """
+    if adapted_layers(model):
+        model.save_pretrained("", push_to_hub=False)
+    return original(model, *args, **kwargs)
+
+
+@replaces("transformers.modeling_utils:PreTrainedModel.resize_token_embeddings")
+def refuse_resizing(
+    original: Any, model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
     """Let `resize_token_embeddings` raise if rows of an embedding train, or if one is in 4 bits.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.resize_token_embeddings, puts a new nn.Linear in place of
@@ -201,51 +200,34 @@ def refuse_resizing() -> None:
     Supported ways tried: none; it asks nothing of the layers.
     Removed by: a method of the embedding that resizes it.
     """
-    upstream: Any = sys.modules.get("transformers.modeling_utils")
-    if upstream is None:
-        return
-
-    def refuse(
-        original: Any, model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
-        rows = len(layers[0].weight)
-        wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, FrozenLayer, QLoRALinear)
-        if found := next((layer for layer in layers if wanted != rows and isinstance(layer, kinds)), None):
-            raise ValueError(
-                f"{type(model).__name__}.resize_token_embeddings: a {type(found).__name__} of {rows} rows can't get "
-                f"{wanted}. Resize the model before it is converted; one that is quantized while it loads, before it "
-                "is saved."
-            )
-        return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-
-    wrap_once(upstream.PreTrainedModel, "resize_token_embeddings", refuse)
+    layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
+    rows = len(layers[0].weight)
+    wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, FrozenLayer, QLoRALinear)
+    if found := next((layer for layer in layers if wanted != rows and isinstance(layer, kinds)), None):
+        raise ValueError(
+            f"{type(model).__name__}.resize_token_embeddings: a {type(found).__name__} of {rows} rows can't get "
+            f"{wanted}. Resize the model before it is converted; one that is quantized while it loads, before it "
+            "is saved."
+        )
+    return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
-def refuse_peft_on_4_bit_layers() -> None:
-    """Let PEFT refuse a model with 4-bit layers of this package, if PEFT is loaded.
+@replaces("peft.tuners.tuners_utils:BaseTuner.inject_adapter", "peft.peft_model:PeftModel.__init__")
+def refuse_peft_on_4_bit_layers(original: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Let PEFT refuse a model with 4-bit layers of this package.
 
     Upstream: peft/tuners/tuners_utils.py, BaseTuner.inject_adapter: it would put a second adapter around each layer, or
     fails at the layer's attributes. peft/peft_model.py, PeftModel.__init__: with a prompt it freezes the adapters.
     Supported ways tried: none; PEFT asks the base layer nothing that may be refused.
     Removed by: a hook of PEFT by which a layer says that it takes no adapter.
     """
-    upstream: Any = sys.modules.get("peft.tuners.tuners_utils")
-    if upstream is None:
-        return
-
-    def refuse(original: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if adapted := adapted_layers(model):
-            raise ValueError(
-                f"{len(adapted)} layers of this {type(model).__name__} are in 4 bits with adapters of lightning_qlora, "
-                "and PEFT would freeze them or put second adapters around them. Leave out get_peft_model: the "
-                "arguments of QLoRAPrecision are LoraConfig's, and adapter=FOLDER starts from a saved PEFT adapter."
-            )
-        return original(tuner, model, *args, **kwargs)
-
-    wrap_once(upstream.BaseTuner, "inject_adapter", refuse)
-    wrap_once(sys.modules["peft.peft_model"].PeftModel, "__init__", refuse)
+    if adapted := adapted_layers(model):
+        raise ValueError(
+            f"{len(adapted)} layers of this {type(model).__name__} are in 4 bits with adapters of lightning_qlora, "
+            "and PEFT would freeze them or put second adapters around them. Leave out get_peft_model: the "
+            "arguments of QLoRAPrecision are LoraConfig's, and adapter=FOLDER starts from a saved PEFT adapter."
+        )
+    return original(tuner, model, *args, **kwargs)
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

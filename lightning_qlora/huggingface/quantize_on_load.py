@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.load_without_data import NO_VALUES
-from lightning_qlora.huggingface.patches import default_quantizer, refuse_peft_on_4_bit_layers
+from lightning_qlora.huggingface.patches import default_quantizer
 
 
 @contextmanager
@@ -28,7 +28,6 @@ def quantize_while_loading(config: QLoRAConfig, sharding: bool = False) -> Itera
         return
     from lightning_qlora.huggingface.quantizer import Quantizers
 
-    refuse_peft_on_4_bit_layers()
     quantizers = Quantizers(config, sharding)
     with default_quantizer(quantizers.quantizer_for), _one_after_another():
         try:

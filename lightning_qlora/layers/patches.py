@@ -1,17 +1,21 @@
-"""`wrap_once`, the function that every file named patches.py wraps with.
+"""`replaces` and `make_changes`, by which files named patches.py change functions of other libraries.
 
-Code and objects of other libraries are changed in files named patches.py only. One function makes one change; its
-docstring has the upstream file, the reason, the supported ways that were tried, and what would remove it.
+Code and objects of other libraries are changed in these files only. One function makes one change; its docstring has
+the upstream file, the reason, the supported ways that were tried, and what would remove it.
 """
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from functools import reduce, wraps
+from typing import Any, TypeVar
 
 import torch.utils.checkpoint
 
 from lightning_qlora.layers.disable_adapter import as_called
+from lightning_qlora.lightning_copies import modules
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+CHANGES: list[Any] = []  # module, name of a function in it, and what takes its place
 
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -28,6 +32,27 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
     setattr(wrapper, mark, True)
     setattr(owner, name, property(wrapper) if isinstance(held, property) else wrapper)
+
+
+def replaces(*places: str) -> Callable[[Function], Function]:
+    """Decorate what takes the place of functions and properties of other packages; it gets the original one first.
+
+    A place is "module:function" or "module:Class.method". `make_changes` puts the change there.
+    """
+
+    def register(replacement: Function) -> Function:
+        CHANGES.extend((*place.split(":"), replacement) for place in places)
+        return replacement
+
+    return register
+
+
+def make_changes(*packages: str) -> None:
+    """Make the changes to these packages, once: to lightning also in its copies, to transformers and peft if loaded."""
+    for module, name, replacement in CHANGES:
+        *owners, last = name.split(".")
+        for found in modules(module) if module.partition(".")[0] in packages else ():
+            wrap_once(reduce(getattr, owners, found), last, replacement)
 
 
 def recompute_as_called() -> None:

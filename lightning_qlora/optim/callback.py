@@ -7,9 +7,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.lightning_copies import inherit_from_copies
+from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager, PagingReport
-from lightning_qlora.optim.patches import call_on_setup_optimizer
 
 
 class PagedOptimizer(Callback):
@@ -24,7 +25,7 @@ class PagedOptimizer(Callback):
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self._pager = Pager(min_numel)
-        call_on_setup_optimizer()
+        make_changes("lightning")
         inherit_from_copies(PagedOptimizer)
 
     def report(self) -> PagingReport:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from lightning_qlora.layers.patches import wrap_once
-from lightning_qlora.lightning_copies import modules
+from lightning_qlora.layers.patches import replaces
 
 
-def call_on_setup_optimizer() -> None:
+@replaces("lightning.fabric.wrappers:_FabricOptimizer.__init__")
+def call_on_setup_optimizer(original: Any, self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
     """Call `on_setup_optimizer(optimizer)` of the plugin and callbacks of a Fabric for each optimizer that is set up.
 
     Upstream: lightning/fabric/wrappers.py, _FabricOptimizer.__init__. No supported hook gets the optimizers of one
@@ -16,13 +16,8 @@ def call_on_setup_optimizer() -> None:
     after `fabric.load`, which puts all loaded state in device memory.
     Removed by: a Fabric callback hook that gets the optimizers when they are set up.
     """
-
-    def init(original: Any, self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
-        original(self, optimizer, strategy, callbacks)
-        for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a stand-in may have none
-            hook = getattr(listener, "on_setup_optimizer", None)
-            if callable(hook):
-                hook(optimizer)
-
-    for wrappers in modules("lightning.fabric.wrappers"):
-        wrap_once(wrappers._FabricOptimizer, "__init__", init)
+    original(self, optimizer, strategy, callbacks)
+    for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a stand-in may have none
+        hook = getattr(listener, "on_setup_optimizer", None)
+        if callable(hook):
+            hook(optimizer)

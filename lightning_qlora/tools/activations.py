@@ -6,7 +6,7 @@ or Python frees it. So the peak is found wherever it is: in the loss, in the bac
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,6 @@ from lightning_qlora.tools.real_indices import RealIndices
 
 SEED = 11  # position of the dropout seed in the arguments of the op `lora_linear`
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")  # in configs
-
-
-class StepMemory(NamedTuple):
-    """Bytes at the peak of a forward and a backward pass, without parameters, buffers and inputs."""
-
-    activations: int  # also temporary tensors, of the loss too, and the buffer for an adapter's input after dropout
-    gradients: int  # of parameters, at that moment
 
 
 def forward_function(fake_model: nn.Module, batch_size: int, length: int, example: Any) -> Callable[[], Any] | None:
@@ -68,9 +61,11 @@ def fake_example(example: Any, mode: FakeTensorMode) -> Any:
     return tree_map_only(Tensor, mode.from_tensor, dict(example) if isinstance(example, Mapping) else example)
 
 
-def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory | None:
-    """The peak of one forward and backward pass; None if the code of the model depends on values.
+def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int, int] | None:
+    """Bytes of activations, and of gradients, at the peak of one forward and backward pass.
 
+    Temporary tensors, of the loss too, and the buffer for an adapter's input after dropout count as activations;
+    parameters, buffers and inputs do not count. None if the code of the model depends on values.
     The loss is that of the model. Where it returns none, deferred logits get a cross entropy, and all other outputs a
     gradient of their size. Every expert of a mixture gets the same number of tokens. A model that fails: ValueError.
     """
@@ -93,7 +88,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> StepMemory
         for hook in hooks:
             hook.remove()
         fake_model.zero_grad(set_to_none=True)
-    return StepMemory(living.peak - living.gradients_at_peak + living.dropped, living.gradients_at_peak)
+    return living.peak - living.gradients_at_peak + living.dropped, living.gradients_at_peak
 
 
 def _backward(output: Any) -> None:
@@ -116,8 +111,8 @@ def _cross_entropy(logits: Tensor) -> Tensor:
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this, the bytes of all new tensors are counted until they are freed.
 
-    `peak` and `gradients_at_peak` are those of `StepMemory`, but `dropped`, the buffer that the kernels keep for
-    drop(x) (`kernels/scratch.py`), is counted apart.
+    `peak` is the most at one time, of which `gradients_at_peak` were gradients. `dropped`, the buffer that the kernels
+    keep for drop(x) (`kernels/scratch.py`), is counted apart.
     """
 
     def __init__(self, known: list[Tensor]) -> None:

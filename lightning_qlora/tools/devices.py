@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,39 +11,23 @@ from lightning_qlora.tools.memory_estimate import PlannedRun
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.report import parameter_bytes, size_text
 
+FROZEN, TRAINED, GRADIENTS = "frozen weights", "adapters and what trains in full", "gradients"
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that each device sends in a step, and as many that it receives, with rings.
+
+def traffic(model: nn.Module, replicas: int, shards: int) -> dict[str, int]:
+    """Bytes of each kind that a device sends in a step, and as many that it receives, with rings; shards=1 is DDP.
 
     FSDP2 gathers each block in the forward and in the backward pass and the other parameters once, and reduces the
-    gradients: (S - 1) / S of the bytes for S shards. R replicas reduce what is left: 2 (R - 1) / R.
-
-    Attributes:
-        weights: Gathered frozen parameters.
-        adapters: Gathered trained parameters, in their type; FSDP2 casts them first under a MixedPrecisionPolicy.
-        gradients: Reduced gradients.
+    gradients: (S - 1) / S of the bytes for S shards. R replicas reduce what is left: 2 (R - 1) / R. What trains is
+    counted in its type; FSDP2 casts it first under a MixedPrecisionPolicy.
     """
-
-    weights: int
-    adapters: int
-    gradients: int
-
-    @classmethod
-    def of(cls, model: nn.Module, replicas: int, shards: int) -> "Traffic":
-        """The traffic of a model whose blocks and root are sharded one by one; shards=1 is DDP."""
-        blocks = nn.ModuleList(transformers_checkpointing_layers(model))
-        trained = trained_bytes(model)
-        adapters = trained + trained_bytes(blocks)
-        gathered = parameter_bytes(model) + parameter_bytes(blocks)
-        share = (shards - 1) / shards
-        reduced = trained * share + trained / shards * 2 * (replicas - 1) / replicas
-        return cls(int((gathered - adapters) * share), int(adapters * share), int(reduced))
-
-    @property
-    def total(self) -> int:
-        """All bytes of a step."""
-        return self.weights + self.adapters + self.gradients
+    blocks = nn.ModuleList(transformers_checkpointing_layers(model))
+    trained = trained_bytes(model)
+    adapters = trained + trained_bytes(blocks)
+    frozen = parameter_bytes(model) + parameter_bytes(blocks) - adapters
+    share = (shards - 1) / shards
+    reduced = trained * share + trained / shards * 2 * (replicas - 1) / replicas
+    return {FROZEN: int(frozen * share), TRAINED: int(adapters * share), GRADIENTS: int(reduced)}
 
 
 def trained_bytes(module: nn.Module) -> int:
@@ -71,13 +54,11 @@ def what_devices_do(
     estimate = run.estimate(batch_size, sequence_length)
     kept, shared = sharded_memory(run, estimate)
     memory = needed(estimate) if strategy == "ddp" else kept + shared // shards
-    traffic = Traffic.of(run.model, replicas, shards)
+    sent = traffic(run.model, replicas, shards)
+    total = sum(sent.values())
     name = "DDP" if strategy == "ddp" else "FSDP2" if replicas == 1 else "HSDP"
     yield line(f"{devices} devices with {name}, {batch_size} x {sequence_length}", f"{both_units(memory)} on each")
-    yield line("each sends in a step", size_text(traffic.total))
-    if shards > 1:
-        yield line("  frozen weights", size_text(traffic.weights))
-        yield line("  adapters and what trains in full", size_text(traffic.adapters))
-    yield line("  gradients", size_text(traffic.gradients))
+    yield line("each sends in a step", size_text(total))
+    yield from (line(f"  {kind}", size_text(count)) for kind, count in sent.items() if count or kind == GRADIENTS)
     if speed is not None:
-        yield line(f"time at {link}", f"{traffic.total / speed * 1e3:,.1f} ms, less what overlaps with computation")
+        yield line(f"time at {link}", f"{total / speed * 1e3:,.1f} ms, less what overlaps with computation")

@@ -18,7 +18,7 @@ from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.regular_file import is_file
-from lightning_qlora.files.safetensors_folder import WeightFolder, read_json
+from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.training.report import size_text
 
@@ -75,8 +75,7 @@ def _counts(counter: Counter[int] | Counter[float]) -> str:
 
 
 def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
-    path = folder.folder / "config.json"
-    config = read_json(path) if is_file(path) else {}
+    config = read_config(folder.folder)
     packed = {key for key in folder.entries if folder.is_packed(key)}
     types = Counter[str]()
     for key, entry in folder.entries.items():

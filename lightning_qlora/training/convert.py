@@ -15,12 +15,7 @@ from lightning_qlora.adapters.module_state import Conversion, conversion_of, use
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.patches import (
-    forget_quantizer,
-    refuse_peft_on_4_bit_layers,
-    refuse_resizing,
-    refuse_save_pretrained,
-)
+from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.disable_adapter import keep_initial
@@ -32,7 +27,7 @@ from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
-from lightning_qlora.layers.patches import recompute_as_called
+from lightning_qlora.layers.patches import make_changes, recompute_as_called
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
@@ -59,7 +54,7 @@ from lightning_qlora.training.convert_checks import (
     warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
-from lightning_qlora.training.patches import count_weights_in_transformers, shard_bytes, split_4_bit_layers_of_plans
+from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
@@ -145,14 +140,10 @@ def convert_module(
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
-    count_weights_in_transformers()
+    make_changes("torch", "transformers", "peft")
     recompute_as_called()
     shard_bytes()
-    split_4_bit_layers_of_plans()
     use_adapter_state_dict(module, config, given)
-    refuse_resizing()
-    refuse_save_pretrained()
-    refuse_peft_on_4_bit_layers()
     warn_of_what_stayed(module, choice)
     if kept and layers:
         warn_of_two_configs(module)

@@ -31,11 +31,8 @@ def convert_before_sharding(
     """Within this (`configure_model`), `convert` is called with the module before `fully_shard` shards a part of it.
 
     At its end all weights of the module are there, and its adapters are those to start from. It does nothing for a
-    strategy that does not shard.
-
-    Raises:
-        ValueError: If layers are added after the first call of `fully_shard`, values were written before it to a model
-            whose weights are read after it, or a part of the module is on the meta device at the end.
+    strategy that does not shard. ValueError if layers are added after the first call of `fully_shard`, values were
+    written before it to a model whose weights are read after it, or a part is on the meta device at the end.
     """
     if trainer is None or not shards_module(trainer):
         yield

@@ -99,7 +99,7 @@ def _recomputed_forward(block: nn.Module, own: Callable[..., Any] | None, *args:
 def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Two or more children of one class in the outermost containers; recomputing a single layer saves no memory."""
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        blocks = [child for child in _flat(module) if _is_block(child)]
+        blocks = [child for child in _flat(module) if not isinstance(child, QLoRALinear) and adapted_layers(child)]
         classes = Counter(type(block) for block in blocks)
         repeated = [block for block in blocks if classes[type(block)] > 1]
         if repeated:
@@ -116,7 +116,3 @@ def _flat(container: nn.ModuleList | nn.Sequential) -> Iterator[nn.Module]:
             yield from _flat(child)
         elif child is not None:
             yield child
-
-
-def _is_block(child: nn.Module) -> bool:
-    return not isinstance(child, QLoRALinear) and bool(adapted_layers(child))

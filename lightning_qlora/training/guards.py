@@ -19,12 +19,7 @@ from lightning_qlora.lightning_copies import classes
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse a launcher that loses the adapters, and callbacks that work on weights which conversion replaces.
-
-    Raises:
-        RuntimeError: If the processes are spawned or forked from this one, or a callback holds a copy of the module
-            made before conversion, prunes weights, or freezes and unfreezes parameters.
-    """
+    """RuntimeError for a launcher that loses the adapters, and for callbacks on weights that conversion replaces."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, classes(_MultiProcessingLauncher)):
         raise RuntimeError(

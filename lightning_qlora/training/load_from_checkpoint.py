@@ -13,8 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, check_config_patterns, read_conversion, saved_layers
-from lightning_qlora.files.lightning_checkpoint import check_crc, one_line_errors, read_checkpoint
-from lightning_qlora.files.regular_file import is_file
+from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.names import named
 from lightning_qlora.training.convert import convert_module
@@ -37,8 +36,7 @@ def load_from_checkpoint(
         module_class: The class that was trained; it must load the base model itself, as for training.
         checkpoint_path: A checkpoint of the Trainer or of ModelCheckpoint, in one file or in shards.
         map_location: As in `torch.load`; shards are loaded to host memory.
-        weights_only: As in `LightningModule.load_from_checkpoint`; False loads hyperparameters of any class, and can
-            run code that the file contains. None is True for a folder and for an http address, too.
+        weights_only: As in `torch.load`; False loads hyperparameters of any class, and can run code of the file.
         **hyperparameters: Arguments of the class that replace those in the checkpoint. A network among them must be
             passed, since checkpoints don't hold it; with checkpoint="full" weights_only=False builds it anew.
 
@@ -49,25 +47,20 @@ def load_from_checkpoint(
         ValueError: If the checkpoint was not saved from a converted module, or contains what weights_only refuses.
         CheckpointMismatchError: If the class builds a base model other than the one of the training.
     """
-    if os.path.isdir(checkpoint_path):
-        checkpoint = read_checkpoint(checkpoint_path, weights_only is not False)
-    else:
-        if "://" not in str(checkpoint_path) and not is_file(checkpoint_path):
-            raise FileNotFoundError(f"checkpoint_path={str(checkpoint_path)!r}: no such file.")
-        if weights_only is None and str(checkpoint_path).startswith("http"):
-            weights_only = True  # Lightning runs the code of a file from the network
-        check_crc(checkpoint_path)
+    weights_only = weights_only is not False  # None: Lightning runs the code of a file from the network
+    if "://" in str(checkpoint_path):
         with one_line_errors(checkpoint_path):
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
-    if not isinstance(checkpoint, dict):
-        checkpoint = {}
-    if not any(last_part(str(key)) == CONFIG_KEY for key in checkpoint.get("state_dict", {})):
+    else:  # a file is mapped, so that its values are not read here
+        checkpoint = read_checkpoint(checkpoint_path, weights_only)
+    held = checkpoint if isinstance(checkpoint, dict) else {}
+    if not any(last_part(str(key)) == CONFIG_KEY for key in held.get("state_dict", {})):
         raise ValueError(
             f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "
             f"{module_class.__name__}.load_from_checkpoint."
         )
     with named(checkpoint_path):
-        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, weights_only is False)
+        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, not weights_only)
 
     def convert(module: nn.Module, state: Mapping[str, Any]) -> None:
         with named(checkpoint_path):

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
@@ -27,15 +28,18 @@ from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import check_crc, is_shards, names_in_shards, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.dtensor import clip_grad_norm
-from lightning_qlora.layers.patches import wrap_once
+from lightning_qlora.layers.patches import replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
-from lightning_qlora.lightning_copies import classes, modules
+from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.state_8bit import is_8bit
 from lightning_qlora.optim.whole_state import load_whole_state
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
+
+STYLES, BY_DIMENSION = "torch.distributed.tensor.parallel.style", ("ColwiseParallel", "RowwiseParallel")
+SUMMARY = "lightning.pytorch.utilities.model_summary.model_summary"
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -75,7 +79,8 @@ def replace_average(callback: Any, average: nn.Module) -> None:
     callback._average_model = average
 
 
-def convert_before_checkpoint_is_restored() -> None:
+@replaces("lightning.pytorch.trainer.call:_call_configure_model")
+def convert_before_checkpoint_is_restored(original: Any, trainer: Any) -> None:
     """Give the plugin the Trainer during `configure_model`, and convert the module right after it.
 
     Upstream: lightning/pytorch/trainer/call.py, _call_configure_model. Next, Trainer._run restores the checkpoint (on
@@ -86,13 +91,8 @@ def convert_before_checkpoint_is_restored() -> None:
     Trainer of the environment; Strategy.restore_checkpoint_after_setup also delays callbacks and `on_load_checkpoint`.
     Removed by: a hook of Precision between `configure_model` and the restore.
     """
-
-    def convert(original: Any, trainer: Any) -> None:
-        with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):
-            original(trainer)
-
-    for call in modules("lightning.pytorch.trainer.call"):
-        wrap_once(call, "_call_configure_model", convert)
+    with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):
+        original(trainer)
 
 
 def requeue_between_batches(trainer: Any) -> None:
@@ -123,7 +123,10 @@ def requeue_between_batches(trainer: Any) -> None:
     trainer.callbacks.append(LambdaCallback(on_train_batch_end=after_batch))
 
 
-def clip_gradients_of_fabric() -> None:
+@replaces("lightning.fabric.strategies.strategy:Strategy.clip_gradients_norm")
+def clip_gradients_of_fabric(
+    original: Any, strategy: Any, module: nn.Module, optimizer: Optimizer, *args: Any, **kwargs: Any
+) -> Any:
     """Let `fabric.clip_gradients(max_norm=...)` clip layers that a plan splits over ranks together with others.
 
     Upstream: lightning/fabric/strategies/strategy.py, Strategy.clip_gradients_norm: torch's clip_grad_norm_ takes no
@@ -132,18 +135,14 @@ def clip_gradients_of_fabric() -> None:
     `Precision.clip_grad_by_norm`, which the plugin has.
     Removed by: clip_grad_norm_ of torch taking them.
     """
-
-    def clip(original: Any, strategy: Any, module: nn.Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not _is_converted(module):
-            return original(strategy, module, optimizer, *args, **kwargs)
-        strategy.precision.unscale_gradients(optimizer)
-        return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
-
-    for strategy in modules("lightning.fabric.strategies.strategy"):
-        wrap_once(strategy.Strategy, "clip_gradients_norm", clip)
+    if not _is_converted(module):
+        return original(strategy, module, optimizer, *args, **kwargs)
+    strategy.precision.unscale_gradients(optimizer)
+    return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
 
 
-def split_4_bit_layers_of_plans() -> None:
+@replaces(*(f"{STYLES}:{style}._partition_{kind}_fn" for style in BY_DIMENSION for kind in ("linear", "embedding")))
+def split_4_bit_layers_of_plans(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
     """Let ColwiseParallel and RowwiseParallel of `parallelize_module` split 4-bit layers.
 
     Upstream: torch/distributed/tensor/parallel/style.py, _partition_linear_fn: by outputs all parameters are split in
@@ -152,28 +151,26 @@ def split_4_bit_layers_of_plans() -> None:
     `register_parameter`, which sees what a style made of one parameter after the other.
     Removed by: a method of nn.Linear that splits its parameters.
     """
-    styles: Any = import_module("torch.distributed.tensor.parallel")
+    if isinstance(module, QLoRALinear):
+        split(module, mesh, isinstance(style, RowwiseParallel))
+    elif isinstance(module, TrainableTokens):
+        raise ValueError(SPLIT_TOKENS)
+    else:
+        original(style, name, module, mesh)
 
-    def partition(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
-        if isinstance(module, QLoRALinear):
-            split(module, mesh, isinstance(style, styles.RowwiseParallel))
-        elif isinstance(module, TrainableTokens):
-            raise ValueError(SPLIT_TOKENS)
-        else:
-            original(style, name, module, mesh)
 
-    def frozen_stay(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-        original(module, *args, **kwargs)
-        for name in frozen:
-            module.get_parameter(name).requires_grad_(False)
-        return module
+@replaces(*([f"{STYLES}:distribute_module"] if torch.__version__ < TorchVersion("2.11") else []))
+def keep_frozen_while_distributed(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Let frozen parameters stay frozen in a module that `parallelize_module` of torch 2.10 and older distributes.
 
-    for style in (styles.ColwiseParallel, styles.RowwiseParallel):
-        wrap_once(style, "_partition_linear_fn", partition)
-        wrap_once(style, "_partition_embedding_fn", partition)
-    if torch.__version__ < TorchVersion("2.11"):  # which makes all that it distributes trainable
-        wrap_once(import_module("torch.distributed.tensor.parallel.style"), "distribute_module", frozen_stay)
+    Upstream: torch/distributed/tensor/_api.py, distribute_module, makes all that it distributes trainable.
+    Removed by: support for torch 2.10 ending.
+    """
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    original(module, *args, **kwargs)
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return module
 
 
 @contextmanager
@@ -245,7 +242,10 @@ def shard_bytes() -> None:
     wrap_once(upstream.FSDPParam, "init_dtype_attrs", keep_bytes)
 
 
-def load_full_state_dicts_into_sharded_modules() -> None:
+@replaces("lightning.fabric.strategies.model_parallel:_load_raw_module_state")
+def load_full_state_dicts_into_sharded_modules(
+    original: Any, state_dict: Any, module: nn.Module, world_size: int = 1, strict: bool = True
+) -> None:
     """Load a checkpoint in one file into a converted module that is sharded by the module's own load_state_dict.
 
     Upstream: lightning/fabric/strategies/model_parallel.py, _load_raw_module_state, loads parameter by parameter and
@@ -253,18 +253,14 @@ def load_full_state_dicts_into_sharded_modules() -> None:
     Supported ways tried: `strict_loading=False` of the LightningModule; it would also accept missing adapters.
     Removed by: upstream calling load_state_dict of the module, which accepts whole tensors.
     """
-
-    def load(original: Any, state_dict: Any, module: nn.Module, world_size: int = 1, strict: bool = True) -> None:
-        if _is_converted(module):
-            module.load_state_dict(state_dict, strict=strict)
-        else:
-            original(state_dict, module, world_size, strict)
-
-    for strategy in modules("lightning.fabric.strategies.model_parallel"):
-        wrap_once(strategy, "_load_raw_module_state", load)
+    if _is_converted(module):
+        module.load_state_dict(state_dict, strict=strict)
+    else:
+        original(state_dict, module, world_size, strict)
 
 
-def load_optimizer_states_as_saved() -> None:
+@replaces(*(f"lightning.{package}.strategies.model_parallel:_load_checkpoint" for package in ("fabric", "pytorch")))
+def load_optimizer_states_as_saved(original: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     """Load optimizer state into sharded parameters from one file, and 8-bit state from any number of shards.
 
     Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, takes the numbers in the state for places
@@ -273,29 +269,24 @@ def load_optimizer_states_as_saved() -> None:
     Supported ways tried: none; the strategy calls no hook between reading the file and `set_optimizer_state_dict`.
     Removed by: upstream numbering the parameters of the optimizer, and a hook of Optimizer for resharding its state.
     """
-
-    def load(original: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
-        converted = any(_is_converted(value) for value in state.values() if isinstance(value, nn.Module))
-        in_shards, weights_only = is_shards(path), kwargs.get("weights_only") is not False
-        in_8bit = in_shards and any(is_8bit({last_part(name): 0}) for name in names_in_shards(path, weights_only))
-        if not converted or (in_shards and not in_8bit):
-            return original(path, state, *args, **kwargs)
-        rest = {key: value for key, value in state.items() if key not in optimizers}
-        left = original(path, rest, *args, **kwargs)
-        state.update(rest)
-        saved = read_checkpoint(path, weights_only, optimizers) if in_shards else left
-        of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
-        for number, (key, optimizer) in enumerate(optimizers.items()):
-            load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
-        return left
-
-    for name in ("lightning.fabric.strategies.model_parallel", "lightning.pytorch.strategies.model_parallel"):
-        for strategy in modules(name):
-            wrap_once(strategy, "_load_checkpoint", load)
+    optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
+    converted = any(_is_converted(value) for value in state.values() if isinstance(value, nn.Module))
+    in_shards, weights_only = is_shards(path), kwargs.get("weights_only") is not False
+    in_8bit = in_shards and any(is_8bit({last_part(name): 0}) for name in names_in_shards(path, weights_only))
+    if not converted or (in_shards and not in_8bit):
+        return original(path, state, *args, **kwargs)
+    rest = {key: value for key, value in state.items() if key not in optimizers}
+    left = original(path, rest, *args, **kwargs)
+    state.update(rest)
+    saved = read_checkpoint(path, weights_only, optimizers) if in_shards else left
+    of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
+    for number, (key, optimizer) in enumerate(optimizers.items()):
+        load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
+    return left
 
 
-def load_shards_on_one_device() -> None:
+@replaces("lightning.fabric.plugins.io.torch_io:TorchCheckpointIO.load_checkpoint")
+def load_shards_on_one_device(original: Any, io: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
     """Load a checkpoint of a converted module in shards under a strategy that does not shard.
 
     Upstream: lightning/fabric/plugins/io/torch_io.py, TorchCheckpointIO.load_checkpoint, opens the folder as a file.
@@ -303,19 +294,15 @@ def load_shards_on_one_device() -> None:
     (KeyError: 'model'); another CheckpointIO, which the user passes beside the plugin.
     Removed by: TorchCheckpointIO reading both kinds of checkpoint that Lightning writes.
     """
-
-    def load(original: Any, io: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_shards(path):
-            weights_only = kwargs.get("weights_only") is not False
-            if any(last_part(name) == CONFIG_KEY for name in names_in_shards(path, weights_only)):
-                return read_checkpoint(path, weights_only)
-        return original(io, path, *args, **kwargs)
-
-    for torch_io in modules("lightning.fabric.plugins.io.torch_io"):
-        wrap_once(torch_io.TorchCheckpointIO, "load_checkpoint", load)
+    if is_shards(path):
+        weights_only = kwargs.get("weights_only") is not False
+        if any(last_part(name) == CONFIG_KEY for name in names_in_shards(path, weights_only)):
+            return read_checkpoint(path, weights_only)
+    return original(io, path, *args, **kwargs)
 
 
-def allow_keys_without_attributes() -> None:
+@replaces("torch.distributed.checkpoint.state_dict:_get_fqns")
+def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Accept keys in the state dict of a converted module that are not names of its attributes, such as fingerprints.
 
     Upstream: torch/distributed/checkpoint/state_dict.py, _get_fqns, follows the module's attributes to remove the
@@ -324,19 +311,20 @@ def allow_keys_without_attributes() -> None:
     `get_extra_state`, and the root, which holds the configuration and a fingerprint, is the user's module.
     Removed by: upstream keeping keys that name no attribute.
     """
-
-    def names(original: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(model, name, *args, **kwargs)
-        except AttributeError:
-            if not _is_converted(model):
-                raise
-            return {name}
-
-    wrap_once(import_module("torch.distributed.checkpoint.state_dict"), "_get_fqns", names)
+    try:
+        return original(model, name, *args, **kwargs)
+    except AttributeError:
+        if not _is_converted(model):
+            raise
+        return {name}
 
 
-def check_crc_before_loading() -> None:
+@replaces(
+    "lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.resume_start",
+    "lightning.fabric.fabric:Fabric.load",
+    "lightning.fabric.fabric:Fabric.load_raw",
+)
+def check_crc_before_loading(original: Any, loader: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Compare a checkpoint with its CRC-32 before a Trainer or a Fabric with the plugin loads any of it.
 
     Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, resume_start, and load and load_raw of
@@ -345,21 +333,14 @@ def check_crc_before_loading() -> None:
     hook of a plugin or a module gets the path of a Fabric checkpoint, or the Trainer's before its index is unpickled.
     Removed by: torch.load comparing the CRC-32 that torch.save writes (torch/serialization.py).
     """
-
-    def load(original: Any, loader: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        plugin = loader._precision if hasattr(loader, "_precision") else loader.trainer.precision_plugin
-        if path is not None and hasattr(plugin, "convert_for_trainer"):
-            check_crc(path)
-        return original(loader, path, *args, **kwargs)
-
-    for connector in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        wrap_once(connector._CheckpointConnector, "resume_start", load)
-    for fabric in modules("lightning.fabric.fabric"):
-        wrap_once(fabric.Fabric, "load", load)
-        wrap_once(fabric.Fabric, "load_raw", load)
+    plugin = loader._precision if hasattr(loader, "_precision") else loader.trainer.precision_plugin
+    if path is not None and hasattr(plugin, "convert_for_trainer"):
+        check_crc(path)
+    return original(loader, path, *args, **kwargs)
 
 
-def leave_networks_out_of_hyperparameters() -> None:
+@replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")
+def leave_networks_out_of_hyperparameters(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
     """Let checkpoints of a converted module hold no second copy of its base among the hyperparameters.
 
     Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, puts `module.hparams` into
@@ -369,17 +350,16 @@ def leave_networks_out_of_hyperparameters() -> None:
     `self.hparams.net`.
     Removed by: a hook of Precision that gets the complete checkpoint.
     """
-
-    def dump(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = original(connector, *args, **kwargs)
-        leave_out_networks(checkpoint, connector.trainer.lightning_module)
-        return checkpoint
-
-    for connectors in modules("lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        wrap_once(connectors._CheckpointConnector, "dump_checkpoint", dump)
+    checkpoint = original(connector, *args, **kwargs)
+    leave_out_networks(checkpoint, connector.trainer.lightning_module)
+    return checkpoint
 
 
-def count_weights_in_model_summary() -> None:
+@replaces(
+    f"{SUMMARY}:LayerSummary.num_parameters", f"{SUMMARY}:ModelSummary.total_parameters",
+    f"{SUMMARY}:ModelSummary.model_size",
+)  # fmt: skip
+def count_weights_in_model_summary(original: Any, summary: Any) -> Any:
     """Let Lightning's ModelSummary count the weights of 4-bit layers, and the bytes that all parameters really take.
 
     Upstream: lightning/pytorch/utilities/model_summary/model_summary.py: LayerSummary.num_parameters and
@@ -388,23 +368,16 @@ def count_weights_in_model_summary() -> None:
     Supported ways tried: none; the callback chooses its summary class by the strategy (DeepSpeedSummary).
     Removed by: ModelSummary asking a module for its number of parameters and bytes.
     """
-
-    def layer_parameters(original: Any, layer: Any) -> Any:
-        return original(layer) + weights_minus_elements(layer._module)
-
-    def all_parameters(original: Any, model: Any) -> Any:
-        return original(model) + weights_minus_elements(model._model)
-
-    def megabytes(original: Any, model: Any) -> Any:
-        return parameter_bytes(model._model) / 1e6 if _is_converted(model._model) else original(model)
-
-    for summary in modules("lightning.pytorch.utilities.model_summary.model_summary"):
-        wrap_once(summary.LayerSummary, "num_parameters", layer_parameters)
-        wrap_once(summary.ModelSummary, "total_parameters", all_parameters)
-        wrap_once(summary.ModelSummary, "model_size", megabytes)
+    module = summary._module if hasattr(summary, "_module") else summary._model
+    if original.__name__ == "model_size":
+        return parameter_bytes(module) / 1e6 if _is_converted(module) else original(summary)
+    return original(summary) + weights_minus_elements(module)
 
 
-def count_weights_in_transformers() -> None:
+@replaces("transformers.modeling_utils:PreTrainedModel.num_parameters")
+def count_weights_in_transformers(
+    original: Any, model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> Any:
     """Let `num_parameters()` of a transformers model count the weights of 4-bit layers, if transformers is loaded.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.num_parameters, which counts elements; it knows 4-bit
@@ -412,18 +385,12 @@ def count_weights_in_transformers() -> None:
     Supported ways tried: none; an HfQuantizer is not asked.
     Removed by: num_parameters asking the quantizer, or the module, for the number of weights.
     """
-    upstream: Any = sys.modules.get("transformers.modeling_utils")
-    if upstream is None:
-        return
-
-    def count(original: Any, model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> Any:
-        more = 0 if only_trainable else weights_minus_elements(model)
-        return original(model, only_trainable, exclude_embeddings) + more
-
-    wrap_once(upstream.PreTrainedModel, "num_parameters", count)
+    more = 0 if only_trainable else weights_minus_elements(model)
+    return original(model, only_trainable, exclude_embeddings) + more
 
 
-def explain_adapter_checkpoints() -> None:
+@replaces("torch.nn:Module.load_state_dict")
+def explain_adapter_checkpoints(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a module that is not converted refuse the state of a converted one, and say how to load it.
 
     Upstream: torch/nn/modules/module.py, Module.load_state_dict, which LightningModule.load_from_checkpoint
@@ -432,29 +399,25 @@ def explain_adapter_checkpoints() -> None:
     Supported ways tried: `on_load_checkpoint` belongs to the user's module, and is none of other modules.
     Removed by: a hook of Lightning for the state of a plugin that is not used, and of torch for state dicts.
     """
-
-    def load(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        if CONFIG_KEY in state_dict and (convert := _converting.get()) and conversion_of(module) is None:
-            convert(module, state_dict)
-        held = {last_part(str(key)) for key in state_dict}
-        of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
-        # A conversion may have found no layer that is large enough; then everything trains in full.
-        if not adapted_layers(module) and (of_layers or (CONFIG_KEY in held and not _is_converted(module))):
-            name = type(module).__name__
-            what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
-            if not isinstance(module, classes(LightningModule)):
-                raise ValueError(
-                    f"{what}Call lightning_qlora.convert with the arguments of the training before; for code that "
-                    "loads into the dense module, call lightning_qlora.merge before it saves."
-                )
+    if CONFIG_KEY in state_dict and (convert := _converting.get()) and conversion_of(module) is None:
+        convert(module, state_dict)
+    held = {last_part(str(key)) for key in state_dict}
+    of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
+    # A conversion may have found no layer that is large enough; then everything trains in full.
+    if not adapted_layers(module) and (of_layers or (CONFIG_KEY in held and not _is_converted(module))):
+        name = type(module).__name__
+        what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
+        if not isinstance(module, classes(LightningModule)):
             raise ValueError(
-                f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
-                "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
-                "before it restores the checkpoint."
+                f"{what}Call lightning_qlora.convert with the arguments of the training before; for code that "
+                "loads into the dense module, call lightning_qlora.merge before it saves."
             )
-        return original(module, state_dict, *args, **kwargs)
-
-    wrap_once(nn.Module, "load_state_dict", load)
+        raise ValueError(
+            f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
+            "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
+            "before it restores the checkpoint."
+        )
+    return original(module, state_dict, *args, **kwargs)
 
 
 _converting: ContextVar[Callable[[nn.Module, Any], None] | None] = ContextVar("converting", default=None)

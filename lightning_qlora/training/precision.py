@@ -21,10 +21,11 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
+from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
+from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.patches import call_on_setup_optimizer
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
@@ -300,17 +301,7 @@ def _precision_class(module: nn.Module | None) -> type[Any]:
 def _fit_into_loaded_packages() -> None:
     """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
     inherit_from_copies(QLoRAPrecision)
-    call_on_setup_optimizer()
-    patches.convert_before_checkpoint_is_restored()
-    patches.load_full_state_dicts_into_sharded_modules()
-    patches.load_optimizer_states_as_saved()
-    patches.load_shards_on_one_device()
-    patches.clip_gradients_of_fabric()
-    patches.allow_keys_without_attributes()
-    patches.check_crc_before_loading()
-    patches.leave_networks_out_of_hyperparameters()
-    patches.count_weights_in_model_summary()
-    patches.explain_adapter_checkpoints()
+    make_changes("lightning", "torch")
 
 
 _fit_into_loaded_packages()

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qlora import convert
 from lightning_qlora.tools.cli import main
-from lightning_qlora.tools.devices import Traffic
+from lightning_qlora.tools.devices import FROZEN, GRADIENTS, TRAINED, traffic
 from tests.toys import ids, toy
 
 pytest.importorskip("transformers")
@@ -46,15 +46,15 @@ def test_what_fsdp2_and_hsdp_send_is_planned_to_the_byte(replicas, shards, polic
     model = toy("llama")
     convert(model, r=8, lora_dropout=0.0)
     # Dense frozen weights are cast too, so that only bytes and adapters differ from the plan.
-    planned = Traffic.of(model.bfloat16() if policy else model, replicas, shards)
+    planned = traffic(model.bfloat16() if policy else model, replicas, shards)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh, **policy)
     with Count() as counted:
         model.train()(input_ids=ids(), labels=ids()).loss.backward()
     share, found = (shards - 1) / shards, counted.bytes
-    assert found["gather"] * share == planned.weights + planned.adapters
+    assert found["gather"] * share == planned[FROZEN] + planned[TRAINED]
     reduced = found["scatter"] * share + found["reduce"] * 2 * (replicas - 1) / replicas
-    assert reduced == (2 if policy else 1) * planned.gradients  # reduced in fp32
+    assert reduced == (2 if policy else 1) * planned[GRADIENTS]  # reduced in fp32
 
 
 def test_the_plan_of_several_devices(tmp_path, capsys):

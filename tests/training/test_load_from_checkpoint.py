@@ -107,7 +107,7 @@ def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
 
 def test_a_path_that_is_no_file_is_named():
     for path in ("", "no.ckpt"):
-        with pytest.raises(FileNotFoundError, match=f"checkpoint_path='{path}': no such file"):
+        with pytest.raises(FileNotFoundError, match=f"{path}: no such file"):
             load_from_checkpoint(Classifier, path)
 
 

@@ -36,11 +36,7 @@ from lightning_qlora.training.calibration.trainer_batches import next_batches, r
 
 
 class Calibration:
-    """Collects the inputs of a converted module's layers and initializes their adapters from them.
-
-    Attributes:
-        report: The state of the calibration.
-    """
+    """Collects the inputs of a converted module's layers and initializes their adapters; `report` has its state."""
 
     def __init__(self, root: nn.Module, config: QLoRAConfig, sharded: bool = False) -> None:
         self._config, self._collecting, self._reported, self._warned = config, False, False, False

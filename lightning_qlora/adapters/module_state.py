@@ -90,11 +90,11 @@ def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def check_config_patterns(config: QLoRAConfig, state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for a regular expression of a checkpoint that may take years to match with a name in it."""
-    length = max((len(owner_name(key)) for key in state_dict), default=0)
+    names = {owner_name(key) for key in state_dict}
     for argument in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         value: Any = getattr(config, argument) or []
         if isinstance(value, (str, dict)):  # of a list: endings of names
-            check_few_ways(argument, [value] if isinstance(value, str) else value, length)
+            check_few_ways(argument, [value] if isinstance(value, str) else value, names)
 
 
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:

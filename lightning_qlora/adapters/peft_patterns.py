@@ -1,7 +1,7 @@
 """Regular expressions from a file of someone else: refused if Python's `re` could run for years with them."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_qlora.checks import check_dict, check_patterns
 # The parser of `re`, which has no public name.
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 LONGEST = 4000  # characters of an expression
-MOST_WAYS = 10**7  # in which `re` may match the expressions of a file with one name; it tries about as many in a second
+MOST_WAYS = 10**8  # in which `re` may match the expressions of a file with its names; it tries a tenth of it in a second
 
 
 def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
@@ -21,11 +21,11 @@ def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any],
     check_patterns(name, patterns, check)
 
 
-def check_few_ways(argument: str, patterns: Iterable[str], length: int) -> None:
-    """Raise ValueError if `re` may try too many ways to match patterns with a name of this length, as (a+)+$."""
-    total = 0
+def check_few_ways(argument: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    """Raise ValueError if `re` may try too many ways to match patterns with the names of layers, as (a+)+$."""
+    total, length = 0, max(map(len, names), default=0)
     for pattern in patterns:
-        total += _ways(_parser.parse(pattern), length)
+        total += len(names) * _ways(_parser.parse(pattern), length)
         if total > MOST_WAYS:
             raise ValueError(
                 f"{argument}: {pattern[:80]!r} may take years to match. Write the names of the layers in the file; or "

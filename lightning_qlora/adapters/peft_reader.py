@@ -101,7 +101,7 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
     if not parts:
         raise ValueError("holds no lora_A and lora_B.")
     with named(CONFIG_FILE):
-        check_few_ways("alpha_pattern", config.get("alpha_pattern") or {}, max(map(len, parts)))
+        check_few_ways("alpha_pattern", config.get("alpha_pattern") or {}, parts)
     layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
     quantization = metadata_entry(metadata, QUANTIZATION)
     check_quantization(quantization, f"its metadata {QUANTIZATION!r}")

@@ -41,7 +41,7 @@ def with_patterns(patterns, folder):
     return path
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$b", "((a*)*)*b", "(a{1,1000}){1,1000}b", "(a|b|ab)*c"])
+@pytest.mark.parametrize("pattern", ["(a+)+$b", "((a*)*)*b", "(a{1,1000}){1,1000}b", "(a|b|ab|abc)*c"])
 def test_no_pattern_hangs(pattern, tmp_path):
     path, start = with_patterns({pattern: 2}, tmp_path), time.perf_counter()
     with pytest.raises(ValueError, match=f"{path.name}: alpha_pattern: .* may take years to match"):
@@ -51,7 +51,7 @@ def test_no_pattern_hangs(pattern, tmp_path):
 
 def test_many_patterns_that_are_slow_together_are_refused():
     with pytest.raises(ValueError, match="may take years to match"):
-        check_few_ways("alpha_pattern", [f"{i}.*.*.*.*" for i in range(200)], 60)
+        check_few_ways("alpha_pattern", [f"{i}.*.*.*.*" for i in range(200)], ["a" * 60])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ COMMON = [
 
 def test_patterns_of_a_checkpoint_are_refused_if_they_can_hang():
     for pattern in COMMON:
-        check_few_ways("target_modules", [pattern], 60)
+        check_few_ways("target_modules", [pattern], ["a" * 60] * 500)
     for pattern in HOSTILE if sys.version_info >= (3, 11) else HOSTILE[:-1]:  # atomic groups
         with pytest.raises(ValueError, match=r"^exclude_modules: .* may take years to match"):
-            check_few_ways("exclude_modules", [pattern], 60)
+            check_few_ways("exclude_modules", [pattern], ["a" * 60])

@@ -245,7 +245,7 @@ def check_packed_initialization(config: QLoRAConfig) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # torch.compile can't trace a question to the driver
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
 def _has_bf16(device: str) -> bool:
     """Whether the card computes in bf16. A Turing card (T4) emulates it, slower than fp32, so fp32 models stay in fp32.
 

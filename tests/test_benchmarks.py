@@ -224,6 +224,18 @@ def test_failed_tests_are_printed_although_their_cell_ran(tmp_path, monkeypatch,
     assert "    test_a: no\n" in printed
 
 
+def test_a_new_machine_checks_the_kernels_before_its_first_cell(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(gpu_day, "card_name", lambda: "a card")
+    monkeypatch.setattr(gpu_day, "install_tiles", lambda records: None)
+    monkeypatch.setattr(gpu_day, "check_kernels", lambda: checked.append(True))
+    monkeypatch.setattr(gpu_day, "Day", lambda _, out, *rest: Scripted(out, {}))
+    for cell in ("check", "check", "card"):  # the cell "check" does so itself; the second time nothing is left
+        assert not checked
+        assert gpu_day.main(["--state", str(tmp_path), "--any-commit", "--only", cell]) == 0
+    assert checked == [True]
+
+
 def test_a_card_on_which_the_kernels_do_not_run_is_an_error_at_once(monkeypatch):
     monkeypatch.setattr(card, "describe", lambda device: "plain torch")
     monkeypatch.setattr(card, "backend", lambda device: eager)

@@ -50,7 +50,7 @@ CELLS = (
     Cell("tests_kernels", "tests:kernels", 100, 200, "GPU tests of the ops against the reference"),
     Cell("experts", "experts:measure", 60, 180, "experts of a mixture together against one by one, on one block"),
     Cell("tests_optim", "tests:optim", 45, 120, "GPU tests of paging; at most 1 GiB of unified memory"),
-    Cell("tiles", "tiles:measure", 170, 270, "search for the tiles of the layer's kernels; writes tiles.json"),
+    Cell("tiles", "tiles:measure", 210, 330, "search for the tiles of the layer's kernels; writes tiles.json"),
     Cell("decode", "decode:measure", 30, 90, "decoding against a copy of as many bytes; quantizing an 8B model"),
     Cell("layer", "layer:measure", 60, 150, "one layer with an adapter, 1 to 4096 rows"),
     Cell("step", "step:against_dense", 75, 180, "training step of an 8B-shaped Llama against PEFT on bf16"),

@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
 from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.verdict import verdict
 
 
 def measure(device: torch.device, small: bool) -> Iterator[Row]:
@@ -25,3 +26,6 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
     if search.returncode:
         raise RuntimeError(f"the search ended with status {search.returncode}.")
     yield {"target": tiles.target(device), "tiles_json": tiles.FILE.read_text()}
+    for op, why in verdict(device).items():  # now, or the first cell that uses the new tiles would wait for it
+        if why:
+            yield {"failure": f"{op}, with these tiles: {why}"}

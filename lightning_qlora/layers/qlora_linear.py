@@ -245,13 +245,16 @@ def check_packed_initialization(config: QLoRAConfig) -> None:
         )
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
 def _has_bf16(device: str) -> bool:
     """Whether the card computes in bf16. A Turing card (T4) emulates it, slower than fp32, so fp32 models stay in fp32.
 
     They do not get fp16, which would use its tensor cores: fp16 training diverges in one of five runs according to the
     authors of QLoRA. `compute_dtype="fp16"` chooses it.
     """
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "xpu"
+    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
+
+
+@cache
+def _cuda_has_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -16,7 +16,7 @@ collect_rng_states, set_rng_states = _collect_rng_states, _set_rng_states
 def gather_torch_rng_states() -> list[dict[str, Any]]:
     """State of torch's generators on every rank, in rank order; all ranks must call it, as for saving a checkpoint."""
     own: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a CPU run would take memory of a GPU
         own["cuda"] = torch.cuda.get_rng_state()
     return of_all_ranks(own)
 

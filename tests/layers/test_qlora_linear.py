@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
 from lightning_qlora.layers.initialization.methods import random_adapter
-from lightning_qlora.layers.qlora_linear import _has_bf16
+from lightning_qlora.layers.qlora_linear import _cuda_has_bf16, _has_bf16
 
 
 def converted(layer=None, **arguments):
@@ -389,9 +389,14 @@ def test_an_fp32_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(mo
     """A Turing card counts as supporting bf16 unless emulation is excluded; fp32 is faster there."""
     layer, _ = converted()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    _has_bf16.cache_clear()
+    _cuda_has_bf16.cache_clear()
     try:
         dtype = layer.compute_dtype(types.SimpleNamespace(device=torch.device("cuda")))
     finally:
-        _has_bf16.cache_clear()
+        _cuda_has_bf16.cache_clear()
     assert dtype is (torch.bfloat16 if native else torch.float32)
+
+
+def test_torch_compile_does_not_trace_the_question_whether_a_card_has_bf16():
+    compiled = torch.compile(lambda x: x + _has_bf16("cuda"), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == _has_bf16("cuda")

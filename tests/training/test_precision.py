@@ -231,6 +231,12 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_equal(trainer, tmp_path,
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_checkpoint_of_a_cpu_run_does_not_initialize_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("this initializes CUDA"))
+    assert [state.keys() for state in QLoRAPrecision().state_dict()["random_state"]] == [{"cpu"}]
+
+
 def test_test_best_and_a_checkpoint_in_a_new_process_state(trainer):
     module, run = Classifier(), trainer(plugins=plugin(), max_epochs=2)
     run.fit(module, loader(), loader())

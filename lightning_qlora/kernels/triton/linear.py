@@ -39,7 +39,7 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """See `reference.linear_backward`."""
     grad_xa = lora_down(grad, lora_b.T, scaling)
-    grad_a, grad_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
+    grad_a, grad_b = (of.new_empty(of.shape) for of in (lora_a, lora_b))  # contiguous, as torch.compile was told
     lora_gradients(grad_xa, x, grad_a, xa, grad, grad_b, scaling, p, seed)
     if not needs_x:
         return None, grad_a, grad_b

@@ -22,6 +22,8 @@ from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, number_of_sums, share_memory
 from lightning_qlora.kernels.triton.tiles import NO_TILE, Tile, find_tile
 
+MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
+
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _down_kernel(
@@ -160,7 +162,7 @@ def lora_up(
     """Write s h w^T + bias, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
     (m, n), r = out.shape, w.shape[1]
     tile = _tile("lora_up", h, m, r)
-    if not tile:
+    if not tile or m > MAX_GRID * tile["M"]:
         first = _unread(h) if bias is None else bias.to(h.dtype)
         torch.addmm(first, h, w.to(h.dtype).T, beta=bias is not None, alpha=s, out=out)
         return out if seed is None else dropout(out, p, seed, out=out)

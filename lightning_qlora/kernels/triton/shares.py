@@ -34,8 +34,13 @@ def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 def number_of_shares(tiles: int, programs: int, steps: int) -> int:
-    """Enough shares that all programs are busy, with at least four of the `steps` of the loop for each."""
-    return max(1, min(programs // tiles, steps // 4)) if tiles <= COUNTERS.value else 1
+    """Enough shares that all programs are busy, with at least four of the `steps` of the loop for each.
+
+    One on AMD: on CDNA (MI200, MI300) Triton 3.6 to 3.9 compiles the barrier to `s_barrier` alone, and the wave that
+    counts waits for its own stores only, so the last program could read a share before another wave's part of it is
+    there. LLVM says that its fences do not cover the stores of other waves (llvm-project pull request 161638).
+    """
+    return 1 if torch.version.hip or tiles > COUNTERS.value else max(1, min(programs // tiles, steps // 4))
 
 
 def number_of_sums(shares: int, numel: int) -> int:

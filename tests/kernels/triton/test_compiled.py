@@ -5,6 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -13,6 +14,7 @@ from benchmarks.compile_kernels import SHORT, cases, check, main
 from benchmarks.compiled import recorded
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton.lora_products import MAX_GRID, lora_down, lora_up
 from tests.toys import needs
 
 
@@ -55,6 +57,25 @@ def test_no_kernel_is_left_out():
             case.launch()
         compiled.add(launches[-1].kernel.__name__)
     assert compiled == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+@pytest.mark.parametrize(("hip", "target"), [(None, "sm_90"), ("7.0", "gfx942")])
+def test_programs_share_a_sum_except_on_amd_where_barriers_do_not_wait_for_memory(monkeypatch, hip, target):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    rows = 13 if hip else 12  # launches are cached by their sizes
+    with recorded(target) as launches:
+        lora_down(torch.zeros(rows, 2048, dtype=torch.bfloat16), torch.zeros(16, 2048))
+    assert launches[0].arguments["SPLIT"] == (hip is None)
+
+
+def test_more_rows_than_a_grid_has_programs_for_are_multiplied_by_torch():
+    m = MAX_GRID * tiles.find_tile("lora_up", torch.device("cpu"), MAX_GRID)["M"] + 1
+    h, w = torch.ones(m, 1, dtype=torch.bfloat16), torch.ones(2, 1)
+    with recorded("sm_90") as launches:
+        assert lora_up(h, w, torch.zeros(m, 2, dtype=torch.bfloat16)).sum(dtype=torch.int64) == 2 * m
+        assert not launches
+        lora_up(h[1:], w, torch.zeros(m - 1, 2, dtype=torch.bfloat16))
+    assert launches[0].grid[1] == MAX_GRID
 
 
 def test_a_spilling_tile_fails(table, capsys):

@@ -58,6 +58,14 @@ def test_many_rows_forward_and_backward(dtype, p, has_bias):
                 assert_near(mine, yours, dtype)
 
 
+def test_gradients_are_contiguous_as_torch_compile_is_told():
+    """The shape function says so, and code that Inductor generates reads them by these strides."""
+    weight, x, grad, _, *adapter = layer(64, 64, 4, torch.float16, m=20)
+    a, b = (of.T.contiguous().T for of in adapter)
+    xa = kernels.lora_project(x, a, 0.0, None)
+    assert all(of.is_contiguous() for of in kernels.linear_backward(grad, x, xa, weight, a, b, 0.7, 0.0, None, True))
+
+
 def test_no_dense_weight_is_allocated_twice(monkeypatch):
     weight, x, _, _, lora_a, lora_b = layer(96, 160, 8, torch.float32, m=80)
     forward(kernels, x, weight, None, lora_a, lora_b, 1.0, 0.0, None)

@@ -34,7 +34,7 @@ ALLOWED = {
     "layers/deferred_head.py": {"head.__class__"},
     "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
     "layers/packed_embedding.py": {  # a tensor that it made
-        "layer._parameters.pop('weight')", "layer.__class__", "made._is_param",
+        "layer._parameters.pop('weight')", "layer.__class__",
     },
     # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
     "layers/disable_adapter.py": {"owner._parameters[name]"},

@@ -212,7 +212,10 @@ def refuse_resizing() -> None:
         layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
         rows = len(layers[0].weight)
         wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, FrozenLayer, QLoRALinear)
-        if found := next((layer for layer in layers if wanted != rows and isinstance(layer, kinds)), None):
+        found = next((layer for layer in layers if isinstance(layer, kinds)), None)
+        if found is not None and wanted == rows:
+            return layers[0]
+        if found is not None:
             raise ValueError(
                 f"{type(model).__name__}.resize_token_embeddings: a {type(found).__name__} of {rows} rows can't get "
                 f"{wanted}. Resize the model before it is converted; one that is quantized while it loads, before it "

@@ -198,10 +198,10 @@ def readable_weight(source: Any, transposed: bool = False) -> Tensor:
 
 def readable_parameter(source: Any) -> Tensor:
     """The same, an nn.Parameter for `isinstance`, since transformers ties only these."""
-    made: Any = readable_weight(source)
+    made = readable_weight(source)
     if not torch.compiler.is_compiling():
         made._is_param = True
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

@@ -203,13 +203,16 @@ def refuse_resizing(
     layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
     rows = len(layers[0].weight)
     wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, FrozenLayer, QLoRALinear)
-    if found := next((layer for layer in layers if wanted != rows and isinstance(layer, kinds)), None):
+    found = next((layer for layer in layers if isinstance(layer, kinds)), None)
+    if found is None:
+        return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+    if wanted != rows:
         raise ValueError(
             f"{type(model).__name__}.resize_token_embeddings: a {type(found).__name__} of {rows} rows can't get "
             f"{wanted}. Resize the model before it is converted; one that is quantized while it loads, before it "
             "is saved."
         )
-    return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+    return layers[0]
 
 
 @replaces("peft.tuners.tuners_utils:BaseTuner.inject_adapter", "peft.peft_model:PeftModel.__init__")

@@ -22,7 +22,7 @@ from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.layers.initialization.methods import base_without_data
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
+from lightning_qlora.layers.readable_weight import READ_ONLY, readable_parameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
 PIECE = 1 << 26  # weights of an output embedding that are decoded at a time: 128 MiB in bf16, as a layer of an 8B model
@@ -48,10 +48,7 @@ class FrozenLayer(Derived, PackedLayer):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """W for code that reads it; `F.embedding` and `F.linear` with it decode what they need."""
-        made = readable_weight(self)
-        if not torch.compiler.is_compiling():
-            made._is_param = True  # an nn.Parameter for `isinstance`: transformers ties only these
-        return made
+        return readable_parameter(self)
 
     effective_weight = PackedLayer.decode  # what other code reads
 

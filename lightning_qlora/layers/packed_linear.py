@@ -59,6 +59,10 @@ class PackedLayer(nn.Module):
         packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 
+    def weight_metadata(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+        """Shape [out, in], type and device of the weight that it decodes to."""
+        return self._shape, self.weight_dtype, self._parameters["packed"].device  # type: ignore[union-attr]
+
     @property
     def whole_bytes(self) -> PackedBytes:
         """The same; of a sharded layer it is gathered, so all ranks must read it together."""

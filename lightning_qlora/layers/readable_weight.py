@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 READ_ONLY = (
-    "the weight of a 4-bit layer is read-only, because it is decoded from 4 bits at each use. "
-    "To replace it, call layer.quantize_weight(new_weight). If the model itself writes to it, name the layer in "
-    "exclude_modules, so that it stays dense."
+    "the weight of a 4-bit layer, or of an embedding with rows that train, is read-only, because it is computed at "
+    "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
+    "name the layer in exclude_modules, so that it stays dense."
 )
 
 
@@ -127,17 +127,15 @@ class _Effective(torch.autograd.Function):
 class ReadableWeight(Readable):
     """The weight of one layer, [out, in], or [in, out] if transposed; see the top of this file."""
 
-    _source: Any  # the QLoRALinear, whose own weights are [out, in]
+    _source: Any  # the layer, whose own weights are [out, in]
     _transposed: bool
 
     @staticmethod
     def __new__(cls, source: Any, transposed: bool) -> "ReadableWeight":
         """A tensor with the layer's shape, type and device, and no memory."""
-        weight = source.weight_bytes
-        shape = weight.shape[::-1] if transposed else weight.shape
-        made: ReadableWeight = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=source.weight_dtype, device=weight.packed.device
-        )
+        shape, dtype, device = source.weight_metadata()
+        shape = shape[::-1] if transposed else shape
+        made: ReadableWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made._source, made._transposed = source, transposed
         return made
 
@@ -149,6 +147,10 @@ class ReadableWeight(Readable):
     def detached(self) -> "ReadableWeight":
         """The same without a gradient."""
         return ReadableWeight(self._source, self._transposed)
+
+    def detach(self) -> "ReadableWeight":
+        """The same without a gradient, and no copy, so a write to it is refused, not lost."""
+        return self.detached()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapter."""
@@ -171,8 +173,8 @@ class ReadableWeight(Readable):
             if isinstance(weight, ReadableWeight) and not (weight._transposed or isinstance(x, Readable)):
                 return weight._source.linear_by_weight(x, bias)
         if func is torch.nn.functional.embedding:
-            tokens, weight = _embedding_arguments(*args, **kwargs)
-            if hasattr(weight._source, "lookup") and not weight._transposed:
+            tokens, weight, max_norm = _embedding_arguments(*args, **kwargs)
+            if hasattr(weight._source, "lookup") and not weight._transposed and max_norm is None:
                 return weight._source.lookup(tokens)
         if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
             x, weight = args
@@ -187,11 +189,19 @@ PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 def readable_weight(source: Any, transposed: bool = False) -> Tensor:
-    """The weight of a QLoRALinear for code that reads it: [out, in], or [in, out] if transposed."""
+    """The weight of a layer for code that reads it: [out, in], or [in, out] if transposed."""
     if torch.compiler.is_compiling():  # a graph holds plain tensors; the compiler removes what nobody reads
         weight: Tensor = source.effective_weight()
         return weight.T if transposed else weight
     return ReadableWeight(source, transposed).attached()
+
+
+def readable_parameter(source: Any) -> Tensor:
+    """The same, an nn.Parameter for `isinstance`, since transformers ties only these."""
+    made = readable_weight(source)
+    if not torch.compiler.is_compiling():
+        made._is_param = True
+    return made
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
@@ -199,5 +209,7 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
     return input, weight, bias
 
 
-def _embedding_arguments(input: Any, weight: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-    return input, weight
+def _embedding_arguments(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    return input, weight, max_norm

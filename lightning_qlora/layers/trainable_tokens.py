@@ -3,9 +3,10 @@
     embedding            y = E[tokens]             E: W with the rows `indices` replaced by delta [n, dim]; W is frozen
     output embedding     logits = x E^T + bias
 
-E is never made (PEFT copies W in each call): the class of the layer is called with W and again with delta, and its
-results are put together, so gradients and optimizer state are as large as delta. All layers of a tied weight have one
-delta, in a module of the name that PEFT's files use. Source: peft/tuners/trainable_tokens/layer.py.
+A call does not make E (PEFT copies W in each call): the class of the layer is called with W and again with delta, and
+its results are put together, so gradients and optimizer state are as large as delta. `layer.weight` is E for code that
+reads it. All layers of a tied weight have one delta, in a module of the name that PEFT's files use.
+Source: peft/tuners/trainable_tokens/layer.py.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.packed_embedding import decode_embeddings
+from lightning_qlora.layers.readable_weight import readable_parameter
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
@@ -55,13 +57,44 @@ class TokenAdapter(nn.Module):
 class TrainableTokens(Derived):
     """What `train_tokens` adds to the class of an embedding or output embedding."""
 
-    weight: Tensor
     token_adapter: TokenAdapter  # the rows that train; layers of a tied weight have the same
     dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
+    _parameters: dict[str, Any]
+
+    @property
+    def weight(self) -> Tensor:
+        """E for code that reads it, read-only; see `readable_weight.py`. Of shards, which FSDP2 reads, W alone."""
+        held: Tensor = self.base().weight
+        return held if is_sharded(held) else readable_parameter(self)
+
+    def weight_metadata(self) -> tuple[Any, torch.dtype, torch.device]:
+        """Shape, type and device of the weight."""
+        weight = self.base().weight
+        return weight.shape, weight.dtype, weight.device
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """As in nn.Module; the weight of another such layer is shared."""
+        source = getattr(param, "_source", None)
+        shared = source._parameters.get(name, param) if isinstance(source, TrainableTokens) else param
+        super().register_parameter(name, shared)  # type: ignore[misc]
+
+    @property
+    def _qlora_disabled(self) -> int:
+        return self.token_adapter._qlora_disabled
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The rows that train."""
+        return self.token_adapter.adapter_parameters()
+
+    def base(self) -> Any:
+        """The layer without rows that train."""
+        view = object.__new__(self.dense_class)
+        view.__dict__.update(self.__dict__)
+        return view
 
     def rows(self) -> Tensor:
         """The rows that train, in the type of the weight."""
-        return self.token_adapter.trainable_tokens_delta.to(vars(self).get("weight_dtype") or self.weight.dtype)
+        return self.token_adapter.trainable_tokens_delta.to(self.base().weight.dtype)
 
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
         """What the layer computes with the rows in place of its weight, also where its class scales the result."""
@@ -70,16 +103,36 @@ class TrainableTokens(Derived):
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
         return dense.forward(view, input)  # type: ignore[no-any-return]
 
+    def effective_weight(self) -> Tensor:
+        """E."""
+        weight: Tensor = self.base().weight
+        return weight if self._qlora_disabled else weight.index_copy(0, self.token_adapter.token_indices, self.rows())
 
-class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
+    def effective_weight_backward(self, grad: Tensor, delta: Tensor) -> tuple[Tensor]:
+        """The gradient of the rows from that of E."""
+        return (grad[self.token_adapter.token_indices].to(delta.dtype),)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """What `F.embedding(tokens, layer.weight)` computes."""
+        return F.embedding(tokens, self.effective_weight())
+
+    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `F.linear(x, layer.weight, bias)` computes."""
+        y, indices = F.linear(x, self.base().weight, bias), self.token_adapter.token_indices
+        if self._qlora_disabled:
+            return y
+        return y.index_copy(-1, indices, F.linear(x, self.rows(), bias if bias is None else bias[indices]))
+
+
+class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[override]
     """An embedding with rows that train."""
 
     dense_class = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
         """Tokens [...] -> [..., dim]."""
-        output: Tensor = self.dense_class.forward(self, input)
-        if self.token_adapter._qlora_disabled:
+        output: Tensor = self.base().forward(input)
+        if self._qlora_disabled:
             return output
         indices, order = self.token_adapter.token_indices, self.token_adapter.order
         row = order[torch.searchsorted(indices, input, sorter=order).clamp_max_(len(order) - 1)]
@@ -91,15 +144,15 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):
         return torch.where(trains.unsqueeze(-1), rows, output)
 
 
-class TrainableTokensLinear(TrainableTokens, nn.Linear):
+class TrainableTokensLinear(TrainableTokens, nn.Linear):  # type: ignore[override]
     """An output embedding with rows that train."""
 
     dense_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """Hidden states [..., dim] -> logits [..., vocabulary]."""
-        logits: Tensor = self.dense_class.forward(self, input)
-        if self.token_adapter._qlora_disabled:
+        logits: Tensor = self.base().forward(input)
+        if self._qlora_disabled:
             return logits
         indices = self.token_adapter.token_indices
         bias = self.bias if self.bias is None else self.bias[indices]
@@ -161,7 +214,7 @@ def merge_embeddings(module: nn.Module) -> list[nn.Parameter]:
 
 def remove_tokens(layer: Any) -> None:
     """Make an embedding what it was without rows that train, in place."""
-    vars(layer.weight).pop(ROWS, None)
+    vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
     layer.__class__ = layer.dense_class
     del layer._modules[TOKEN_ADAPTER]
 

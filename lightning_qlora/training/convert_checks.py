@@ -18,6 +18,7 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.new_parameters import OUTSIDE
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
@@ -174,7 +175,7 @@ def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
     kept = {
         full: parameter.numel()
         for name, layer in module.named_modules()
-        if not isinstance(layer, (nn.Embedding, QLoRALinear))
+        if not isinstance(layer, (nn.Embedding, PackedLayer))
         if not is_linear(layer) or "weight" not in layer._parameters  # weight_norm stores others
         for key, parameter in layer._parameters.items()
         if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad

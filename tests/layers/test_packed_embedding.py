@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -344,7 +345,9 @@ def test_a_weight_that_is_written_is_an_error_and_a_tie_by_hand_holds():
             return self.lm_head(x), F.linear(x, self.wte.weight, self.lm_head.bias), x @ self.wte.weight.T
 
     module = Tied()
-    convert(module, **ARGUMENTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(module, **ARGUMENTS)
     called, read, product = module(ids())
     assert torch.equal(called, read) and type(merge(copy.deepcopy(module)).lm_head.bias) is nn.Parameter
     torch.testing.assert_close(product + module.lm_head.bias, called)
@@ -352,6 +355,8 @@ def test_a_weight_that_is_written_is_an_error_and_a_tie_by_hand_holds():
         module.wte.weight = nn.Parameter(torch.zeros(128, 64))
     with pytest.raises(RuntimeError, match="read-only"):
         module.wte.weight.data = torch.zeros(128, 64)
+    with pytest.raises(RuntimeError, match="read-only"):
+        F.embedding(ids(), module.wte.weight, max_norm=1.0)
 
 
 def test_memory_and_an_early_optimizer_have_no_embedding():

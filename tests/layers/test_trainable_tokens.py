@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -73,7 +74,7 @@ def test_the_rows_have_the_gradient_of_the_whole_embedding_and_nothing_else_of_i
     (grad,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(output.loss, loss)
     torch.testing.assert_close(delta(model).grad, grad[TOKENS], atol=1e-5, rtol=1e-3)
-    assert not model.get_input_embeddings().weight.requires_grad
+    assert not model.get_input_embeddings()._parameters["weight"].requires_grad
     assert report.trained_rows == {"shared" if name == "t5" else "model.embed_tokens": len(TOKENS)}
     assert "5 rows train, the others are frozen" in str(report) and " in full" not in report.summary()
 
@@ -122,6 +123,39 @@ def test_a_list_of_peft_is_for_the_input_embedding(tmp_path):
     convert(model, adapter=str(tmp_path))
     expected = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{KEY}"]
     assert torch.equal(delta(model), expected) and get_adapter(model).tokens == {"model.embed_tokens": TOKENS}
+
+
+class Reads(nn.Module):
+    """A language model that reads the weight of its embedding, as Whisper, DeBERTa and SASRec do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(128, 64), nn.Linear(64, 64)
+
+    def forward(self, tokens):
+        weight = self.embed.weight
+        x = self.body(self.embed(tokens) + F.embedding(tokens, weight) + weight[tokens])
+        return F.linear(x, weight, weight[:, 0]) + x @ weight.T + torch.einsum("bte,ve->btv", x, weight)
+
+
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_code_that_reads_the_weight_gets_the_rows_that_train(in_4_bits):
+    torch.manual_seed(0)
+    model = Reads()
+    convert(model, trainable_token_indices=TOKENS, quantize_embeddings=in_4_bits, **ARGUMENTS)
+    whole = merge(copy.deepcopy(perturb(model)))
+    weight = whole.embed.weight.requires_grad_()
+    output, expected = model(ids()), whole(ids())
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    output.square().mean().backward()
+    (grad,) = torch.autograd.grad(expected.square().mean(), weight)
+    of_rows = model.embed.token_adapter.trainable_tokens_delta.grad
+    torch.testing.assert_close(of_rows, grad[TOKENS], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids()), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="read-only"):
+        model.embed.weight.detach()[TOKENS] = 0
+    with disable_adapter(model):
+        assert not torch.equal(model.embed.weight[TOKENS], weight[TOKENS])
 
 
 def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch():
@@ -182,9 +216,9 @@ def test_a_run_writes_them_to_its_checkpoint_and_its_optimizer_has_rows_only(tmp
     assert saved.tokens == here.tokens == {"model.embed_tokens": TOKENS}
     rows = saved.saved[KEY]
     assert saved.saved.keys() == here.saved.keys() == {KEY} and torch.equal(rows, delta(lit.model))
-    assert not torch.equal(rows, lit.model.model.embed_tokens.weight[TOKENS])
+    assert not torch.equal(rows, lit.model.model.embed_tokens._parameters["weight"][TOKENS])
     mean = average([here, get_adapter(converted(tie_word_embeddings=True, scale=0))]).saved[KEY]
-    torch.testing.assert_close(mean, (rows + lit.model.model.embed_tokens.weight[TOKENS]) / 2)
+    torch.testing.assert_close(mean, (rows + lit.model.model.embed_tokens._parameters["weight"][TOKENS]) / 2)
     again = load_from_checkpoint(Lit, tmp_path / "last.ckpt", model=toy("llama", tie_word_embeddings=True))
     assert torch.equal(logits(again.model.eval()), logits(lit.model.eval()))
 
@@ -245,7 +279,7 @@ def test_a_converted_model_stays_so_in_a_module_and_its_base_is_saved_without_th
     model = converted(tie_word_embeddings=True)
     save_quantized(model, tmp_path / "base")
     saved = load_file(tmp_path / "base" / "model.safetensors")
-    assert torch.equal(saved["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert torch.equal(saved["model.embed_tokens.weight"], model.model.embed_tokens._parameters["weight"])
     assert not any("token" in key.removeprefix("model.embed_tokens.weight") for key in saved)
     report = convert(Lit(model), **ARGUMENTS)
     assert report.trained_rows == {"model.model.embed_tokens": len(TOKENS)} and not report.trained_in_full

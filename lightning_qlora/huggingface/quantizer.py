@@ -193,8 +193,8 @@ class QLoRAQuantizer(HfQuantizer):
         for key, chosen in self.chosen.items():
             entry, of_layer = self.folder.entries.get(key), isinstance(chosen, ToConvert)
             found = entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries
-            if found and isinstance(chosen, ToFreeze):
-                if not isinstance(chosen.layers[owner_name(key)], FrozenLayer):  # by the key of a layer tied to it
+            if isinstance(chosen, ToFreeze):
+                if found and not isinstance(chosen.layers[owner_name(key)], FrozenLayer):  # by a layer tied to it
                     weight = quantize(model.get_parameter(key), chosen.config)
                     freeze_in_4_bits([*chosen.layers.values()], weight, chosen.config)
             elif found:

@@ -4,6 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 # Set before torch is imported: pytest-xdist runs as many tests at a time as there are cores.
@@ -23,6 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_qlora
 
 ROOT = Path(__file__).parent.parent
+# Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
+PORTS = count(10_000 + os.getpid() * 50 % 20_000)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -149,11 +154,35 @@ class PackageElsewhere(TorchFunctionMode):
 def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:
     """Run a script whose Trainer starts its ranks itself: what it prints, and what each rank saved in the folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",
+        "MASTER_PORT": str(next(PORTS)),
+    }
     command = [sys.executable, "-m", script, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(devices)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    saved = [folder / f"rank{rank}.pt" for rank in range(devices)]
+    assert done.returncode == 0 and all(path.exists() for path in saved), f"{done.returncode}: {done.stderr[-5000:]}"
+    return done.stdout, [torch.load(path, weights_only=False) for path in saved]
+
+
+def run_rank(main: Callable[..., object]) -> None:
+    """Call `main` with the arguments of the script, and end this rank without the end of the interpreter.
+
+    A thread of gloo may still hold the tensors of the last collective, and the process crashes if the interpreter is
+    gone when they are freed (pytorch pull request 179291). destroy_process_group does not wait for the threads of a
+    group that a module or a cache of torch refers to.
+    """
+    code = 0
+    try:
+        main(*sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def save_shards(folder: Path, values: dict, rest: dict) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import PORTS, ROOT
 from tests.toys import chat_model
 
 pytest.importorskip("transformers")
@@ -76,7 +76,7 @@ def assert_equal(found, expected):
 
 def test_torchrun_starts_all_workers_again(base, whole, tmp_path):
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d"]
-    options += ["--rdzv-endpoint", "localhost:29631", "--rdzv-id", "test"]
+    options += ["--rdzv-endpoint", f"localhost:{next(PORTS)}", "--rdzv-id", "test"]
     agents = start(
         [[*TORCHRUN, *options, *example("machines.py", base, tmp_path)]] * 2,
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OF_THE_TEST=str(tmp_path),
@@ -91,7 +91,7 @@ def test_torchrun_starts_all_workers_again(base, whole, tmp_path):
 def test_a_slurm_job_is_submitted_again(base, whole, tmp_path):
     variables = {
         "SLURM_JOB_ID": "4631", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost",
+        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(next(PORTS)),
     }  # fmt: skip
     command = [sys.executable, *example("machines.py", base, tmp_path)]
     ranks = start([command] * 2, **variables)

@@ -10,7 +10,7 @@ from lightning_qlora.checks import check_dict, check_patterns
 # The parser of `re`, which has no public name.
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 LONGEST = 4000  # characters of an expression
-MOST_WAYS = 10**8  # in which `re` may match the expressions of a file with its names; it tries a tenth of it in a second
+MOST_WAYS = 10**8  # in which `re` may match the expressions and names of a file; it tries 10**7 in a second
 
 
 def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:

@@ -15,7 +15,7 @@ from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.layers.dotted_names import join, parameter_and_number
 from lightning_qlora.layers.names import named_tensors
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.packed_linear import PackedLayer
 
 NO_VALUES = (
     "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
@@ -35,10 +35,10 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     dense: Any = folder.model
     found = dict(named_tensors(dense))
     for name, part in model.named_modules():
-        if isinstance(part, QLoRALinear):
+        if isinstance(part, PackedLayer):
             expert = parameter_and_number(name)
             part.weight_dtype = dense.get_parameter(join(name, "weight") if expert is None else expert[0]).dtype
-            part._is_hf_initialized = part.bias is None  # type: ignore[assignment]
+            part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
         for key, held in part._parameters.items():
             known = found.get(join(name, key))
             if held is not None and known is not None and held.dtype is not known.dtype:

@@ -20,7 +20,7 @@ from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
-from lightning_qlora.layers.packed_embedding import SPLIT_EMBEDDING, FrozenLayer, freeze_in_4_bits, quantize
+from lightning_qlora.layers.packed_embedding import NOT_TIED, SPLIT_EMBEDDING, FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import StackToConvert, ToConvert
@@ -146,10 +146,6 @@ class Quantize(_Operation):
         return self.quantized({name: layer}, key, missing_keys)
 
 
-NOT_TIED = (
-    "differs from the weight that the config of the model ties it to. Set tie_word_embeddings=False in config.json, or "
-    "leave out quantize_embeddings."
-)
 LOAD_WHOLE = (
     "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices "
     "and quantize_embeddings. Load it without one, and call parallelize_module and fully_shard in configure_model."

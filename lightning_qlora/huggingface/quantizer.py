@@ -52,6 +52,7 @@ from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.names import named, named_tensors
+from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
@@ -183,16 +184,20 @@ class QLoRAQuantizer(HfQuantizer):
         is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
         shards_next = self.quantizers.sharding or (getattr(plan, "fsdp_size", None) or 1) > 1
         config = self.quantizers.config
-        needs_values = self.pre_quantized or config.trainable_token_indices or config.quantize_embeddings
+        needs_values = self.pre_quantized or config.trainable_token_indices
         return shards_next and not needs_values and is_folder
 
     def _convert_without_data(self, model: nn.Module, folder: Path) -> None:
         """Convert the layers that the files have, on the meta device."""
         self.folder = ModelFolder(folder, copy.deepcopy(model))
         for key, chosen in self.chosen.items():
-            assert not isinstance(chosen, ToFreeze)
             entry, of_layer = self.folder.entries.get(key), isinstance(chosen, ToConvert)
-            if entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries:
+            found = entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries
+            if isinstance(chosen, ToFreeze):
+                if found and not isinstance(chosen.layers[owner_name(key)], FrozenLayer):  # by a layer tied to it
+                    weight = quantize(model.get_parameter(key), chosen.config)
+                    freeze_in_4_bits([*chosen.layers.values()], weight, chosen.config)
+            elif found:
                 for layer in convert_chosen(key.removesuffix(".weight") if of_layer else key, chosen).values():
                     assert isinstance(layer, QLoRALinear)
                     layer.loaded = True

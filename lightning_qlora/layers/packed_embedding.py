@@ -30,6 +30,10 @@ SPLIT_EMBEDDING = (
     "an embedding in 4 bits (quantize_embeddings) can't be split by tensor parallelism. Leave it, and the output "
     "embedding, out of the plan, or use fully_shard."
 )
+NOT_TIED = (
+    "differs from the weight that the config of the model ties it to. Set tie_word_embeddings=False in config.json, or "
+    "leave out quantize_embeddings."
+)
 STATE = ("config", "_shape", "quant_type", "block_size", "weight_dtype", "_fingerprint", "_base_squares")
 
 
@@ -154,7 +158,7 @@ def frozen_class(dense_class: type[nn.Module]) -> type[nn.Module]:
 
 def quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
     """The 4-bit weight of an embedding, without double quantization."""
-    if not (has_values(weight) or weight.is_meta):  # `estimate_memory`
+    if not has_values(weight):
         return base_without_data(weight.detach(), config, double_quant=False)
     return ops.quantize(weight.detach(), config.quant_type, config.block_size, double_quant=False)
 

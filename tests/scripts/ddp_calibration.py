@@ -1,6 +1,5 @@
 """Run by tests/training/calibration/test_ddp.py: trains a calibrated module in two processes and saves its states."""
 
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_qlora import QLoRAPrecision
-from tests.conftest import Classifier, dataset, make_trainer
+from tests.conftest import Classifier, dataset, make_trainer, run_rank
 
 
 class Experts(Classifier):
@@ -57,4 +56,4 @@ def main(root: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_rank(main)

@@ -1,13 +1,12 @@
 """Run by test_ddp: under strategy="ddp" every rank loads a transformers folder in `configure_model`, in 4 bits."""
 
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_qlora import QLoRAPrecision
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, run_rank
 from tests.toys import Lit
 
 
@@ -21,10 +20,13 @@ class Loaded(Lit):
             self.model = AutoModelForCausalLM.from_pretrained(self.folder)
 
 
-if __name__ == "__main__":
-    root = sys.argv[1]
+def main(root: str) -> None:
     module = Loaded(f"{root}/base")
     run = make_trainer(root, plugins=QLoRAPrecision(r=4), strategy="ddp", devices=2, max_steps=2)
     run.fit(module)
     parameters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     torch.save(parameters, Path(root) / f"rank{run.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    run_rank(main)

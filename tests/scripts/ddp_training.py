@@ -1,6 +1,5 @@
 """Run by test_ddp: trains under strategy="ddp" in as many processes as told and writes each rank's result."""
 
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,20 +7,20 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qlora import QLoRAPrecision, SaveAdapter
-from tests.conftest import Classifier, loader, make_trainer
+from tests.conftest import Classifier, loader, make_trainer, run_rank
 
 
-def main(root: str, epochs: int, ckpt: str | None, devices: int) -> None:
+def main(root: str, epochs: str, ckpt: str, devices: str) -> None:
     pl.seed_everything(1, verbose=False)
     module = Classifier(dropout=0.1, seed=2)
     run = make_trainer(
-        root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp" if devices > 1 else "auto", devices=devices,
-        max_epochs=epochs, use_distributed_sampler=True, logger=CSVLogger(root, name="log", version=0),
-        callbacks=SaveAdapter(Path(root) / "adapters", keep=1),
+        root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp" if devices != "1" else "auto",
+        devices=int(devices), max_epochs=int(epochs), use_distributed_sampler=True,
+        logger=CSVLogger(root, name="log", version=0), callbacks=SaveAdapter(Path(root) / "adapters", keep=1),
     )  # fmt: skip
     if ckpt:
         torch.manual_seed(1000 + run.global_rank)
-    run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt)
+    run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt or None)
     tested = run.test(module, loader(16), verbose=False)
     torch.save(
         {
@@ -36,4 +35,4 @@ def main(root: str, epochs: int, ckpt: str | None, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4]))
+    run_rank(main)

@@ -10,7 +10,6 @@ checkpoint is saved every second step.
 
 import os
 import signal
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.dtensor import gather
 from lightning_qlora.training.calibration.calibration import calibration_of
-from tests.conftest import Classifier, ResumableLoader, make_trainer
+from tests.conftest import Classifier, ResumableLoader, make_trainer, run_rank
 
 TIMEOUT = timedelta(seconds=20)
 FAILING = 1  # the rank
@@ -82,4 +81,4 @@ def main(folder, strategy, failure, step, resume=""):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_rank(main)

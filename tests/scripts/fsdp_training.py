@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, SaveAdapter, save_adapter
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import Classifier, loader, make_trainer
+from tests.conftest import Classifier, loader, make_trainer, run_rank
 from tests.toys import ids
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -164,4 +163,4 @@ def main(root, loop, devices, single_file, *pairs):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_rank(main)

@@ -1,7 +1,6 @@
 """Run by test_load_weights.py on two ranks, and imported there for one: models that are sharded, then loaded."""
 
 import json
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,7 +13,7 @@ from transformers.distributed import DistributedConfig
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, run_rank
 from tests.toys import ids, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -107,4 +106,4 @@ def main(root, devices, *arguments):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_rank(main)

@@ -6,7 +6,6 @@ loaded in bf16. A FOLDER that does not exist is written: a Llama with 572 MiB of
 
 import gc
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, run_rank
 
 
 def anonymous_mb() -> float:
@@ -79,9 +78,9 @@ def write_llama(folder):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main(folder: str, r: str, third: str = "1") -> None:
+    global GGUF, watch
     torch.set_num_threads(1)
-    folder, r, third = (*sys.argv[1:], "1")[:3]
     ranks, GGUF = (int(third), None) if third.isdigit() else (1, third)
     if not Path(folder).exists():
         write_llama(folder)
@@ -99,3 +98,7 @@ if __name__ == "__main__":
     peak, end = watch.peak - watch.base, anonymous_mb() - watch.base
     line = f"{layers} layers, peak {peak:.1f} MB, end {end:.1f} MB, {kept:.1f} MB in parameters\n"
     os.write(1, line.encode())  # one write, so that the lines of two ranks do not mix
+
+
+if __name__ == "__main__":
+    run_rank(main)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from lightning_qlora import (
 )
 from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, run_rank
 from tests.toys import ids, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "block_size": 32}
@@ -262,4 +261,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_rank(main)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
 from lightning_qlora.optim.callback import PagedOptimizer
 from lightning_qlora.optim.paging import optimizer_pages
 from lightning_qlora.optim.paging.pager import Pager
+from tests.conftest import run_rank
 from tests.optim.paging.runs import Regression, data, fit, parameters
 from tests.optim.paging.stand_in import StandIn
 
@@ -101,9 +101,11 @@ def fsdp2_8bit():
             assert torch.equal(loaded.to_local(), dequantize_state(codes, scales, signed=True))
 
 
-{"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[sys.argv[1]]()
-assert stand_in.pools
-assert stand_in.nbytes == 0
-os.write(1, b"bit-equal, all paged, nothing left\n")  # one write, so that two processes cannot mix their lines
-if dist.is_initialized():
-    dist.destroy_process_group()
+def main(mode):
+    {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[mode]()
+    assert stand_in.pools
+    assert stand_in.nbytes == 0
+    os.write(1, b"bit-equal, all paged, nothing left\n")  # one write, so that two processes cannot mix their lines
+
+
+run_rank(main)

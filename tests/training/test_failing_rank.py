@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from tests.conftest import ROOT
+from tests.conftest import PORTS, ROOT
 from tests.scripts.failing_rank import TIMEOUT
 
 pytestmark = pytest.mark.slow
@@ -30,10 +30,10 @@ SLURM |= {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "test"}
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
 
-def run(folder, strategy, failure, step, resume="", end=2, port=29611, launcher=TORCHRUN) -> list[Ended]:
+def run(folder, strategy, failure, step, resume="", end=2, launcher=TORCHRUN) -> list[Ended]:
     """Two processes that nobody stops, each with what torchrun or srun would give it, until this many have ended."""
     folder.mkdir(exist_ok=True)
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS)), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     own |= {"PATH": f"{folder.parent}:{os.environ['PATH']}"} | launcher
     command = [sys.executable, "-m", "tests.scripts.failing_rank", *map(str, (folder, strategy, failure, step, resume))]
     outputs = [folder / f"output{rank}" for rank in range(2)]

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import PLAIN, lora_linear
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.fingerprint import has_values
-from lightning_qlora.layers.initialization.methods import base_without_data
-from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+from lightning_qlora.layers.packed_linear import BASE, PackedLayer, own_names, to_dense
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
@@ -30,7 +29,6 @@ SPLIT_EMBEDDING = (
     "an embedding in 4 bits (quantize_embeddings) can't be split by tensor parallelism. Leave it, and the output "
     "embedding, out of the plan, or use fully_shard."
 )
-STATE = ("config", "_shape", "quant_type", "block_size", "weight_dtype", "_fingerprint", "_base_squares")
 
 
 class FrozenLayer(Derived, PackedLayer):
@@ -92,7 +90,8 @@ class FrozenLayer(Derived, PackedLayer):
 
     def share(self, other: "FrozenLayer") -> None:
         """Hold the bytes of another layer."""
-        self.__dict__.update({key: vars(other)[key] for key in STATE})
+        own = own_names(other)
+        self.__dict__.update({key: value for key, value in vars(other).items() if key in own})
         for key in BASE:
             self._parameters[key] = other._parameters[key]
 
@@ -157,9 +156,9 @@ def frozen_class(dense_class: type[nn.Module]) -> type[nn.Module]:
 
 def quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
     """The 4-bit weight of an embedding, without double quantization."""
-    if not (has_values(weight) or weight.is_meta):  # `estimate_memory`
-        return base_without_data(weight.detach(), config, double_quant=False)
-    return ops.quantize(weight.detach(), config.quant_type, config.block_size, double_quant=False)
+    has_no_values = isinstance(weight, FakeTensor)  # `estimate_memory`
+    pack = ops.quantize_unchecked if has_no_values else ops.quantize
+    return pack(weight.detach(), config.quant_type, config.block_size, double_quant=False)
 
 
 def freeze_in_4_bits(layers: list[nn.Module], weight: PackedWeight, config: QLoRAConfig) -> None:
@@ -183,19 +182,8 @@ def decode_embeddings(module: nn.Module) -> list[nn.Parameter]:
         key = id(layer.packed)
         if key not in weights:
             weights[key] = nn.Parameter(layer.decode())
-        to_dense_embedding(layer, weights[key])
+        to_dense(layer, weights[key])
     return list(weights.values())
-
-
-def to_dense_embedding(layer: FrozenLayer, weight: nn.Parameter) -> None:
-    """Make a layer the dense one that it was, with this weight, in place."""
-    kept = {key: value for key, value in layer._parameters.items() if key not in BASE}
-    for key in STATE:
-        vars(layer).pop(key, None)
-    layer._parameters.clear()
-    layer.__class__ = layer.dense_class  # type: ignore[assignment]
-    layer.register_parameter("weight", weight)
-    layer._parameters.update(kept)
 
 
 def frozen_layers(module: nn.Module) -> list[FrozenLayer]:

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.expert_selection import ExpertParameter, is_router
-from lightning_qlora.layers.kinds import is_packed, weight_shape
+from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
@@ -116,8 +116,12 @@ def get_output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shape_of(layer: nn.Module | ExpertParameter) -> tuple[int, int]:
-    """The shape of a weight, or of that of one expert."""
-    return layer.shape if isinstance(layer, ExpertParameter) else weight_shape(layer)
+    """The shape of a weight as it is stored; of one in 4 bits, and of an expert, [out, in]."""
+    if isinstance(layer, ExpertParameter):
+        return layer.shape
+    weight: Any = layer.weight
+    rows, columns = weight.quant_state.shape if is_packed(layer) else weight.shape
+    return rows, columns
 
 
 def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:

@@ -90,7 +90,7 @@ class ExpertGroup(NamedTuple):
     lora_b: list[Tensor]
 
 
-# Of each stack what its group depends on, the tensors, so that no others get their ids, and the group if it can be one.
+# Stack -> what its group was made from, the tensors (kept, so that no others get their ids), and the group, if any.
 _checked: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Tensor], ExpertGroup | None]] = WeakKeyDictionary()
 
 

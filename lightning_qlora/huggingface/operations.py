@@ -114,7 +114,8 @@ class Quantize(_Operation):
             weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
-        owner, inner, name = chosen.part, "weight", key.removesuffix(".weight")
+        owner: Any = chosen.part
+        inner, name = "weight", key.removesuffix(".weight")
         if isinstance(owner, ExpertParameter):
             owner, inner, name = owner.owner, owner.key, key
         dense_class = type(owner)

@@ -162,7 +162,8 @@ def _decide(
     (forms, seed_name), everything = names, config.target_modules == "all-linear"
     target = not everything and bool(name) and any(matches(form, config.target_modules) for form in forms)
     is_stack = isinstance(part, ExpertParameter)
-    if not (is_stack or is_linear(part) or target or new):
+    has_kind = isinstance(part, ExpertParameter) or is_linear(part)
+    if not (has_kind or target or new):
         return
     own, saved_name = config.for_layer(forms), plain_name(expert_name(name, 0) if is_stack else name)
     if saved is not None and saved_name in saved:
@@ -173,7 +174,7 @@ def _decide(
         choice.train[name] = new
     elif not everything and not target:
         choice.skip[name] = "not in target_modules"
-    elif not (is_stack or is_linear(part)):
+    elif not has_kind:
         choice.refused[name] = "only linear layers can be converted"
     elif clash := name_clash(part):
         (choice.skip if everything else choice.refused)[name] = clash

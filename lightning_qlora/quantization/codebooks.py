@@ -40,7 +40,7 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
     """The codebook of a 4-bit type, on a device; codes as in bitsandbytes (functional.py, get_4bit_type)."""
     if device != "cpu":
         *tables, in_order = codebook(quant_type)
-        return Codebook(*(table.to(device) for table in tables), in_order)
+        return Codebook._make([*(table.to(device) for table in tables), in_order])
     check_choice("quant_type", quant_type, tuple(_LEVELS))
     levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)

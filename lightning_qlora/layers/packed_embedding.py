@@ -40,7 +40,6 @@ class FrozenLayer(Derived, PackedLayer):
     """
 
     config: QLoRAConfig
-    dense_class: type[nn.Module]
     _qlora_disabled = 1  # as in a layer whose adapter is disabled
 
     @property

@@ -48,7 +48,6 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     lora_dropout: float
     loaded: bool
-    dense_class: type[nn.Module]
 
     @staticmethod
     def from_linear(

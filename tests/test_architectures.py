@@ -81,7 +81,7 @@ def test_experts_are_in_4_bits_and_routers_are_not(kind):
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(configuration(kind))
     choice = select_in_part(model, QLoRAConfig(r=2))
-    packed = {f"{name}.weight" for name in choice.convert} | set(choice.stacks)
+    packed = {*choice.convert, *(f"{name}.weight" for name in choice.convert)}
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "norm" not in name}
     routers = {name for name in matrices if {"router", "gate", "classifier"} & set(name.split("."))}
     experts = {name for name in matrices if "experts" in name} - routers

@@ -13,11 +13,10 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks, experts_of
-from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
+from lightning_qlora.layers.lora_layer import cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
-from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import ATTRIBUTES, DTYPES, QLoRALinear, adapted_layers
+from lightning_qlora.layers.packed_linear import to_dense
+from lightning_qlora.layers.qlora_linear import DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_embeddings
 
@@ -60,7 +59,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     experts = experts_of(module)
     linear = [layer for layer in layers.values() if layer not in experts]
     for layer in linear:
-        to_dense(layer, merged(layer))
+        to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, stack.stack(merged))
     compute_logits(module)
@@ -80,19 +79,6 @@ def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:
     """The decoded weight plus s B A (with DoRA g (W + s B A)), in `dtype` and in the shape of the dense layer."""
     total = layer._as_stored(layer.decode().float() + layer.delta())
     return layer._as_stored(round_stochastically(total, dtype, name)).contiguous()
-
-
-def to_dense(layer: QLoRALinear, weight: Tensor) -> None:
-    """Make a QLoRALinear the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
-    dense_class = layer.dense_class
-    kept = {key: value for key, value in layer._parameters.items() if key not in (*BASE, *ADAPTER)}
-    added = ATTRIBUTES | {"in_features", "out_features"} - {*kind_of(dense_class).sizes}
-    for name in added & layer.__dict__.keys():
-        del layer.__dict__[name]
-    layer._parameters.clear()
-    layer.__class__ = dense_class  # type: ignore[assignment]
-    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    layer._parameters.update(kept)  # the bias, and parameters that a subclass of nn.Linear added
 
 
 def round_stochastically(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

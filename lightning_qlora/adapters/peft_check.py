@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
 from lightning_qlora.adapters.base_model import target_modules_of
-from lightning_qlora.adapters.merge import to_dense
 from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
 from lightning_qlora.layers.dotted_names import COMPILED, parameter_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts, experts_of
-from lightning_qlora.layers.packed_embedding import FrozenLayer, to_dense_embedding
+from lightning_qlora.layers.packed_embedding import FrozenLayer
+from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens, remove_tokens
 
@@ -115,7 +115,8 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
     new._buffers.update({key: made.get(id(value)) for key, value in module._buffers.items()})
     new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     if isinstance(module, QLoRALinear):
-        to_dense(new, module._as_stored(torch.empty(module._shape, dtype=module.weight_dtype, device="meta")))
+        empty = module._as_stored(torch.empty(module._shape, dtype=module.weight_dtype, device="meta"))
+        to_dense(new, nn.Parameter(empty, requires_grad=False))
         return new
     for key, part in module._modules.items():
         new._modules[key] = None if part is None else _without_weights(getattr(part, COMPILED, part), made)
@@ -123,7 +124,7 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
         remove_tokens(new)
     if isinstance(module, FrozenLayer):
         empty = torch.empty(module._shape, dtype=module.weight_dtype, device="meta")
-        to_dense_embedding(new, made.setdefault(-id(module.packed), nn.Parameter(empty, requires_grad=False)))
+        to_dense(new, made.setdefault(-id(module.packed), nn.Parameter(empty, requires_grad=False)))
     for key, part in module._modules.items():
         if isinstance(part, QLoRAExperts):
             stack = torch.empty(part.weight_shape, dtype=part.layers[0].weight_dtype, device="meta")

@@ -15,15 +15,15 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from lightning_qlora.adapters.dequantized_folder import Dequantize
-from lightning_qlora.layers.dotted_names import expert_name, last_part, owner_name
+from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.embedding_selection import ToFreeze
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
 from lightning_qlora.layers.packed_embedding import NOT_TIED, SPLIT_EMBEDDING, FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.selection import StackToConvert, ToConvert
+from lightning_qlora.layers.selection import ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -114,14 +114,14 @@ class Quantize(_Operation):
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         if isinstance(chosen, ToFreeze):
             return self._freeze(key, weight, source, place, chosen, missing_keys)
-        if isinstance(chosen, ToConvert):
-            owner, inner, name = chosen.layer, "weight", key.removesuffix(".weight")
-        else:
-            owner, inner, name = chosen.parameter.owner, chosen.parameter.key, key
+        owner: Any = chosen.part
+        inner, name = "weight", key.removesuffix(".weight")
+        if isinstance(owner, ExpertParameter):
+            owner, inner, name = owner.owner, owner.key, key
         dense_class = type(owner)
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
-            layers = convert_chosen(name, chosen, experts)
+            layers = chosen.convert(name, weights=experts)
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
@@ -152,27 +152,15 @@ LOAD_WHOLE = (
 )
 
 
-def _not_splittable(place: DTensor, chosen: ToConvert | StackToConvert | ToFreeze) -> str | None:
+def _not_splittable(place: DTensor, chosen: ToConvert | ToFreeze) -> str | None:
     """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
-    if not isinstance(chosen, ToConvert):
-        return SPLIT_EXPERTS if isinstance(chosen, StackToConvert) else SPLIT_EMBEDDING
+    if isinstance(chosen, ToFreeze):
+        return SPLIT_EMBEDDING
+    if isinstance(chosen.part, ExpertParameter):
+        return SPLIT_EXPERTS
     if place.device_mesh.ndim > 1:
         return LOAD_WHOLE
     return None if type(place.placements[0]) is Shard else unknown_style("a plan for fused layers")
-
-
-def convert_chosen(
-    name: str, chosen: ToConvert | StackToConvert, experts: Iterator[Tensor] | None = None
-) -> dict[str, nn.Module]:
-    """Convert a layer or a stack of experts: name -> 4-bit layer."""
-    if isinstance(chosen, ToConvert):
-        QLoRALinear.from_linear(chosen.layer, chosen.config, name, seed_name=chosen.seed_name)
-        return {name: chosen.layer}
-    (owner, key, number, transposed), config, seed_name = chosen
-    made = QLoRAExperts.from_parameter(
-        owner, key, config, name, number, transposed, seed_name=seed_name, weights=experts
-    )
-    return {expert_name(name, i): layer for i, layer in enumerate(made.layers)}
 
 
 class Nothing(ConversionOps):
@@ -223,10 +211,10 @@ class Compose(ConversionOps):
     def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
         """The 4-bit layers of a stack, each expert dense for itself; None for other parameters and other operations."""
         name, model, missing = (arguments[word] for word in ("full_layer_name", "model", "missing_keys"))
-        chosen = self.quantizer.chosen.get(name)
-        if not isinstance(chosen, StackToConvert) or not all(map(_keeps_experts_apart, self.operations)):
+        stack = getattr(self.quantizer.chosen.get(name), "part", None)
+        if not isinstance(stack, ExpertParameter) or not all(map(_keeps_experts_apart, self.operations)):
             return None
-        parts = [_of_expert(tensors, i, chosen.parameter.experts) for i in range(chosen.parameter.experts)]
+        parts = [_of_expert(tensors, i, stack.experts) for i in range(stack.experts)]
         place = model.get_parameter(name)
         experts = (self._one(part, arguments) for part in parts if part is not None)
         if (first := next(experts, None)) is None or first.shape != (1, *place.shape[1:]):
@@ -282,10 +270,10 @@ class LoadPacked(_Operation):
         """See ConversionOps; is also called for each weight that is not in 4 bits."""
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         key, name = full_layer_name, owner_name(full_layer_name)
-        layer = model.get_submodule(name)
+        layer, chosen = model.get_submodule(name), self.hf_quantizer.chosen.get(key)
         place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
         if set(state) == {"weight"}:
-            next_quantized = isinstance(self.hf_quantizer.chosen.get(key), (StackToConvert, ToFreeze))
+            next_quantized = chosen is not None and not isinstance(getattr(chosen, "part", None), nn.Module)
             value = state["weight"].to(place.dtype)
             return {key: value} if next_quantized else self.dense(key, value)
         try:
@@ -295,7 +283,6 @@ class LoadPacked(_Operation):
         if weight.shape != (place.shape[::-1] if kind_of(type(layer)).transposed else place.shape):
             return self.refuse(key, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         weight = replace(weight, dtype=place.dtype)
-        chosen = self.hf_quantizer.chosen.get(key)
         if chosen is not None:
             QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
             return self.quantized({name: layer}, key, missing_keys)

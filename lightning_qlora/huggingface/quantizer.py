@@ -38,7 +38,6 @@ from lightning_qlora.huggingface.operations import (
     LoadPacked,
     Nothing,
     Quantize,
-    convert_chosen,
     wrong_shape,
 )
 from lightning_qlora.huggingface.patches import (
@@ -51,10 +50,11 @@ from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.embedding_selection import ToFreeze
+from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.names import named, named_tensors
 from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
-from lightning_qlora.layers.selection import StackToConvert, ToConvert, select_in_part
+from lightning_qlora.layers.selection import ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 
 COMPOSES = can_compose()
@@ -134,7 +134,7 @@ class QLoRAQuantizer(HfQuantizer):
         pre_quantized = in_4_bits or own is not None  # then transformers reads tensors in the type of the files
         super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=pre_quantized)  # type: ignore[arg-type]
         self.quantizers, self.own, self.in_4_bits = quantizers, own, in_4_bits
-        self.chosen: dict[str, ToConvert | StackToConvert | ToFreeze] = {}  # by the name of the parameter
+        self.chosen: dict[str, ToConvert | ToFreeze] = {}  # by the name of the parameter
         self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
         self.errors: list[ValueError] = []
@@ -164,7 +164,9 @@ class QLoRAQuantizer(HfQuantizer):
         if config is None:
             return
         choice = select_in_part(model, config)
-        self.chosen = {f"{name}.weight".lstrip("."): layer for name, layer in choice.convert.items()}
+        stacks = {name: each for name, each in choice.convert.items() if isinstance(each.part, ExpertParameter)}
+        others = ((name, each) for name, each in choice.convert.items() if name not in stacks)
+        self.chosen = {f"{name}.weight".lstrip("."): each for name, each in others}
         keys: Any = getattr(model, "all_tied_weights_keys", {})
         for key in (*keys, *keys.values()):  # will be tied when they are loaded
             self.chosen.pop(f"{owner_name(key)}.weight", None)
@@ -172,7 +174,7 @@ class QLoRAQuantizer(HfQuantizer):
             with named(key.removesuffix(".weight")):
                 check_packed_initialization(config)
         if COMPOSES or not self.in_4_bits:  # else they are dense in the files, and conversion quantizes them
-            self.chosen |= choice.stacks
+            self.chosen |= stacks
             for embedding in choice.embeddings.values():
                 self.chosen |= {f"{name}.weight": embedding for name in embedding.layers}
         if self.file_of and self._is_sharded_next(model, paths):
@@ -191,14 +193,14 @@ class QLoRAQuantizer(HfQuantizer):
         """Convert the layers that the files have, on the meta device."""
         self.folder = ModelFolder(folder, copy.deepcopy(model))
         for key, chosen in self.chosen.items():
-            entry, of_layer = self.folder.entries.get(key), isinstance(chosen, ToConvert)
+            entry, is_stack = self.folder.entries.get(key), isinstance(getattr(chosen, "part", None), ExpertParameter)
             found = entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries
             if isinstance(chosen, ToFreeze):
                 if found and not isinstance(chosen.layers[owner_name(key)], FrozenLayer):  # by a layer tied to it
                     weight = quantize(model.get_parameter(key), chosen.config)
                     freeze_in_4_bits([*chosen.layers.values()], weight, chosen.config)
             elif found:
-                for layer in convert_chosen(key.removesuffix(".weight") if of_layer else key, chosen).values():
+                for layer in chosen.convert(key if is_stack else key.removesuffix(".weight")).values():
                     assert isinstance(layer, QLoRALinear)
                     layer.loaded = True
 

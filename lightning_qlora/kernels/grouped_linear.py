@@ -15,18 +15,13 @@ from lightning_qlora.kernels.lora_linear import PLAIN, is_eager, times_weight
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
-def is_plain_call(x: Tensor, lora_a: Tensor) -> bool:
-    """Whether torch runs op by op on plain tensors, without a transform of torch.func."""
-    return is_eager(x, lora_a) and not torch._C._are_functorch_transforms_active()
-
-
 def can_group(x: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
     """Whether `grouped_linear` can compute these experts: eagerly on a GPU, all of one shape and type.
 
     Raises:
         ValueError: If a weight has a wrong number of bytes.
     """
-    if not is_plain_call(x, lora_a[0]):
+    if not is_eager(x, lora_a[0]):
         return False
     for weight in weights:
         check_bytes(weight)

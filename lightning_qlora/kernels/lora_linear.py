@@ -41,12 +41,12 @@ def lora_linear(
         ValueError: If the shapes do not fit.
         NotImplementedError: In a transform of torch.func (grad, vjp, jvp, vmap) or in forward-mode differentiation.
     """
-    if torch._C._are_functorch_transforms_active():  # the op in `ops` would give jvp zeros
-        raise NotImplementedError(
-            "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
-            "torch.autograd.grad or torch.autograd.functional.vjp."
-        )
     if not is_eager(x, lora_a):
+        if torch._C._are_functorch_transforms_active():  # the op in `ops` would give jvp zeros
+            raise NotImplementedError(
+                "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
+                "torch.autograd.grad or torch.autograd.functional.vjp."
+            )
         y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, lora_a, lora_b, seed, scaling, p)
         return cast(Tensor, y)
     projected: list[Tensor] = []
@@ -155,10 +155,11 @@ def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_eager(x: Tensor, lora_a: Tensor) -> bool:
-    """Whether torch runs op by op on plain tensors with data: no compiler, no tracer, no subclass, no dispatch mode."""
+    """Whether torch runs op by op on plain tensors with data: no compiler, tracer, transform, subclass or mode."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
         or x.is_meta
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
         or (type(lora_a) is not torch.nn.Parameter and type(lora_a) is not Tensor)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
-from math import prod
+from math import isfinite, prod
 from typing import Any, cast, get_args
 
 import torch
@@ -63,10 +63,16 @@ def quantize(
     low, high = torch.aminmax(weight.detach())
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
+    made = quantize_unchecked(weight, quant_type, block_size, double_quant)
+    if not isfinite(made.offset):
+        raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
+    return made
+
+
+def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:
+    """The same without checks, also for a weight that has no values."""
     rows = weight.detach().reshape(-1, weight.shape[-1] if weight.ndim else 1)
     packed, absmax, nested = torch.ops.lightning_qlora.quantize(rows, quant_type, block_size, double_quant)
-    if double_quant and not torch.isfinite(nested.view(torch.float32)[-1]):
-        raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
     as_rows = PackedBytes(packed, absmax, nested, (rows.shape[0], rows.shape[1]), quant_type, block_size)
     return replace(PackedWeight.from_bytes(as_rows, weight.dtype), shape=tuple(weight.shape))
 

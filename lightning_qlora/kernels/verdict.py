@@ -9,12 +9,10 @@ import logging
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -109,7 +107,7 @@ def examine(device: torch.device) -> Verdict:
 @contextmanager
 def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | None]"]:
     """A process that checks ops and is killed at the end; yields the queue of its results."""
-    end, output = (_fork if device.type == "cpu" else _spawn)(device, ops)
+    end, output = start(device, ops)
     said: SimpleQueue[str | None] = SimpleQueue()
 
     def listen() -> None:
@@ -126,8 +124,11 @@ def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | 
         end()
 
 
-def _spawn(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
-    """A new process, because CUDA can't be used in a fork. Its working folder is the first in which Python looks."""
+def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
+    """Start a process that calls `check`: what ends it, and its output.
+
+    Not a fork, in which CUDA can't be used. Its working folder is the first in which Python looks for the package.
+    """
     code = f"import sys; from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     child = subprocess.Popen(
@@ -136,23 +137,6 @@ def _spawn(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], 
     )  # fmt: skip
     assert child.stdout is not None
     return child.kill, child.stdout
-
-
-def _fork(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
-    """For Triton's interpreter: a fork has the functions that a test replaced."""
-    read, write = os.pipe()
-
-    def run() -> None:
-        torch.set_num_threads(1)  # a fork does not have the threads of its parent
-        with os.fdopen(write, "w") as output:
-            _in_a_new_thread(lambda: check(str(device), ops, output))
-
-    child = get_context("fork").Process(target=run)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: of the parent's threads
-        child.start()
-    os.close(write)
-    return child.kill, os.fdopen(read)
 
 
 def check(name: str, ops: Iterable[str], output: IO[str]) -> None:

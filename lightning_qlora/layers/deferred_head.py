@@ -42,7 +42,7 @@ class DeferredHead(Derived):
 
 
 def _can_defer(head: Any, input: Tensor) -> bool:
-    """Whether autograd alone watches a call in which something trains, and the head has its parameters afterwards."""
+    """Whether autograd alone records the call, something trains in it, and the head keeps its parameters after it."""
     if not torch.is_grad_enabled() or type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
         return False
     # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the forward pass.

@@ -13,7 +13,6 @@ Large-Vocabulary Language Models" (Wijmans et al. 2024); both need a changed mod
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -168,9 +167,13 @@ class DeferredLogits(Readable):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
-CASTS = {Tensor.float: torch.float32, Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16}
-UNARY = {torch.tanh, Tensor.tanh}
-BINARY = {Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__, torch.mul, torch.div}
+CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
+ELEMENTWISE = {
+    *CASTS, Tensor.tanh, Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__,
+    torch.tanh, torch.mul, torch.div,
+}  # fmt: skip
+SHAPES = {Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.contiguous, torch.reshape, torch.flatten}
+PLAIN_ARGUMENTS = (int, float, str, torch.dtype, torch.device)  # of casts and functions of each element
 
 
 def _real(value: Any, keep: bool = False) -> Any:
@@ -185,55 +188,25 @@ def _writes(func: Any) -> bool:
 
 def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The result of a function that needs no real logits; None for any other."""
-    if func is Tensor.to:
-        return _to(logits, *args, **kwargs)
-    if func in (Tensor.flatten, torch.flatten):
-        return _flatten(logits, *args, **kwargs)
-    if kwargs:
-        return None
-    if func in CASTS and not args:
-        return _to(logits, CASTS[func])
-    if func is Tensor.contiguous and not args:
-        return logits  # type: ignore[no-any-return]
-    if func in UNARY and not args:
-        return logits.elementwise(func, logits.dtype)  # type: ignore[no-any-return]
-    if func in BINARY and len(args) == 1 and type(args[0]) in (int, float):
-        return logits.elementwise(lambda real: func(real, args[0]), logits.dtype)  # type: ignore[no-any-return]
-    if func in (Tensor.view, Tensor.reshape, torch.reshape) and not isinstance(args[0], torch.dtype):
-        return _reshape(logits, tuple(args if isinstance(args[0], int) else args[0]))
     if func is Tensor.__getitem__:
         return _getitem(logits, args[0] if isinstance(args[0], tuple) else (args[0],))
-    return None
 
+    def function(real: Tensor) -> Tensor:
+        return func(real, *args, **kwargs)  # type: ignore[no-any-return]
 
-def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> Tensor | None:
-    """`to` of a float type, or of the device that the logits have."""
+    if func in SHAPES:
+        made = function(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
+        # With the whole vocabulary last, each row of the result is a row of the logits, in the same order.
+        if made.dtype is not logits.dtype or made.shape[-1:] != logits.shape[-1:]:
+            return None
+        return logits.rows(function, logits.hidden.reshape(*made.shape[:-1], logits.hidden.shape[-1]))  # type: ignore[no-any-return]
     given = [*args, *kwargs.values()]
-    if len(given) != 1:
-        return None
-    to = given[0]
-    if to is logits.dtype or (isinstance(to, (str, torch.device)) and torch.device(to) == logits.device):
-        return logits
-    if isinstance(to, torch.dtype) and to.is_floating_point:
-        return logits.elementwise(lambda real: real.to(to), to)
+    if func in ELEMENTWISE and len(given) < 2 and all(type(value) in PLAIN_ARGUMENTS for value in given):
+        some = function(torch.empty(0, dtype=logits.dtype, device=logits.device))
+        if some.device == logits.device and some.is_floating_point():
+            unchanged = func in CASTS and some.dtype is logits.dtype
+            return logits if unchanged else logits.elementwise(function, some.dtype)  # type: ignore[no-any-return]
     return None
-
-
-def _reshape(logits: DeferredLogits, shape: tuple[int, ...]) -> Tensor | None:
-    width, rows = logits.shape[-1], logits.numel() // max(logits.shape[-1], 1)
-    known = prod(size for size in shape[:-1] if size != -1)
-    whole = shape[-1] == width and (-1 in shape[:-1] or known == rows)
-    if not whole and not (shape[-1] == -1 and known == rows and -1 not in shape[:-1]):
-        return None
-    hidden = logits.hidden.reshape(*shape[:-1], logits.hidden.shape[-1])
-    return logits.rows(lambda real: real.reshape(shape), hidden)
-
-
-def _flatten(logits: DeferredLogits, start_dim: int = 0, end_dim: int = -1) -> Tensor | None:
-    start, end = start_dim % logits.dim(), end_dim % logits.dim()
-    if end == logits.dim() - 1:
-        return logits if start == end else None
-    return logits.rows(lambda real: real.flatten(start, end), logits.hidden.flatten(start, end))
 
 
 def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join
-from lightning_qlora.layers.expert_selection import is_router
-from lightning_qlora.layers.kinds import is_packed, weight_shape
+from lightning_qlora.layers.expert_selection import ExpertParameter, is_router
+from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
@@ -21,7 +21,7 @@ FROZEN = "frozen by the module"
 FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
-def name_clash(layer: nn.Module) -> str | None:
+def name_clash(layer: nn.Module | ExpertParameter) -> str | None:
     """Why a subclass of nn.Linear can't become a QLoRALinear; None if it can, and for other layers."""
     if not isinstance(layer, nn.Linear) or isinstance(layer, QLoRALinear) or is_packed(layer):
         return None
@@ -65,16 +65,18 @@ class ModuleFacts:
         held: dict[str, Any] = layer._parameters
         return not held["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
 
-    def cannot_convert(self, layer: nn.Module) -> str | None:
-        """Why a layer can't be converted, even if target_modules names it."""
+    def cannot_convert(self, layer: nn.Module | ExpertParameter) -> str | None:
+        """Why a layer, or a parameter of experts, can't be converted, even if target_modules names it."""
+        if isinstance(layer, ExpertParameter):
+            return None if layer.loaded is not None else self._cannot_quantize(layer.owner._parameters[layer.key])
         if isinstance(layer, QLoRALinear):
             return None
         for key in ("weight", "bias"):
             if key not in layer._parameters:
                 return f"its {key} is computed (parametrized), not stored"
-        return self.cannot_quantize(layer._parameters["weight"], is_packed(layer))
+        return self._cannot_quantize(layer._parameters["weight"], is_packed(layer))
 
-    def cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
+    def _cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
         """Why a weight can't be quantized."""
         if weight.dtype not in FLOATS and not in_4_bits:
             kind = str(weight.dtype).removeprefix("torch.")
@@ -84,8 +86,11 @@ class ModuleFacts:
             return f"its weight is tied to {self.name_of[id(weight)]}"
         return None
 
-    def not_by_default(self, name: str, layer: nn.Module, config: QLoRAConfig) -> str | None:
-        """Why a layer is converted only if target_modules names it."""
+    def not_by_default(self, name: str, layer: nn.Module | ExpertParameter, config: QLoRAConfig) -> str | None:
+        """Why a layer, or a parameter of experts, is converted only if target_modules names it."""
+        if isinstance(layer, ExpertParameter):
+            held = layer.owner if layer.loaded is None else layer.loaded.layers[0]
+            return FROZEN if self.is_frozen(held, layer.key) else None
         outer, _, last = name.rpartition(".")
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
             return "output embedding; name it in target_modules to convert it"
@@ -93,7 +98,7 @@ class ModuleFacts:
             return "router of experts; name it in target_modules to convert it"
         if self.is_frozen(layer):
             return FROZEN
-        if id(layer) in self.left_dense and not too_small(weight_shape(layer), config):
+        if id(layer) in self.left_dense and not too_small(shape_of(layer), config):
             return "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
         return None
 
@@ -108,6 +113,15 @@ def get_output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
                 continue
             if embedding is not None:
                 yield embedding
+
+
+def shape_of(layer: nn.Module | ExpertParameter) -> tuple[int, int]:
+    """The shape of a weight as it is stored; of one in 4 bits, and of an expert, [out, in]."""
+    if isinstance(layer, ExpertParameter):
+        return layer.shape
+    weight: Any = layer.weight
+    rows, columns = weight.quant_state.shape if is_packed(layer) else weight.shape
+    return rows, columns
 
 
 def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:

@@ -70,13 +70,6 @@ def is_packed(layer: nn.Module) -> bool:
     return is_kind and getattr(layer._parameters["weight"], "quant_state", None) is not None
 
 
-def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """The shape of a weight as it is stored, of one in 4 bits [out, in]."""
-    weight: Any = layer.weight
-    rows, columns = weight.quant_state.shape if is_packed(layer) else weight.shape
-    return rows, columns
-
-
 def pop_packed_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
     """Remove the weight, [out, in], of a layer for which `is_packed`; returns it and the class of the dense layer."""
     pop = kind_of(type(layer)).pop_packed

@@ -19,8 +19,7 @@ from lightning_qlora.kernels.lora_linear import PLAIN, lora_linear
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import has_values
-from lightning_qlora.layers.initialization.methods import base_without_data
-from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+from lightning_qlora.layers.packed_linear import BASE, PackedLayer, own_names, to_dense
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_parameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
@@ -34,7 +33,6 @@ NOT_TIED = (
     "differs from the weight that the config of the model ties it to. Set tie_word_embeddings=False in config.json, or "
     "leave out quantize_embeddings."
 )
-STATE = ("config", "_shape", "quant_type", "block_size", "weight_dtype", "_fingerprint", "_base_squares")
 
 
 class FrozenLayer(Derived, PackedLayer):
@@ -46,7 +44,6 @@ class FrozenLayer(Derived, PackedLayer):
     """
 
     config: QLoRAConfig
-    dense_class: type[nn.Module]
     _qlora_disabled = 1  # as in a layer whose adapter is disabled
 
     @property
@@ -93,7 +90,8 @@ class FrozenLayer(Derived, PackedLayer):
 
     def share(self, other: "FrozenLayer") -> None:
         """Hold the bytes of another layer."""
-        self.__dict__.update({key: vars(other)[key] for key in STATE})
+        own = own_names(other)
+        self.__dict__.update({key: value for key, value in vars(other).items() if key in own})
         for key in BASE:
             self._parameters[key] = other._parameters[key]
 
@@ -158,9 +156,8 @@ def frozen_class(dense_class: type[nn.Module]) -> type[nn.Module]:
 
 def quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
     """The 4-bit weight of an embedding, without double quantization."""
-    if not has_values(weight):
-        return base_without_data(weight.detach(), config, double_quant=False)
-    return ops.quantize(weight.detach(), config.quant_type, config.block_size, double_quant=False)
+    pack = ops.quantize if has_values(weight) else ops.quantize_unchecked
+    return pack(weight.detach(), config.quant_type, config.block_size, double_quant=False)
 
 
 def freeze_in_4_bits(layers: list[nn.Module], weight: PackedWeight, config: QLoRAConfig) -> None:
@@ -184,19 +181,8 @@ def decode_embeddings(module: nn.Module) -> list[nn.Parameter]:
         key = id(layer.packed)
         if key not in weights:
             weights[key] = nn.Parameter(layer.decode())
-        to_dense_embedding(layer, weights[key])
+        to_dense(layer, weights[key])
     return list(weights.values())
-
-
-def to_dense_embedding(layer: FrozenLayer, weight: nn.Parameter) -> None:
-    """Make a layer the dense one that it was, with this weight, in place."""
-    kept = {key: value for key, value in layer._parameters.items() if key not in BASE}
-    for key in STATE:
-        vars(layer).pop(key, None)
-    layer._parameters.clear()
-    layer.__class__ = layer.dense_class  # type: ignore[assignment]
-    layer.register_parameter("weight", weight)
-    layer._parameters.update(kept)
 
 
 def frozen_layers(module: nn.Module) -> list[FrozenLayer]:

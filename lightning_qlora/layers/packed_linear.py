@@ -11,6 +11,7 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
@@ -27,6 +28,7 @@ class PackedLayer(nn.Module):
     quant_type: QuantType
     block_size: int
     weight_dtype: torch.dtype  # of the float weight, which it decodes to
+    dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
     _shape: tuple[int, int]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
     _fingerprint: int | None  # computed at the first use
@@ -106,3 +108,20 @@ class PackedLayer(nn.Module):
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
+
+
+def own_names(layer: PackedLayer) -> set[str]:
+    """Names of the parameters and attributes that a layer has while it is in 4 bits."""
+    return {name for kind in type(layer).__mro__ if issubclass(kind, PackedLayer) for name in kind.__annotations__}
+
+
+def to_dense(layer: PackedLayer, weight: nn.Parameter) -> None:
+    """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
+    own, dense_class = own_names(layer), layer.dense_class
+    kept = {key: value for key, value in layer._parameters.items() if key not in own}
+    for name in (own | {"in_features", "out_features"} - {*kind_of(dense_class).sizes}) & layer.__dict__.keys():
+        del layer.__dict__[name]
+    layer._parameters.clear()
+    layer.__class__ = dense_class  # type: ignore[assignment]
+    layer.register_parameter("weight", weight)
+    layer._parameters.update(kept)  # the bias, and parameters that a subclass of nn.Linear added

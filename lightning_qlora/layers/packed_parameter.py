@@ -81,10 +81,12 @@ class _Arithmetic:
         calculates = name.removeprefix("_foreach").strip("_") in SCALE | SUM
         if name.startswith("_foreach") and (calculates or has_multiple):
             return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
-        if calculates:
+        if has_multiple and func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            func, name = Tensor.copy_, "copy_"
+        if calculates or (has_multiple and name == "copy_"):
             return _calculate(func, name, args, kwargs)
         if has_multiple:
-            return _write(func, name, args)
+            _refuse(f"{name}: {SKIP}")
         with PLAIN():
             try:
                 made = func(*args, **kwargs)
@@ -169,19 +171,6 @@ def _calculate(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         made = made.as_subclass(Multiple)
     made._qlora_weight = weight
     return made
-
-
-def _write(func: Any, name: str, args: Any) -> Any:
-    """`e.copy_(multiple)` and `e.data = multiple`: with the share 1 nothing changes."""
-    writes = func in (Tensor.copy_, Tensor.data.__set__)  # type: ignore[attr-defined]
-    if not writes or not isinstance(args[0], _Arithmetic):
-        _refuse(f"{name}: {SKIP}")
-    weight = _weight(args[0])
-    if not weight.is_equal(args[1]._qlora_weight):
-        _refuse(f"{name}: the 4-bit weights differ. {SKIP}")
-    weight.share.copy_(_share(args[1]))
-    weight.check(finished=True)
-    return args[0]
 
 
 def _one_by_one(name: str, args: Any, kwargs: Any) -> Any:

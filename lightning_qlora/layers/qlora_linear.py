@@ -48,7 +48,6 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     lora_dropout: float
     loaded: bool
-    dense_class: type[nn.Module]
 
     @staticmethod
     def from_linear(
@@ -217,10 +216,9 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
     return type(f"QLoRA{dense_class.__name__}", bases, members)
 
 
-# Attributes that a layer has while it is in 4 bits, and the same with the methods and properties that nn.Linear lacks.
 _KINDS = (PackedLayer, LoRALayer, QLoRALinear)
-ATTRIBUTES = {name for kind in _KINDS for name in kind.__annotations__}
-MEMBERS = ATTRIBUTES | {name for kind in _KINDS for name in vars(kind) if not hasattr(nn.Linear, name)}
+# Names that a layer has in 4 bits and nn.Linear lacks.
+MEMBERS = {name for kind in _KINDS for name in {*kind.__annotations__, *vars(kind)} if not hasattr(nn.Linear, name)}
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

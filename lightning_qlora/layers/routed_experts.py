@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.kernels.backends import INTERPRETED
-from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear, is_plain_call
-from lightning_qlora.kernels.lora_linear import PLAIN
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.lora_linear import PLAIN, is_eager
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.dotted_names import stack_name
 from lightning_qlora.layers.lora_layer import DISABLED
@@ -90,7 +90,7 @@ class ExpertGroup(NamedTuple):
     lora_b: list[Tensor]
 
 
-# Of each stack what its group depends on, the tensors, so that no others get their ids, and the group if it can be one.
+# Stack -> what its group was made from, the tensors (kept, so that no others get their ids), and the group, if any.
 _checked: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Tensor], ExpertGroup | None]] = WeakKeyDictionary()
 
 
@@ -100,7 +100,7 @@ def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
     own = [vars(layer) for layer in layers]
     held: list[dict[str, Tensor]] = [of["_parameters"] for of in own]
     kinds = {(of["scaling"], DISABLED in of) for of in own}
-    if not is_plain_call(x, held[0]["lora_A"]) or len(kinds) > 1 or not all(map(_is_plain, own)):
+    if not is_eager(x, held[0]["lora_A"]) or len(kinds) > 1 or not all(map(_is_plain, own)):
         return None
     lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
     tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]

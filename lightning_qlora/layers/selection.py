@@ -13,26 +13,26 @@ The first line that fits decides on a layer:
     any other linear layer                               4 bits and an adapter
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.dense_reasons import FROZEN, LOADED, OUTPUT_EMBEDDINGS, ModuleFacts, name_clash, too_small
+from lightning_qlora.layers.dense_reasons import LOADED, OUTPUT_EMBEDDINGS, ModuleFacts, name_clash, shape_of, too_small
 from lightning_qlora.layers.dotted_names import expert_name, join, last_part, plain_name
 from lightning_qlora.layers.embedding_selection import TRAINS, ToFreeze, check_embeddings, select_embeddings
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
-from lightning_qlora.layers.experts import experts_of
+from lightning_qlora.layers.experts import QLoRAExperts, experts_of
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
-from lightning_qlora.layers.kinds import is_linear, weight_shape
+from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.packed_embedding import FrozenLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded
 from lightning_qlora.layers.token_selection import check_tokens, select_tokens
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
@@ -43,27 +43,34 @@ SavedLayers = Mapping[str, Mapping[str, Any]]  # full name of a layer in a check
 
 
 class ToConvert(NamedTuple):
-    """A layer to convert, the arguments with its own rank and lora_alpha, and the name that seeds its adapter."""
+    """A layer to convert, or the experts of one parameter."""
 
-    layer: nn.Module
-    config: QLoRAConfig
-    seed_name: str
+    part: nn.Module | ExpertParameter
+    config: QLoRAConfig  # the arguments, with its own rank and lora_alpha
+    seed_name: str  # the seed of its adapter is made from it
 
-
-class StackToConvert(NamedTuple):
-    """The same for the experts of one parameter."""
-
-    parameter: ExpertParameter
-    config: QLoRAConfig
-    seed_name: str
+    def convert(
+        self, name: str, device: torch.device | None = None, weights: Iterable[Tensor] | None = None
+    ) -> dict[str, nn.Module]:
+        """Convert it, in place: name -> 4-bit layer. For the other arguments see `QLoRAExperts.from_parameter`."""
+        part, config, seed_name = self
+        if isinstance(part, ExpertParameter):
+            owner, key, count, transposed = part
+            made = QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
+            return {expert_name(name, number): layer for number, layer in enumerate(made.layers)}
+        if is_packed(part):
+            setattr(part.weight, REPLACED, part)  # for an optimizer that was made before
+            QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
+        else:
+            QLoRALinear.from_linear(part, config, name, device, seed_name)
+        return {name: part}
 
 
 @dataclass
 class Selection:
     """What conversion does with each layer, by name."""
 
-    convert: dict[str, ToConvert] = field(default_factory=dict)  # layers that become QLoRALinears
-    stacks: dict[str, StackToConvert] = field(default_factory=dict)  # parameters that become QLoRAExperts
+    convert: dict[str, ToConvert] = field(default_factory=dict)  # layers, and parameters with the weights of experts
     train: dict[str, str] = field(default_factory=dict)  # why a module or parameter trains in full
     skip: dict[str, str] = field(default_factory=dict)  # why a linear layer, or a stack of experts, is dense and frozen
     stop: dict[str, None] = field(default_factory=dict)  # what trained before, is no linear layer, and is frozen
@@ -97,9 +104,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
     has seen stays as it is.
     """
     choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
-    everything, layers = config.target_modules == "all-linear", dict(module.named_modules())
-    new = new_parameters(module)
-    experts = experts_of(module)
+    layers, new, experts = dict(module.named_modules()), new_parameters(module), experts_of(module)
 
     def named(layer: nn.Module, patterns: str | list[str]) -> bool:
         return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
@@ -122,45 +127,18 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
                 kept = choice.train if any(p.requires_grad for p in layer.parameters()) else choice.skip
                 kept[name] = "as an earlier conversion left it"
             continue
+        names = choice.names[id(layer)]
         if stacks := expert_parameters(layer):
-            for stack in stacks:
-                _select_stack(choice, name, stack, config, facts, saved)
+            for stack in stacks:  # patterns match its name, or that of the module that holds it
+                of_stack = LayerNames(_forms_of_stack(names, stack), join(names.seed_name, stack.key))
+                _decide(choice, facts, config, saved, join(name, stack.key), stack, of_stack, None)
             continue
-        target = not everything and bool(name) and named(layer, config.target_modules)
-        forms, seed_name = choice.names[id(layer)]
-        own = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
-        is_new = bool(own) and not layer._modules
-        if layer._modules and not _is_excluded(forms, config):
-            choice.train.update({join(name, key): reason for key, reason in own.items()})
-        if _is_converted(layer) or not (is_linear(layer) or target or is_new):
-            continue
-        if layer in experts:  # selected with the module that held the parameter
-            continue
-        of_layer = config.for_layer(forms)
-        if saved is not None and plain_name(name) in saved:
-            choice.convert[name] = ToConvert(layer, of_layer.with_own(saved[plain_name(name)]), seed_name)
-        elif _is_excluded(forms, config):
-            choice.skip[name] = "in exclude_modules"
-        elif is_new and not target:
-            choice.train[name] = next(iter(own.values()))
-        elif not everything and not target:
-            choice.skip[name] = "not in target_modules"
-        elif not is_linear(layer):
-            choice.refused[name] = "only linear layers can be converted"
-        elif clash := name_clash(layer):
-            (choice.skip if everything else choice.refused)[name] = clash
-        elif reason := facts.cannot_convert(layer) or (
-            facts.not_by_default(name, layer, of_layer) if everything else None
-        ):
-            choice.skip[name] = reason
-        elif everything and (small := too_small(weight_shape(layer), of_layer)):
-            (choice.train if facts.trains else choice.skip)[name] = small
-        elif 0 in weight_shape(layer):
-            choice.skip[name] = "its {}x{} weight is empty".format(*weight_shape(layer))
-        elif saved is not None:
-            choice.skip[name] = NOT_SAVED
-        else:
-            choice.convert[name] = ToConvert(layer, of_layer, seed_name)
+        new_here = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
+        if layer._modules and not _is_excluded(names.forms, config):
+            choice.train.update({join(name, key): reason for key, reason in new_here.items()})
+        reason = None if layer._modules else next(iter(new_here.values()), None)
+        if not (_is_converted(layer) or layer in experts):  # experts: selected with the module that held the parameter
+            _decide(choice, facts, config, saved, name, layer, names, reason)
     if config.quantize_embeddings:
         _select_embeddings(module, config, choice, facts.output_embeddings)
     return choice
@@ -176,31 +154,40 @@ def _select_embeddings(module: nn.Module, config: QLoRAConfig, choice: Selection
             choice.skip.pop(name, None)
 
 
-def _select_stack(
-    choice: Selection, owner_name: str, stack: ExpertParameter, config: QLoRAConfig, facts: ModuleFacts,
-    saved: SavedLayers | None,
+def _decide(
+    choice: Selection, facts: ModuleFacts, config: QLoRAConfig, saved: SavedLayers | None, name: str,
+    part: nn.Module | ExpertParameter, names: LayerNames, new: str | None,
 ) -> None:  # fmt: skip
-    """Decide for a parameter of experts. Patterns match its name, or that of the module that holds it."""
-    names = choice.names[id(stack.owner)]
-    name, forms = join(owner_name, stack.key), _forms_of_stack(names, stack)
-    of_stack = config.for_layer(forms)
-    everything = config.target_modules == "all-linear"
-    reason = facts.cannot_quantize(stack.owner._parameters[stack.key]) if stack.loaded is None else None
-    seed_name, first = join(names.seed_name, stack.key), plain_name(expert_name(name, 0))
-    if saved is not None and first in saved:
-        choice.stacks[name] = StackToConvert(stack, of_stack.with_own(saved[first]), seed_name)
+    """Decide for a layer or a parameter of experts; `new` is the reason why it would train in full."""
+    (forms, seed_name), everything = names, config.target_modules == "all-linear"
+    target = not everything and bool(name) and any(matches(form, config.target_modules) for form in forms)
+    is_stack = isinstance(part, ExpertParameter)
+    has_kind = isinstance(part, ExpertParameter) or is_linear(part)
+    if not (has_kind or target or new):
+        return
+    own, saved_name = config.for_layer(forms), plain_name(expert_name(name, 0) if is_stack else name)
+    if saved is not None and saved_name in saved:
+        choice.convert[name] = ToConvert(part, own.with_own(saved[saved_name]), seed_name)
     elif _is_excluded(forms, config):
         choice.skip[name] = "in exclude_modules"
-    elif not everything and not any(matches(form, config.target_modules) for form in forms):
+    elif new and not target:
+        choice.train[name] = new
+    elif not everything and not target:
         choice.skip[name] = "not in target_modules"
-    elif everything and facts.is_frozen(stack.owner if stack.loaded is None else stack.loaded.layers[0], stack.key):
-        choice.skip[name] = FROZEN
-    elif reason or (reason := too_small(stack.shape, of_stack) if everything else None):
+    elif not has_kind:
+        choice.refused[name] = "only linear layers can be converted"
+    elif clash := name_clash(part):
+        (choice.skip if everything else choice.refused)[name] = clash
+    elif reason := facts.cannot_convert(part) or (facts.not_by_default(name, part, own) if everything else None):
         choice.skip[name] = reason
+    elif everything and (small := too_small(shape_of(part), own)):
+        (choice.train if facts.trains and not is_stack else choice.skip)[name] = small
+    elif 0 in shape_of(part):
+        choice.skip[name] = "its {}x{} weight is empty".format(*shape_of(part))
     elif saved is not None:
         choice.skip[name] = NOT_SAVED
-    elif 0 not in stack.shape:
-        choice.stacks[name] = StackToConvert(stack, of_stack, seed_name)
+    else:
+        choice.convert[name] = ToConvert(part, own, seed_name)
 
 
 def _forms_of_stack(names: LayerNames, stack: ExpertParameter) -> list[str]:
@@ -222,8 +209,7 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
     for argument, pattern, match in _patterns(config):
         matched = [name for name in (layers if argument == "modules_to_save" else forms) if match(forms[name])]
         if argument.endswith("_pattern"):
-            converted = [*choice.convert, *choice.stacks]
-            converted += [name for name, layer in layers.items() if _is_converted(layer)]
+            converted = [*choice.convert, *(name for name, layer in layers.items() if _is_converted(layer))]
             if not set(matched) & set(converted):
                 reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
                 raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.{reasons}")

@@ -48,7 +48,7 @@ class Split(NamedTuple):
 
 
 def unknown_style(style: str) -> str:
-    """What a style of a plan that can't split a 4-bit layer is answered with."""
+    """The error for a style of a plan that can't split a 4-bit layer."""
     return (
         f"a 4-bit layer is split by ColwiseParallel or RowwiseParallel (colwise, rowwise), not by {style}. Remove it "
         "from the plan, or name it in exclude_modules."

@@ -37,7 +37,7 @@ def select_tokens(module: nn.Module, given: TokenIndices | None, names: dict[int
 def check_tokens(
     module: nn.Module, given: TokenIndices | None, names: dict[int, LayerNames], in_full: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError if the argument fits no layer, or rows that it has not, or layers that train in full."""
+    """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
     layers, chosen = dict(module.named_modules()), _named_layers(module, given, names)
     embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
     what = f"{type(module).__name__} has {f'the embeddings {embeddings}' if embeddings else 'no nn.Embedding'}"

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     quantize_like,
+    saved_parameters,
     shard_count,
     split_like,
     to_32bit,
@@ -127,9 +127,7 @@ class PagedAdamW8bit(Optimizer):
         Raises ValueError for parts of state (DTensors) that were saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, own, strict=True):
+        for index, param in saved_parameters(self, state_dict).items():
             state = state_dict["state"].get(index, {})
             state = state if shard_count(param) else to_32bit(state)
             saved_shards = int(state.get("shards", 1))
@@ -179,6 +177,16 @@ class PagedAdamW8bit(Optimizer):
 
     def _local_state(self, params: list[Tensor], suffix: str) -> list[list[Tensor]]:
         return [[local(self.state[param][moment + suffix]) for param in params] for moment in MOMENTS]
+
+
+def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load a state dict that was saved whole, or put together from shards: each tensor is split as its parameter is."""
+    state = dict(saved["state"])
+    if not isinstance(optimizer, PagedAdamW8bit):  # it splits its state itself
+        for index, param in saved_parameters(optimizer, saved).items():
+            if index in state:
+                state[index] = split_like(param, to_32bit(state[index]))
+    optimizer.load_state_dict({**saved, "state": state})
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

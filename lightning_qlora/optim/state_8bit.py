@@ -9,11 +9,13 @@ shards than was saved, as `shards`, the moments are decoded and quantized again.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, dequantize_state, quantize_state
 from lightning_qlora.layers.dtensor import local, shard_like
@@ -36,6 +38,13 @@ def to_32bit(state: dict[Any, Any]) -> dict[Any, Any]:
         codes, absmax = state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax")
         state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
     return state
+
+
+def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
+    """Return the parameter of each index in a state dict; they are matched by their order, as in torch."""
+    groups = state_dict["param_groups"], optimizer.param_groups
+    saved, own = (chain.from_iterable(group["params"] for group in each) for each in groups)
+    return dict(zip(saved, own, strict=False))  # torch checks the lengths, with a better message
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -45,7 +45,6 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
     flat = weight.detach().reshape(-1)
     packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    in_order = bool((codebook.order[1:] > codebook.order[:-1]).all())  # then the rank of a level is its code
     step = _weights_per_step(flat)
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step].float()
@@ -57,7 +56,7 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
         rank = torch.zeros_like(values, dtype=torch.uint8)  # how many midpoints are below the value
         for bound in codebook.bounds.tolist():
             rank += values > bound
-        packed[start // 2 :][: values.numel() // 2] = pack(rank if in_order else codebook.order[rank.int()])
+        packed[start // 2 :][: values.numel() // 2] = pack(rank if codebook.in_order else codebook.order[rank.int()])
     return packed, absmax
 
 

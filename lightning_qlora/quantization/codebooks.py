@@ -32,19 +32,22 @@ class Codebook(NamedTuple):
     order: Tensor  # the codes sorted by level, uint8 [16]; if two codes mean zero, the lower code comes first
     bounds: Tensor  # midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level
     pairs: Tensor  # the two levels of each byte, stored as one int64, [256]
+    in_order: bool  # whether each code is the rank of its level (NF4)
 
 
 @cache
 def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codebook:
     """The codebook of a 4-bit type, on a device; codes as in bitsandbytes (functional.py, get_4bit_type)."""
     if device != "cpu":
-        return Codebook(*(table.to(device) for table in codebook(quant_type)))
+        *tables, in_order = codebook(quant_type)
+        return Codebook._make([*(table.to(device) for table in tables), in_order])
     check_choice("quant_type", quant_type, tuple(_LEVELS))
     levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)
     ascending, byte = levels[order], torch.arange(256, device="cpu")
     pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.int64).view(-1)
-    return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2, pairs)
+    in_order = _LEVELS[quant_type] == tuple(sorted(_LEVELS[quant_type]))
+    return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2, pairs, in_order)
 
 
 @cache

@@ -23,18 +23,16 @@ from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed, pop_packed_weight
+from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.patches import make_changes, recompute_as_called
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
     IN_MODULES_TO_SAVE,
     SavedLayers,
     Selection,
-    StackToConvert,
     ToConvert,
     check_names_in_loaded_models,
     select_layers,
@@ -118,7 +116,7 @@ def convert_module(
         check_any(choice, config)
     check_loaded(module, choice)
     warn_of_hooks(choice)
-    layers: list[tuple[str, ToConvert | StackToConvert]] = [*choice.convert.items(), *choice.stacks.items()]
+    layers = [*choice.convert.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(name or type(chosen[0]).__name__):
@@ -174,9 +172,9 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         conversion.given.insert(0, config)  # the last one is that of the conversion
 
 
-def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device | None) -> None:
+def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
-    part, config, seed_name = chosen
+    part = chosen.part
     if isinstance(part, ExpertParameter):
         weight: Any = part.owner._parameters.get(part.key)
         experts = [] if part.loaded is None else part.loaded.layers
@@ -185,18 +183,10 @@ def _convert(name: str, chosen: ToConvert | StackToConvert, device: torch.device
         weight = part._parameters.get("weight")
         loaded = {name: part} if isinstance(part, QLoRALinear) else {}
     for full_name, layer in loaded.items():
-        _adopt_loaded(layer, config, full_name)
-    if loaded:
-        return
-    _check_not_sharded(weight)
-    if isinstance(part, ExpertParameter):
-        owner, key, count, transposed = part
-        QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name)
-    elif is_packed(part):
-        setattr(weight, REPLACED, part)  # for an optimizer that was made before
-        QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
-    else:
-        QLoRALinear.from_linear(part, config, name, device, seed_name)
+        _adopt_loaded(layer, chosen.config, full_name)
+    if not loaded:
+        _check_not_sharded(weight)
+        chosen.convert(name, device)
 
 
 def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:

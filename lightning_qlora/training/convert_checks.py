@@ -78,7 +78,7 @@ def check_loaded(module: nn.Module, choice: Selection) -> None:
         if not isinstance(layer, QLoRALinear) or not layer.loaded:
             continue
         name = parameter_of.get(name, name)
-        chosen = choice.convert.get(name) or choice.stacks.get(name)
+        chosen = choice.convert.get(name)
         if chosen is None:
             why = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
             differing = [f"is to stay dense now: {why}"]
@@ -94,7 +94,7 @@ def check_loaded(module: nn.Module, choice: Selection) -> None:
 
 def check_any(choice: Selection, config: QLoRAConfig) -> None:
     """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
-    if choice.convert or choice.stacks:
+    if choice.convert:
         return
     given = f"target_modules={config.target_modules!r}, r={config.r}"
     if not choice.train:
@@ -109,7 +109,8 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
 
 def warn_of_hooks(choice: Selection) -> None:
     """Warn of hooks for the gradient of a weight that is replaced."""
-    weights: dict[str, Any] = {name: each.layer._parameters.get("weight") for name, each in choice.convert.items()}
+    parts: dict[str, Any] = {name: each.part for name, each in choice.convert.items()}
+    weights = {name: part._parameters.get("weight") for name, part in parts.items() if isinstance(part, nn.Module)}
     kinds = "_backward_hooks", "_post_accumulate_grad_hooks"
     hooked = [name for name, weight in weights.items() if any(getattr(weight, kind, None) for kind in kinds)]
     if hooked:

@@ -33,8 +33,8 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.optim.state_8bit import is_8bit
-from lightning_qlora.optim.whole_state import load_whole_state
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 

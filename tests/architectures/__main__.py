@@ -47,8 +47,8 @@ def share(kind):
         model = auto.from_config(config)
     choice = select_in_part(model, QLoRAConfig())
     seen, reasons = set[int](), choice.skip | choice.train
-    packed = {id(one.layer.weight) for one in choice.convert.values()}
-    packed |= {id(stack.owner._parameters[stack.key]) for stack, *_ in choice.stacks.values()}
+    parts = [chosen.part for chosen in choice.convert.values()]
+    packed = {id(p.weight if isinstance(p, torch.nn.Module) else p.owner._parameters[p.key]) for p in parts}
     total, quantized, rest = 0, 0, Counter[str]()
     for owner_name, owner in model.named_modules():
         for key, parameter in owner._parameters.items():

@@ -8,8 +8,6 @@ blocks and a division for a short last one, the grid of 65,536 points for the 8-
 `Launch`).
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -69,12 +67,6 @@ def _nest_kernel(absmax, mean, codes, nested, code_at, n, BLOCK: tl.constexpr, B
     tl.store(codes + i, tl.where(largest[:, None] == 0, 0, code), mask=i < n)
 
 
-@cache
-def _is_sorted(quant_type: QuantType) -> bool:
-    """Whether each code is the rank of its level (NF4), so that no table is needed."""
-    return codebook(quant_type).order.tolist() == list(range(16))
-
-
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`; it does not wait for the device."""
     device, flat = weight.device, weight.detach().reshape(-1)
@@ -85,7 +77,7 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
     blocks = tile["WEIGHTS"] // block_size
     launch = Launch(
         _quantize_kernel, device, (-(-absmax.numel() // blocks), 1, 1), (n,), tile, BLOCK=block_size, BLOCKS=blocks,
-        SMALLEST=SMALLEST_SCALE, SORTED=_is_sorted(quant_type), WHOLE=n % block_size == 0,
+        SMALLEST=SMALLEST_SCALE, SORTED=book.in_order, WHOLE=n % block_size == 0,
     )  # fmt: skip
     launch((flat, packed, absmax, book.bounds, book.order))
     scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))

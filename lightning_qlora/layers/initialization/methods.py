@@ -26,7 +26,7 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.layers.initialization import low_rank, unwritten
 from lightning_qlora.quantization import blockwise
-from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
+from lightning_qlora.quantization.packed_weight import PackedWeight
 
 # Block scales of least squared error are chosen from these, as shares of the largest magnitude.
 SCALE_FACTORS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
@@ -63,16 +63,9 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
     r = config.r if config.initialization in ("default", "gaussian") else _checked_rank(weight, config)
-    base = base_without_data(weight, config, config.double_quant)
+    base = ops.quantize_unchecked(weight, config.quant_type, config.block_size, config.double_quant)
     a, b = (weight.new_empty(shape, dtype=torch.float32) for shape in ((r, weight.shape[1]), (weight.shape[0], r)))
     return Initialization(base, a, b)
-
-
-def base_without_data(weight: Tensor, config: QLoRAConfig, double_quant: bool) -> PackedWeight:
-    """The shapes of a 4-bit weight."""
-    (rows, columns), how = weight.shape, (config.quant_type, config.block_size)
-    packed, absmax, nested = torch.ops.lightning_qlora.quantize(weight, *how, double_quant)
-    return PackedWeight.from_bytes(PackedBytes(packed, absmax, nested, (rows, columns), *how), weight.dtype)
 
 
 def changes_base_weights(config: QLoRAConfig) -> bool:

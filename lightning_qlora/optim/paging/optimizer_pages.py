@@ -12,7 +12,6 @@ replaces the closure with one that prefetches when the gradients are ready.
 
 import weakref
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from lightning_qlora.optim.paging.paged_state import PagedState, tensors_in
 from lightning_qlora.optim.paging.pinned_memory import PinnedPool
 from lightning_qlora.optim.paging.pool import Pool
 from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
-from lightning_qlora.optim.state_8bit import to_32bit
+from lightning_qlora.optim.state_8bit import saved_parameters, to_32bit
 
 
 class OptimizerPages:
@@ -166,10 +165,7 @@ class OptimizerPages:
 
         8-bit moments are decoded: only PagedAdamW8bit can use them, and it loads its state itself.
         """
-        own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = dict(zip(saved, own, strict=False))  # torch checks the lengths, with a better message
-        kept: dict[Any, Any] = {}
+        params, kept = saved_parameters(optimizer, state_dict), dict[Any, Any]()
         self._deferred = []
         for index, values in state_dict["state"].items():
             if index in params and isinstance(values, dict):

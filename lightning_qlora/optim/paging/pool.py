@@ -71,16 +71,15 @@ class Pool(ABC):
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
         """Start to move those tensors that are in the pool to the device, before the kernels that use them."""
 
-    @abstractmethod
-    def wait_prefetch(self) -> None:
+    # These three do nothing where the driver moves pages by itself (unified memory).
+
+    def wait_prefetch(self) -> None:  # noqa: B027
         """Make kernels that are launched from now on wait for the last prefetch."""
 
-    @abstractmethod
-    def evict(self, tensors: Iterable[Tensor]) -> None:
+    def evict(self, tensors: Iterable[Tensor]) -> None:  # noqa: B027
         """Start to move those tensors that are in the pool to the host; later kernels can use their device memory."""
 
-    @abstractmethod
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027
         """Make the CPU wait until it can read evicted tensors."""
 
     def move_out(self, tensor: Tensor) -> None:

@@ -26,7 +26,11 @@ from lightning_qlora.words import install
 
 
 class ManagedPool(Pool):
-    """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times."""
+    """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times.
+
+    Prefetches are in order with the kernels, which can also read a page that is on the host. The driver evicts pages
+    when it needs their device memory, and torch synchronizes when it copies a tensor to the CPU.
+    """
 
     kind = "managed"
 
@@ -59,18 +63,6 @@ class ManagedPool(Pool):
             ranges[-1][1] = end
         for start, end in ranges:
             self._prefetch_range(start, end - start)
-
-    @override
-    def wait_prefetch(self) -> None:
-        """Do nothing: prefetches are in order with the kernels, and a kernel can read a page that is on the host."""
-
-    @override
-    def evict(self, tensors: Iterable[Tensor]) -> None:
-        """Do nothing: the driver evicts pages only when it needs their device memory."""
-
-    @override
-    def synchronize(self) -> None:
-        """Do nothing: managed tensors are CUDA tensors, torch synchronizes when it copies them to the CPU."""
 
     @override
     def _allocate(self, nbytes: int) -> int:

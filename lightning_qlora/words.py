@@ -46,7 +46,8 @@ ARGUMENTS = {
     "lora_r": "use r", "lora_rank": "use r", "rank": "use r", "alpha": "use lora_alpha", "dropout": "use lora_dropout",
     **dict.fromkeys(
         ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head", "lora_attn_modules",
-         "apply_lora_to_mlp", "apply_lora_to_output"),
+         "apply_lora_to_mlp", "apply_lora_to_output", "finetune_vision_layers", "finetune_language_layers",
+         "finetune_attention_modules", "finetune_mlp_modules", "finetune_last_n_layers"),
         TRAINS,
     ),
     "random_state": "call seed_everything", "max_seq_length": "leave it out: batches have the length of your data",

@@ -47,7 +47,7 @@ ARGUMENTS = {
     **dict.fromkeys(
         ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head", "lora_attn_modules",
          "apply_lora_to_mlp", "apply_lora_to_output", "finetune_vision_layers", "finetune_language_layers",
-         "finetune_attention_modules", "finetune_mlp_modules", "finetune_last_n_layers"),
+         "finetune_attention_modules", "finetune_mlp_modules", "finetune_audio_layers", "finetune_last_n_layers"),
         TRAINS,
     ),
     "random_state": "call seed_everything", "max_seq_length": "leave it out: batches have the length of your data",

@@ -5,19 +5,19 @@ python -m benchmarks.chart
 
 import json
 import statistics
+import sys
 
 from benchmarks import measure, peers
 from benchmarks.cpu_step import WARMUP
+
+sys.path.insert(0, str(measure.ROOT / "examples"))
 
 PICTURE = measure.ROOT / "docs" / "benchmarks.svg"
 
 
 def main() -> None:
     """Draw it."""
-    import matplotlib
-
-    matplotlib.use("svg")  # no screen needed
-    from matplotlib import pyplot
+    from picture import GREY, plt
 
     variants = json.loads((measure.RESULTS / "cpu_step.json").read_text())["variants"]
     names = list(variants)
@@ -26,9 +26,9 @@ def main() -> None:
         "step, seconds": [statistics.median(each) for each in seconds],
         "peak memory, MB": [variants[name]["steps"][-1]["peak_mb"] for name in names],
     }
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
     for axis, (title, values) in zip(axes, bars.items(), strict=True):
-        colours = ["tab:purple" if name == peers.OURS else "lightgrey" for name in names]
+        colours = ["tab:purple" if name == peers.OURS else GREY for name in names]
         drawn = axis.barh(names, values, color=colours)
         axis.bar_label(drawn, fmt="%.2f" if "seconds" in title else "%.0f", padding=3)
         axis.set_title(title)
@@ -36,7 +36,7 @@ def main() -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
     axes[0].invert_yaxis()  # they share the axis, and turning it twice would undo it
-    matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same figures give the same file
+    plt.rcParams["svg.hashsalt"] = "benchmarks"  # the same figures give the same file
     figure.savefig(PICTURE, metadata={"Date": None})
     print(PICTURE)
 

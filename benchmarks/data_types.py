@@ -148,28 +148,25 @@ def gap(losses: list[float], reference: list[float]) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Plot the paired differences with their intervals, and the perplexities."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # works without a display
-    from matplotlib import pyplot
+    from picture import GREY, INK, plt
 
     per_item = results["per_item"]
     names, tasks = [name for name in per_item if name != REFERENCE], list(per_item[REFERENCE])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for offset, chosen in enumerate([tasks, *([task] for task in tasks)]):
         pairs = [paired(*([per_item[n][t] for t in chosen] for n in (name, REFERENCE))) for name in names]
         left.errorbar(
             [100 * mean for mean, _ in pairs], [at + 0.13 * (offset - len(tasks) / 2) for at in range(len(names))],
             xerr=[100 * INTERVAL * error for _, error in pairs], fmt="o" if offset else "D", capsize=2,
-            color=None if offset else "black", alpha=0.5 if offset else 1, label=chosen[0] if offset else "mean",
+            color=None if offset else INK, alpha=0.5 if offset else 1, label=chosen[0] if offset else "mean",
         )  # fmt: skip
-    left.axvline(0, color="grey", linewidth=1)
+    left.axvline(0, color=GREY, linewidth=1)
     left.set(xlabel="accuracy minus that of bf16, points (95%)", yticks=range(len(names)), yticklabels=names)
     left.invert_yaxis()
     left.legend(frameon=False, fontsize=8)
     values = [math.exp(statistics.mean(results["window_losses"][name])) for name in [REFERENCE, *names]]
-    right.bar_label(right.barh(range(len(names)), values[1:], color="lightgrey"), fmt="%.2f", padding=3)
-    right.axvline(values[0], color="black", linewidth=1, label=f"bf16: {values[0]:.2f}")
+    right.bar_label(right.barh(range(len(names)), values[1:], color=GREY), fmt="%.2f", padding=3)
+    right.axvline(values[0], color=INK, linewidth=1, label=f"bf16: {values[0]:.2f}")
     right.set(xlabel=f"perplexity, {results['settings']['text']}")
     right.legend(frameon=False, fontsize=8, loc="lower right")
     right.margins(x=0.15)

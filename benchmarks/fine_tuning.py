@@ -284,12 +284,9 @@ def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Plot the loss against steps, and that after the last step: means with standard deviations over the seeds."""
-    import matplotlib
+    from picture import plt
 
-    matplotlib.use("Agg")  # works without a display
-    from matplotlib import pyplot
-
-    figure, (curves, last) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (curves, last) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     groups = grouped(results)
     for number, (name, runs) in enumerate(groups.items()):
         steps = [int(step) for step in runs[0]["losses"] if int(step)]  # the losses before training are much higher

@@ -106,18 +106,15 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Plot the mean held-out loss against steps, with error bars over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # works without a display
-    import matplotlib.pyplot as plt
+    from picture import INK, plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method, runs in grouped(results).items():
         steps = list(runs[0]["losses"])
         losses = [[one["losses"][step] for one in runs] for step in steps]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in losses]
-        style = "k--" if method == DENSE else "-"
-        axes.errorbar(steps, [statistics.mean(values) for values in losses], spread, fmt=style, capsize=3, label=method)
+        style = {"fmt": "--", "color": INK} if method == DENSE else {"fmt": "-"}
+        axes.errorbar(steps, [statistics.mean(values) for values in losses], spread, **style, capsize=3, label=method)
     axes.set(xlabel="step", ylabel="held-out loss (answer tokens)", title="SmolLM2-135M, r = 64")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ MODEL is a folder or hub name of a transformers model in bf16; only its config.j
 import argparse
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from picture import plt
 
 from lightning_qlora import estimate_memory
 
@@ -41,8 +41,7 @@ def bars(model: str, batch_size: int, sequence_length: int) -> dict[str, dict[st
 
 def draw(bars: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """Stacked bars, one for each method."""
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plt.subplots(figsize=(6.4, 4), dpi=120, layout="constrained")
     below = [0.0] * len(bars)
     for part in PARTS:
         heights = [bar.get(part, 0) / 1e9 for bar in bars.values()]

@@ -11,6 +11,11 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#9ca3af"
+INK = "#767b82"  # readable on white and on the ground of a dark page
+plt.rcParams.update(
+    dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    | {"savefig.transparent": True}
+)
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:

@@ -50,6 +50,11 @@ def check_auto(name: str, value: Any) -> None:
     check_choice(name, value, (True, False, "auto"))
 
 
+def check_module(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a module; torch is not imported for it."""
+    _check(hasattr(value, "named_modules"), name, value, "a torch.nn.Module: build or load it first")
+
+
 def check_string(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a string."""
     _check(isinstance(value, str), name, value, "a string")

@@ -96,6 +96,22 @@ def test_a_torch_dtype_is_accepted_and_stored_as_our_word(dtype, word):
     assert QLoRAPrecision(compute_dtype=getattr(torch, dtype)).config == QLoRAConfig(compute_dtype=word)
 
 
+def arguments_of_peft_and_bitsandbytes():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    quantization = inspect.signature(transformers.BitsAndBytesConfig).parameters
+    return [*(field.name for field in dataclasses.fields(peft.LoraConfig)), *(quantization.keys() - {"kwargs"})]
+
+
+def test_every_argument_of_peft_and_bitsandbytes_is_ours_or_is_answered():
+    ours = {field.name for field in dataclasses.fields(QLoRAConfig)}
+    for name in set(arguments_of_peft_and_bitsandbytes()) - ours:
+        with pytest.raises(TypeError, match=rf"^{name}: there is no such argument here; ") as caught:
+            QLoRAConfig(**{name: None})
+        answer = str(caught.value).partition("; ")[2]
+        guess = re.fullmatch(r"did you mean (\w+)\?", answer)
+        assert guess[1] in name if guess else "the arguments are" not in answer, answer
+
+
 def test_answers_name_arguments_that_exist():
     names = {field.name for field in dataclasses.fields(QLoRAConfig)}
     assert not names & words.ARGUMENTS.keys()

@@ -1,7 +1,7 @@
 """The drawings of the documentation: `python docs/drawings/draw.py` writes each as an SVG beside this file.
 
-They are 480 units wide, so that text of 13 units is readable on a telephone. They have a white ground, which
-docs/extra.css inverts in dark mode.
+They are 480 units wide, so that text of 13 units is readable on a telephone. They have no ground, and colors that are
+readable on light and on dark pages.
 """
 
 from itertools import pairwise
@@ -11,7 +11,7 @@ from statistics import NormalDist
 from lightning_qlora.quantization.codebooks import NF4_LEVELS
 
 WIDTH = 480
-INK, GREY, LINE = "#1f2937", "#6b7280", "#9ca3af"
+INK, DARK, LINE = "#767b82", "#1f2937", "#9ca3af"  # on the page; on a box
 BLUE, ORANGE, GREEN, PLAIN = "#dbeafe", "#ffedd5", "#dcfce7", "#f3f4f6"  # frozen, trained, memory that moves, the rest
 
 
@@ -28,7 +28,7 @@ def box(x: float, y: float, width: float, color: str, *lines: str, height: float
     shape = (
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{color}" stroke="{LINE}"{dash}/>'
     )
-    return shape + "".join(text(x + width / 2, middle + 16 * i, line) for i, line in enumerate(lines))
+    return shape + "".join(text(x + width / 2, middle + 16 * i, line, color=DARK) for i, line in enumerate(lines))
 
 
 def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
@@ -44,8 +44,7 @@ def svg(height: int, *parts: str, label: str) -> str:
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>'
     )
-    ground = f'<rect width="{WIDTH}" height="{height}" rx="8" fill="white"/>'
-    body = "\n".join((head, "<g font-family='system-ui, sans-serif'>", marker, ground, *parts, "</g>", "</svg>"))
+    body = "\n".join((head, "<g font-family='system-ui, sans-serif'>", marker, *parts, "</g>", "</svg>"))
     return body + "\n"
 
 
@@ -68,8 +67,8 @@ def nf4() -> str:
         parts.append(f'<polygon points="{x(left):.1f},210 {curve} {x(right):.1f},210" fill="{color}"/>')
         parts.append(f'<line x1="{x(level):.1f}" y1="{y(level):.1f}" x2="{x(level):.1f}" y2="216" stroke="{INK}"/>')
         parts.append(text(round(x(level), 1), 228 if code % 2 else 240, str(code), 11))
-    parts += [text(x(at), 258, f"{at:g}", 12, GREY) for at in (-1, -0.5, 0, 0.5, 1)]
-    parts.append(text(240, 278, "weight / largest absolute weight of its block", 13, GREY))
+    parts += [text(x(at), 258, f"{at:g}", 12) for at in (-1, -0.5, 0, 0.5, 1)]
+    parts.append(text(240, 278, "weight / largest absolute weight of its block", 13))
     return svg(288, *parts, label="The 16 levels of NF4 and the weights that each stands for, under the normal curve")
 
 
@@ -107,7 +106,7 @@ def batch() -> str:
         box(210, 152, 64, PLAIN, "+"),
         arrow(242, 182, 242, 206),
         box(210, 208, 64, PLAIN, "y"),
-        text(240, 262, "blue: frozen, 4 bits; orange: trained; dashed: kept for the gradient", 12, GREY),
+        text(240, 262, "blue: frozen, 4 bits; orange: trained; dashed: kept for the gradient", 12),
     ]
     return svg(274, *parts, label="A batch: W is decoded into a buffer; x and drop(x) A are kept for the gradient")
 
@@ -127,7 +126,7 @@ def gradient() -> str:
         arrow(244, 130, 290, 162),
         arrow(397, 130, 350, 162),
         box(250, 164, 140, ORANGE, "AdamW: A, B", "and two moments"),
-        text(240, 236, "The dropout mask is computed again from its seed.", 12, GREY),
+        text(240, 236, "The dropout mask is computed again from its seed.", 12),
     ]
     return svg(248, *parts, label="A gradient: dX for the layer before; dA and dB for the optimizer; none for W")
 
@@ -135,7 +134,7 @@ def gradient() -> str:
 def pages() -> str:
     """Where the memory of a step is, in three moments."""
     titles = ("forward, backward", "optimizer step", "next forward")
-    parts = [text(12, y, name, 13, INK, "start") for name, y in (("GPU", 64), ("host", 156))]
+    parts = [text(12, y, name, 13, anchor="start") for name, y in (("GPU", 64), ("host", 156))]
     for i, title in enumerate(titles):
         x = 54 + 141 * i
         parts.append(text(x + 66, 26, title))
@@ -144,15 +143,15 @@ def pages() -> str:
         parts.append(box(x, 38, 44, BLUE, "W", height=42))
         if i == 1:
             parts += [box(x + 44, 38, 38, ORANGE, "grad", height=42), box(x + 82, 38, 50, GREEN, "m, v", height=42)]
-            parts += [arrow(x + 107, 130, x + 107, 82), text(x + 98, 110, "prefetch", 13, INK, "end")]
+            parts += [arrow(x + 107, 130, x + 107, 82), text(x + 98, 110, "prefetch", 13, anchor="end")]
         else:
             parts += [box(x + 44, 38, 88, PLAIN, "activations", height=42), box(x, 130, 50, GREEN, "m, v", height=42)]
     parts += [
         arrow(354, 82, 354, 128),
-        text(362, 102, "evicted", 12, INK, "start"),
-        text(362, 116, "when needed", 12, INK, "start"),
+        text(362, 102, "evicted", 12, anchor="start"),
+        text(362, 116, "when needed", 12, anchor="start"),
     ]
-    parts += [text(240, 198, "The driver evicts pages only if something else needs the GPU memory.", 12, GREY)]
+    parts += [text(240, 198, "The driver evicts pages only if something else needs the GPU memory.", 12)]
     return svg(
         210, *parts, label="Optimizer state is on the GPU in the optimizer step, and on the host when memory is short"
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.adapters.module_state import CONVERSION
-from lightning_qlora.checks import check_choice
+from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
@@ -42,6 +42,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         ValueError: If the module has no QLoRALinear, its layers are sharded, or dtype is not one of those above.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
+    check_module("module", module)
     layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")

@@ -27,7 +27,8 @@ class SaveAdapter(Callback):
         folder: Where to write; a folder for each run.
         every_n_train_steps: n.
         keep: How many of the last folders stay; with 2, also the one that a server may be reading.
-        base, base_model: As in `save_adapter`.
+        base: As in `save_adapter`.
+        base_model: As in `save_adapter`.
 
     Raises:
         ValueError: At the start of training, if there is no adapter, or PEFT's format has no place for what trains.

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -120,11 +120,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     """The adapters of a module; names are those in the base model."""
     _, base = find_base_model(module)
     layers = _layers_by_plain_name(base)
-    if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
-            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
-        )
+    _check_converted(module, layers)
     trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(
@@ -150,13 +146,23 @@ def get_adapter(module: nn.Module) -> Adapter:
     )
 
 
+def _check_converted(module: nn.Module, layers: Mapping[str, QLoRALinear]) -> None:
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
+            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
+        )
+
+
 def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     """Set the adapters of a converted module, in place: the parameters stay the same objects.
 
     Raises CheckpointMismatchError as `load_adapter`.
     """
     _, base = find_base_model(module)
-    layers, adapter = _layers_by_plain_name(base), assign_parameters(adapter, base)
+    layers = _layers_by_plain_name(base)
+    _check_converted(module, layers)
+    adapter = assign_parameters(adapter, base)
     _check_fits(base, layers, adapter)
     check_required_base(adapter, layers)
     for name, layer in layers.items():

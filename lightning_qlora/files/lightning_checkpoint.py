@@ -234,5 +234,5 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:  # damaged bytes make torch and the unpickler raise errors of any type
         if isinstance(error, (ValueError, FileNotFoundError)) and os.fspath(path) in str(error):
             raise  # one of ours
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({why}). Use another copy of it.") from error
+        why = f" ({next(iter(str(error).splitlines()), type(error).__name__)})" if zipfile.is_zipfile(path) else ""
+        raise ValueError(f"{path}: not a checkpoint, or truncated{why}. Use another copy of it.") from error

@@ -54,13 +54,14 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
     device = _device_of(module)
     _read_layers(module, folder, device)
     for places in _tensors_on_meta(module):
+        first, owner, own_key = places[0]
         name = next((name for name, _, _ in places if name in folder.entries), None)
         if name is None:
             raise ValueError(
-                f"{places[0][0]}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
+                f"{first}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
                 "name. Load it, or build it outside of the meta device."
             )
-        held = places[0][1][places[0][2]]
+        held = owner[own_key]
         value = _with_data(held, _read(folder, name, tuple(held.shape)), device)
         for _, tensors, key in places:
             tensors[key] = value

@@ -301,7 +301,7 @@ def _print_json(values: Any) -> None:
 def _plain(message: str) -> str:
     """A message of jsonargparse in one line, with what an argument of another library is called here."""
     ours = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
-    return " ".join([*message.split(), *ours])
+    return " ".join([" ".join(message.split()) + "." * bool(ours), *ours])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.module_state import Conversion, conversion_of, use_adapter_state_dict
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
+from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
@@ -71,6 +72,7 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
+    check_module("module", module)
     return convert_module(module, QLoRAConfig(**arguments))
 
 

@@ -25,7 +25,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         raise RuntimeError(
             f"strategy='ddp_{launcher._start_method}' trains in processes spawned or forked from this one. When they "
             "end, Lightning copies back only the weights that the module in this process has, and it has no adapters: "
-            "they would be lost without an error. Use strategy='ddp' in a script, or torchrun."
+            "they would be lost without an error. Use strategy='ddp' in a script, torchrun, or devices=1 in a notebook."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, check_config_patterns, read_conversion, saved_layers
+from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.names import named
@@ -47,6 +48,8 @@ def load_from_checkpoint(
         ValueError: If the checkpoint was not saved from a converted module, or contains what weights_only refuses.
         CheckpointMismatchError: If the class builds a base model other than the one of the training.
     """
+    if not isinstance(module_class, type):
+        raise TypeError(f"module_class={shown(module_class)}: must be the class of the module, which is built anew.")
     weights_only = weights_only is not False  # None: Lightning runs the code of a file from the network
     if "://" in str(checkpoint_path):
         with one_line_errors(checkpoint_path):

@@ -4,9 +4,19 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora import QLoRALinear, convert, estimate_memory, quantize
+from lightning_qlora import (
+    QLoRALinear,
+    convert,
+    estimate_memory,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    quantize,
+    save_adapter,
+)
 
 
 def mlp():
@@ -195,3 +205,16 @@ def test_weights_of_weight_norm_are_named():
     module = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
     with pytest.warns(UserWarning, match=r"47% of the weights are frozen and not in 4 bits.*0\.weight_v"):
         convert(module, r=4)
+
+
+def test_calls_with_another_object_than_a_module_say_what_is_wanted(tmp_path):
+    for call in (convert, merge):
+        with pytest.raises(TypeError, match=r"module='a-folder': must be a torch.nn.Module: build or load it first"):
+            call("a-folder")
+    with pytest.raises(TypeError, match=r"module_class='last.ckpt': must be the class of the module"):
+        load_from_checkpoint("last.ckpt", LightningModule)
+    plain, converted = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(64, 64))
+    convert(converted, r=4)
+    save_adapter(converted, tmp_path)
+    with pytest.raises(ValueError, match="Sequential has no adapter"):
+        load_adapter(plain, tmp_path)

@@ -138,7 +138,7 @@ def _make(device: torch.device, repeat: bool = False) -> Backend:
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "
             "PyTorch there. The results are the same, but a product takes several passes over memory. Install Triton "
-            "(`pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
+            "(for CUDA `pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
             stacklevel=3,
         )
     _made[device] = made

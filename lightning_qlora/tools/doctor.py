@@ -21,7 +21,7 @@ from lightning_qlora.words import install
 
 PACKAGES = {  # package -> the extra that installs it
     "torch": "", "lightning": "", "safetensors": "", "triton": "", "transformers": "hf", "jsonargparse": "cli",
-    "docstring-parser": "cli", "rich": "cli", "cuda-bindings": "paged", "peft": "test", "bitsandbytes": "test",
+    "docstring-parser": "cli", "rich": "cli", "cuda-bindings": "paged", "peft": "", "bitsandbytes": "",
 }  # fmt: skip
 REQUIRED = ("torch", "lightning", "safetensors")
 
@@ -34,6 +34,7 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
             yield name, version(name), True
         except PackageNotFoundError:
             hint = f" (extra {extra}: {install(extra)})" if extra else ""
+            hint = " under this name; torch for CUDA and ROCm brings its own" if name == "triton" else hint
             yield name, f"not installed{hint}", name not in REQUIRED
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     try:

@@ -85,7 +85,7 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
             if rank < len(group):
                 make = _make if isinstance(next(iter(group[rank].values())), QLoRALinear) else _make_embedding
                 made = make(module, group[rank], folder, device)
-        except ValueError as raised:
+        except (OSError, ValueError) as raised:
             error = str(raised)
         for raised_on in filter(None, of_all_ranks(error) if ranks > 1 else [error]):
             raise ValueError(raised_on)  # on all ranks: the others would wait for the layer of the one that failed

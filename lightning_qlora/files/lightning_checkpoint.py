@@ -62,7 +62,8 @@ def read_checkpoint(
     with one_line_errors(path):
         if shards:
             return _read_shards(Path(path), weights_only, keys)
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        in_utf8 = os.fsencode(path) == str(path).encode("utf-8", "replace")  # torch maps no file of another name
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=in_utf8)
 
 
 def check_crc(path: str | os.PathLike[str], weights_only: bool | None = True) -> None:

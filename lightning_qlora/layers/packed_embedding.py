@@ -20,7 +20,7 @@ from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer, own_names, to_dense
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, cast_input
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_parameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
@@ -66,7 +66,7 @@ class FrozenLayer(Derived, PackedLayer):
         """What `F.linear(x, layer.weight, bias)` computes, in the type that `QLoRALinear.compute_dtype` says."""
         dtype, pieces = QLoRALinear.compute_dtype(self, x), self.pieces()  # type: ignore[arg-type]
         of_pieces = [None] * len(pieces) if bias is None else torch.split(bias, [piece.shape[0] for piece in pieces])
-        no_a, input = x.new_empty(0, x.shape[-1]), x.to(dtype)
+        input, no_a = cast_input(x, dtype), x.new_empty(0, x.shape[-1])
         made = [
             lora_linear(input, piece, of_piece, no_a, x.new_empty(piece.shape[0], 0), 1.0)
             for piece, of_piece in zip(pieces, of_pieces, strict=True)

@@ -153,7 +153,7 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         """
         dtype, given = self.compute_dtype(x), x.dtype
         if given is not dtype:
-            x = _cast(x, dtype)
+            x = cast_input(x, dtype)
         p, seed = self.lora_dropout, None
         if self._qlora_disabled:
             a, b, magnitude = a.detach()[:0], b.detach()[:, :0], None  # rank 0
@@ -221,7 +221,8 @@ _KINDS = (PackedLayer, LoRALayer, QLoRALinear)
 MEMBERS = {name for kind in _KINDS for name in {*kind.__annotations__, *vars(kind)} if not hasattr(nn.Linear, name)}
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the type that a layer computes in; TypeError for integers, to which the result would be rounded."""
     if not x.is_floating_point():
         raise TypeError(
             f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."

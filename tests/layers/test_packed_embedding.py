@@ -145,6 +145,17 @@ def test_compiled_code_decodes_rows_and_not_the_embedding():
     assert graphs and "[128, 64]" not in graphs[0]
 
 
+@pytest.mark.parametrize("tokens", [None, TOKENS])
+def test_integers_are_refused_as_by_a_layer_with_an_adapter(tokens):
+    model, x, refused = converted(trainable_token_indices=tokens), torch.ones(2, 64, dtype=torch.int64), set()
+    head, layer = model.lm_head, next(iter(adapted_layers(model).values()))
+    for call in (layer, head, lambda x: F.linear(x, head.weight)):
+        with pytest.raises(TypeError, match=r"must be float32.*, not torch\.int64") as error:
+            call(x)
+        refused.add(str(error.value))
+    assert len(refused) == 1
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_train_on_a_vocabulary_in_4_bits(tied, tmp_path):
     peft = pytest.importorskip("peft")

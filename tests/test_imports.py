@@ -53,7 +53,10 @@ def test_no_two_files_import_each_other():
 
 
 def test_importing_the_package_is_cheap_and_loads_no_heavy_library():
-    """Lightning itself (through torchmetrics) imports transformers where it is there: what we add counts."""
+    """Lightning itself (through torchmetrics) imports transformers where it is there: what we add counts.
+
+    The pager, which is imported for every optimizer, finds the drivers when it needs them.
+    """
     script = """
 import json, sys, time
 import lightning, lightning.pytorch
@@ -61,17 +64,19 @@ before = set(sys.modules)
 start = time.process_time()  # not the wall clock: other tests share the cores
 import lightning_qlora
 seconds = time.process_time() - start
+import lightning_qlora.optim.paging.pager
 added = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = sorted(added & {"triton", "transformers", "peft", "bitsandbytes", "cuda", "rich", "numba", "matplotlib",
     "pytorch_lightning", "lightning_fabric"})
 print(json.dumps({"seconds": seconds, "heavy": heavy}))
 """
-    results = [
-        json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert all(result["heavy"] == [] for result in results)
-    assert min(result["seconds"] for result in results) < 0.3
+    for _ in range(3):  # again only if it was slow, which another process on the machine can cause
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        result = json.loads(run.stdout)
+        assert result["heavy"] == []
+        if result["seconds"] < 0.3:
+            break
+    assert result["seconds"] < 0.3
 
 
 def test_every_public_name_is_documented_and_importable():

@@ -1,4 +1,4 @@
-"""Run by test_ddp: trains under strategy="ddp" in as many processes as told and writes each rank's result."""
+"""Run by test_ddp: trains under strategy="ddp" in two processes, three times, and writes each rank's results."""
 
 from pathlib import Path
 
@@ -10,28 +10,32 @@ from lightning_qlora import QLoRAPrecision, SaveAdapter
 from tests.conftest import Classifier, loader, make_trainer, run_rank
 
 
-def main(root: str, epochs: str, ckpt: str, devices: str) -> None:
+def fit(root: Path, epochs: int, ckpt: str | None = None) -> dict[str, object]:
     pl.seed_everything(1, verbose=False)
     module = Classifier(dropout=0.1, seed=2)
     run = make_trainer(
-        root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp" if devices != "1" else "auto",
-        devices=int(devices), max_epochs=int(epochs), use_distributed_sampler=True,
-        logger=CSVLogger(root, name="log", version=0), callbacks=SaveAdapter(Path(root) / "adapters", keep=1),
+        root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp", devices=2,
+        max_epochs=epochs, use_distributed_sampler=True,
+        logger=CSVLogger(root, name="log", version=0), callbacks=SaveAdapter(root / "adapters", keep=1),
     )  # fmt: skip
     if ckpt:
         torch.manual_seed(1000 + run.global_rank)
-    run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt or None)
+    run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt)
     tested = run.test(module, loader(16), verbose=False)
-    torch.save(
-        {
-            "state": module.state_dict(),
-            "losses": module.losses,
-            "optimizer": run.optimizers[0].state_dict()["state"],
-            "tested": tested,
-            "best": run.checkpoint_callback.best_model_path,
-        },
-        Path(root) / f"rank{run.global_rank}.pt",
-    )
+    return {
+        "rank": run.global_rank,
+        "state": module.state_dict(),
+        "losses": module.losses,
+        "optimizer": run.optimizers[0].state_dict()["state"],
+        "tested": tested,
+        "best": run.checkpoint_callback.best_model_path,
+    }
+
+
+def main(root: str) -> None:
+    results = {"straight": fit(Path(root, "straight"), 2), "first": fit(Path(root, "first"), 1)}
+    results["resumed"] = fit(Path(root, "resumed"), 2, results["first"]["best"])
+    torch.save(results, Path(root) / f"rank{results['straight']['rank']}.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by test_sharded: trains under FSDP2, or on one device, with the Trainer or Fabric; writes each rank's results."""
+"""Run by test_dtensor on two ranks, and imported there for one: trains under FSDP2, with the Trainer or Fabric."""
 
 import copy
 import json
@@ -131,12 +131,10 @@ class Llama(pl.LightningModule):
         return kind(self.parameters(), lr=1e-2)
 
 
-def with_llama(root, devices, single_file, optimizer="AdamW", **arguments):
-    folder = Path(root).parent / "llama"
-
+def with_llama(root, devices, single_file, folder, optimizer="AdamW", **arguments):
     def fit(epochs, ckpt=None, **more):
         strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
-        module = Llama(str(folder), optimizer)
+        module = Llama(folder, optimizer)
         run = make_trainer(
             root, plugins=QLoRAPrecision(**ARGUMENTS | arguments | more), strategy=strategy if devices > 1 else "auto",
             devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
@@ -152,14 +150,23 @@ def with_llama(root, devices, single_file, optimizer="AdamW", **arguments):
     return run.global_rank, straight, resumed, {"losses": straight.losses}
 
 
-def main(root, loop, devices, single_file, *pairs):
+def train(root, devices, loop, single_file, **arguments):
+    """The rank, and what it has after training without a stop and with one; its adapter and checkpoint are in root."""
+    Path(root).mkdir(parents=True, exist_ok=True)
     pl.seed_everything(1, verbose=False)
-    arguments = {key: json.loads(value) for key, value in (pair.split("=") for pair in pairs)}
     run = {"trainer": with_trainer, "fabric": with_fabric, "llama": with_llama}[loop]
-    rank, straight, resumed, more = run(root, int(devices), single_file == "True", **arguments)
+    rank, straight, resumed, more = run(root, devices, single_file, **arguments)
     save_adapter(straight, Path(root) / f"adapter{rank}")
-    results = {"straight": adapters(straight), "resumed": adapters(resumed), **more}
-    torch.save(copy.deepcopy(results), Path(root) / f"rank{rank}.pt")
+    return rank, {"straight": adapters(straight), "resumed": adapters(resumed), **more}
+
+
+def main(root, *cases):
+    """Each case is JSON: the loop, if checkpoints are single files, and arguments. Its folder has the loop's name."""
+    results = []
+    for loop, single_file, arguments in map(json.loads, cases):
+        rank, result = train(Path(root) / loop, 2, loop, single_file, **arguments)
+        results.append(copy.deepcopy(result))
+    torch.save(results, Path(root) / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ def fsdp2(make_optimizer=lambda params, paged: torch.optim.AdamW(params, lr=1e-2
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
 
     def sharded(paged=False):
@@ -101,11 +100,15 @@ def fsdp2_8bit():
             assert torch.equal(loaded.to_local(), dequantize_state(codes, scales, signed=True))
 
 
-def main(mode):
-    {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_8bit": fsdp2_8bit}[mode]()
-    assert stand_in.pools
-    assert stand_in.nbytes == 0
-    os.write(1, b"bit-equal, all paged, nothing left\n")  # one write, so that two processes cannot mix their lines
+def main():
+    dist.init_process_group("gloo")
+    for mode in (ddp, fsdp2, fsdp2_8bit):
+        stand_in.pools.clear()
+        mode()
+        assert stand_in.pools
+        assert stand_in.nbytes == 0
+        line = f"{mode.__name__}: bit-equal, all paged, nothing left\n"
+        os.write(1, line.encode())  # one write, so that two processes cannot mix their lines
 
 
 run_rank(main)

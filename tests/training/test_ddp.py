@@ -12,15 +12,10 @@ from tests.conftest import launch
 from tests.toys import toy
 
 
-def reported(script: str, folder: Path, *arguments: object, devices: int = 2) -> list[dict]:
-    stdout, results = launch(script, folder, *arguments, devices=devices)
-    assert stdout.count("parameters train") == 1, "the report is printed once, by rank 0"
+def reported(script: str, folder: Path, fits: int = 1) -> list[dict]:
+    stdout, results = launch(script, folder)
+    assert stdout.count("parameters train") == fits, "the report of each fit is printed once, by rank 0"
     return results
-
-
-def run(folder: Path, epochs: int, ckpt: str = "", devices: int = 2) -> list[dict]:
-    folder.mkdir()
-    return reported("tests.scripts.ddp_training", folder, epochs, ckpt, devices, devices=devices)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -28,7 +23,8 @@ def same(one: dict, other: dict) -> bool:
 
 
 def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
-    straight = run(tmp_path / "straight", 2)
+    ranks = reported("tests.scripts.ddp_training", tmp_path, fits=3)
+    straight, first, resumed = ([rank[name] for rank in ranks] for name in ("straight", "first", "resumed"))
     assert same(straight[0]["state"], straight[1]["state"])
     assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
     assert {path.name for path in (tmp_path / "straight/adapters").iterdir()} == {"newest", "step-16"}
@@ -36,14 +32,12 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
     trained = [value for name, value in straight[0]["state"].items() if name.endswith("lora_B")]
     assert all(any(torch.equal(value, other) for other in saved.values()) for value in trained)
     assert straight[0]["losses"] != straight[1]["losses"], "each rank has its own share of the data"
-    first = run(tmp_path / "first", 1)
     names = torch.load(first[0]["best"], weights_only=True)["state_dict"]
     assert "net.0.lora_A" in names
     assert "net.0.packed" not in names
     assert "net.2.weight" not in names, "DDP's broadcast must not make frozen parameters look trained"
     logged = yaml.safe_load((tmp_path / "straight/log/version_0/hparams.yaml").read_text())
     assert logged["qlora"]["r"] == 4 and logged["width"] == 64
-    resumed = run(tmp_path / "resumed", 2, first[0]["best"])
     for rank in range(2):
         assert same(straight[rank]["state"], resumed[rank]["state"])
         assert resumed[rank]["losses"] == straight[rank]["losses"][8:]

@@ -1,5 +1,6 @@
 """The C kernels in every variant this machine can run, against the specification; and what happens without them."""
 
+import multiprocessing
 import os
 import shutil
 import stat
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_qlora import convert
 from lightning_qlora.files import private_folder
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.cpu import build
@@ -188,47 +191,44 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     assert len(_all_threads) <= threading.active_count()
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | environment
-    )
+@pytest.fixture
+def train(monkeypatch):
+    """Trains a little in this process, as if it was new: the library is looked for again, with another environment."""
+
+    def steps(folder, **environment):
+        monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(folder))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        module.compiled_library.cache_clear()
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.ReLU(), torch.nn.Linear(80, 72))
+        convert(model, r=4, lora_dropout=0.1)
+        for layer in (model[0], model[2]):
+            torch.nn.init.normal_(layer.lora_B)
+        model(torch.randn(50, 96)).square().sum().backward()
+        return eager.path(), model[0].packed, model[0].lora_A.grad.abs().sum()
+
+    yield steps
+    module.compiled_library.cache_clear()
 
 
-TRAIN = """
-import torch
-from lightning_qlora import convert
-from lightning_qlora.kernels import eager
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.ReLU(), torch.nn.Linear(80, 72))
-convert(model, r=4, lora_dropout=0.1)
-for layer in (model[0], model[2]):
-    torch.nn.init.normal_(layer.lora_B)
-model(torch.randn(50, 96)).square().sum().backward()
-print(eager.path())
-print(model[0].lora_A.grad.abs().sum().item(), *model[0].packed.flatten()[:8].tolist())
-"""
+def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_path, caplog):
+    _, packed, grad = train(tmp_path / "with")
+    path, packed_without, grad_without = train(tmp_path / "without", PATH=tmp_path, CC="")
+    assert path.startswith("plain torch")
+    assert caplog.text.count("C kernels not compiled") == 1
+    assert "no C compiler on PATH" in caplog.text
+    assert torch.equal(packed, packed_without)
+    torch.testing.assert_close(grad, grad_without, rtol=1e-4, atol=0)
 
 
-def test_without_a_compiler_everything_works_and_one_line_says_so(tmp_path):
-    normal = _python(TRAIN, LIGHTNING_QLORA_CACHE=str(tmp_path / "with"))
-    without = _python(TRAIN, PATH=str(tmp_path), CC="", LIGHTNING_QLORA_CACHE=str(tmp_path / "without"))
-    assert without.returncode == 0, without.stderr
-    assert without.stdout.startswith("plain torch")
-    assert without.stderr.count("C kernels not compiled") == 1
-    assert "no C compiler on PATH" in without.stderr
-    ours, theirs = (run.stdout.splitlines()[1].split() for run in (normal, without))
-    assert ours[1:] == theirs[1:]
-    assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-4)
-
-
-def test_a_failing_compiler_is_reported_with_its_words(tmp_path):
+def test_a_failing_compiler_is_reported_with_its_words(train, tmp_path, caplog):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho 'cc1: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
-    result = _python(TRAIN, CC=str(broken), LIGHTNING_QLORA_CACHE=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("C kernels not compiled") == 1
-    assert "cc1: no such thing" in result.stderr
+    train(tmp_path, CC=broken)
+    assert caplog.text.count("C kernels not compiled") == 1
+    assert "cc1: no such thing" in caplog.text
 
 
 def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
         build.compiler()
     except build.BuildError:
         pytest.skip("no C compiler")
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
     made, failures = [], []
 
     def start():
@@ -252,7 +252,8 @@ def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
         thread.join()
     assert not failures
     assert len(made) == 4
-    (library,) = tmp_path.iterdir()  # one library, nothing half made beside it
+    (library,) = (tmp_path / "cache").iterdir()  # one library, nothing half made beside it
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache", library)] == [0o700, 0o700]
     before = library.stat().st_mtime_ns
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail("built again"))
     build.load(module.SOURCE)
@@ -269,31 +270,31 @@ def test_it_uses_the_threads_that_torch_has():
         "before = pools(); eager.quantize(torch.randn(512, 512), 'nf4', 64, True)\n"
         "assert pools() == before, pools()"
     )
-    result = _python(code)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-
-
-def test_half_a_library_is_built_again_and_not_loaded(tmp_path):
-    """Loading it would end the process with a bus error, at every start."""
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    code = "from lightning_qlora.kernels import eager; print(eager.path())"
-    first = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
-    (library,) = tmp_path.iterdir()
-    os.truncate(library, library.stat().st_size // 2)
-    second = _python(code, LIGHTNING_QLORA_CACHE=str(tmp_path))
-    assert (second.returncode, second.stdout) == (0, first.stdout)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache that this process has filled, and the library in it."""
+    """The library in a cache of the test's own: a copy, because compiling takes more than a second."""
     if module.compiled_library() is None or os.name != "posix":
         pytest.skip("no C compiler, or no owners of files")
     monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    return Path(shutil.copy2(module.compiled_library()._loaded._name, build.cache_folder()))
+
+
+def test_half_a_library_is_built_again_and_not_loaded(cache):
+    """Loading it would end the process with a bus error, at every start."""
+    os.truncate(cache, cache.stat().st_size // 2)
+    code = "from lightning_qlora.kernels import eager; print(eager.path())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout.strip()) == (0, eager.path())
+
+
+def test_the_copy_is_loaded_and_not_compiled_again(cache, monkeypatch):
+    made = builds(monkeypatch)
     build.load(module.SOURCE, module.SYMBOLS)
-    (library,) = (tmp_path / "cache").iterdir()
-    return library
+    assert not made
 
 
 def builds(monkeypatch):
@@ -301,10 +302,6 @@ def builds(monkeypatch):
     made, built = [], build._built
     monkeypatch.setattr(build, "_built", lambda *arguments: made.append(built(*arguments)) or made[-1])
     return made
-
-
-def test_the_cache_is_private(cache):
-    assert stat.S_IMODE(cache.parent.stat().st_mode) == 0o700 and stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
@@ -371,18 +368,21 @@ def test_a_planted_library_is_compiled_again(how, cache, monkeypatch, tmp_path):
     assert len(made) == 1
 
 
-def test_eight_processes_compile_once(tmp_path):
+def test_eight_processes_compile_once(tmp_path, monkeypatch):
     if module.compiled_library() is None:
         pytest.skip("no C compiler")
     compiler = tmp_path / "cc"
     compiler.write_text(f'#!/bin/sh\necho x >> {tmp_path}/calls\nexec {build.compiler()} "$@"\n')
     compiler.chmod(0o755)
-    code = "from lightning_qlora.kernels.cpu import build, library; build.load(library.SOURCE, library.SYMBOLS)"
-    environment = os.environ | {"CC": str(compiler), "LIGHTNING_QLORA_CACHE": str(tmp_path / "cache")}
-    fork = "import os\nfor _ in range(7):\n    if os.fork() == 0: break\n"  # after torch is imported
-    script = f"import torch\nfrom lightning_qlora.kernels.cpu import build, library\n{fork}{code}\n"
-    script += "while True:\n    try: os.wait()\n    except ChildProcessError: break"
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=build.load, args=(module.SOURCE, module.SYMBOLS)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
     assert (tmp_path / "calls").read_text().split() == ["x", "x"]  # compile, link
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -436,6 +436,5 @@ def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):
     assert build.cache_folder() == tmp_path
 
 
-def test_the_path_says_when_the_environment_turned_the_loops_off():
-    result = _python("from lightning_qlora.kernels import eager; print(eager.path())", LIGHTNING_QLORA_NO_BUILD="1")
-    assert result.stdout == "plain torch (LIGHTNING_QLORA_NO_BUILD is set)\n"
+def test_the_path_says_when_the_environment_turned_the_loops_off(train, tmp_path):
+    assert train(tmp_path, LIGHTNING_QLORA_NO_BUILD="1")[0] == "plain torch (LIGHTNING_QLORA_NO_BUILD is set)"

@@ -129,7 +129,7 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.lightning_qlora.lora_linear.default and args[SEED] is not None:
             self.dropped = max(self.dropped, args[0].nbytes)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # a meta tensor has no memory
                 self._add(tensor.untyped_storage())
         return result
 

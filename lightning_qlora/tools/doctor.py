@@ -19,9 +19,9 @@ from lightning_qlora.training.convert import convert
 from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install
 
-PACKAGES = {  # package -> the extra that installs it
-    "torch": "", "lightning": "", "safetensors": "", "triton": "", "transformers": "hf", "jsonargparse": "cli",
-    "docstring-parser": "cli", "rich": "cli", "cuda-bindings": "paged", "peft": "", "bitsandbytes": "",
+PACKAGES = {  # package -> the extra that installs it; None: not one of ours
+    "torch": "", "lightning": "", "safetensors": "", "triton": None, "transformers": "hf", "jsonargparse": "cli",
+    "docstring-parser": "cli", "rich": "cli", "cuda-bindings": "paged", "peft": None, "bitsandbytes": None,
 }  # fmt: skip
 REQUIRED = ("torch", "lightning", "safetensors")
 

@@ -268,10 +268,10 @@ def test_deferred_logits_are_measured_and_planned(capsys):
 @pytest.mark.slow
 def test_embeddings_in_4_bits_are_measured(capsys):
     pytest.importorskip("transformers")
-    sizes = {"rows": 4096, "width": 64, "layers": 1, "steps": 1, "threads": 1, "batch": 1, "length": 16}
+    sizes = {"rows": 65536, "width": 64, "layers": 1, "steps": 1, "threads": 1, "batch": 1, "length": 16}
     embeddings.main([word for name, size in sizes.items() for word in (f"--{name}", str(size))])
     dense, ours = (line.split(" | ") for line in capsys.readouterr().out.splitlines() if " bits |" in line)
-    assert float(ours[1]) == pytest.approx(float(dense[1]) * 4.5 / 16, rel=0.01)
+    assert float(ours[1]) == pytest.approx(float(dense[1]) * 4.5 / 16, abs=0.1)  # printed in 0.1 MB
 
 
 def test_what_a_decoder_layer_keeps_is_listed_by_module():

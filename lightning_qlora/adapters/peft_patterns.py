@@ -10,7 +10,8 @@ from lightning_qlora.checks import check_dict, check_patterns
 # The parser of `re`, which has no public name.
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 LONGEST = 4000  # characters of an expression
-MOST_WAYS = 10**8  # in which `re` may match the expressions and names of a file; it tries 10**7 in a second
+MOST_WAYS = 10**7  # in which `re` may match the expressions of a file with one name; it tries about as many in a second
+MOST_FOR_ALL = 10**8  # with all names
 
 
 def check_patterns_of_file(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
@@ -25,8 +26,8 @@ def check_few_ways(argument: str, patterns: Iterable[str], names: Collection[str
     """Raise ValueError if `re` may try too many ways to match patterns with the names of layers, as (a+)+$."""
     total, length = 0, max(map(len, names), default=0)
     for pattern in patterns:
-        total += len(names) * _ways(_parser.parse(pattern), length)
-        if total > MOST_WAYS:
+        total += _ways(_parser.parse(pattern), length)
+        if total > MOST_WAYS or total * len(names) > MOST_FOR_ALL:
             raise ValueError(
                 f"{argument}: {pattern[:80]!r} may take years to match. Write the names of the layers in the file; or "
                 "if you trust a checkpoint, convert the module with lightning_qlora.convert and these arguments, and "

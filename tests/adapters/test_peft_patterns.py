@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from peft.utils.other import get_pattern_key
@@ -41,11 +42,24 @@ def with_patterns(patterns, folder):
     return path
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$b", "((a*)*)*b", "(a{1,1000}){1,1000}b", "(a|b|ab|abc)*c"])
+@pytest.mark.parametrize("pattern", ["(a+)+$b", "((a*)*)*b", "(a{1,1000}){1,1000}b", "(a|b|ab)*c"])
 def test_no_pattern_hangs(pattern, tmp_path):
     path, start = with_patterns({pattern: 2}, tmp_path), time.perf_counter()
     with pytest.raises(ValueError, match=f"{path.name}: alpha_pattern: .* may take years to match"):
         read_adapter(tmp_path)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$b", "(a|a)*b", ".*.*.*.*.*.*x", "((a*)*)*b", "(a{1,1000}){1,1000}b", "a{1000000000}", "(a|b|ab)*c"],
+)
+@pytest.mark.parametrize("length", [40, 5000])
+def test_a_pattern_is_matched_soon_or_refused(pattern, length):
+    name, start = "a" * length, time.perf_counter()
+    with suppress(ValueError):
+        check_few_ways("alpha_pattern", [pattern], [name])
+        assert not fits(name, pattern)
     assert time.perf_counter() - start < 5
 
 

@@ -64,8 +64,7 @@ class SpendBytes(Callback):
                 self.extra += FROZEN * weights[name].numel() - layers[name].packed_weight.nbytes
         if each["fresh"]:
             for layer in layers.values():
-                initial = methods.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name)
-                layer.set_adapter(*initial)
+                begin_anew(layer)
         if each["frozen"]:
             for name, layer in layers.items():
                 self.correct(layer, weights[name], round(each["frozen"] * TRAINED / FROZEN))
@@ -110,7 +109,7 @@ class SpendBytes(Callback):
         """Add what the 4 bits took away: the layer computes with its weight in bf16."""
         kept = weight.bfloat16().float() - layer.decode().float()
         layer.register_forward_hook(partial(add, (kept.to(layer.weight_dtype),)))
-        layer.set_adapter(*methods.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name))
+        begin_anew(layer)
         for parameter in layer.adapter_parameters():
             parameter.requires_grad_(not self.settings["bare"])
 
@@ -121,6 +120,11 @@ class SpendBytes(Callback):
         u, sigma, v = exact(left(layer, weight), rank)
         parts = (v / size.clamp_min(methods.MIN_INPUT_RMS).unsqueeze(1)).T, u * sigma
         layer.register_forward_hook(partial(add, tuple(part.bfloat16().to(layer.weight_dtype) for part in parts)))
+
+
+def begin_anew(layer: QLoRALinear) -> None:
+    """Give a layer the adapter of "default"."""
+    layer.set_adapter(*methods.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name))
 
 
 @torch.no_grad()

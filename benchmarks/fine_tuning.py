@@ -222,11 +222,11 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     result: dict[str, Any] = {**losses.values, "MB": (base_bytes + spend.extra + TRAINED * trained) / 1e6}
     if options.merge or options.text:
-        result["merged"] = merging(module, data, base, options)
+        result["merged"] = after_training(module, data, base, options)
     return result
 
 
-def merging(module: Module, data: Any, base: str, options: argparse.Namespace) -> dict[str, list[float]]:
+def after_training(module: Module, data: Any, base: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Held-out loss and perplexity of the adapter on its base; with --merge merged, and on the 16-bit model."""
     text = windows(options.text, options.windows, load_tokenizer(options.base))
 

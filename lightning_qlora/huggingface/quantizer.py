@@ -193,14 +193,15 @@ class QLoRAQuantizer(HfQuantizer):
         """Convert the layers that the files have, on the meta device."""
         self.folder = ModelFolder(folder, copy.deepcopy(model))
         for key, chosen in self.chosen.items():
-            entry, is_stack = self.folder.entries.get(key), isinstance(getattr(chosen, "part", None), ExpertParameter)
+            entry = self.folder.entries.get(key)
             found = entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries
             if isinstance(chosen, ToFreeze):
                 if found and not isinstance(chosen.layers[owner_name(key)], FrozenLayer):  # by a layer tied to it
                     weight = quantize(model.get_parameter(key), chosen.config)
                     freeze_in_4_bits([*chosen.layers.values()], weight, chosen.config)
             elif found:
-                for layer in chosen.convert(key if is_stack else key.removesuffix(".weight")).values():
+                name = key if isinstance(chosen.part, ExpertParameter) else key.removesuffix(".weight")
+                for layer in chosen.convert(name).values():
                     assert isinstance(layer, QLoRALinear)
                     layer.loaded = True
 

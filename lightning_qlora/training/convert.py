@@ -122,10 +122,10 @@ def convert_module(
         check_any(choice, config)
     check_loaded(module, choice)
     warn_of_hooks(choice)
-    layers = [*choice.convert.items()]
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
-    for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
-        with named(name or type(chosen[0]).__name__):
+    chosen_layers = tqdm(choice.convert.items(), "Quantizing", leave=False, delay=2, unit=" layers", disable=silent)
+    for name, chosen in chosen_layers:
+        with named(name or type(chosen.part).__name__):
             _convert(name, chosen, device)
     for name, embedding in choice.embeddings.items():
         with named(name):
@@ -149,13 +149,13 @@ def convert_module(
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     warn_of_what_stayed(module, choice)
-    if kept and layers:
+    if kept and choice.convert:
         warn_of_two_configs(module)
     elif kept and not config.rank_pattern and not config.alpha_pattern:
         for name, layer in adapted_layers(module).items():
             if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
                 break
-    if config.initialization == "calibrated" and layers:
+    if config.initialization == "calibrated" and choice.convert:
         Calibration(module, config, sharded)
     report = _report(module, choice, bytes_before, start, deferred)
     warn_of_large_new_parts(module, choice, report)

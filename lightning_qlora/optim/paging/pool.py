@@ -71,7 +71,7 @@ class Pool(ABC):
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
         """Start to move those tensors that are in the pool to the device, before the kernels that use them."""
 
-    # These three do nothing where the driver moves pages by itself (unified memory).
+    # Unified memory needs none of these three: the driver moves the pages.
 
     def wait_prefetch(self) -> None:  # noqa: B027
         """Make kernels that are launched from now on wait for the last prefetch."""

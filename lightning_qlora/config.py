@@ -81,8 +81,6 @@ class QLoRAConfig:
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
         trainable_token_indices: Tokens whose rows of the input embedding train, as in PEFT: a list of indices, or a
             dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.
-        quantize_embeddings: Freeze the embeddings of tokens and the output embedding in 4 bits, tied or not, without an
-            adapter. Single rows can still train (trainable_token_indices).
         keep_initial: Keep a copy of the parameters that train in full, so that `disable_adapter` computes with their
             initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
@@ -120,7 +118,6 @@ class QLoRAConfig:
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    quantize_embeddings: bool = False
     keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
@@ -146,9 +143,7 @@ class QLoRAConfig:
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
         check_integer("block_size", self.block_size)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
-        for name in (
-            "double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "keep_initial", "quantize_embeddings",
-        ):  # fmt: skip
+        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "keep_initial"):
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)
         check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)

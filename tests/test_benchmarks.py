@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import deferred_logits, embeddings, gpu_day, measure, peers, saved_tensors
+from benchmarks import deferred_logits, gpu_day, measure, peers, saved_tensors
 from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.timing import call_seconds, times
 from lightning_qlora.kernels import eager
@@ -263,15 +263,6 @@ def test_deferred_logits_are_measured_and_planned(capsys):
     (_, real, _, _, _, _, real_loss), (_, ours, _, _, _, _, our_loss) = rows
     assert float(ours) < float(real)
     assert float(our_loss.strip(" |")) == pytest.approx(float(real_loss.strip(" |")), rel=1e-3)
-
-
-@pytest.mark.slow
-def test_embeddings_in_4_bits_are_measured(capsys):
-    pytest.importorskip("transformers")
-    sizes = {"rows": 65536, "width": 64, "layers": 1, "steps": 1, "threads": 1, "batch": 1, "length": 16}
-    embeddings.main([word for name, size in sizes.items() for word in (f"--{name}", str(size))])
-    dense, ours = (line.split(" | ") for line in capsys.readouterr().out.splitlines() if " bits |" in line)
-    assert float(ours[1]) == pytest.approx(float(dense[1]) * 4.5 / 16, abs=0.1)  # printed in 0.1 MB
 
 
 def test_what_a_decoder_layer_keeps_is_listed_by_module():

@@ -32,7 +32,6 @@ ALLOWED = {
     # become layers.
     "layers/deferred_head.py": {"head.__class__"},
     "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
-    "layers/packed_embedding.py": {"layer._parameters.pop('weight')", "layer.__class__"},
     "layers/readable_weight.py": {"made._is_param"},  # a tensor that it made
     # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
     "layers/disable_adapter.py": {"owner._parameters[name]"},

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.folder_layers import find_layers
 from lightning_qlora.adapters.model_folder import ModelFolder
-from lightning_qlora.checks import check_bool, check_names
+from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.layers.initialization import methods
@@ -42,19 +42,15 @@ def check_quantization(known: Any, source: str) -> None:
     try:
         if known is not None:
             check_bool("base_changed", known["base_changed"])
-            check_names("embeddings", known.get("embeddings", []))
             names = (*BITS, "init_lora_weights")
             QLoRAConfig(**{name: known[name] for name in names}, loftq_config=known.get("loftq_config"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}. The file is damaged: use another copy.") from error
 
 
-def quantization_of_layer(layer: QLoRALinear, embeddings: list[str]) -> dict[str, Any]:
-    """The same of a layer, with the quantization of its weight, which may have been loaded in 4 bits.
-
-    `embeddings`: names of the embeddings, and of layers tied to them, that are frozen in 4 bits.
-    """
-    return quantization_of(layer.config) | _bits_of(layer) | ({"embeddings": embeddings} if embeddings else {})
+def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
+    """The same of a layer, with the quantization of its weight, which may have been loaded in 4 bits."""
+    return quantization_of(layer.config) | _bits_of(layer)
 
 
 def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:

@@ -16,7 +16,6 @@ from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import is_transformers_model, only_child_of
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
@@ -52,14 +51,13 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     prefix, base = find_base_model(module)
     modules = [(plain_name(name), layer) for name, layer in base.named_modules(remove_duplicate=False)]
     layers = {name: layer for name, layer in modules if isinstance(layer, QLoRALinear)}
-    embeddings = [name for name, layer in modules if isinstance(layer, FrozenLayer)]
     stacks, first = stacks_of(base), next(iter(layers.values()), None)
     return {
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
         "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
-        "quantization": None if first is None else quantization_of_layer(first, embeddings),
+        "quantization": None if first is None else quantization_of_layer(first),
         "target_modules": target_modules_of(base),
         **({"experts": {name: list(stack) for name, stack in stacks.items()}} if stacks else {}),
         **({"tokens": tokens} if (tokens := token_indices(base)) else {}),

@@ -18,7 +18,7 @@ from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import DTYPES, QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import undo
-from lightning_qlora.layers.trainable_tokens import merge_embeddings
+from lightning_qlora.layers.trainable_tokens import merge_tokens
 
 Module = TypeVar("Module", bound=nn.Module)
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -65,7 +65,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         stack.restore(owner, key, stack.stack(merged))
     compute_logits(module)
     made = [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)]
-    mark_as_loaded(module, [*made, *merge_embeddings(module)])
+    mark_as_loaded(module, made)
+    merge_tokens(module)
     for part in module.modules():
         vars(part).pop(CONVERSION, None)
     undo(module)

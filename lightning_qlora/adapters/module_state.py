@@ -238,7 +238,7 @@ def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[
         )
     for name, full_name, layer in _layers_of_base(root):
         there = config_of_layer(description, name, saved)
-        for argument in ("use_rslora", "use_dora", "lora_alpha", "quantize_embeddings"):
+        for argument in ("use_rslora", "use_dora", "lora_alpha"):
             was, now = getattr(there, argument), getattr(layer.config, argument)
             if was != now:
                 raise CheckpointMismatchError(

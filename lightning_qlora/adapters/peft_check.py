@@ -19,7 +19,6 @@ from lightning_qlora.adapters.base_model import target_modules_of
 from lightning_qlora.adapters.peft_files import peft_config, peft_tensors
 from lightning_qlora.layers.dotted_names import COMPILED, parameter_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts, experts_of
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens, remove_tokens
@@ -122,9 +121,6 @@ def _without_weights(module: nn.Module, made: dict[int, Any] | None = None) -> A
         new._modules[key] = None if part is None else _without_weights(getattr(part, COMPILED, part), made)
     if isinstance(module, TrainableTokens):
         remove_tokens(new)
-    if isinstance(module, FrozenLayer):
-        empty = torch.empty(module._shape, dtype=module.weight_dtype, device="meta")
-        to_dense(new, made.setdefault(-id(module.packed), nn.Parameter(empty, requires_grad=False)))
     for key, part in module._modules.items():
         if isinstance(part, QLoRAExperts):
             stack = torch.empty(part.weight_shape, dtype=part.layers[0].weight_dtype, device="meta")

@@ -26,9 +26,8 @@ from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import is_transformers_model, named
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR
-from lightning_qlora.layers.packed_embedding import NOT_TIED, quantize
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import renew
 
 
@@ -72,30 +71,24 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
     """Read the 4-bit layers, as many at a time as there are ranks; a model that is not sharded, on each rank alone."""
     shared = dist.is_initialized() and any(map(is_sharded, module.parameters()))
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
-    of_weight: dict[int, dict[str, PackedLayer]] = {}  # the layers that hold it: several where embeddings are tied
-    for name, layer in module.named_modules():
-        if isinstance(layer, PackedLayer) and layer.packed.is_meta:
-            of_weight.setdefault(id(layer.packed), {})[name] = layer
-    weights = [*of_weight.values()]
-    groups = [weights[first : first + ranks] for first in range(0, len(weights), ranks)]
+    layers = [(name, layer) for name, layer in adapted_layers(module).items() if layer.packed.is_meta]
+    groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
     silent = True if rank else None  # None: also where stderr is no terminal
     for group in tqdm(groups, "Quantizing", leave=False, delay=2, unit=f" x {ranks} layers", disable=silent):
         made, error = None, None
         try:
             if rank < len(group):
-                make = _make if isinstance(next(iter(group[rank].values())), QLoRALinear) else _make_embedding
-                made = make(module, group[rank], folder, device)
+                made = _make(module, *group[rank], folder, device)
         except (OSError, ValueError) as raised:
             error = str(raised)
         for raised_on in filter(None, of_all_ranks(error) if ranks > 1 else [error]):
             raise ValueError(raised_on)  # on all ranks: the others would wait for the layer of the one that failed
-        for source, layers in enumerate(group):
-            _share([*layers.values()], made if source == rank else None, source, device, ranks)
+        for source, (_, layer) in enumerate(group):
+            _share(layer, made if source == rank else None, source, device, ranks)
 
 
-def _share(layers: list[PackedLayer], made: PackedLayer | None, source: int, device: torch.device, ranks: int) -> None:
-    """Set the tensors of a layer, and of those tied to it, to this rank's part of those that rank `source` made."""
-    layer: Any = layers[0]
+def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
+    """Set the tensors of a layer to this rank's part of those that rank `source` made."""
     for key in (*BASE, *ADAPTER):
         if (held := layer._parameters.get(key)) is None:
             continue
@@ -105,31 +98,13 @@ def _share(layers: list[PackedLayer], made: PackedLayer | None, source: int, dev
             value = getattr(made, key).data.contiguous()
         if ranks > 1:
             dist.broadcast(value, source)
-        part: Any = _with_data(held, value, device)
-        for tied in layers:
-            tied._parameters[key] = part
-    if isinstance(made, QLoRALinear) and made.dense_weight is not None:
+        layer._parameters[key] = _with_data(held, value, device)  # type: ignore[assignment]
+    if made is not None and made.dense_weight is not None:
         layer.dense_weight = made.dense_weight  # the calibrated adapter is computed on this rank
 
 
-def _make_embedding(
-    module: nn.Module, layers: dict[str, Any], folder: ModelFolder, device: torch.device
-) -> PackedLayer:
-    """An embedding in 4 bits, and those tied to it, as one device makes them of the float weight in the folder."""
-    names = [name for name in layers if join(name, "weight") in folder.entries] or [*layers]
-    made, layer = PackedLayer(), layers[names[0]]
-    for name in names:
-        weight = _read(folder, join(name, "weight"), layer._shape).to(device, layer.weight_dtype)
-        packed = quantize(weight, layer.config)
-        if made._parameters and not torch.equal(made.packed.flatten(), packed.packed.flatten()):
-            raise ValueError(f"{folder.where(join(name, 'weight'))}: {NOT_TIED}")
-        made.set_packed_weight(packed)
-    return made
-
-
-def _make(module: nn.Module, layers: dict[str, Any], folder: ModelFolder, device: torch.device) -> QLoRALinear:
+def _make(module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder, device: torch.device) -> QLoRALinear:
     """A layer as one device makes it of the float weight in the folder."""
-    ((name, layer),) = layers.items()
     made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     expert = parameter_and_number(name)
     if expert is None:

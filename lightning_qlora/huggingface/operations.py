@@ -17,11 +17,8 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 from lightning_qlora.adapters.dequantized_folder import Dequantize
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import local
-from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
-from lightning_qlora.layers.packed_embedding import NOT_TIED, SPLIT_EMBEDDING, FrozenLayer, freeze_in_4_bits, quantize
-from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
@@ -65,9 +62,8 @@ class _Operation(ConversionOps):
             missing_keys.discard(key)
         made: dict[str, Tensor] = {}
         for prefix, layer in layers.items():
-            assert isinstance(layer, PackedLayer)
-            if isinstance(layer, QLoRALinear):
-                layer.loaded = True
+            assert isinstance(layer, QLoRALinear)
+            layer.loaded = True
             bias = layer._parameters.get("bias")
             # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
             layer._is_hf_initialized = bias is None  # type: ignore[assignment]
@@ -112,8 +108,6 @@ class Quantize(_Operation):
             weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
-        if isinstance(chosen, ToFreeze):
-            return self._freeze(key, weight, source, place, chosen, missing_keys)
         owner: Any = chosen.part
         inner, name = "weight", key.removesuffix(".weight")
         if isinstance(owner, ExpertParameter):
@@ -129,33 +123,15 @@ class Quantize(_Operation):
             return self.refuse(source, key, part, f"{name}: {error}")
         return self.quantized(layers, key, missing_keys)
 
-    def _freeze(
-        self, key: str, weight: Tensor, source: str, place: Tensor, chosen: ToFreeze, missing_keys: set[str] | None
-    ) -> dict[str, Any]:
-        """The parameters of an embedding in 4 bits; the layers that are tied to it have the same."""
-        name = owner_name(key)
-        layer: Any = chosen.layers[name]
-        try:
-            made = quantize(weight, chosen.config)
-        except ValueError as error:
-            return self.refuse(source, key, place, f"{name}: {error}")
-        if not isinstance(layer, FrozenLayer):
-            freeze_in_4_bits([*chosen.layers.values()], made, chosen.config)
-        elif not torch.equal(layer.packed_weight.packed, made.packed):
-            self.hf_quantizer.errors.append(self.hf_quantizer.error(source, f"{key}: {NOT_TIED}"))
-        return self.quantized({name: layer}, key, missing_keys)
-
 
 LOAD_WHOLE = (
-    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices "
-    "and quantize_embeddings. Load it without one, and call parallelize_module and fully_shard in configure_model."
+    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices. "
+    "Load it without one, and call parallelize_module and fully_shard in configure_model."
 )
 
 
-def _not_splittable(place: DTensor, chosen: ToConvert | ToFreeze) -> str | None:
+def _not_splittable(place: DTensor, chosen: ToConvert) -> str | None:
     """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
-    if isinstance(chosen, ToFreeze):
-        return SPLIT_EMBEDDING
     if isinstance(chosen.part, ExpertParameter):
         return SPLIT_EXPERTS
     if place.device_mesh.ndim > 1:

@@ -12,7 +12,6 @@ from lightning_qlora.layers.dense_reasons import LOADED, get_output_embeddings
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.patches import make_changes, replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
@@ -193,7 +192,7 @@ def refuse_resizing(
     original: Any, model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """Let `resize_token_embeddings` raise if rows of an embedding train, or if one is in 4 bits.
+    """Let `resize_token_embeddings` raise if rows of an embedding train, or if the output embedding is in 4 bits.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.resize_token_embeddings, puts a new nn.Linear in place of
     an untied output embedding, so that its adapter, or its rows that train, would be lost without an error.
@@ -202,7 +201,7 @@ def refuse_resizing(
     """
     layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
     rows = len(layers[0].weight)
-    wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, FrozenLayer, QLoRALinear)
+    wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, QLoRALinear)
     found = next((layer for layer in layers if isinstance(layer, kinds)), None)
     if found is None:
         return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)

@@ -49,10 +49,8 @@ from lightning_qlora.huggingface.patches import (
 from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.names import named, named_tensors
-from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
@@ -134,7 +132,7 @@ class QLoRAQuantizer(HfQuantizer):
         pre_quantized = in_4_bits or own is not None  # then transformers reads tensors in the type of the files
         super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=pre_quantized)  # type: ignore[arg-type]
         self.quantizers, self.own, self.in_4_bits = quantizers, own, in_4_bits
-        self.chosen: dict[str, ToConvert | ToFreeze] = {}  # by the name of the parameter
+        self.chosen: dict[str, ToConvert] = {}  # by the name of the parameter
         self.file_of: dict[str, Path] = {}  # key in the files -> file
         self.shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
         self.errors: list[ValueError] = []
@@ -175,8 +173,6 @@ class QLoRAQuantizer(HfQuantizer):
                 check_packed_initialization(config)
         if COMPOSES or not self.in_4_bits:  # else they are dense in the files, and conversion quantizes them
             self.chosen |= stacks
-            for embedding in choice.embeddings.values():
-                self.chosen |= {f"{name}.weight": embedding for name in embedding.layers}
         if self.file_of and self._is_sharded_next(model, paths):
             self._convert_without_data(model, paths[0].parent)
 
@@ -195,11 +191,7 @@ class QLoRAQuantizer(HfQuantizer):
         for key, chosen in self.chosen.items():
             entry = self.folder.entries.get(key)
             found = entry.shape == self.shapes[key] if entry else f"{key}.0" in self.folder.entries
-            if isinstance(chosen, ToFreeze):
-                if found and not isinstance(chosen.layers[owner_name(key)], FrozenLayer):  # by a layer tied to it
-                    weight = quantize(model.get_parameter(key), chosen.config)
-                    freeze_in_4_bits([*chosen.layers.values()], weight, chosen.config)
-            elif found:
+            if found:
                 name = key if isinstance(chosen.part, ExpertParameter) else key.removesuffix(".weight")
                 for layer in chosen.convert(name).values():
                     assert isinstance(layer, QLoRALinear)

@@ -13,7 +13,6 @@ from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_e
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.packed_embedding import FrozenLayer, PackedHead
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
@@ -60,7 +59,7 @@ def _can_defer(head: Any, input: Tensor) -> bool:
 def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of a head with deferred logits."""
     members = {"__module__": kind.__module__, "plain_class": kind, "plain_forward": kind.forward}
-    if not issubclass(kind, (QLoRALinear, FrozenLayer, TrainableTokens)):
+    if not issubclass(kind, (QLoRALinear, TrainableTokens)):
         members["dense_class"] = kind  # as these say which class it was
     return type(f"Deferred{kind.__name__}", (DeferredHead, kind), members)
 
@@ -103,7 +102,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
     kind: Any = layer.dense_class if isinstance(layer, TrainableTokens) else type(layer)
-    return kind in (nn.Linear, QLoRALinear, PackedHead) or isinstance(layer, DeferredHead) or is_packed(layer)
+    return kind in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_packed(layer)
 
 
 def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:
@@ -147,6 +146,6 @@ def saved_bytes(head: Any) -> int:
 
     Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
     """
-    dtype = head.weight_dtype if isinstance(head, (QLoRALinear, FrozenLayer)) else head.weight.dtype
+    dtype = head.weight_dtype if isinstance(head, QLoRALinear) else head.weight.dtype
     elements: int = 1000 * head.out_features
     return elements * (dtype.itemsize + 8)

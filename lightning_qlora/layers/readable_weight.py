@@ -172,11 +172,6 @@ class ReadableWeight(Readable):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, ReadableWeight) and not (weight._transposed or isinstance(x, Readable)):
                 return weight._source.linear_by_weight(x, bias)
-        if func is torch.nn.functional.embedding:
-            tokens, weight, max_norm = _embedding_arguments(*args, **kwargs)
-            source = weight._source
-            if source._qlora_disabled and hasattr(source, "lookup") and not weight._transposed and max_norm is None:
-                return source.lookup(tokens)
         if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
             x, weight = args
             if weight._transposed and not isinstance(x, Readable) and x.dtype is weight.dtype:
@@ -208,9 +203,3 @@ def readable_parameter(source: Any) -> Tensor:
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     """The arguments of F.linear, by position or by name."""
     return input, weight, bias
-
-
-def _embedding_arguments(
-    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
-) -> tuple[Any, Any, Any]:
-    return input, weight, max_norm

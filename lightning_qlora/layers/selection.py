@@ -22,16 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.dense_reasons import LOADED, OUTPUT_EMBEDDINGS, ModuleFacts, name_clash, shape_of, too_small
+from lightning_qlora.layers.dense_reasons import LOADED, ModuleFacts, name_clash, shape_of, too_small
 from lightning_qlora.layers.dotted_names import expert_name, join, last_part, plain_name
-from lightning_qlora.layers.embedding_selection import TRAINS, ToFreeze, check_embeddings, select_embeddings
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import QLoRAExperts, experts_of
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.new_parameters import new_parameters
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded
 from lightning_qlora.layers.token_selection import check_tokens, select_tokens
@@ -75,7 +73,6 @@ class Selection:
     skip: dict[str, str] = field(default_factory=dict)  # why a linear layer, or a stack of experts, is dense and frozen
     stop: dict[str, None] = field(default_factory=dict)  # what trained before, is no linear layer, and is frozen
     tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
-    embeddings: dict[str, ToFreeze] = field(default_factory=dict)  # frozen in 4 bits, with the layers tied to them
     refused: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names can't be converted
     names: dict[int, LayerNames] = field(default_factory=dict)  # id of each module -> its names
 
@@ -91,8 +88,6 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     if saved is None:
         _check_patterns(module, config, choice)
     check_tokens(module, config.trainable_token_indices, choice.names, choice.train)
-    if config.quantize_embeddings:
-        check_embeddings(module, choice.embeddings, choice.skip | choice.train)
     _check_no_adapters(module, config, choice)
     return choice
 
@@ -120,7 +115,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
             scripted.append(name)
             choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
             continue
-        if name in choice.tokens or isinstance(layer, (TrainableTokens, FrozenLayer)):
+        if name in choice.tokens or isinstance(layer, TrainableTokens):
             continue
         if is_recorded(layer):
             if is_linear(layer) and not isinstance(layer, QLoRALinear):
@@ -139,19 +134,7 @@ def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | 
         reason = None if layer._modules else next(iter(new_here.values()), None)
         if not (_is_converted(layer) or layer in experts):  # experts: selected with the module that held the parameter
             _decide(choice, facts, config, saved, name, layer, names, reason)
-    if config.quantize_embeddings:
-        _select_embeddings(module, config, choice, facts.output_embeddings)
     return choice
-
-
-def _select_embeddings(module: nn.Module, config: QLoRAConfig, choice: Selection, heads: set[int]) -> None:
-    heads = heads | {id(x) for n, x in module.named_modules() if last_part(n) in OUTPUT_EMBEDDINGS and is_linear(x)}
-    others = choice.train.keys() | choice.convert.keys()
-    choice.embeddings, dense = select_embeddings(module, config, choice.names, others, heads)
-    choice.skip |= {name: reason for name, reason in dense.items() if reason != TRAINS}
-    for chosen in choice.embeddings.values():
-        for name in chosen.layers:
-            choice.skip.pop(name, None)
 
 
 def _decide(

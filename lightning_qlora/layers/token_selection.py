@@ -10,12 +10,10 @@ from lightning_qlora.checks import shown
 from lightning_qlora.layers.dotted_names import join, last_part
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import LayerNames, inside, matches
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 ARGUMENT = "trainable_token_indices"
-WEIGHTS = ("weight", "packed")
 TokenIndices = list[int] | dict[str, list[int]]
 
 
@@ -27,9 +25,9 @@ def select_tokens(module: nn.Module, given: TokenIndices | None, names: dict[int
     chosen, tied = _named_layers(module, given, names), dict[int, list[int]]()
     layers = dict(module.named_modules())
     for name, indices in chosen.items():
-        if (weight := held_weight(layers[name])) is not None:
+        if (weight := layers[name]._parameters.get("weight")) is not None:
             tied.setdefault(id(weight), indices)
-    others = {name: tied[id(w)] for name, key, w in parameters(module) if key in WEIGHTS and id(w) in tied}
+    others = {name: tied[id(w)] for name, key, w in parameters(module) if key == "weight" and id(w) in tied}
     found = (others | chosen).items()
     return {name: indices for name, indices in found if not isinstance(layers[name], TrainableTokens)}
 
@@ -48,9 +46,10 @@ def check_tokens(
             raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {what}.")
     by_weight: dict[int, list[int]] = {}
     for name, indices in chosen.items():
-        layer, weight = layers[name], held_weight(layers[name])
+        layer = layers[name]
+        weight = layer._parameters.get("weight")
         in_4_bits = isinstance(layer, QLoRALinear) or is_packed(layer)
-        can_train = isinstance(layer, FrozenLayer) or (weight is not None and weight.is_floating_point())
+        can_train = weight is not None and weight.is_floating_point()
         if in_4_bits or not isinstance(layer, (nn.Embedding, nn.Linear)) or not can_train:
             kind = f"{type(layer).__name__}{' in 4 bits' if in_4_bits else ''}"
             raise ValueError(f"{ARGUMENT}: {name!r} is a {kind}: only rows of nn.Embedding and nn.Linear can train.")
@@ -76,7 +75,7 @@ def check_tokens(
                 f"{ARGUMENT}: {name!r} trains in full ({in_full.get(name, 'its module does')}), so single rows can't. "
                 f"Leave it out of modules_to_save, or out of {ARGUMENT}."
             )
-        if key not in WEIGHTS or not isinstance(layers[name], (nn.Embedding, nn.Linear)):
+        if key != "weight" or not isinstance(layers[name], (nn.Embedding, nn.Linear)):
             raise ValueError(
                 f"{ARGUMENT}: {join(name, key)!r} is tied to the embedding, and belongs to a "
                 f"{type(layers[name]).__name__}, which would not use the rows that train. Name the embedding in "
@@ -107,11 +106,6 @@ def _input_embeddings(module: nn.Module) -> list[str]:
     every = {name: part for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
     own = [name for name, part in every.items() if id(part) in found]
     return own or [name for name in every if last_part(name) == "embed_tokens"] or list(every)
-
-
-def held_weight(layer: nn.Module) -> nn.Parameter | None:
-    """The parameter by which tied layers are known: the weight, or its 4-bit codes."""
-    return layer._parameters.get("packed" if isinstance(layer, FrozenLayer) else "weight")
 
 
 def parameters(module: nn.Module) -> list[tuple[str, str, nn.Parameter | None]]:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded
-from lightning_qlora.layers.packed_embedding import decode_embeddings
 from lightning_qlora.layers.readable_weight import readable_parameter
 
 TOKEN_ADAPTER = "token_adapter"
@@ -44,7 +43,7 @@ class TokenAdapter(nn.Module):
         super().__init__()
         index = torch.tensor(indices, device=weight.device)
         with torch.no_grad():
-            rows = F.embedding(index, weight)  # of a 4-bit weight, only these are decoded
+            rows = F.embedding(index, weight)
         self.trainable_tokens_delta = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True))
         self.register_buffer("token_indices", index, persistent=False)
         self.register_buffer("order", index.argsort(), persistent=False)
@@ -64,8 +63,8 @@ class TrainableTokens(Derived):
     @property
     def weight(self) -> Tensor:
         """E for code that reads it, read-only; see `readable_weight.py`. Of shards, which FSDP2 reads, W alone."""
-        held: Tensor = self.base().weight
-        return held if is_sharded(held) else readable_parameter(self)
+        weight: Tensor = self.base().weight
+        return weight if is_sharded(weight) else readable_parameter(self)
 
     def weight_metadata(self) -> tuple[Any, torch.dtype, torch.device]:
         """Shape, type and device of the weight."""
@@ -157,7 +156,7 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):  # type: ignore[overrid
 
 @derives
 def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
-    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them, in 4 bits or not."""
+    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them."""
     kind = TrainableTokensEmbedding if issubclass(dense_class, nn.Embedding) else TrainableTokensLinear
     if dense_class in kind.__bases__:
         return kind
@@ -192,20 +191,15 @@ def token_indices(module: nn.Module) -> dict[str, list[int]]:
     return {plain_name(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
 
 
-def merge_embeddings(module: nn.Module) -> list[nn.Parameter]:
-    """Decode embeddings in 4 bits, write the rows that train into the weights, and make each embedding what it was.
-
-    Returns the weights that were decoded.
-    """
+def merge_tokens(module: nn.Module) -> None:
+    """Write the rows that train into the weights, and make each embedding what it was."""
     layers = [part for part in module.modules() if isinstance(part, TrainableTokens)]
     rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
     for layer in layers:
         remove_tokens(layer)
-    decoded = decode_embeddings(module)
     with torch.no_grad():
         for layer, (indices, values) in zip(layers, rows, strict=True):
             layer.weight[indices] = values
-    return decoded
 
 
 def remove_tokens(layer: Any) -> None:

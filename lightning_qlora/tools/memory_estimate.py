@@ -17,7 +17,6 @@ from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer
 from lightning_qlora.config import OptimizerName, QLoRAConfig
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
@@ -180,9 +179,8 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
         dtype = QLoRALinear.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))
-        frozen = isinstance(layer, FrozenLayer)
-        numel = layer.pieces()[0].numel if frozen else layer.weight_bytes.numel
+        numel = layer.weight_bytes.numel
         # DoRA: the norm of the rows
-        for each in {dtype, torch.float32} if layer.config.use_dora and not frozen else {dtype}:
+        for each in {dtype, torch.float32} if layer.config.use_dora else {dtype}:
             largest[each] = max(largest.get(each, 0), numel)
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())

@@ -22,11 +22,9 @@ from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.patches import make_changes, recompute_as_called
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
@@ -38,7 +36,6 @@ from lightning_qlora.layers.selection import (
     check_names_in_loaded_models,
     select_layers,
 )
-from lightning_qlora.layers.token_selection import held_weight
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
@@ -127,9 +124,6 @@ def convert_module(
     for name, chosen in chosen_layers:
         with named(name or type(chosen.part).__name__):
             _convert(name, chosen, device)
-    for name, embedding in choice.embeddings.items():
-        with named(name):
-            _freeze_embedding(embedding, device)
     for layer in module.modules():
         if is_packed(layer):
             decode_packed_layer(layer)
@@ -203,13 +197,6 @@ def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
     layer.lora_dropout = config.lora_dropout
 
 
-def _freeze_embedding(embedding: ToFreeze, device: torch.device | None) -> None:
-    layers = [*embedding.layers.values()]
-    weight: Any = layers[0]._parameters["weight"]
-    _check_not_sharded(weight)
-    freeze_in_4_bits(layers, quantize(weight.to(device or weight.device), embedding.config), embedding.config)
-
-
 def _check_not_sharded(weight: Any) -> None:
     if is_sharded(weight):
         raise ValueError(
@@ -252,7 +239,7 @@ def _add_tokens(module: nn.Module, choice: Selection) -> None:
     """Let the chosen rows of frozen embeddings train."""
     tied: dict[int, list[str]] = {}
     for name in choice.tokens:
-        tied.setdefault(id(held_weight(module.get_submodule(name))), []).append(name)
+        tied.setdefault(id(module.get_submodule(name)._parameters.get("weight")), []).append(name)
     for names in tied.values():
         train_tokens([module.get_submodule(name) for name in names], choice.tokens[names[0]])
 
@@ -279,7 +266,6 @@ def _report(
         seconds=time.perf_counter() - start,
         shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
         frozen=list(choice.stop),
-        embeddings={name: layer._shape for name, layer in module.named_modules() if isinstance(layer, FrozenLayer)},
         adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
         trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},
         frozen_by_module=sum(weight.nbytes for weight in frozen),

@@ -6,7 +6,6 @@ from torch.optim import Optimizer
 from lightning_qlora.layers.dotted_names import join, last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.packed_embedding import FrozenLayer
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS
 
@@ -37,4 +36,4 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
     prefix = became.layers[0].full_name.split(".")[-2] if isinstance(became, QLoRAExperts) else ""
     trains = (*ADAPTER, last_part(DELTA))
     of_adapter = [(join(prefix, name), p) for name, p in became.named_parameters() if last_part(name) in trains]
-    return dict(of_adapter) or ({} if isinstance(became, FrozenLayer) else {"": param})
+    return dict(of_adapter) or {"": param}

@@ -30,7 +30,6 @@ class ConversionReport:
         bytes_before: Bytes of the parameters before conversion.
         bytes_after: Bytes of the parameters now, adapters included.
         seconds: Time of the conversion.
-        embeddings: Name -> (rows, width) of the embeddings and output embeddings that are frozen in 4 bits.
         shapes: Name -> (out_features, in_features) of the converted layers.
         frozen: Names of modules and parameters that trained before and are frozen now, without the linear layers.
         adapter_parameters: Number of parameters of all adapters, and of the rows that train.
@@ -52,7 +51,6 @@ class ConversionReport:
     bytes_after: int
     seconds: float
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
-    embeddings: dict[str, tuple[int, int]] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
     trained_rows: dict[str, int] = field(default_factory=dict)
@@ -78,8 +76,6 @@ class ConversionReport:
         for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
             for name, reason in kept.items():
                 add(name, f"{verb}: {reason}")
-        for name, (rows, columns) in self.embeddings.items():
-            add(name, f"4-bit, frozen, {rows}x{columns}")
         for name, count in self.trained_rows.items():
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:

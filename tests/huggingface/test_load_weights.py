@@ -41,7 +41,7 @@ def test_two_ranks_have_the_bytes_and_losses_of_one_device(tmp_path):
     save_models(tmp_path)
     arguments = [
         {"init_lora_weights": "pissa", "use_dora": True},
-        {"init_lora_weights": "calibrated", "lora_dropout": 0.0, "split": True, "quantize_embeddings": True},
+        {"init_lora_weights": "calibrated", "lora_dropout": 0.0, "split": True},
     ]
     ranks = launch("tests.scripts.load_weights", tmp_path, 2, *map(json.dumps, arguments))[1]
     for place, given in enumerate(arguments):
@@ -182,21 +182,6 @@ def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_pa
     check_equal(dict(sharded.named_parameters()), dict(alone.named_parameters()))
     assert sharded.model.lm_head.weight.requires_grad
     assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_in_4_bits(tied, trainer, tmp_path, one_rank):
-    toy("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
-    alone = fit(trainer, Loaded(tmp_path), quantize_embeddings=True)
-    module = Loaded(tmp_path, lambda module: module.__dict__.update(on_meta=module.model.lm_head.packed.is_meta))
-    sharded = fit(trainer, module, ModelParallelStrategy(1, 1), quantize_embeddings=True)
-    assert sharded.on_meta and (sharded.model.lm_head.packed is sharded.model.model.embed_tokens.packed) == tied
-    check_equal(dict(sharded.named_parameters()), dict(alone.named_parameters()))
-    if not tied:
-        path = tmp_path / "config.json"
-        path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
-        with pytest.raises(ValueError, match=r"lm_head\.weight.: differs from the weight that the config"):
-            fit(trainer, Loaded(tmp_path), ModelParallelStrategy(1, 1), quantize_embeddings=True)
 
 
 def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):

@@ -138,11 +138,10 @@ class Reads(nn.Module):
         return F.linear(x, weight, weight[:, 0]) + x @ weight.T + torch.einsum("bte,ve->btv", x, weight)
 
 
-@pytest.mark.parametrize("in_4_bits", [False, True])
-def test_code_that_reads_the_weight_gets_the_rows_that_train(in_4_bits):
+def test_code_that_reads_the_weight_gets_the_rows_that_train():
     torch.manual_seed(0)
     model = Reads()
-    convert(model, trainable_token_indices=TOKENS, quantize_embeddings=in_4_bits, **ARGUMENTS)
+    convert(model, trainable_token_indices=TOKENS, **ARGUMENTS)
     whole = merge(copy.deepcopy(perturb(model)))
     weight = whole.embed.weight.requires_grad_()
     output, expected = model(ids()), whole(ids())
@@ -158,16 +157,15 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train(in_4_bits):
         assert not torch.equal(model.embed.weight[TOKENS], weight[TOKENS])
 
 
-@pytest.mark.parametrize("in_4_bits", [False, True])
 @pytest.mark.parametrize("reads", [False, True])
-def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads, in_4_bits):
+def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads):
     def loss(module):
         tokens = torch.tensor([2, 5, 5, 7])
         y = F.embedding(tokens, module[0].weight, 2) if reads else module[0](tokens)
         return module[1](y).square().sum()
 
     module = nn.Sequential(nn.Embedding(8, 64, padding_idx=2), nn.Linear(64, 64))
-    convert(module, trainable_token_indices=[5, 2], r=4, quantize_embeddings=in_4_bits)
+    convert(module, trainable_token_indices=[5, 2], r=4)
     loss(module).backward()
     grad, whole = module[0].token_adapter.trainable_tokens_delta.grad, merge(module)
     whole[0].weight.requires_grad_()

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from lightning_qlora.adapters.save_load import load_adapter as load_adapter
     from lightning_qlora.adapters.save_load import save_adapter as save_adapter
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
-    from lightning_qlora.huggingface.bnb_checkpoint import save_quantized as save_quantized
     from lightning_qlora.huggingface.load_weights import load_weights as load_weights
     from lightning_qlora.kernels.ops import quantize as quantize
     from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
@@ -57,7 +56,6 @@ _PLACES = {
     "merge": "adapters.merge",
     "quantize": "kernels.ops",
     "save_adapter": "adapters.save_load",
-    "save_quantized": "huggingface.bnb_checkpoint",
 }
 __all__ = list(_PLACES)
 

@@ -34,7 +34,7 @@ Base = Literal["quantized", "float"]  # the base model that adapters are put on:
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 WITHOUT_WEIGHT = ("default", "gaussian")  # the initializations that need no weight: B is 0
 Checkpoint = Literal["adapter", "full"]
-FolderDtype = Literal["auto", "bf16", "fp16", "fp32", "4bit"]  # of the weights that `lightning-qlora merge` writes
+MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]  # of the weights that a merge writes
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
 StrategyName = Literal["ddp", "fsdp"]
 

@@ -114,3 +114,14 @@ def perturb(module, scale: float = 0.05, seed: int = 0):
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
     return module
+
+
+def save_in_4_bits(model_class, base, folder, **changes):
+    """Write a folder in 4 bits, as transformers and bitsandbytes do."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    arguments = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"]}
+    config = BitsAndBytesConfig(load_in_4bit=True, **arguments | changes)
+    model_class.from_pretrained(base, quantization_config=config, device_map="cpu").save_pretrained(folder)
+    return folder

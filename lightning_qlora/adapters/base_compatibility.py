@@ -113,8 +113,8 @@ def refuse_base(adapter: Adapter, name: str) -> NoReturn:
     """Raise the error for a layer without the 4-bit weight that an initialization made."""
     raise CheckpointMismatchError(
         f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the module, "
-        "changed the 4-bit weights. Use the base that save_quantized wrote with the adapter, or the Lightning "
-        "checkpoint, which holds these weights: merge it, or export it with base='float' for a base in 16 bits."
+        "changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge it, or export it "
+        "with base='float' for a base in 16 bits."
     )
 
 

@@ -1,7 +1,7 @@
 """Merge adapters into the weights of a module: each QLoRALinear becomes the dense layer it was."""
 
 import hashlib
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.adapters.module_state import CONVERSION
 from lightning_qlora.checks import check_choice, check_module
+from lightning_qlora.config import MergeDtype
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
@@ -21,7 +22,6 @@ from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 
 Module = TypeVar("Module", bound=nn.Module)
-MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 def merge(module: Module, dtype: MergeDtype = "auto") -> Module:

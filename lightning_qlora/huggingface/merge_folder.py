@@ -12,25 +12,17 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
-from lightning_qlora.adapters.dequantized_folder import DequantizedFolder, published_format
+from lightning_qlora.adapters.dequantized_folder import DequantizedFolder
 from lightning_qlora.adapters.folder_layers import AdaptedTensor, assign_to_folder, find_layers
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.model_folder import OUTPUT, ModelFolder, empty_model
 from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice
-from lightning_qlora.config import Base, FolderDtype
+from lightning_qlora.config import Base, MergeDtype
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import read_config
 from lightning_qlora.files.shard_writer import SHARD_BYTES, ShardWriter
-from lightning_qlora.huggingface.bnb_checkpoint import (
-    always_dense_layers,
-    bnb_config,
-    linear_layers,
-    name_in_files,
-    names_in_files,
-    skip_modules,
-)
 from lightning_qlora.huggingface.merged_weights import MergedWeights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import DTYPES
@@ -44,7 +36,7 @@ def merge_folder(
     base_model: str | os.PathLike[str],
     adapter: Adapter,
     output: str | os.PathLike[str],
-    dtype: FolderDtype = "auto",
+    dtype: MergeDtype = "auto",
     base: Base = "quantized",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -55,7 +47,7 @@ def merge_folder(
             transformers dequantizes (FP8, MXFP4, compressed-tensors), in which the output is not written.
         adapter: The adapter.
         output: A folder that does not exist yet, or is empty.
-        dtype: Type of the written weights; "auto": that of the base. "4bit" quantizes the sum, which loses quality.
+        dtype: Type of the written weights; "auto": that of the base.
         base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are
             ("float").
         shard_bytes: Largest size of a file, and so of the memory for weights.
@@ -64,18 +56,12 @@ def merge_folder(
         FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output exists.
         CheckpointMismatchError: If the adapter does not fit the base; names file and key.
     """
-    check_choice("dtype", dtype, get_args(FolderDtype))
+    check_choice("dtype", dtype, get_args(MergeDtype))
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
     merging = _FolderMerge(base_model, adapter, dtype, base)
     check_links(merging.folder.folder)
-    if dtype == "4bit":
-        warnings.warn(
-            "Merging into 4 bits loses quality: the sum of base and adapter is rounded to 16 levels again, an error "
-            "larger than many adapters. Merge to bf16, or use the adapter with the 4-bit base.",
-            stacklevel=2,
-        )
     if isinstance(published := merging.folder.stored, DequantizedFolder):
         written = str(published.dtype).removeprefix("torch.") if dtype == "auto" else dtype
         warnings.warn(
@@ -98,7 +84,7 @@ def merge_folder(
 class _FolderMerge:
     """A base folder and an adapter, with their names matched: all names are those of the model's parameters."""
 
-    def __init__(self, base_model: str | os.PathLike[str], adapter: Adapter, dtype: FolderDtype, base: Base) -> None:
+    def __init__(self, base_model: str | os.PathLike[str], adapter: Adapter, dtype: MergeDtype, base: Base) -> None:
         folder = ModelFolder.open(base_model)
         self.model = folder.model  # on the meta device
         adapter = assign_to_folder(adapter, folder)
@@ -117,13 +103,6 @@ class _FolderMerge:
         self.added = {name: v for name, v in missing.items() if not any(torch.equal(v, other) for other in known)}
         self._check_ties()
         self._check_conversions()
-        self.packed: set[str] = set()  # layers that the output has in 4 bits, for quantization_config
-        if dtype == "4bit" and self.model is None and read_config(folder.folder):
-            empty_model(folder.folder, "which layers a folder in 4 bits must leave dense (dtype='4bit')")
-        self.always_dense_layers = set() if self.model is None else always_dense_layers(self.model)
-        self.names_in_files: dict[str, str] = {}
-        if dtype == "4bit" and self.model is not None:
-            self.names_in_files = names_in_files(self.model, linear_layers(self.model), self.model.state_dict())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the output, by its key in the folder."""
@@ -134,8 +113,7 @@ class _FolderMerge:
                 if not (companion and self.folder.is_packed(head + ".weight")):
                     key = self.folder.key_of[names[0]]
                     for name, value in self._merged(names[0]):
-                        own = name_in_files(name, self.names_in_files)  # the model's, or that of a 4-bit folder
-                        yield own if key == names[0] else key + name.removeprefix(names[0]), value
+                        yield key + name.removeprefix(names[0]), value
             elif not self._changed(names):
                 for key in conversion.keys:
                     yield key, self._cast(self.folder.stored.tensors([key])[key])
@@ -143,8 +121,6 @@ class _FolderMerge:
                 merged = dict(pair for name in names for pair in self._merged(name))
                 if merged.keys() == set(names):
                     merged = conversion.restore(merged)
-                else:  # 4-bit weights can't be converted
-                    merged = {name_in_files(name, self.names_in_files): value for name, value in merged.items()}
                 yield from merged.items()
         for name, value in self.added.items():
             yield name, self._cast(value)
@@ -167,16 +143,9 @@ class _FolderMerge:
         config = read_config(self.folder.folder)
         if not config:
             return None
-        published = published_format(config)
-        found = config.pop("quantization_config", None)
+        config.pop("quantization_config", None)
         (config.get("text_config") or {}).pop("quantization_config", None)
-        if self.dtype == "4bit":
-            choices, dtype = self.weights.quantization(), config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-            layers = set() if self.model is None else linear_layers(self.model).keys()
-            skip = skip_modules(layers - self.packed, self.packed)
-            made = bnb_config(choices["quant_type"], choices["double_quant"], skip, dtype)
-            config["quantization_config"] = {**made, **((not published and found) or {}), "llm_int8_skip_modules": skip}
-        elif self.dtype != "auto":
+        if self.dtype != "auto":
             name = "dtype" if "dtype" in config else "torch_dtype"
             config[name] = str(DTYPES[self.dtype]).removeprefix("torch.")
         if any(name.endswith(OUTPUT) for name in self.added):
@@ -197,18 +166,8 @@ class _FolderMerge:
             yield key, self._cast(tensor)
             return
         layer = key.removesuffix(".weight")
-        if adapted is None and self.dtype == "4bit":
-            self.packed.add(layer)
-            yield from self.folder.entries_of(key).items()
-            return
         made = []
         for name, rows, dtype in self.weights.of_tensor(key, adapted):
-            of_expert = self.adapter.expert_parameter(name) is not None  # bitsandbytes has none in 4 bits
-            if self.dtype == "4bit" and not of_expert and layer not in self.always_dense_layers:
-                self.packed.add(layer)
-                entries = self.weights.quantized(rows.to(dtype), key).bnb_state_dict(key)
-                yield from ((k, value.clone()) for k, value in entries.items())  # safetensors refuses shared tables
-                return
             wanted = self._wanted(dtype)
             made.append(rows.to(wanted) if adapted is None else round_stochastically(rows, wanted, name))
         of_base = adapted or AdaptedTensor([layer], self.folder.is_transposed(key, self.adapter, None))
@@ -216,7 +175,7 @@ class _FolderMerge:
 
     def _wanted(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the output, for a weight of this type in the base."""
-        return dtype if self.dtype in ("auto", "4bit") else DTYPES[self.dtype]
+        return dtype if self.dtype == "auto" else DTYPES[self.dtype]
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return (tensor.to(self._wanted(tensor.dtype)) if tensor.is_floating_point() else tensor).contiguous()

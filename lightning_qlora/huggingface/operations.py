@@ -18,7 +18,7 @@ from lightning_qlora.adapters.dequantized_folder import Dequantize
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.kinds import decode_and_store_original, is_linear, kind_of
+from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
@@ -263,5 +263,5 @@ class LoadPacked(_Operation):
             QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
             return self.quantized({name: layer}, key, missing_keys)
         if is_linear(layer):
-            return {key: decode_and_store_original(layer, weight)}
+            return {key: decode_as_stored(layer, weight)}
         return {key: weight.dequantize(place.dtype)}

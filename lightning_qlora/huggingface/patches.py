@@ -159,7 +159,7 @@ def refuse_save_pretrained(original: Any, model: nn.Module, *args: Any, **kwargs
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
     converted model has no base, so `from_pretrained` would initialize the model at random. A state dict that is passed
-    to it and holds no adapters is written (`save_quantized`).
+    to it and holds no adapters is written.
     Supported ways tried: a quantizer that is not serializable is refused, but it also refuses to move and cast.
     Removed by: a hook of nn.Module or PreTrainedModel that says whether a model can be saved.
     """
@@ -169,8 +169,8 @@ def refuse_save_pretrained(original: Any, model: nn.Module, *args: Any, **kwargs
         raise ValueError(
             f"{type(model).__name__}.save_pretrained: {len(adapted)} layers are in 4 bits with adapters, and a "
             "folder without their base could not be loaded. lightning_qlora.save_adapter(model, FOLDER) writes "
-            "the adapters as a PEFT folder, lightning_qlora.merge(model) makes dense layers, which "
-            "save_pretrained can write, and lightning_qlora.save_quantized(model, FOLDER) writes the 4-bit base."
+            "the adapters as a PEFT folder, and lightning_qlora.merge(model) makes dense layers, which "
+            "save_pretrained can write. transformers with BitsAndBytesConfig writes a base in 4 bits."
         )
     return original(model, *args, **kwargs)
 

@@ -278,7 +278,7 @@ class QLoRAQuantizer(HfQuantizer):
         return ValueError(message if path is None else f"{path}: {message}")
 
     def is_serializable(self) -> bool:
-        """Not through transformers; see `save_quantized`."""
+        """Not through transformers; `checkpoint="full"` saves a 4-bit base."""
         return False
 
     @property

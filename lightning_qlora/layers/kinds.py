@@ -6,12 +6,9 @@ A new kind is a row of `KINDS` and its tests; all other files ask here. The clas
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_qlora.quantization.packed_weight import PackedWeight
-
-ORIGINAL_PACKED = "_qlora_original_packed"  # attribute of a dense layer: the 4-bit weight that it was decoded from
 
 
 class LayerKind(NamedTuple):
@@ -83,23 +80,10 @@ def pop_packed_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
 def decode_packed_layer(layer: nn.Module) -> None:
     """Turn a layer for which `is_packed` into the dense layer that it was, in place."""
     weight, layer.__class__ = pop_packed_weight(layer)
-    layer.weight = nn.Parameter(decode_and_store_original(layer, weight))
+    layer.weight = nn.Parameter(decode_as_stored(layer, weight))
 
 
-def decode_and_store_original(layer: nn.Module, weight: PackedWeight) -> Tensor:
-    """The dense weight of a layer from its 4 bits, which the layer keeps for `original_packed_weight`."""
-    # In host memory, a quarter of the dense weight: quantizing that again would not give the same bytes.
-    setattr(layer, ORIGINAL_PACKED, weight.to(torch.device("cpu")))
-    return _as_stored(layer, weight.dequantize(weight.dtype))
-
-
-def original_packed_weight(layer: nn.Module) -> PackedWeight | None:
-    """The 4-bit weight that a dense layer was decoded from; None if it was not, or its weight has changed since."""
-    packed, dense = vars(layer).get(ORIGINAL_PACKED), layer._parameters.get("weight")
-    if packed is None or dense is None or dense.is_meta:
-        return None
-    return packed if torch.equal(_as_stored(layer, packed.dequantize(dense.dtype)), dense.detach().cpu()) else None
-
-
-def _as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
-    return weight.T.contiguous() if kind_of(type(layer)).transposed else weight
+def decode_as_stored(layer: nn.Module, weight: PackedWeight) -> Tensor:
+    """A 4-bit weight as the float weight of a dense layer."""
+    rows = weight.dequantize(weight.dtype)
+    return rows.T.contiguous() if kind_of(type(layer)).transposed else rows

@@ -20,7 +20,7 @@ from lightning_qlora.kernels.ops import has_autocast, register_flop_formulas
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.kinds import ORIGINAL_PACKED, kind_of
+from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
 from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -93,7 +93,6 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
             scaling=config.scaling, lora_dropout=config.lora_dropout, dense_weight=None, input_rms=None, loaded=False,
             _fingerprint=None,
         )  # fmt: skip
-        layer.__dict__.pop(ORIGINAL_PACKED, None)
         register_flop_formulas()
         layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.config import Base, FolderDtype, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.config import Base, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.tools.patches import print_warnings_in_one_line
 from lightning_qlora.words import ARGUMENTS, install
 
@@ -113,7 +113,7 @@ def merge_adapter(
     adapter: str,
     output: str,
     base_model: str | None = None,
-    dtype: FolderDtype = "auto",
+    dtype: MergeDtype = "auto",
     base: Base = "quantized",
     weights_only: bool = True,
     json: bool = False,
@@ -124,7 +124,7 @@ def merge_adapter(
         adapter: PEFT's adapter folder, or a Lightning checkpoint.
         output: A folder that does not exist yet, or is empty.
         base_model: Folder or hub name of the base model; by default what the adapter names.
-        dtype: Type of the written weights; "auto" is the base's. "4bit" loses quality.
+        dtype: Type of the written weights; "auto" is the base's.
         base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.

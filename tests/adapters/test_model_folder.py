@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import convert, merge, quantize, save_adapter
+from lightning_qlora import convert, merge, save_adapter
 from lightning_qlora.adapters import model_folder
 from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
 from lightning_qlora.adapters.peft_experts import assign_parameters
@@ -16,7 +16,6 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.toys import perturb
 
 pytest.importorskip("transformers", minversion="5")
-import transformers
 
 from tests.architectures.checks import ARGUMENTS, assert_equal, keys, load, loaded_and_converted, saved
 
@@ -76,31 +75,6 @@ def test_parts_of_a_conversion_in_several_files(kind, tmp_path):
     merge_folder(tmp_path / "shards", get_adapter(module), tmp_path / "out", shard_bytes=40_000)
     assert_equal(load(model, tmp_path / "out").state_dict(), merge(module).state_dict())
     assert keys(tmp_path / "out") == keys(base) and len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-
-
-def test_a_fused_weight_into_4_bits_has_the_names_of_the_model(tmp_path):
-    model, base = saved("nomic_bert", tmp_path / "base")
-    module = converted(model, base)
-    with pytest.warns(UserWarning, match="Merging into 4 bits"):
-        merge_folder(base, get_adapter(module), tmp_path / "out", dtype="4bit")
-    ours, again = module.layers[0].self_attn.k_proj, loaded_and_converted(model, tmp_path / "out")
-    expected = quantize(ours.decode() + ours.delta()).dequantize()
-    assert torch.equal(again.layers[0].self_attn.k_proj.decode(), expected)
-
-
-def test_4_bit_layers_have_names_by_which_transformers_finds_their_scales(tmp_path):
-    """It would rename parameters of Unlimited-OCR again."""
-    kind = "unlimited_ocr:UnlimitedOcrForConditionalGeneration"
-    if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"{kind} is not in this version of transformers")
-    model, base = saved(kind, tmp_path / "base")
-    load(model, base).save_pretrained(tmp_path / "again", save_original_format=False)
-    module = converted(model, base)
-    with pytest.warns(UserWarning, match="Merging into 4 bits"):
-        merge_folder(tmp_path / "again", get_adapter(module), tmp_path / "out", dtype="4bit")
-    again = loaded_and_converted(model, tmp_path / "out")
-    convert(merge(module), **ARGUMENTS)
-    assert_equal(merge(again).state_dict(), merge(module).state_dict())
 
 
 def test_only_some_parameters_of_a_conversion_are_quantized(tmp_path):

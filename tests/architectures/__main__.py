@@ -169,11 +169,11 @@ TAIL = """
 
 ## Folders of more classes
 
-`python -m tests.architectures --classes` makes the checks "loads", "merges", "4-bit folder" and "own folder" for one
+`python -m tests.architectures --classes` makes the checks "loads", "merges" and "own folder" for one
 class of each architecture that transformers has, with a head if it can be built with one, and says why a class can't
 be built here. `python -m tests.architectures --classes molmo2 gemma4` makes them for these, and `--rows FILE`
-continues after an interruption. One run of the first three for all 638 architectures, on 2026-11-26 at commit
-e58e17e: 562 passed, and Falcon as above. Two were wrong, because a merge mistook square and 4-bit weights of Conv1D
+continues after an interruption. One run of the first two for all 638 architectures, on 2026-11-26 at commit
+e58e17e: 563 passed. Two were wrong, because a merge mistook square and 4-bit weights of Conv1D
 beside linear layers (CLVP, Decision Transformer); they pass since 5445f2a. 24 have nothing to convert (convolutions
 alone, or only a small head), 3 have names that PEFT can't tell apart (`save_adapter` says so: RF-DETR, LW-DETR,
 SwiftFormer), 2 are not loaded by transformers itself (`shieldgemma2`, `nemo_speechlm`), and 44 could not be built
@@ -187,10 +187,6 @@ DBRX as in the table.
   same outputs. Training in eval mode with its cache is an error of autograd in the dense model too:
   `config.use_cache = False`.
 - **Reformer** runs its layers inside an autograd function: `model.train()` and `model.enable_input_require_grads()`.
-- **Falcon**: transformers has no 4-bit form for subclasses of `nn.Linear`, so `save_quantized` writes these layers
-  decoded.
-- **Mixtures of experts**: `save_quantized` writes experts that are one parameter decoded, since bitsandbytes has no
-  format for them.
 """
 
 
@@ -207,7 +203,7 @@ def class_row(name):
     first = {"architecture": name, "class": kind}
     if isinstance(why := find_configuration(kind), str):
         return first | {"built": f"not built: {why}"}
-    found = results(kind, ["loads", "merges", "4-bit folder", "own folder"])
+    found = results(kind, ["loads", "merges", "own folder"])
     for text, why in SAID.items():
         if any(text in result for result in found.values()):
             return first | {"built": why}

@@ -14,12 +14,11 @@ from safetensors import safe_open
 from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
-from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter, save_quantized
+from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter
 from lightning_qlora.adapters.save_load import get_adapter
-from lightning_qlora.huggingface.bnb_checkpoint import always_dense_layers
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
-from lightning_qlora.layers.dotted_names import is_expert, last_part, owner_name
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.architectures.classes import build_class
@@ -195,36 +194,6 @@ def check_merge(kind, folder):
     assert keys(folder / "out") == keys(base)
 
 
-def check_4_bit_folder(kind, folder):
-    """What `save_quantized` and merges to 4 bits write loads with its bytes; the former merges as a base in 32 bits."""
-    model, base = saved(kind, folder / "base")
-    module = load(model, base)
-    convert(module, **ARGUMENTS)
-    perturb(module)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*are written decoded")
-        save_quantized(module, folder / "4-bit")
-    decoded = always_dense_layers(module)
-    packed = {k: layer for k, layer in adapted_layers(module).items() if not is_expert(k) and k not in decoded}
-    if not packed:
-        return "transformers keeps all of its layers dense in 4-bit folders, so they were written decoded"
-    again = loaded_and_converted(model, folder / "4-bit")
-    for name, layer in packed.items():
-        assert torch.equal(again.get_submodule(name).packed, layer.packed), name
-    adapter = get_adapter(module)
-    merge_folder(folder / "4-bit", adapter, folder / "out", dtype="fp32")
-    merged, expected = load(model, folder / "out").state_dict(), merge(module).state_dict()
-    for name, value in expected.items():  # weights that were written decoded are quantized again
-        torch.testing.assert_close(merged[name], value, atol=1e-3, rtol=1e-3, equal_nan=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Merging into 4 bits")
-        merge_folder(base, adapter, folder / "merged", dtype="4bit")
-    convert(module, **ARGUMENTS)  # quantizes the sums
-    expected, again = merge(module).state_dict(), merge(loaded_and_converted(model, folder / "merged")).state_dict()
-    assert_equal(*({k: v for k, v in x.items() if owner_name(k) not in decoded} for x in (again, expected)))
-    return None
-
-
 def check_peft(kind, folder):
     """PEFT computes our outputs from our folder on the decoded base, or `save_adapter` says that it would not."""
     import peft
@@ -305,7 +274,6 @@ CHECKS = {
     "recomputes": check_recomputation,
     "loads": check_loading,
     "merges": check_merge,
-    "4-bit folder": check_4_bit_folder,
     "PEFT": check_peft,
     "own folder": check_own_folder,
     "generates": check_generation,

@@ -8,16 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from lightning_qlora import (
     CheckpointMismatchError,
     QLoRAPrecision,
     convert,
     merge,
-    quantize,
     save_adapter,
-    save_quantized,
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
@@ -27,7 +24,7 @@ from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.tools.cli import main
 from tests.conftest import elsewhere
-from tests.toys import NAMES, Lit, logits, perturb, toy
+from tests.toys import NAMES, Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -145,56 +142,10 @@ def test_an_adapter_of_a_headless_model(base, tmp_path):
     assert torch.equal(merged.weight, ours.decode() + ours.delta())
 
 
-def test_into_4_bits_warns_and_gives_bitsandbytes_entries(base, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    lit, (_, folder) = converted("llama"), base("llama")
-    with pytest.warns(UserWarning, match="Merging into 4 bits loses quality"):
-        merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="4bit")
-    theirs = load("llama", tmp_path / "out", device_map="cpu").model.layers[0].mlp.up_proj
-    layer = lit.model.model.layers[0].mlp.up_proj
-    assert type(theirs).__name__ == "Linear4bit"
-    assert torch.equal(theirs.weight.data, quantize(layer.decode() + layer.delta()).packed)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_transformers_loads_the_output_in_4_bits(name, base, tmp_path):
-    """Tied output embeddings, and T5's `wo`, which transformers keeps dense, among them."""
-    pytest.importorskip("bitsandbytes")
-    lit, (_, folder) = converted(name), base(name)
-    merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="4bit")
-    theirs = load(name, tmp_path / "out", device_map="cpu")
-    in_4_bits = {key for key, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
-    merged = merge(lit).model
-    layers = [key for key in in_4_bits if not key.endswith(".wo")]
-    assert in_4_bits == set(layers) and len(layers) > 7
-    for key in layers:
-        layer = merged.get_submodule(key)
-        rows = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T.contiguous()
-        decoded = quantize(rows.detach()).dequantize()
-        layer.weight.data = decoded if isinstance(layer, nn.Linear) else decoded.T.contiguous()
-    torch.testing.assert_close(logits(theirs), logits(merged), atol=1e-5, rtol=0)
-
-
-def test_4_bits_of_an_unknown_model_are_refused(base, tmp_path):
-    _, folder = base("llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["UnknownModel"]}))
-    with pytest.raises(ValueError, match=r"config.json: transformers can't make a model of it") as raised:
-        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out", dtype="4bit")
-    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_4_bit_base(name, base, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     lit, (_, folder) = converted(name), base(name)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["lm_head"],
-    )  # fmt: skip
-    load(name, folder, quantization_config=quantization, device_map="cpu").save_pretrained(tmp_path / "bnb")
+    save_in_4_bits(type(toy(name)), folder, tmp_path / "bnb")
     merge_folder(tmp_path / "bnb", get_adapter(lit), tmp_path / "out", dtype="fp32")
     torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
@@ -327,12 +278,9 @@ def test_an_adapter_whose_initialization_changed_the_base(base, tmp_path, traine
     write_adapter(get_adapter(lit), tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match="or of those in the module, changed the 4-bit weights"):
         merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
-    save_quantized(lit, tmp_path / "4-bit")
-    merge_folder(tmp_path / "4-bit", read_adapter(tmp_path / "adapter"), tmp_path / "out2")
-    torch.testing.assert_close(logits(load("llama", tmp_path / "out2")), logits(lit.model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"dtype": "bf16", "base": "float"}, {"dtype": "4bit"}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "bf16", "base": "float"}], ids=str)
 def test_the_default_device_has_no_effect(arguments, base, tmp_path):
     adapter, (_, folder) = get_adapter(converted("llama")), base("llama")
     merge_folder(folder, adapter, tmp_path / "expected", **arguments)

@@ -21,7 +21,6 @@ from lightning_qlora import (
     load_adapter,
     load_from_checkpoint,
     save_adapter,
-    save_quantized,
 )
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.huggingface.merge_folder import merge_folder
@@ -38,7 +37,7 @@ from tests.huggingface.test_experts_on_load import (
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
 from tests.layers.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwen3_moe
-from tests.toys import ids, needs
+from tests.toys import ids, needs, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
 WRONG_IN_TRANSFORMERS = {"ct-uint4", "ct-nvfp4", "ct-int8"}  # for experts
@@ -102,7 +101,6 @@ def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
 
 
 @needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
-@pytest.mark.filterwarnings("ignore:Merging into 4 bits")
 @pytest.mark.parametrize(("format", "build"), [CASES[0], *CASES[2:5], ("ct-fp8", llama), ("ct-uint4", qwen3_moe)])
 def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path):
     published, dense = folders(format, build)
@@ -116,10 +114,9 @@ def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path)
     load_adapter(again, tmp_path / "adapter")  # compares the fingerprints of the base
     same_parameters(again, model)
     adapter = read_adapter(tmp_path / "adapter")
-    for arguments in ({}, {"base": "float"}, {"dtype": "4bit"}):
+    for arguments in ({}, {"base": "float"}):
         ours, theirs = tmp_path / f"ours {arguments}", tmp_path / f"theirs {arguments}"
-        kind = "4bit" if arguments.get("dtype") else "bfloat16"
-        with pytest.warns(match=f"published: is in .*, in which merged weights are not written: they are {kind}"):
+        with pytest.warns(match="published: is in .*, in which merged weights are not written: they are bfloat16"):
             merge_folder(published, adapter, ours, **arguments)
         merge_folder(dense, adapter, theirs, **arguments)
         a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
@@ -206,11 +203,8 @@ def test_memory_is_the_4_bit_model_and_less_than_a_stack_of_experts(format, fold
 
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, deepseek_v3, jetmoe, mixtral])
 def test_dense_experts_of_a_4_bit_folder_are_quantized_while_they_load(build, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    model = made(build)
-    convert(model, r=2)
-    with pytest.warns(match="are written decoded"):
-        save_quantized(model, tmp_path / "folder")
+    made(build).save_pretrained(tmp_path / "base")
+    save_in_4_bits(build()[0], tmp_path / "base", tmp_path / "folder")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     model = loaded(tmp_path / "folder")
     assert list(expert_stacks(model)) and all(stack.loaded for *_, stack in expert_stacks(model))
@@ -344,9 +338,8 @@ def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
     model = kind(config).to(torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())
     if format == "bitsandbytes":
-        pytest.importorskip("bitsandbytes")
-        convert(model, r=2)
-        save_quantized(model, tmp_path / "folder")
+        model.save_pretrained(tmp_path / "base")
+        save_in_4_bits(kind, tmp_path / "base", tmp_path / "folder")
     elif format == "gguf":
         pytest.importorskip("gguf")
         (tmp_path / "folder").mkdir()

@@ -3,12 +3,10 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 
@@ -22,11 +20,8 @@ from lightning_qlora import (
     load_from_checkpoint,
     quantize,
     save_adapter,
-    save_quantized,
 )
 from lightning_qlora.files.safetensors_folder import WeightFolder
-from lightning_qlora.huggingface.bnb_checkpoint import bnb_config as quantization_config
-from lightning_qlora.huggingface.bnb_checkpoint import skip_modules
 from tests.conftest import Classifier, loader
 from tests.toys import NAMES, Lit, ids, logits, needs, perturb, toy
 
@@ -531,10 +526,14 @@ def tensors(folder):
     return found.tensors(list(found.entries))
 
 
-def same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+def same_entries(model, folder):
+    """The 4-bit layers of a model have the entries of a folder, whose bytes may be of another type."""
+    theirs = tensors(folder)
+    ours = {k: v for name, weight in packed(model).items() for k, v in weight.bnb_state_dict(f"{name}.weight").items()}
+    assert ours
+    for key, value in ours.items():
+        stored = theirs[key] if theirs[key].dtype is value.dtype else theirs[key].view(torch.uint8).view(-1, 1)
+        assert torch.equal(stored, value), key
 
 
 @pytest.mark.parametrize(
@@ -547,97 +546,41 @@ def same_tensors(a, b):
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_bnb_folder_to_ours_to_folder_bytes_equal(name, changes, bnb_folder, tmp_path):
+def test_a_folder_of_bitsandbytes_is_loaded_with_its_bytes(name, changes, bnb_folder):
     path = bnb_folder(name, **changes)
     with QLoRAPrecision(**ARGUMENTS).init():
         model = class_of(name).from_pretrained(path)
     convert(model, **ARGUMENTS)
-    assert packed(model)
-    save_quantized(Lit(model), tmp_path / "ours")
-    same_tensors(tensors(path), tensors(tmp_path / "ours"))
-    theirs = class_of(name).from_pretrained(tmp_path / "ours", device_map="cpu")
+    same_entries(model, path)
+    theirs = class_of(name).from_pretrained(path, device_map="cpu")
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, trainer, tmp_path):
+def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, trainer):
     """A BitsAndBytesConfig of the user, or a 4-bit folder loaded in __init__: conversion gets bitsandbytes' layers."""
     path = bnb_folder(name)
     lit = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit)
     assert packed(lit) and "Linear4bit" not in repr(lit)
     assert not (name == "t5" and any("wo" in layer for layer in packed(lit)))  # dense in the folder, dense here
-    save_quantized(lit, tmp_path / "ours")
-    frozen = {key: value for key, value in tensors(path).items() if not key.startswith("classifier")}
-    ours = tensors(tmp_path / "ours")
-    same_tensors(frozen, {key: ours[key] for key in frozen})
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize("init", [True, False])
-def test_dense_layers_are_saved_in_the_4_bits_they_were_loaded_in(name, init, bnb_folder, tmp_path):
-    """An output embedding and a head in 4 bits, loaded by us or by bitsandbytes; trained ones are saved dense."""
-    path = bnb_folder(name, llm_int8_skip_modules=[])
-    kind, head = class_of(name), {"llama": "lm_head", "bert": "classifier"}[name]
-    if init:
-        with QLoRAPrecision(**ARGUMENTS).init():
-            model = kind.from_pretrained(path)
-    else:
-        model = kind.from_pretrained(path, device_map="cpu")
-    convert(model, **ARGUMENTS)
-    assert type(model.get_submodule(head)) is torch.nn.Linear
-    save_quantized(model, tmp_path / "ours")
-    same_tensors(tensors(path), tensors(tmp_path / "ours"))
-    with torch.no_grad():
-        model.get_submodule(head).weight += 1
-    save_quantized(model, tmp_path / "trained")
-    assert tensors(tmp_path / "trained")[f"{head}.weight"].dtype == torch.float32
-    theirs = kind.from_pretrained(tmp_path / "trained", device_map="cpu")
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=0)
+    same_entries(lit.model, path)
 
 
 @needs("transformers", "5.22", "older versions cast the bytes to the type of the model, which is refused")
-def test_another_storage_type_holds_the_same_bytes(bnb_folder, tmp_path):
+def test_another_storage_type_holds_the_same_bytes(bnb_folder):
     path = bnb_folder("llama", bnb_4bit_quant_storage="bfloat16")
     with QLoRAPrecision(**ARGUMENTS).init():
         model = transformers.LlamaForCausalLM.from_pretrained(path)
     convert(model, **ARGUMENTS)
-    save_quantized(model, tmp_path / "ours")
-    theirs, ours = tensors(path), tensors(tmp_path / "ours")
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        same = value.dtype == ours[key].dtype
-        assert torch.equal(value if same else value.view(torch.uint8).view(-1, 1), ours[key]), key
-
-
-def distilbert():
-    config = transformers.DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=4, vocab_size=128, num_labels=3)
-    return transformers.DistilBertForSequenceClassification(config).eval()
-
-
-@pytest.mark.parametrize(("make", "dense"), [(lambda: toy("t5"), ".wo"), (distilbert, "")])
-def test_dense_layers_that_skip_modules_must_name(make, dense, tmp_path):
-    """T5's `wo`, which transformers keeps dense; and a dense "classifier" beside a 4-bit "pre_classifier"."""
-    pytest.importorskip("bitsandbytes")
-    model = make()
-    convert(model, **ARGUMENTS)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        save_quantized(model, tmp_path / "ours")
-    told = [str(warning.message) for warning in said if "transformers keeps" in str(warning.message)]
-    assert len(told) == bool(dense) and all("dense: 4 (" in message for message in told)
-    theirs = type(model).from_pretrained(tmp_path / "ours", device_map="cpu").eval()
-    in_4_bits = {name for name, layer in theirs.named_modules() if type(layer).__name__ == "Linear4bit"}
-    assert in_4_bits == {name for name in packed(model) if not dense or not name.endswith(dense)}
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
+    same_entries(model, path)
 
 
 def test_ours_is_what_bitsandbytes_writes(folder, bnb_folder, tmp_path):
     path = bnb_folder("llama")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     convert(model, **ARGUMENTS)
-    save_quantized(model, tmp_path / "ours")
-    same_tensors(tensors(path), tensors(tmp_path / "ours"))
+    same_entries(model, path)
     assert not hasattr(model.config, "quantization_config")
 
 
@@ -697,36 +640,6 @@ def test_nan_in_a_weight_is_named(tmp_path):
         QLoRAPrecision(**ARGUMENTS).init(),
     ):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-
-
-def test_int4_cannot_be_saved_for_bitsandbytes(tmp_path):
-    model = toy("llama")
-    convert(model, **ARGUMENTS, quant_type="int4")
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: bitsandbytes has no quant_type 'int4'"):
-        save_quantized(model, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match="holds no converted transformers model"):
-        save_quantized(toy("llama"), tmp_path / "x")
-
-
-def test_a_list_whose_name_ends_as_that_of_converted_experts_is_saved(tmp_path):
-    model = toy("llama")
-    model.shared_experts = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
-    convert(model, **ARGUMENTS)
-    save_quantized(model, tmp_path / "x")
-    keys = WeightFolder(tmp_path / "x").entries.keys()
-    assert {"shared_experts.0.weight", "shared_experts.0.weight.absmax", "shared_experts.0.bias"} <= keys
-
-
-def test_only_rank_zero_writes(tmp_path, monkeypatch):
-    model = toy("llama")
-    convert(model, **ARGUMENTS)
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    save_quantized(model, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-    monkeypatch.setattr(rank_zero_only, "rank", 0)
-    save_quantized(model, tmp_path / "x")
-    assert (tmp_path / "x").exists()
 
 
 def shard(folder, number=2):
@@ -869,19 +782,3 @@ def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
     convert(plain, **ARGUMENTS)
     convert(model, **ARGUMENTS)
     assert torch.equal(logits(model), logits(plain))
-
-
-def test_the_config_of_a_folder_is_transformers_own_and_needs_no_bitsandbytes(monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    arguments = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
-    theirs = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"], **arguments)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"asks for {name}"))
-    assert quantization_config("nf4", True, ["lm_head"], "bfloat16") == theirs.to_dict()
-
-
-def test_skip_modules_by_the_rules_of_transformers_5_and_4(monkeypatch):
-    assert skip_modules(["classifier"], ["pre_classifier"]) == ["classifier$"]
-    assert skip_modules(["lm_head", "a.wo"], ["a.q", "a.lm"]) == ["a.wo", "lm_head"]
-    monkeypatch.delattr("transformers.quantizers.quantizers_utils.should_convert_module")
-    assert skip_modules(["classifier"], ["pre_classifier", "a.q"]) == ["classifier"]  # 4: whole names and parts
-    assert skip_modules(["wo"], ["a.wo"]) == ["wo$"]

@@ -22,12 +22,11 @@ from lightning_qlora import (
     convert,
     load_adapter,
     save_adapter,
-    save_quantized,
 )
 from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer, run_rank
-from tests.toys import ids, toy
+from tests.toys import ids, save_in_4_bits, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "block_size": 32}
 PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
@@ -235,7 +234,7 @@ def with_transformers(root):
     with torch.no_grad():  # transformers' path for inference
         torch.testing.assert_close(loss_of(split.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
     if torch.distributed.get_rank() == 0:
-        save_quantized(one, root / "in_4_bits")
+        save_in_4_bits(LlamaForCausalLM, root / "llama", root / "in_4_bits")
     torch.distributed.barrier()
     with pytest.raises(ValueError, match=r"^LlamaForCausalLM: .* from files in 16 or 32 bit"):
         load(root / "in_4_bits", distributed_config=plan)

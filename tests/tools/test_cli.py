@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lightning_qlora
-from lightning_qlora import QLoRAPrecision, convert, save_adapter, save_quantized
+from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import ROOT
-from tests.toys import Lit, logits, perturb, toy
+from tests.toys import Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -72,9 +72,7 @@ def test_inspect(tmp_path, capsys):
     assert sizes["weights"] < sizes["checkpoint"] / 3  # two moments of the optimizer as well
     base = prints(["inspect", tmp_path / "base"], capsys)
     assert "LlamaForCausalLM" in base and "F32" in base
-    model = toy("llama")
-    convert(model, **ARGUMENTS)
-    save_quantized(model, tmp_path / "4bit")
+    save_in_4_bits(type(toy("llama")), tmp_path / "base", tmp_path / "4bit")
     assert "bitsandbytes, nf4, double quantization" in prints(["inspect", tmp_path / "4bit"], capsys)
 
 
@@ -89,12 +87,6 @@ def test_export_and_merge(trained, tmp_path, capsys):
         prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
         merged = type(trained.model).from_pretrained(tmp_path / f"merged{number}")
         torch.testing.assert_close(logits(merged), logits(trained.model), atol=1e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("trained")
-def test_merge_into_4_bits_warns(tmp_path, capsys):
-    main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype", "4bit"])
-    assert "lightning-qlora: warning: Merging into 4 bits loses quality" in capsys.readouterr().err
 
 
 def test_plan(tmp_path, capsys):
@@ -283,7 +275,7 @@ def test_help_names_types_and_defaults():
         text=True,
         check=True,
     )
-    assert "{auto,bf16,fp16,fp32,4bit}" in run.stdout and "default: auto" in run.stdout
+    assert "{auto,bf16,fp16,fp32}" in run.stdout and "default: auto" in run.stdout
 
 
 def test_the_version_is_printed(capsys):

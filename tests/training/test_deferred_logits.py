@@ -23,7 +23,6 @@ from lightning_qlora import (
     load_from_checkpoint,
     merge,
     save_adapter,
-    save_quantized,
 )
 from lightning_qlora.layers import piecewise_cross_entropy
 from lightning_qlora.layers.deferred_head import DeferredHead
@@ -395,12 +394,6 @@ def test_adapters_and_checkpoints_do_not_depend_on_it(setting, tmp_path):
     assert loss_of(other).item() == pytest.approx(loss_of(module).item(), rel=1e-6)
     other.load_state_dict(module.state_dict())
     assert loss_of(other).item() == pytest.approx(loss_of(module).item(), rel=1e-6)
-
-
-def test_the_folder_of_a_4_bit_model_does_not_depend_on_it(tmp_path):
-    for setting in (False, True):
-        save_quantized(converted("llama", deferred_logits=setting), tmp_path / str(setting))
-    assert (tmp_path / "True" / "config.json").read_text() == (tmp_path / "False" / "config.json").read_text()
 
 
 def test_logits_that_are_read_after_an_optimizer_step_of_their_head_are_refused():

@@ -18,7 +18,6 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.merge import merged_weight
-from lightning_qlora.huggingface.bnb_checkpoint import save_quantized
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -188,19 +187,6 @@ def test_experts_without_tokens_keep_the_default_start():
     unseen = report.calibration.unseen
     assert unseen and all("_experts." in name for name in unseen)
     assert not model.get_submodule(unseen[0]).lora_B.any()
-
-
-def test_save_quantized_writes_experts_decoded(tmp_path):
-    model = made(qwen3_moe)
-    convert(model, r=2)
-    with pytest.warns(UserWarning, match=r"no 4-bit format for parameters of experts.*gate_up_proj"):
-        save_quantized(model, tmp_path / "folder")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
-    for name, _, _, stack in expert_stacks(model):
-        assert torch.equal(again.get_parameter(name), stack.decode())
-    assert type(again.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    report = convert(again, r=2)
-    assert f"{ROUTED}.down_proj_experts.0".removeprefix("model.") in report.converted
 
 
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])

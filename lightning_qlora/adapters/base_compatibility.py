@@ -14,8 +14,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.folder_layers import find_layers
-from lightning_qlora.adapters.model_folder import ModelFolder
+from lightning_qlora.adapters.base_folder import float_weights, is_in_4_bits, load_base_model
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.files.hub import resolve_model
@@ -169,21 +168,20 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: names no base model, whose weights the initial values are computed from. Pass "
             "base_model=."
         )
-    folder = ModelFolder.open(resolve_model(os.fspath(source), download=base_model is not None))
+    folder = resolve_model(os.fspath(source), download=base_model is not None)
+    if is_in_4_bits(folder):
+        raise CheckpointMismatchError(f"{folder}: is in 4 bits. Pass a base in 16 or 32 bits.")
     layers = dict(adapter.layers)
-    for key, tensor in find_layers(adapter, folder).items():
-        if folder.is_packed(key):
-            raise CheckpointMismatchError(f"{folder.where(key)} is in 4 bits. Pass a base in 16 or 32 bits.")
-        for name, rows in tensor.split(folder.tensors([key])[key]).items():
-            layer = layers[name]
-            # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
-            of_layer = {"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora}
-            of_origin = replace(origin, config=origin.config.with_own(of_layer))
-            initial = recompute_initial(of_origin, name, rows.contiguous(), adapter.bases.get(name))
-            lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
-            # so that alpha / r, or alpha / sqrt(r), stays the same
-            alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
-            layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
+    for name, rows in float_weights(load_base_model(folder, adapter), adapter).items():
+        layer = layers[name]
+        # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
+        of_layer = {"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora}
+        of_origin = replace(origin, config=origin.config.with_own(of_layer))
+        initial = recompute_initial(of_origin, name, rows.contiguous(), adapter.bases.get(name))
+        lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
+        # so that alpha / r, or alpha / sqrt(r), stays the same
+        alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
+        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
 
 

@@ -55,7 +55,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     return {
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
-        "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        "base_model": _name_of(base),
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
         "quantization": None if first is None else quantization_of_layer(first),
         "target_modules": target_modules_of(base),
@@ -150,6 +150,12 @@ def _holders_of_trained(module: nn.Module) -> dict[str, nn.Module]:
         and (name in first or not isinstance(part, TokenAdapter))
         and any(p.is_floating_point() and not is_base(part, key, p) for key, p in own_parameters(part).items())
     }
+
+
+def _name_of(base: nn.Module) -> str | None:
+    """Folder or hub name that a transformers model was loaded from; its name is "None" if it was not loaded."""
+    name = getattr(getattr(base, "config", None), "_name_or_path", None)
+    return None if name in ("", "None") else name
 
 
 def _task_type(base: nn.Module) -> str | None:

@@ -10,11 +10,12 @@ from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.adapters.module_state import CONVERSION
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.config import MergeDtype
+from lightning_qlora.kernels import ops
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
-from lightning_qlora.layers.dtensor import is_sharded, reshard
+from lightning_qlora.layers.dtensor import gather, is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks, experts_of
-from lightning_qlora.layers.lora_layer import cancel_calibration
+from lightning_qlora.layers.lora_layer import TINY, cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import DTYPES, QLoRALinear, adapted_layers
@@ -43,6 +44,12 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
+    return merge_onto(module, {}, dtype)
+
+
+@torch.no_grad()
+def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "auto") -> Module:
+    """`merge` onto these float weights [out, in] of layers, by their names in the base model, and removes each."""
     layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
@@ -55,7 +62,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
     def merged(layer: QLoRALinear) -> Tensor:
-        return merged_weight(layer, layer.weight_dtype if dtype == "auto" else DTYPES[dtype], names[layer])
+        wanted = layer.weight_dtype if dtype == "auto" else DTYPES[dtype]
+        return merged_weight(layer, wanted, names[layer], weights.pop(names[layer], None))
 
     experts = experts_of(module)
     linear = [layer for layer in layers.values() if layer not in experts]
@@ -77,9 +85,16 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     return module
 
 
-def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:
-    """The decoded weight plus s B A (with DoRA g (W + s B A)), in `dtype` and in the shape of the dense layer."""
-    total = layer._as_stored(layer.decode().float() + layer.delta())
+def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str, weight: Tensor | None = None) -> Tensor:
+    """W + s B A, with DoRA m (W + s B A) / ||W + s B A||, in `dtype` and in the shape of the dense layer.
+
+    W: `weight`, [out, in]; None: the 4-bit weight, decoded to its type.
+    """
+    rows = ops.dequantize(layer.whole_bytes, layer.weight_dtype) if weight is None else weight.contiguous()
+    total = rows.float() + layer.scaling * (gather(layer.lora_B).float() @ gather(layer.lora_A).float())
+    if layer.lora_magnitude_vector is not None:
+        scale = gather(layer.lora_magnitude_vector).float() / total.norm(dim=1).clamp_min(TINY)
+        total *= scale[:, None]
     return layer._as_stored(round_stochastically(total, dtype, name)).contiguous()
 
 

@@ -8,21 +8,19 @@ names of the inner wrappers get a `.base_layer`, so only the model says which pa
 Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tuners/tuners_utils.py (_inject_parameters).
 """
 
-import re
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from lightning_qlora.adapters.adapter import PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
 from lightning_qlora.config import fits
 from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 
-BASE_LAYER = ".base_layer"
 DEFAULT_ALPHA = 8  # PEFT's
 
 
@@ -123,11 +121,6 @@ def alpha_of_name(config: dict[str, Any], name: str) -> float:
     """PEFT's alpha of a layer or parameter: as peft.utils.other.get_pattern_key, of the first pattern that matches."""
     patterns = (config.get("alpha_pattern") or {}).items()
     return float(next((a for key, a in patterns if fits(name, key)), config["lora_alpha"]))
-
-
-def outermost(key: str) -> str:
-    """Name of the module that a key in a folder is for."""
-    return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
 
 
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:

@@ -24,10 +24,15 @@ def tied_names(base: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
+def is_one_weight(adapter: Adapter, tied: Sequence[str]) -> bool:
+    """Whether an adapter has no value for a tied weight, or the same value for all of its names."""
+    values = [adapter.saved[name] for name in tied if name in adapter.saved]
+    return not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values))
+
+
 def check_tie(adapter: Adapter, tied: Sequence[str]) -> None:
     """Refuse an adapter with a value for some names of a tied weight only, or with different values."""
-    values = [adapter.saved[name] for name in tied if name in adapter.saved]
-    if not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values)):
+    if is_one_weight(adapter, tied):
         return
     trained = next(name for name in tied if name in adapter.saved)
     others = ", ".join(name for name in tied if name != trained)

@@ -20,14 +20,14 @@ def check_links(folder: Path) -> None:
 
 
 def resolve_model(name: str, download: bool = True) -> str:
-    """Folder of a model: the name itself if it is a folder, else the Hugging Face Hub's snapshot of that name.
+    """Folder of a model: itself if it is a path, else the Hugging Face Hub's snapshot of that name.
 
     `download` is False for a name that is read from a file and not given by the user: then only the cache is searched.
     Raises FileNotFoundError if it is neither.
     """
-    if os.path.isdir(name):
+    if os.path.exists(name):
         return name
-    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         from huggingface_hub import snapshot_download
 
@@ -36,7 +36,7 @@ def resolve_model(name: str, download: bool = True) -> str:
         if not download:
             raise FileNotFoundError(
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
-                f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
+                f"Face Hub. To download it, pass its name: base_model={name!r} (--base-model {name})."
             ) from error
         raise FileNotFoundError(
             f"{name}: neither a folder nor a model on the hub. Check the name, the connection, and that "

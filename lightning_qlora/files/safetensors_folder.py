@@ -127,23 +127,9 @@ class WeightFolder:
         """The files, in order."""
         return sorted(set(self.file_of.values()))
 
-    def find(self, name: str) -> str | None:
-        """Key of a parameter. The first part of its name may be missing or added: models with a head have one more."""
-        shorter = name
-        while shorter and shorter not in self.entries:
-            shorter = shorter.partition(".")[2]
-        if shorter:
-            return shorter
-        longer = [key for key in self.entries if key.endswith("." + name)]
-        return longer[0] if len(longer) == 1 else None
-
     def is_packed(self, key: str) -> bool:
         """Whether a weight is stored in bitsandbytes' 4-bit format."""
         return f"{key}.absmax" in self.entries
-
-    def entries_of(self, key: str) -> dict[str, Tensor]:
-        """Read a weight, and if it is in bitsandbytes' 4-bit format its scales and tables."""
-        return self.tensors([k for k in self.entries if k == key or k.startswith(key + ".")])
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU."""

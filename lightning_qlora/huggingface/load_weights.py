@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lightning_qlora.adapters.model_folder import ModelFolder
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.load_without_data import NO_VALUES
+from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dotted_names import join, owner_name, parameter_and_number
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.lora_layer import ADAPTER

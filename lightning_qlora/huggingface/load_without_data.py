@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qlora.adapters.model_folder import ModelFolder
+from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dotted_names import join, parameter_and_number
 from lightning_qlora.layers.names import named_tensors
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
-from lightning_qlora.adapters.dequantized_folder import Dequantize
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.expert_selection import ExpertParameter
@@ -158,10 +157,8 @@ class Compose(ConversionOps):
     supports_many_to_many = True
 
     def __init__(self, quantizer: Any, operations: list[ConversionOps]) -> None:
-        self.quantizer, own = quantizer, quantizer.own
-        self.operations: list[Any] = [
-            Dequantize(op) if own is not None and getattr(op, "hf_quantizer", None) is own else op for op in operations
-        ]
+        self.quantizer = quantizer
+        self.operations: list[Any] = operations
         # upstream looks for this name: an operation with a quantizer gets tensors in the type of the files
         self.hf_quantizer = next((q for op in operations if (q := getattr(op, "hf_quantizer", None))), None)
 
@@ -175,14 +172,7 @@ class Compose(ConversionOps):
     ) -> dict[str, Any]:
         """See ConversionOps."""
         arguments |= {"source_patterns": source_patterns, "full_layer_name": full_layer_name}
-        try:
-            return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
-        except ValueError as error:
-            if self.quantizer.own is None:
-                raise
-            place = arguments["model"].get_parameter(full_layer_name)
-            message = f"{full_layer_name}: {error}"
-            return dict(Quantize(self.quantizer).refuse(full_layer_name, full_layer_name, place, message))
+        return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
 
     def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
         """The 4-bit layers of a stack, each expert dense for itself; None for other parameters and other operations."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.load_without_data import NO_VALUES
@@ -12,7 +13,9 @@ from lightning_qlora.huggingface.patches import default_quantizer
 
 
 @contextmanager
-def quantize_while_loading(config: QLoRAConfig, sharding: bool = False) -> Iterator[None]:
+def quantize_while_loading(
+    config: QLoRAConfig, sharding: bool = False, adapter: Adapter | None = None
+) -> Iterator[None]:
     """Within this, in this thread or task, every transformers `from_pretrained` quantizes each weight as it reads it.
 
     The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
@@ -21,14 +24,14 @@ def quantize_while_loading(config: QLoRAConfig, sharding: bool = False) -> Itera
     without this. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
 
     With `sharding` models stay on the meta device until the end of this context, when `fully_shard` has split them: so
-    each rank reads its part alone.
+    each rank reads its part alone. With `adapter` its layers are chosen, in place of those of `config.adapter`.
     """
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield
         return
     from lightning_qlora.huggingface.quantizer import Quantizers
 
-    quantizers = Quantizers(config, sharding)
+    quantizers = Quantizers(config, sharding, adapter)
     with default_quantizer(quantizers.quantizer_for), _one_after_another():
         try:
             yield

@@ -2,7 +2,7 @@
 
 One dense weight is in memory at a time, also where transformers joins tensors of the files: of experts, one after
 another. A folder in another quantized format is read by transformers' quantizer of that format, whose operations
-dequantize each tensor in front of ours.
+dequantize each tensor in front of ours. A GGUF file is dequantized by transformers as a whole.
 
 This file imports transformers, so `quantize_while_loading` imports it only if transformers is installed.
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
@@ -22,16 +22,15 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_qlora.adapters.dequantized_folder import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
-from lightning_qlora.adapters.model_folder import ModelFolder
-from lightning_qlora.adapters.peft_experts import outermost
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.published_formats import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
-from lightning_qlora.huggingface.gguf_tensors import unread_tensors
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.load_without_data import find_without_data, mark_as_found, remember_versions
+from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import (
     LOAD_WHOLE,
     Compose,
@@ -66,13 +65,14 @@ STORED = [  # the entries of bitsandbytes for a weight
 class Quantizers:
     """Makes the quantizers of the models that are loaded within one `quantize_while_loading`."""
 
-    def __init__(self, config: QLoRAConfig, sharding: bool = False) -> None:
+    def __init__(self, config: QLoRAConfig, sharding: bool = False, adapter: Adapter | None = None) -> None:
         self.config, self.sharding = config, sharding
         self.on_meta: list[tuple[nn.Module, ModelFolder]] = []  # models that wait for `fully_shard`, and their folders
         # Errors for weights of another shape, of the load that began last, which may `ignore_mismatched_sizes`.
         self.mismatches: list[ValueError] = []
         # The adapter to start from, until the first model that has its layers gets it.
-        self.adapter = None if config.adapter is None else read_adapter(config.adapter)
+        self.adapter = read_adapter(config.adapter) if config.adapter is not None else adapter
+        self.of_adapter = self.adapter is not None
 
     def quantizer_for(
         self, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], tuple[Any, Any, Any]]
@@ -84,20 +84,19 @@ class Quantizers:
         text_config = model_config.get_text_config(decoder=True)
         stored = getattr(model_config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
         found: dict[str, Any] = (stored if stored is None or isinstance(stored, dict) else stored.to_dict()) or {}
-        if gguf_file is None and (not found or found.get("load_in_4bit")):
-            return QLoRAQuantizer(self, in_4_bits=bool(found)), model_config, device_map
-        requested = None
         if gguf_file is not None:
-            found = {"quant_method": "gguf"}
-            requested = import_module("transformers").GgufConfig(dequantize=True) if COMPOSES else None
-        elif takes_dequantize(found):
+            kind = getattr(import_module("transformers"), "GgufConfig", None)
+            return ask(kind and kind(dequantize=True))
+        if not found or found.get("load_in_4bit"):
+            return QLoRAQuantizer(self, in_4_bits=bool(found)), model_config, device_map
+        if takes_dequantize(found):
             request_dequantizing(model_config, found)
         why = (
             f"{model_config.name_or_path}: is in {found.get('quant_method')!r}, so its layers would not be converted. "
             f"{CANNOT_DEQUANTIZE}"
         )
         try:
-            own, model_config, device_map = ask(requested)
+            own, model_config, device_map = ask(None)
         except ImportError as error:
             raise ImportError(str(error) if takes_dequantize(found) else why) from error
         dequantizes = getattr(getattr(own, "quantization_config", None), "dequantize", False)
@@ -109,11 +108,11 @@ class Quantizers:
 
     def config_for(self, model: nn.Module) -> QLoRAConfig | None:
         """The arguments for a model; None if the adapter to start from belongs to another one."""
-        if self.config.adapter is None:
+        if not self.of_adapter:
             return self.config
-        names = {name for name, _ in model.named_modules()}
+        names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
         adapter = self.adapter
-        if adapter is None or not names.issuperset([*adapter.layers, *map(outermost, adapter.expert_adapters)]):
+        if adapter is None or not names.issuperset(adapter.targets):
             return None
         self.adapter = None
         return config_of_adapter(model, adapter, self.config)
@@ -253,15 +252,6 @@ class QLoRAQuantizer(HfQuantizer):
         """The operation that loads 4-bit weights of the files."""
         load = WeightConverter(source_patterns=STORED, target_patterns="weight", operations=[LoadPacked(self)])
         return [load] if self.in_4_bits else []
-
-    def read_header(self, gguf_file: str) -> None:
-        """For GGUF files, the three that follow too; see HfQuantizer."""
-        self.own.read_header(gguf_file)
-
-    def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, Any]:
-        """The tensors of a GGUF file, each read when it is converted where that is possible."""
-        unread = None if self.own.supported else unread_tensors(checkpoint_file, model, self.own.dtype)
-        return self.own.get_state_dict(checkpoint_file, model) if unread is None else unread
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """See HfQuantizer."""

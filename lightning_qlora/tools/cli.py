@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
+FLAGS = ("--check", "--json", "--trust_remote_code")  # true without a value
 WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
@@ -116,34 +117,36 @@ def merge_adapter(
     dtype: MergeDtype = "auto",
     base: Base = "quantized",
     weights_only: bool = True,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> None:
-    """Merge an adapter into its base model and write the result as a folder of safetensors, tensor by tensor.
+    """Merge an adapter into its base model and write the result as a folder that transformers loads.
 
     Args:
         adapter: PEFT's adapter folder, or a Lightning checkpoint.
         output: A folder that does not exist yet, or is empty.
-        base_model: Folder or hub name of the base model; by default what the adapter names.
+        base_model: Folder or hub name of the base model, or a GGUF file; by default what the adapter names.
         dtype: Type of the written weights; "auto" is the base's.
         base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
+        trust_remote_code: Run the code of a model that transformers does not have, as in `from_pretrained`.
         json: Print JSON.
     """
     from lightning_qlora.adapters.base_compatibility import convert_to_float_base
     from lightning_qlora.files.folder_writer import check_free
     from lightning_qlora.files.hub import resolve_model
-    from lightning_qlora.huggingface.merge_folder import merge_folder
+    from lightning_qlora.tools.merge_folder import merge_folder
 
     check_free(Path(output))
     found = _adapter(adapter, weights_only)
     source = base_model or found.base_model
     if not source:
-        raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
+        raise ValueError(f"{adapter}: names no base model. Pass it: --base-model FOLDER.")
     folder = resolve_model(source, download=base_model is not None)
     if base == "float":
         found = convert_to_float_base(found, folder)
-    merge_folder(folder, found, output, dtype, base)
+    merge_folder(folder, found, output, dtype, base, trust_remote_code)
     files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
     if json:
         _print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
@@ -239,7 +242,7 @@ def _as_jsonargparse_takes(arguments: list[str]) -> list[str]:
     taken = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         argument = re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument)
-        taken += [argument, "true"] if argument in ("--check", "--json") and following.startswith("--") else [argument]
+        taken += [argument, "true"] if argument in FLAGS and following.startswith("--") else [argument]
     return taken
 
 

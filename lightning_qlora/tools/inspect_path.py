@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
-from lightning_qlora.adapters.dequantized_folder import published_format
 from lightning_qlora.adapters.from_checkpoint import (
     fingerprint_of_base,
     read_adapter_from_checkpoint,
@@ -14,6 +13,7 @@ from lightning_qlora.adapters.from_checkpoint import (
 )
 from lightning_qlora.adapters.peft_files import CONFIG_FILE
 from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.published_formats import published_format
 from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards

@@ -18,7 +18,7 @@ from lightning_qlora import (
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.tools.merge_folder import merge_folder
 from tests.toys import Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
@@ -82,7 +82,7 @@ def test_merging_into_another_quantization_than_that_of_the_initialization_is_re
         save_in_4_bits(KIND, tmp_path / "base", tmp_path / quant_type, bnb_4bit_quant_type=quant_type)
     adapter = read_adapter(tmp_path / "adapter")
     merge_folder(tmp_path / "nf4", adapter, tmp_path / "out")
-    message = r"down_proj: .*initialized as 'calibrated'.*quant_type=nf4.*quant_type=fp4"
+    message = r"q_proj: .*initialized as 'calibrated'.*quant_type=nf4.*quant_type=fp4"
     with pytest.raises(CheckpointMismatchError, match=message):
         merge_folder(tmp_path / "fp4", adapter, tmp_path / "out2")
 

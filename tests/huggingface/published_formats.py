@@ -193,7 +193,7 @@ def encode_gguf(model, kind, path):
     if not rotated:
         writer.add_shortconv_l_cache(config.conv_L_cache)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_list(["t", "0", "t0", *(f"x{i}" for i in range(config.vocab_size - 3))])
     writer.add_token_merges(["t 0"])
     dense = {}
     for key, value in model.state_dict().items():

@@ -20,13 +20,15 @@ from lightning_qlora import (
     disable_adapter,
     load_adapter,
     load_from_checkpoint,
+    merge,
     save_adapter,
 )
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
+from lightning_qlora.tools.merge_folder import merge_folder
 from tests.huggingface.published_formats import CONFIGS, encode, encode_gguf
 from tests.huggingface.test_experts_on_load import (
     _Allocated,
@@ -40,16 +42,11 @@ from tests.layers.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwe
 from tests.toys import ids, needs, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
-WRONG_IN_TRANSFORMERS = {"ct-uint4", "ct-nvfp4", "ct-int8"}  # for experts
+WRONG_IN_TRANSFORMERS = {"ct-uint4", "ct-nvfp4", "ct-int8"}  # its experts, which lose zero points or scales
 
 
 def llama(**changes):
     return transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SMALL, "intermediate_size": 96, **changes})
-
-
-def wide_llama():
-    """The last blocks of FP8 have 72 rows or columns."""
-    return llama(intermediate_size=200)
 
 
 @pytest.fixture
@@ -78,8 +75,9 @@ def dequantized(path, format):
 
 
 CASES = [
-    ("mxfp4", gpt_oss), ("fp8", llama), ("fp8", wide_llama), ("fp8", qwen3_moe), ("fp8", deepseek_v3),
-    *((format, build) for format in CONFIGS if format.startswith("ct-") for build in (llama, qwen3_moe)),
+    ("mxfp4", gpt_oss), ("fp8", llama), ("fp8", qwen3_moe), ("fp8", deepseek_v3),
+    *((format, llama) for format in CONFIGS if format.startswith("ct-")),
+    *((format, qwen3_moe) for format in CONFIGS if format.startswith("ct-") and format not in WRONG_IN_TRANSFORMERS),
 ]  # fmt: skip
 
 
@@ -88,8 +86,7 @@ CASES = [
 def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
     published, dense = folders(format, build)
     expected = transformers.AutoModelForCausalLM.from_pretrained(dense)
-    if build is not wide_llama and not (build is qwen3_moe and format in WRONG_IN_TRANSFORMERS):
-        same_parameters(dequantized(published, format), expected)
+    same_parameters(dequantized(published, format), expected)
     model = loaded(published)
     assert all(layer.loaded for layer in adapted_layers(model).values())
     assert all(stack.loaded for *_, stack in expert_stacks(model))
@@ -101,7 +98,7 @@ def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
 
 
 @needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
-@pytest.mark.parametrize(("format", "build"), [CASES[0], *CASES[2:5], ("ct-fp8", llama), ("ct-uint4", qwen3_moe)])
+@pytest.mark.parametrize(("format", "build"), [*CASES[:4], ("ct-fp8", llama), ("ct-int4", qwen3_moe)])
 def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path):
     published, dense = folders(format, build)
     model = loaded(published)
@@ -116,8 +113,7 @@ def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path)
     adapter = read_adapter(tmp_path / "adapter")
     for arguments in ({}, {"base": "float"}):
         ours, theirs = tmp_path / f"ours {arguments}", tmp_path / f"theirs {arguments}"
-        with pytest.warns(match="published: is in .*, in which merged weights are not written: they are bfloat16"):
-            merge_folder(published, adapter, ours, **arguments)
+        merge_folder(published, adapter, ours, **arguments)
         merge_folder(dense, adapter, theirs, **arguments)
         a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -222,26 +218,24 @@ def lfm2():
 @pytest.mark.parametrize(("build", "kind"), [(llama, "Q4_0"), (llama, "Q8_0"), (lfm2, "Q8_0")])
 def test_a_gguf_file(build, kind, tmp_path):
     pytest.importorskip("gguf")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6} if build is llama else {}
-    model = made(lambda: build(**sizes))
+    model = made(build)
     dense = encode_gguf(model, kind, tmp_path / "model.gguf")
-    arguments = {"gguf_file": "model.gguf", "dtype": torch.bfloat16}
-    whole = transformers.GgufConfig(dequantize=True)
-    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=whole, **arguments)
+    with QLoRAPrecision(r=2).init():
+        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
     for name, value in dense.items():  # of an LFM2, transformers multiplies in bf16
-        theirs = expected.get_parameter(name).float()
+        theirs = ours.get_parameter(name).float()
         torch.testing.assert_close(
             theirs, value.bfloat16().float(), rtol=0.01 * (build is lfm2), atol=1e-3 * (build is lfm2)
         )
-    with QLoRAPrecision(r=2).init(), _Allocated([]) as memory:
-        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
-    assert all(layer.loaded for layer in adapted_layers(ours).values())
-    if build is llama:
-        parameters = sum(parameter.nbytes for parameter in ours.parameters())
-        assert memory.peak < parameters + 8 * 128 * 256  # the largest weight in fp32, and what quantizes it
-    for part in (ours, expected):
-        convert(part, r=2)
-    same_parameters(ours, expected)
+    convert(ours, r=2)
+    for layer in adapted_layers(ours).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    adapter = get_adapter(ours)  # knows the bytes of the training, which was in bf16
+    merge_folder(tmp_path / "model.gguf", adapter, tmp_path / "file")
+    merge_folder(tmp_path, adapter, tmp_path / "folder", dtype="fp32")
+    assert build()[0].from_pretrained(tmp_path / "folder").dtype is torch.float32
+    same_parameters(build()[0].from_pretrained(tmp_path / "file"), merge(ours))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "file").vocab_size == ours.config.vocab_size
 
 
 def test_plan_and_inspect(folders, tmp_path, capsys):
@@ -273,19 +267,6 @@ def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
     change(**CONFIGS["ct-fp8"])
     with pytest.raises(ImportError, match="pip install compressed-tensors"):
         loaded(published)
-
-
-def test_a_missing_scale_is_named(folders, tmp_path):
-    published, _ = folders("fp8", llama)
-    adapter = read_adapter_of(published, tmp_path)
-    weights = load_file(published / "model.safetensors")
-    del weights["model.layers.1.self_attn.q_proj.weight_scale_inv"]
-    save_file(weights, published / "model.safetensors", metadata={"format": "pt"})
-    message = r"model.safetensors: .*layers.1.self_attn.q_proj.weight.* is .* without a scale. Copy or download"
-    with pytest.raises(ValueError, match=message):
-        loaded(published)
-    with pytest.raises(ValueError, match=message):
-        merge_folder(published, adapter, tmp_path / "out")
 
 
 def read_adapter_of(folder, tmp_path):
@@ -327,7 +308,6 @@ def large_llama():
         (None, large_qwen3_moe), ("bitsandbytes", large_qwen3_moe), ("fp8", large_qwen3_moe),
         ("ct-int4", large_qwen3_moe), ("ct-nvfp4", large_qwen3_moe), ("mxfp4", large_gpt_oss),
         (None, large_llama), ("fp8", large_llama), ("ct-fp8", large_llama), ("ct-int4", large_llama),
-        ("gguf", large_llama),
     ],
 )  # fmt: skip
 def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
@@ -340,10 +320,6 @@ def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
     if format == "bitsandbytes":
         model.save_pretrained(tmp_path / "base")
         save_in_4_bits(kind, tmp_path / "base", tmp_path / "folder")
-    elif format == "gguf":
-        pytest.importorskip("gguf")
-        (tmp_path / "folder").mkdir()
-        encode_gguf(model, "Q8_0", tmp_path / "folder" / "model.gguf")
     elif format is None:
         model.save_pretrained(tmp_path / "folder")
     else:
@@ -352,7 +328,7 @@ def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
         encode(model, format, tmp_path / "folder")
     del model
     script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
-    command = [sys.executable, script, tmp_path / "folder", "8", *(["model.gguf"] if format == "gguf" else [])]
+    command = [sys.executable, script, tmp_path / "folder", "8"]
     environment = {**os.environ, "PYTHONPATH": "."}
     run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parents[2], env=environment)
     peak, end = re.search(r"peak ([\d.]+) MB, end ([\d.]+) MB", run.stdout).groups()

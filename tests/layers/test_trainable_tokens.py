@@ -26,8 +26,8 @@ from lightning_qlora.adapters.average import average
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
-from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.layers.deferred_logits import DeferredLogits
+from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from tests.conftest import make_trainer
 from tests.toys import Lit, ids, logits, needs, perturb, toy

@@ -21,8 +21,8 @@ from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
-from lightning_qlora.huggingface.merge_folder import merge_folder
 from lightning_qlora.tools.cli import main
+from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import elsewhere
 from tests.toys import NAMES, Lit, logits, perturb, save_in_4_bits, toy
 
@@ -51,12 +51,11 @@ def load(name, folder, **arguments):
     return type(toy(name)).from_pretrained(folder, **arguments).eval()
 
 
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "50KB"}])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_folder_is_the_merged_module(name, shards, base, tmp_path):
-    lit, (_, folder) = converted(name), base(name, **shards)
-    merge_folder(folder, get_adapter(lit), tmp_path / "out", shard_bytes=60_000 if shards else 10**9)
-    assert (tmp_path / "out/model.safetensors.index.json").is_file() == bool(shards)
+def test_merged_folder_is_the_merged_module(name, dora, base, tmp_path):
+    lit, (_, folder) = converted(name, use_dora=dora), base(name, max_shard_size="50KB")
+    merge_folder(folder, get_adapter(lit), tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").is_file()
     merged = load(name, tmp_path / "out")
     torch.testing.assert_close(logits(merged), logits(lit.model), atol=1e-5, rtol=0)
@@ -103,23 +102,6 @@ def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path):
     torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(trained), atol=1e-5, rtol=0)
 
 
-def test_an_embedding_that_may_be_tied_in_an_unknown_model(tmp_path):
-    for ties in (True, False):
-        # 96 words: no other weight of this model has that many rows.
-        model, folder = toy("llama", tie_word_embeddings=ties, vocab_size=96), tmp_path / f"{ties}"
-        model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["UnknownModel"]}))
-        lit = Lit(toy("llama", vocab_size=96))
-        convert(lit, **ARGUMENTS, modules_to_save=["embed_tokens"])
-        adapter = get_adapter(perturb(lit))
-        if ties:
-            with pytest.raises(ValueError, match=r"can't make a model of it .* is tied to\."):
-                merge_folder(folder, adapter, tmp_path / "out")
-        else:
-            merge_folder(folder, adapter, tmp_path / "out")
-
-
 def test_on_the_float_base_and_in_another_type(base, tmp_path):
     lit, (model, folder) = converted("llama"), base("llama")
     merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="bf16", base="float")
@@ -130,16 +112,57 @@ def test_on_the_float_base_and_in_another_type(base, tmp_path):
     assert merged.config.dtype == torch.bfloat16
 
 
-def test_an_adapter_of_a_headless_model(base, tmp_path):
-    from transformers import LlamaModel
+def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_one(base, tmp_path):
+    from transformers import LlamaForSequenceClassification, LlamaModel
 
     _, folder = base("llama")
-    body = LlamaModel.from_pretrained(folder)
-    convert(body, **ARGUMENTS)
-    perturb(body)
-    merge_folder(folder, get_adapter(body), tmp_path / "out")
-    ours, merged = body.layers[0].mlp.up_proj, load("llama", tmp_path / "out").model.layers[0].mlp.up_proj
-    assert torch.equal(merged.weight, ours.decode() + ours.delta())
+    for kind, more in ((LlamaModel, {}), (LlamaForSequenceClassification, {"num_labels": 5, "pad_token_id": 0})):
+        model = kind.from_pretrained(folder, **more)
+        convert(model, **ARGUMENTS)
+        perturb(model)
+        merge_folder(folder, get_adapter(model), tmp_path / kind.__name__)
+        merged, expected = kind.from_pretrained(tmp_path / kind.__name__).state_dict(), merge(model).state_dict()
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in merged.items())
+
+
+def test_another_base_than_that_of_the_training_is_refused(base, tmp_path):
+    base("llama")
+    toy("llama", seed=1).save_pretrained(tmp_path / "other")
+    lit = converted("llama")
+    with pytest.raises(CheckpointMismatchError, match=r"other: model.layers.0.* has other 4-bit weights than in the"):
+        merge_folder(tmp_path / "other", get_adapter(lit), tmp_path / "out")
+    merge_folder(tmp_path / "other", get_adapter(lit), tmp_path / "out", base="float")
+
+
+def test_a_base_that_was_trained_in_another_type(base, tmp_path):
+    _, folder = base("llama")
+    lit = Lit(load("llama", folder, dtype=torch.bfloat16))
+    convert(lit, **ARGUMENTS)
+    perturb(lit)
+    merge_folder(folder, get_adapter(lit), tmp_path / "out")
+    merged, expected = load("llama", tmp_path / "out").state_dict(), merge(lit).model.state_dict()
+    assert all(value.dtype is torch.bfloat16 and torch.equal(value, expected[key]) for key, value in merged.items())
+
+
+def test_code_of_a_folder_runs_only_if_the_user_says_so(base, tmp_path):
+    _, folder = base("llama")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}
+    changed = {**config, "model_type": "ours", "architectures": ["Model"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(changed))
+    (folder / "ours.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'ours'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    lit = converted("llama")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        merge_folder(folder, get_adapter(lit), tmp_path / "out")
+    merge_folder(folder, get_adapter(lit), tmp_path / "out", trust_remote_code=True)
+    expected = merge(lit).model.state_dict()
+    assert all(torch.equal(value, expected[k]) for k, value in load_file(tmp_path / "out/model.safetensors").items())
+    assert (tmp_path / "out/ours.py").is_file()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -220,7 +243,8 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)
     with pytest.raises(
-        CheckpointMismatchError, match=r"model.safetensors: 'model.layers.0.mlp.down_proj.weight' has 64"
+        CheckpointMismatchError,
+        match=r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128",
     ):
         merge_folder(folder, get_adapter(wider), tmp_path / "out")
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
@@ -230,18 +254,10 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.files import shard_writer
-from lightning_qlora.huggingface.merge_folder import merge_folder
+from transformers import PreTrainedModel
 from lightning_qlora.tools.cli import main
-add, count = shard_writer.ShardWriter.add, []
-def killing(self, key, tensor):
-    add(self, key, tensor)
-    count.append(key)
-    if len(count) == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-shard_writer.ShardWriter.add = killing
-merge_folder(sys.argv[1], read_adapter(sys.argv[2]), sys.argv[3], shard_bytes=10_000)
+PreTrainedModel.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main(["merge", *sys.argv[1:]])
 """
 
 
@@ -249,7 +265,8 @@ def test_a_killed_merge_leaves_nothing_and_can_be_run_again(base, tmp_path):
     lit, (_, folder) = converted("llama"), base("llama")
     save_adapter(lit, tmp_path / "adapter")
     out = tmp_path / "out"
-    run = subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "adapter", out], check=False)
+    command = [sys.executable, "-c", KILLED, tmp_path / "adapter", out, "--base_model", folder]
+    run = subprocess.run(command, check=False)
     assert run.returncode == -9
     assert not out.exists()
     merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
@@ -341,7 +358,7 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
     save_adapter(lit, tmp_path / "adapter")
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")])
-    assert "To download it, pass its name: base_model='org/name' (--base_model org/name)." in capsys.readouterr().err
+    assert "To download it, pass its name: base_model='org/name' (--base-model org/name)." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base_model", "org/name"])
     assert asked == [True, False]

@@ -1,51 +1,35 @@
-"""A folder by the names of the model: fused and stacked tensors, several files, 4 bits, and what can't be reversed."""
+"""A folder by the names of the model: fused and stacked tensors, and an adapter for the float base."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import convert, merge, save_adapter
-from lightning_qlora.adapters import model_folder
-from lightning_qlora.adapters.model_folder import ModelFolder, empty_model
+from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.peft_experts import assign_parameters
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.files.safetensors_folder import WeightFolder
-from lightning_qlora.huggingface.merge_folder import merge_folder
+from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.toys import perturb
 
 pytest.importorskip("transformers", minversion="5")
 
-from tests.architectures.checks import ARGUMENTS, assert_equal, keys, load, loaded_and_converted, saved
+from tests.architectures.checks import ARGUMENTS, load, loaded_and_converted, saved
 
 
-def opened(kind, folder):
-    saved(kind, folder)
-    return ModelFolder(folder, empty_model(folder, "its names"))
-
-
-def converted(kind, folder, **arguments):
-    module = load(kind, folder)
-    convert(module, **{**ARGUMENTS, **arguments})
-    return perturb(module)
-
-
-def test_a_fused_weight_is_read_as_the_parameters_of_the_model_and_restored(tmp_path):
-    folder, stored = opened("nomic_bert", tmp_path), WeightFolder(tmp_path)
+def test_a_fused_weight_is_read_as_the_parameters_of_the_model(tmp_path):
+    saved("nomic_bert", tmp_path)
+    folder, stored = ModelFolder.open(tmp_path), WeightFolder(tmp_path)
     names = [f"layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
     fused = stored.tensors(["encoder.layers.0.attn.Wqkv.weight"])["encoder.layers.0.attn.Wqkv.weight"]
-    parameters = folder.tensors(names)
-    assert torch.equal(torch.cat(list(parameters.values())), fused) and names in list(folder.units())
+    assert torch.equal(torch.cat(list(folder.tensors(names).values())), fused)
     assert [folder.entries[name].shape for name in names] == [(64, 64)] * 3
     assert "'encoder.layers.0.attn.Wqkv.weight'" in folder.where(names[1])
-    (restored,) = folder.conversions[names[1]].restore(parameters).items()
-    assert restored[0] == "encoder.layers.0.attn.Wqkv.weight" and torch.equal(restored[1], fused)
 
 
 def test_of_stacked_experts_one_is_read_at_a_time(tmp_path):
     model, _ = saved("mixtral", tmp_path)
-    folder = ModelFolder(tmp_path, empty_model(tmp_path, "its names"))
+    folder = ModelFolder.open(tmp_path)
     name = "layers.1.mlp.experts.gate_up_proj.3"
     assert folder.entries[name].shape == (64, 64) and len(folder.conversions[name].keys) == 2
     weight = folder.tensors([name])[name]
@@ -64,42 +48,14 @@ def test_two_tensors_of_one_parameter_are_refused(tmp_path):
     tensors["embeddings.LayerNorm.gamma"] = tensors["embeddings.LayerNorm.weight"].clone()  # an older name
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"'embeddings.LayerNorm.\w+' and another tensor are the same parameter"):
-        ModelFolder(tmp_path, empty_model(tmp_path, "its names"))
-
-
-@pytest.mark.parametrize("kind", ["nomic_bert", "mixtral"])
-def test_parts_of_a_conversion_in_several_files(kind, tmp_path):
-    model, base = saved(kind, tmp_path / "base")
-    load(model, base).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
-    module = converted(model, base)
-    merge_folder(tmp_path / "shards", get_adapter(module), tmp_path / "out", shard_bytes=40_000)
-    assert_equal(load(model, tmp_path / "out").state_dict(), merge(module).state_dict())
-    assert keys(tmp_path / "out") == keys(base) and len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+        ModelFolder.open(tmp_path)
 
 
 def test_only_some_parameters_of_a_conversion_are_quantized(tmp_path):
     model, base = saved("nomic_bert", tmp_path / "base")
-    module = converted(model, base, target_modules=["k_proj", "v_proj"])
-    merge_folder(base, get_adapter(module), tmp_path / "out")
-    assert_equal(load(model, tmp_path / "out").state_dict(), merge(module).state_dict())
     again = loaded_and_converted(model, base, target_modules=["k_proj", "v_proj"])
     assert again.layers[0].self_attn.v_proj.packed.dtype is torch.uint8
     assert type(again.layers[0].self_attn.q_proj) is torch.nn.Linear
-
-
-def test_a_conversion_that_transformers_cannot_reverse_is_refused(tmp_path, monkeypatch):
-    model, base = saved("nomic_bert", tmp_path / "base")
-    monkeypatch.setattr(model_folder.Conversion, "_reverse", _not_implemented)
-    message = r"'encoder.layers.0.attn.Wqkv.weight' become 'layers.0.self_attn.q_proj.weight' when .* merge\(\) it"
-    with pytest.raises(ValueError, match=message):
-        merge_folder(base, get_adapter(converted(model, base)), tmp_path / "out")
-    dense = get_adapter(converted(model, base, target_modules=["down_proj", "o_proj"]))
-    merge_folder(base, dense, tmp_path / "out")  # the fused weights are copied
-    assert keys(tmp_path / "out") == keys(base)
-
-
-def _not_implemented(*_):
-    raise NotImplementedError
 
 
 @pytest.mark.filterwarnings("ignore:PEFT would")

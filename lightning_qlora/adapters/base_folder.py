@@ -1,0 +1,168 @@
+"""The model of a base folder, or of a GGUF file, as transformers loads it; the float weights of its layers."""
+
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.peft_experts import refuse
+from lightning_qlora.adapters.published_formats import CANNOT_DEQUANTIZE, published_format, takes_dequantize
+from lightning_qlora.adapters.tied_weights import is_one_weight, tied_names
+from lightning_qlora.files.hub import check_links
+from lightning_qlora.files.regular_file import is_file
+from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
+from lightning_qlora.layers.dense_reasons import get_output_embeddings
+from lightning_qlora.layers.dotted_names import last_part, plain_name
+from lightning_qlora.layers.kinds import kind_of
+from lightning_qlora.layers.trainable_tokens import DELTA
+
+# Classes for a model that was trained without the head of its folder, or with a new one.
+OTHER_CLASSES = (
+    "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)  # fmt: skip
+LOAD_IT_YOURSELF = "Load the model in Python, convert it with adapter=FOLDER, call merge(model), and save it."
+
+
+def gguf_of(source: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a path names, or the only one in a folder without safetensors."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return path
+    if not path.is_dir() or is_file(path / WEIGHTS) or is_file(path / INDEX):
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"{path}: has {len(files)} GGUF files, {[file.name for file in files][:5]}. Pass one of them.")
+    return files[0] if files else None
+
+
+def load_base_model(
+    source: str | os.PathLike[str], adapter: Adapter, dtype: Any = "auto", trust_remote_code: bool = False
+) -> Any:
+    """The transformers model of a folder or GGUF file that has the layers of an adapter, on the CPU.
+
+    Folders in FP8, MXFP4 and compressed-tensors, and GGUF files, are dequantized. `dtype` as in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: If a file is missing or broken, or transformers can't make the model.
+    """
+    transformers: Any = import_module("transformers")
+    gguf = gguf_of(source)
+    folder = Path(source) if gguf is None else gguf.parent
+    where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if gguf is None:
+        if not is_file(folder / "config.json"):
+            raise FileNotFoundError(f"{folder}: has no config.json, which names the model. {LOAD_IT_YOURSELF}")
+        check_links(folder)
+        WeightFolder(folder)  # its errors name file and key
+    else:
+        where["gguf_file"] = gguf.name
+        if hasattr(transformers, "GgufConfig"):
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    config = transformers.AutoConfig.from_pretrained(**where)
+    if published := published_format(config.to_dict()):
+        if not takes_dequantize(published):
+            raise ValueError(f"{source}: is in {published.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
+        config.update({"quantization_config": published | {"dequantize": True}})
+    kind, untied = _class_for(config, adapter, trust_remote_code)
+    if untied:
+        config.update({"tie_word_embeddings": False})
+    try:
+        with torch.device("cpu"):
+            model, found = kind.from_pretrained(config=config, **where, **how)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"{source}: transformers can't load it: {' '.join(str(error).split())[:500]}") from error
+    for name in sorted(set(found["missing_keys"]) - adapter.saved.keys()):
+        raise ValueError(
+            f"{source}: has no tensor for {name!r} of a {type(model).__name__}, and the adapter has none either. "
+            f"{LOAD_IT_YOURSELF}"
+        )
+    return model
+
+
+def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder is in bitsandbytes' 4 bits."""
+    stored = read_config(Path(source)).get("quantization_config") if os.path.isdir(source) else None
+    return bool(stored and stored.get("load_in_4bit"))
+
+
+def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:
+    """The first class of transformers that has the layers of an adapter; whether the adapter unties its embeddings.
+
+    The class of the folder comes first. An output embedding that was trained apart from the embedding needs a model in
+    which they are not tied.
+    """
+    needed = adapter.targets | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
+    first = None
+    for kind, model in _candidates(config, adapter, trust_remote_code):
+        first = first or kind
+        tensors = *model.named_parameters(remove_duplicate=False), *model.named_buffers()
+        if needed <= {plain_name(name) for name, _ in (*model.named_modules(), *tensors)}:
+            heads = {id(layer) for layer in get_output_embeddings(model)}
+            outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
+            trained = outputs & adapter.saved.keys()
+            pairs = [names for names in tied_names(model) if len(names) == 2 and trained & {*names}]
+            return kind, not all(is_one_weight(adapter, names) for names in pairs)
+    if first is None:
+        name = (config.architectures or ["None"])[0]
+        raise ValueError(f"{config.name_or_path}: transformers has no class {name!r}. {LOAD_IT_YOURSELF}")
+    return first, False  # what does not fit is refused by name when the adapter is loaded
+
+
+def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Iterator[tuple[Any, nn.Module]]:
+    """Classes of transformers, each with its model on the meta device, which has no weights."""
+    transformers: Any = import_module("transformers")
+    own = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], None)
+    remote = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    kinds = [own] if own is not None else [getattr(transformers, name) for name in remote if trust_remote_code]
+    labels = [len(v) for key, v in adapter.saved.items() if v.ndim == 2 and ("classifier" in key or "score" in key)]
+    for number, kind in enumerate([*kinds, *(getattr(transformers, name) for name in OTHER_CLASSES)]):
+        if number == len(kinds) and labels:
+            config.update({"num_labels": min(labels)})
+        try:
+            with torch.device("meta"):
+                if hasattr(kind, "from_config"):  # an Auto class
+                    model = kind.from_config(config, trust_remote_code=trust_remote_code)
+                else:
+                    model = kind._from_config(config)
+        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, NotImplementedError):
+            continue  # no such model of this architecture, or one that can't be built without values
+        yield kind, model
+
+
+def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Layer of an adapter -> its weight [out, in] in a model that is not converted: views of its parameters.
+
+    Experts of a parameter have names of their own, as in `Adapter.layers`. CheckpointMismatchError if the model has no
+    such layer, or one of another shape.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    weights = {}
+    for name, layer in adapter.layers.items():
+        parameter = adapter.expert_parameter(name)
+        key = f"{name}.lora_A.weight"
+        held = parameters.get(f"{name}.weight" if parameter is None else parameter)
+        if held is None:
+            refuse(adapter, key, model, "has no such layer")
+        if parameter is None:
+            transposed, weight = kind_of(type(modules[name])).transposed, held.detach()
+        else:
+            stack, number = adapter.experts[parameter], int(last_part(name))
+            transposed = stack.transposed
+            if held.shape[0] % stack.number or (held.ndim == 3 and held.shape[0] != stack.number):
+                refuse(adapter, key, model, f"has shape {list(held.shape)} there, not {stack.number} experts")
+            weight = held.detach().view(stack.number, -1, held.shape[-1])[number]
+        rows = weight.T if transposed else weight
+        sizes = (layer.lora_B.shape[0], layer.lora_A.shape[1])
+        if tuple(rows.shape) != sizes:
+            what = "has a layer of {1} inputs and {0} outputs there, the adapter is for {3} and {2}"
+            refuse(adapter, key, model, what.format(*rows.shape, *sizes))
+        weights[name] = rows
+    return weights

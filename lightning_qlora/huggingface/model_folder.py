@@ -1,0 +1,156 @@
+"""A folder of weights, read by the names of the model's parameters.
+
+transformers renames and converts tensors while it loads them (conversion_mapping.py):
+
+    language_model.model.layers.0.mlp.up_proj.weight     model.language_model.layers.0.mlp.up_proj.weight
+    encoder.layers.0.attn.Wqkv.weight                    encoder.layers.0.self_attn.q_proj.weight, k_proj, v_proj
+    layers.0.mlp.experts.3.gate_proj.weight, up_proj     layers.0.mlp.experts.gate_up_proj, expert 3
+
+Its own functions do so here, so this file has no names of architectures.
+Source: transformers 5, core_model_loading.py (convert_and_load_state_dict_in_model).
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
+
+
+@dataclass
+class Conversion:
+    """Tensors of a folder that become other parameters while the model loads.
+
+    Attributes:
+        model: The model, on the meta device.
+        transform: transformers' WeightConverter.
+        first: Name of its first parameter.
+        sources: Pattern of the transform -> keys in the folder that match it, in order.
+        expert: Number of the expert that the keys belong to, if the transform stacks experts. Then the parameters are
+            named `NAME.expert`, and lack the dimension of experts.
+    """
+
+    model: Any
+    transform: Any
+    first: str
+    sources: dict[str, list[str]]
+    expert: int | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys in the folder."""
+        return [key for keys in self.sources.values() for key in keys]
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Key -> tensor of the folder, to name -> parameter of the model."""
+        transform = deepcopy(self.transform)
+        for pattern, keys in self.sources.items():
+            for key in keys:
+                transform.add_tensor(self.first, key, pattern, tensors[key])
+        made = transform.convert(self.first, model=self.model, config=self.model.config)
+        parts = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return parts if self.expert is None else {f"{name}.{self.expert}": value[0] for name, value in parts.items()}
+
+
+class ModelFolder(WeightFolder):
+    """A folder whose entries have the names of the model's parameters, where transformers can make that model.
+
+    Tensors that the model does not use keep their keys. Raises as `WeightFolder`; also ValueError if two tensors become
+    one parameter.
+
+    Attributes:
+        model: The model, on the meta device; None: every name is a key.
+        stored: The folder with its own keys.
+        key_of: Name -> key in the folder, of tensors that are only renamed.
+        conversions: Name -> conversion that makes this parameter.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
+        self.model = model
+        self.stored = WeightFolder(folder)
+        self.folder, self.key_of, self.conversions = self.stored.folder, dict[str, str](), dict[str, Conversion]()
+        found = self._match(model)
+        converted = {key for conversion in found for key in conversion.keys}
+        if twice := self.stored.entries.keys() - set(self.key_of.values()) - converted:
+            raise ValueError(f"{self.folder}: {min(twice)!r} and another tensor are the same parameter of the model.")
+        self.entries = {name: self.stored.entries[key] for name, key in self.key_of.items()}
+        self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
+        for conversion in found:
+            key = conversion.keys[0]
+            for name, value in conversion.convert(self._shapes(conversion)).items():
+                self.conversions[name], self.file_of[name] = conversion, self.stored.file_of[key]
+                self.entries[name] = TensorEntry(self.stored.entries[key].dtype, tuple(value.shape))
+
+    @staticmethod
+    def open(folder: str | os.PathLike[str]) -> "ModelFolder":
+        """A folder with the model of its config.json, or with None where transformers can't make that model."""
+        model = None
+        with suppress(Exception):  # any error of the model's own code
+            import transformers
+
+            config: Any = transformers.AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                model = getattr(transformers, config.architectures[0])._from_config(config)
+        return ModelFolder(folder, model)
+
+    def tensors(self, keys: list[str]) -> dict[str, Tensor]:
+        """Read parameters to the CPU, by their names."""
+        stored = self.stored.tensors([key for name in keys for key in self._stored_keys(name)])
+        of_name = {name: self.conversions.get(name) for name in keys}
+        return {
+            name: stored[self.key_of[name]] if c is None else c.convert(stored)[name] for name, c in of_name.items()
+        }
+
+    def _stored_keys(self, name: str) -> list[str]:
+        conversion = self.conversions.get(name)
+        return [self.key_of[name]] if conversion is None else conversion.keys
+
+    def where(self, name: str) -> str:
+        """File and keys of a parameter, for messages."""
+        return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
+
+    def _match(self, model: Any) -> list[Conversion]:
+        """Fill `key_of`, and return the conversions."""
+        if model is None or find_spec("transformers.conversion_mapping") is None:
+            self.key_of = {key: key for key in self.stored.entries}
+            return []
+        loading = import_module("transformers.core_model_loading")
+        mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+        of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        parameters, made = model.state_dict(), dict[str, Conversion]()
+        known = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
+        for key in sorted(self.stored.entries, key=loading.dot_natural_key):
+            name, pattern = loading.rename_source_key(key, renamings, converters, *known)
+            if name not in parameters and key in parameters:
+                name, pattern = loading.rename_source_key(key, [], [], *known)
+            if pattern is None or name not in parameters:
+                self.key_of[name if name in parameters else key] = key
+            else:
+                converted = made.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))
+                converted.sources.setdefault(pattern, []).append(key)
+        return [part for conversion in made.values() for part in self._parts(conversion, loading.MergeModulelist)]
+
+    def _parts(self, conversion: Conversion, merge_experts: type) -> list[Conversion]:
+        """A conversion that stacks experts, as one for each expert: so memory holds one of them at a time."""
+        numbers = {len(keys) for keys in conversion.sources.values()}
+        operation: Any = conversion.transform.operations[0]
+        if not isinstance(operation, merge_experts) or getattr(operation, "dim", None) != 0 or len(numbers) != 1:
+            return [conversion]
+        return [
+            replace(conversion, sources={p: [keys[i]] for p, keys in conversion.sources.items()}, expert=i)
+            for i in range(numbers.pop())
+        ]
+
+    def _shapes(self, conversion: Conversion) -> dict[str, Tensor]:
+        entries = {key: self.stored.entries[key] for key in conversion.keys}
+        return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}

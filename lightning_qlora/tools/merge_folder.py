@@ -1,0 +1,121 @@
+"""Merge an adapter into a base model: load it, convert it, set the adapter, merge, and save."""
+
+import os
+import shutil
+import warnings
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import BITS
+from lightning_qlora.adapters.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
+from lightning_qlora.adapters.merge import merge_onto
+from lightning_qlora.adapters.peft_experts import assign_parameters
+from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
+from lightning_qlora.checks import check_choice
+from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
+from lightning_qlora.files.folder_writer import atomic_folder, check_free
+from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
+from lightning_qlora.kernels.ops import quantize
+from lightning_qlora.layers.dotted_names import plain_name
+from lightning_qlora.layers.fingerprint import fingerprint_of_weight
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.convert import convert_module
+
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
+LARGEST_FILE = "5GB"
+
+
+def merge_folder(
+    base_model: str | os.PathLike[str],
+    adapter: Adapter,
+    output: str | os.PathLike[str],
+    dtype: MergeDtype = "auto",
+    base: Base = "quantized",
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
+
+    The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
+
+    Args:
+        base_model: Folder of a transformers model: safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
+            format that transformers dequantizes (FP8, MXFP4, compressed-tensors); or a GGUF file, or a folder with one.
+        adapter: The adapter.
+        output: A folder that does not exist yet, or is empty.
+        dtype: Type of the written weights; "auto": that of the base.
+        base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are
+            ("float").
+        trust_remote_code: Whether code in the folder may run, as in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output exists.
+        CheckpointMismatchError: If the adapter does not fit the base.
+    """
+    check_choice("dtype", dtype, get_args(MergeDtype))
+    check_choice("base", base, get_args(Base))
+    output = Path(output)
+    check_free(output)
+    known = adapter.quantization or {}
+    config = QLoRAConfig(**{name: known.get(name, getattr(QLoRAConfig, name)) for name in BITS}, deferred_logits=False)
+    weights: dict[str, Tensor] = {}
+    if is_in_4_bits(base_model):
+        with quantize_while_loading(config, adapter=adapter):
+            model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
+    else:
+        for loaded_as in ("auto", torch.bfloat16, torch.float16):  # in training it may have been in another type
+            model = load_base_model(base_model, adapter, loaded_as, trust_remote_code)
+            adapter = assign_parameters(adapter, model)
+            weights = float_weights(model, adapter)
+            if base == "float" or _has_bytes_of_training(weights, adapter, config):
+                break
+        if base == "quantized":
+            weights = {}
+        forget_quantizer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about training
+        convert_module(model, config_of_adapter(model, adapter, config))
+    layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
+    for name, weight in adapter.bases.items():
+        layers[name].set_packed_weight(weight)
+    if adapter.bases:
+        prints = {name: layer.base_fingerprint() for name, layer in layers.items()}
+        adapter = replace(adapter, base_fingerprints=prints)
+    for name, layer in layers.items() if base == "quantized" else ():
+        if adapter.origin is not None and adapter.origin.fingerprint_of(name) not in (None, layer.base_fingerprint()):
+            raise CheckpointMismatchError(
+                f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the base "
+                "model of the training, or base='float' (--base float)."
+            )
+    set_adapter_of_module(model, adapter)
+    merge_onto(model, weights, dtype)
+    with atomic_folder(output) as partial:
+        model.save_pretrained(partial, max_shard_size=LARGEST_FILE)
+        _copy_other_files(base_model, partial)
+
+
+def _has_bytes_of_training(weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig) -> bool:
+    """Whether the first weight has the 4-bit bytes of the training, as far as the adapter knows them."""
+    name, rows = next(iter(weights.items()))
+    expected = None if adapter.origin is None or adapter.bases else adapter.origin.fingerprint_of(name)
+    packed = quantize(rows, config.quant_type, config.block_size, config.double_quant)
+    return expected in (None, fingerprint_of_weight(packed))
+
+
+def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:
+    """Tokenizer, chat template and all else beside the weights; of a GGUF file the tokenizer that it contains."""
+    gguf = gguf_of(base_model)
+    if gguf is not None:
+        tokenizer: Any = import_module("transformers").AutoTokenizer
+        tokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        return
+    for path in Path(base_model).iterdir():
+        if path.is_file() and not path.name.endswith(NOT_COPIED) and not (folder / path.name).exists():
+            shutil.copy2(path, folder / path.name)

@@ -43,14 +43,14 @@ class Conversion:
         config: The arguments that checkpoints hold; an adapter that was loaded changes them.
         given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
             are those of this conversion.
-        has_layers: Whether layers were converted.
+        layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; no adapter folder holds what changed since.
         replaced: Whether the state dict that is being loaded holds a dense base.
     """
 
     config: QLoRAConfig
     given: list[QLoRAConfig]
-    has_layers: bool
+    layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
     replaced: bool = False
 
@@ -68,7 +68,7 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     """
     earlier = [known for _, conversion in _conversions(root) for known in conversion.given]
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    made = Conversion(config, [*earlier, given], bool(adapted_layers(root)), buffers)
+    made = Conversion(config, [*earlier, given], _shapes_of_layers(root), buffers)
     root._qlora_conversion = made  # type: ignore[assignment]
     for part in root.modules():
         if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
@@ -77,6 +77,32 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+
+def check_no_layer_resized(root: nn.Module) -> None:
+    """RuntimeError if a dense layer of another shape stands where conversion made one that trains.
+
+    `resize_token_embeddings` of transformers puts one in place of an output embedding, whose adapter would be lost.
+    """
+    conversion = conversion_of(root)
+    if conversion is None:
+        return
+    layers = {plain_name(name): part for name, part in root.named_modules()}
+    for name, shape in conversion.layers.items():
+        layer = layers.get(name)
+        weight = None if layer is None else layer._parameters.get("weight")
+        if weight is not None and not isinstance(layer, TrainableTokens) and tuple(weight.shape) != shape:
+            raise RuntimeError(
+                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
+                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
+                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
+            )
+
+
+def _shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
+    layers: dict[str, Any] = adapted_layers(root)
+    layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
+    return {plain_name(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
 
 
 def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -131,6 +157,7 @@ def saved_layers(state_dict: Mapping[str, Any], description: Mapping[str, Any]) 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Replace frozen parameters by their fingerprints, and add the arguments of the conversion and checksums."""
+    check_no_layer_resized(root)
     if not _is_outermost(root, prefix):
         return
     conversion = conversion_of(root)
@@ -295,7 +322,7 @@ def _is_outermost(root: nn.Module, prefix: str) -> bool:
 def _is_merged(root: nn.Module) -> bool:
     """Whether the adapters were merged, in the root or in a part of it: its state dict is that of a dense module."""
     conversion = conversion_of(root)
-    return (conversion is None or conversion.has_layers) and not adapted_layers(root)
+    return (conversion is None or bool(conversion.layers)) and not adapted_layers(root)
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.layers.dense_reasons import LOADED, get_output_embeddings
+from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import make_changes, replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 # model config, device_map, gguf_file, transformers' function -> HfQuantizer or None, model config, device_map
 QuantizerFor = Callable[[Any, Any, str | None, Callable[[Any], tuple[Any, Any, Any]]], tuple[Any, Any, Any]]
@@ -44,7 +43,7 @@ def default_quantizer(quantizer_for: QuantizerFor) -> Iterator[None]:
 
     wrap_once(import_module("transformers.modeling_utils"), "get_hf_quantizer", ask)
     load_without_data()
-    make_changes("transformers", "peft")
+    make_changes("transformers")
     token = _quantizer_for.set(quantizer_for)
     try:
         yield
@@ -173,63 +172,6 @@ def refuse_save_pretrained(original: Any, model: nn.Module, *args: Any, **kwargs
             "save_pretrained can write. transformers with BitsAndBytesConfig writes a base in 4 bits."
         )
     return original(model, *args, **kwargs)
-
-
-@replaces("transformers.modeling_utils:PreTrainedModel.push_to_hub")
-def refuse_push_to_hub(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let `push_to_hub` of a converted model raise before it makes a repository; see `refuse_save_pretrained`.
-
-    Upstream: transformers/utils/hub.py, PushToHubMixin.push_to_hub.
-    Removed by: what would remove `refuse_save_pretrained`.
-    """
-    if adapted_layers(model):
-        model.save_pretrained("", push_to_hub=False)
-    return original(model, *args, **kwargs)
-
-
-@replaces("transformers.modeling_utils:PreTrainedModel.resize_token_embeddings")
-def refuse_resizing(
-    original: Any, model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
-    **kwargs: Any,
-) -> Any:  # fmt: skip
-    """Let `resize_token_embeddings` raise if rows of an embedding train, or if the output embedding is in 4 bits.
-
-    Upstream: transformers/modeling_utils.py, PreTrainedModel.resize_token_embeddings, puts a new nn.Linear in place of
-    an untied output embedding, so that its adapter, or its rows that train, would be lost without an error.
-    Supported ways tried: none; it asks nothing of the layers.
-    Removed by: a method of the embedding that resizes it.
-    """
-    layers, multiple = [model.get_input_embeddings(), *get_output_embeddings(model)], pad_to_multiple_of or 1
-    rows = len(layers[0].weight)
-    wanted, kinds = -(-(new_num_tokens or rows) // multiple) * multiple, (TrainableTokens, QLoRALinear)
-    found = next((layer for layer in layers if isinstance(layer, kinds)), None)
-    if found is None:
-        return original(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-    if wanted != rows:
-        raise ValueError(
-            f"{type(model).__name__}.resize_token_embeddings: a {type(found).__name__} of {rows} rows can't get "
-            f"{wanted}. Resize the model before it is converted; one that is quantized while it loads, before it "
-            "is saved."
-        )
-    return layers[0]
-
-
-@replaces("peft.tuners.tuners_utils:BaseTuner.inject_adapter", "peft.peft_model:PeftModel.__init__")
-def refuse_peft_on_4_bit_layers(original: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Let PEFT refuse a model with 4-bit layers of this package.
-
-    Upstream: peft/tuners/tuners_utils.py, BaseTuner.inject_adapter: it would put a second adapter around each layer, or
-    fails at the layer's attributes. peft/peft_model.py, PeftModel.__init__: with a prompt it freezes the adapters.
-    Supported ways tried: none; PEFT asks the base layer nothing that may be refused.
-    Removed by: a hook of PEFT by which a layer says that it takes no adapter.
-    """
-    if adapted := adapted_layers(model):
-        raise ValueError(
-            f"{len(adapted)} layers of this {type(model).__name__} are in 4 bits with adapters of lightning_qlora, "
-            "and PEFT would freeze them or put second adapters around them. Leave out get_peft_model: the "
-            "arguments of QLoRAPrecision are LoraConfig's, and adapter=FOLDER starts from a saved PEFT adapter."
-        )
-    return original(tuner, model, *args, **kwargs)
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

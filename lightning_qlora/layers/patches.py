@@ -48,7 +48,7 @@ def replaces(*places: str) -> Callable[[Function], Function]:
 
 
 def make_changes(*packages: str) -> None:
-    """Make the changes to these packages, once: to lightning also in its copies, to transformers and peft if loaded."""
+    """Make the changes to these packages, once: to lightning also in its copies, to transformers if loaded."""
     for module, name, replacement in CHANGES:
         *owners, last = name.split(".")
         for found in modules(module) if module.partition(".")[0] in packages else ():

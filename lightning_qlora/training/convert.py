@@ -11,7 +11,12 @@ from torch import nn
 from tqdm import tqdm
 
 from lightning_qlora.adapters.base_model import OF_LAYER
-from lightning_qlora.adapters.module_state import Conversion, conversion_of, use_adapter_state_dict
+from lightning_qlora.adapters.module_state import (
+    Conversion,
+    check_no_layer_resized,
+    conversion_of,
+    use_adapter_state_dict,
+)
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.checks import check_module
@@ -104,6 +109,8 @@ def convert_module(
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
         return _report(module, Selection(), bytes_before, start, deferred_heads(module))
+    for part in module.modules():
+        check_no_layer_resized(part)
     check_has_data(module, later=sharded or dist.is_initialized())
     kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
     given = config
@@ -138,7 +145,7 @@ def convert_module(
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
-    make_changes("torch", "transformers", "peft")
+    make_changes("torch", "transformers")
     recompute_as_called()
     shard_bytes()
     use_adapter_state_dict(module, config, given)

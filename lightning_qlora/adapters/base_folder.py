@@ -56,7 +56,7 @@ def load_base_model(
     gguf = gguf_of(source)
     folder = Path(source) if gguf is None else gguf.parent
     where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
-    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf is None:
         if not is_file(folder / "config.json"):
             raise FileNotFoundError(f"{folder}: has no config.json, which names the model. {LOAD_IT_YOURSELF}")
@@ -79,6 +79,11 @@ def load_base_model(
             model, found = kind.from_pretrained(config=config, **where, **how)
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"{source}: transformers can't load it: {' '.join(str(error).split())[:500]}") from error
+    for name, shape, expected in found["mismatched_keys"]:
+        raise ValueError(
+            f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
+            f"{list(expected)}. Copy or download the folder again."
+        )
     for name in sorted(set(found["missing_keys"]) - adapter.saved.keys()):
         raise ValueError(
             f"{source}: has no tensor for {name!r} of a {type(model).__name__}, and the adapter has none either. "

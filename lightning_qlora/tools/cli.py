@@ -138,6 +138,10 @@ def merge_adapter(
     from lightning_qlora.files.hub import resolve_model
     from lightning_qlora.tools.merge_folder import merge_folder
 
+    if not sys.stderr.isatty():
+        import transformers
+
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     check_free(Path(output))
     found = _adapter(adapter, weights_only)
     source = base_model or found.base_model

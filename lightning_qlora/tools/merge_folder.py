@@ -26,6 +26,7 @@ from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import named
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.convert import convert_module
 
@@ -79,9 +80,10 @@ def merge_folder(
         if base == "quantized":
             weights = {}
         forget_quantizer(model)
-    with warnings.catch_warnings():
+    config = config_of_adapter(model, adapter, config)
+    with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # they are about training
-        convert_module(model, config_of_adapter(model, adapter, config))
+        convert_module(model, config)
     layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
     for name, weight in adapter.bases.items():
         layers[name].set_packed_weight(weight)

@@ -87,10 +87,8 @@ class QLoRAConfig:
             initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
-            "calibrated" (computed from the first training batches).
+            "calibrated" (computed from the batches of the first step).
         loftq_config: For "loftq", as in PEFT, and for "pissa": {"loftq_iter": 5} runs 5 iterations instead of 1.
-        calibration_batches: For "calibrated": number of batches to collect statistics from before the first step.
-            None: the batches of the first step.
         use_rslora: Multiply the output of an adapter by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).
         use_dora: Also train the magnitude of every output row (weight-decomposed LoRA).
         rank_pattern: Rank of single layers, as in PEFT: {name ending or regular expression: r}.
@@ -124,7 +122,6 @@ class QLoRAConfig:
     keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
-    calibration_batches: int | None = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, int] | None = None
@@ -195,13 +192,6 @@ class QLoRAConfig:
                 f"loftq_config={loftq_config!r}: is used only by init_lora_weights='loftq' and 'pissa', not by "
                 f"{method!r}. Leave it out, or set init_lora_weights."
             )
-        if self.calibration_batches is not None:
-            check_integer("calibration_batches", self.calibration_batches, at_least=1)
-            if method != "calibrated":
-                raise ValueError(
-                    f"calibration_batches={self.calibration_batches!r}: is used only by "
-                    f"init_lora_weights='calibrated', not by {method!r}. Leave it out, or set init_lora_weights."
-                )
 
     @property
     def scaling(self) -> float:
@@ -244,7 +234,7 @@ class QLoRAConfig:
 
     def with_initialization(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
         """The same config with another initialization of the adapters."""
-        return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config, calibration_batches=None)
+        return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config)
 
 
 def takes_arguments_of(

@@ -68,20 +68,6 @@ def reshard(module: nn.Module) -> None:
         part.reshard()
 
 
-def start_sharding(module: nn.Module) -> None:
-    """Let `fully_shard` register its hooks now, not in the first forward pass, if that is to leave no trace."""
-    for part in _sharded_modules(module):
-        part.unshard()
-        part.reshard()
-
-
-def gather_again(module: nn.Module) -> None:
-    """Gather the parameters of a module whose forward pass has begun, if `fully_shard` manages it."""
-    sharded = _sharded_modules(module)
-    if module in sharded:
-        sharded[0].unshard()  # the outermost one comes first
-
-
 def _sharded_modules(module: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 

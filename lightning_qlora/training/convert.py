@@ -40,7 +40,7 @@ from lightning_qlora.layers.selection import (
 )
 from lightning_qlora.layers.token_selection import held_weight
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
-from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
+from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
     check_any,
     check_has_data,
@@ -156,7 +156,7 @@ def convert_module(
             if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
                 break
     if config.initialization == "calibrated" and choice.convert:
-        Calibration(module, config, sharded)
+        Calibration(module, sharded)
     report = _report(module, choice, bytes_before, start, deferred)
     warn_of_large_new_parts(module, choice, report)
     return report

@@ -29,7 +29,6 @@ from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
-from lightning_qlora.training.calibration.calibration import calibration_of
 from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
@@ -156,14 +155,11 @@ class QLoRAPrecision(Precision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """Before the first batch of a Trainer compare the ranks; calibrate adapters that are initialized from data."""
-        trainer, calibration = _trainer_of(self._root), calibration_of(self._root)
-        if trainer is not None:
-            if trainer.training and not self._has_batches:
-                guards.check_equal_batches(trainer)
-                self._has_batches = True
-            if calibration is not None:
-                calibration.before_batch(trainer, data)
+        """Before the first batch of a Trainer compare the ranks."""
+        trainer = _trainer_of(self._root)
+        if trainer is not None and trainer.training and not self._has_batches:
+            guards.check_equal_batches(trainer)
+            self._has_batches = True
         return super().convert_input(data)
 
     @override
@@ -192,10 +188,8 @@ class QLoRAPrecision(Precision):
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Check, between a backward pass and the step, that adapters are calibrated and have gradients."""
-        module, calibration = self._root, calibration_of(self._root)
-        if calibration is not None:
-            calibration.before_step(optimizer)
+        """Check, between a backward pass and the step, that the adapters have gradients."""
+        module = self._root
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.training.calibration.calibration_report import CalibrationReport
+from lightning_qlora.training.calibration import CalibrationReport
 
 ROOT = "(the module itself)"
 
@@ -39,7 +39,7 @@ class ConversionReport:
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
-        calibration: Status of adapters that are initialized from the first training batch; None if none are.
+        calibration: Status of adapters that are initialized from the first step; None if none are.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
     """
 

@@ -312,11 +312,7 @@ def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
         load_from_checkpoint(Sharded, tmp_path)
 
 
-def test_a_call_with_random_inputs_before_the_loop_calibrates_sharded_layers(fit):
-    class Called(Sharded):
-        def on_train_start(self):
-            self.net(torch.randn(32, 64))
-
-    run = fit(Called(), init_lora_weights="calibrated")
+def test_sharded_layers_are_calibrated_in_the_first_step(fit):
+    run = fit(Sharded(), init_lora_weights="calibrated")
     report = run.precision_plugin.report.calibration
-    assert (len(report.calibrated), report.waiting, report.rows) == (2, [], 32)
+    assert (len(report.calibrated), report.waiting, report.rows) == (2, [], 8)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.dequantized_folder import open_dense
-from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.layers.dotted_names import owner_name
 from lightning_qlora.layers.kinds import kind_of
@@ -142,7 +141,7 @@ class ModelFolder(WeightFolder):
     def open(folder: str | os.PathLike[str]) -> "ModelFolder":
         """A folder with the model of its config.json, or with None where transformers can't make that model."""
         model = None
-        if is_file(Path(folder) / "config.json"):
+        if (Path(folder) / "config.json").is_file():
             with suppress(ValueError):
                 model = empty_model(Path(folder), "the names of its tensors")
         return ModelFolder(folder, model)

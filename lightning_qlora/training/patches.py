@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
-from lightning_qlora.files.lightning_checkpoint import check_crc, is_shards, names_in_shards, read_checkpoint
+from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.patches import replaces, wrap_once
@@ -278,7 +278,7 @@ def load_optimizer_states_as_saved(original: Any, path: Any, state: Any, *args: 
     rest = {key: value for key, value in state.items() if key not in optimizers}
     left = original(path, rest, *args, **kwargs)
     state.update(rest)
-    saved = read_checkpoint(path, weights_only, optimizers) if in_shards else left
+    saved = read_checkpoint(path, weights_only) if in_shards else left
     of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
     for number, (key, optimizer) in enumerate(optimizers.items()):
         load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
@@ -317,26 +317,6 @@ def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *a
         if not _is_converted(model):
             raise
         return {name}
-
-
-@replaces(
-    "lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.resume_start",
-    "lightning.fabric.fabric:Fabric.load",
-    "lightning.fabric.fabric:Fabric.load_raw",
-)
-def check_crc_before_loading(original: Any, loader: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Compare a checkpoint with its CRC-32 before a Trainer or a Fabric with the plugin loads any of it.
-
-    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, resume_start, and load and load_raw of
-    lightning/fabric/fabric.py, pass the path to the strategy alone.
-    Supported ways tried: a CheckpointIO; ModelParallelStrategy takes none, and the user may have passed another. No
-    hook of a plugin or a module gets the path of a Fabric checkpoint, or the Trainer's before its index is unpickled.
-    Removed by: torch.load comparing the CRC-32 that torch.save writes (torch/serialization.py).
-    """
-    plugin = loader._precision if hasattr(loader, "_precision") else loader.trainer.precision_plugin
-    if path is not None and hasattr(plugin, "convert_for_trainer"):
-        check_crc(path)
-    return original(loader, path, *args, **kwargs)
 
 
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")

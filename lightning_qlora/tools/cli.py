@@ -1,4 +1,4 @@
-"""`lightning-qlora`: plan, inspect, merge, export, average, doctor.
+"""`lightning-qlora`: plan, inspect, merge, export, doctor.
 
 A command imports what it runs, so that help and mistakes are answered without torch.
 """
@@ -15,7 +15,6 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,29 +187,6 @@ def export(
     print(f"vLLM cannot load it: {objections}" if objections else f"vLLM can load it; {VLLM_BASE}")
 
 
-def average(checkpoints: list[str], output: str, weights_only: bool = True) -> None:
-    """Write the mean of the adapters of several checkpoints of one run as a PEFT folder: average CKPT... OUTPUT.
-
-    Args:
-        checkpoints: Checkpoints of the Trainer, ModelCheckpoint or Fabric, or PEFT adapter folders; two or more.
-        output: Folder to write adapter_config.json and adapter_model.safetensors to.
-        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
-            code of whoever wrote the file.
-    """
-    from lightning_qlora.adapters.average import average as mean_of_adapters
-    from lightning_qlora.adapters.base_compatibility import required_base
-    from lightning_qlora.adapters.peft_files import write_adapter
-
-    adapter = mean_of_adapters([_adapter(path, weights_only) for path in checkpoints])
-    if need := required_base(adapter.quantization):
-        warnings.warn(need, stacklevel=2)
-    write_adapter(adapter, output)
-    print(
-        f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.expert_adapters)} "
-        "layers"
-    )
-
-
 def doctor(check: bool = False, json: bool = False) -> None:
     """Show versions, devices, kernels and paging, and run a self-test. The exit code is 1 if something is wrong.
 
@@ -231,11 +207,7 @@ def doctor(check: bool = False, json: bool = False) -> None:
 
 
 def _as_jsonargparse_takes(arguments: list[str]) -> list[str]:
-    """The arguments with --gpu-memory as --gpu_memory, --json as --json true, and checkpoints to average as a list."""
-    if arguments[:1] == ["average"]:  # average CKPT... OUTPUT
-        paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
-        merged = [json_format.dumps(paths[:-1]), paths[-1]] if paths else []
-        arguments = ["average", *merged, *arguments[1 + len(paths) :]]
+    """The arguments with --gpu-memory as --gpu_memory, and --json as --json true."""
     taken = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         argument = re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument)
@@ -263,8 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: dict[str, Any] = {
         # jsonargparse asks the package for a function's name: `merge` would import torch
-        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export,
-        "average": average, "doctor": doctor,
+        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export, "doctor": doctor,
     }  # fmt: skip
     try:
         given = _as_jsonargparse_takes(list(sys.argv[1:] if arguments is None else arguments))

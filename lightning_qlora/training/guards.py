@@ -45,8 +45,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         if copy is not None:
             raise RuntimeError(
                 f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
-                "full weights that the module no longer has. Remove the callback; `lightning-qlora average CKPT... "
-                "OUTPUT` averages the adapters of several checkpoints."
+                "full weights that the module no longer has. Remove the callback; docs/adapters.md shows how to "
+                "average the adapters of several checkpoints."
             )
 
 

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
-from lightning_qlora.adapters.average import average
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
@@ -148,18 +147,6 @@ def test_we_read_pefts_parameters_beside_dense_layers_of_their_names(dense, tmp_
     convert(started, adapter=str(tmp_path))
     for name, layer in adapted_layers(started).items():
         assert torch.equal(layer.lora_B, layers[name].lora_B) and layer.scaling == layers[name].scaling
-
-
-def test_the_mean_of_folders_with_linear_layers_as_parameters(tmp_path):
-    """Without the model: our folders say which parameters are experts, so the others are linear layers."""
-    for seed in (0, 1):
-        save_adapter(converted(deepseek_v3, seed), tmp_path / str(seed))
-    with pytest.warns(UserWarning, match="different runs"):
-        write_adapter(average([read_adapter(tmp_path / str(seed)) for seed in (0, 1)]), tmp_path / "mean")
-    model = converted(deepseek_v3)
-    load_adapter(model, tmp_path / "mean")
-    theirs = peft.PeftModel.from_pretrained(decoded_base(deepseek_v3, model), tmp_path / "mean")
-    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_written_of_experts(tmp_path):

@@ -44,7 +44,7 @@ def test_a_spawned_fit_is_refused_by_the_process_itself(trainer):
 
 def test_a_callback_that_copied_the_module_before_conversion_is_refused(trainer):
     run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[StochasticWeightAveraging(1e-2)], max_epochs=4)
-    with pytest.raises(RuntimeError, match=r"StochasticWeightAveraging copied the module.*lightning-qlora average"):
+    with pytest.raises(RuntimeError, match=r"StochasticWeightAveraging copied the module.*average the adapters"):
         run.fit(Classifier(), loader())
 
 

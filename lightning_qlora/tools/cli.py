@@ -155,10 +155,9 @@ def export(
     output: str,
     base: Base = "quantized",
     base_model: str | None = None,
-    max_lora_rank: int = 512,
     weights_only: bool = True,
 ) -> None:
-    """Write the adapter of a Lightning checkpoint as a PEFT folder; say what it was trained on and if vLLM can load it.
+    """Write the adapter of a Lightning checkpoint as a PEFT folder; say what it was trained on.
 
     Args:
         checkpoint: A checkpoint of the Trainer, ModelCheckpoint or Fabric.
@@ -167,13 +166,11 @@ def export(
             bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
             error: for "float" the initial values are subtracted, which doubles the rank.
         base_model: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
-        max_lora_rank: What vLLM will be started with.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
     from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
     from lightning_qlora.adapters.peft_files import write_adapter
-    from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 
     adapter = _adapter(checkpoint, weights_only)
     if base == "float":
@@ -183,8 +180,6 @@ def export(
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
-    objections = " ".join(vllm_objections(adapter, max_lora_rank))
-    print(f"vLLM cannot load it: {objections}" if objections else f"vLLM can load it; {VLLM_BASE}")
 
 
 def doctor(check: bool = False, json: bool = False) -> None:

@@ -14,7 +14,6 @@ from lightning_qlora.adapters.from_checkpoint import (
 )
 from lightning_qlora.adapters.peft_files import CONFIG_FILE
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
@@ -51,7 +50,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]
     tensors = [t for t in [*matrices, *adapter.saved.values()] if t is not None]
     kinds = [kind for kind, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if used]
-    objections, how = vllm_objections(adapter), adapter.quantization
+    how = adapter.quantization
     return [
         ("base", adapter.base_model or "unknown"),
         ("quantization", "unknown" if how is None else ", ".join(f"{name}={value}" for name, value in how.items())),
@@ -63,7 +62,6 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
-        ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more); {VLLM_BASE}"),
     ]
 
 

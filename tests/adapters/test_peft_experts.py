@@ -12,7 +12,6 @@ from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoin
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
-from lightning_qlora.adapters.vllm import vllm_objections
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import matches
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -237,7 +236,6 @@ def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
     assert any("x2" in value and value.startswith("6:") for _, value in inspect_path(tmp_path / "a"))
     write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
     assert_same_folders(tmp_path / "a", tmp_path / "b")
-    assert "experts" in vllm_objections(read_adapter(tmp_path / "a"))[0]
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")  # as PEFT writes it: without our metadata
     with pytest.raises(ValueError, match="only its model says which parameters"):

@@ -27,8 +27,7 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
     straight, first, resumed = ([rank[name] for rank in ranks] for name in ("straight", "first", "resumed"))
     assert same(straight[0]["state"], straight[1]["state"])
     assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
-    assert {path.name for path in (tmp_path / "straight/adapters").iterdir()} == {"newest", "step-16"}
-    saved = load_file(tmp_path / "straight/adapters/step-16/adapter_model.safetensors")
+    saved = load_file(tmp_path / "straight/adapter/adapter_model.safetensors")
     trained = [value for name, value in straight[0]["state"].items() if name.endswith("lora_B")]
     assert all(any(torch.equal(value, other) for other in saved.values()) for value in trained)
     assert straight[0]["losses"] != straight[1]["losses"], "each rank has its own share of the data"

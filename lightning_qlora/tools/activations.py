@@ -67,7 +67,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int,
     Temporary tensors, of the loss too, and the buffer for an adapter's input after dropout count as activations;
     parameters, buffers and inputs do not count. None if the code of the model depends on values.
     The loss is that of the model. Where it returns none, deferred logits get a cross entropy, and all other outputs a
-    gradient of their size. Every expert of a mixture gets the same number of tokens. A model that fails: ValueError.
+    gradient of their size. A model that fails: ValueError.
     """
     fake_model.train()
     trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]

@@ -14,10 +14,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_qlora.checks import check_integer
 from lightning_qlora.config import Base, FolderDtype, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.tools.patches import print_warnings_in_one_line
 from lightning_qlora.words import ARGUMENTS, install
@@ -49,9 +51,8 @@ def plan(
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
     gpu_memory: str | None = None,
-    devices: str | None = None,
+    devices: int = 1,
     strategy: StrategyName = "fsdp",
-    link: str | None = None,
     json: bool = False,
     **arguments: Any,
 ) -> None:
@@ -62,15 +63,13 @@ def plan(
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
-        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say what fits on it, and which settings help.
-        devices: Number of devices, or replicas x shards such as 2x4: also say what each holds and sends in a step.
+        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say whether the run fits, and else what to change.
+        devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
-        link: Bytes a second that a device sends, such as 300GB/s, for the time of a step's traffic.
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
-    from lightning_qlora.tools.devices import what_devices_do
-    from lightning_qlora.tools.fit import what_fits
+    from lightning_qlora.tools.fit import both_units, bytes_on_each, fits, parse_memory
     from lightning_qlora.tools.memory_estimate import PlannedRun
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
@@ -78,19 +77,30 @@ def plan(
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
-    if link is not None and devices is None:
-        raise ValueError(f"link={link!r}: gives the time of a step's traffic between devices. Pass devices, such as 8.")
-    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments))
+    check_integer("devices", devices, at_least=1)
+    memory = None if gpu_memory is None else parse_memory(gpu_memory)
+    config = QLoRAConfig(**arguments)
+    if devices > 1 and strategy == "fsdp":
+        config = replace(config, deferred_logits=False)  # the output embedding is in shards
+    if sys.stderr.isatty():
+        print(f"Running a step of {model} without weights ...", file=sys.stderr, flush=True)
+    run = PlannedRun(model, optimizer, config)
     estimate = run.estimate(batch_size, sequence_length)
-    fits = () if gpu_memory is None else what_fits(run, gpu_memory, batch_size, sequence_length)
-    traffic = () if devices is None else what_devices_do(run, devices, strategy, link, batch_size, sequence_length)
+    needed = bytes_on_each(run, estimate, devices, strategy)
+    answer = None
+    if memory is not None:
+        answer = "It is not known whether it fits: the activations could not be counted."
+        if estimate.counted_activations:
+            answer = fits(needed, memory, config)
     if json:
-        lists = {name: list(lines) for name, lines in (("fits", fits), ("devices", traffic)) if lines}
-        _print_json({**vars(estimate), "total": estimate.total, "device": estimate.device, **lists})
+        totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
+        _print_json({**vars(estimate), **totals})
         return
     print(estimate)
-    for line in (*fits, *traffic):
-        print(line, flush=True)
+    if devices > 1:
+        print(f"Each of {devices} devices ({strategy}) needs {both_units(needed)}.")
+    if answer is not None:
+        print(answer)
 
 
 def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:

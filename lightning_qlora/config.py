@@ -83,8 +83,6 @@ class QLoRAConfig:
             dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.
         quantize_embeddings: Freeze the embeddings of tokens and the output embedding in 4 bits, tied or not, without an
             adapter. Single rows can still train (trainable_token_indices).
-        keep_initial: Keep a copy of the parameters that train in full, so that `disable_adapter` computes with their
-            initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
             "calibrated" (computed from the batches of the first step).
@@ -119,7 +117,6 @@ class QLoRAConfig:
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     quantize_embeddings: bool = False
-    keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
     use_rslora: bool = False
@@ -144,7 +141,7 @@ class QLoRAConfig:
         check_integer("block_size", self.block_size)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
         for name in (
-            "double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "keep_initial", "quantize_embeddings",
+            "double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "quantize_embeddings",
         ):  # fmt: skip
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)

@@ -40,7 +40,6 @@ WRONG_TYPES = {
     "use_rslora": [1, "true"],
     "use_dora": [0],
     "gradient_checkpointing": ["yes"],
-    "keep_initial": [1],
     "adapter": [7],
     "paged_optimizer": [3, None],
     "deferred_logits": [1, None],

@@ -34,8 +34,6 @@ ALLOWED = {
     "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
     "layers/packed_embedding.py": {"layer._parameters.pop('weight')", "layer.__class__"},
     "layers/readable_weight.py": {"made._is_param"},  # a tensor that it made
-    # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
-    "layers/disable_adapter.py": {"owner._parameters[name]"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},

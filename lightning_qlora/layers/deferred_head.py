@@ -13,6 +13,7 @@ from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_e
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.kinds import is_packed
+from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.packed_embedding import FrozenLayer, PackedHead
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -43,7 +44,9 @@ class DeferredHead(Derived):
 
 def _can_defer(head: Any, input: Tensor) -> bool:
     """Whether autograd alone records the call, something trains in it, and the head keeps its parameters after it."""
-    if not torch.is_grad_enabled() or type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
+    if DISABLED in vars(head) or not torch.is_grad_enabled():
+        return False
+    if type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
         return False
     # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the forward pass.
     if "_is_fsdp_managed_module" in head.__dict__ or "forward" in head.__dict__:

@@ -19,7 +19,6 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN
-from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.embedding_selection import ToFreeze
@@ -27,7 +26,7 @@ from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
-from lightning_qlora.layers.patches import make_changes, recompute_as_called
+from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
@@ -137,15 +136,12 @@ def convert_module(
     freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     record([*unrecorded(module), *new])  # what conversion made, and what it found
-    if config.keep_initial:
-        keep_initial(module)
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     make_changes("torch", "transformers", "peft")
-    recompute_as_called()
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     warn_of_what_stayed(module, choice)

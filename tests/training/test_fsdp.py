@@ -215,15 +215,6 @@ def test_adapters_are_disabled_in_shards(setup_module):
     assert all(p.grad is not None for layer in adapted_layers(net).values() for p in layer.adapter_parameters())
 
 
-def test_initial_values_of_shards_are_refused(one_rank):
-    plugin = QLoRAPrecision(**ARGUMENTS, modules_to_save=["4"], keep_initial=True)
-    fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricStrategy(shard, 1, 1), plugins=plugin)
-    fabric.launch()
-    net = fabric.setup_module(Classifier().net)
-    with pytest.raises(RuntimeError, match=r"sharded.*keep_initial=False"), disable_adapter(net):
-        pass
-
-
 def test_merging_is_refused_after_an_evaluation_too(setup_module):
     _, net = setup_module(lambda net, mesh: fully_shard(net, mesh=mesh["data_parallel"]))
     net.eval()(torch.randn(2, 64))

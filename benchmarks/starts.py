@@ -33,7 +33,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "loftq x5": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
     "pissa": {"init_lora_weights": "pissa"},
     "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
-    "pissa x5": {"init_lora_weights": "pissa", "loftq_config": {"loftq_iter": 5}},
     "calibrated": {"init_lora_weights": "calibrated"},
     "calibrated, 2 x 128 tokens": {"init_lora_weights": "calibrated"},
 }

@@ -33,7 +33,6 @@ from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
-from lightning_qlora.training.hyperparameters import log_hyperparameters
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 
@@ -184,7 +183,6 @@ class QLoRAPrecision(Precision):
         module = self._root  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
             guards.warn_of_adapters_in_no_optimizer(module, optimizers)
-            log_hyperparameters(_trainer_of(module), module, self.report)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from lightning_qlora import convert
@@ -35,8 +34,6 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
     assert "net.0.lora_A" in names
     assert "net.0.packed" not in names
     assert "net.2.weight" not in names, "DDP's broadcast must not make frozen parameters look trained"
-    logged = yaml.safe_load((tmp_path / "straight/log/version_0/hparams.yaml").read_text())
-    assert logged["qlora"]["r"] == 4 and logged["width"] == 64
     for rank in range(2):
         assert same(straight[rank]["state"], resumed[rank]["state"])
         assert resumed[rank]["losses"] == straight[rank]["losses"][8:]

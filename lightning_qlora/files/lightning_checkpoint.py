@@ -40,16 +40,18 @@ def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
+def read_checkpoint(
+    path: str | os.PathLike[str], weights_only: bool = True, keys: Collection[str] | None = None
+) -> Any:
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
     `weights_only` is torch.load's: refuse objects that are neither tensors nor plain values, and run no code of the
-    files, the index of shards included. Raises FileNotFoundError if there is no checkpoint, and ValueError if it is
-    broken, or contains objects that weights_only refuses.
+    files, the index of shards included. `keys`: of shards, to read no others. Raises FileNotFoundError if there is no
+    checkpoint, and ValueError if it is broken, or contains objects that weights_only refuses.
     """
     if is_shards(path):
         with one_line_errors(path):
-            return _read_shards(Path(path), weights_only)
+            return _read_shards(Path(path), weights_only, keys)
     if not os.path.isfile(path):
         kind = f"no checkpoint (no {META} in it)" if os.path.isdir(path) else "no such file"
         if _has_file(path, OTHER):
@@ -59,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
-def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
+def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None) -> dict[str, Any]:
     """Lightning's _load_distributed_checkpoint (lightning/fabric/utilities/load.py), with `weights_only`."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -85,7 +87,7 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     index = read_index(folder / SHARDS_INDEX, weights_only)
     try:
-        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)  # type: ignore[no-untyped-call]
+        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(keys), no_dist=True)  # type: ignore[no-untyped-call]
     except CheckpointException as error:  # a BaseException, whose text is a traceback
         raise next(iter(error.failures.values()))[0] from error
     state |= torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)

@@ -74,7 +74,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int,
     living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()])
     hooks = [p.register_post_accumulate_grad_hook(living.add_gradient) for p in trained]  # type: ignore[no-untyped-call]
     try:
-        with torch.enable_grad(), RealIndices(), living:
+        with torch.enable_grad(), RealIndices(), living:  # type: ignore[no-untyped-call]
             _backward(forward())
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None

@@ -278,7 +278,7 @@ def load_optimizer_states_as_saved(original: Any, path: Any, state: Any, *args: 
     rest = {key: value for key, value in state.items() if key not in optimizers}
     left = original(path, rest, *args, **kwargs)
     state.update(rest)
-    saved = read_checkpoint(path, weights_only) if in_shards else left
+    saved = read_checkpoint(path, weights_only, optimizers) if in_shards else left
     of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
     for number, (key, optimizer) in enumerate(optimizers.items()):
         load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])

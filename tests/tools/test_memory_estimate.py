@@ -130,7 +130,7 @@ def test_a_model_of_70_billion_weights_is_not_allocated():
 def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
     with pytest.raises(ValueError, match="No layer was converted to 4 bits"):
         estimate_memory(nn.Sequential(nn.ReLU()), example=torch.zeros(1, 64))
-    with pytest.warns(UserWarning, match="A smaller r converts more layers"):
+    with pytest.raises(ValueError, match="Set a smaller r"):
         estimate_memory(nn.Linear(64, 64), example=torch.zeros(1, 64), r=64)
 
 

@@ -21,7 +21,8 @@ def check_finite(module: nn.Module) -> None:
         trainer = vars(module).get("_trainer")
         step = "" if trainer is None else f" after step {trainer.global_step}"
         raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step} ({len(bad)} of {len(layers)} layers "
-            "do): the training diverged. Nothing was written, and earlier files stay. Go on from an earlier checkpoint, "
-            "with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN in the batches."
+            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
+            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
+            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
+            "in the batches."
         )

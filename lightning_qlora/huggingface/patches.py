@@ -163,9 +163,9 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
     """Let `save_pretrained` of a converted model write its adapter, as that of a PeftModel does.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
-    converted model has no base, so `from_pretrained` would initialize the model at random. HF Trainer, `push_to_hub` and
-    `on_save_checkpoint` of LightningModules call it. A state dict that is passed to it and holds no adapters is written
-    (`save_quantized`).
+    converted model has no base, so `from_pretrained` would initialize the model at random. HF Trainer, `push_to_hub`
+    and `on_save_checkpoint` of LightningModules call it. A state dict that is passed to it and holds no adapters is
+    written (`save_quantized`).
     Supported ways tried: a quantizer that is not serializable is refused, but it also refuses to move and cast.
     Removed by: a hook of nn.Module or PreTrainedModel by which a model is saved.
     """

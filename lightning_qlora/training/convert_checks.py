@@ -98,10 +98,10 @@ def check_any(module: nn.Module, choice: Selection, config: QLoRAConfig) -> None
     by_hand = hand_written_adapters(module)
     if by_hand:
         rank_zero_warn(
-            f"{len(by_hand)} frozen linear layers have adapters that were written by hand, two low-rank matrices beside "
-            f"them: {', '.join(by_hand[:3])}{', ...' if len(by_hand) > 3 else ''}. Conversion adds its own. Leave out "
-            "those of the module, and name the layers in target_modules if they stay frozen; or keep those: name the "
-            "layers in exclude_modules, and the matrices in modules_to_save.",
+            f"{len(by_hand)} frozen linear layers have adapters that were written by hand, two low-rank matrices "
+            f"beside them: {', '.join(by_hand[:3])}{', ...' if len(by_hand) > 3 else ''}. Conversion adds its own. "
+            "Leave out those of the module, and name the layers in target_modules if they stay frozen; or keep those: "
+            "name the layers in exclude_modules, and the modules with the matrices in modules_to_save.",
             stacklevel=2,
         )
     if choice.convert:

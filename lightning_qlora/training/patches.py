@@ -416,8 +416,8 @@ def explain_adapter_checkpoints(original: Any, module: nn.Module, state_dict: An
         name = type(module).__name__
         if conversion_of(module) is not None:
             raise ValueError(
-                f"This state dict holds adapters, and the layers of this {name} were built anew after conversion, so it "
-                "has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."
+                f"This state dict holds adapters, and the layers of this {name} were built anew after conversion, so "
+                "it has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."
             )
         what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
         if not isinstance(module, classes(LightningModule)):

@@ -334,7 +334,9 @@ def test_all_linear_and_others_in_a_list(tmp_path):
     convert(model := toy("llama"), r=2, target_modules=["all-linear", "lm_head"])
     save_adapter(model, tmp_path)
     theirs = peft.get_peft_model(toy("llama"), peft.LoraConfig.from_pretrained(tmp_path))
-    adapted = {name.removeprefix("base_model.model.") for name, part in theirs.named_modules() if hasattr(part, "lora_A")}
+    adapted = {
+        name.removeprefix("base_model.model.") for name, part in theirs.named_modules() if hasattr(part, "lora_A")
+    }
     assert adapted == set(both.converted)
 
 

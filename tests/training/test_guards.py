@@ -247,7 +247,9 @@ class WithoutEncoder(Classifier):
 
 def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(trainer):
     module = WithoutEncoder()
-    with pytest.raises(RuntimeError, match=r"WithoutEncoder\.state_dict\(\) leaves out the adapters of 1 of 2 .*net\.0"):
+    with pytest.raises(
+        RuntimeError, match=r"WithoutEncoder\.state_dict\(\) leaves out the adapters of 1 of 2 .*net\.0"
+    ):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
     assert not module.net[0].lora_B.any()
 
@@ -259,7 +261,9 @@ def test_adapters_that_on_save_checkpoint_removes_are_named(trainer, tmp_path):
 
     fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False)
     fit.fit(Removes(), loader())
-    with pytest.warns(UserWarning, match=r"checkpoint lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"
+    ):
         fit.save_checkpoint(tmp_path / "x.ckpt")
 
 

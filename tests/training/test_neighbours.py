@@ -61,7 +61,9 @@ def test_push_to_hub_uploads_the_adapter(monkeypatch):
     card = SimpleNamespace(save=lambda path: None)
     monkeypatch.setattr(hub, "hf_api", lambda: api)
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
-    monkeypatch.setattr(type(model), "_upload_modified_files", lambda _, folder, *__, **___: uploaded.extend(os.listdir(folder)))
+    monkeypatch.setattr(
+        type(model), "_upload_modified_files", lambda _, folder, *__, **___: uploaded.extend(os.listdir(folder))
+    )
     model.push_to_hub("user/name")
     assert sorted(uploaded) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -197,7 +199,9 @@ class OwnLoRA(nn.Module):
 
 def test_adapters_written_by_hand_are_named_before_a_second_one_is_added():
     model = nn.Sequential(nn.Linear(64, 64), OwnLoRA(nn.Linear(64, 64)))
-    with pytest.warns(UserWarning, match=r"1 frozen linear layers have adapters.*by hand.*: 1\.linear\. Conversion adds"):
+    with pytest.warns(
+        UserWarning, match=r"1 frozen linear layers have adapters.*by hand.*: 1\.linear\. Conversion adds"
+    ):
         convert(model, r=2, target_modules=["0", "linear"])
 
 

@@ -439,7 +439,7 @@ def _convert_what_was_built_anew(module: nn.Module, state_dict: Mapping[str, Any
     `on_load_checkpoint` may call `setup` again, which builds the model again.
     """
     adapters = {owner_name(key) for key in state_dict if last_part(str(key)) == "lora_A"}
-    trainer = vars(module).get("_trainer")
+    trainer: Any = vars(module).get("_trainer")
     convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
     if convert is None or adapters <= {key_name(name) for name in adapted_layers(module)}:
         return

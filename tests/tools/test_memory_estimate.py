@@ -137,11 +137,11 @@ def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
 def test_a_folder_and_errors(tmp_path):
     pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path)
-    assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), 2, 12, **ARGUMENTS)
+    assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), r=4, 2, 12, **ARGUMENTS)
     with pytest.raises(ValueError, match="optimizer='lion': must be one of 'adamw'"):
-        estimate_memory(toy("llama"), optimizer="lion")
+        estimate_memory(toy("llama"), r=4, optimizer="lion")
     with pytest.raises(ValueError, match="batch_size=0: must be an integer >= 1"):
-        estimate_memory(toy("llama"), batch_size=0)
+        estimate_memory(toy("llama"), r=4, batch_size=0)
     with pytest.raises(TypeError, match="must be a module, a transformers config, a folder or a hub name"):
         estimate_memory(3)
 

@@ -137,7 +137,7 @@ def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
 def test_a_folder_and_errors(tmp_path):
     pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path)
-    assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), r=4, 2, 12, **ARGUMENTS)
+    assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), 2, 12, **ARGUMENTS)
     with pytest.raises(ValueError, match="optimizer='lion': must be one of 'adamw'"):
         estimate_memory(toy("llama"), r=4, optimizer="lion")
     with pytest.raises(ValueError, match="batch_size=0: must be an integer >= 1"):

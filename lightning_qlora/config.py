@@ -20,6 +20,7 @@ from lightning_qlora.checks import (
     check_patterns,
     check_string,
     check_token_indices,
+    shown,
 )
 from lightning_qlora.words import refuse_unknown_arguments
 
@@ -39,6 +40,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state 
 StrategyName = Literal["ddp", "fsdp"]
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 EMPTY = {  # arguments whose value None stands for
@@ -47,20 +49,25 @@ EMPTY = {  # arguments whose value None stands for
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
-    """Class decorator: an argument that does not exist is an error with the word that is used here."""
+    """Class decorator: an argument without a name, or that does not exist, is an error with the word used here."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
     def wrapper(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise TypeError(
+                f"{shown(args[0])}: arguments are passed by name, such as r=16. The values of a LoraConfig have the "
+                "same names here: r=config.r, lora_alpha=config.lora_alpha, target_modules=..."
+            )
         refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)
-        init(self, *args, **kwargs)
+        init(self, **kwargs)
 
     cls.__init__ = wrapper  # type: ignore[assignment, method-assign]
     return cls
 
 
 @_refuses_unknown_arguments
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class QLoRAConfig:
     """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.
 
@@ -75,7 +82,7 @@ class QLoRAConfig:
         lora_alpha: The output of an adapter is multiplied by lora_alpha / r.
         lora_dropout: Dropout probability of the adapters' inputs during training.
         target_modules: Layers to convert, as in PEFT: "all-linear", a regular expression that matches the full name,
-            or a list of name endings.
+            or a list of name endings. ["all-linear", "lm_head"] is all of "all-linear" and the output embedding.
         exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
             stands for all layers inside it.
         modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
@@ -159,14 +166,25 @@ class QLoRAConfig:
                 f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "
                 "or a list of name endings such as ['q_proj', 'v_proj']."
             )
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        if is_regex and ALL_LINEAR in self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r}: a regular expression can't contain 'all-linear'. For all "
+                "linear layers and others use a list, such as ['all-linear', 'lm_head']."
+            )
         self._check_initialization()
         check_auto("paged_optimizer", self.paged_optimizer)
         check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
             check_string("adapter", self.adapter)
+            if not os.path.exists(self.adapter):
+                raise ValueError(
+                    f"adapter={self.adapter!r}: does not exist (seen from {os.getcwd()}). It must be a folder on this "
+                    "machine; an adapter of the Hugging Face Hub is downloaded before."
+                )
             files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
             if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
-                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's adapter_config.json.")
+                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's {' and '.join(files)}.")
 
     def __repr__(self) -> str:
         """The arguments that are not the defaults."""
@@ -189,6 +207,20 @@ class QLoRAConfig:
                 f"loftq_config={loftq_config!r}: is used only by init_lora_weights='loftq' and 'pissa', not by "
                 f"{method!r}. Leave it out, or set init_lora_weights."
             )
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether target_modules has all linear layers."""
+        if isinstance(self.target_modules, str):
+            return self.target_modules == ALL_LINEAR
+        return ALL_LINEAR in self.target_modules
+
+    @property
+    def named_targets(self) -> str | list[str]:
+        """target_modules without "all-linear": a regular expression, or a list of name endings, which may be empty."""
+        if isinstance(self.target_modules, str):
+            return [] if self.all_linear else self.target_modules
+        return [pattern for pattern in self.target_modules if pattern != ALL_LINEAR]
 
     @property
     def scaling(self) -> float:

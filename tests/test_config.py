@@ -127,7 +127,19 @@ def test_the_signature_of_the_plugin_is_that_of_the_config():
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in plugin.parameters.values())
     assert QLoRAPrecision.__init__.__doc__ == QLoRAConfig.__doc__
     assert QLoRAPrecision().config == QLoRAConfig()
-    assert QLoRAPrecision("int4", False, 128).config == QLoRAConfig("int4", False, 128)
+    assert QLoRAPrecision(quant_type="int4", r=8).config == QLoRAConfig(quant_type="int4", r=8)
+
+
+@pytest.mark.parametrize("value", [16, "nf4"])
+def test_arguments_without_a_name_are_refused(value):
+    with pytest.raises(TypeError, match=f"{value!r}: arguments are passed by name, such as r=16"):
+        QLoRAPrecision(value)
+
+
+def test_all_linear_stands_alone_or_in_a_list():
+    assert QLoRAConfig(target_modules=["all-linear", "lm_head"]).named_targets == ["lm_head"]
+    with pytest.raises(ValueError, match=r"can't contain 'all-linear'.*\['all-linear', 'lm_head'\]"):
+        QLoRAConfig(target_modules="all-linear|lm_head")
 
 
 def described():

@@ -230,7 +230,9 @@ def layer():
 
 
 def test_wrong_calls(layer):
-    refused(lambda: layer(torch.tensor(1.0)), "x must be [..., 64]", "got x []")
+    refused(lambda: layer(torch.tensor(1.0)), "0: x has no dimension, the layer takes 64.")
+    refused(lambda: layer(torch.zeros(2, 512)), "0: x has 512 columns, the layer takes 64.")
+    refused(lambda: layer(torch.zeros(2, 64, dtype=torch.int64)), "0: x: must be float32", kind=TypeError)
     refused(lambda: convert(Classifier(), lora_alpha=1e308), "lora_alpha=1e+308: must be", "< 1e+30")
     refused(lambda: convert(Classifier(), r=0), "r=0: must be an integer >= 1")
 

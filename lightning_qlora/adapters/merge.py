@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.adapters.module_state import CONVERSION
+from lightning_qlora.adapters.finite import check_finite
+from lightning_qlora.adapters.module_state import forget_conversion
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
@@ -39,13 +40,15 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
             all floating-point parameters of the module.
 
     Raises:
-        ValueError: If the module has no QLoRALinear, its layers are sharded, or dtype is not one of those above.
+        ValueError: If the module has no QLoRALinear, an adapter holds NaN or Inf, layers are sharded, or dtype is not
+            one of those above.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
     layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
+    check_finite(module)
     cancel_calibration(module)
     reshard(module)
     stacks = list(expert_stacks(module))
@@ -67,7 +70,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     made = [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)]
     mark_as_loaded(module, [*made, *merge_embeddings(module)])
     for part in module.modules():
-        vars(part).pop(CONVERSION, None)
+        forget_conversion(part)
     undo(module)
     if dtype != "auto":
         for parameter in module.parameters():

@@ -58,6 +58,11 @@ def conversion_of(module: nn.Module) -> Conversion | None:
     return vars(module).get(CONVERSION)
 
 
+def forget_conversion(module: nn.Module) -> None:
+    """Let the next conversion convert the parts that this one has not seen; converted layers stay."""
+    vars(module).pop(CONVERSION, None)
+
+
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Make state dicts of a converted module hold what trains, and loading complete them, so that it can be strict.
 

@@ -26,6 +26,7 @@ from lightning_qlora.adapters.base_model import (
     trained_in_full,
     trained_outside,
 )
+from lightning_qlora.adapters.finite import check_finite
 from lightning_qlora.adapters.module_state import conversion_of, float_buffers
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
@@ -69,7 +70,7 @@ def save_adapter(
         base_model: Folder or hub name of the base model, for "float"; None: the one the transformers model came from.
 
     Raises:
-        ValueError: If there is no adapter, or PEFT's format has no place for what was trained.
+        ValueError: If there is no adapter, it holds NaN or Inf, or PEFT's format has no place for what was trained.
     """
     check_choice("base", base, get_args(Base))
     reshard(module)
@@ -168,6 +169,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     _, base = find_base_model(module)
     layers = _layers_by_plain_name(base)
     _check_converted(module, layers)
+    check_finite(module)
     trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(

@@ -51,6 +51,7 @@ class PagedAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        params = _not_empty(type(self).__name__, params)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs)
         Pager().attach(self)
 
@@ -76,7 +77,7 @@ class PagedAdamW8bit(Optimizer):
 
     Raises:
         TypeError: If an argument, or a value in a parameter group, is not a number (betas: a pair; paged: a bool).
-        ValueError: If a number is out of its range, or betas are not two.
+        ValueError: If a number is out of its range, betas are not two, or there are no parameters.
     """
 
     steps_in_windows = True
@@ -93,7 +94,7 @@ class PagedAdamW8bit(Optimizer):
         check_bool("paged", paged)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_numbers(defaults)
-        super().__init__(params, defaults)
+        super().__init__(_not_empty(type(self).__name__, params), defaults)
         if paged:
             Pager().attach(self)
 
@@ -187,6 +188,18 @@ def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             if index in state:
                 state[index] = split_like(param, to_32bit(state[index]))
     optimizer.load_state_dict({**saved, "state": state})
+
+
+def _not_empty(optimizer: str, params: Any) -> Any:
+    """The parameters of a new optimizer; ValueError if there are none."""
+    params = params if isinstance(params, Tensor) else list(params)  # torch refuses a tensor
+    if not isinstance(params, Tensor) and not params:
+        raise ValueError(
+            f"{optimizer} got no parameters. A module that builds its model in configure_model has none before that: "
+            "create the optimizer in configure_optimizers, with LightningCLI from an argument "
+            "`optimizer: OptimizerCallable` of the module in place of the section `optimizer:`."
+        )
+    return params
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

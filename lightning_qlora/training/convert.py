@@ -25,6 +25,7 @@ from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import named
+from lightning_qlora.layers.new_parameters import loaded_models
 from lightning_qlora.layers.packed_embedding import FrozenLayer, freeze_in_4_bits, quantize
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -47,6 +48,7 @@ from lightning_qlora.training.convert_checks import (
     check_loaded,
     warn_of_hooks,
     warn_of_large_new_parts,
+    warn_of_names_in_vain,
     warn_of_other_arguments,
     warn_of_two_configs,
     warn_of_what_stayed,
@@ -117,9 +119,11 @@ def convert_module(
     choice = select_layers(module, config, saved)
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
+    by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
     if not kept:
-        check_any(choice, config)
+        check_any(module, choice, config)
     check_loaded(module, choice)
+    warn_of_names_in_vain(choice)
     warn_of_hooks(choice)
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     chosen_layers = tqdm(choice.convert.items(), "Quantizing", leave=False, delay=2, unit=" layers", disable=silent)
@@ -154,6 +158,7 @@ def convert_module(
     if config.initialization == "calibrated" and choice.convert:
         Calibration(module, sharded)
     report = _report(module, choice, bytes_before, start, deferred)
+    report.by_size = by_size
     warn_of_large_new_parts(module, choice, report)
     return report
 

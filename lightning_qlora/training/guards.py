@@ -1,5 +1,6 @@
 """Errors where Lightning would train the wrong parameters or lose the adapters without an error of its own."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -11,6 +12,8 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_qlora.adapters.finite import check_finite
+from lightning_qlora.layers.dotted_names import join, key_name
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
@@ -91,6 +94,38 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "LBFGS flattens all its parameters into one tensor, which frozen 4-bit ones can't be part of. Pass only "
             "the parameters that train: LBFGS([p for p in self.parameters() if p.requires_grad])."
         )
+
+
+def check_state_dict(module: nn.Module) -> None:
+    """RuntimeError for a module whose state dict, and so every checkpoint, would lack adapters."""
+    missing, layers = _missing_adapters(module, module.state_dict()), adapted_layers(module)
+    if missing:
+        raise RuntimeError(
+            f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), so no checkpoint would hold what they "
+            "learn. Frozen weights are in no checkpoint of a converted module: remove the override or the hook that "
+            "leaves them out, or let it keep what ends in lora_A and lora_B."
+        )
+
+
+def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
+    check_finite(module)
+    missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
+    if missing:
+        rank_zero_warn(
+            f"The checkpoint lacks the adapters of {len(missing)} layers ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}), because code of the module or a callback removed them "
+            "(on_save_checkpoint). It can't restore what they learned.",
+            stacklevel=2,
+        )
+
+
+def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+    """Names of the layers with adapters that train and are not in a state dict."""
+    layers = adapted_layers(module).items()
+    trained = [name for name, layer in layers if any(p.requires_grad for p in layer.adapter_parameters())]
+    return [name for name in trained if join(key_name(name), "lora_A") not in state_dict]
 
 
 def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:

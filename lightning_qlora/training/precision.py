@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_qlora.adapters.module_state import forget_conversion
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -138,6 +139,11 @@ class QLoRAPrecision(Precision):
                 layer.training = True
         return module
 
+    def convert_again(self, module: nn.Module) -> None:
+        """Convert layers that replaced converted ones; see `patches.explain_adapter_checkpoints`."""
+        forget_conversion(module)
+        self.convert_module(module)
+
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
         layer = next(self._layers(), None)
@@ -183,6 +189,7 @@ class QLoRAPrecision(Precision):
         module = self._root  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
             guards.warn_of_adapters_in_no_optimizer(module, optimizers)
+            guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:

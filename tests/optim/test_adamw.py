@@ -391,3 +391,10 @@ def test_under_another_default_device_the_step_counter_is_on_the_cpu():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {"step": 3}}})
     assert optimizer.state[param]["step"].device.type == "cpu"
     assert optimizer.state[param]["step"] == 3
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
+def test_no_parameters_is_an_error_that_says_what_to_do(kind):
+    for parameters in ([], iter([])):
+        with pytest.raises(ValueError, match=rf"{kind.__name__} got no parameters.*configure_model.*OptimizerCallable"):
+            kind(parameters)

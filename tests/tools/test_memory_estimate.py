@@ -130,7 +130,7 @@ def test_a_model_of_70_billion_weights_is_not_allocated():
 def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
     with pytest.raises(ValueError, match="No layer was converted to 4 bits"):
         estimate_memory(nn.Sequential(nn.ReLU()), example=torch.zeros(1, 64))
-    with pytest.warns(UserWarning, match="A smaller r converts more layers"):
+    with pytest.raises(ValueError, match="Set a smaller r"):
         estimate_memory(nn.Linear(64, 64), example=torch.zeros(1, 64), r=64)
 
 
@@ -139,9 +139,9 @@ def test_a_folder_and_errors(tmp_path):
     toy("llama").save_pretrained(tmp_path)
     assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), 2, 12, **ARGUMENTS)
     with pytest.raises(ValueError, match="optimizer='lion': must be one of 'adamw'"):
-        estimate_memory(toy("llama"), optimizer="lion")
+        estimate_memory(toy("llama"), r=4, optimizer="lion")
     with pytest.raises(ValueError, match="batch_size=0: must be an integer >= 1"):
-        estimate_memory(toy("llama"), batch_size=0)
+        estimate_memory(toy("llama"), r=4, batch_size=0)
     with pytest.raises(TypeError, match="must be a module, a transformers config, a folder or a hub name"):
         estimate_memory(3)
 

@@ -1,5 +1,8 @@
 """The report as people read it: in a terminal of 80 columns, in a notebook, as a short repr, and in a logger."""
 
+import copy
+import re
+
 import pytest
 from torch import nn
 
@@ -12,12 +15,14 @@ def test_names_of_layers_are_whole_in_80_columns(capsys, monkeypatch):
     pytest.importorskip("rich")
     pytest.importorskip("transformers")
     monkeypatch.setenv("COLUMNS", "80")
-    convert(module := Lit(toy("llama")), r=4).show()
+    convert(module := Lit(toy("llama", tie_word_embeddings=True)), r=4).show()
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     for name in ("of model", "model.layers.*.self_attn.q_proj", "model.layers.*.post_attention_layernorm", "lm_head"):
         assert f" {name}" in text  # the part that all share is cut, since one of them would break
+    assert re.search(r"to model\.model\.embed_tokens\. .*\n.* weight ", text)
     assert f"{module.model.num_parameters():,} parameters train" in text
+    assert "no weights are known to be loaded: linear layers larger than their adapter" in text
 
 
 @pytest.mark.parametrize(

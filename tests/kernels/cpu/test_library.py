@@ -372,7 +372,7 @@ def test_eight_processes_compile_once(tmp_path, monkeypatch):
     if module.compiled_library() is None:
         pytest.skip("no C compiler")
     compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\necho x >> {tmp_path}/calls\nexec {build.compiler()} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/calls"\nexec "{build.compiler()}" "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
@@ -406,7 +406,7 @@ def test_a_compiler_without_openmp_is_a_warning(tmp_path, monkeypatch, caplog):
     if module.compiled_library() is None:
         pytest.skip("no C compiler")
     compiler = tmp_path / "cc"
-    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec {build.compiler()} "$@"\n'
+    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{build.compiler()}" "$@"\n'
     compiler.write_text("#!/bin/sh\n" + script)
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))

@@ -19,7 +19,7 @@ from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.new_parameters import OUTSIDE
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, computes_in_fp16
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
@@ -105,6 +105,16 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
     remedy = "target_modules converts frozen layers that it names." if frozen else "A smaller r converts more layers."
     why = f"The report has the reason for each. {remedy}"
     warnings.warn(f"No layer was converted to 4 bits ({given}). {why}", stacklevel=2)
+
+
+def warn_of_fp16(module: nn.Module) -> None:
+    """Warn of layers that compute in fp16 in a loop that may have no loss scale."""
+    if computes_in_fp16(module):
+        warnings.warn(
+            "Layers compute in fp16, in which small gradients become 0. To train in a loop of your own, scale the loss "
+            "with torch.amp.GradScaler; the Trainer and Fabric with QLoRAPrecision do it. Or use compute_dtype='bf16'.",
+            stacklevel=3,
+        )
 
 
 def warn_of_hooks(choice: Selection) -> None:

@@ -77,6 +77,21 @@ def test_no_8bit_step_is_longer_than_the_learning_rate_whatever_the_spread(steps
         assert (param.detach() - before).abs().max() < 1.001e-2
 
 
+@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
+def test_small_steps_arrive(kind):
+    """A hundred steps of 1e-6 on numbers of 1: their share beside torch's AdamW in float64."""
+    start = torch.randn(5000)
+    params = [torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.double())]
+    optimizers = [kind(params[:1], lr=1e-6), torch.optim.AdamW(params[1:], lr=1e-6, weight_decay=0.0)]
+    for _ in range(100):
+        grad = torch.randn(5000) + 0.5
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = grad.to(param.dtype)
+            optimizer.step()
+    got, want = (param.detach().double() - start.double() for param in params)
+    assert abs((got * want).sum() / want.square().sum() - 1) < 0.02
+
+
 @pytest.mark.parametrize("rest", ["8 bits", "decoded to 32 bits"])
 def test_gradients_that_get_small_beside_a_large_one_make_no_long_steps(rest):
     """The second moment of the small ones has code 0, and their first has not; without a bound steps of 9,859."""

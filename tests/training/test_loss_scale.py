@@ -84,6 +84,16 @@ def test_small_gradients_arrive(trainer):
     assert abs(share - 1) < 0.05
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_share_of_accumulated_and_clipped_gradients_is_one(trainer, dtype):
+    """<got, want> / |want|^2, beside fp32; none of it is rounded away."""
+    modules = [Scaled(0.01), Scaled(0.01)]
+    for module, each in zip(modules, (dtype, "fp32"), strict=True):
+        fit(trainer, module, each, max_epochs=1, accumulate_grad_batches=4, gradient_clip_val=1e-4)
+    got, want = (module.net[0].lora_B.grad for module in modules)
+    assert abs((got * want).sum() / want.square().sum() - 1) < 0.02
+
+
 @pytest.mark.parametrize("kind", [Scaled, Manual, Paged])
 @pytest.mark.parametrize(
     "arguments", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3}, {"gradient_clip_val": 1e-5,

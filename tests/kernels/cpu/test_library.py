@@ -214,6 +214,7 @@ def train(monkeypatch):
 
 def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_path, caplog):
     _, packed, grad = train(tmp_path / "with")
+    caplog.clear()
     path, packed_without, grad_without = train(tmp_path / "without", PATH=tmp_path, CC="")
     assert path.startswith("plain torch")
     assert caplog.text.count("C kernels not compiled") == 1

@@ -77,7 +77,8 @@ class QLoRAConfig:
             section 3).
         block_size: Number of weights that share one scale: a power of two from 32 to 4096.
         compute_dtype: Data type to which the 4-bit weights are decoded for each matrix product. "auto": the data type
-            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16. In Python also a torch.dtype.
+            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16. In fp16 the Trainer and Fabric
+            scale the loss. In Python also a torch.dtype.
         r: Rank of the adapters.
         lora_alpha: The output of an adapter is multiplied by lora_alpha / r.
         lora_dropout: Dropout probability of the adapters' inputs during training.

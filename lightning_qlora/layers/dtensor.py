@@ -46,15 +46,21 @@ def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
 
 
+def by_mesh(parameters: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
+    """The parameters with a gradient, by the device mesh over which it is split; None: by none."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if (grad := parameter.grad) is not None:
+            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+    return groups
+
+
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any, **named: Any) -> Tensor:
     """torch's `clip_grad_norm_`, which takes no parameters that are split over several meshes, or some over none.
 
     `options` are `norm_type` and `error_if_nonfinite`; the result is the norm before clipping.
     """
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+    groups = by_mesh(parameters)
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
     norm = get_total_norm([gather(get_total_norm(group, *options, **named)) for group in gradients], *options, **named)
     for group in groups.values():

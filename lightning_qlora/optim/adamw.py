@@ -20,6 +20,7 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     quantize_like,
+    saved_betas,
     saved_parameters,
     shard_count,
     split_like,
@@ -59,7 +60,13 @@ class PagedAdamW(torch.optim.AdamW):
 class PagedAdamW8bit(Optimizer):
     """AdamW with paged, blockwise 8-bit state: a quarter of AdamW's bytes, with bitsandbytes' levels and blocks.
 
-    Formula: `kernels/reference_adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
+        m_hat = m / (1 - beta1^t)                   v_hat = v / (1 - beta2^t)
+        p = p (1 - lr wd) - lr * m_hat / (max(sqrt(v_hat), |m_hat|) + eps)
+
+    AdamW has no |m_hat| in the denominator. Here it keeps every step within one learning rate: a v below 1.6e-7 of the
+    largest in its block of 256 gets the code of 0, and m does not (`kernels/reference_adamw.py`; Dettmers et al. 2022,
+    "8-bit optimizers via block-wise quantization").
+
     Tensors of fewer than 4096 elements have 32-bit state, and so have those that are split by columns (tensor
     parallelism), or twice (with FSDP2). A state dict has for each parameter `step` and either
     `exp_avg`, `exp_avg_sq` in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`,
@@ -128,9 +135,10 @@ class PagedAdamW8bit(Optimizer):
         Raises ValueError for parts of state (DTensors) that were saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
+        betas = saved_betas(state_dict)
         for index, param in saved_parameters(self, state_dict).items():
             state = state_dict["state"].get(index, {})
-            state = state if shard_count(param) else to_32bit(state)
+            state = state if shard_count(param) else to_32bit(state, betas[index])
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
                 if is_sharded(state[f"{MOMENTS[0]}_codes"]):
@@ -182,11 +190,11 @@ class PagedAdamW8bit(Optimizer):
 
 def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Load a state dict that was saved whole, or put together from shards: each tensor is split as its parameter is."""
-    state = dict(saved["state"])
+    state, betas = dict(saved["state"]), saved_betas(saved)
     if not isinstance(optimizer, PagedAdamW8bit):  # it splits its state itself
         for index, param in saved_parameters(optimizer, saved).items():
             if index in state:
-                state[index] = split_like(param, to_32bit(state[index]))
+                state[index] = split_like(param, to_32bit(state[index], betas[index]))
     optimizer.load_state_dict({**saved, "state": state})
 
 

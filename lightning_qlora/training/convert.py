@@ -46,6 +46,7 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
+    warn_of_fp16,
     warn_of_hooks,
     warn_of_large_new_parts,
     warn_of_names_in_vain,
@@ -78,7 +79,9 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
     check_module("module", module)
-    return convert_module(module, QLoRAConfig(**arguments))
+    report = convert_module(module, QLoRAConfig(**arguments))
+    warn_of_fp16(module)
+    return report
 
 
 def convert_module(

@@ -20,7 +20,7 @@ from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.new_parameters import OUTSIDE
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, computes_in_fp16
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
@@ -126,6 +126,16 @@ def warn_of_names_in_vain(choice: Selection) -> None:
     if choice.named_in_vain:
         reasons = "; ".join(f"{name}: {why}" for name, why in choice.named_in_vain.items())
         rank_zero_warn(f"target_modules names layers that stay dense and frozen. {reasons}.", stacklevel=2)
+
+
+def warn_of_fp16(module: nn.Module) -> None:
+    """Warn of layers that compute in fp16 in a loop that may have no loss scale."""
+    if computes_in_fp16(module):
+        warnings.warn(
+            "Layers compute in fp16, in which small gradients become 0. To train in a loop of your own, scale the loss "
+            "with torch.amp.GradScaler; the Trainer and Fabric with QLoRAPrecision do it. Or use compute_dtype='bf16'.",
+            stacklevel=3,
+        )
 
 
 def warn_of_hooks(choice: Selection) -> None:

@@ -131,8 +131,10 @@ def clip_gradients_of_fabric(
 ) -> Any:
     """Let `fabric.clip_gradients(max_norm=...)` clip layers that a plan splits over ranks together with others.
 
+    And let it raise nothing for infinite gradients in fp16, whose step is skipped.
+
     Upstream: lightning/fabric/strategies/strategy.py, Strategy.clip_gradients_norm: torch's clip_grad_norm_ takes no
-    DTensors beside other tensors, and none of several meshes.
+    DTensors beside other tensors, and none of several meshes; `error_if_nonfinite` is True unless the user knows of it.
     Supported ways tried: `Precision.main_params`, which only chooses what is clipped. The Trainer calls
     `Precision.clip_grad_by_norm`, which the plugin has.
     Removed by: clip_grad_norm_ of torch taking them.
@@ -140,6 +142,8 @@ def clip_gradients_of_fabric(
     if not _is_converted(module):
         return original(strategy, module, optimizer, *args, **kwargs)
     strategy.precision.unscale_gradients(optimizer)
+    if getattr(strategy.precision, "loss_scale", None) is not None:
+        kwargs["error_if_nonfinite"] = False
     return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
 
 

@@ -75,7 +75,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_exactly(strategy, tmp_
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_slurm_job_that_is_queued_again_resumes_exactly(strategy, tmp_path):
     """As many batches are trained after the signal: SLURM ends the job only when its time is over."""
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/queued")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> '{tmp_path}/queued'")
     (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "resumed").mkdir()
     whole = run(tmp_path / "whole", strategy, "requeue", 5, launcher=SLURM)

@@ -1,6 +1,5 @@
 """The report as people read it: in a terminal of 80 columns, in a notebook, as a short repr, and in a logger."""
 
-import copy
 import re
 
 import pytest

@@ -193,7 +193,9 @@ class _Readers:
     def become(self, owner: nn.Module) -> bool:
         """Let a module, and the next ones around it with a forward pass, read casts; whether its parameters can be."""
         around = [part for part in self._around(owner) if _can_read(part)]
-        if isinstance(owner, torch.jit.ScriptModule) or any(isinstance(hook, HOOKS) for hook in owner._forward_pre_hooks.values()):
+        if isinstance(owner, torch.jit.ScriptModule) or any(
+            isinstance(hook, HOOKS) for hook in owner._forward_pre_hooks.values()
+        ):
             return False
         if not (_can_read(owner) or (around and not _has_forward(owner))):
             return False
@@ -250,7 +252,10 @@ def undo_full_precision(module: nn.Module) -> None:
     """Give each module the class that it had, in place; its parameters do not change."""
     for part in module.modules():
         if isinstance(part, FullPrecision):
-            vars(part).pop("computes_in")
+            part.computes_in = {}
+            if "class_before" not in vars(type(part)):
+                continue  # a library derived a class from it (parametrizations)
             part.__class__ = part.class_before
+            del part.computes_in
             if isinstance(part, nn.RNNBase):
                 part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]

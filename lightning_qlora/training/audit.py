@@ -124,9 +124,9 @@ def _warn_of_lost_steps(optimizer: Optimizer, module: nn.Module) -> None:
         name, share = max(shares.items(), key=lambda pair: pair[1])
         warnings.warn(
             f"{groups(shares)} train in 16 bits, and a step of {type(optimizer).__name__}, about its learning rate, is "
-            f"smaller than half of the last bit of {100 * share:.0f}% of {name}: these elements do not move. Conversion "
-            "holds what trains in full in fp32: do not cast the module afterwards, and name in modules_to_save what "
-            "you make trainable. Or cast these parameters to fp32 before conversion.",
+            f"smaller than half of the last bit of {100 * share:.0f}% of {name}: these elements do not move. "
+            "Conversion holds what trains in full in fp32: do not cast the module afterwards, and name in "
+            "modules_to_save what you make trainable. Or cast these parameters to fp32 before conversion.",
             stacklevel=2,
         )
 

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -307,9 +306,10 @@ def test_a_cast_after_conversion_is_named_at_the_first_step(trainer):
     module = InBf16()
     convert(module, **PLUGIN)
     module.bfloat16()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=2e-4)
+    run = trainer(plugins=QLoRAPrecision(**PLUGIN), enable_checkpointing=False)
     with pytest.warns(UserWarning, match=r"net\.\*\.weight train in 16 bits.*last bit of 100% of net\.2\.weight"):
-        module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=2e-4)
-        trainer(plugins=QLoRAPrecision(**PLUGIN), enable_checkpointing=False).fit(module, loader())
+        run.fit(module, loader())
 
 
 def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):

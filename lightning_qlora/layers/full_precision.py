@@ -12,7 +12,6 @@ own. The forward pass of the next module around it reads casts as well: nn.Multi
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -34,18 +33,14 @@ from lightning_qlora.lightning_copies import classes
 IN_16_BITS = (torch.bfloat16, torch.float16)
 HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)  # they read parameters before the forward pass of the module
 
-_thread = threading.local()  # `reader`: the module whose forward pass runs
+
+class _Thread(threading.local):
+    """What runs in this thread."""
+
+    reader: nn.Module | None = None  # the module whose forward pass reads parameters
 
 
-@contextmanager
-def _reading(module: nn.Module) -> Iterator[None]:
-    """Within this context (a forward pass), attributes of modules are casts of the parameters in fp32."""
-    before = getattr(_thread, "reader", None)
-    _thread.reader = module
-    try:
-        yield
-    finally:
-        _thread.reader = before
+_thread: _Thread = _Thread()
 
 
 class FullPrecision(Derived):
@@ -67,7 +62,7 @@ class FullPrecision(Derived):
             return value
         if torch.compiler.is_compiling():
             return value.to(dtype)
-        reader = getattr(_thread, "reader", None)
+        reader: Any = _thread.reader
         # FSDP2 reads its shards here in the forward pass of another module; tensor parallelism computes with DTensors.
         reads = reader is self if is_sharded(value) else reader is not None
         return value.to(dtype) if reads else value
@@ -76,7 +71,7 @@ class FullPrecision(Derived):
         """As in nn.Module; a cast of the module casts what it computes in, too."""
         super()._apply(fn, recurse)  # type: ignore[misc]
         for key, dtype in self.computes_in.items():
-            self.computes_in[key] = fn(torch.empty(0, dtype=dtype)).dtype
+            self.computes_in[key] = fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
         return self
 
 
@@ -126,32 +121,32 @@ def _look_up(self: Any, input: Tensor) -> Tensor:
 
 
 def _reading_forward(class_before: Any) -> Callable[..., Any]:
-    """The forward pass of a class, within `_reading`."""
+    """The forward pass of a class; in it, attributes are casts."""
     original = class_before.forward
-    # Code that casts their input to `weight.dtype` reads fp32 there; and an fp32 input would be an error.
+    # An fp32 input would be an error; and code that casts the input to `weight.dtype` reads fp32 there.
     casts_input = issubclass(class_before, (nn.Linear, _ConvNd)) or kind_of(class_before) is not LINEAR
 
-    @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         dtype = self.computes_in.get("weight")
-        if casts_input and args and dtype is not None and args[0].dtype is torch.float32:
+        if casts_input and args and dtype is not None and getattr(args[0], "dtype", None) is torch.float32:
             args = (args[0].to(dtype), *args[1:])
-        before = getattr(_thread, "reader", None)
-        _thread.reader = self
+        thread: _Thread = _thread
+        before = thread.reader
+        thread.reader = self
         try:
             return original(self, *args, **kwargs)
         finally:
-            _thread.reader = before
+            thread.reader = before
 
     forward.__code__ = forward.__code__.replace()  # torch.compile keeps a limited number of graphs for a code object
-    return forward
+    return wraps(original)(forward)
 
 
 class _Trained(NamedTuple):
     """A 16-bit parameter that trains in full."""
 
     name: str
-    owner: nn.Module
+    owner: Any
     key: str
     parameter: nn.Parameter
     dtype: torch.dtype
@@ -176,7 +171,7 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
     kept = {id(each.parameter): each for each in trained if each.owner in fixed or is_sharded(each.parameter)}
     for each in trained:
         if id(each.parameter) not in kept:
-            each.owner.computes_in[each.key] = each.dtype  # type: ignore[union-attr, index, operator]
+            each.owner.computes_in[each.key] = each.dtype
             _cast(each.parameter, torch.float32)
     return {each.name: each.parameter.numel() for each in kept.values()}
 
@@ -193,11 +188,9 @@ class _Readers:
     def become(self, owner: nn.Module) -> bool:
         """Let a module, and the next ones around it with a forward pass, read casts; whether its parameters can be."""
         around = [part for part in self._around(owner) if _can_read(part)]
-        if isinstance(owner, torch.jit.ScriptModule) or any(
-            isinstance(hook, HOOKS) for hook in owner._forward_pre_hooks.values()
-        ):
-            return False
-        if not (_can_read(owner) or (around and not _has_forward(owner))):
+        reads = _can_read(owner) if _has_forward(owner) else bool(around)
+        is_hooked = any(isinstance(hook, HOOKS) for hook in owner._forward_pre_hooks.values())
+        if not reads or is_hooked:
             return False
         for part in (owner, *around):
             if not isinstance(part, FullPrecision):
@@ -218,8 +211,8 @@ def _has_forward(part: nn.Module) -> bool:
 
 
 def _can_read(part: nn.Module) -> bool:
-    """Whether a module has a forward pass of its class, and code that runs in it."""
-    fixed = (torch.jit.ScriptModule, *classes(LightningModule))
+    """Whether a module has a forward pass that its class can change, and that all of its code runs in."""
+    fixed: Any = (torch.jit.ScriptModule, *classes(LightningModule))
     return _has_forward(part) and "forward" not in vars(part) and not isinstance(part, fixed)
 
 
@@ -234,7 +227,8 @@ def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
 
 def computed_in(module: nn.Module, key: str) -> torch.dtype | None:
     """The 16-bit type in which a parameter in fp32 computes; None for any other."""
-    return vars(module).get("computes_in", {}).get(key)
+    types: dict[str, torch.dtype] = vars(module).get("computes_in", {})
+    return types.get(key)
 
 
 def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
@@ -243,7 +237,8 @@ def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Param
     for name, part in module.named_modules():
         for key, dtype in vars(part).get("computes_in", {}).items():
             parameter = part._parameters.get(key)
-            if parameter is not None and id(parameter) not in seen:
+            held = parameter is not None and parameter.dtype is torch.float32 and dtype in IN_16_BITS
+            if parameter is not None and held and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield join(name, key), parameter, dtype
 
@@ -251,11 +246,11 @@ def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Param
 def undo_full_precision(module: nn.Module) -> None:
     """Give each module the class that it had, in place; its parameters do not change."""
     for part in module.modules():
-        if isinstance(part, FullPrecision):
-            part.computes_in = {}
-            if "class_before" not in vars(type(part)):
-                continue  # a library derived a class from it (parametrizations)
-            part.__class__ = part.class_before
+        if not isinstance(part, FullPrecision):
+            continue
+        part.computes_in.clear()
+        if "class_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)
             del part.computes_in
+            part.__class__ = part.class_before  # type: ignore[assignment]
             if isinstance(part, nn.RNNBase):
                 part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]

@@ -86,7 +86,7 @@ class QLoRAConfig:
             or a list of name endings. ["all-linear", "lm_head"] is all of "all-linear" and the output embedding.
         exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
             stands for all layers inside it.
-        modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
+        modules_to_save: Modules to train in full, in fp32, and to save with the adapters: a list of name endings.
         trainable_token_indices: Tokens whose rows of the input embedding train, as in PEFT: a list of indices, or a
             dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.
         quantize_embeddings: Freeze the embeddings of tokens and the output embedding in 4 bits, tied or not, without an

@@ -34,6 +34,8 @@ ALLOWED = {
     "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
     "layers/packed_embedding.py": {"layer._parameters.pop('weight')", "layer.__class__"},
     "layers/readable_weight.py": {"made._is_param"},  # a tensor that it made
+    # Conversion of a module whose parameters train in full; the gradient of one is cast with it.
+    "layers/full_precision.py": {"vars(part)['computes_in']", "part.__class__", "parameter.grad"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},

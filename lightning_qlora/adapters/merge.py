@@ -14,6 +14,7 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks, experts_of
+from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.lora_layer import cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import to_dense
@@ -31,8 +32,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     Experts become the parameter that they were, in the same way.
 
     The new weight is the decoded 4-bit weight plus s B A, on which the adapter was trained. The sum is computed in fp32
-    and rounded once, stochastically (`round_stochastically`). Every parameter requires a gradient if it did before
-    conversion.
+    and rounded once, stochastically (`round_stochastically`); so is what trained in full and was held in fp32. Every
+    parameter requires a gradient if it did before conversion.
 
     Args:
         module: A converted module.
@@ -52,7 +53,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     cancel_calibration(module)
     reshard(module)
     stacks = list(expert_stacks(module))
-    names = {layer: plain_name(name) for name, layer in find_base_model(module)[1].named_modules()}
+    prefix, base = find_base_model(module)
+    names = {layer: plain_name(name) for name, layer in base.named_modules()}
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
@@ -67,6 +69,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, stack.stack(merged))
     compute_logits(module)
+    _round_what_trained_in_full(module, prefix, dtype)
     made = [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)]
     mark_as_loaded(module, [*made, *merge_embeddings(module)])
     for part in module.modules():
@@ -77,6 +80,15 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[dtype])
     return module
+
+
+def _round_what_trained_in_full(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
+    """Round parameters that train in full from fp32 to the type that they had; `prefix` is that of the base model."""
+    for name, parameter, own in full_precision_parameters(module):
+        wanted = own if dtype == "auto" else DTYPES[dtype]
+        in_base = plain_name(name).removeprefix(f"{plain_name(prefix)}.")
+        parameter.data = round_stochastically(parameter.data, wanted, in_base)
+    undo_full_precision(module)
 
 
 def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str) -> Tensor:

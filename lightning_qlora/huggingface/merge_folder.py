@@ -111,6 +111,7 @@ class _FolderMerge:
         self.embeddings = {folder.find(f"{name}.weight") for name in packed}  # in 4 bits in training
         keys = {name: folder.find(name) for name in adapter.saved if not name.endswith(DELTA)}
         self.saved = {key: adapter.saved[name] for name, key in keys.items() if key is not None}
+        self.saved_names = {key: name for name, key in keys.items() if key is not None}
         # Trained tensors that the base lacks, except those that are tied to one that it has.
         known = [value for value in self.saved.values() if value.ndim == 2]
         missing = {name: adapter.saved[name] for name, key in keys.items() if key is None}
@@ -147,7 +148,7 @@ class _FolderMerge:
                     merged = {name_in_files(name, self.names_in_files): value for name, value in merged.items()}
                 yield from merged.items()
         for name, value in self.added.items():
-            yield name, self._cast(value)
+            yield name, self._round(value, self._dtype_of_config(), name)
 
     def _changed(self, names: Iterable[str]) -> list[str]:
         known = self.adapted.keys() | self.saved.keys() | self.tokens.keys() | self.embeddings
@@ -187,7 +188,7 @@ class _FolderMerge:
         """The entries of the output for one weight of the base: several if it is in 4 bits."""
         adapted, packed = self.adapted.get(key), self.folder.is_packed(key) and key not in self.saved
         if adapted is None and not packed:
-            tensor = self.saved[key] if key in self.saved else self.folder.tensors([key])[key]
+            tensor = self._saved(key) if key in self.saved else self.folder.tensors([key])[key]
             if key in self.embeddings:
                 tensor = self.weights.quantized(tensor, key, double_quant=False).dequantize()
             if (of := self.tokens.get(key)) is not None:
@@ -213,6 +214,23 @@ class _FolderMerge:
             made.append(rows.to(wanted) if adapted is None else round_stochastically(rows, wanted, name))
         of_base = adapted or AdaptedTensor([layer], self.folder.is_transposed(key, self.adapter, None))
         yield key, of_base.join(made)
+
+    def _saved(self, key: str) -> Tensor:
+        """What trained in full in place of a tensor of the base, in the type of that, as `merge` rounds it."""
+        value = self.saved[key]
+        dtype = value.dtype if self.folder.is_packed(key) else self.folder.tensors([key])[key].dtype
+        return self._round(value, dtype, self.saved_names[key])
+
+    def _round(self, value: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+        if not value.is_floating_point() or dtype is None:
+            return self._cast(value)
+        return round_stochastically(value.float(), self._wanted(dtype), name).contiguous()
+
+    def _dtype_of_config(self) -> torch.dtype | None:
+        """The type of the base that its config.json names, if it does."""
+        config = read_config(self.folder.folder)
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def _wanted(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the output, for a weight of this type in the base."""

@@ -12,6 +12,7 @@ from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.full_precision import computed_in
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.packed_embedding import FrozenLayer, PackedHead
@@ -106,6 +107,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
     kind: Any = layer.dense_class if isinstance(layer, TrainableTokens) else type(layer)
+    kind = getattr(kind, "class_before", kind)
     return kind in (nn.Linear, QLoRALinear, PackedHead) or isinstance(layer, DeferredHead) or is_packed(layer)
 
 
@@ -150,6 +152,7 @@ def saved_bytes(head: Any) -> int:
 
     Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
     """
-    dtype = head.weight_dtype if isinstance(head, (QLoRALinear, FrozenLayer)) else head.weight.dtype
+    packed = isinstance(head, (QLoRALinear, FrozenLayer))
+    dtype = head.weight_dtype if packed else computed_in(head, "weight") or head.weight.dtype
     elements: int = 1000 * head.out_features
     return elements * (dtype.itemsize + 8)

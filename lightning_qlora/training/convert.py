@@ -23,6 +23,7 @@ from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.embedding_selection import ToFreeze
 from lightning_qlora.layers.expert_selection import ExpertParameter
+from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.new_parameters import loaded_models
@@ -46,6 +47,7 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
+    warn_of_16_bits,
     warn_of_fp16,
     warn_of_hooks,
     warn_of_large_new_parts,
@@ -142,6 +144,7 @@ def convert_module(
     forget_quantizer(module)
     freeze(module, choice, new, kept)
     _add_tokens(module, choice)
+    in_16_bits = train_in_full_precision(module)
     record([*unrecorded(module), *new])  # what conversion made, and what it found
     if adapter is not None:
         set_adapter_of_module(module, adapter)
@@ -152,6 +155,7 @@ def convert_module(
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     warn_of_what_stayed(module, choice)
+    warn_of_16_bits(in_16_bits)
     if kept and choice.convert:
         warn_of_two_configs(module)
     elif kept and not config.rank_pattern and not config.alpha_pattern:
@@ -271,6 +275,7 @@ def _report(
     frozen = [tensors[key] for name in of_module for key in (join(name, "weight"), name) if key in tensors]
     layers, tokens = adapted_layers(module), token_adapters(module)
     adapters: list[Any] = [*layers.values(), *tokens.values()]
+    in_fp32 = [*full_precision_parameters(module)]
     calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),
@@ -289,5 +294,7 @@ def _report(
         frozen_by_module=sum(weight.nbytes for weight in frozen),
         bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),
         deferred_logits=deferred,
+        full_precision_bytes=sum(parameter.nbytes for _, parameter, _ in in_fp32),
+        full_precision_computes_in=sorted({str(dtype).removeprefix("torch.") for _, _, dtype in in_fp32}),
         calibration=None if calibration is None else calibration.report,
     )

@@ -138,6 +138,20 @@ def warn_of_fp16(module: nn.Module) -> None:
         )
 
 
+def warn_of_16_bits(names: dict[str, int]) -> None:
+    """Warn of parameters that train in full in 16 bits, because they can't be held in fp32."""
+    if names:
+        rank_zero_warn(
+            f"{', '.join([*names][:5])}{', ...' if len(names) > 5 else ''}: {sum(names.values()):,} elements train in "
+            "16 bits, in which most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that "
+            "of 2e-4 is smaller than half of the last bit of every bf16 value above 0.1. They can't be held in fp32: "
+            "they are of a LightningModule itself, of a ScriptModule or of a sharded module, or a hook of "
+            "torch.nn.utils reads them. Put them in an nn.Module with a forward, use torch.nn.utils.parametrizations, "
+            "or build them in fp32.",
+            stacklevel=2,
+        )
+
+
 def warn_of_hooks(choice: Selection) -> None:
     """Warn of hooks for the gradient of a weight that is replaced."""
     parts: dict[str, Any] = {name: each.part for name, each in choice.convert.items()}

@@ -24,6 +24,7 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
+from lightning_qlora.layers.full_precision import full_precision_parameters
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
@@ -70,7 +71,7 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = self._has_batches = False
-        self._trains_fp32 = False  # parameters that are no adapters
+        self._trains_fp32 = False  # parameters that compute in fp32
         self._computes_in_fp16 = False
         self._loss_scale: LossScale | None = None
 
@@ -131,9 +132,10 @@ class QLoRAPrecision(Precision):
         if not converted_before or self.report is None:
             self.report = report
         self._module = weakref.ref(module)
-        adapters = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
+        in_16_bits = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
+        in_16_bits |= {id(p) for _, p, _ in full_precision_parameters(module)}
         self._trains_fp32 = any(
-            p.requires_grad and p.dtype is torch.float32 and id(p) not in adapters for p in module.parameters()
+            p.requires_grad and p.dtype is torch.float32 and id(p) not in in_16_bits for p in module.parameters()
         )
         self._computes_in_fp16 |= computes_in_fp16(module)  # Fabric may convert several
         if trainer is not None:

@@ -44,6 +44,8 @@ class ConversionReport:
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
+        full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
+        full_precision_computes_in: The types that they compute in: "bfloat16", "float16".
         calibration: Status of adapters that are initialized from the first step; None if none are.
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             loaded from weights.
@@ -66,6 +68,8 @@ class ConversionReport:
     frozen_by_module: int = 0
     bytes_4_bits_would_save: int = 0
     deferred_logits: dict[str, int] = field(default_factory=dict)
+    full_precision_bytes: int = 0
+    full_precision_computes_in: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict, repr=False)
@@ -101,6 +105,11 @@ class ConversionReport:
         lines = [f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"]
         if in_full > 0:
             lines[0] += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
+        if self.full_precision_bytes:
+            lines.append(
+                f"what trains in full is held in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
+                f"{' and '.join(self.full_precision_computes_in)}"
+            )
         if self.frozen_by_module:
             lines.append(
                 f"layers that the module froze take {size_text(self.frozen_by_module)}; naming them in target_modules "

@@ -43,11 +43,13 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
 
 def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
     pytest.importorskip("transformers")
-    model = toy("llama")
+    model = toy("llama").bfloat16()
     model.save_pretrained(tmp_path / "base")
     convert(model, r=4)
     first, second = reported("tests.scripts.ddp_loading", tmp_path)
     assert same(first, second)
+    norm = first["model.model.norm.weight"]
+    assert norm.dtype is torch.float32 and (norm != 1).all()
     assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
     for name, parameter in model.named_parameters():
         if name.endswith((".packed", ".absmax", ".nested")):

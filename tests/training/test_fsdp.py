@@ -151,13 +151,13 @@ def test_a_model_sharded_before_it_is_part_of_the_module_is_refused_and_other_mo
 
 
 def test_two_trainable_dtypes_in_one_group_are_named(fit):
-    class Bf16(Sharded):
+    class Fp64(Sharded):
         def __init__(self):
             super().__init__()
-            self.net = self.net.bfloat16()
+            self.net[2].double()
 
-    with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.bfloat16\)"):
-        fit(Bf16(), modules_to_save=["2"])
+    with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.float64\)"):
+        fit(Fp64(), modules_to_save=["2"])
 
 
 @pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])

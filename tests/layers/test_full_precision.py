@@ -13,7 +13,6 @@ from torch import nn
 from lightning_qlora import (
     QLoRAPrecision,
     convert,
-    disable_adapter,
     estimate_memory,
     load_adapter,
     load_from_checkpoint,
@@ -332,20 +331,9 @@ def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):
     assert torch.equal(weight, model.lm_head.weight.to(weight.dtype))
 
 
-def test_the_initial_values_that_disable_adapter_uses_are_in_fp32_too():
-    model = toy("llama").bfloat16()
-    convert(model, **ARGUMENTS, modules_to_save=["norm"], keep_initial=True)
-    before = model(input_ids=ids()).logits
-    with torch.no_grad():
-        model.model.norm.weight.add_(0.1)
-    with disable_adapter(model):
-        assert torch.equal(model(input_ids=ids()).logits, before)
-    assert not torch.equal(model(input_ids=ids()).logits, before)
-
-
 def test_the_plan_counts_fp32():
     def parts(model):
-        return estimate_memory(model, sequence_length=32, modules_to_save=["lm_head"]).parts
+        return estimate_memory(model, sequence_length=32, r=4, modules_to_save=["lm_head"]).parts
 
     narrow, wide = parts(toy("llama").bfloat16()), parts(toy("llama"))
     for part in ("trained weights", "gradients", "optimizer state"):

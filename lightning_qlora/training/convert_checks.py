@@ -93,8 +93,8 @@ def check_loaded(module: nn.Module, choice: Selection) -> None:
             )
 
 
-def check_any(module: nn.Module, choice: Selection, config: QLoRAConfig) -> None:
-    """Warn if no layer is to be converted; raise ValueError if nothing trains then, or all because of r."""
+def warn_of_hand_written_adapters(module: nn.Module) -> None:
+    """Warn of adapters that no library wrote: conversion freezes them, or adds a second one to the same layer."""
     by_hand = hand_written_adapters(module)
     if by_hand:
         rank_zero_warn(
@@ -104,6 +104,10 @@ def check_any(module: nn.Module, choice: Selection, config: QLoRAConfig) -> None
             "name the layers in exclude_modules, and the modules with the matrices in modules_to_save.",
             stacklevel=2,
         )
+
+
+def check_any(choice: Selection, config: QLoRAConfig) -> None:
+    """Warn if no layer is to be converted; raise ValueError if nothing trains then, or all because of r."""
     if choice.convert:
         return
     given = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
@@ -204,7 +208,8 @@ def warn_of_large_new_parts(module: nn.Module, choice: Selection, report: Conver
         return
     largest, size = sizes.most_common(1)[0]
     linear = [name for name, layer in module.named_modules() if inside(name, largest) and is_linear(layer)]
-    layers = [name for name in linear if name not in hand_written_adapters(module)]
+    by_hand = hand_written_adapters(module)
+    layers = [name for name in linear if name not in by_hand]
     # The last part of a name, or the last two where that is a number.
     endings = sorted({re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", name) for name in [*report.converted, *layers]})
     rank_zero_warn(

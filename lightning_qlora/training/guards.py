@@ -13,9 +13,9 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.finite import check_finite
-from lightning_qlora.layers.dotted_names import join, key_name
+from lightning_qlora.layers.dotted_names import join, key_name, last_part, name_endings
 from lightning_qlora.layers.dtensor import of_all_ranks
-from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import token_adapters
 from lightning_qlora.lightning_copies import classes
@@ -98,7 +98,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def check_state_dict(module: nn.Module) -> None:
     """RuntimeError for a module whose state dict, and so every checkpoint, would lack adapters."""
-    missing, layers = _missing_adapters(module, module.state_dict()), adapted_layers(module)
+    layers = adapted_layers(module)
+    missing = _missing_adapters(module, module.state_dict()) if layers else []
     if missing:
         raise RuntimeError(
             f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
@@ -122,10 +123,19 @@ def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Names of the layers with adapters that train and are not in a state dict."""
+    """Names of the layers whose adapters train and are in a state dict under none of their names.
+
+    A key may lack the first parts of a name, or have others before it: `state_dict` may return that of a part.
+    """
+    keys = {key for key in map(str, state_dict) if last_part(key) == "lora_A"}
+    endings = {ending for key in keys for ending in name_endings(key)}
+    present = set()
+    for name, layer in module.named_modules(remove_duplicate=False):
+        key = join(key_name(name), "lora_A")
+        if isinstance(layer, QLoRALinear) and (key in endings or not keys.isdisjoint(name_endings(key))):
+            present.add(layer)
     layers = adapted_layers(module).items()
-    trained = [name for name, layer in layers if any(p.requires_grad for p in layer.adapter_parameters())]
-    return [name for name in trained if join(key_name(name), "lora_A") not in state_dict]
+    return [name for name, layer in layers if layer.lora_A.requires_grad and layer not in present]
 
 
 def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:

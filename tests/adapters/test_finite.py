@@ -3,20 +3,18 @@
 import pytest
 import torch
 
-from lightning_qlora import QLoRAPrecision, SaveAdapter, merge, save_adapter
+from lightning_qlora import QLoRAPrecision, merge, save_adapter
 from tests.conftest import Classifier, loader
 
 
-@pytest.mark.parametrize("save", ["checkpoint", "save_adapter", "SaveAdapter", "merge"])
+@pytest.mark.parametrize("save", ["checkpoint", "save_adapter", "merge"])
 def test_what_was_saved_before_stays_and_the_layer_and_step_are_named(trainer, tmp_path, save):
     module = Classifier()
-    callbacks = [SaveAdapter(tmp_path / "folder")] if save == "SaveAdapter" else []
-    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2, callbacks=callbacks, enable_checkpointing=False)
+    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2, enable_checkpointing=False)
     fit.fit(module, loader())
     steps = {
         "checkpoint": lambda: fit.save_checkpoint(tmp_path / "x.ckpt"),
         "save_adapter": lambda: save_adapter(module, tmp_path / "folder"),
-        "SaveAdapter": lambda: (setattr(callbacks[0], "_saved", 0), callbacks[0].on_save_checkpoint(fit, module)),
         "merge": lambda: merge(module),
     }
     if save != "merge":

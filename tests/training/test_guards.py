@@ -254,6 +254,17 @@ def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(
     assert not module.net[0].lora_B.any()
 
 
+class OnlyNet(Classifier):
+    """Saves and loads a part of itself; the adapters are in it, by other names."""
+
+    def state_dict(self, *args, **kwargs):
+        return self.net.state_dict()
+
+
+def test_a_state_dict_with_other_names_is_no_error(trainer):
+    trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False).fit(OnlyNet(), loader())
+
+
 def test_adapters_that_on_save_checkpoint_removes_are_named(trainer, tmp_path):
     class Removes(Classifier):
         def on_save_checkpoint(self, checkpoint):

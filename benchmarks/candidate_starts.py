@@ -13,7 +13,7 @@
     own_text      "calibrated" with inputs from text that the 4-bit model writes
 
 C is the mean of x x^T over the inputs x of a layer, d the square roots of its diagonal. All come from the first BATCHES
-batches ("calibrated" in the package uses one, unless calibration_batches says otherwise).
+batches ("calibrated" in the package uses those of the first step).
 """
 
 from collections.abc import Callable, Iterable, Iterator

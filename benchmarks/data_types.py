@@ -32,7 +32,7 @@ from benchmarks.starts import feed, load_model, load_tokenizer, windows
 from lightning_qlora import convert
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.calibration.calibration import calibration_of
+from lightning_qlora.training.calibration import calibration_of
 
 REFERENCE = "bf16"
 TYPES: dict[str, dict[str, Any]] = {  # without an initialization from data or weights B = 0, so the rank has no effect
@@ -58,7 +58,8 @@ def build(name: str, base: str | None, r: int, seen: Tensor) -> tuple[PreTrained
     convert(model.train(), deferred_logits=False, **{"r": r, **TYPES[name]})
     calibration = calibration_of(model)
     if calibration is not None:
-        calibration.collect_statistics(model, partial(feed, model, seen))
+        feed(model, seen)
+        calibration.initialize()
     size = bits(model)
     return decode(model).eval(), size
 

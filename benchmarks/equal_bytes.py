@@ -31,7 +31,7 @@ from benchmarks.candidate_starts import DAMPING, round_with_feedback
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.low_rank import exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.training.calibration.calibration import calibration_of
+from lightning_qlora.training.calibration import calibration_of
 
 TRAINED, FROZEN = 16, 2  # bytes of a number
 
@@ -56,6 +56,7 @@ class SpendBytes(Callback):
         model(**next(iter(trainer.datamodule.train_dataloader())))  # type: ignore[attr-defined]
         calibration = calibration_of(module)
         assert calibration is not None
+        calibration.initialize()
         budget = TRAINED * sum(sum(w.shape) for w in weights.values())
         if each["float"]:
             errors = {name.removeprefix("model."): value for name, value in calibration.report.errors.items()}

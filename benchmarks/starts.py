@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora import convert
-from lightning_qlora.training.calibration.calibration import calibration_of
+from lightning_qlora.training.calibration import calibration_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import load_model, load_tokenizer
@@ -34,7 +33,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "loftq x5": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
     "pissa": {"init_lora_weights": "pissa"},
     "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
-    "pissa x5": {"init_lora_weights": "pissa", "loftq_config": {"loftq_iter": 5}},
     "calibrated": {"init_lora_weights": "calibrated"},
     "calibrated, 2 x 128 tokens": {"init_lora_weights": "calibrated"},
 }
@@ -57,8 +55,8 @@ def windows(
     return tokens[: count * SIZE].view(count, SIZE)
 
 
-@torch.no_grad()
 def feed(model: nn.Module, rows: Tensor) -> None:
+    """Forward passes as in training: those that a calibration counts."""
     for row in rows:
         model(row[None])
 
@@ -82,7 +80,8 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         calibration = calibration_of(model)
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
-            calibration.collect_statistics(model, partial(feed, model, rows))
+            feed(model, rows)
+            calibration.initialize()
         seconds = time.perf_counter() - began
         yield name, perplexity(model, test), seconds
 

@@ -10,7 +10,6 @@
 import copy
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from benchmarks.measure import table
 from lightning_qlora import convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.calibration.calibration import calibration_of
+from lightning_qlora.training.calibration import calibration_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from compare_initializations import held_out_loss
@@ -163,7 +162,9 @@ def main() -> None:
         convert(model, **given, loftq_config={"loftq_iter": iterations} if iterations else None)
         calibration = calibration_of(model)
         if calibration is not None:
-            calibration.collect_statistics(model, partial(model, **first))
+            with torch.enable_grad():
+                model(**first)
+            calibration.initialize()
         layers = adapted_layers(model)
         weights = {key: dense.get_submodule(key).weight for key in layers}
         bits = 8 * sum(each.packed_weight.nbytes for each in layers.values()) / sum(w.numel() for w in weights.values())

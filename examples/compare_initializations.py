@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from lightning_qlora import QLoRAPrecision
 
 DENSE = "16-bit LoRA"
-METHODS = [DENSE, "default", "loftq x5", "pissa", "pissa x5", "calibrated"]
+METHODS = [DENSE, "default", "loftq x5", "pissa", "calibrated"]
 ADAPTER: dict[str, Any] = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.0}
 
 

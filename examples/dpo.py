@@ -51,8 +51,10 @@ def log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The log-probability of each answer, [answers]."""
     labels = batch["labels"][:, 1:]  # the token at t predicts the one at t + 1
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE)
-    return -losses.view(labels.shape).sum(1)
+    rows = ((logits[number], answer) for number, answer in enumerate(labels))
+    # A sum for each answer: cross_entropy with a sum or a mean does not compute all logits, if they are deferred.
+    sums = [F.cross_entropy(z.float(), y, reduction="sum", ignore_index=IGNORE) for z, y in rows]
+    return -torch.stack(sums)
 
 
 class DPO(LightningModule):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_qlora.adapters.merge import merge as merge
-    from lightning_qlora.adapters.save_callback import SaveAdapter as SaveAdapter
     from lightning_qlora.adapters.save_load import load_adapter as load_adapter
     from lightning_qlora.adapters.save_load import save_adapter as save_adapter
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
@@ -45,7 +44,6 @@ _PLACES = {
     "QLoRAConfig": "config",
     "QLoRALinear": "layers.qlora_linear",
     "QLoRAPrecision": "training.precision",
-    "SaveAdapter": "adapters.save_callback",
     "convert": "training.convert",
     "disable_adapter": "layers.disable_adapter",
     "estimate_memory": "tools.memory_estimate",

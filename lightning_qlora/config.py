@@ -20,6 +20,7 @@ from lightning_qlora.checks import (
     check_patterns,
     check_string,
     check_token_indices,
+    shown,
 )
 from lightning_qlora.words import refuse_unknown_arguments
 
@@ -39,6 +40,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state 
 StrategyName = Literal["ddp", "fsdp"]
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 EMPTY = {  # arguments whose value None stands for
@@ -47,20 +49,25 @@ EMPTY = {  # arguments whose value None stands for
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
-    """Class decorator: an argument that does not exist is an error with the word that is used here."""
+    """Class decorator: an argument without a name, or that does not exist, is an error with the word used here."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
     def wrapper(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise TypeError(
+                f"{shown(args[0])}: arguments are passed by name, such as r=16. The values of a LoraConfig have the "
+                "same names here: r=config.r, lora_alpha=config.lora_alpha, target_modules=..."
+            )
         refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)
-        init(self, *args, **kwargs)
+        init(self, **kwargs)
 
     cls.__init__ = wrapper  # type: ignore[assignment, method-assign]
     return cls
 
 
 @_refuses_unknown_arguments
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class QLoRAConfig:
     """The arguments of `QLoRAPrecision` and `convert`. The defaults are the settings of the QLoRA paper.
 
@@ -70,25 +77,22 @@ class QLoRAConfig:
             section 3).
         block_size: Number of weights that share one scale: a power of two from 32 to 4096.
         compute_dtype: Data type to which the 4-bit weights are decoded for each matrix product. "auto": the data type
-            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16. In Python also a torch.dtype.
+            of the original weight, or bf16 instead of fp32 on a GPU that supports bf16. In fp16 the Trainer and Fabric
+            scale the loss. In Python also a torch.dtype.
         r: Rank of the adapters.
         lora_alpha: The output of an adapter is multiplied by lora_alpha / r.
         lora_dropout: Dropout probability of the adapters' inputs during training.
         target_modules: Layers to convert, as in PEFT: "all-linear", a regular expression that matches the full name,
-            or a list of name endings.
+            or a list of name endings. ["all-linear", "lm_head"] is all of "all-linear" and the output embedding.
         exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
             stands for all layers inside it.
-        modules_to_save: Modules to train in full and to save with the adapters: a list of name endings.
+        modules_to_save: Modules to train in full, in fp32, and to save with the adapters: a list of name endings.
         trainable_token_indices: Tokens whose rows of the input embedding train, as in PEFT: a list of indices, or a
             dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.
-        keep_initial: Keep a copy of the parameters that train in full, so that `disable_adapter` computes with their
-            initial values; it takes as much memory as they do.
         init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
             "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
-            "calibrated" (computed from the first training batches).
+            "calibrated" (computed from the batches of the first step).
         loftq_config: For "loftq", as in PEFT, and for "pissa": {"loftq_iter": 5} runs 5 iterations instead of 1.
-        calibration_batches: For "calibrated": number of batches to collect statistics from before the first step.
-            None: the batches of the first step.
         use_rslora: Multiply the output of an adapter by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).
         use_dora: Also train the magnitude of every output row (weight-decomposed LoRA).
         rank_pattern: Rank of single layers, as in PEFT: {name ending or regular expression: r}.
@@ -118,10 +122,8 @@ class QLoRAConfig:
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    keep_initial: bool = False
     init_lora_weights: InitLoRAWeights = "default"
     loftq_config: dict[str, int] | None = None
-    calibration_batches: int | None = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, int] | None = None
@@ -143,7 +145,7 @@ class QLoRAConfig:
         check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
         check_integer("block_size", self.block_size)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
-        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing", "keep_initial"):
+        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
             check_bool(name, getattr(self, name))
         check_integer("r", self.r, at_least=1)
         check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)
@@ -160,14 +162,25 @@ class QLoRAConfig:
                 f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "
                 "or a list of name endings such as ['q_proj', 'v_proj']."
             )
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        if is_regex and ALL_LINEAR in self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r}: a regular expression can't contain 'all-linear'. For all "
+                "linear layers and others use a list, such as ['all-linear', 'lm_head']."
+            )
         self._check_initialization()
         check_auto("paged_optimizer", self.paged_optimizer)
         check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
             check_string("adapter", self.adapter)
+            if not os.path.exists(self.adapter):
+                raise ValueError(
+                    f"adapter={self.adapter!r}: does not exist (seen from {os.getcwd()}). It must be a folder on this "
+                    "machine; an adapter of the Hugging Face Hub is downloaded before."
+                )
             files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
             if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
-                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's adapter_config.json.")
+                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's {' and '.join(files)}.")
 
     def __repr__(self) -> str:
         """The arguments that are not the defaults."""
@@ -190,13 +203,20 @@ class QLoRAConfig:
                 f"loftq_config={loftq_config!r}: is used only by init_lora_weights='loftq' and 'pissa', not by "
                 f"{method!r}. Leave it out, or set init_lora_weights."
             )
-        if self.calibration_batches is not None:
-            check_integer("calibration_batches", self.calibration_batches, at_least=1)
-            if method != "calibrated":
-                raise ValueError(
-                    f"calibration_batches={self.calibration_batches!r}: is used only by "
-                    f"init_lora_weights='calibrated', not by {method!r}. Leave it out, or set init_lora_weights."
-                )
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether target_modules has all linear layers."""
+        if isinstance(self.target_modules, str):
+            return self.target_modules == ALL_LINEAR
+        return ALL_LINEAR in self.target_modules
+
+    @property
+    def named_targets(self) -> str | list[str]:
+        """target_modules without "all-linear": a regular expression, or a list of name endings, which may be empty."""
+        if isinstance(self.target_modules, str):
+            return [] if self.all_linear else self.target_modules
+        return [pattern for pattern in self.target_modules if pattern != ALL_LINEAR]
 
     @property
     def scaling(self) -> float:
@@ -239,7 +259,7 @@ class QLoRAConfig:
 
     def with_initialization(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
         """The same config with another initialization of the adapters."""
-        return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config, calibration_batches=None)
+        return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config)
 
 
 def takes_arguments_of(

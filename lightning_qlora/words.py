@@ -3,56 +3,29 @@
 import difflib
 from collections.abc import Iterable
 
-FOUR_BITS = "leave it out: the weights are always in 4 bits"
-FOUND = "leave it out: it is found"
-NO_EIGHT_BITS = "leave it out: there is no 8-bit base here, only 4 bits"
-NOT_HERE = "it is not supported: adapters are LoRA, with use_rslora and use_dora if you wish"
-NO_SUCH_START = "it is not supported: the initializations are those of init_lora_weights"
-REGEX = "use a regular expression in target_modules"
-TRAINS = "choose the layers in target_modules; the default 'all-linear' has all but the output embedding"
-OPTIMIZER = "give it to your optimizer in configure_optimizers"
 # Argument of another library -> what to do here. Those that contain ours (`bnb_4bit_quant_type`) are found without it.
 ARGUMENTS = {
-    # transformers and bitsandbytes
-    "load_in_4bit": FOUR_BITS, "load_in_8bit": "there is no 8-bit base here, only 4 bits",
+    "load_in_4bit": "leave it out: the weights are always in 4 bits",
+    "load_in_8bit": "there is no 8-bit base here, only 4 bits",
     "bnb_4bit_quant_storage": "leave it out: 4-bit weights are uint8, FSDP2 included",
     "quantization_config": "pass its values: quant_type, double_quant, compute_dtype",
-    "llm_int8_skip_modules": "use exclude_modules", "llm_int8_threshold": NO_EIGHT_BITS,
-    "llm_int8_has_fp16_weight": NO_EIGHT_BITS,
-    "llm_int8_enable_fp32_cpu_offload": "leave it out: weights stay on the device of the model",
-    "dtype": "use compute_dtype", "torch_dtype": "use compute_dtype",
-    # PEFT
-    "target_parameters": "use target_modules, which also takes the names of parameters that hold experts",
-    "layers_to_transform": REGEX, "layers_pattern": REGEX,
-    "bias": "biases stay frozen; modules_to_save trains a module in full",
-    "lora_bias": "adapters have no bias; modules_to_save trains a module in full",
-    "fan_in_fan_out": FOUND, "task_type": f"{FOUND}, and the head of a classification model trains",
-    "inference_mode": "leave it out: call eval()",
-    "peft_config": "pass the arguments themselves, or adapter=FOLDER for a saved adapter",
-    "base_model_name_or_path": FOUND, "auto_mapping": FOUND, "peft_version": FOUND,
-    "revision": "give it to from_pretrained, which loads the model",
-    "ensure_weight_tying": "leave it out: tied weights stay tied",
-    "layer_replication": "it is not supported: repeat the layers in the model, before conversion",
-    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), NO_SUCH_START),
-    **dict.fromkeys(
-        ("alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "megatron_core", "peft_type",
-         "monteclora_config", "qalora_group_size", "runtime_config", "use_bdlora", "use_qalora", "velora_config"),
-        NOT_HERE,
-    ),
-    # Lightning, LitGPT, torchtune and Unsloth
+    "llm_int8_skip_modules": "use exclude_modules",
+    "dtype": "use compute_dtype",
+    "torch_dtype": "use compute_dtype",
+    "precision": "use compute_dtype",
     "mode": "use quant_type and double_quant ('nf4-dq' is quant_type='nf4', double_quant=True)",
-    "quantize": "use quant_type and double_quant ('bnb.nf4-dq' is quant_type='nf4', double_quant=True)",
-    "ignore_modules": "use exclude_modules", "precision": "use compute_dtype", "quantize_base": FOUR_BITS,
-    "lora_r": "use r", "lora_rank": "use r", "rank": "use r", "alpha": "use lora_alpha", "dropout": "use lora_dropout",
-    **dict.fromkeys(
-        ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head", "lora_attn_modules",
-         "apply_lora_to_mlp", "apply_lora_to_output", "finetune_vision_layers", "finetune_language_layers",
-         "finetune_attention_modules", "finetune_mlp_modules", "finetune_audio_layers", "finetune_last_n_layers"),
-        TRAINS,
-    ),
-    "random_state": "call seed_everything", "max_seq_length": "leave it out: batches have the length of your data",
-    **dict.fromkeys(("lr", "learning_rate", "weight_decay", "optim"), OPTIMIZER),
-}  # fmt: skip
+    "peft_config": "pass the arguments themselves, or adapter=FOLDER for a saved adapter",
+    "target_parameters": "use target_modules, which also takes the names of parameters that hold experts",
+    "layers_to_transform": "use a regular expression in target_modules",
+    "bias": "biases stay frozen; modules_to_save trains a module in full",
+    "task_type": "leave it out: it is found, and the head of a classification model trains",
+    "inference_mode": "leave it out: call eval()",
+    "lora_r": "use r",
+    "rank": "use r",
+    "alpha": "use lora_alpha",
+    "dropout": "use lora_dropout",
+    "lr": "give it to your optimizer in configure_optimizers",
+}
 
 
 def install(extra: str) -> str:

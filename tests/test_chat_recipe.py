@@ -20,7 +20,7 @@ import conversations  # noqa: E402
 import finetune  # noqa: E402
 from chat_model import Chat  # noqa: E402
 
-from lightning_qlora import PagedAdamW, QLoRALinear, convert, load_from_checkpoint  # noqa: E402
+from lightning_qlora import PagedAdamW, QLoRALinear, convert, load_from_checkpoint, save_adapter  # noqa: E402
 from tests.toys import chat_model  # noqa: E402
 
 TEXTS = [
@@ -190,9 +190,13 @@ def test_a_run_prints_samples_and_saves_the_adapter(base, tmp_path, monkeypatch,
     assert run.trainer.global_step == 2
     printed = capsys.readouterr().out
     assert all(f"step {step} > What does `shutil.move` do?" in printed for step in (1, 2))
-    assert (tmp_path / "outputs/chat/adapters/newest").read_text() == "step-2\n"
     assert sum(isinstance(layer, QLoRALinear) for layer in run.model.modules()) == 14
     run.trainer.save_checkpoint("end.ckpt")
+    adapters = tmp_path / "outputs/chat/adapters"
+    assert (adapters / "newest").read_text() == "step-2\n"
+    save_adapter(run.model, tmp_path / "now")
+    weights = "adapter_model.safetensors"
+    assert (adapters / "step-2" / weights).read_bytes() == (tmp_path / "now" / weights).read_bytes()
     loaded, trained = (module.state_dict() for module in (load_from_checkpoint(Chat, "end.ckpt"), run.model))
     assert any(name.endswith("lora_B") and value.any() for name, value in loaded.items())
     assert all(torch.equal(value, trained[name]) for name, value in loaded.items())

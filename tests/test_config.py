@@ -40,7 +40,6 @@ WRONG_TYPES = {
     "use_rslora": [1, "true"],
     "use_dora": [0],
     "gradient_checkpointing": ["yes"],
-    "keep_initial": [1],
     "adapter": [7],
     "paged_optimizer": [3, None],
     "deferred_logits": [1, None],
@@ -75,7 +74,7 @@ def test_an_unknown_argument_is_named():
         ),
         ({"lora_r": 4}, "lora_r: there is no such argument here; use r."),
         ({"bnb_4bit_quant_type": "nf4"}, r"did you mean quant_type\?$"),
-        ({"ignore_modules": {"lm_head"}}, "use exclude_modules"),
+        ({"llm_int8_skip_modules": ["lm_head"]}, "use exclude_modules"),
         ({"task_type": "CAUSAL_LM"}, "leave it out"),
         ({"r": 4, "lora_alfa": 4}, r"lora_alfa: there is no such argument here; did you mean lora_alpha\?$"),
         ({"nonsense": 4}, "the arguments are .*quant_type, double_quant"),
@@ -94,22 +93,6 @@ def test_words_of_other_libraries_are_answered_with_ours(made_by, arguments, ans
 @pytest.mark.parametrize(("dtype", "word"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")])
 def test_a_torch_dtype_is_accepted_and_stored_as_our_word(dtype, word):
     assert QLoRAPrecision(compute_dtype=getattr(torch, dtype)).config == QLoRAConfig(compute_dtype=word)
-
-
-def arguments_of_peft_and_bitsandbytes():
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    quantization = inspect.signature(transformers.BitsAndBytesConfig).parameters
-    return [*(field.name for field in dataclasses.fields(peft.LoraConfig)), *(quantization.keys() - {"kwargs"})]
-
-
-def test_every_argument_of_peft_and_bitsandbytes_is_ours_or_is_answered():
-    ours = {field.name for field in dataclasses.fields(QLoRAConfig)}
-    for name in set(arguments_of_peft_and_bitsandbytes()) - ours:
-        with pytest.raises(TypeError, match=rf"^{name}: there is no such argument here; ") as caught:
-            QLoRAConfig(**{name: None})
-        answer = str(caught.value).partition("; ")[2]
-        guess = re.fullmatch(r"did you mean (\w+)\?", answer)
-        assert guess[1] in name if guess else "the arguments are" not in answer, answer
 
 
 def test_answers_name_arguments_that_exist():
@@ -144,7 +127,19 @@ def test_the_signature_of_the_plugin_is_that_of_the_config():
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in plugin.parameters.values())
     assert QLoRAPrecision.__init__.__doc__ == QLoRAConfig.__doc__
     assert QLoRAPrecision().config == QLoRAConfig()
-    assert QLoRAPrecision("int4", False, 128).config == QLoRAConfig("int4", False, 128)
+    assert QLoRAPrecision(quant_type="int4", r=8).config == QLoRAConfig(quant_type="int4", r=8)
+
+
+@pytest.mark.parametrize("value", [16, "nf4"])
+def test_arguments_without_a_name_are_refused(value):
+    with pytest.raises(TypeError, match=f"{value!r}: arguments are passed by name, such as r=16"):
+        QLoRAPrecision(value)
+
+
+def test_all_linear_stands_alone_or_in_a_list():
+    assert QLoRAConfig(target_modules=["all-linear", "lm_head"]).named_targets == ["lm_head"]
+    with pytest.raises(ValueError, match=r"can't contain 'all-linear'.*\['all-linear', 'lm_head'\]"):
+        QLoRAConfig(target_modules="all-linear|lm_head")
 
 
 def described():
@@ -169,7 +164,7 @@ def test_the_help_of_the_plugin_and_of_plan_has_every_description_type_and_defau
     plugin = help_of(lambda: parser.parse_args(["--plugin.help", "lightning_qlora.QLoRAPrecision"]), capsys)
     plan = help_of(lambda: main(["plan", "--help"]), capsys)
     of_plan = {"config", "print_config", "batch_size", "sequence_length", "optimizer", "gpu_memory", "json"}
-    of_plan |= {"devices", "strategy", "link"}
+    of_plan |= {"devices", "strategy"}
     assert set(plan) == {*plugin, *of_plan}
     assert list(plugin) == list(described()) == [field.name for field in dataclasses.fields(QLoRAConfig)]
     for field in dataclasses.fields(QLoRAConfig):

@@ -282,7 +282,7 @@ def fit(trainer, module, path, **arguments):
     "arguments",
     [
         {}, {"use_dora": True}, {"checkpoint": "full"}, {"init_lora_weights": "calibrated"},
-        {"init_lora_weights": "calibrated", "calibration_batches": 2}, {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True},
     ],
     ids=str,
 )  # fmt: skip

@@ -19,7 +19,6 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.adapters.checksums import CHECKSUMS_KEY
 from lightning_qlora.adapters.module_state import CONFIG_KEY
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
@@ -54,12 +53,11 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def older(files, tmp_path):
-    """Saves a checkpoint without checksums, as older versions wrote it, after a change of its state dict."""
+def changed(files, tmp_path):
+    """Saves a checkpoint after a change of its state dict."""
 
     def save(change, kind="adapter"):
         content = torch.load(files / f"{kind}.ckpt", weights_only=True)
-        del content["state_dict"][CHECKSUMS_KEY]
         change(content["state_dict"])
         torch.save(content, tmp_path / "x.ckpt")
         return tmp_path / "x.ckpt"
@@ -126,47 +124,41 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
         ),
     ],
 )
-def test_damaged_arguments_of_the_conversion(change, words, older):
+def test_damaged_arguments_of_the_conversion(change, words, changed):
     def damage(state):
         state[CONFIG_KEY] = torch.tensor(list(change(bytes(state[CONFIG_KEY].tolist()))), dtype=torch.uint8)
 
-    path = older(damage)
+    path = changed(damage)
     refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONFIG_KEY, *words)
 
 
-def test_a_damaged_quant_state(older):
+def test_a_damaged_quant_state(changed):
     key = "net.0.weight.quant_state.bitsandbytes__nf4"
 
     def damage(state):
         state[key] = state[key].clone()
         state[key][3] ^= 128
 
-    refused(lambda: load_from_checkpoint(Classifier, older(damage, "full")), key, "copy or write it again")
+    refused(lambda: load_from_checkpoint(Classifier, changed(damage, "full")), key, "copy or write it again")
 
 
-def test_a_4_bit_weight_of_another_shape(older):
+def test_a_4_bit_weight_of_another_shape(changed):
     def change(state):
         state.update(quantize(torch.randn(64, 128)).bnb_state_dict("net.0.weight"))
 
     message = ["net.0.weight", "[64, 128] in the checkpoint, [64, 64] here"]
-    refused(lambda: load_from_checkpoint(Classifier, older(change, "full")), *message, kind=CheckpointMismatchError)
+    refused(lambda: load_from_checkpoint(Classifier, changed(change, "full")), *message, kind=CheckpointMismatchError)
 
 
 @pytest.mark.parametrize(
     ("value", "words", "kind"),
     [
-        (torch.tensor(1.0), ["'net.0.lora_A' is torch.float32 []", "in 2 dimensions"], ValueError),
-        (
-            torch.ones(4, 64).to(torch.float8_e4m3fn),
-            ["is torch.float8_e4m3fn [4, 64]", "a type as float32"],
-            ValueError,
-        ),
         (torch.ones(0, 64), ["has rank 0 for 64 inputs"], CheckpointMismatchError),
         (torch.full((4, 64), float("nan")), ["holds NaN or Inf", "Use an earlier checkpoint"], ValueError),
     ],
 )
-def test_an_adapter_in_a_checkpoint(value, words, kind, older):
-    path = older(lambda state: state.update({"net.0.lora_A": value}))
+def test_an_adapter_in_a_checkpoint(value, words, kind, changed):
+    path = changed(lambda state: state.update({"net.0.lora_A": value}))
     refused(lambda: load_from_checkpoint(Classifier, path), "net.0", *words, kind=kind)
 
 
@@ -217,8 +209,6 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
     convert(module, r=4)
     refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "utf-8", "surrogates not allowed")
     assert not list(tmp_path.iterdir())
-    (tmp_path / name).write_bytes((files / "adapter.ckpt").read_bytes())
-    load_from_checkpoint(Classifier, tmp_path / name)
     with pytest.raises(SystemExit):
         main(["export", str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])
     assert capsys.readouterr().err.count("\n") == 1
@@ -240,7 +230,9 @@ def layer():
 
 
 def test_wrong_calls(layer):
-    refused(lambda: layer(torch.tensor(1.0)), "x must be [..., 64]", "got x []")
+    refused(lambda: layer(torch.tensor(1.0)), "0: x has no dimension, the layer takes 64.")
+    refused(lambda: layer(torch.zeros(2, 512)), "0: x has 512 columns, the layer takes 64.")
+    refused(lambda: layer(torch.zeros(2, 64, dtype=torch.int64)), "0: x: must be float32", kind=TypeError)
     refused(lambda: convert(Classifier(), lora_alpha=1e308), "lora_alpha=1e+308: must be", "< 1e+30")
     refused(lambda: convert(Classifier(), r=0), "r=0: must be an integer >= 1")
 

@@ -33,8 +33,8 @@ ALLOWED = {
     "layers/deferred_head.py": {"head.__class__"},
     "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
     "layers/readable_weight.py": {"made._is_param"},  # a tensor that it made
-    # Parameters that train in full and their initial values; a context exchanges them, and again at its end.
-    "layers/disable_adapter.py": {"owner._parameters[name]"},
+    # Conversion of a module whose parameters train in full; the gradient of one is cast with it.
+    "layers/full_precision.py": {"vars(part)['computes_in']", "part.__class__", "parameter.grad"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
     "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
@@ -52,8 +52,8 @@ ALLOWED = {
     "optim/paging/pool.py": {"weakref.finalize(self, pool._free, self.address).atexit"},
     # The public attribute of an optimizer, as torch's load_state_dict sets it; `close` puts plain dicts back.
     "optim/paging/optimizer_pages.py": {"optimizer.state"},
-    # Restores what a run of the user's own code changed.
-    "training/calibration/isolation.py": {"setattr(bits, 'state', before)", "object.__setattr__(value, name, part)"},
+    # Of our adapters: their gradients belong to the values before the calibration.
+    "training/calibration.py": {"parameter.grad"},
 }  # fmt: skip
 
 

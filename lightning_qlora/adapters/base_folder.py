@@ -14,7 +14,6 @@ from lightning_qlora.adapters.peft_experts import refuse
 from lightning_qlora.adapters.published_formats import CANNOT_DEQUANTIZE, published_format, takes_dequantize
 from lightning_qlora.adapters.tied_weights import is_one_weight, tied_names
 from lightning_qlora.files.hub import check_links
-from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.dense_reasons import get_output_embeddings
 from lightning_qlora.layers.dotted_names import last_part, plain_name
@@ -34,7 +33,7 @@ def gguf_of(source: str | os.PathLike[str]) -> Path | None:
     path = Path(source)
     if path.suffix == ".gguf":
         return path
-    if not path.is_dir() or is_file(path / WEIGHTS) or is_file(path / INDEX):
+    if not path.is_dir() or (path / WEIGHTS).is_file() or (path / INDEX).is_file():
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
@@ -58,7 +57,7 @@ def load_base_model(
     where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf is None:
-        if not is_file(folder / "config.json"):
+        if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: has no config.json, which names the model. {LOAD_IT_YOURSELF}")
         check_links(folder)
         WeightFolder(folder)  # its errors name file and key

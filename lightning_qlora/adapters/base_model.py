@@ -1,7 +1,7 @@
 """The base model inside a LightningModule: PEFT and vLLM would load that one, so its names are used for adapters."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning.fabric.wrappers import _FabricModule
@@ -11,7 +11,14 @@ from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter,
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dotted_names import COMPILED, join, last_part, parameter_and_number, plain_name
+from lightning_qlora.layers.dotted_names import (
+    COMPILED,
+    join,
+    last_part,
+    name_endings,
+    parameter_and_number,
+    plain_name,
+)
 from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.initialization.methods import changes_base_weights
@@ -172,13 +179,6 @@ def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | l
     names = [plain_name(name) for name, layer in adapted_layers(base).items() if layer not in experts]
     layers = [name for name in names if name not in without]
     for endings in ({last_part(name) for name in layers}, set(layers)):
-        if {name for name in modules if not endings.isdisjoint(_endings(name))} == set(layers):
+        if {name for name in modules if not endings.isdisjoint(name_endings(name))} == set(layers):
             return sorted(endings)
     return "|".join(re.escape(name) for name in layers)
-
-
-def _endings(name: str) -> Iterator[str]:
-    """A name, the same without its first part, without its first two, and so on."""
-    while name:
-        yield name
-        name = name.partition(".")[2]

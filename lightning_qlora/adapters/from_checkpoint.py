@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
-from lightning_qlora.adapters.checksums import check_checksums
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part, plain_name
@@ -74,7 +73,5 @@ def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool =
         for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
             for key in state:
                 if last_part(str(key)) == CONFIG_KEY:
-                    root = key[: -len(CONFIG_KEY)]
-                    check_checksums(state, root, str(path))
-                    return state, root
+                    return state, key[: -len(CONFIG_KEY)]
     raise ValueError(f"{path}: holds no {CONFIG_KEY!r}: it was not saved from a converted module.")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.adapters.module_state import CONVERSION
+from lightning_qlora.adapters.finite import check_finite
+from lightning_qlora.adapters.module_state import forget_conversion
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
@@ -15,6 +16,7 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks, experts_of
+from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.lora_layer import TINY, cancel_calibration
 from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import to_dense
@@ -31,8 +33,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     Experts become the parameter that they were, in the same way.
 
     The new weight is the decoded 4-bit weight plus s B A, on which the adapter was trained. The sum is computed in fp32
-    and rounded once, stochastically (`round_stochastically`). Every parameter requires a gradient if it did before
-    conversion.
+    and rounded once, stochastically (`round_stochastically`); so is what trained in full and was held in fp32. Every
+    parameter requires a gradient if it did before conversion.
 
     Args:
         module: A converted module.
@@ -40,7 +42,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
             all floating-point parameters of the module.
 
     Raises:
-        ValueError: If the module has no QLoRALinear, its layers are sharded, or dtype is not one of those above.
+        ValueError: If the module has no QLoRALinear, an adapter holds NaN or Inf, layers are sharded, or dtype is not
+            one of those above.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
@@ -53,10 +56,12 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
+    check_finite(module)
     cancel_calibration(module)
     reshard(module)
     stacks = list(expert_stacks(module))
-    names = {layer: plain_name(name) for name, layer in find_base_model(module)[1].named_modules()}
+    prefix, base = find_base_model(module)
+    names = {layer: plain_name(name) for name, layer in base.named_modules()}
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
@@ -72,17 +77,27 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, stack.stack(merged))
     compute_logits(module)
+    _round_what_trained_in_full(module, prefix, dtype)
     made = [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)]
     mark_as_loaded(module, made)
     merge_tokens(module)
     for part in module.modules():
-        vars(part).pop(CONVERSION, None)
+        forget_conversion(part)
     undo(module)
     if dtype != "auto":
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[dtype])
     return module
+
+
+def _round_what_trained_in_full(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
+    """Round parameters that train in full from fp32 to the type that they had; `prefix` is that of the base model."""
+    for name, parameter, own in full_precision_parameters(module):
+        wanted = own if dtype == "auto" else DTYPES[dtype]
+        in_base = plain_name(name).removeprefix(f"{plain_name(prefix)}.")
+        parameter.data = round_stochastically(parameter.data, wanted, in_base)
+    undo_full_precision(module)
 
 
 def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str, weight: Tensor | None = None) -> Tensor:

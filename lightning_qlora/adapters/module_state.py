@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import check_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
-from lightning_qlora.adapters.checksums import CHECKSUMS_KEY, add_checksums, check_checksums
-from lightning_qlora.adapters.peft_patterns import check_few_ways
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, key_name, last_part, owner_name, plain_name
@@ -58,6 +56,11 @@ class Conversion:
 def conversion_of(module: nn.Module) -> Conversion | None:
     """The conversion of a module; None for a module that is not converted, and for a part of a converted one."""
     return vars(module).get(CONVERSION)
+
+
+def forget_conversion(module: nn.Module) -> None:
+    """Let the next conversion convert the parts that this one has not seen; converted layers stay."""
+    vars(module).pop(CONVERSION, None)
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
@@ -114,15 +117,6 @@ def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield join(name, key), value
 
 
-def check_config_patterns(config: QLoRAConfig, state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError for a regular expression of a checkpoint that may take years to match with a name in it."""
-    names = {owner_name(key) for key in state_dict}
-    for argument in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        value: Any = getattr(config, argument) or []
-        if isinstance(value, (str, dict)):  # of a list: endings of names
-            check_few_ways(argument, [value] if isinstance(value, str) else value, names)
-
-
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
     """The arguments of the conversion, and what `describe_base` returned, from the state dict of a converted module.
 
@@ -156,7 +150,7 @@ def saved_layers(state_dict: Mapping[str, Any], description: Mapping[str, Any]) 
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace frozen parameters by their fingerprints, and add the arguments of the conversion and checksums."""
+    """Replace frozen parameters by their fingerprints, and add the arguments of the conversion."""
     check_no_layer_resized(root)
     if not _is_outermost(root, prefix):
         return
@@ -183,9 +177,8 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     text = text.ljust(-(-len(text) // PAGE) * PAGE)
     state_dict[prefix + CONFIG_KEY] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     for name, _conversion in _conversions(root):  # of parts that were converted alone, too
-        for key in (CONFIG_KEY, CHECKSUMS_KEY) if name else ():
-            state_dict.pop(f"{prefix}{name}.{key}", None)
-    add_checksums(state_dict, prefix)
+        if name:
+            state_dict.pop(f"{prefix}{name}.{CONFIG_KEY}", None)
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -196,7 +189,6 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     if done or not _is_outermost(root, prefix):
         return
     reshard(root)
-    check_checksums(state_dict, prefix)
     conversion = conversion_of(root)
     if conversion is not None:
         conversion.replaced = not any(key.endswith("." + FINGERPRINT) for key in state_dict)

@@ -23,7 +23,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
-    """Write PEFT's two files; a reader finds the old adapter, the new one, or none (`atomic_files`).
+    """Write PEFT's two files, each by a rename (`atomic_files`).
 
     Raises as `peft_tensors`.
     """
@@ -31,7 +31,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     with atomic_files(Path(folder)) as partial:
-        write_safetensors(whole, partial / WEIGHTS_FILE, metadata_of(adapter, whole, config))
+        write_safetensors(whole, partial / WEIGHTS_FILE, metadata_of(adapter, whole))
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -1,7 +1,6 @@
 """What the metadata of adapter_model.safetensors hold beside PEFT's format; PEFT ignores them.
 
-So one file has all that must agree: a copy of the config, and checksums of the tensors and of the other entries. They
-are checked if the file has them: PEFT writes none.
+The checksums of the tensors and of the other entries are checked if the file has them: PEFT writes none.
 """
 
 import json
@@ -12,22 +11,18 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.checks import shown
 from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
 
 # How the base was quantized and the adapters were initialized (`quantization_of`); fingerprints of the 4-bit weights
-# that the initialization changed; `Adapter.experts`; a copy of adapter_config.json; checksums.
+# that the initialization changed; `Adapter.experts`; checksums.
 QUANTIZATION, FINGERPRINTS, EXPERTS = "lightning_qlora", "lightning_qlora_base", "lightning_qlora_experts"
-CONFIG_COPY, CHECKSUMS_OF_FILE = "lightning_qlora_config", "lightning_qlora_checksums"
+CHECKSUMS_OF_FILE = "lightning_qlora_checksums"
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
-# Entries of adapter_config.json that do not decide what the adapter computes, so that they may be edited.
-EDITABLE = ("task_type", "base_model_name_or_path", "inference_mode", "lora_dropout", "init_lora_weights")
 
 
-def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, str]:
-    """The metadata for an adapter, its tensors as they are written, and the content of adapter_config.json."""
+def metadata_of(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata for an adapter and its tensors as they are written."""
     entries: dict[str, Any] = {
-        CONFIG_COPY: config,
         QUANTIZATION: adapter.quantization,
         FINGERPRINTS: {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()},
         EXPERTS: adapter.experts,
@@ -65,18 +60,6 @@ def check_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> No
                 f"{key!r} is not what was saved (its checksum is {found.get(key)}, and was "
                 f"{expected.get(key)}). The file is damaged: copy it again, or save the adapter again."
             )
-
-
-def difference_from_copy(config: Mapping[str, Any], copy: Mapping[str, Any]) -> str | None:
-    """The first entry in which adapter_config.json contradicts its copy in the weights' file, in words; or None."""
-    for key in [key for key in (*copy, "target_parameters") if key not in EDITABLE]:
-        here, there = config.get(key) or None, copy.get(key) or None  # PEFT writes null for an empty value
-        if isinstance(here, list) and isinstance(there, list):
-            here, there = sorted(map(str, here)), sorted(map(str, there))
-        if here != there:
-            name, was, saved = shown(key).strip("'"), shown(config.get(key)), shown(copy.get(key))
-            return f"{name}={was}, and the weights beside it were saved with {name}={saved}"
-    return None
 
 
 def _checksum_of_text(metadata: Mapping[str, str]) -> str:

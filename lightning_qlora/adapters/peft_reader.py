@@ -1,17 +1,13 @@
-"""Reads and checks PEFT's adapter folder, also while other processes replace its files.
+"""Reads and checks PEFT's adapter folder.
 
 Source of the format: peft/utils/save_and_load.py and peft/tuners/lora/config.py (0.17 to 0.21).
 """
 
 import os
 import re
-import time
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +19,30 @@ from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.adapters.peft_experts import DEFAULT_ALPHA, alpha_of_name, is_target, key_of
 from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from lightning_qlora.adapters.peft_metadata import (
-    CONFIG_COPY,
+    CHECKSUMS_OF_FILE,
     EXPERTS,
     FINGERPRINTS,
     QUANTIZATION,
     check_file,
-    difference_from_copy,
     metadata_entry,
 )
-from lightning_qlora.adapters.peft_patterns import check_few_ways, check_patterns_of_file
 from lightning_qlora.checks import (
     check_bool,
     check_choice,
     check_integer,
     check_names,
     check_number,
+    check_patterns,
     check_string,
     check_token_indices,
     shown,
 )
 from lightning_qlora.config import MOST_ALPHA
-from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
-LONGEST_KEY = 1000  # characters
-PATIENCE = 1.0  # seconds to wait for another process that is writing the folder
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
     "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
@@ -67,10 +59,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     FileNotFoundError if a file is missing; ValueError, with file and key, if one is broken, or QLoRALinear does not
     compute this kind of adapter.
     """
-    path = Path(folder) / WEIGHTS_FILE
-    config, tensors, metadata = _read_files(Path(folder))
-    with named(path):
-        return replace(_parse(config, tensors, metadata), source=str(path))
+    config_file = Path(folder) / CONFIG_FILE
+    weights_file = Path(folder) / WEIGHTS_FILE
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file}: no such file.")
+    if not weights_file.is_file():
+        raise FileNotFoundError(f"{weights_file}: no such file. Save the adapter with safetensors (PEFT's default).")
+    config = _checked(read_json(config_file), config_file)
+    with open_safetensors(weights_file) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+        metadata = file.metadata() or {}
+    with named(weights_file):
+        return replace(_parse(config, tensors, metadata), source=str(weights_file))
 
 
 def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> Adapter:
@@ -79,8 +79,6 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
-        if len(key) > LONGEST_KEY:
-            raise ValueError(f"key {key[:80]!r}... has {len(key)} characters, more than {LONGEST_KEY}.")
         # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
         # another shape: the base has its own. The same goes for an embedding of which some rows are trained.
         owner, base_layer, _ = key.partition(".base_layer.")
@@ -100,14 +98,12 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
             parts.setdefault(name, {})[part] = tensor
     if not parts:
         raise ValueError("holds no lora_A and lora_B.")
-    with named(CONFIG_FILE):
-        check_few_ways("alpha_pattern", config.get("alpha_pattern") or {}, parts)
     layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
     quantization = metadata_entry(metadata, QUANTIZATION)
     check_quantization(quantization, f"its metadata {QUANTIZATION!r}")
     experts = _experts(metadata_entry(metadata, EXPERTS) or {}, layers)
     of_experts = layers if config.get("target_parameters") else {}
-    if EXPERTS in metadata or CONFIG_COPY in metadata:  # ours, so these are all experts
+    if CHECKSUMS_OF_FILE in metadata:  # ours, so these are all experts
         keys = {key_of(name, stack) for name, stack in experts.items()}
         of_experts = {name: layers[name] for name in layers if name in keys}
     return Adapter(
@@ -130,74 +126,6 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
         quantization=quantization,
         base_fingerprints=metadata_entry(metadata, FINGERPRINTS) or {},
     )
-
-
-def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Config, tensors and metadata of one adapter, also while other processes replace its files.
-
-    The weights' file has a copy of its config. If the config is missing, or is not that one, another process may be
-    writing, so both are read again until `PATIENCE` ends.
-    """
-    path, weights, end = folder / CONFIG_FILE, folder / WEIGHTS_FILE, time.monotonic() + PATIENCE
-    while True:
-        config = None
-        with suppress(FileNotFoundError):
-            config = _checked(read_json(path), path)
-        if not is_file(weights):
-            why = "" if config is None else " Save the adapter with safetensors (PEFT's default)."
-            raise FileNotFoundError(f"{path if config is None else weights}: no such file.{why}")
-        tensors, metadata = _read_weights(weights, end)
-        with named(weights):
-            copy = metadata_entry(metadata, CONFIG_COPY)
-        difference = None if config is None or copy is None else difference_from_copy(config, copy)
-        if config is not None and difference is None:
-            return config, tensors, metadata
-        if copy is None:
-            raise FileNotFoundError(f"{path}: no such file.")
-        if time.monotonic() > end:
-            break
-        time.sleep(0.01)
-    if difference is not None:
-        raise ValueError(
-            f"{path}: has {difference}. The files are of two adapters, or the config was edited. Save the adapter "
-            "again. To keep an edited config, load and save the folder with PEFT, which writes no copy."
-        )
-    warnings.warn(
-        f"{path}: is missing, as after a save that was interrupted; its copy in {WEIGHTS_FILE} is used. Save the "
-        "adapter again, so that PEFT can load it.",
-        stacklevel=4,
-    )
-    return _checked(copy, weights), tensors, metadata
-
-
-def _read_weights(path: Path, end: float) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one version of a file: safetensors opens it twice, for the header and for the data."""
-    for attempt in count():
-        error = None
-        with path.open("rb") as held:  # while it is open, no new file can get its inode number
-            before = _version(held.fileno())
-            try:
-                with open_safetensors(path) as file:
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-                    metadata = file.metadata() or {}
-            except (ValueError, RuntimeError) as raised:
-                error = raised
-            same_file = before == _version(path)
-        if same_file:
-            if error is not None:
-                raise error
-            break
-        if attempt > 100 and time.monotonic() > end:
-            raise ValueError(f"{path}: other processes replace it all the time. Load it when they have ended.")
-    return tensors, metadata
-
-
-def _version(file: Path | int) -> tuple[int, int, int] | None:
-    """What changes if a file is replaced, by its path or descriptor; None if it can't be read."""
-    with suppress(OSError):
-        found = os.stat(file)
-        return found.st_ino, found.st_mtime_ns, found.st_size
-    return None
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -304,5 +232,5 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "target_parameters": check_names,
     "trainable_token_indices": check_token_indices,
     "target_modules": lambda name, value: None if isinstance(value, str) else check_names(name, value, or_regex=True),
-    "alpha_pattern": partial(check_patterns_of_file, check=partial(check_number, above=0, below=MOST_ALPHA)),
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

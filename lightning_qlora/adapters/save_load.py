@@ -22,25 +22,31 @@ from lightning_qlora.adapters.base_model import (
     adapter_on_base,
     describe_base,
     find_base_model,
+    target_modules_of,
     trained_in_full,
     trained_outside,
 )
+from lightning_qlora.adapters.finite import check_finite
 from lightning_qlora.adapters.module_state import conversion_of, float_buffers
-from lightning_qlora.adapters.peft_check import as_peft_loads_it
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
 from lightning_qlora.adapters.peft_files import exact, write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
-from lightning_qlora.layers.dotted_names import join, owner_name, plain_name
+from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
+from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
+
+# In a model with stacks of experts PEFT takes these targets for the stacks, and then has no place for dense MLPs and
+# shared experts with these names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
+TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def save_adapter(
@@ -53,7 +59,7 @@ def save_adapter(
 
     Names are those of the transformers model inside the module, so the folder works without Lightning. With sharded
     parameters call it on all ranks; rank 0 writes. Adapters of experts are written as PEFT's `target_parameters`, with
-    lora_dropout=0, which PEFT requires. Where PEFT is installed, a warning names what it would not load.
+    lora_dropout=0, which PEFT requires.
 
     Args:
         module: A converted module, LightningModule or not.
@@ -64,7 +70,7 @@ def save_adapter(
         base_model: Folder or hub name of the base model, for "float"; None: the one the transformers model came from.
 
     Raises:
-        ValueError: If there is no adapter, or PEFT's format has no place for what was trained.
+        ValueError: If there is no adapter, it holds NaN or Inf, or PEFT's format has no place for what was trained.
     """
     check_choice("base", base, get_args(Base))
     reshard(module)
@@ -87,7 +93,49 @@ def save_adapter(
             "modules_to_save.",
             stacklevel=2,
         )
-    rank_zero_only(lambda: write_adapter(as_peft_loads_it(adapter, inner), folder))()
+    if read := layers_that_are_only_read(inner):
+        warnings.warn(
+            f"PEFT would load the adapters of {len(read)} layers of this {type(inner).__name__} "
+            f"({', '.join(read[:3])}{', ...' if len(read) > 3 else ''}), but not use them: the model reads the weights "
+            "of these layers and does not call them. Merge the adapter, or load the folder with lightning_qlora "
+            "(adapter=FOLDER).",
+            stacklevel=2,
+        )
+    adapter = _as_parameters(adapter, inner)
+    rank_zero_only(lambda: write_adapter(adapter, folder))()
+
+
+def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
+    """The adapter with dense MLPs and shared experts beside stacks of experts as PEFT's `target_parameters`.
+
+    With DoRA, which PEFT does not have for parameters, the adapter is returned as it is, with a warning.
+    """
+    stacks = [name for name, _ in base.named_parameters() if name.endswith("experts.gate_up_proj")]
+    stacks += [name for name in adapter.experts if name.endswith("experts.gate_up_proj")]
+    names = [name for name in adapter.layers if last_part(name) in TAKEN_FOR_EXPERTS]
+    if not stacks or not names:
+        return adapter
+    if adapter.use_dora:
+        warnings.warn(
+            f"PEFT can't load the adapters of {len(names)} layers ({names[0]}, ...): it takes their names for those of "
+            "the experts, and has no DoRA for these. Merge the adapter, or load the folder with lightning_qlora "
+            "(adapter=FOLDER).",
+            stacklevel=3,
+        )
+        return adapter
+    layers = frozenset(names)
+    return replace(adapter, as_parameters=layers, target_modules=target_modules_of(base, layers))
+
+
+def layers_that_are_only_read(base: nn.Module) -> list[str]:
+    """Names of converted layers whose weight other code multiplied with, or read, and which were not called."""
+    experts = experts_of(base)
+    return [
+        name
+        for name, layer in adapted_layers(base).items()
+        if type(layer).forward is QLoRALinear.forward and layer not in experts
+        if layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
+    ]
 
 
 def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:
@@ -121,6 +169,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     _, base = find_base_model(module)
     layers = _layers_by_plain_name(base)
     _check_converted(module, layers)
+    check_finite(module)
     trained = trained_in_full(module)
     if "" in trained:
         raise ValueError(

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LOCK_TIMEOUT = 60.0  # seconds; a busy disk can take 10 for one fsync
-
 
 @contextmanager
-def lock_file(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[bool | None]:
+def lock_file(path: Path, timeout: float) -> Iterator[bool | None]:
     """Lock a file, and delete it at the end; yields False if it is not free, None if the file system has no locks."""
     lock, locked = FileLock(path), None
     with suppress(NotImplementedError, OSError):  # no locks here: `locked` is still None

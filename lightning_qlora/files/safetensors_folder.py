@@ -15,10 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_qlora.checks import shown
-from lightning_qlora.files.regular_file import is_file, reading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_JSON = 100_000_000  # bytes; the index of DeepSeek-V3 has 9 million
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,11 @@ class TensorEntry:
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """`safetensors.safe_open` on the CPU, with errors that name the file."""
-    with reading(path):
-        try:
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            what = f"not a safetensors file, or truncated ({error})"
-            raise ValueError(f"{path}: {what}. Copy or download it again.") from error
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        what = f"not a safetensors file, or truncated ({error})"
+        raise ValueError(f"{path}: {what}. Copy or download it again.") from error
     with file:
         try:
             yield file
@@ -75,13 +72,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file; FileNotFoundError or ValueError if there is none."""
-    with reading(path):
-        if (size := path.stat().st_size) > MOST_JSON:
-            raise ValueError(f"{path}: has {size:,} bytes, and at most {MOST_JSON:,} are read. Write the file again.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: contains a JSON {type(content).__name__}, not an object.")
     return content
@@ -90,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; empty if there is none. Raises as `read_json`."""
     path = folder / "config.json"
-    return read_json(path) if is_file(path) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 class WeightFolder:
@@ -106,14 +100,14 @@ class WeightFolder:
         self.entries: dict[str, TensorEntry] = {}  # key -> type and shape
         self.file_of: dict[str, Path] = {}  # key -> file
         indexed = _indexed(self.folder / INDEX)
-        if not indexed and not is_file(self.folder / WEIGHTS):
+        if not indexed and not (self.folder / WEIGHTS).is_file():
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
                 f"{self.folder}: has neither {WEIGHTS} nor {INDEX}, only {others[:5]}. Other formats cannot be read."
             )
         for name in sorted(set(indexed.values()) or {WEIGHTS}):
             path = self.folder / name
-            if not is_file(path):
+            if not path.is_file():
                 key = next(key for key, file in indexed.items() if file == name)
                 raise FileNotFoundError(f"{path}: this shard is missing; {INDEX} says it holds {key!r}.")
             entries, _ = read_header(path)
@@ -142,7 +136,7 @@ class WeightFolder:
 
 def _indexed(index: Path) -> dict[str, str]:
     """Keys of the index and their files; empty if there is no index."""
-    if not is_file(index):
+    if not index.is_file():
         return {}
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:

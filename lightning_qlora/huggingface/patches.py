@@ -1,5 +1,7 @@
 """Changes to transformers' code and objects, each with the upstream file, the reason, and what would remove it."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.adapters.save_load import save_adapter
 from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dotted_names import last_part, owner_name
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.layers.patches import make_changes, replaces, wrap_once
@@ -153,25 +157,38 @@ def split_4_bit_layers_of_tp_plans(
 
 
 @replaces("transformers.modeling_utils:PreTrainedModel.save_pretrained")
-def refuse_save_pretrained(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Let `save_pretrained` of a converted model raise. HF Trainer and push_to_hub call it.
+def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Let `save_pretrained` of a converted model write its adapter, as that of a PeftModel does.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
-    converted model has no base, so `from_pretrained` would initialize the model at random. A state dict that is passed
-    to it and holds no adapters is written.
+    converted model has no base, so `from_pretrained` would initialize the model at random. HF Trainer, `push_to_hub`
+    and `on_save_checkpoint` of LightningModules call it. A state dict that is passed to it and holds no adapters is
+    written.
     Supported ways tried: a quantizer that is not serializable is refused, but it also refuses to move and cast.
-    Removed by: a hook of nn.Module or PreTrainedModel that says whether a model can be saved.
+    Removed by: a hook of nn.Module or PreTrainedModel by which a model is saved.
     """
-    state = kwargs.get("state_dict", args[2] if len(args) > 2 else None)
     adapted = adapted_layers(model)
-    if adapted and (state is None or any(last_part(str(key)).startswith("lora_") for key in state)):
+    if not adapted:
+        return original(model, *args, **kwargs)
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    state = given.get("state_dict")
+    if state is not None and not any(last_part(str(key)).startswith("lora_") for key in state):
+        return original(model, *args, **kwargs)
+    what = f"{type(model).__name__}.save_pretrained"
+    if any(is_sharded(layer.lora_A) for layer in adapted.values()):
         raise ValueError(
-            f"{type(model).__name__}.save_pretrained: {len(adapted)} layers are in 4 bits with adapters, and a "
-            "folder without their base could not be loaded. lightning_qlora.save_adapter(model, FOLDER) writes "
-            "the adapters as a PEFT folder, and lightning_qlora.merge(model) makes dense layers, which "
-            "save_pretrained can write. transformers with BitsAndBytesConfig writes a base in 4 bits."
+            f"{what}: the layers are sharded, and one rank alone can't save them. Call "
+            "lightning_qlora.save_adapter(model, FOLDER) on all ranks; it writes a PEFT folder."
         )
-    return original(model, *args, **kwargs)
+    if given.get("push_to_hub"):
+        raise ValueError(f"{what}: push_to_hub=True is not supported. Call model.push_to_hub(NAME).")
+    if given.get("is_main_process", True):
+        save_adapter(model, given["save_directory"])
+        warnings.warn(
+            f"{what} wrote the adapter as a PEFT folder, because the base is in 4 bits. lightning_qlora.merge(model) "
+            "makes dense layers, which save_pretrained writes.",
+            stacklevel=3,
+        )
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

@@ -5,7 +5,17 @@
 
 With 8-bit state, m and v are codes of the 256 dynamic levels (signed for m, unsigned for v) with one scale per 256
 elements. They are decoded, updated in fp32 and quantized again, as in bitsandbytes' 8-bit AdamW
-(backends/triton/kernels_optim.py; Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
+(backends/triton/kernels_optim.py; Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"). One thing
+differs from it, the denominator:
+
+    m_hat = m / (1 - beta1^t)                       v_hat = v / (1 - beta2^t)
+    p = p (1 - lr wd) - lr * m_hat / (max(sqrt(v_hat), |m_hat|) + eps)
+
+so that no step is longer than lr. v is the square of a gradient: its smallest level is 3e-7 of the largest v in a
+block, and an element whose gradients are below 1 / 2500 of the largest in its block gets code 0. m, which is not a
+square, still has a value there, and m / (sqrt(0) + eps) would be thousands of learning rates. Where v has a value, the
+maximum changes nothing in the first step and little later: sqrt(v_hat) < |m_hat| only if the last gradients of an
+element are larger than those before; AdamW's own steps are then up to 7 lr.
 """
 
 import math
@@ -18,6 +28,7 @@ from lightning_qlora.quantization.blockwise import block_absmax, normalize
 from lightning_qlora.quantization.codebooks import dynamic_map
 
 STATE_BLOCK_SIZE = 256  # elements per scale, as in bitsandbytes
+LARGEST = torch.finfo(torch.float32).max  # number in fp32
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ def adamw8bit_step(
     for param, grad, (m_codes, m_absmax, v_codes, v_absmax) in zip(params, grads, moments, strict=True):
         m = dequantize_state(m_codes, m_absmax, signed=True)
         v = dequantize_state(v_codes, v_absmax, signed=False)
-        _update(param, grad, m, v, scalars)
+        _update(param, grad, m, v, scalars, bounded=True)
         quantize_state(m, m_codes, m_absmax, signed=True)
         quantize_state(v, v_codes, v_absmax, signed=False)
 
@@ -75,12 +86,18 @@ def quantize_state(values: Tensor, codes: Tensor, absmax: Tensor, signed: bool) 
     codes.copy_(nearest.view(codes.shape))
 
 
-def _update(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: AdamWStep) -> None:
+def _update(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: AdamWStep, bounded: bool = False) -> None:
     g = grad.float()
     p = param.float()
     m.mul_(scalars.beta1).add_(g, alpha=1 - scalars.beta1)
     v.mul_(scalars.beta2).addcmul_(g, g, value=1 - scalars.beta2)
-    denominator = (v.sqrt() / math.sqrt(1 - scalars.beta2**scalars.step)).add_(scalars.eps)
+    correction = 1 - scalars.beta1**scalars.step
+    if bounded:
+        v.clamp_(max=LARGEST)  # an infinite scale would make NaN of all elements of the block
+    denominator = v.sqrt() / math.sqrt(1 - scalars.beta2**scalars.step)
+    if bounded:
+        denominator = torch.maximum(denominator, m.abs() / correction)
+    denominator.add_(scalars.eps)
     if scalars.weight_decay:
         p = p * (1 - scalars.lr * scalars.weight_decay)
-    param.copy_(p.addcdiv_(m, denominator, value=-scalars.lr / (1 - scalars.beta1**scalars.step)))
+    param.copy_(p.addcdiv_(m, denominator, value=-scalars.lr / correction))

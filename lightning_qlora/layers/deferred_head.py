@@ -12,7 +12,9 @@ from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.full_precision import computed_in
 from lightning_qlora.layers.kinds import is_packed
+from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
@@ -42,7 +44,9 @@ class DeferredHead(Derived):
 
 def _can_defer(head: Any, input: Tensor) -> bool:
     """Whether autograd alone records the call, something trains in it, and the head keeps its parameters after it."""
-    if not torch.is_grad_enabled() or type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
+    if DISABLED in vars(head) or not torch.is_grad_enabled():
+        return False
+    if type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
         return False
     # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the forward pass.
     if "_is_fsdp_managed_module" in head.__dict__ or "forward" in head.__dict__:
@@ -102,6 +106,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
     kind: Any = layer.dense_class if isinstance(layer, TrainableTokens) else type(layer)
+    kind = getattr(kind, "class_before", kind)
     return kind in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_packed(layer)
 
 
@@ -146,6 +151,7 @@ def saved_bytes(head: Any) -> int:
 
     Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
     """
-    dtype = head.weight_dtype if isinstance(head, QLoRALinear) else head.weight.dtype
+    packed = isinstance(head, QLoRALinear)
+    dtype = head.weight_dtype if packed else computed_in(head, "weight") or head.weight.dtype
     elements: int = 1000 * head.out_features
     return elements * (dtype.itemsize + 8)

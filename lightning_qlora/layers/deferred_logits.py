@@ -21,7 +21,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.layers.disable_adapter import contexts, restored
 from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
 from lightning_qlora.layers.readable_weight import METADATA, Readable
@@ -30,27 +29,27 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Source:
-    """One call of a head: its input, its parameters as they were, autocast, and whether adapters were disabled."""
+    """One call of a head: its input, its parameters as they were, and autocast."""
 
     def __init__(self, hidden: Tensor, head: Any) -> None:
         self.head, device = head, hidden.device.type
         # The parameters that train.
-        self.trained = [] if vars(head).get(DISABLED) else [p for p in head.parameters() if p.requires_grad]
+        self.trained = [p for p in head.parameters() if p.requires_grad]
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        self._contexts = contexts()
         self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
 
     def compute(self, hidden: Tensor) -> Tensor:
         """The logits of some rows of hidden states; RuntimeError if the head or its input changed since the call."""
         enabled, dtype = self._autocast
-        with restored(self._contexts), torch.autocast(hidden.device.type, dtype, enabled=enabled):
+        with torch.autocast(hidden.device.type, dtype, enabled=enabled):
             now = [self._tensors[0][0], *self.head.parameters()]
             for (tensor, version), held in zip(self._tensors, now, strict=True):
-                if tensor is not held or tensor._version != version:
+                if tensor is not held or tensor._version != version or DISABLED in vars(self.head):
                     raise RuntimeError(
                         "These logits were not computed yet, and they can't be computed any more: the weight of the "
-                        "output embedding or its input changed since (an optimizer step, an operation in place). Read "
-                        "the logits before that, for example by logits.detach(), or pass deferred_logits=False."
+                        "output embedding or its input changed since (an optimizer step, an operation in place), or "
+                        "its adapter is disabled now. Read the logits before that, for example by logits.detach(), or "
+                        "pass deferred_logits=False."
                     )
             logits: Tensor = self.head.plain_forward(hidden)
         return logits
@@ -230,13 +229,14 @@ def _cross_entropy(
     input: Any, target: Any, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
     reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Tensor | None:  # fmt: skip
-    """`F.cross_entropy` in pieces of rows; None where the input is no deferred matrix or targets are probabilities."""
+    """`F.cross_entropy` in pieces of rows; None for anything but the mean or the sum over the rows of a matrix."""
     if not isinstance(input, DeferredLogits) or input.is_computed or input.dim() != 2:
         return None
     is_index = type(target) in (Tensor, FakeTensor) and not target.is_floating_point()
     if not is_index or target.shape != input.shape[:1]:
         return None
-    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
+    if weight is not None or label_smoothing or size_average is not None or reduce is not None:
         return None
-    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    return piecewise_cross_entropy(input.detached(), target, options, reduction)
+    if reduction not in ("mean", "sum"):
+        return None
+    return piecewise_cross_entropy(input.detached(), target, ignore_index, reduction)

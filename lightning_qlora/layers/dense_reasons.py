@@ -18,6 +18,7 @@ LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loa
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 ROUTERS = ("gate", "router")
 FROZEN = "frozen by the module"
+LARGE_RANK = "an adapter of rank"  # beginning of a reason
 FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
@@ -131,4 +132,4 @@ def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
         return f"its {rows}x{columns} weights are too few for 4 bits"
     if config.r * (rows + columns) < rows * columns:
         return None
-    return f"an adapter of rank {config.r} would not be smaller than its {rows}x{columns} weights"
+    return f"{LARGE_RANK} {config.r} would not be smaller than its {rows}x{columns} weights"

@@ -5,6 +5,7 @@ is the layer NAME_experts.i. No other file knows this.
 """
 
 import re
+from collections.abc import Iterator
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
@@ -25,6 +26,13 @@ def owner_name(name: str) -> str:
 def last_part(name: str) -> str:
     """The name of a module or parameter in the module that holds it."""
     return name.rpartition(".")[2]
+
+
+def name_endings(name: str) -> Iterator[str]:
+    """A name, the same without its first part, without its first two, and so on."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def plain_name(name: str) -> str:

@@ -46,15 +46,21 @@ def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
 
 
+def by_mesh(parameters: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
+    """The parameters with a gradient, by the device mesh over which it is split; None: by none."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if (grad := parameter.grad) is not None:
+            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+    return groups
+
+
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any, **named: Any) -> Tensor:
     """torch's `clip_grad_norm_`, which takes no parameters that are split over several meshes, or some over none.
 
     `options` are `norm_type` and `error_if_nonfinite`; the result is the norm before clipping.
     """
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+    groups = by_mesh(parameters)
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
     norm = get_total_norm([gather(get_total_norm(group, *options, **named)) for group in gradients], *options, **named)
     for group in groups.values():
@@ -66,20 +72,6 @@ def reshard(module: nn.Module) -> None:
     """Reshard parameters that an evaluation gathered, and left in the type that it computed in."""
     for part in _sharded_modules(module):
         part.reshard()
-
-
-def start_sharding(module: nn.Module) -> None:
-    """Let `fully_shard` register its hooks now, not in the first forward pass, if that is to leave no trace."""
-    for part in _sharded_modules(module):
-        part.unshard()
-        part.reshard()
-
-
-def gather_again(module: nn.Module) -> None:
-    """Gather the parameters of a module whose forward pass has begun, if `fully_shard` manages it."""
-    sharded = _sharded_modules(module)
-    if module in sharded:
-        sharded[0].unshard()  # the outermost one comes first
 
 
 def _sharded_modules(module: nn.Module) -> list[Any]:

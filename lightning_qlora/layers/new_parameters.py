@@ -21,10 +21,7 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
     """
     new: dict[int, str] = {}
     models = [part for part in root.modules() if is_transformers_model(part)]
-    inner = {id(part) for model in models for part in model.modules() if part is not model}
-    outermost = [model for model in models if id(model) not in inner]
-    # A copy of a loaded model has lost the marks of its tensors, but not its name.
-    loaded = [m for m in outermost if any(map(_has_mark, m.parameters())) or getattr(m, "name_or_path", None)]
+    loaded = loaded_models(root)
     if loaded:
         kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
         inside = {id(parameter) for model in loaded for parameter in model.parameters()}
@@ -37,6 +34,15 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
                 new[id(parameter)] = "new: initialized when the model was loaded"
     frozen = {id(parameter) for parameter in root.parameters() if not parameter.requires_grad}
     return {key: reason for key, reason in new.items() if key not in frozen}
+
+
+def loaded_models(root: nn.Module) -> list[nn.Module]:
+    """The transformers models in a module that were loaded from weights, without those inside another one."""
+    models = [part for part in root.modules() if is_transformers_model(part)]
+    inner = {id(part) for model in models for part in model.modules() if part is not model}
+    outermost = [model for model in models if id(model) not in inner]
+    # A copy of a loaded model has lost the marks of its tensors, but not its name.
+    return [m for m in outermost if any(map(_has_mark, m.parameters())) or getattr(m, "name_or_path", None)]
 
 
 def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -9,9 +9,6 @@ from collections.abc import Callable
 from functools import reduce, wraps
 from typing import Any, TypeVar
 
-import torch.utils.checkpoint
-
-from lightning_qlora.layers.disable_adapter import as_called
 from lightning_qlora.lightning_copies import modules
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -53,23 +50,3 @@ def make_changes(*packages: str) -> None:
         *owners, last = name.split(".")
         for found in modules(module) if module.partition(".")[0] in packages else ():
             wrap_once(reduce(getattr, owners, found), last, replacement)
-
-
-def recompute_as_called() -> None:
-    """Let torch's activation checkpointing recompute a block with or without adapters, as it was called.
-
-    Upstream: torch/utils/checkpoint.py restores random generators and autocast for the recomputation, and knows nothing
-    of `disable_adapter`: a forward pass inside of it would be recomputed with adapters, and one before it without them
-    if the backward pass runs inside.
-    Supported ways tried: the argument `context_fn` of `checkpoint`, which is the caller's (transformers, the user).
-    Removed by: upstream restoring context variables in the recomputation.
-    """
-
-    def function(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(as_called(function), *args, **kwargs)
-
-    def function_of(original: Any, ctx: Any, function: Any, *args: Any) -> Any:
-        return original(ctx, as_called(function), *args)
-
-    wrap_once(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", function)
-    wrap_once(torch.utils.checkpoint.CheckpointFunction, "forward", function_of)

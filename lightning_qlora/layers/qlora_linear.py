@@ -137,10 +137,22 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
-        if self._split is not None:
-            return split_linear(self, x, bias)
         held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
-        return self.compute(x, self.weight_bytes, bias, held["lora_A"], held["lora_B"], held["lora_magnitude_vector"])
+        a, b, magnitude = held["lora_A"], held["lora_B"], held["lora_magnitude_vector"]
+        try:
+            if self._split is not None:
+                return split_linear(self, x, bias)
+            return self.compute(x, self.weight_bytes, bias, a, b, magnitude)
+        except (TypeError, ValueError) as error:
+            raise self._named(error, x) from error
+
+    def _named(self, error: TypeError | ValueError, x: Tensor) -> TypeError | ValueError:
+        """An error of a call with the name of the layer, and for an input of another width with that."""
+        name = self.full_name or type(self).__name__
+        if self._split is None and x.shape[-1:] != (self.in_features,):
+            columns = f"{x.shape[-1]} columns" if x.ndim else "no dimension"
+            return ValueError(f"{name}: x has {columns}, the layer takes {self.in_features}.")
+        return (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}")
 
     def compute(
         self, x: Tensor, weight: PackedBytes, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None,
@@ -232,6 +244,11 @@ def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
 def adapted_layers(module: nn.Module) -> dict[str, QLoRALinear]:
     """Name -> converted layer, each once, in the order of the module."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
+
+
+def computes_in_fp16(module: nn.Module) -> bool:
+    """Whether a converted layer computes in fp16, outside of autocast."""
+    return any(layer.compute_dtype(layer.packed) is torch.float16 for layer in adapted_layers(module).values())
 
 
 def check_packed_initialization(config: QLoRAConfig) -> None:

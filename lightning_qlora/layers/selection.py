@@ -11,12 +11,14 @@ The first line that fits decides on a layer:
     can't be converted, or only if named                 skipped (`dense_reasons`: tied, frozen by the module, routers)
     not larger than its adapter, with "all-linear"       trains in full
     any other linear layer                               4 bits and an adapter
+
+In target_modules=["all-linear", "lm_head"] the layers that "lm_head" matches count as named.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,8 @@ class Selection:
     skip: dict[str, str] = field(default_factory=dict)  # why a linear layer, or a stack of experts, is dense and frozen
     stop: dict[str, None] = field(default_factory=dict)  # what trained before, is no linear layer, and is frozen
     tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
-    refused: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names can't be converted
+    refused: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is an error
+    named_in_vain: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is in `skip`
     names: dict[int, LayerNames] = field(default_factory=dict)  # id of each module -> its names
 
 
@@ -142,8 +145,9 @@ def _decide(
     part: nn.Module | ExpertParameter, names: LayerNames, new: str | None,
 ) -> None:  # fmt: skip
     """Decide for a layer or a parameter of experts; `new` is the reason why it would train in full."""
-    (forms, seed_name), everything = names, config.target_modules == "all-linear"
-    target = not everything and bool(name) and any(matches(form, config.target_modules) for form in forms)
+    forms, seed_name = names
+    target = bool(name) and any(matches(form, config.named_targets) for form in forms)
+    everything = config.all_linear and not target
     is_stack = isinstance(part, ExpertParameter)
     has_kind = isinstance(part, ExpertParameter) or is_linear(part)
     if not (has_kind or target or new):
@@ -161,7 +165,11 @@ def _decide(
         choice.refused[name] = "only linear layers can be converted"
     elif clash := name_clash(part):
         (choice.skip if everything else choice.refused)[name] = clash
-    elif reason := facts.cannot_convert(part) or (facts.not_by_default(name, part, own) if everything else None):
+    elif reason := facts.cannot_convert(part):
+        choice.skip[name] = reason
+        if target:
+            choice.named_in_vain[name] = reason
+    elif everything and (reason := facts.not_by_default(name, part, own)):
         choice.skip[name] = reason
     elif everything and (small := too_small(shape_of(part), own)):
         (choice.train if facts.trains and not is_stack else choice.skip)[name] = small
@@ -197,13 +205,25 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
                 reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
                 raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.{reasons}")
         elif not matched:
-            convertible = [name for name in forms if name not in layers or is_linear(layers[name])]
-            endings = sorted({last_part(name) for name in convertible})
-            raise ValueError(
-                f"{argument}={getattr(config, argument)!r}: no module of this model fits {pattern!r}. "
-                f"Its linear layers end in {endings}. A list has names or such endings, a string is a regular "
-                "expression for the full name, and target_modules='all-linear' means all linear layers."
-            )
+            _refuse_pattern(argument, getattr(config, argument), pattern, layers, forms)
+
+
+def _refuse_pattern(
+    argument: str, value: Any, pattern: str, layers: Mapping[str, nn.Module], forms: Iterable[str]
+) -> NoReturn:
+    """Raise ValueError for a pattern that fits no module, with the name endings that there are."""
+    if argument == "modules_to_save":
+        what, rule = "modules", "A list has names or such endings."
+        names = [name for name, layer in layers.items() if name and next(layer.parameters(), None) is not None]
+    else:
+        what, rule = "linear layers", "A list has such endings, a string is a regular expression for the full name."
+        names = [name for name in forms if name not in layers or is_linear(layers[name])]
+    if argument == "target_modules":
+        rule += " 'all-linear', alone or in a list, means all linear layers."
+    endings = sorted({last_part(name) for name in names})
+    raise ValueError(
+        f"{argument}={value!r}: no module of this model fits {pattern!r}. Its {what} end in {endings}. {rule}"
+    )
 
 
 def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
@@ -237,10 +257,9 @@ def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice:
 def _patterns(config: QLoRAConfig) -> Iterator[tuple[str, str, Callable[[list[str]], bool]]]:
     """Argument, pattern, and a function that says whether one of a module's names matches it."""
     for argument in ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = getattr(config, argument)
-        if value != "all-linear":
-            for pattern in [value] if isinstance(value, str) else value:
-                yield argument, pattern, partial(_any_matches, argument, value, pattern)
+        value = config.named_targets if argument == "target_modules" else getattr(config, argument)
+        for pattern in [value] if isinstance(value, str) else value:
+            yield argument, pattern, partial(_any_matches, argument, value, pattern)
 
 
 def _any_matches(argument: str, value: str | list[str] | dict[str, Any], pattern: str, forms: list[str]) -> bool:

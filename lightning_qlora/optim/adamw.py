@@ -20,6 +20,7 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     quantize_like,
+    saved_betas,
     saved_parameters,
     shard_count,
     split_like,
@@ -51,6 +52,7 @@ class PagedAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        params = _not_empty(type(self).__name__, params)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs)
         Pager().attach(self)
 
@@ -58,7 +60,13 @@ class PagedAdamW(torch.optim.AdamW):
 class PagedAdamW8bit(Optimizer):
     """AdamW with paged, blockwise 8-bit state: a quarter of AdamW's bytes, with bitsandbytes' levels and blocks.
 
-    Formula: `kernels/reference_adamw.py` (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
+        m_hat = m / (1 - beta1^t)                   v_hat = v / (1 - beta2^t)
+        p = p (1 - lr wd) - lr * m_hat / (max(sqrt(v_hat), |m_hat|) + eps)
+
+    AdamW has no |m_hat| in the denominator. Here it keeps every step within one learning rate: a v below 1.6e-7 of the
+    largest in its block of 256 gets the code of 0, and m does not (`kernels/reference_adamw.py`; Dettmers et al. 2022,
+    "8-bit optimizers via block-wise quantization").
+
     Tensors of fewer than 4096 elements have 32-bit state, and so have those that are split by columns (tensor
     parallelism), or twice (with FSDP2). A state dict has for each parameter `step` and either
     `exp_avg`, `exp_avg_sq` in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`,
@@ -76,7 +84,7 @@ class PagedAdamW8bit(Optimizer):
 
     Raises:
         TypeError: If an argument, or a value in a parameter group, is not a number (betas: a pair; paged: a bool).
-        ValueError: If a number is out of its range, or betas are not two.
+        ValueError: If a number is out of its range, betas are not two, or there are no parameters.
     """
 
     steps_in_windows = True
@@ -93,7 +101,7 @@ class PagedAdamW8bit(Optimizer):
         check_bool("paged", paged)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_numbers(defaults)
-        super().__init__(params, defaults)
+        super().__init__(_not_empty(type(self).__name__, params), defaults)
         if paged:
             Pager().attach(self)
 
@@ -127,9 +135,10 @@ class PagedAdamW8bit(Optimizer):
         Raises ValueError for parts of state (DTensors) that were saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
+        betas = saved_betas(state_dict)
         for index, param in saved_parameters(self, state_dict).items():
             state = state_dict["state"].get(index, {})
-            state = state if shard_count(param) else to_32bit(state)
+            state = state if shard_count(param) else to_32bit(state, betas[index])
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
                 if is_sharded(state[f"{MOMENTS[0]}_codes"]):
@@ -181,12 +190,24 @@ class PagedAdamW8bit(Optimizer):
 
 def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Load a state dict that was saved whole, or put together from shards: each tensor is split as its parameter is."""
-    state = dict(saved["state"])
+    state, betas = dict(saved["state"]), saved_betas(saved)
     if not isinstance(optimizer, PagedAdamW8bit):  # it splits its state itself
         for index, param in saved_parameters(optimizer, saved).items():
             if index in state:
-                state[index] = split_like(param, to_32bit(state[index]))
+                state[index] = split_like(param, to_32bit(state[index], betas[index]))
     optimizer.load_state_dict({**saved, "state": state})
+
+
+def _not_empty(optimizer: str, params: Any) -> Any:
+    """The parameters of a new optimizer; ValueError if there are none."""
+    params = params if isinstance(params, Tensor) else list(params)  # torch refuses a tensor
+    if not isinstance(params, Tensor) and not params:
+        raise ValueError(
+            f"{optimizer} got no parameters. A module that builds its model in configure_model has none before that: "
+            "create the optimizer in configure_optimizers, with LightningCLI from an argument "
+            "`optimizer: OptimizerCallable` of the module in place of the section `optimizer:`."
+        )
+    return params
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

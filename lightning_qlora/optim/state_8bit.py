@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, dequantize_state, quantize_state
+from lightning_qlora.kernels.reference_adamw import LARGEST, STATE_BLOCK_SIZE, dequantize_state, quantize_state
 from lightning_qlora.layers.dtensor import local, shard_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
@@ -28,16 +28,36 @@ def is_8bit(state: Mapping[Any, Any]) -> bool:
     return f"{MOMENTS[0]}_absmax" in state
 
 
-def to_32bit(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the state of a parameter as torch's AdamW has it: 8-bit moments decoded to fp32, other state unchanged."""
+@torch.no_grad()
+def to_32bit(state: dict[Any, Any], betas: Any) -> dict[Any, Any]:
+    """Return the state of a parameter as torch's AdamW has it: 8-bit moments decoded to fp32, other state unchanged.
+
+    A second moment that was too small for its levels, so that its code is 0, gets the value at which the first moment
+    makes a step of one learning rate. AdamW would divide by zero, and `kernels/reference_adamw.py` does not.
+    """
     if not is_8bit(state):
         return state
+    state = decode(state)
+    m, v = (state[moment] for moment in MOMENTS)
+    step, (beta1, beta2) = int(state["step"]), map(float, betas)
+    m_hat = m / (1 - beta1**step)
+    state[MOMENTS[1]] = torch.where(v == 0, (1 - beta2**step) * m_hat.square(), v).clamp(max=LARGEST)
+    return state
+
+
+def decode(state: dict[Any, Any]) -> dict[Any, Any]:
+    """Return 8-bit state with its moments decoded to fp32."""
     state = dict(state)
     shards = int(state.pop("shards", 1))
     for moment in MOMENTS:
         codes, absmax = state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax")
         state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
     return state
+
+
+def saved_betas(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the betas of each index in a state dict; None for another optimizer, whose state is not in 8 bits."""
+    return {index: group.get("betas") for group in state_dict["param_groups"] for index in group["params"]}
 
 
 def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
@@ -60,7 +80,7 @@ def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
 @torch.no_grad()
 def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """Return 8-bit state that was saved in another number of shards, in the blocks of `new`, the parameter's own."""
-    whole = split_like(param, to_32bit(state))
+    whole = split_like(param, decode(state))
     for signed, moment in zip((True, False), MOMENTS, strict=True):
         values = local(whole[moment]).to(param.device)
         codes, absmax = local(new[f"{moment}_codes"]), local(new[f"{moment}_absmax"])

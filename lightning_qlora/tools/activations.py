@@ -67,14 +67,14 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int,
     Temporary tensors, of the loss too, and the buffer for an adapter's input after dropout count as activations;
     parameters, buffers and inputs do not count. None if the code of the model depends on values.
     The loss is that of the model. Where it returns none, deferred logits get a cross entropy, and all other outputs a
-    gradient of their size. Every expert of a mixture gets the same number of tokens. A model that fails: ValueError.
+    gradient of their size. A model that fails: ValueError.
     """
     fake_model.train()
     trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]
     living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()])
     hooks = [p.register_post_accumulate_grad_hook(living.add_gradient) for p in trained]  # type: ignore[no-untyped-call]
     try:
-        with torch.enable_grad(), RealIndices(), living:
+        with torch.enable_grad(), RealIndices(), living:  # type: ignore[no-untyped-call]
             _backward(forward())
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None

@@ -1,4 +1,4 @@
-"""`lightning-qlora`: plan, inspect, merge, export, average, doctor.
+"""`lightning-qlora`: plan, inspect, merge, export, doctor.
 
 A command imports what it runs, so that help and mistakes are answered without torch.
 """
@@ -14,11 +14,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_qlora.checks import check_integer
 from lightning_qlora.config import Base, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.tools.patches import print_warnings_in_one_line
 from lightning_qlora.words import ARGUMENTS, install
@@ -51,9 +52,8 @@ def plan(
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
     gpu_memory: str | None = None,
-    devices: str | None = None,
+    devices: int = 1,
     strategy: StrategyName = "fsdp",
-    link: str | None = None,
     json: bool = False,
     **arguments: Any,
 ) -> None:
@@ -64,15 +64,13 @@ def plan(
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
-        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say what fits on it, and which settings help.
-        devices: Number of devices, or replicas x shards such as 2x4: also say what each holds and sends in a step.
+        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say whether the run fits, and else what to change.
+        devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
-        link: Bytes a second that a device sends, such as 300GB/s, for the time of a step's traffic.
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
-    from lightning_qlora.tools.devices import what_devices_do
-    from lightning_qlora.tools.fit import what_fits
+    from lightning_qlora.tools.fit import both_units, bytes_on_each, fits, parse_memory
     from lightning_qlora.tools.memory_estimate import PlannedRun
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
@@ -80,19 +78,30 @@ def plan(
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
-    if link is not None and devices is None:
-        raise ValueError(f"link={link!r}: gives the time of a step's traffic between devices. Pass devices, such as 8.")
-    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments))
+    check_integer("devices", devices, at_least=1)
+    memory = None if gpu_memory is None else parse_memory(gpu_memory)
+    config = QLoRAConfig(**arguments)
+    if devices > 1 and strategy == "fsdp":
+        config = replace(config, deferred_logits=False)  # the output embedding is in shards
+    if sys.stderr.isatty():
+        print(f"Running a step of {model} without weights ...", file=sys.stderr, flush=True)
+    run = PlannedRun(model, optimizer, config)
     estimate = run.estimate(batch_size, sequence_length)
-    fits = () if gpu_memory is None else what_fits(run, gpu_memory, batch_size, sequence_length)
-    traffic = () if devices is None else what_devices_do(run, devices, strategy, link, batch_size, sequence_length)
+    needed = bytes_on_each(run, estimate, devices, strategy)
+    answer = None
+    if memory is not None:
+        answer = "It is not known whether it fits: the activations could not be counted."
+        if estimate.counted_activations:
+            answer = fits(needed, memory, config)
     if json:
-        lists = {name: list(lines) for name, lines in (("fits", fits), ("devices", traffic)) if lines}
-        _print_json({**vars(estimate), "total": estimate.total, "device": estimate.device, **lists})
+        totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
+        _print_json({**vars(estimate), **totals})
         return
     print(estimate)
-    for line in (*fits, *traffic):
-        print(line, flush=True)
+    if devices > 1:
+        print(f"Each of {devices} devices ({strategy}) needs {both_units(needed)}.")
+    if answer is not None:
+        print(answer)
 
 
 def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:
@@ -163,10 +172,9 @@ def export(
     output: str,
     base: Base = "quantized",
     base_model: str | None = None,
-    max_lora_rank: int = 512,
     weights_only: bool = True,
 ) -> None:
-    """Write the adapter of a Lightning checkpoint as a PEFT folder; say what it was trained on and if vLLM can load it.
+    """Write the adapter of a Lightning checkpoint as a PEFT folder; say what it was trained on.
 
     Args:
         checkpoint: A checkpoint of the Trainer, ModelCheckpoint or Fabric.
@@ -175,13 +183,11 @@ def export(
             bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
             error: for "float" the initial values are subtracted, which doubles the rank.
         base_model: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
-        max_lora_rank: What vLLM will be started with.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
     from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
     from lightning_qlora.adapters.peft_files import write_adapter
-    from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 
     adapter = _adapter(checkpoint, weights_only)
     if base == "float":
@@ -191,31 +197,6 @@ def export(
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
-    objections = " ".join(vllm_objections(adapter, max_lora_rank))
-    print(f"vLLM cannot load it: {objections}" if objections else f"vLLM can load it; {VLLM_BASE}")
-
-
-def average(checkpoints: list[str], output: str, weights_only: bool = True) -> None:
-    """Write the mean of the adapters of several checkpoints of one run as a PEFT folder: average CKPT... OUTPUT.
-
-    Args:
-        checkpoints: Checkpoints of the Trainer, ModelCheckpoint or Fabric, or PEFT adapter folders; two or more.
-        output: Folder to write adapter_config.json and adapter_model.safetensors to.
-        weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
-            code of whoever wrote the file.
-    """
-    from lightning_qlora.adapters.average import average as mean_of_adapters
-    from lightning_qlora.adapters.base_compatibility import required_base
-    from lightning_qlora.adapters.peft_files import write_adapter
-
-    adapter = mean_of_adapters([_adapter(path, weights_only) for path in checkpoints])
-    if need := required_base(adapter.quantization):
-        warnings.warn(need, stacklevel=2)
-    write_adapter(adapter, output)
-    print(
-        f"{output}: the mean of {len(checkpoints)} adapters, {len(adapter.layers) + len(adapter.expert_adapters)} "
-        "layers"
-    )
 
 
 def doctor(check: bool = False, json: bool = False) -> None:
@@ -238,11 +219,7 @@ def doctor(check: bool = False, json: bool = False) -> None:
 
 
 def _as_jsonargparse_takes(arguments: list[str]) -> list[str]:
-    """The arguments with --gpu-memory as --gpu_memory, --json as --json true, and checkpoints to average as a list."""
-    if arguments[:1] == ["average"]:  # average CKPT... OUTPUT
-        paths = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
-        merged = [json_format.dumps(paths[:-1]), paths[-1]] if paths else []
-        arguments = ["average", *merged, *arguments[1 + len(paths) :]]
+    """The arguments with --gpu-memory as --gpu_memory, and --json as --json true."""
     taken = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         argument = re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument)
@@ -270,8 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: dict[str, Any] = {
         # jsonargparse asks the package for a function's name: `merge` would import torch
-        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export,
-        "average": average, "doctor": doctor,
+        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export, "doctor": doctor,
     }  # fmt: skip
     try:
         given = _as_jsonargparse_takes(list(sys.argv[1:] if arguments is None else arguments))

@@ -7,8 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.files.regular_file import is_file
-
 
 def fake_copy(module: nn.Module) -> nn.Module:
     """Copy a module, under FakeTensorMode; the parameters and buffers of the copy have no data."""
@@ -33,9 +31,7 @@ def meta_model(model: Any) -> nn.Module:
     except ImportError as error:
         raise TypeError(f"model={model!r}: is not a module, and transformers is not installed.") from error
     named = isinstance(model, (str, os.PathLike))
-    if named:
-        is_file(os.path.join(model, "config.json"))  # transformers would wait for a pipe
-    elif not isinstance(model, transformers.PretrainedConfig):
+    if not named and not isinstance(model, transformers.PretrainedConfig):
         raise TypeError(
             f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
         )

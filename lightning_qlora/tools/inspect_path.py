@@ -14,10 +14,8 @@ from lightning_qlora.adapters.from_checkpoint import (
 from lightning_qlora.adapters.peft_files import CONFIG_FILE
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.published_formats import published_format
-from lightning_qlora.adapters.vllm import VLLM_BASE, vllm_objections
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
-from lightning_qlora.files.regular_file import is_file
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.training.report import size_text
@@ -28,7 +26,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
     Raises FileNotFoundError or ValueError if it does not exist or is broken.
     """
-    if is_shards(path) or (not os.path.isdir(path) and is_file(path)):
+    if is_shards(path) or os.path.isfile(path):
         state, _ = read_converted_state_dict(path, weights_only)
         adapter = read_adapter_from_checkpoint(path, weights_only=weights_only)
         files = [path for path in Path(path).rglob("*") if path.is_file()] or [Path(path)]  # one, or shards
@@ -38,7 +36,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
             *_adapter_lines(adapter),
             ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base"),
         ]
-    if is_file(os.path.join(path, CONFIG_FILE)):
+    if os.path.isfile(os.path.join(path, CONFIG_FILE)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
     return _model_lines(WeightFolder(resolve_model(path)))
 
@@ -52,7 +50,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]
     tensors = [t for t in [*matrices, *adapter.saved.values()] if t is not None]
     kinds = [kind for kind, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if used]
-    objections, how = vllm_objections(adapter), adapter.quantization
+    how = adapter.quantization
     return [
         ("base", adapter.base_model or "unknown"),
         ("quantization", "unknown" if how is None else ", ".join(f"{name}={value}" for name, value in how.items())),
@@ -64,7 +62,6 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
-        ("vLLM", " ".join(objections) or f"can load it (--max-lora-rank {max(ranks)} or more); {VLLM_BASE}"),
     ]
 
 

@@ -136,7 +136,6 @@ class PlannedRun:
         if config.initializes_from_weight:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
         self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
-        self._given = made, optimizer, example
         if config.adapter is not None:  # no file can be read under that mode
             config = replace(config_of_adapter(made, read_adapter(config.adapter), config), adapter=None)
         with self._mode:
@@ -155,11 +154,6 @@ class PlannedRun:
             "optimizer state": in_8_bits if optimizer == "adamw8bit" else int(trained * STATE[optimizer]),
             "decode buffer": _decode_buffers(layers),
         }
-
-    def with_arguments(self, **changed: Any) -> "PlannedRun":
-        """The same run with other arguments of the conversion."""
-        model, optimizer, example = self._given
-        return PlannedRun(model, optimizer, replace(self.config, **changed), example)
 
     def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         """The memory of a run with batches of this size."""

@@ -1,4 +1,4 @@
-"""Before an optimizer's first step: which adapters got no gradient, and why; which blocks were not recomputed.
+"""Before an optimizer's first step: which adapters got no gradient, what does not move, and what was not recomputed.
 
 An adapter without a gradient never trains, and nothing else would say so: its layer may be used only by code that is
 not differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
@@ -9,15 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.dtensor import world_size
+from lightning_qlora.layers.dtensor import local, world_size
+from lightning_qlora.layers.full_precision import IN_16_BITS
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.training.report import group
 
+ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 AUDITED = "_qlora_audited"  # mark of an optimizer
 UNUSED = "not used in the loss"
 READ = "its weight was read, but no gradient came back"
@@ -67,6 +71,7 @@ def audit_first_step(optimizer: Optimizer, module: nn.Module, found: dict[str, s
     new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in found}
     found.update(new)
     _show(new, blocks_not_recomputed(module, layers.values()))
+    _warn_of_lost_steps(optimizer, module)
 
 
 @rank_zero_only
@@ -89,6 +94,39 @@ def _show(found: Mapping[str, str], not_recomputed: list[str]) -> None:
         warnings.warn(
             f"gradient_checkpointing=True saves no memory in {groups(not_recomputed)}: in the first step the forward "
             "method of these modules was not called, so nothing was recomputed.",
+            stacklevel=2,
+        )
+
+
+def lost_steps(optimizer: Optimizer, module: nn.Module) -> dict[str, float]:
+    """Name -> share of the elements that a step of Adam does not move, of each 16-bit parameter where some do not.
+
+    A step is about a learning rate: p + lr, rounded, is p.
+    """
+    if not isinstance(optimizer, ADAM):
+        return {}
+    names, shares = {id(p): name for name, p in module.named_parameters()}, {}
+    for each in optimizer.param_groups:
+        step = max(float(each["lr"]), float(each.get("initial_lr", 0)))  # at the end of a warmup
+        for parameter in each["params"]:
+            if parameter.dtype in IN_16_BITS and parameter.grad is not None and step > 0:
+                values = local(parameter.detach())
+                share = ((values.float() + step).to(values.dtype) == values).float().mean().item()
+                if share > 0:
+                    shares[names.get(id(parameter), "a parameter of another module")] = share
+    return shares
+
+
+@rank_zero_only
+def _warn_of_lost_steps(optimizer: Optimizer, module: nn.Module) -> None:
+    shares = lost_steps(optimizer, module)
+    if shares:
+        name, share = max(shares.items(), key=lambda pair: pair[1])
+        warnings.warn(
+            f"{groups(shares)} train in 16 bits, and a step of {type(optimizer).__name__}, about its learning rate, is "
+            f"smaller than half of the last bit of {100 * share:.0f}% of {name}: these elements do not move. "
+            "Conversion holds what trains in full in fp32: do not cast the module afterwards, and name in "
+            "modules_to_save what you make trainable. Or cast these parameters to fp32 before conversion.",
             stacklevel=2,
         )
 

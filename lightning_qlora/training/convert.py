@@ -24,13 +24,14 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dense_reasons import FROZEN
-from lightning_qlora.layers.disable_adapter import keep_initial
 from lightning_qlora.layers.dotted_names import expert_name, join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
+from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.patches import make_changes, recompute_as_called
+from lightning_qlora.layers.new_parameters import loaded_models
+from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
@@ -42,14 +43,18 @@ from lightning_qlora.layers.selection import (
     select_layers,
 )
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
-from lightning_qlora.training.calibration.calibration import Calibration, calibration_of
+from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
     check_any,
     check_has_data,
     check_initialized,
     check_loaded,
+    warn_of_16_bits,
+    warn_of_fp16,
+    warn_of_hand_written_adapters,
     warn_of_hooks,
     warn_of_large_new_parts,
+    warn_of_names_in_vain,
     warn_of_other_arguments,
     warn_of_two_configs,
     warn_of_what_stayed,
@@ -79,7 +84,9 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
     check_module("module", module)
-    return convert_module(module, QLoRAConfig(**arguments))
+    report = convert_module(module, QLoRAConfig(**arguments))
+    warn_of_fp16(module)
+    return report
 
 
 def convert_module(
@@ -122,9 +129,12 @@ def convert_module(
     choice = select_layers(module, config, saved)
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
+    by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
     if not kept:
+        warn_of_hand_written_adapters(module)
         check_any(choice, config)
     check_loaded(module, choice)
+    warn_of_names_in_vain(choice)
     warn_of_hooks(choice)
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
     chosen_layers = tqdm(choice.convert.items(), "Quantizing", leave=False, delay=2, unit=" layers", disable=silent)
@@ -137,19 +147,18 @@ def convert_module(
     forget_quantizer(module)
     freeze(module, choice, new, kept)
     _add_tokens(module, choice)
+    in_16_bits = train_in_full_precision(module)
     record([*unrecorded(module), *new])  # what conversion made, and what it found
-    if config.keep_initial:
-        keep_initial(module)
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
     make_changes("torch", "transformers")
-    recompute_as_called()
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     warn_of_what_stayed(module, choice)
+    warn_of_16_bits(in_16_bits)
     if kept and choice.convert:
         warn_of_two_configs(module)
     elif kept and not config.rank_pattern and not config.alpha_pattern:
@@ -157,8 +166,9 @@ def convert_module(
             if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
                 break
     if config.initialization == "calibrated" and choice.convert:
-        Calibration(module, config, sharded)
+        Calibration(module, sharded)
     report = _report(module, choice, bytes_before, start, deferred)
+    report.by_size = by_size
     warn_of_large_new_parts(module, choice, report)
     return report
 
@@ -261,6 +271,7 @@ def _report(
     frozen = [tensors[key] for name in of_module for key in (join(name, "weight"), name) if key in tensors]
     layers, tokens = adapted_layers(module), token_adapters(module)
     adapters: list[Any] = [*layers.values(), *tokens.values()]
+    in_fp32 = [*full_precision_parameters(module)]
     calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),
@@ -278,5 +289,7 @@ def _report(
         frozen_by_module=sum(weight.nbytes for weight in frozen),
         bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),
         deferred_logits=deferred,
+        full_precision_bytes=sum(parameter.nbytes for _, parameter, _ in in_fp32),
+        full_precision_computes_in=sorted({str(dtype).removeprefix("torch.") for _, _, dtype in in_fp32}),
         calibration=None if calibration is None else calibration.report,
     )

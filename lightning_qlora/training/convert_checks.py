@@ -12,14 +12,15 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dense_reasons import FROZEN
+from lightning_qlora.layers.dense_reasons import FROZEN, LARGE_RANK
 from lightning_qlora.layers.dotted_names import expert_name, join, owner_name
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.foreign_adapters import hand_written_adapters
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, named_tensors
 from lightning_qlora.layers.new_parameters import OUTSIDE
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, computes_in_fp16
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
@@ -92,19 +93,67 @@ def check_loaded(module: nn.Module, choice: Selection) -> None:
             )
 
 
+def warn_of_hand_written_adapters(module: nn.Module) -> None:
+    """Warn of adapters that no library wrote: conversion freezes them, or adds a second one to the same layer."""
+    by_hand = hand_written_adapters(module)
+    if by_hand:
+        rank_zero_warn(
+            f"{len(by_hand)} frozen linear layers have adapters that were written by hand, two low-rank matrices "
+            f"beside them: {', '.join(by_hand[:3])}{', ...' if len(by_hand) > 3 else ''}. Conversion adds its own. "
+            "Leave out those of the module, and name the layers in target_modules if they stay frozen; or keep those: "
+            "name the layers in exclude_modules, and the modules with the matrices in modules_to_save.",
+            stacklevel=2,
+        )
+
+
 def check_any(choice: Selection, config: QLoRAConfig) -> None:
-    """Warn if no layer is to be converted; raise ValueError if nothing trains then."""
+    """Warn if no layer is to be converted; raise ValueError if nothing trains then, or all because of r."""
     if choice.convert:
         return
-    given = f"target_modules={config.target_modules!r}, r={config.r}"
+    given = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
     if not choice.train:
         left = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
-        left = left or " The module has no linear layer (nn.Linear, Conv1D)."
-        raise ValueError(f"No layer was converted to 4 bits ({given}).{left}")
-    frozen = FROZEN in choice.skip.values()
-    remedy = "target_modules converts frozen layers that it names." if frozen else "A smaller r converts more layers."
-    why = f"The report has the reason for each. {remedy}"
-    warnings.warn(f"No layer was converted to 4 bits ({given}). {why}", stacklevel=2)
+        raise ValueError(given + (left or " The module has no linear layer (nn.Linear, Conv1D)."))
+    small = [name for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
+    if small:
+        raise ValueError(
+            f"{given} Adapters of this rank would not be smaller than the weights of the layers, so {len(small)} would "
+            f"train in full: {', '.join(small[:3])}{', ...' if len(small) > 3 else ''}. Set a smaller r, or name in "
+            "modules_to_save what is to train in full."
+        )
+    frozen = " target_modules converts frozen layers that it names." if FROZEN in choice.skip.values() else ""
+    warnings.warn(f"{given} The report has the reason for each.{frozen}", stacklevel=2)
+
+
+def warn_of_names_in_vain(choice: Selection) -> None:
+    """Warn of layers that target_modules names and that can't be converted, where it also names others."""
+    if choice.named_in_vain:
+        reasons = "; ".join(f"{name}: {why}" for name, why in choice.named_in_vain.items())
+        rank_zero_warn(f"target_modules names layers that stay dense and frozen. {reasons}.", stacklevel=2)
+
+
+def warn_of_fp16(module: nn.Module) -> None:
+    """Warn of layers that compute in fp16 in a loop that may have no loss scale."""
+    if computes_in_fp16(module):
+        warnings.warn(
+            "Layers compute in fp16, in which small gradients become 0. To train in a loop of your own, scale the loss "
+            "with torch.amp.GradScaler; the Trainer and Fabric with QLoRAPrecision do it. Or use compute_dtype='bf16'.",
+            stacklevel=3,
+        )
+
+
+def warn_of_16_bits(names: dict[str, int]) -> None:
+    """Warn of parameters that train in full in 16 bits, because they can't be held in fp32."""
+    if names:
+        rank_zero_warn(
+            f"{', '.join([*names][:5])}{', ...' if len(names) > 5 else ''}: {sum(names.values()):,} elements train in "
+            "16 bits, in which most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that "
+            "of 2e-4 is smaller than half of the last bit of every bf16 value above 0.1. They can't be held in fp32: "
+            "they are of a LightningModule itself, of a ScriptModule or of a sharded module, or a hook of "
+            "torch.nn.utils reads them. Put them in an nn.Module with a forward, use torch.nn.utils.parametrizations, "
+            "or build them in fp32.",
+            stacklevel=2,
+        )
 
 
 def warn_of_hooks(choice: Selection) -> None:
@@ -158,7 +207,9 @@ def warn_of_large_new_parts(module: nn.Module, choice: Selection, report: Conver
     if sizes.total() <= report.adapter_parameters:
         return
     largest, size = sizes.most_common(1)[0]
-    layers = [name for name, layer in module.named_modules() if inside(name, largest) and is_linear(layer)]
+    linear = [name for name, layer in module.named_modules() if inside(name, largest) and is_linear(layer)]
+    by_hand = hand_written_adapters(module)
+    layers = [name for name in linear if name not in by_hand]
     # The last part of a name, or the last two where that is a number.
     endings = sorted({re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", name) for name in [*report.converted, *layers]})
     rank_zero_warn(

@@ -1,5 +1,6 @@
 """Errors where Lightning would train the wrong parameters or lose the adapters without an error of its own."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -11,8 +12,10 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_qlora.adapters.finite import check_finite
+from lightning_qlora.layers.dotted_names import join, key_name, last_part, name_endings
 from lightning_qlora.layers.dtensor import of_all_ranks
-from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import token_adapters
 from lightning_qlora.lightning_copies import classes
@@ -45,8 +48,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         if copy is not None:
             raise RuntimeError(
                 f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
-                "full weights that the module no longer has. Remove the callback; `lightning-qlora average CKPT... "
-                "OUTPUT` averages the adapters of several checkpoints."
+                "full weights that the module no longer has. Remove the callback; docs/adapters.md shows how to "
+                "average the adapters of several checkpoints."
             )
 
 
@@ -91,6 +94,48 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "LBFGS flattens all its parameters into one tensor, which frozen 4-bit ones can't be part of. Pass only "
             "the parameters that train: LBFGS([p for p in self.parameters() if p.requires_grad])."
         )
+
+
+def check_state_dict(module: nn.Module) -> None:
+    """RuntimeError for a module whose state dict, and so every checkpoint, would lack adapters."""
+    layers = adapted_layers(module)
+    missing = _missing_adapters(module, module.state_dict()) if layers else []
+    if missing:
+        raise RuntimeError(
+            f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), so no checkpoint would hold what they "
+            "learn. Frozen weights are in no checkpoint of a converted module: remove the override or the hook that "
+            "leaves them out, or let it keep what ends in lora_A and lora_B."
+        )
+
+
+def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
+    check_finite(module)
+    missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
+    if missing:
+        rank_zero_warn(
+            f"The checkpoint lacks the adapters of {len(missing)} layers ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}), because code of the module or a callback removed them "
+            "(on_save_checkpoint). It can't restore what they learned.",
+            stacklevel=2,
+        )
+
+
+def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+    """Names of the layers whose adapters train and are in a state dict under none of their names.
+
+    A key may lack the first parts of a name, or have others before it: `state_dict` may return that of a part.
+    """
+    keys = {key for key in map(str, state_dict) if last_part(key) == "lora_A"}
+    endings = {ending for key in keys for ending in name_endings(key)}
+    present = set()
+    for name, layer in module.named_modules(remove_duplicate=False):
+        key = join(key_name(name), "lora_A")
+        if isinstance(layer, QLoRALinear) and (key in endings or not keys.isdisjoint(name_endings(key))):
+            present.add(layer)
+    layers = adapted_layers(module).items()
+    return [name for name, layer in layers if layer.lora_A.requires_grad and layer not in present]
 
 
 def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:

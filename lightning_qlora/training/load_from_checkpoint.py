@@ -12,7 +12,7 @@ from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, check_config_patterns, read_conversion, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
@@ -69,7 +69,6 @@ def load_from_checkpoint(
         with named(checkpoint_path):
             config, description = read_conversion(state)
             assert config is not None
-            check_config_patterns(config, state)
         convert_module(module, config, saved=saved_layers(state, description))
 
     source: Any = checkpoint_path

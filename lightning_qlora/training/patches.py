@@ -6,7 +6,7 @@ Lightning is also made to its copies (`lightning_copies`).
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
@@ -25,16 +25,18 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
-from lightning_qlora.files.lightning_checkpoint import check_crc, is_shards, names_in_shards, read_checkpoint
-from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
+from lightning_qlora.layers.dotted_names import key_name, last_part, owner_name
 from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.patches import replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.records import unrecorded
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.optim.state_8bit import is_8bit
+from lightning_qlora.training.guards import check_checkpoint
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
 from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 
@@ -129,8 +131,10 @@ def clip_gradients_of_fabric(
 ) -> Any:
     """Let `fabric.clip_gradients(max_norm=...)` clip layers that a plan splits over ranks together with others.
 
+    And let it raise nothing for infinite gradients in fp16, whose step is skipped.
+
     Upstream: lightning/fabric/strategies/strategy.py, Strategy.clip_gradients_norm: torch's clip_grad_norm_ takes no
-    DTensors beside other tensors, and none of several meshes.
+    DTensors beside other tensors, and none of several meshes; `error_if_nonfinite` is True unless the user knows of it.
     Supported ways tried: `Precision.main_params`, which only chooses what is clipped. The Trainer calls
     `Precision.clip_grad_by_norm`, which the plugin has.
     Removed by: clip_grad_norm_ of torch taking them.
@@ -138,6 +142,8 @@ def clip_gradients_of_fabric(
     if not _is_converted(module):
         return original(strategy, module, optimizer, *args, **kwargs)
     strategy.precision.unscale_gradients(optimizer)
+    if getattr(strategy.precision, "loss_scale", None) is not None:
+        kwargs["error_if_nonfinite"] = False
     return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
 
 
@@ -319,39 +325,23 @@ def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *a
         return {name}
 
 
-@replaces(
-    "lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.resume_start",
-    "lightning.fabric.fabric:Fabric.load",
-    "lightning.fabric.fabric:Fabric.load_raw",
-)
-def check_crc_before_loading(original: Any, loader: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Compare a checkpoint with its CRC-32 before a Trainer or a Fabric with the plugin loads any of it.
-
-    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, resume_start, and load and load_raw of
-    lightning/fabric/fabric.py, pass the path to the strategy alone.
-    Supported ways tried: a CheckpointIO; ModelParallelStrategy takes none, and the user may have passed another. No
-    hook of a plugin or a module gets the path of a Fabric checkpoint, or the Trainer's before its index is unpickled.
-    Removed by: torch.load comparing the CRC-32 that torch.save writes (torch/serialization.py).
-    """
-    plugin = loader._precision if hasattr(loader, "_precision") else loader.trainer.precision_plugin
-    if path is not None and hasattr(plugin, "convert_for_trainer"):
-        check_crc(path)
-    return original(loader, path, *args, **kwargs)
-
-
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")
-def leave_networks_out_of_hyperparameters(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let checkpoints of a converted module hold no second copy of its base among the hyperparameters.
+def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let checkpoints of a converted module hold finite adapters, and no second copy of the base in hyperparameters.
 
     Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, puts `module.hparams` into
-    the checkpoint, with every network that `save_hyperparameters` found, and pickles it.
+    the checkpoint, with every network that `save_hyperparameters` found, and pickles it. Its last call is
+    `on_save_checkpoint` of the module, which may remove adapters.
     Supported ways tried: Precision.on_save_checkpoint is called before the hyperparameters are there, and not for
     checkpoints of weights only; `on_save_checkpoint` and `hparams` belong to the user's module, whose code may read
     `self.hparams.net`.
     Removed by: a hook of Precision that gets the complete checkpoint.
     """
     checkpoint = original(connector, *args, **kwargs)
-    leave_out_networks(checkpoint, connector.trainer.lightning_module)
+    module = connector.trainer.lightning_module
+    if _is_converted(module):
+        check_checkpoint(module, checkpoint)
+    leave_out_networks(checkpoint, module)
     return checkpoint
 
 
@@ -401,11 +391,18 @@ def explain_adapter_checkpoints(original: Any, module: nn.Module, state_dict: An
     """
     if CONFIG_KEY in state_dict and (convert := _converting.get()) and conversion_of(module) is None:
         convert(module, state_dict)
+    if CONFIG_KEY in state_dict and conversion_of(module) is not None:
+        _convert_what_was_built_anew(module, state_dict)
     held = {last_part(str(key)) for key in state_dict}
     of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
     # A conversion may have found no layer that is large enough; then everything trains in full.
     if not adapted_layers(module) and (of_layers or (CONFIG_KEY in held and not _is_converted(module))):
         name = type(module).__name__
+        if conversion_of(module) is not None:
+            raise ValueError(
+                f"This state dict holds adapters, and the layers of this {name} were built anew after conversion, so "
+                "it has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."
+            )
         what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
         if not isinstance(module, classes(LightningModule)):
             raise ValueError(
@@ -418,6 +415,21 @@ def explain_adapter_checkpoints(original: Any, module: nn.Module, state_dict: An
             "before it restores the checkpoint."
         )
     return original(module, state_dict, *args, **kwargs)
+
+
+def _convert_what_was_built_anew(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Convert layers that replaced converted ones before a Trainer restores a checkpoint.
+
+    `on_load_checkpoint` may call `setup` again, which builds the model again.
+    """
+    adapters = {owner_name(key) for key in state_dict if last_part(str(key)) == "lora_A"}
+    trainer: Any = vars(module).get("_trainer")
+    convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
+    if convert is None or adapters <= {key_name(name) for name in adapted_layers(module)}:
+        return
+    if trainer.strategy.restore_checkpoint_after_setup or not unrecorded(module):
+        return
+    convert(module)
 
 
 _converting: ContextVar[Callable[[nn.Module, Any], None] | None] = ContextVar("converting", default=None)

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,31 +11,33 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_qlora.adapters.module_state import forget_conversion
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
+from lightning_qlora.layers.full_precision import full_precision_parameters
 from lightning_qlora.layers.patches import make_changes
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.qlora_linear import QLoRALinear, computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.averaging import average_what_trains
-from lightning_qlora.training.calibration.calibration import calibration_of
 from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
 from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
-from lightning_qlora.training.hyperparameters import log_hyperparameters
+from lightning_qlora.training.loss_scale import LossScale
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 
@@ -50,6 +53,7 @@ class QLoRAPrecision(Precision):
         config: The arguments, checked.
         pager: Pages the optimizers' state; `pager.report()` lists the pages and how they are moved.
         report: The report of the last conversion; None before the first one.
+        loss_scale: The scale of the loss; None if no layer computes in fp16.
 
     Raises:
         TypeError, ValueError: If an argument is wrong; the message names it, its value, and what is allowed.
@@ -67,7 +71,9 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = self._has_batches = False
-        self._trains_fp32 = False  # parameters that are no adapters
+        self._trains_fp32 = False  # parameters that compute in fp32
+        self._computes_in_fp16 = False
+        self._loss_scale: LossScale | None = None
 
     def __repr__(self) -> str:
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
@@ -126,10 +132,12 @@ class QLoRAPrecision(Precision):
         if not converted_before or self.report is None:
             self.report = report
         self._module = weakref.ref(module)
-        adapters = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
+        in_16_bits = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
+        in_16_bits |= {id(p) for _, p, _ in full_precision_parameters(module)}
         self._trains_fp32 = any(
-            p.requires_grad and p.dtype is torch.float32 and id(p) not in adapters for p in module.parameters()
+            p.requires_grad and p.dtype is torch.float32 and id(p) not in in_16_bits for p in module.parameters()
         )
+        self._computes_in_fp16 |= computes_in_fp16(module)  # Fabric may convert several
         if trainer is not None:
             check_fsdp_groups(module)
             average_what_trains(trainer, module)
@@ -139,6 +147,11 @@ class QLoRAPrecision(Precision):
                 self._mode_before.setdefault(layer, layer.training)
                 layer.training = True
         return module
+
+    def convert_again(self, module: nn.Module) -> None:
+        """Convert layers that replaced converted ones; see `patches.explain_adapter_checkpoints`."""
+        forget_conversion(module)
+        self.convert_module(module)
 
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
@@ -154,16 +167,20 @@ class QLoRAPrecision(Precision):
         module = self._root
         return (part for part in (() if module is None else module.modules()) if isinstance(part, QLoRALinear))
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The scale of the loss if layers compute in fp16, made at its first use, on the device of the layers."""
+        if self._loss_scale is None and self._computes_in_fp16 and (layer := next(self._layers(), None)) is not None:
+            self._loss_scale = LossScale(layer.packed.device.type)
+        return self._loss_scale if self._computes_in_fp16 else None
+
     @override
     def convert_input(self, data: Any) -> Any:
-        """Before the first batch of a Trainer compare the ranks; calibrate adapters that are initialized from data."""
-        trainer, calibration = _trainer_of(self._root), calibration_of(self._root)
-        if trainer is not None:
-            if trainer.training and not self._has_batches:
-                guards.check_equal_batches(trainer)
-                self._has_batches = True
-            if calibration is not None:
-                calibration.before_batch(trainer, data)
+        """Before the first batch of a Trainer compare the ranks."""
+        trainer = _trainer_of(self._root)
+        if trainer is not None and trainer.training and not self._has_batches:
+            guards.check_equal_batches(trainer)
+            self._has_batches = True
         return super().convert_input(data)
 
     @override
@@ -188,14 +205,12 @@ class QLoRAPrecision(Precision):
         module = self._root  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
             guards.warn_of_adapters_in_no_optimizer(module, optimizers)
-            log_hyperparameters(_trainer_of(module), module, self.report)
+            guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Check, between a backward pass and the step, that adapters are calibrated and have gradients."""
-        module, calibration = self._root, calibration_of(self._root)
-        if calibration is not None:
-            calibration.before_step(optimizer)
+        """Check, between a backward pass and the step, that the adapters have gradients."""
+        module = self._root
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
 
@@ -216,6 +231,8 @@ class QLoRAPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        if (scale := self.loss_scale) is not None:
+            tensor = scale.scale(tensor)
         _precision_class(model).backward(self, tensor, model, *args, **kwargs)
 
     @override
@@ -231,9 +248,13 @@ class QLoRAPrecision(Precision):
         **kwargs: Any,
     ) -> Any:
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
+        if model is None:
+            self.on_setup_optimizer(optimizer)
+        if (scale := self.loss_scale) is not None:
+            hooks = self._before_step if model is None else partial(self._after_closure, model)  # type: ignore[arg-type]
+            return scale.step(optimizer, closure, partial(hooks, optimizer), **kwargs)
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
-        self.on_setup_optimizer(optimizer)
         if closure is None:
             self._before_step(optimizer)
         else:
@@ -252,18 +273,36 @@ class QLoRAPrecision(Precision):
         _precision_class(model)._clip_gradients(self, model, *args, **kwargs)
 
     @override
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the loss scale; Fabric calls this before it clips them."""
+        if (scale := self.loss_scale) is not None:
+            scale.unscale(optimizer)
+
+    @override
+    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """See Precision; a module with manual optimization calls it before the step, when gradients are scaled."""
+        optimizer = optimizer.optimizer if isinstance(optimizer, classes(LightningOptimizer)) else optimizer
+        self.unscale_gradients(optimizer)
+        super().clip_gradients(optimizer, *args, **kwargs)
+
+    @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """See Precision; also where a plan splits some of the adapters, and others are whole."""
         clip_grad_norm(self.main_params(optimizer), clip_val)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which dropout masks are drawn from, and what computes the layers."""
-        return {"random_state": gather_torch_rng_states(), "kernels": self._kernels()}
+        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
+        scale = self.loss_scale
+        return {
+            "random_state": gather_torch_rng_states(),
+            "kernels": self._kernels(),
+            "loss_scale": None if scale is None else scale.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the random generators, so that a resumed run draws the same dropout masks."""
+        """Restore the random generators, so that a resumed run draws the same dropout masks, and the loss scale."""
         saved, here = state_dict.get("kernels"), self._kernels()
         if self._evaluating:
             return
@@ -273,6 +312,8 @@ class QLoRAPrecision(Precision):
                 "state, but its results differ from those of an uninterrupted run in their last bits."
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
+        if (scale := self.loss_scale) is not None and state_dict["loss_scale"] is not None:
+            scale.load_state_dict(state_dict["loss_scale"])
 
     @override
     def teardown(self) -> None:

@@ -12,9 +12,14 @@ from torch import nn
 from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.training.calibration.calibration_report import CalibrationReport
+from lightning_qlora.training.calibration import CalibrationReport
 
+OTHERS = 13  # characters of a line of the table that are no name and no status
 ROOT = "(the module itself)"
+BY_SIZE = (
+    "no weights are known to be loaded: linear layers larger than their adapter get\n"
+    "4 bits, smaller ones train in full; name a new head in modules_to_save"
+)
 
 
 @dataclass(repr=False)
@@ -31,14 +36,18 @@ class ConversionReport:
         bytes_after: Bytes of the parameters now, adapters included.
         seconds: Time of the conversion.
         shapes: Name -> (out_features, in_features) of the converted layers.
-        frozen: Names of modules and parameters that trained before and are frozen now, without the linear layers.
+        frozen: Names of modules and parameters that conversion froze, without the linear layers.
         adapter_parameters: Number of parameters of all adapters, and of the rows that train.
         trained_rows: Name of an embedding -> how many of its rows train; tied ones by the first name.
         frozen_by_module: Bytes of the layers that the module itself froze before conversion.
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
-        calibration: Status of adapters that are initialized from the first training batch; None if none are.
+        full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
+        full_precision_computes_in: The types that they compute in: "bfloat16", "float16".
+        calibration: Status of adapters that are initialized from the first step; None if none are.
+        by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
+            loaded from weights.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
     """
 
@@ -57,7 +66,10 @@ class ConversionReport:
     frozen_by_module: int = 0
     bytes_4_bits_would_save: int = 0
     deferred_logits: dict[str, int] = field(default_factory=dict)
+    full_precision_bytes: int = 0
+    full_precision_computes_in: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
+    by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict, repr=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -79,7 +91,7 @@ class ConversionReport:
         for name, count in self.trained_rows.items():
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
-            add(name, "frozen, trained before")
+            add(name, "frozen by conversion")
         return [(n[0] if len(n) == 1 else name, status, str(len(n))) for (name, status), n in groups.items()]
 
     def summary(self) -> str:
@@ -89,6 +101,11 @@ class ConversionReport:
         lines = [f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"]
         if in_full > 0:
             lines[0] += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
+        if self.full_precision_bytes:
+            lines.append(
+                f"what trains in full is held in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
+                f"{' and '.join(self.full_precision_computes_in)}"
+            )
         if self.frozen_by_module:
             lines.append(
                 f"layers that the module froze take {size_text(self.frozen_by_module)}; naming them in target_modules "
@@ -101,6 +118,8 @@ class ConversionReport:
         for name, count in self.deferred_logits.items():
             how = f"deferred, saves {size_text(count)} for each 1,000 tokens" if count else "not deferred (sharded)"
             lines.append(f"logits of {name or 'the module itself'}: {how}")
+        if self.by_size:
+            lines.append(BY_SIZE)
         return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
 
     def __repr__(self) -> str:
@@ -132,8 +151,10 @@ class ConversionReport:
         shared = owner_name(os.path.commonprefix(names)) if any(len(name) > width for name in names) else ""  # noqa: RUF071
         head = Column(f"layer of {shared}" if shared else "layer", no_wrap=True)
         table = Table(head, Column("status", overflow="fold"), "no.", title="QLoRA", title_justify="left")
-        for name, status, count in rows:
-            table.add_row(break_at_dots(name.removeprefix(f"{shared}."), width), status, count)
+        labels = [break_at_dots(name.removeprefix(f"{shared}."), width) for name in names]
+        longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+        for label, (_, status, count) in zip(labels, rows, strict=True):
+            table.add_row(label, break_words(status, console.width - longest - OTHERS), count)
         console.print(table)
         console.print(self.summary(), markup=False, highlight=False, soft_wrap=True)
 
@@ -183,6 +204,11 @@ def break_at_dots(name: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
+
+
+def break_words(text: str, width: int) -> str:
+    """A text whose words, names in it included, are broken as `break_at_dots` does."""
+    return " ".join(break_at_dots(word, width) for word in text.split(" "))
 
 
 def size_text(count: float, base: int = 1000) -> str:

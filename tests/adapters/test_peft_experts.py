@@ -8,12 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
-from lightning_qlora.adapters.average import average
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_files import write_adapter
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
-from lightning_qlora.adapters.vllm import vllm_objections
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import matches
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -150,18 +148,6 @@ def test_we_read_pefts_parameters_beside_dense_layers_of_their_names(dense, tmp_
         assert torch.equal(layer.lora_B, layers[name].lora_B) and layer.scaling == layers[name].scaling
 
 
-def test_the_mean_of_folders_with_linear_layers_as_parameters(tmp_path):
-    """Without the model: our folders say which parameters are experts, so the others are linear layers."""
-    for seed in (0, 1):
-        save_adapter(converted(deepseek_v3, seed), tmp_path / str(seed))
-    with pytest.warns(UserWarning, match="different runs"):
-        write_adapter(average([read_adapter(tmp_path / str(seed)) for seed in (0, 1)]), tmp_path / "mean")
-    model = converted(deepseek_v3)
-    load_adapter(model, tmp_path / "mean")
-    theirs = peft.PeftModel.from_pretrained(decoded_base(deepseek_v3, model), tmp_path / "mean")
-    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
-
-
 def test_what_is_written_of_experts(tmp_path):
     model = converted(toys.gpt_oss, target_modules=["q_proj"])
     save_adapter(model, tmp_path)
@@ -250,7 +236,6 @@ def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
     assert any("x2" in value and value.startswith("6:") for _, value in inspect_path(tmp_path / "a"))
     write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
     assert_same_folders(tmp_path / "a", tmp_path / "b")
-    assert "experts" in vllm_objections(read_adapter(tmp_path / "a"))[0]
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")  # as PEFT writes it: without our metadata
     with pytest.raises(ValueError, match="only its model says which parameters"):

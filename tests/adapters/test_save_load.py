@@ -17,7 +17,6 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.peft_reader import read_adapter
-from lightning_qlora.adapters.vllm import vllm_objections
 from tests.conftest import Classifier, elsewhere
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 
@@ -409,13 +408,6 @@ def test_a_module_without_adapters_is_refused(tmp_path):
         save_adapter(toy("llama"), tmp_path)
 
 
-def test_vllm(folder, tmp_path):
-    assert vllm_objections(read_adapter(folder)) == []
-    assert "rank 4 is above vLLM's limit of 2" in vllm_objections(read_adapter(folder), max_lora_rank=2)[0]
-    save_adapter(converted("bert"), tmp_path / "bert")
-    assert "modules in full (classifier)" in vllm_objections(read_adapter(tmp_path / "bert"))[0]
-
-
 def test_a_killed_save_leaves_the_old_files(folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -441,7 +433,6 @@ def test_dora_and_patterns_in_peft(name, tmp_path):
     again = Lit(toy(name))
     convert(again, adapter=str(tmp_path / "theirs"))
     torch.testing.assert_close(logits(again.model), logits(lit.model), atol=1e-6, rtol=0)
-    assert "DoRA" in vllm_objections(read_adapter(tmp_path))[0]
 
 
 def test_a_checkpoint_saved_after_load_adapter_loads(tmp_path, trainer):

@@ -16,9 +16,7 @@ from tests.attack import cases, files
 ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
     "kills at random moments of a training": (files.kills_in_training, 5),
     "ends at random lines of save_adapter": (files.kills_in_saving, 40),
-    "reads beside two writers": (files.reads_beside_two_writers, 300),
     "files that may not become large": (files.full_disks, 30),
-    "changed bits and truncations, of each of 7 files": (lambda seed, n, f: files.damages(seed, n, n // 5, f), 40),
     "arguments": (cases.arguments, 2000),
     "values in PEFT's files": (cases.foreign_values, 60),
     "layers": (cases.layers, 60),

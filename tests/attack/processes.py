@@ -1,7 +1,6 @@
 """Runs work in forked processes, which may be killed; torch and Lightning are imported once."""
 
 import os
-import random
 import signal
 import sys
 import time
@@ -99,10 +98,3 @@ def lines_of(work: Callable[[], object]) -> int:
     finally:
         sys.settrace(None)
     return count
-
-
-def flipped(content: bytes, draw: random.Random) -> bytes:
-    """The content with one bit changed."""
-    bit, changed = draw.randrange(8 * len(content)), bytearray(content)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)

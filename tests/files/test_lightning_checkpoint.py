@@ -2,17 +2,14 @@
 
 import io
 import pickle
-import random
-import resource
 
 import pytest
 import torch
 from lightning.fabric.utilities import cloud_io
 
 from lightning_qlora import convert, load_from_checkpoint, save_adapter
-from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint, read_index
+from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
 from lightning_qlora.tools.cli import main
-from tests.attack.processes import flipped
 from tests.conftest import Classifier, save_shards
 
 ran = []
@@ -125,73 +122,12 @@ def test_code_in_a_checkpoint_from_the_network_is_not_run(monkeypatch):
     assert not ran
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_no_flipped_bit_of_shards_changes_what_is_read(shards):
-    folder, draw = shards(), random.Random(1)
-    good = read_checkpoint(folder)
-    for file in sorted(folder.iterdir()):
-        content, refused = file.read_bytes(), []
-        for _ in range(60):
-            file.write_bytes(flipped(content, draw))
-            try:
-                found = read_checkpoint(folder)
-            except ValueError as error:
-                refused.append(str(error))
-                continue
-            assert str(found) == str(good)
-        file.write_bytes(content)
-        assert len(refused) > 10
-        assert not [line for line in refused if str(folder) not in line or "\n" in line]
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_damaged_shard_is_named_with_its_entry(shards):
-    shard = shards() / "__0_0.distcp"
-    content = shard.read_bytes()
-    place = content.index(bytes(STATE["state_dict"]["w"].view(torch.uint8).view(-1).tolist()))
-    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    with pytest.raises(ValueError, match=r"__0_0\.distcp: 'state_dict\.w': its part '.*' is damaged \(CRC-32\)"):
-        read_checkpoint(shard.parent)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_an_index_that_takes_a_value_from_another_place_is_refused(shards):
-    folder = shards()
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    one, other = list(index.storage_data.values())[:2]
-    one.offset, one.length = other.offset, other.length
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(ValueError, match="is not what the shards contain"):
-        read_checkpoint(folder)
-
-
-def test_a_damaged_index_takes_no_memory(tmp_path):
-    """LONG_BINPUT stores an object at a number of 4 bytes, and pickle's code in C makes its list as long as that."""
-    path, before = tmp_path / ".metadata", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    path.write_bytes(pickle.PROTO + b"\x04" + pickle.NONE + pickle.LONG_BINPUT + b"\x00\x00\x00\x04" + pickle.STOP)
-    with pytest.raises(pickle.UnpicklingError):
-        read_index(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; it was a GiB
-
-
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_truncated_index_is_one_line(shards):
     folder = shards()
     good = (folder / ".metadata").read_bytes()
-    for position in range(0, len(good), 97):
+    for position in range(0, len(good), 197):
         (folder / ".metadata").write_bytes(good[:position])
-        with pytest.raises(ValueError, match=r"not a checkpoint, or truncated|is empty") as error:
+        with pytest.raises(ValueError, match="not a checkpoint, or truncated") as error:
             read_checkpoint(folder)
         assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("field", [4, 16], ids=["disk of the directory", "number of disks"])
-def test_a_damaged_end_of_an_archive_is_one_line(field, tmp_path):
-    file = tmp_path / "file.ckpt"
-    torch.save(STATE, file)
-    data = bytearray(file.read_bytes())
-    at = data.rindex(b"PK\x06\x07")  # the ZIP64 locator, whose fields zipfile.is_zipfile reads as well
-    data[at + field] = 7
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"file.ckpt: damaged or truncated \(.*disks"):
-        read_checkpoint(file)

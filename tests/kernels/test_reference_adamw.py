@@ -15,12 +15,13 @@ from lightning_qlora.quantization.codebooks import dynamic_map
 SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
 
-def float64_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
-    """The formula, written apart from the code under test."""
+def float64_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, bounded=False):
+    """The formulas, written apart from the code under test."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
-    return p - lr * weight_decay * p - lr * m_hat / (v_hat.sqrt() + eps), m, v
+    root = torch.maximum(v_hat.sqrt(), m_hat.abs()) if bounded else v_hat.sqrt()
+    return p - lr * weight_decay * p - lr * m_hat / (root + eps), m, v
 
 
 def nearest_float64(x, levels):
@@ -74,7 +75,7 @@ def test_8bit_step_agrees_with_a_float64_model(numel):
     for step in range(1, 6):
         g = torch.randn(numel)
         adamw8bit_step([p], [g], *[[s] for s in state], AdamWStep(step, **SCALARS))
-        p64, m64, v64 = float64_adamw(p64, g.double(), m64, v64, step, **SCALARS)
+        p64, m64, v64 = float64_adamw(p64, g.double(), m64, v64, step, **SCALARS, bounded=True)
         m64, m_scales = nearest_float64(m64, dynamic_map(True))
         v64, v_scales = nearest_float64(v64, dynamic_map(False))
         # fp32 may take the other neighbour where a value is on the border between two levels

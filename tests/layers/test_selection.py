@@ -5,20 +5,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRALinear, convert, merge
+from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.selection import select_layers
 
 transformers = pytest.importorskip("transformers")
 
 
-def toy(kind):
+def toy(kind, tied=False):
     small = {"vocab_size": 64}
     torch.manual_seed(0)
     if kind == "llama":
         config = transformers.LlamaConfig(
             **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=2, tie_word_embeddings=tied,
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config)
     if kind == "gpt2":
@@ -186,10 +186,9 @@ def test_an_empty_layer_is_not_converted_even_if_it_is_named(shape):
         ({"target_modules": ["qproj"]}, r"no module of this model fits 'qproj'\. .*'q_proj'"),
         ({"target_modules": ["q_proj", "w_proj"]}, r"fits 'w_proj'\."),
         ({"target_modules": r".*\.attention"}, "no module of this model fits"),
-        ({"target_modules": "all_linear"}, "target_modules='all-linear' means all linear layers"),
-        ({"target_modules": ["all-linear"]}, "target_modules='all-linear' means all linear layers"),
-        ({"target_modules": "q_proj, v_proj"}, "A list has names or such endings, a string is a regular expression"),
-        ({"modules_to_save": ["classifier"]}, r"modules_to_save=\['classifier'\]"),
+        ({"target_modules": "all_linear"}, "'all-linear', alone or in a list, means all linear layers"),
+        ({"target_modules": "q_proj, v_proj"}, "A list has such endings, a string is a regular expression"),
+        ({"modules_to_save": ["classifier"]}, r"modules_to_save=\['classifier'\].*'norm'.*A list has names [^=]*$"),
         ({"target_modules": ["embed_tokens"]}, r"'model\.embed_tokens', a Embedding.*modules_to_save"),
     ],
 )
@@ -326,3 +325,22 @@ def test_the_name_of_a_module_excludes_what_is_inside_it(excluded):
 def test_an_exclusion_that_fits_nothing_is_refused(excluded):
     with pytest.raises(ValueError, match=r"exclude_modules=.*: no module of this model fits '(vision|lp|mlp)'"):
         convert(toy("llama"), r=2, exclude_modules=excluded)
+
+
+def test_all_linear_and_others_in_a_list(tmp_path):
+    peft = pytest.importorskip("peft")
+    both, without = (convert(toy("llama"), r=2, target_modules=t) for t in (["all-linear", "lm_head"], "all-linear"))
+    assert set(both.converted) == {*without.converted, "lm_head"}
+    convert(model := toy("llama"), r=2, target_modules=["all-linear", "lm_head"])
+    save_adapter(model, tmp_path)
+    theirs = peft.get_peft_model(toy("llama"), peft.LoraConfig.from_pretrained(tmp_path))
+    adapted = {
+        name.removeprefix("base_model.model.") for name, part in theirs.named_modules() if hasattr(part, "lora_A")
+    }
+    assert adapted == set(both.converted)
+
+
+def test_a_tied_head_that_is_named_among_others_is_warned_of():
+    with pytest.warns(UserWarning, match=r"names layers that stay dense.* lm_head: its weight is tied to model\.embed"):
+        report = convert(toy("llama", tied=True), r=2, target_modules=["all-linear", "lm_head"])
+    assert "lm_head" in report.skipped and len(report.converted) == 14

@@ -22,7 +22,6 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.average import average
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
@@ -75,7 +74,7 @@ def test_the_rows_have_the_gradient_of_the_whole_embedding_and_nothing_else_of_i
     torch.testing.assert_close(delta(model).grad, grad[TOKENS], atol=1e-5, rtol=1e-3)
     assert not model.get_input_embeddings()._parameters["weight"].requires_grad
     assert report.trained_rows == {"shared" if name == "t5" else "model.embed_tokens": len(TOKENS)}
-    assert "5 rows train, the others are frozen" in str(report) and " in full" not in report.summary()
+    assert "5 rows train, the others are frozen" in str(report) and " in full" not in report.summary().splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -221,8 +220,6 @@ def test_a_run_writes_them_to_its_checkpoint_and_its_optimizer_has_rows_only(tmp
     rows = saved.saved[KEY]
     assert saved.saved.keys() == here.saved.keys() == {KEY} and torch.equal(rows, delta(lit.model))
     assert not torch.equal(rows, lit.model.model.embed_tokens._parameters["weight"][TOKENS])
-    mean = average([here, get_adapter(converted(tie_word_embeddings=True, scale=0))]).saved[KEY]
-    torch.testing.assert_close(mean, (rows + lit.model.model.embed_tokens._parameters["weight"][TOKENS]) / 2)
     again = load_from_checkpoint(Lit, tmp_path / "last.ckpt", model=toy("llama", tie_word_embeddings=True))
     assert torch.equal(logits(again.model.eval()), logits(lit.model.eval()))
 

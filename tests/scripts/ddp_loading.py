@@ -22,7 +22,9 @@ class Loaded(Lit):
 
 def main(root: str) -> None:
     module = Loaded(f"{root}/base")
-    run = make_trainer(root, plugins=QLoRAPrecision(r=4), strategy="ddp", devices=2, max_steps=2)
+    run = make_trainer(
+        root, plugins=QLoRAPrecision(r=4, modules_to_save=["norm"]), strategy="ddp", devices=2, max_steps=2
+    )
     run.fit(module)
     parameters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     torch.save(parameters, Path(root) / f"rank{run.global_rank}.pt")

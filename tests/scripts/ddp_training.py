@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_qlora import QLoRAPrecision, SaveAdapter
+from lightning_qlora import QLoRAPrecision, save_adapter
 from tests.conftest import Classifier, loader, make_trainer, run_rank
 
 
@@ -16,11 +16,12 @@ def fit(root: Path, epochs: int, ckpt: str | None = None) -> dict[str, object]:
     run = make_trainer(
         root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp", devices=2,
         max_epochs=epochs, use_distributed_sampler=True,
-        logger=CSVLogger(root, name="log", version=0), callbacks=SaveAdapter(root / "adapters", keep=1),
+        logger=CSVLogger(root, name="log", version=0),
     )  # fmt: skip
     if ckpt:
         torch.manual_seed(1000 + run.global_rank)
     run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt)
+    save_adapter(module, root / "adapter")
     tested = run.test(module, loader(16), verbose=False)
     return {
         "rank": run.global_rank,

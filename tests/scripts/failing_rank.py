@@ -2,10 +2,9 @@
 
     failing_rank.py FOLDER STRATEGY FAILURE STEP [resume]
 
-FAILURE: none, kill (SIGKILL in the step), stop (SIGSTOP in the step), calibrate (SIGKILL in the
-forward pass that calibrates), raise, short (one batch fewer than the others), save (SIGKILL while the
-checkpoint of STEP is written), requeue (SLURM's signal in the step, and on the other rank in the step before). A
-checkpoint is saved every second step.
+FAILURE: none, kill (SIGKILL in the step), stop (SIGSTOP in the step), raise, short (one batch fewer than
+the others), save (SIGKILL while the checkpoint of STEP is written), requeue (SLURM's signal in the step, and
+on the other rank in the step before). A checkpoint is saved every second step.
 """
 
 import os
@@ -21,7 +20,6 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.dtensor import gather
-from lightning_qlora.training.calibration.calibration import calibration_of
 from tests.conftest import Classifier, ResumableLoader, make_trainer, run_rank
 
 TIMEOUT = timedelta(seconds=20)
@@ -41,8 +39,6 @@ class Failing(Classifier):
         if self.global_step == self.step and self.global_rank == FAILING:
             if self.failure in ("kill", "stop"):
                 os.kill(os.getpid(), signal.SIGKILL if self.failure == "kill" else signal.SIGSTOP)
-            if self.failure == "calibrate" and calibration_of(self) is not None:
-                os.kill(os.getpid(), signal.SIGKILL)
             if self.failure == "raise":
                 raise KeyError("a mistake on one rank")
         if self.failure == "requeue" and self.global_step == self.step - (self.global_rank != FAILING):
@@ -68,8 +64,7 @@ def main(folder, strategy, failure, step, resume=""):
     pl.seed_everything(1, verbose=False)
     parallel = DDPStrategy(timeout=TIMEOUT) if strategy == "ddp" else ModelParallelStrategy(2, 1, timeout=TIMEOUT)
     saving = ModelCheckpoint(Path(folder) / "saved", every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    start = "calibrated" if failure == "calibrate" else "default"
-    plugin = QLoRAPrecision(r=4, lora_dropout=0.1, init_lora_weights=start)
+    plugin = QLoRAPrecision(r=4, lora_dropout=0.1)
     trainer = make_trainer(
         folder, plugins=plugin, devices=2, strategy=parallel, callbacks=[saving], max_epochs=2,
         use_distributed_sampler=False,

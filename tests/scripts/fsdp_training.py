@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
-from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, SaveAdapter, save_adapter
+from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import Classifier, loader, make_trainer, run_rank
 from tests.toys import ids
@@ -47,7 +47,7 @@ def with_trainer(root, devices, single_file, **arguments):
         run = make_trainer(
             root, plugins=QLoRAPrecision(**ARGUMENTS | arguments), strategy=strategy if devices > 1 else "auto",
             devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
-            logger=CSVLogger(root, name="log", version=0), callbacks=SaveAdapter(Path(root) / "during"),
+            logger=CSVLogger(root, name="log", version=0),
         )  # fmt: skip
         run.fit(module, loader(), ckpt_path=ckpt)
         return run

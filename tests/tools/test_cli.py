@@ -64,8 +64,8 @@ def test_inspect(tmp_path, capsys):
     ckpt = prints(["inspect", tmp_path / "last.ckpt"], capsys)
     adapter = prints(["inspect", tmp_path / "adapter"], capsys)
     for text in (ckpt, adapter):
-        assert "q_proj x2" in text and f"{tmp_path}/base" in text and "quant_type=nf4" in text and "can load it" in text
-        assert "trained on                     the model in 4 bits (quant_type=nf4" in text and "merge it" in text
+        assert "q_proj x2" in text and f"{tmp_path}/base" in text and "quant_type=nf4" in text
+        assert "trained on                     the model in 4 bits (quant_type=nf4" in text
     assert "base fingerprint" in ckpt
     sizes = {name: float(size) for name, size in re.findall(r"size of the (\w+) +([\d.]+) kB", ckpt)}
     assert sizes["checkpoint"] == pytest.approx((tmp_path / "last.ckpt").stat().st_size / 1e3, rel=1e-3)
@@ -78,11 +78,8 @@ def test_inspect(tmp_path, capsys):
 
 def test_export_and_merge(trained, tmp_path, capsys):
     out = prints(["export", tmp_path / "last.ckpt", tmp_path / "exported"], capsys)
-    assert "14 layers" in out and "vLLM can load it; its base must be the model" in out
+    assert "14 layers" in out
     assert "trained on: the model in 4 bits" in out and "outputs differ from those in training" in out
-    assert "vLLM cannot load it: rank 4" in prints(
-        ["export", tmp_path / "last.ckpt", tmp_path / "exported", "--max_lora_rank", "2"], capsys
-    )
     for number, source in enumerate(("last.ckpt", "exported", "adapter")):
         prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
         merged = type(trained.model).from_pretrained(tmp_path / f"merged{number}")

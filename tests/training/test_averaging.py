@@ -114,5 +114,5 @@ def test_a_sharded_module_is_refused():
     average = CALLBACKS["mean"]()
     average._average_model = AveragedModel(Classifier())
     run = SimpleNamespace(callbacks=[average], strategy=ModelParallelStrategy())
-    with pytest.raises(RuntimeError, match=r"WeightAveraging copied the module.*lightning-qlora average"):
+    with pytest.raises(RuntimeError, match=r"WeightAveraging copied the module.*average the adapters"):
         check_trainer(run, Classifier())

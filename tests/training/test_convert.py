@@ -94,9 +94,13 @@ def test_a_module_without_linear_layers_is_refused():
         convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
 
 
-def test_a_module_of_small_layers_trains_in_full_and_says_so():
-    with pytest.warns(UserWarning, match=r"No layer was converted.*r=64"):
-        report = convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)))
+def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_named():
+    with pytest.raises(
+        ValueError, match=r"No layer was converted.*r=1024.*2 would train in full: 0, 1\. Set a smaller"
+    ):
+        convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), r=1024)
+    with pytest.warns(UserWarning, match=r"No layer was converted.*r=1024"):
+        report = convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), r=1024, modules_to_save=["0", "1"])
     assert set(report.trained_in_full) == {"0", "1"}
 
 

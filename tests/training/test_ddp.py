@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from lightning_qlora import convert
@@ -27,8 +26,7 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
     straight, first, resumed = ([rank[name] for rank in ranks] for name in ("straight", "first", "resumed"))
     assert same(straight[0]["state"], straight[1]["state"])
     assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
-    assert {path.name for path in (tmp_path / "straight/adapters").iterdir()} == {"newest", "step-16"}
-    saved = load_file(tmp_path / "straight/adapters/step-16/adapter_model.safetensors")
+    saved = load_file(tmp_path / "straight/adapter/adapter_model.safetensors")
     trained = [value for name, value in straight[0]["state"].items() if name.endswith("lora_B")]
     assert all(any(torch.equal(value, other) for other in saved.values()) for value in trained)
     assert straight[0]["losses"] != straight[1]["losses"], "each rank has its own share of the data"
@@ -36,8 +34,6 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
     assert "net.0.lora_A" in names
     assert "net.0.packed" not in names
     assert "net.2.weight" not in names, "DDP's broadcast must not make frozen parameters look trained"
-    logged = yaml.safe_load((tmp_path / "straight/log/version_0/hparams.yaml").read_text())
-    assert logged["qlora"]["r"] == 4 and logged["width"] == 64
     for rank in range(2):
         assert same(straight[rank]["state"], resumed[rank]["state"])
         assert resumed[rank]["losses"] == straight[rank]["losses"][8:]
@@ -47,11 +43,13 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
 
 def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
     pytest.importorskip("transformers")
-    model = toy("llama")
+    model = toy("llama").bfloat16()
     model.save_pretrained(tmp_path / "base")
     convert(model, r=4)
     first, second = reported("tests.scripts.ddp_loading", tmp_path)
     assert same(first, second)
+    norm = first["model.model.norm.weight"]
+    assert norm.dtype is torch.float32 and (norm != 1).all()
     assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
     for name, parameter in model.named_parameters():
         if name.endswith((".packed", ".absmax", ".nested")):

@@ -21,6 +21,7 @@ from lightning_qlora.adapters.merge import merged_weight
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.calibration import calibration_of
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -184,6 +185,7 @@ def test_experts_without_tokens_keep_the_default_start():
     model = made(lambda: qwen3_moe(num_experts=32)).train()
     report = convert(model, r=2, init_lora_weights="calibrated")
     model(input_ids=torch.tensor([[5, 6]]))
+    calibration_of(model).initialize()
     unseen = report.calibration.unseen
     assert unseen and all("_experts." in name for name in unseen)
     assert not model.get_submodule(unseen[0]).lora_B.any()

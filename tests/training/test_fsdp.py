@@ -1,5 +1,6 @@
 """FSDP2 on one rank, in this process: when a module is converted, what is refused, and loading of checkpoints."""
 
+import re
 import shutil
 import sys
 
@@ -151,13 +152,13 @@ def test_a_model_sharded_before_it_is_part_of_the_module_is_refused_and_other_mo
 
 
 def test_two_trainable_dtypes_in_one_group_are_named(fit):
-    class Bf16(Sharded):
+    class Fp64(Sharded):
         def __init__(self):
             super().__init__()
-            self.net = self.net.bfloat16()
+            self.net[2].double()
 
-    with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.bfloat16\)"):
-        fit(Bf16(), modules_to_save=["2"])
+    with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.float64\)"):
+        fit(Fp64(), modules_to_save=["2"])
 
 
 @pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
@@ -213,15 +214,6 @@ def test_adapters_are_disabled_in_shards(setup_module):
         base = net(x)
     fabric.backward((net(x) - base.detach()).square().sum())
     assert all(p.grad is not None for layer in adapted_layers(net).values() for p in layer.adapter_parameters())
-
-
-def test_initial_values_of_shards_are_refused(one_rank):
-    plugin = QLoRAPrecision(**ARGUMENTS, modules_to_save=["4"], keep_initial=True)
-    fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricStrategy(shard, 1, 1), plugins=plugin)
-    fabric.launch()
-    net = fabric.setup_module(Classifier().net)
-    with pytest.raises(RuntimeError, match=r"sharded.*keep_initial=False"), disable_adapter(net):
-        pass
 
 
 def test_merging_is_refused_after_an_evaluation_too(setup_module):
@@ -293,12 +285,17 @@ def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
         return str(tmp_path / name)
 
     (shard,) = (tmp_path / "good.ckpt").glob("*.distcp")
+    unreadable = "not a checkpoint, or truncated"
     for name, change, error in [
-        ("no_meta", lambda folder: (folder / "meta.pt").unlink(), "lacks its file meta.pt"),
-        ("no_index", lambda folder: (folder / ".metadata").unlink(), "lacks its file .metadata"),
-        ("no_shard", lambda folder: (folder / shard.name).unlink(), f"its shard {shard.name} is missing"),
-        ("cut", lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]), "damaged or truncated"),
-        ("other", lambda folder: (folder / "meta.pt").write_bytes(b"abc"), "not a checkpoint, or truncated"),
+        ("no_meta", lambda folder: (folder / "meta.pt").unlink(), "No such file or directory.*meta.pt"),
+        ("no_index", lambda folder: (folder / ".metadata").unlink(), "No such file or directory.*.metadata"),
+        ("no_shard", lambda folder: (folder / shard.name).unlink(), f"No such file or directory.*{shard.name}"),
+        (
+            "cut",
+            lambda folder: (folder / shard.name).write_bytes(shard.read_bytes()[:999]),
+            unreadable,
+        ),
+        ("other", lambda folder: (folder / "meta.pt").write_bytes(b"abc"), unreadable),
     ]:
         path = broken(name, change)
         with pytest.raises((ValueError, FileNotFoundError), match=error) as raised:
@@ -307,16 +304,12 @@ def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
         for command in (["inspect", path], ["export", path, str(tmp_path / "exported")]):
             with pytest.raises(SystemExit):
                 main(command)
-            assert error in capsys.readouterr().err
+            assert re.search(error, capsys.readouterr().err)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_from_checkpoint(Sharded, tmp_path)
 
 
-def test_a_call_with_random_inputs_before_the_loop_calibrates_sharded_layers(fit):
-    class Called(Sharded):
-        def on_train_start(self):
-            self.net(torch.randn(32, 64))
-
-    run = fit(Called(), init_lora_weights="calibrated")
+def test_sharded_layers_are_calibrated_in_the_first_step(fit):
+    run = fit(Sharded(), init_lora_weights="calibrated")
     report = run.precision_plugin.report.calibration
-    assert (len(report.calibrated), report.waiting, report.rows) == (2, [], 32)
+    assert (len(report.calibrated), report.waiting, report.rows) == (2, [], 8)

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
 from tests.conftest import Classifier, loader
 
 
@@ -44,7 +44,7 @@ def test_a_spawned_fit_is_refused_by_the_process_itself(trainer):
 
 def test_a_callback_that_copied_the_module_before_conversion_is_refused(trainer):
     run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[StochasticWeightAveraging(1e-2)], max_epochs=4)
-    with pytest.raises(RuntimeError, match=r"StochasticWeightAveraging copied the module.*lightning-qlora average"):
+    with pytest.raises(RuntimeError, match=r"StochasticWeightAveraging copied the module.*average the adapters"):
         run.fit(Classifier(), loader())
 
 
@@ -236,3 +236,65 @@ def test_no_warning_if_two_optimizers_hold_all_adapters(trainer):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*in no optimizer")
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+
+
+class WithoutEncoder(Classifier):
+    """The recipe of Lightning's forum for a frozen encoder."""
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "net.0." not in name}
+
+
+def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(trainer):
+    module = WithoutEncoder()
+    with pytest.raises(
+        RuntimeError, match=r"WithoutEncoder\.state_dict\(\) leaves out the adapters of 1 of 2 .*net\.0"
+    ):
+        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    assert not module.net[0].lora_B.any()
+
+
+class OnlyNet(Classifier):
+    """Saves and loads a part of itself; the adapters are in it, by other names."""
+
+    def state_dict(self, *args, **kwargs):
+        return self.net.state_dict()
+
+
+def test_a_state_dict_with_other_names_is_no_error(trainer):
+    trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False).fit(OnlyNet(), loader())
+
+
+def test_adapters_that_on_save_checkpoint_removes_are_named(trainer, tmp_path):
+    class Removes(Classifier):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {}
+
+    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False)
+    fit.fit(Removes(), loader())
+    with pytest.warns(
+        UserWarning, match=r"checkpoint lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"
+    ):
+        fit.save_checkpoint(tmp_path / "x.ckpt")
+
+
+class BuildsAgain(Classifier):
+    """As dpr-scale does."""
+
+    def setup(self, stage):
+        self.net = Classifier().net
+
+    def on_load_checkpoint(self, checkpoint):
+        self.setup("fit")
+
+
+def test_a_model_that_on_load_checkpoint_builds_again_is_converted_again(trainer, tmp_path):
+    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
+    fit.fit(module := BuildsAgain(), loader())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    for run in ("fit", "validate"):
+        again, trainer_again = BuildsAgain(), trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
+        getattr(trainer_again, run)(again, loader(), ckpt_path=tmp_path / "x.ckpt")
+        assert torch.equal(again.net[0].lora_B, module.net[0].lora_B) and module.net[0].lora_B.any()
+    loaded = load_from_checkpoint(BuildsAgain, tmp_path / "x.ckpt")
+    assert torch.equal(loaded.net[0].lora_B, module.net[0].lora_B)

@@ -122,7 +122,7 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
     ranks = dict.fromkeys(("PROCID", "LOCALID", "NODEID"), "0") | dict.fromkeys(("NTASKS", "NTASKS_PER_NODE"), "1")
     os.environ.update({f"SLURM_{name}": value for name, value in {**ranks, "JOB_ID": "4711"}.items()})
     os.environ["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/queued")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> '{tmp_path}/queued'")
     (tmp_path / "scontrol").chmod(0o755)
     first, resumed = Signalled(dropout=0.1), Classifier(dropout=0.1)
     plugins = {"plugins": QLoRAPrecision(r=4, lora_dropout=0.1)} if with_plugin else {}

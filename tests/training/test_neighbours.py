@@ -1,8 +1,10 @@
 """What users do next to the plugin with other libraries' functions: it works, or one error says what to use."""
 
 import copy
+import os
 import sys
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -18,6 +20,7 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from tests.conftest import Classifier, loader, make_trainer
 from tests.toys import Lit, ids, logits, perturb, toy
 
@@ -26,17 +29,62 @@ from tests.toys import Lit, ids, logits, perturb, toy
 
 @pytest.mark.parametrize("checkpoint", ["adapter", "full"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_save_pretrained_of_a_converted_model_says_what_to_use(tmp_path, checkpoint, inside):
-    pytest.importorskip("transformers")
+def test_save_pretrained_of_a_converted_model_writes_the_adapter_that_peft_loads(tmp_path, checkpoint, inside):
+    peft = pytest.importorskip("peft")
     model = toy("llama")
-    convert(Lit(model) if inside else model, r=4, checkpoint=checkpoint)
-    for arguments in ({}, {"state_dict": model.state_dict()}):
-        with pytest.raises(ValueError, match=r"14 layers are in 4 bits.*save_adapter.*merge"):
-            model.save_pretrained(tmp_path / "folder", **arguments)
-    assert not (tmp_path / "folder").exists()
+    convert(Lit(model) if inside else model, r=4, checkpoint=checkpoint, lora_dropout=0.0)
+    perturb(model)
+    for number, arguments in enumerate(({}, {"state_dict": model.state_dict()})):
+        with pytest.warns(UserWarning, match=r"save_pretrained wrote the adapter as a PEFT folder"):
+            model.save_pretrained(tmp_path / str(number), **arguments)
+        base = toy("llama")
+        for name, layer in base.named_modules():
+            if isinstance(converted := model.get_submodule(name), QLoRALinear):
+                layer.weight.data = converted.decode()
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / str(number)).eval()
+        torch.testing.assert_close(logits(theirs), logits(model.eval()), atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "other rank", is_main_process=False)
+    assert not (tmp_path / "other rank").exists()
+    with pytest.raises(ValueError, match=r"Call model\.push_to_hub"):
+        model.save_pretrained(tmp_path / "hub", push_to_hub=True)
 
 
-def test_what_the_error_names_can_be_loaded(tmp_path):
+def test_push_to_hub_uploads_the_adapter(monkeypatch):
+    """Up to the upload, for which the tests have no network."""
+    hub = pytest.importorskip("transformers.utils.hub")
+    if not hasattr(hub, "hf_api"):
+        pytest.skip("transformers 4 calls the hub in another way")
+    model, uploaded = toy("llama"), []
+    convert(model, r=4)
+    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(
+        type(model), "_upload_modified_files", lambda _, folder, *__, **___: uploaded.extend(os.listdir(folder))
+    )
+    model.push_to_hub("user/name")
+    assert sorted(uploaded) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_module_that_saves_its_model_in_on_save_checkpoint_trains(trainer, tmp_path):
+    """As lightning-ir (base/module.py) and Donut do."""
+    pytest.importorskip("transformers")
+
+    class Saves(Lit):
+        def on_save_checkpoint(self, checkpoint):
+            self.model.save_pretrained(tmp_path / "hf")
+
+    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
+    fit.fit(module := Saves(toy("llama")))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    again = toy("llama")
+    convert(again, adapter=str(tmp_path / "hf"))
+    for layer, other in zip(adapted_layers(module).values(), adapted_layers(again).values(), strict=True):
+        assert torch.equal(layer.lora_B, other.lora_B) and layer.lora_B.any()
+
+
+def test_what_the_warning_names_can_be_loaded(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = toy("llama")
     convert(model, r=4, lora_dropout=0.0)
@@ -59,19 +107,19 @@ def test_other_models_are_saved_as_before(tmp_path):
     assert torch.equal(logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
 
 
-def test_a_checkpoint_of_huggingfaces_trainer_says_what_to_use(tmp_path):
+def test_a_checkpoint_of_huggingfaces_trainer_has_the_adapter(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model = toy("llama")
     convert(model, r=4)
     data = [{"input_ids": row, "labels": row} for row in ids(4)]
     options = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
-    arguments = transformers.TrainingArguments(**options, save_strategy="no")
+    arguments = transformers.TrainingArguments(**options, save_steps=2)
     transformers.Trainer(model, arguments, train_dataset=data).train()
-    assert model.model.layers[0].mlp.up_proj.lora_B.any()
-    arguments = transformers.TrainingArguments(**options, save_steps=1)
-    with pytest.raises(ValueError, match=r"save_adapter.*merge"):
-        transformers.Trainer(model, arguments, train_dataset=data).train()
+    again = toy("llama")
+    convert(again, adapter=str(tmp_path / "checkpoint-2"))
+    found, expected = again.model.layers[0].mlp.up_proj.lora_B, model.model.layers[0].mlp.up_proj.lora_B
+    assert expected.any() and torch.equal(found, expected)
 
 
 # ---------------------------------------------------------------- adapters of other libraries
@@ -134,6 +182,23 @@ def test_lora_matrices_of_other_libraries_are_refused(kind):
     assert report.converted == ["0"] and not any(p.requires_grad for p in model[1].parameters())
     trains = convert(nn.Sequential(nn.Linear(64, 64), kind()), r=2, modules_to_save=["1"])
     assert trains.trained_in_full == {"1": "in modules_to_save"}
+
+
+class OwnLoRA(nn.Module):
+    """As many write it themselves; the matrices have any name."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.lora = nn.ParameterDict({"a": torch.zeros(64, 4), "b": torch.zeros(4, 64)})
+
+
+def test_adapters_written_by_hand_are_named_before_a_second_one_is_added():
+    model = nn.Sequential(nn.Linear(64, 64), OwnLoRA(nn.Linear(64, 64)))
+    with pytest.warns(
+        UserWarning, match=r"1 frozen linear layers have adapters.*by hand.*: 1\.linear\. Conversion adds"
+    ):
+        convert(model, r=2, target_modules=["0", "linear"])
 
 
 @pytest.mark.parametrize("inside", [False, True])

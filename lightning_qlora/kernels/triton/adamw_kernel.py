@@ -5,7 +5,7 @@
 
 A LoRA model has hundreds of small tensors, so one launch per tensor would cost more than the arithmetic. The kernels
 get a table of addresses with one row per tensor, and every program finds its row by a binary search for its number.
-The same in torch, with a description of the 8-bit state: `kernels/reference_adamw.py`.
+The same in torch, with a description of the 8-bit state and of its denominator: `kernels/reference_adamw.py`.
 """
 
 import math
@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.reference_adamw import LARGEST, STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton.launch import Launch
 from lightning_qlora.kernels.triton.tiles import find_tile
 from lightning_qlora.quantization.codebooks import dynamic_map
 
+_LARGEST = tl.constexpr(LARGEST)
 COLUMNS = 8  # of the table: first program, number of elements, addresses of p, g, m, v, scales of m, scales of v
 
 
@@ -59,13 +60,13 @@ def _moments(m, v, g, beta1, rest1, beta2, rest2):
 
 
 @triton.jit
-def _moved(p, m, v, eps, decay, rate, correction):
-    return p * decay - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
+def _moved(p, m, denominator, decay, rate):
+    return p * decay - rate * tl.div_rn(m, denominator)
 
 
 @triton.jit
 def _adamw_kernel(
-    table, p_like, g_like, beta1, rest1, beta2, rest2, eps, decay, rate, correction,
+    table, p_like, g_like, beta1, rest1, beta2, rest2, eps, decay, rate, correction2,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """State in fp32; a program updates BLOCKS x BLOCK elements."""
@@ -81,7 +82,7 @@ def _adamw_kernel(
     m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
     tl.store(exp_avg + i, m, mask=inside)
     tl.store(exp_avg_sq + i, v, mask=inside)
-    p = _moved(p, m, v, eps, decay, rate, correction)
+    p = _moved(p, m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps, decay, rate)
     tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
 
 
@@ -105,7 +106,7 @@ def _quantize_state(values, codes, scales, bounds, i, block, inside, begins):
 
 @triton.jit
 def _adamw8bit_kernel(
-    table, p_like, g_like, levels, beta1, rest1, beta2, rest2, eps, decay, rate, correction,
+    table, p_like, g_like, levels, beta1, rest1, beta2, rest2, eps, decay, rate, correction2, correction1,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """State in 8 bits; `levels`, fp32 [4, 256]: the levels of m, of v, the bounds between those of m, and of v."""
@@ -126,7 +127,9 @@ def _adamw8bit_kernel(
     m *= tl.load(m_scales + block, mask=begins, other=0.0)[:, None]
     v *= tl.load(v_scales + block, mask=begins, other=0.0)[:, None]
     m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
-    p = _moved(p, m, v, eps, decay, rate, correction)
+    v = tl.minimum(v, _LARGEST)  # an infinite scale would make NaN of all elements of the block
+    root = tl.div_rn(tl.sqrt_rn(v), correction2)
+    p = _moved(p, m, tl.maximum(root, tl.div_rn(tl.abs(m), correction1)) + eps, decay, rate)
     tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
     # Past the end of a tensor, m and v were read as the first level, which is not zero.
     _quantize_state(tl.where(inside, m, 0.0), m_codes, m_scales, levels + 512, i, block, inside, begins)
@@ -178,10 +181,11 @@ def _step(kernel: triton.JITFunction, given: list[list[Tensor]], scalars: AdamWS
     per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
     columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in tensors)
     sizes = tuple(param.numel() for param in tensors[0])
+    correction1 = 1 - scalars.beta1**scalars.step
     floats = (
         scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
-        1 - scalars.lr * scalars.weight_decay, scalars.lr / (1 - scalars.beta1**scalars.step),
-        math.sqrt(1 - scalars.beta2**scalars.step),
+        1 - scalars.lr * scalars.weight_decay, scalars.lr / correction1, math.sqrt(1 - scalars.beta2**scalars.step),
+        *([correction1] if levels else []),
     )  # fmt: skip
     launch = Launch(
         kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1), (), tile,

@@ -7,14 +7,13 @@
 
 W is the weight [out, in], s the scaling of the adapter, SVD_r the best approximation of rank r, d the root mean square
 of each input channel. Sources: "default" is PEFT's kaiming_uniform_(a=sqrt(5)). LoftQ: Li et al. 2023, algorithm 1.
-PiSSA: Meng et al. 2024, section 3; with more than one iteration section 4, and `quantize_clipped`. "calibrated": the
+PiSSA: Meng et al. 2024, section 3; with more than one iteration section 4. "calibrated": the
 approximate form of QERA (Zhang et al., ICLR 2025), with d measured on the first batch.
 """
 
 import hashlib
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,12 +23,9 @@ from torch import Tensor
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.fingerprint import has_values
-from lightning_qlora.layers.initialization import low_rank, unwritten
-from lightning_qlora.quantization import blockwise
+from lightning_qlora.layers.initialization import low_rank
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
-# Block scales of least squared error are chosen from these, as shares of the largest magnitude.
-SCALE_FACTORS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
 
 
@@ -54,7 +50,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     if config.initialization == "pissa":
         return _pissa(weight, config, name)
     if config.initialization == "loftq":
-        return _alternate(weight, weight, config.loftq_iterations, _quantize, config, name)
+        return _alternate(weight, weight, config.loftq_iterations, config, name)
     if config.initialization == "calibrated":
         _checked_rank(weight, config)  # an error at conversion, not at the first batch
     return Initialization(_quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
@@ -84,7 +80,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
         lora_a.normal_(std=1 / r, generator=generator)
     else:
         lora_a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
-    return lora_a, unwritten.zeros(out_features, r)
+    return lora_a, torch.zeros(out_features, r, dtype=torch.float32, device="cpu")
 
 
 def calibrated_adapter(
@@ -127,18 +123,15 @@ def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
     lora_a, lora_b = _split(factors, config, name)
     residual = dense - config.scaling * (lora_b @ lora_a)
     if config.loftq_iterations > 1:
-        return _alternate(weight, residual, config.loftq_iterations - 1, quantize_clipped, config, name)
+        return _alternate(weight, residual, config.loftq_iterations - 1, config, name)
     return Initialization(replace(_quantize(residual, config), dtype=weight.dtype), lora_a, lora_b)
 
 
-def _alternate(
-    weight: Tensor, residual: Tensor, iterations: int, quantize: Callable[[Tensor, QLoRAConfig], PackedWeight],
-    config: QLoRAConfig, name: str,
-) -> Initialization:  # fmt: skip
+def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAConfig, name: str) -> Initialization:
     """Repeat: Q = quantize(residual), s B A = SVD_r(W - Q), residual = W - s B A."""
     dense, r = weight.float(), _checked_rank(weight, config)
     for _ in range(iterations):
-        base = quantize(residual, config)
+        base = _quantize(residual, config)
         lora_a, lora_b = _split(low_rank.exact(dense - base.dequantize(torch.float32), r), config, name)
         residual = dense - config.scaling * (lora_b @ lora_a)
     return Initialization(replace(base, dtype=weight.dtype), lora_a, lora_b)
@@ -167,27 +160,3 @@ def _checked_rank(weight: Tensor, config: QLoRAConfig) -> int:
             "rank of single layers) or init_lora_weights='default'."
         )
     return r
-
-
-def quantize_clipped(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
-    """Quantize a float weight [out, in]; each block has the scale of `SCALE_FACTORS` with the least squared error.
-
-    A smaller scale clips the largest weights of a block and rounds the others more finely. The format does not change:
-    clipping a block makes the chosen scale its largest magnitude. For a whole weight this makes a language model worse:
-    its few outliers matter more than their squared error says (SmolLM2-135M, WikiText-2 perplexity 32.3 -> 34.5 to
-    35.3). For the residual of PiSSA, without the largest singular vectors, it makes the model better.
-    """
-    size, dense = config.block_size, weight.float()
-    largest = blockwise.block_absmax(dense.reshape(-1), size)
-
-    def quantize(limits: Tensor) -> PackedWeight:
-        bound = limits.repeat_interleave(size)[: dense.numel()].view(dense.shape)
-        return _quantize(torch.clamp(dense, -bound, bound), config)
-
-    chosen, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-    for factor in SCALE_FACTORS:
-        error = quantize(factor * largest).dequantize(torch.float32).sub_(dense).square_()
-        error = torch.nn.functional.pad(error.flatten(), (0, -error.numel() % size)).view(-1, size).sum(1)
-        chosen = torch.where(error < least, factor, chosen)
-        least = torch.minimum(error, least)
-    return quantize(chosen * largest)

@@ -23,7 +23,7 @@ from lightning_qlora.optim.paging.paged_state import PagedState, tensors_in
 from lightning_qlora.optim.paging.pinned_memory import PinnedPool
 from lightning_qlora.optim.paging.pool import Pool
 from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
-from lightning_qlora.optim.state_8bit import saved_parameters, to_32bit
+from lightning_qlora.optim.state_8bit import saved_betas, saved_parameters, to_32bit
 
 
 class OptimizerPages:
@@ -165,11 +165,11 @@ class OptimizerPages:
 
         8-bit moments are decoded: only PagedAdamW8bit can use them, and it loads its state itself.
         """
-        params, kept = saved_parameters(optimizer, state_dict), dict[Any, Any]()
+        params, betas, kept = saved_parameters(optimizer, state_dict), saved_betas(state_dict), dict[Any, Any]()
         self._deferred = []
         for index, values in state_dict["state"].items():
             if index in params and isinstance(values, dict):
-                values, param = dict(to_32bit(values)), params[index]
+                values, param = dict(to_32bit(values, betas[index])), params[index]
                 for key in [key for key, value in values.items() if self._defers(param, key, value)]:
                     self._deferred.append((param, key, values.pop(key)))
             kept[index] = values

@@ -214,6 +214,7 @@ def train(monkeypatch):
 
 def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_path, caplog):
     _, packed, grad = train(tmp_path / "with")
+    caplog.clear()
     path, packed_without, grad_without = train(tmp_path / "without", PATH=tmp_path, CC="")
     assert path.startswith("plain torch")
     assert caplog.text.count("C kernels not compiled") == 1
@@ -372,7 +373,7 @@ def test_eight_processes_compile_once(tmp_path, monkeypatch):
     if module.compiled_library() is None:
         pytest.skip("no C compiler")
     compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\necho x >> {tmp_path}/calls\nexec {build.compiler()} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/calls"\nexec "{build.compiler()}" "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
@@ -406,7 +407,7 @@ def test_a_compiler_without_openmp_is_a_warning(tmp_path, monkeypatch, caplog):
     if module.compiled_library() is None:
         pytest.skip("no C compiler")
     compiler = tmp_path / "cc"
-    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec {build.compiler()} "$@"\n'
+    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{build.compiler()}" "$@"\n'
     compiler.write_text("#!/bin/sh\n" + script)
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))

@@ -55,7 +55,8 @@ def test_8_bit_steps_equal_a_float64_reference_in_every_code():
         for i, g in enumerate(grads):
             m = 0.9 * m_before[i] + 0.1 * g.double()
             v = 0.999 * v_before[i] + 0.001 * g.double() ** 2
-            moved = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            m_hat, v_hat = m / (1 - 0.9**step), v / (1 - 0.999**step)
+            moved = m_hat / (torch.maximum(v_hat.sqrt(), m_hat.abs()) + 1e-8)
             torch.testing.assert_close(ours[i].double(), before[i] * (1 - 1e-3) - 1e-2 * moved, rtol=1e-5, atol=1e-6)
             for codes, scales, value, signed in ((m_codes, m_scales, m, True), (v_codes, v_scales, v, False)):
                 scaled, expected_scales = scaled64(value)

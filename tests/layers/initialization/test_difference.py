@@ -14,6 +14,7 @@ from lightning_qlora.adapters.base_compatibility import quantization_of, require
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.initialization.difference import recompute_initial, subtract_initial
+from lightning_qlora.training.calibration import calibration_of
 from tests.conftest import elsewhere
 from tests.toys import Lit, ids, logits, perturb, toy
 
@@ -33,6 +34,8 @@ def trained(dense, **arguments):
     net = nn.Sequential(copy.deepcopy(dense))
     convert(net, r=8, lora_alpha=4, lora_dropout=0.0, **arguments)
     net(torch.randn(32, 64))
+    if "calibrated" in arguments.values():
+        calibration_of(net).initialize()
     layer, before = net[0], copy.deepcopy(net[0])
     with torch.no_grad():
         for parameter in layer.adapter_parameters():
@@ -113,7 +116,9 @@ def test_peft_on_the_float_base_does_what_training_added(arguments, base, tmp_pa
     run.save_checkpoint(tmp_path / "last.ckpt")
     initial = Lit(type(toy("llama")).from_pretrained(base))
     convert(initial, **ARGUMENTS, **arguments)
-    initial.train().model(ids())  # "calibrated" uses the batch that Lit trains on
+    if "calibrated" in arguments.values():
+        initial.train().model(ids())  # the batch that Lit trains on
+        calibration_of(initial).initialize()
     expected = type(toy("llama")).from_pretrained(base)
     for name, layer in initial.model.named_modules():
         if hasattr(layer, "lora_A"):

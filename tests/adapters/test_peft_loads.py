@@ -1,17 +1,14 @@
 """Folders that PEFT would load in part: they are written in another form, or a warning names what is lost."""
 
-import importlib.util
 import json
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_qlora import convert, save_adapter
-from lightning_qlora.adapters.peft_check import _without_weights, layers_that_are_only_read
-from tests.adapters.test_peft_experts import converted, decoded_base, deepseek_v3, logits, olmoe
-from tests.conftest import Classifier
+from lightning_qlora.adapters.save_load import layers_that_are_only_read
+from tests.adapters.test_peft_experts import decoded_base, deepseek_v3, logits, olmoe
 from tests.layers import test_experts as toys
 from tests.toys import perturb
 
@@ -67,7 +64,7 @@ def test_a_folder_that_peft_loads_is_written_as_always(tmp_path):
 
 
 def test_what_peft_has_no_form_for_is_named(tmp_path):
-    with pytest.warns(UserWarning, match=r"PEFT would not load .* of the .*layers.0.mlp.down_proj.*Merge the adapter"):
+    with pytest.warns(UserWarning, match=r"PEFT can't load the adapters of 3 layers \(model.layers.0.mlp"):
         save_adapter(with_dense_experts(qwen3_with_a_dense_mlp, use_dora=True), tmp_path)
 
 
@@ -85,44 +82,3 @@ def test_layers_that_the_model_reads_and_does_not_call_are_named(tmp_path):
     called(torch.randn(2, 64)).sum().backward()
     called[0].weight.norm()  # to log it, say
     assert layers_that_are_only_read(called) == []
-
-
-def test_what_peft_refuses_is_named(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise ValueError("Target module not supported")
-
-    monkeypatch.setattr(peft, "get_peft_model", refuse)
-    with pytest.warns(UserWarning, match=r"because of this error: ValueError: Target module not supported"):
-        save_adapter(with_dense_experts(olmoe), tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").exists()
-
-
-def test_without_peft_nothing_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    model = with_dense_experts(qwen3_with_a_dense_mlp)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_adapter(model, tmp_path)
-    assert "target_parameters" not in json.loads((tmp_path / "adapter_config.json").read_text())
-
-
-@pytest.mark.parametrize("build", [toys.gpt_oss, deepseek_v3])
-def test_the_copy_without_weights_is_the_model_before_conversion(build):
-    model, dense = converted(build), toys.made(build)
-    before = {name: id(value) for name, value in model.named_parameters()}
-    made = _without_weights(model)
-    shapes = [(name, p.shape, p.dtype, p.is_meta) for name, p in made.named_parameters()]
-    assert shapes == [(name, p.shape, p.dtype, True) for name, p in dense.named_parameters()]
-    assert [type(part) for part in made.modules()] == [type(part) for part in dense.modules()]
-    peft.get_peft_model(made, peft.LoraConfig(target_modules=["o_proj"]))
-    assert before == {name: id(value) for name, value in model.named_parameters()}
-
-
-def test_modules_of_other_kinds(tmp_path):
-    model = nn.Sequential(Classifier(), nn.ModuleList(), nn.BatchNorm1d(4))
-    hook = model.register_forward_hook(lambda *_: None)
-    convert(model, r=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_adapter(model, tmp_path)
-    assert list(model._forward_hooks) == [hook.id]

@@ -1,1 +1,0 @@
-"""Adapters initialized from the first training batch."""

@@ -1,0 +1,341 @@
+"""What trains in full: held in fp32, so that each step arrives, and computed as the model in 16 bits computes it."""
+
+import copy
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import nn
+
+from lightning_qlora import (
+    QLoRAPrecision,
+    convert,
+    estimate_memory,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
+from tests.conftest import Classifier, loader
+from tests.toys import BERT, LLAMA, ids, toy
+
+transformers = pytest.importorskip("transformers")
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+CLASSES = torch.tensor([0, 1])
+IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def llama_classifier():
+    config = transformers.LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0)
+    inputs = {"input_ids": ids(), "labels": CLASSES}
+    return transformers.LlamaForSequenceClassification(config), ["norm", "embed_tokens"], inputs
+
+
+def llama():
+    inputs = {"input_ids": ids(), "labels": ids()}
+    return toy("llama", tie_word_embeddings=True), ["lm_head", "input_layernorm"], inputs
+
+
+def bert():
+    config = transformers.BertConfig(**BERT)
+    inputs = {"input_ids": ids(), "attention_mask": torch.ones(2, 12), "labels": CLASSES}
+    return transformers.BertForSequenceClassification(config), ["word_embeddings", "LayerNorm"], inputs
+
+
+def vit():
+    config = transformers.ViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": CLASSES}  # cast to the type of the first weight
+    return transformers.ViTForImageClassification(config), ["embeddings", "layernorm"], inputs
+
+
+def convnext():
+    config = transformers.ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 1], num_stages=2, image_size=32)
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": CLASSES}
+    return transformers.ConvNextForImageClassification(config), ["embeddings", "dwconv"], inputs
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=16,
+        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    inputs = {"input_features": torch.randn(2, 80, 32), "labels": ids()}
+    return transformers.WhisperForConditionalGeneration(config), ["conv1", "layer_norm"], inputs
+
+
+def t5():
+    return toy("t5"), ["wo", "final_layer_norm", "shared"], {"input_ids": ids(), "labels": ids()}
+
+
+def in_full(module):
+    return {n: p for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n}
+
+
+def in_type(inputs, dtype):
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("lr", [2e-4, 2e-5])
+@pytest.mark.parametrize("make", [llama_classifier, llama, bert, vit, convnext, whisper, t5])
+def test_every_element_with_a_gradient_moves_in_three_steps(make, lr):
+    model, modules, inputs = make()
+    model, inputs = model.bfloat16(), in_type(inputs, torch.bfloat16)
+    convert(model, **ARGUMENTS, modules_to_save=modules)
+    before = {name: p.detach().clone() for name, p in in_full(model).items()}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    optimizer, has_gradient = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-30), {}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        for name, p in in_full(model).items():
+            has_gradient[name] = has_gradient.get(name, False) | (p.grad != 0)
+        optimizer.step()
+    for name, p in in_full(model).items():
+        assert has_gradient[name].any()
+        assert ((p != before[name]) | ~has_gradient[name]).all(), name
+
+
+@IN_16_BITS
+def test_the_loss_follows_that_of_an_fp32_model(dtype):
+    """With parameters in 16 bits, as a cast after conversion leaves them, bf16 is further away and fp16 diverges."""
+    losses = {}
+    for name in ("fp32", "ours", "16 bits"):
+        torch.manual_seed(0)
+        model, modules, inputs = llama_classifier()
+        model = model.train().to(dtype)
+        convert(model, **ARGUMENTS, modules_to_save=modules, compute_dtype="fp32" if name == "fp32" else "auto")
+        if name != "ours":
+            model.to(torch.float32 if name == "fp32" else dtype)
+        optimizer = torch.optim.AdamW(list(in_full(model).values()), lr=2e-4, weight_decay=0.0)
+        losses[name] = []
+        for _ in range(20):
+            loss = F.cross_entropy(model(**inputs).logits.float(), CLASSES)
+            losses[name].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    fp32, ours, narrow = (torch.tensor(losses[name]) for name in ("fp32", "ours", "16 bits"))
+    assert (ours - fp32).abs().max() < 5e-3
+    assert not (narrow - fp32).abs().max() < 1e-2
+
+
+class Tied(nn.Module):
+    """Modules that read their parameters in other ways, and those of modules inside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(8, 16, padding_idx=0), nn.LayerNorm(16)
+        self.convolution = nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 3, padding=1))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.recurrent = nn.GRU(16, 16, batch_first=True, bidirectional=True)
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(32)), nn.Parameter(torch.randn(32))])
+        self.last = nn.Linear(32, 16)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))
+        x = x + self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.attention(x, x, x)[0]
+        x = self.recurrent(x)[0] * self.scales[0] + self.scales[1]
+        x = self.linear(self.last(x.to(self.last.weight.dtype)))
+        return F.linear(x, self.embedding.weight)
+
+
+MODULES = ["embedding", "norm", "convolution", "attention", "recurrent", "scales", "last"]
+
+
+def tied(dtype=torch.bfloat16, modules=MODULES):
+    model = Tied().to(dtype)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules)
+    return model
+
+
+TOKENS = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
+
+
+@IN_16_BITS
+def test_outputs_and_gradients_are_those_of_the_model_in_16_bits(dtype):
+    ours, plain = tied(dtype), tied(dtype).to(dtype)
+    assert {p.dtype for p in in_full(ours).values()} == {torch.float32}
+    y, expected = ours(TOKENS), plain(TOKENS)
+    assert y.dtype is dtype and torch.equal(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), other in zip(in_full(ours).items(), in_full(plain).values(), strict=True):
+        assert p.grad.dtype is torch.float32
+        torch.testing.assert_close(p.grad.to(dtype), other.grad, rtol=2e-2, atol=2e-2), name
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(TOKENS), plain.eval()(TOKENS))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile", "compile a block", "checkpoint", "autocast"])
+def test_the_module_still_works_with(how):
+    model = tied()
+    if how == "pickle":
+        model.convolution = nn.Identity()  # torch pickles no parametrized module
+    expected, use = model(TOKENS), model
+    if how == "deepcopy":
+        use = copy.deepcopy(model)
+    if how == "pickle":
+        use = pickle.loads(pickle.dumps(model))
+    if how == "compile":
+        use = torch.compile(model, backend="aot_eager")
+    if how == "compile a block":
+        model.norm.compile(backend="aot_eager", fullgraph=True)
+    if how == "checkpoint":
+        use = lambda tokens: torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y = use(TOKENS)
+    torch.testing.assert_close(y, expected, atol=0.05 if how == "autocast" else 0, rtol=0)
+    y.sum().backward()
+    held = use if isinstance(use, nn.Module) else model
+    assert all(p.grad.dtype is torch.float32 for p in in_full(held).values())
+
+
+def test_code_outside_of_a_forward_pass_gets_the_parameter_that_trains():
+    model = tied()
+    weight = model.embedding.weight
+    assert weight is dict(model.named_parameters())["embedding.weight"] and weight.dtype is torch.float32
+    with torch.no_grad():
+        model.norm.weight.fill_(2.0)
+    assert (model.state_dict()["norm.weight"] == 2).all()
+    assert type(model.norm).__name__ == "LayerNorm" and isinstance(model.norm, nn.LayerNorm)
+
+
+def test_a_later_cast_is_what_the_user_asked_for():
+    model = tied().half()
+    assert {p.dtype for p in in_full(model).values()} == {torch.float16} and model(TOKENS).dtype is torch.float16
+    model.float()
+    assert {p.dtype for p in in_full(model).values()} == {torch.float32} and model(TOKENS).dtype is torch.float32
+
+
+def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_changes():
+    plain = Tied()
+    model = tied()
+    with torch.no_grad():
+        model.norm.weight.fill_(1.0)
+        model.embedding.weight.fill_(1 + 0.1 * 2**-7)  # a tenth of a step of bf16
+    merge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in model.parameters())
+    assert [part.__class__.__name__ for part in model.modules()] == [
+        part.__class__.__name__ for part in plain.modules()
+    ]
+    assert not any(hasattr(part, "computes_in") for part in model.modules())
+    assert (model.norm.weight == 1).all()
+    assert 0 < (model.embedding.weight != 1).float().mean() < 0.3
+
+
+def test_what_cant_be_held_in_fp32_stays_and_is_named():
+    inner = pl.LightningModule()
+    inner.scale, inner.norm = nn.Parameter(torch.ones(16)), nn.LayerNorm(16)
+    hooked = nn.utils.spectral_norm(nn.Conv1d(16, 16, 1))
+    module = nn.ModuleDict({"inner": inner, "hooked": hooked, "linear": nn.Linear(16, 16)}).bfloat16()
+    with pytest.warns(UserWarning, match=r"^inner\.scale, hooked\.bias, hooked\.weight_orig: 288 elements train in 16"):
+        convert(module, r=1, target_modules=["linear"], modules_to_save=["inner", "hooked"])
+    types = {name: p.dtype for name, p in in_full(module).items()}
+    assert types["inner.scale"] is types["hooked.bias"] is types["hooked.weight_orig"] is torch.bfloat16
+    assert types["inner.norm.weight"] is torch.float32
+
+
+class InBf16(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = self.net.bfloat16()
+
+    def forward(self, x):
+        return self.net(x.bfloat16()).float()
+
+
+PLUGIN = {"r": 4, "lora_dropout": 0.1, "modules_to_save": ["2"]}
+
+
+def test_a_run_with_the_trainer_resumes_bit_equal_and_comes_back_from_its_checkpoint(trainer):
+    def fit(epochs, path=None):
+        torch.manual_seed(1)
+        run, module = trainer(plugins=QLoRAPrecision(**PLUGIN), max_epochs=epochs), InBf16()
+        run.fit(module, loader(), ckpt_path=path)
+        return run, module
+
+    run, straight = fit(2)
+    assert "held in fp32 (512 bytes) and computes in bfloat16" in run.precision_plugin.report.summary()
+    assert straight.net[2].weight.dtype is torch.float32
+    half, _ = fit(1)
+    _, resumed = fit(2, half.checkpoint_callback.best_model_path)
+    loaded = load_from_checkpoint(InBf16, run.checkpoint_callback.best_model_path)
+    x = loader().dataset.tensors[0]
+    for module in (resumed, loaded):
+        assert all(torch.equal(p, straight.get_parameter(name)) for name, p in module.named_parameters())
+        assert torch.equal(module.eval()(x), straight.eval()(x))
+
+
+def test_all_loops_compute_the_same(trainer):
+    """Autocast, which fp32 parts around a bf16 model need, is off."""
+    run, module = (
+        trainer(plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}), enable_checkpointing=False),
+        InBf16(),
+    )
+    run.fit(module, loader())
+    losses = {"trainer": module.losses}
+    for loop in ("fabric", "plain"):
+        module, fabric = InBf16(), Fabric(accelerator="cpu", plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}))
+        if loop == "plain":
+            convert(module, **PLUGIN | {"lora_dropout": 0.0})
+        use = fabric.setup_module(module) if loop == "fabric" else module
+        optimizer, losses[loop] = torch.optim.AdamW(use.parameters(), lr=1e-2), []
+        for x, y in loader():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(use(x), y)
+            fabric.backward(loss) if loop == "fabric" else loss.backward()
+            optimizer.step()
+            losses[loop].append(loss.item())
+    assert losses["trainer"] == losses["fabric"] == losses["plain"]
+
+
+def test_a_cast_after_conversion_is_named_at_the_first_step(trainer):
+    module = InBf16()
+    convert(module, **PLUGIN)
+    module.bfloat16()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=2e-4)
+    run = trainer(plugins=QLoRAPrecision(**PLUGIN), enable_checkpointing=False)
+    with pytest.warns(UserWarning, match=r"net\.\*\.weight train in 16 bits.*last bit of 100% of net\.2\.weight"):
+        run.fit(module, loader())
+
+
+def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, base = toy("llama").bfloat16(), toy("llama").bfloat16()
+    convert(model, **ARGUMENTS, modules_to_save=["norm", "lm_head"])
+    with torch.no_grad():
+        for p in in_full(model).values():
+            p.add_(1e-4)
+    save_adapter(model, tmp_path)
+    again = toy("llama").bfloat16()
+    convert(again, adapter=str(tmp_path))
+    later = toy("llama").bfloat16()
+    convert(later, **ARGUMENTS, modules_to_save=["norm", "lm_head"])
+    load_adapter(later, tmp_path)
+    for other in (again, later):
+        assert all(torch.equal(p, dict(other.named_parameters())[name]) for name, p in in_full(model).items())
+    with_peft = peft.PeftModel.from_pretrained(base, tmp_path)
+    weight = with_peft.base_model.model.lm_head.modules_to_save["default"].weight
+    assert torch.equal(weight, model.lm_head.weight.to(weight.dtype))
+
+
+def test_the_plan_counts_fp32():
+    def parts(model):
+        return estimate_memory(model, sequence_length=32, r=4, modules_to_save=["lm_head"]).parts
+
+    narrow, wide = parts(toy("llama").bfloat16()), parts(toy("llama"))
+    for part in ("trained weights", "gradients", "optimizer state"):
+        assert narrow[part] == wide[part]
+    assert narrow["other frozen weights"] < wide["other frozen weights"]

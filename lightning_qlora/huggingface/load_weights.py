@@ -78,7 +78,8 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
         made, error = None, None
         try:
             if rank < len(group):
-                made = _make(module, *group[rank], folder, device)
+                name, layer = group[rank]
+                made = _make(module, name, layer, folder, device)
         except (OSError, ValueError) as raised:
             error = str(raised)
         for raised_on in filter(None, of_all_ranks(error) if ranks > 1 else [error]):

@@ -85,17 +85,12 @@ def linear_backward(
     grad_a = torch.mm(grad_xa.T, _dropped(x, p, seed)).to(lora_a.dtype)
     if not needs_x:
         return None, grad_a, grad_b
-    a, library = lora_a.to(grad.dtype), _library(x)
-    few = library is not None and library.multiplies(len(x), weight, grad.dtype, transposed=True)
-    if few or seed is not None:
-        grad_x = torch.mm(grad_xa, a)
-        if seed is not None:
-            _dropout(grad_x, grad_x, p, seed)
-        if few and library is not None:
-            return library.add_matmul(grad_x, grad.contiguous(), weight, transposed=True), grad_a, grad_b
-        return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
-    grad_x = torch.mm(grad, _decoded(weight, grad.dtype))
-    return grad_x.addmm_(grad_xa, a) if a.numel() else grad_x, grad_a, grad_b
+    if not lora_a.numel():  # rank 0
+        return torch.mm(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
+    grad_x = torch.mm(grad_xa, lora_a.to(grad.dtype))
+    if seed is not None:
+        _dropout(grad_x, grad_x, p, seed)
+    return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
 
 
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -133,6 +128,6 @@ def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     source, flat = x.view(-1), out.view(-1)
     for start in range(0, flat.numel(), CHUNK):
         chunk = slice(start, min(start + CHUNK, flat.numel()))
-        keep = dropout_kept(chunk.start, chunk.stop, x.shape[-1], p, seed, x.device)
+        keep = dropout_kept(chunk.start, chunk.stop, p, seed, x.device)
         flat[chunk] = torch.where(keep, source[chunk] * dropout_threshold(p)[1], 0)
     return out

@@ -10,11 +10,9 @@ The first four are `torch.library` ops, so torch.compile sees each as one opaque
 test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
-from math import isfinite, prod
+from math import isfinite
 from typing import Any, cast, get_args
 
 import torch
@@ -24,7 +22,7 @@ from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
-from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, Part, check_bytes
+from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, check_bytes
 
 
 def quantize(
@@ -111,22 +109,20 @@ def _refuse_onnx() -> None:
         )
 
 
-def weight_of(
-    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    part: list[int] | None,
-) -> PackedBytes:  # fmt: skip
+def _weight_of(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int
+) -> PackedBytes:
     """A weight from its fields, as the ops get them."""
-    whole = None if part is None else Part(*part)
-    return PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size, whole)
+    return PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
 
 
 @torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
 def _dequantize(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    part: list[int] | None, dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     _refuse_onnx()
-    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
+    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     check_bytes(weight)
     return backend(packed.device).dequantize(weight, dtype)
 
@@ -140,12 +136,11 @@ def _(packed: Tensor, *rest: Any) -> Tensor:
 @torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
 def lora_linear_op(
     x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    part: list[int] | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float,
-    p: float,
+    bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
-    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
+    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
     linear_into(y, x, xa, weight, bias, lora_b, scaling)
     return y, xa
@@ -154,46 +149,26 @@ def lora_linear_op(
 @lora_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
-    shape, lora_a, rows = rest[3], rest[8], _rows(x).shape[0]
+    shape, lora_a, rows = rest[3], rest[7], _rows(x).shape[0]
     return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(rows, lora_a.shape[0])
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
 def lora_linear_backward_op(
     grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int],
-    quant_type: str, block_size: int, part: list[int] | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None,
-    scaling: float, p: float, needs_x: bool,
+    quant_type: str, block_size: int, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float, p: float,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (empty if it is not needed), A and B."""
-    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
+    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
 
 
 @lora_linear_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_a, lora_b, needs_x = rest[8], rest[9], rest[-1]
+    lora_a, lora_b, needs_x = rest[7], rest[8], rest[-1]
     return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
-
-
-@cache
-def register_flop_formulas() -> None:
-    """Tell torch's FlopCounterMode, and so Lightning's measure_flops, the operations of a layer; it gives shapes.
-
-    They are those of a frozen dense layer with an adapter; decoding is not counted. With a dispatch mode as that
-    `lora_linear` runs these ops, which the mode sees.
-    """
-    from torch.utils.flop_counter import register_flop_formula  # imports Triton, where it is installed
-
-    @register_flop_formula(torch.ops.lightning_qlora.lora_linear)
-    def _(x: Sequence[int], *rest: Any, **_: Any) -> int:  # x W^T, x A^T, (x A^T) B^T
-        (outputs, inputs), (r, _) = rest[3], rest[8]
-        return int(2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs)))
-
-    @register_flop_formula(torch.ops.lightning_qlora.lora_linear_backward)
-    def _(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:  # for A, B, and x if that needs one
-        (outputs, inputs), (r, _), needs_x = rest[4], rest[8], rest[-1]
-        return int(2 * prod(x[:-1]) * (r * (inputs + 2 * outputs) + needs_x * inputs * (outputs + r)))
 
 
 def lora_project(

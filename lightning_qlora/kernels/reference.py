@@ -29,34 +29,21 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout: each element of x is kept with probability 1 - p and then divided by 1 - p; without a seed, x itself.
 
-    A hash of the seed and the element's index decides, so the mask is the same on all devices, for any number of
-    threads, and for x as parts of its columns (`seed_and_stride`).
+    A hash of the seed and the element's index decides, so the mask is the same on all devices and for any number of
+    threads.
     """
     if seed is None:
         return x
-    keep = dropout_kept(0, x.numel(), x.shape[-1], p, seed, x.device)
+    keep = dropout_kept(0, x.numel(), p, seed, x.device)
     return torch.where(keep.view(x.shape), x * dropout_threshold(p)[1], 0)
 
 
-def dropout_kept(start: int, stop: int, width: int, p: float, seed: Tensor, device: torch.device) -> Tensor:
-    """Which of the elements start to stop (flat indices) of x, with rows of `width`, are kept: bool [stop - start]."""
-    (number, stride), index = seed_and_stride(seed, width), torch.arange(start, stop, device=device)
-    if stride != width:
-        index += index // width * (stride - width)
-    word = _mix(_mix(index.to(torch.int32) + as_int32(number)) ^ as_int32(number >> 32))
+def dropout_kept(start: int, stop: int, p: float, seed: Tensor, device: torch.device) -> Tensor:
+    """Which of the elements start to stop (flat indices) of x are kept: bool [stop - start]."""
+    number = int(seed.item())
+    index = torch.arange(start, stop, device=device).to(torch.int32)
+    word = _mix(_mix(index + as_int32(number)) ^ as_int32(number >> 32))
     return word >= dropout_threshold(p)[0]
-
-
-def seed_and_stride(seed: Tensor, width: int) -> tuple[int, int]:
-    """The number that the hash starts from, and how many indices two rows of x [m, width] are apart.
-
-    `seed` has that number; of a part of the columns also the first column and the number of columns of the whole. The
-    hash adds index and low half of the number, so the first column is added there.
-    """
-    number, *place = seed.tolist()
-    if not place:
-        return number, width
-    return number >> 32 << 32 | (number + place[0]) & 0xFFFFFFFF, place[1]
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:

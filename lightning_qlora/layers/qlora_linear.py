@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.ops import has_autocast, register_flop_formulas
+from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
@@ -94,7 +94,6 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
             _fingerprint=None,
         )  # fmt: skip
         layer.__dict__.pop(ORIGINAL_PACKED, None)
-        register_flop_formulas()
         layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)
         if layer.bias is not None:
@@ -145,12 +144,9 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     def compute(
         self, x: Tensor, weight: PackedBytes, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None,
-        columns: Tensor | None = None,
+        rank: int = 0,
     ) -> Tensor:  # fmt: skip
-        """The same with the parameters of the layer, or with a part of them.
-
-        `columns`: the first column of the weight and the number of columns of the whole, int64 [2]; None: it has all.
-        """
+        """The same with the parameters of the layer, or with a part of them; ranks with other numbers drop others."""
         dtype, given = self.compute_dtype(x), x.dtype
         if given is not dtype:
             x = cast_input(x, dtype)
@@ -165,7 +161,8 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
             if p and self.training:
                 # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
                 seed = torch.randint(1 << 62, (1,), device="cpu")
-                seed = seed if columns is None else torch.cat([seed, columns])
+                if rank:
+                    seed ^= rank << 32
         first = bias if magnitude is None else None
         y = lora_linear(x, weight, first, a, b, self.scaling, p, seed)
         if magnitude is not None:

@@ -88,20 +88,9 @@ static inline __attribute__((always_inline)) void decode_64_split(const Weight *
 
 enum { GROUPS = 16 }; /* groups of 64 weights whose scales are looked up together */
 
-static __attribute__((noinline)) void scales_of_part(const Weight *w, int64_t begin, int64_t n, float *scales) {
-    for (int64_t g = 0; g < n; g++) scales[g] = scale_of_block(w, (begin + 64 * g) >> w->block_shift);
-}
-
 static inline int64_t scales_of_groups(const Weight *w, int64_t begin, int64_t end, float *scales) {
     int64_t n = min64(GROUPS, (end - begin) >> 6);
-    if (w->first || w->skipped) {
-        scales_of_part(w, begin, n, scales);
-        return n;
-    }
-    for (int64_t g = 0; g < n; g++) {
-        int64_t block = (begin + 64 * g) >> w->block_shift;
-        scales[g] = scale_of_number(w, block, block);
-    }
+    for (int64_t g = 0; g < n; g++) scales[g] = scale_of_block(w, (begin + 64 * g) >> w->block_shift);
     return n;
 }
 

@@ -1,8 +1,8 @@
 """The backend of CPUs, and of other devices without Triton: the C kernels of `cpu/` where they exist, else plain torch.
 
 The results are those of `reference.py`. The weight is decoded into a reused buffer, or inside the product for few rows
-of input (C kernels only). The small product of the adapter is added to the large one, because a large product that adds
-to its output (beta = 1) takes 5% longer.
+of input (C kernels only). The adapter's product is written first and the large one added to it (beta = 1), which sums
+in fp32 and rounds once, as `reference.py` demands. The bias comes last.
 """
 
 from functools import cache
@@ -63,15 +63,19 @@ def linear_into(
     out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
     """See `reference.linear_into`."""
-    dtype, library = x.dtype, _library(x)
-    b, first = lora_b.to(dtype).T, _empty(dtype, x.device) if bias is None else bias.to(dtype)
-    if library is not None and library.multiplies(len(x), weight, dtype):
-        torch.addmm(first, xa, b, beta=bias is not None, alpha=scaling, out=out)
-        library.add_matmul(out, x.contiguous(), weight)
+    library, empty = _library(x), _empty(x.dtype, x.device)
+    few = library is not None and library.multiplies(len(x), weight, x.dtype)
+    if lora_b.numel() or few:
+        torch.addmm(empty, xa, lora_b.to(x.dtype).T, beta=0, alpha=scaling, out=out)
+    if few and library is not None:
+        library.add_matmul(out, x.contiguous(), weight, bias)
         return
-    torch.addmm(first, x, _decoded(weight, dtype).T, beta=bias is not None, out=out)
-    if b.numel():  # for rank 0 torch would read and write the whole output
-        out.addmm_(xa, b, alpha=scaling)
+    if lora_b.numel():
+        out.addmm_(x, _decoded(weight, x.dtype).T)
+    else:  # rank 0
+        torch.mm(x, _decoded(weight, x.dtype).T, out=out)
+    if bias is not None:
+        out.add_(bias)
 
 
 def linear_backward(

@@ -92,7 +92,7 @@ def refuse_second_derivative() -> None:
 
     Torch's `once_differentiable` would return gradients without a graph where the gradient of the output has none.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "4-bit layers have no second derivative: create_graph=True is not supported. Name the layers in "
             "exclude_modules, which keeps them dense."

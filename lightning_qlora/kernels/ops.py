@@ -2,11 +2,12 @@
 
     quantize                float weight -> 4-bit bytes
     dequantize              4-bit bytes -> float weight
+    scales                  the fp32 scale of every block
     lora_linear             y = x W^T + bias + s (drop(x) A^T) B^T with W in 4 bits, and drop(x) A^T for its backward
     lora_linear_backward    the gradients of x, A and B
     adamw_step, adamw8bit_step      one optimizer step over many tensors
 
-The first four are `torch.library` ops, so torch.compile sees each as one opaque node and `torch.library.opcheck` can
+The first five are `torch.library` ops, so torch.compile sees each as one opaque node and `torch.library.opcheck` can
 test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
@@ -21,8 +22,8 @@ from torch import Tensor
 from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
-from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, check_bytes
+from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
+from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
 
 
 def quantize(
@@ -80,6 +81,11 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, torch.ops.lightning_qlora.dequantize(*weight, dtype))
 
 
+def scales(weight: PackedBytes, numbers: Tensor | None = None) -> Tensor:
+    """Scale of every block, fp32 [blocks]; `numbers`: see `blockwise.dequantize_absmax`."""
+    return cast(Tensor, torch.ops.lightning_qlora.scales(weight.absmax, weight.nested, numbers))
+
+
 # Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would repeat one dropout mask, because the seed
 # is read on the host. torch 2.8 lacks the tag.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
@@ -131,6 +137,20 @@ def _dequantize(
 def _(packed: Tensor, *rest: Any) -> Tensor:
     _refuse_onnx()
     return packed.new_empty(rest[2], dtype=rest[-1])
+
+
+@torch.library.custom_op("lightning_qlora::scales", mutates_args=())
+def _scales(absmax: Tensor, nested: Tensor, numbers: Tensor | None) -> Tensor:
+    absmax = absmax.reshape(-1)
+    if not nested.numel():
+        return aligned(absmax).clone().view(torch.float32)
+    second = aligned(nested).view(-1).view(torch.float32)
+    return dequantize_absmax(absmax, second[:-1], second[-1], numbers)
+
+
+@_scales.register_fake
+def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
+    return absmax.new_empty(absmax.numel() // (1 if nested.numel() else 4), dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)

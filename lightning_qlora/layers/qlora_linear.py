@@ -18,6 +18,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived_class import Derived, derives
+from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import ORIGINAL_PACKED, kind_of
@@ -163,11 +164,11 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
                 seed = torch.randint(1 << 62, (1,), device="cpu")
                 if rank:
                     seed ^= rank << 32
-        first = bias if magnitude is None else None
-        y = lora_linear(x, weight, first, a, b, self.scaling, p, seed)
-        if magnitude is not None:
-            scale = magnitude / self.row_norm(a, b, weight).clamp_min(TINY)
-            y = y * scale.to(dtype) + (0 if bias is None else bias.to(dtype))
+        if magnitude is None:
+            y = lora_linear(x, weight, bias, a, b, self.scaling, p, seed)
+        else:
+            norm = self.row_norm(a, b, weight).clamp_min(TINY)
+            y = dora_linear(x, weight, bias, a, b, magnitude, norm, self.scaling, p, seed)
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.quantization.blockwise import dequantize_absmax
-from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 SPLIT_EXPERTS = (
     "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Name them in exclude_modules to keep "
@@ -129,12 +129,11 @@ def _weight_of_rank(layer: Any) -> PackedBytes:
     packed, absmax, nested = (local(layer._parameters[name]) for name in BASE)
     split: Split = layer._split
     with PLAIN():
+        weight = PackedBytes(packed, absmax, nested, split.shape, layer.quant_type, layer.block_size)
         if nested.numel():
-            numbers = split.block_numbers(layer.block_size, absmax.device)
-            second = aligned(nested).view(-1).view(torch.float32)
-            absmax = dequantize_absmax(absmax.reshape(-1), second[:-1], second[-1], numbers).view(torch.uint8)
-            nested = nested.new_empty(0)
-    return PackedBytes(packed, absmax, nested, split.shape, layer.quant_type, layer.block_size)
+            absmax = ops.scales(weight, split.block_numbers(layer.block_size, absmax.device)).view(torch.uint8)
+            weight = weight._replace(absmax=absmax, nested=absmax[:0])
+    return weight
 
 
 def _summed_gradient(held: Any) -> Any:

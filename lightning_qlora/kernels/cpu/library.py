@@ -43,7 +43,7 @@ class Library:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         signatures = {
             "dequantize": (_pointer, _pointer, _int, _int),
-            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
+            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int, _pointer, _int),
             "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
             "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
@@ -74,17 +74,21 @@ class Library:
             return True
         return m <= MOST_ROWS_SLOW
 
-    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
-        """y += x W^T, decoding W tile by tile.
+    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
+        """y += x W^T + bias, decoding W tile by tile.
 
         y [m, out] and x [m, in] are contiguous, m <= `MOST_ROWS`.
         """
         described, _keep = _describe(weight)
         m, width = x.shape
         workspace = scratch(m * (width + STEP), torch.float32, x.device, "rows")
+        bias_type = 0
+        if bias is not None:
+            bias = (bias if bias.dtype in self.types else bias.float()).contiguous()
+            bias_type = TYPES[bias.dtype]
         self._loaded.add_matmul(
-            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, workspace.data_ptr(),
-            _threads(weight.numel),
+            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m,
+            None if bias is None else bias.data_ptr(), bias_type, workspace.data_ptr(), _threads(weight.numel),
         )  # fmt: skip
         return y
 

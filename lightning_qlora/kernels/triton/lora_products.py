@@ -1,7 +1,7 @@
 """The products with the matrices of an adapter, one launch each, with dropout inside.
 
     lora_down       out[m, r] = s sum_k drop(x)[m, k] w[r, k]                   x A^T, and dY B in the backward pass
-    lora_up         out[m, n] = s sum_r h[m, r] w[n, r]  (+ bias, or dropout)   (x A^T) B^T, and (dY B) A
+    lora_up         out[m, n] = s sum_r h[m, r] w[n, r]  (or its dropout)       (x A^T) B^T, and (dY B) A
     lora_gradients  dA[r, k] = sum_m dXA[m, r] drop(x)[m, k]  and  dB[n, r] = s sum_m dY[m, n] XA[m, r]
 
 One side of these products is the rank, so they are bound by memory: x is read once, an fp32 adapter is rounded to x's
@@ -55,8 +55,8 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _up_kernel(
-    h, w, bias, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    h, w, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes M x N elements of the output."""
     row, column = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
@@ -72,8 +72,6 @@ def _up_kernel(
     place = row.to(tl.int64)[:, None] * n + column[None, :]
     if DROPOUT:
         total = tl.where(is_kept(place, low, high, least_kept), total, 0.0)
-    if BIAS:
-        total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
 
 
@@ -152,32 +150,25 @@ def _down(
     return run, number_of_sums(shares, grid[0] * grid[1] * tile["M"] * rank)
 
 
-def lora_up(
-    h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, bias: Tensor | None = None, p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Write s h w^T + bias, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
+def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """Write s h w^T, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
     (m, n), r = out.shape, w.shape[1]
     tile = _tile("lora_up", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
-        first = _unread(h) if bias is None else bias.to(h.dtype)
-        torch.addmm(first, h, w.to(h.dtype).T, beta=bias is not None, alpha=s, out=out)
+        torch.addmm(_unread(h), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
         return out if seed is None else dropout(out, p, seed, out=out)
     mask, scale = dropout_arguments(p, seed, h.device)
-    run = _up(h.device, tile, m, n, r, w.stride(), seed is not None, bias is not None)
-    run((h, w, h if bias is None else bias.contiguous(), out), (*mask, s * scale))
+    run = _up(h.device, tile, m, n, r, w.stride(), seed is not None)
+    run((h, w, out), (*mask, s * scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _up(
-    device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool,
-    bias: bool,
-) -> Launch:  # fmt: skip
+def _up(device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool) -> Launch:
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
     return Launch(
         _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout,
-        BIAS=bias, R=rank_tile(r),
+        R=rank_tile(r),
     )  # fmt: skip
 
 

@@ -31,7 +31,6 @@ from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
-from lightning_qlora.kernels.verify import part_of
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 SHORT = ("sm_80", "sm_90")
@@ -86,11 +85,6 @@ def _dequantize_cases(target: str) -> Iterator[Case]:
                 partial(dequantize, weight, dtype), tile["WEIGHTS"] / threads, budget,
                 short=block_size == 64 and double_quant,
             )  # fmt: skip
-        part = part_of(reference.quantize(torch.randn(64, 512), "nf4", 64, True), 0, 256, 64, 256)
-        yield Case(
-            "dequantize bf16, part of a weight", partial(dequantize, part, torch.bfloat16), tile["WEIGHTS"] / threads,
-            11.5 if target == "sm_75" else 8,
-        )  # fmt: skip
         odd = reference.quantize(torch.randn(63, 33), "nf4", 64, True)
         yield Case(
             "dequantize bf16, odd size", partial(dequantize, odd, torch.bfloat16), tile["WEIGHTS"] / 4 / threads, 32
@@ -186,17 +180,9 @@ def _matmul_cases(target: str) -> Iterator[Case]:
                 13 if run == 64 else 24, loop=True, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
 
-        yield Case(
-            f"matmul bf16, {rows} rows, part of a weight", _matmul(rows, torch.bfloat16, 64, True, True),
-            64 * tile["N"] / threads, 16, loop=True,
-        )  # fmt: skip
 
-
-def _matmul(
-    rows: int, dtype: torch.dtype, block_size: int, double_quant: bool, part: bool = False
-) -> Callable[[], object]:
-    weight = reference.quantize(torch.randn(128, 1024 if part else 512), "nf4", block_size, double_quant)
-    weight = part_of(weight, 0, 512, 128, 512) if part else weight
+def _matmul(rows: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Callable[[], object]:
+    weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
     return partial(add_matmul_, torch.zeros(rows, 128).to(dtype), torch.randn(rows, 512).to(dtype), weight)
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--arguments", nargs="*", default=[], help="of convert, as NAME=JSON")
     chosen = parser.parse_args()
     pairs = (pair.split("=", 1) for pair in chosen.arguments)
-    arguments = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1} | {name: json.loads(value) for name, value in pairs}
+    arguments = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0} | {name: json.loads(value) for name, value in pairs}
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (chosen.data, ranks // chosen.data), mesh_dim_names=("data", "tensor"))

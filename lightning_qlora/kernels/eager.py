@@ -1,8 +1,8 @@
 """The backend of CPUs, and of other devices without Triton: the C kernels of `cpu/` where they exist, else plain torch.
 
 The results are those of `reference.py`. The weight is decoded into a reused buffer, or inside the product for few rows
-of input (C kernels only). The small product of the adapter is added to the large one, because a large product that adds
-to its output (beta = 1) takes 5% longer.
+of input (C kernels only). The adapter's product is written first and the large one added to it (beta = 1), which sums
+in fp32 and rounds once, as `reference.py` demands. The bias comes last.
 """
 
 from functools import cache
@@ -63,15 +63,19 @@ def linear_into(
     out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
     """See `reference.linear_into`."""
-    dtype, library = x.dtype, _library(x)
-    b, first = lora_b.to(dtype).T, _empty(dtype, x.device) if bias is None else bias.to(dtype)
-    if library is not None and library.multiplies(len(x), weight, dtype):
-        torch.addmm(first, xa, b, beta=bias is not None, alpha=scaling, out=out)
-        library.add_matmul(out, x.contiguous(), weight)
+    library, empty = _library(x), _empty(x.dtype, x.device)
+    few = library is not None and library.multiplies(len(x), weight, x.dtype)
+    if lora_b.numel() or few:
+        torch.addmm(empty, xa, lora_b.to(x.dtype).T, beta=0, alpha=scaling, out=out)
+    if few and library is not None:
+        library.add_matmul(out, x.contiguous(), weight, bias)
         return
-    torch.addmm(first, x, _decoded(weight, dtype).T, beta=bias is not None, out=out)
-    if b.numel():  # for rank 0 torch would read and write the whole output
-        out.addmm_(xa, b, alpha=scaling)
+    if lora_b.numel():
+        out.addmm_(x, _decoded(weight, x.dtype).T)
+    else:  # rank 0
+        torch.mm(x, _decoded(weight, x.dtype).T, out=out)
+    if bias is not None:
+        out.add_(bias)
 
 
 def linear_backward(
@@ -85,17 +89,12 @@ def linear_backward(
     grad_a = torch.mm(grad_xa.T, _dropped(x, p, seed)).to(lora_a.dtype)
     if not needs_x:
         return None, grad_a, grad_b
-    a, library = lora_a.to(grad.dtype), _library(x)
-    few = library is not None and library.multiplies(len(x), weight, grad.dtype, transposed=True)
-    if few or seed is not None:
-        grad_x = torch.mm(grad_xa, a)
-        if seed is not None:
-            _dropout(grad_x, grad_x, p, seed)
-        if few and library is not None:
-            return library.add_matmul(grad_x, grad.contiguous(), weight, transposed=True), grad_a, grad_b
-        return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
-    grad_x = torch.mm(grad, _decoded(weight, grad.dtype))
-    return grad_x.addmm_(grad_xa, a) if a.numel() else grad_x, grad_a, grad_b
+    if not lora_a.numel():  # rank 0
+        return torch.mm(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
+    grad_x = torch.mm(grad_xa, lora_a.to(grad.dtype))
+    if seed is not None:
+        _dropout(grad_x, grad_x, p, seed)
+    return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
 
 
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -133,6 +132,6 @@ def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     source, flat = x.view(-1), out.view(-1)
     for start in range(0, flat.numel(), CHUNK):
         chunk = slice(start, min(start + CHUNK, flat.numel()))
-        keep = dropout_kept(chunk.start, chunk.stop, x.shape[-1], p, seed, x.device)
+        keep = dropout_kept(chunk.start, chunk.stop, p, seed, x.device)
         flat[chunk] = torch.where(keep, source[chunk] * dropout_threshold(p)[1], 0)
     return out

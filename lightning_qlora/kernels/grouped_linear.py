@@ -9,9 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.lora_linear import PLAIN, is_eager, times_weight
+from lightning_qlora.kernels.lora_linear import PLAIN, is_eager, refuse_second_derivative
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -67,18 +66,12 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         x, xa, ends, *adapters = ctx.saved_tensors
         weights, scaling, p, seed = ctx.choices
         lora_a, lora_b, needs_x = adapters[: len(weights)], adapters[len(weights) :], ctx.needs_input_grad[0]
-        if torch.is_grad_enabled():  # with `create_graph=True` alone: from operations that autograd differentiates
-            with ops.no_autocast(x):
-                xa = reference.grouped_project(x, ends, lora_a, p, seed)
-                grad_x, grad_a, grad_b = reference.grouped_linear_backward(
-                    grad, x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x, times_weight
-                )
-        else:
-            with PLAIN():
-                grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
-                    grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
-                )
+        with PLAIN():
+            grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
+                grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
+            )
         return grad_x, *[None] * 5, *grad_a.unbind(), *grad_b.unbind()

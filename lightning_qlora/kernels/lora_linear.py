@@ -4,7 +4,7 @@ The backward pass needs x, drop(x) A^T, A and B. They are saved before the large
 recomputes a block and the saved tensors are complete, torch stops the recomputation, which then skips the decoding and
 the product of the last layer.
 
-With `create_graph=True` the gradients come from differentiable operations (`differentiable_backward`).
+The gradients can't be differentiated again.
 """
 
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 # Within this, torch does not call `PackedParameter.__torch_function__`, which takes 4 us for each operation.
@@ -27,14 +27,13 @@ def lora_linear(
 
     Args:
         x: Input [..., in], fp32, bf16 or fp16; the weight is decoded to this type.
-        weight: The 4-bit weight, [out, in]; it may be a part of a larger one.
+        weight: The 4-bit weight, [out, in].
         bias: [out], or None.
         lora_a: [r, in], any float type.
         lora_b: [out, r], any float type.
         scaling: The factor s.
         p: Dropout probability of the adapter's input.
         seed: int64 [1] on the CPU, from which forward and backward compute the same dropout mask; None: no dropout.
-            [3]: x is a part of the columns of a larger input, from a column on, of that many; the mask is its part.
 
     Raises:
         TypeError: If x has another type.
@@ -79,50 +78,25 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         x, xa, lora_a, lora_b = ctx.saved_tensors
         weight, scaling, p, seed, bias_dtype = ctx.choices
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # with `create_graph=True` alone
-            grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
-        else:
-            with PLAIN():
-                grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+        with PLAIN():
+            grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
         return grads[0], _grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
 
 
-def differentiable_backward(
-    grad: Tensor, x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
-    seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x (shaped like x), A and B as functions of dY, x, A and B that autograd differentiates again.
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError if a backward pass was called with `create_graph=True`: only then it records operations.
 
-    W is decoded for each product and not kept: the gradient of dY W is the layer's own product.
+    Torch's `once_differentiable` would return gradients without a graph where the gradient of the output has none.
     """
-    shape, (x, grad) = x.shape, (of.reshape(-1, of.shape[-1]) for of in (x, grad))
-    with ops.no_autocast(x):
-        xa = reference.lora_project(x, lora_a, p, seed)
-        of_x, grad_a, grad_b = reference.linear_backward(
-            grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x, times_weight
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "4-bit layers have no second derivative: create_graph=True is not supported. Name the layers in "
+            "exclude_modules, which keeps them dense."
         )
-    return None if of_x is None else of_x.reshape(shape), grad_a, grad_b
-
-
-def times_weight(grad: Tensor, weight: PackedBytes) -> Tensor:
-    """grad W, differentiable as often as needed."""
-    return cast(Tensor, _TimesWeight.apply(grad, weight))  # type: ignore[no-untyped-call]
-
-
-class _TimesWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: PackedBytes) -> Tensor:
-        ctx.weight = weight
-        return grad @ ops.dequantize(weight, grad.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows, columns = ctx.weight.shape
-        no_a, no_b = grad.new_empty(0, columns), grad.new_empty(rows, 0)
-        return lora_linear(grad, ctx.weight, None, no_a, no_b, 1.0), None
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -134,17 +108,12 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
-    (form, scaling, p, bias_dtype), needs_x, needs_bias = ctx.choices, ctx.needs_input_grad[0], ctx.needs_input_grad[8]
-    if torch.is_grad_enabled():  # with `create_graph=True`
-        weight = ops.weight_of(packed, absmax, nested, *form)
-        grads = differentiable_backward(grad, x, weight, lora_a, lora_b, scaling, p, seed, needs_x)
-    else:
-        grads = torch.ops.lightning_qlora.lora_linear_backward(
-            grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
-        )
-    grad_x, grad_a, grad_b = grads
+    (form, scaling, p, bias_dtype), needs_x, needs_bias = ctx.choices, ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+    grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
+        grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
+    )
     grad_bias = _grad_bias(grad, bias_dtype) if needs_bias else None
-    return grad_x if needs_x else None, *[None] * 7, grad_bias, grad_a, grad_b, *[None] * 3
+    return grad_x if needs_x else None, *[None] * 6, grad_bias, grad_a, grad_b, *[None] * 3
 
 
 ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)

@@ -2,19 +2,18 @@
 
     quantize                float weight -> 4-bit bytes
     dequantize              4-bit bytes -> float weight
+    scales                  the fp32 scale of every block
     lora_linear             y = x W^T + bias + s (drop(x) A^T) B^T with W in 4 bits, and drop(x) A^T for its backward
     lora_linear_backward    the gradients of x, A and B
     adamw_step, adamw8bit_step      one optimizer step over many tensors
 
-The first four are `torch.library` ops, so torch.compile sees each as one opaque node and `torch.library.opcheck` can
+The first five are `torch.library` ops, so torch.compile sees each as one opaque node and `torch.library.opcheck` can
 test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
-from math import isfinite, prod
+from math import isfinite
 from typing import Any, cast, get_args
 
 import torch
@@ -23,8 +22,8 @@ from torch import Tensor
 from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE
-from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, Part, check_bytes
+from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
+from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
 
 
 def quantize(
@@ -82,6 +81,11 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, torch.ops.lightning_qlora.dequantize(*weight, dtype))
 
 
+def scales(weight: PackedBytes, numbers: Tensor | None = None) -> Tensor:
+    """Scale of every block, fp32 [blocks]; `numbers`: see `blockwise.dequantize_absmax`."""
+    return cast(Tensor, torch.ops.lightning_qlora.scales(weight.absmax, weight.nested, numbers))
+
+
 # Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would repeat one dropout mask, because the seed
 # is read on the host. torch 2.8 lacks the tag.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
@@ -111,22 +115,20 @@ def _refuse_onnx() -> None:
         )
 
 
-def weight_of(
-    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    part: list[int] | None,
-) -> PackedBytes:  # fmt: skip
+def _weight_of(
+    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int
+) -> PackedBytes:
     """A weight from its fields, as the ops get them."""
-    whole = None if part is None else Part(*part)
-    return PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size, whole)
+    return PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
 
 
 @torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
 def _dequantize(
     packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    part: list[int] | None, dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     _refuse_onnx()
-    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
+    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     check_bytes(weight)
     return backend(packed.device).dequantize(weight, dtype)
 
@@ -137,15 +139,28 @@ def _(packed: Tensor, *rest: Any) -> Tensor:
     return packed.new_empty(rest[2], dtype=rest[-1])
 
 
+@torch.library.custom_op("lightning_qlora::scales", mutates_args=())
+def _scales(absmax: Tensor, nested: Tensor, numbers: Tensor | None) -> Tensor:
+    absmax = absmax.reshape(-1)
+    if not nested.numel():
+        return aligned(absmax).clone().view(torch.float32)
+    second = aligned(nested).view(-1).view(torch.float32)
+    return dequantize_absmax(absmax, second[:-1], second[-1], numbers)
+
+
+@_scales.register_fake
+def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
+    return absmax.new_empty(absmax.numel() // (1 if nested.numel() else 4), dtype=torch.float32)
+
+
 @torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
 def lora_linear_op(
     x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    part: list[int] | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float,
-    p: float,
+    bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
-    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
+    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
     linear_into(y, x, xa, weight, bias, lora_b, scaling)
     return y, xa
@@ -154,46 +169,26 @@ def lora_linear_op(
 @lora_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
-    shape, lora_a, rows = rest[3], rest[8], _rows(x).shape[0]
+    shape, lora_a, rows = rest[3], rest[7], _rows(x).shape[0]
     return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(rows, lora_a.shape[0])
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
 def lora_linear_backward_op(
     grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int],
-    quant_type: str, block_size: int, part: list[int] | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None,
-    scaling: float, p: float, needs_x: bool,
+    quant_type: str, block_size: int, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float, p: float,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x (empty if it is not needed), A and B."""
-    weight = weight_of(packed, absmax, nested, shape, quant_type, block_size, part)
+    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
     return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
 
 
 @lora_linear_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_a, lora_b, needs_x = rest[8], rest[9], rest[-1]
+    lora_a, lora_b, needs_x = rest[7], rest[8], rest[-1]
     return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
-
-
-@cache
-def register_flop_formulas() -> None:
-    """Tell torch's FlopCounterMode, and so Lightning's measure_flops, the operations of a layer; it gives shapes.
-
-    They are those of a frozen dense layer with an adapter; decoding is not counted. With a dispatch mode as that
-    `lora_linear` runs these ops, which the mode sees.
-    """
-    from torch.utils.flop_counter import register_flop_formula  # imports Triton, where it is installed
-
-    @register_flop_formula(torch.ops.lightning_qlora.lora_linear)
-    def _(x: Sequence[int], *rest: Any, **_: Any) -> int:  # x W^T, x A^T, (x A^T) B^T
-        (outputs, inputs), (r, _) = rest[3], rest[8]
-        return int(2 * prod(x[:-1]) * (inputs * outputs + r * (inputs + outputs)))
-
-    @register_flop_formula(torch.ops.lightning_qlora.lora_linear_backward)
-    def _(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:  # for A, B, and x if that needs one
-        (outputs, inputs), (r, _), needs_x = rest[4], rest[8], rest[-1]
-        return int(2 * prod(x[:-1]) * (r * (inputs + 2 * outputs) + needs_x * inputs * (outputs + r)))
 
 
 def lora_project(

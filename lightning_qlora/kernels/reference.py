@@ -1,6 +1,15 @@
-"""Every op in a few lines of torch: the specification that all backends are tested against."""
+"""Every op in a few lines of torch: the specification that all backends are tested against.
 
-from collections.abc import Callable, Sequence
+**One rounding.** The output and dX of a layer are sums in fp32 that are rounded once. A backend may round the adapter's
+part before, since that error is small as the part is, but never x W^T or the bias before the adapter's part is in:
+
+    round(round(x W^T) + d) = round(x W^T)      for every |d| below half of the last bit of x W^T
+
+So a small adapter would add nothing, in every step. With one rounding d moves the sum to the next number with a
+probability proportional to d, and its mean arrives.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,34 +38,21 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout: each element of x is kept with probability 1 - p and then divided by 1 - p; without a seed, x itself.
 
-    A hash of the seed and the element's index decides, so the mask is the same on all devices, for any number of
-    threads, and for x as parts of its columns (`seed_and_stride`).
+    A hash of the seed and the element's index decides, so the mask is the same on all devices and for any number of
+    threads.
     """
     if seed is None:
         return x
-    keep = dropout_kept(0, x.numel(), x.shape[-1], p, seed, x.device)
+    keep = dropout_kept(0, x.numel(), p, seed, x.device)
     return torch.where(keep.view(x.shape), x * dropout_threshold(p)[1], 0)
 
 
-def dropout_kept(start: int, stop: int, width: int, p: float, seed: Tensor, device: torch.device) -> Tensor:
-    """Which of the elements start to stop (flat indices) of x, with rows of `width`, are kept: bool [stop - start]."""
-    (number, stride), index = seed_and_stride(seed, width), torch.arange(start, stop, device=device)
-    if stride != width:
-        index += index // width * (stride - width)
-    word = _mix(_mix(index.to(torch.int32) + as_int32(number)) ^ as_int32(number >> 32))
+def dropout_kept(start: int, stop: int, p: float, seed: Tensor, device: torch.device) -> Tensor:
+    """Which of the elements start to stop (flat indices) of x are kept: bool [stop - start]."""
+    number = int(seed.item())
+    index = torch.arange(start, stop, device=device).to(torch.int32)
+    word = _mix(_mix(index + as_int32(number)) ^ as_int32(number >> 32))
     return word >= dropout_threshold(p)[0]
-
-
-def seed_and_stride(seed: Tensor, width: int) -> tuple[int, int]:
-    """The number that the hash starts from, and how many indices two rows of x [m, width] are apart.
-
-    `seed` has that number; of a part of the columns also the first column and the number of columns of the whole. The
-    hash adds index and low half of the number, so the first column is added there.
-    """
-    number, *place = seed.tolist()
-    if not place:
-        return number, width
-    return number >> 32 << 32 | (number + place[0]) & 0xFFFFFFFF, place[1]
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
@@ -78,38 +74,39 @@ def as_int32(word: int) -> int:
 
 def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """drop(X) A^T: [m, in] -> [m, r], with A [r, in]."""
-    return dropout(x, p, seed) @ lora_a.to(x.dtype).T
+    return _product(dropout(x, p, seed), lora_a.to(x.dtype).T).to(x.dtype)
 
 
 def linear_into(
     out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
-    """Y = X W^T + bias + s xa B^T, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = x @ dequantize(weight, x.dtype).T + scaling * (xa @ lora_b.to(x.dtype).T)
-    out.copy_(y if bias is None else y + bias.to(x.dtype))
-
-
-def times_weight(grad: Tensor, weight: PackedBytes) -> Tensor:
-    """dY W: [m, out] -> [m, in]."""
-    return grad @ dequantize(weight, grad.dtype)
+    """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
+    y = _product(x, dequantize(weight, x.dtype).T) + scaling * _product(xa, lora_b.to(x.dtype).T)
+    out.copy_(y if bias is None else y + bias)
 
 
 def linear_backward(
     grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    p: float, seed: Tensor | None, needs_x: bool, product: Callable[[Tensor, PackedBytes], Tensor] = times_weight,
+    p: float, seed: Tensor | None, needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
-    dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass. `product`
-    computes dY W.
+    dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
     """
-    grad_xa = scaling * (grad @ lora_b.to(grad.dtype))
-    grad_b = (scaling * (grad.T @ xa)).to(lora_b.dtype)
-    grad_a = (grad_xa.T @ dropout(x, p, seed)).to(lora_a.dtype)
+    grad_xa, grad_a, grad_b = _adapter_gradients(grad, dropout(x, p, seed), xa, lora_a, lora_b, scaling)
     if not needs_x:
         return None, grad_a, grad_b
-    grad_x = product(grad, weight) + dropout(grad_xa @ lora_a.to(grad.dtype), p, seed)
-    return grad_x, grad_a, grad_b
+    added = dropout(_product(grad_xa, lora_a.to(grad.dtype)), p, seed)
+    return (_product(grad, dequantize(weight, grad.dtype)) + added).to(grad.dtype), grad_a, grad_b
+
+
+def _adapter_gradients(
+    grad: Tensor, dropped: Tensor, xa: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s dY B [m, r], and the gradients of A and B."""
+    grad_xa = (scaling * _product(grad, lora_b.to(grad.dtype))).to(grad.dtype)
+    grad_b = (scaling * _product(grad.T, xa)).to(lora_b.dtype)
+    return grad_xa, _product(grad_xa.T, dropped).to(lora_a.dtype), grad_b
 
 
 def grouped_linear(
@@ -120,38 +117,35 @@ def grouped_linear(
 
     Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], lists by expert.
     """
-    y, xa = x.new_zeros(len(x), weights[0].shape[0]), grouped_project(x, ends, lora_a, p, seed)
-    for rows, weight, b in zip(_groups(ends), weights, lora_b, strict=True):
+    y, xa, dropped = x.new_zeros(len(x), weights[0].shape[0]), x.new_zeros(len(x), len(lora_a[0])), dropout(x, p, seed)
+    for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
+        xa[rows] = lora_project(dropped[rows], a, 0.0, None)
         linear_into(y[rows], x[rows], xa[rows], weight, None, b, scaling)
     return y, xa
-
-
-def grouped_project(x: Tensor, ends: Tensor, lora_a: Sequence[Tensor], p: float, seed: Tensor | None) -> Tensor:
-    """drop(X) A^T of every expert: [m, r]."""
-    xa, dropped = x.new_zeros(len(x), len(lora_a[0])), dropout(x, p, seed)
-    for rows, a in zip(_groups(ends), lora_a, strict=True):
-        xa[rows] = lora_project(dropped[rows], a, 0.0, None)
-    return xa
 
 
 def grouped_linear_backward(
     grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor], scaling: float, p: float, seed: Tensor | None, needs_x: bool,
-    product: Callable[[Tensor, PackedBytes], Tensor] = times_weight,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """The gradients of X, of every A [experts, r, in] and of every B [experts, out, r]; see `linear_backward`."""
-    grad_x, dropped = torch.zeros_like(x), dropout(x, p, seed)
+    total, dropped = torch.zeros_like(x, dtype=torch.float32), dropout(x, p, seed)
     grads_a, grads_b = list[Tensor](), list[Tensor]()
-    for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
-        _, grad_a, grad_b = linear_backward(
-            grad[rows], dropped[rows], xa[rows], weight, a, b, scaling, 0.0, None, False
-        )
-        grads_a, grads_b = [*grads_a, grad_a], [*grads_b, grad_b]
-        grad_x[rows] = scaling * (grad[rows] @ b.to(grad.dtype)) @ a.to(grad.dtype)
-    grad_x = dropout(grad_x, p, seed)  # its mask depends on the index among all rows
+    for rows, a, b in zip(_groups(ends), lora_a, lora_b, strict=True):
+        grad_xa, grad_a, grad_b = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, b, scaling)
+        grads_a.append(grad_a)
+        grads_b.append(grad_b)
+        total[rows] = _product(grad_xa, a.to(grad.dtype))
+    total = dropout(total, p, seed)  # its mask depends on the index among all rows
     for rows, weight in zip(_groups(ends), weights, strict=True):
-        grad_x[rows] += product(grad[rows], weight)
-    return grad_x if needs_x else None, torch.stack(grads_a), torch.stack(grads_b)
+        total[rows] += _product(grad[rows], dequantize(weight, grad.dtype))
+    return total.to(grad.dtype) if needs_x else None, torch.stack(grads_a), torch.stack(grads_b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 (fp64 of fp64): not rounded to 16 bits."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def _groups(ends: Tensor) -> list[slice]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
 from lightning_qlora.kernels import reference_adamw as adamw
-from lightning_qlora.quantization.packed_weight import PackedBytes, Part
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 OPS = (
     "quantize", "dequantize", "lora_project", "linear_into", "linear_backward", "grouped_linear",
@@ -38,7 +38,6 @@ LAYERS: tuple[tuple[Any, ...], ...] = (  # rows, outputs, inputs, rank, block si
     (20, 66, 128, 8, 256, False, 0.0),  # the same, not shared; blocks cross rows
     (650, 520, 70, 70, 64, True, 0.3),  # two tiles of ranks; two launches of linear_backward share sums
 )
-PARTS: tuple[tuple[Any, ...], ...] = ((7, 66, 512, 8, 64, True, 0.3), (70, 66, 512, 8, 64, True, 0.3))  # half of W, x
 EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
     ((5, 0, 66), 70, 128, 8, 64, True, 0.0),
     ((3, 0, 7), 66, 96, 70, 32, False, 0.3),  # two tiles of ranks
@@ -95,7 +94,6 @@ def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
     elif op == "dequantize":
         for (n, k, _, *form), dtype in _in_types(WEIGHTS, types):
             yield layer(n, k, 1, *form)[0], dtype
-        yield part_of(layer(66, 512, 1, 64, True)[0], 0, 256, 66, 256), types[1]
     elif op.startswith("adamw"):
         for sizes, dtype in zip(SIZES, types, strict=False):
             params, grads = ([normal(*size, dtype=dtype) for size in sizes] for _ in range(2))
@@ -112,13 +110,9 @@ def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
                 (x, *rest) if op == "grouped_linear" else (grad, x, reference.grouped_linear(x, *rest)[1], *rest, True)
             )
     else:
-        parts = [(case, types[1]) for case in PARTS]
-        for (m, n, k, *form, p), dtype in [*_in_types(LAYERS, types), *parts]:
+        for (m, n, k, *form, p), dtype in _in_types(LAYERS, types):
             weight, lora_a, lora_b = layer(n, k, *form)
             number = seed(p)
-            if (m, n, k, *form, p) in PARTS:
-                weight, lora_a, k = part_of(weight, 0, k // 2, n, k // 2), lora_a[:, k // 2 :].contiguous(), k // 2
-                number = torch.tensor([2**40 + 7, k, 2 * k], device="cpu")
             x, grad, bias = normal(m, k, dtype=dtype), normal(m, n, dtype=dtype), None if p else normal(n)
             xa = reference.lora_project(x, lora_a, p, number)
             yield {
@@ -126,15 +120,6 @@ def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
                 "linear_into": (torch.full_like(grad, torch.nan), x, xa, weight, bias, lora_b, 0.7),
                 "linear_backward": (grad, x, xa, weight, lora_a, lora_b, 0.7, p, number, True),
             }[op]
-
-
-def part_of(weight: PackedBytes, row: int, column: int, rows: int, columns: int) -> PackedBytes:
-    """A part of a whole double-quantized weight: `rows` x `columns` weights from [row, column] on, whole blocks."""
-    packed, absmax = (data.view(weight.shape[0], -1)[row : row + rows] for data in weight[:2])
-    size = weight.block_size
-    packed, absmax = packed[:, column // 2 :][:, : columns // 2], absmax[:, column // size :][:, : columns // size]
-    made = weight._replace(packed=packed.contiguous(), absmax=absmax.contiguous(), shape=(rows, columns))
-    return made._replace(part=Part(row, column, *weight.shape))
 
 
 def _in_types(cases: Sequence[Case], types: Sequence[torch.dtype]) -> Iterator[tuple[Case, torch.dtype]]:

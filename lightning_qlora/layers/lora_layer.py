@@ -3,7 +3,7 @@
     LoRA    y = x W^T + s (drop(x) A^T) B^T
     DoRA    y = m / ||W + s B A|| * (x W^T + s (drop(x) A^T) B^T)      equation 5; ||.|| is the norm of each row
 
-DoRA's norm counts as a constant in the gradient (section 4.3). Dropout acts on the input of the adapter alone. PEFT
+`dora.py` computes it. Dropout acts on the input of the adapter alone. PEFT
 computes g x W^T, with g = m / ||W + s B A||, as x W^T + (g - 1) drop(x) W^T: equal on average, with a second product
 with W.
 """

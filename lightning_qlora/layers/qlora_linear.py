@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.ops import has_autocast, register_flop_formulas
+from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived_class import Derived, derives
+from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import kind_of
@@ -93,7 +94,6 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
             scaling=config.scaling, lora_dropout=config.lora_dropout, dense_weight=None, input_rms=None, loaded=False,
             _fingerprint=None,
         )  # fmt: skip
-        register_flop_formulas()
         layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)
         if layer.bias is not None:
@@ -156,12 +156,9 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     def compute(
         self, x: Tensor, weight: PackedBytes, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None,
-        columns: Tensor | None = None,
+        rank: int = 0,
     ) -> Tensor:  # fmt: skip
-        """The same with the parameters of the layer, or with a part of them.
-
-        `columns`: the first column of the weight and the number of columns of the whole, int64 [2]; None: it has all.
-        """
+        """The same with the parameters of the layer, or with a part of them; ranks with other numbers drop others."""
         dtype, given = self.compute_dtype(x), x.dtype
         if given is not dtype:
             x = cast_input(x, dtype)
@@ -176,12 +173,13 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
             if p and self.training:
                 # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
                 seed = torch.randint(1 << 62, (1,), device="cpu")
-                seed = seed if columns is None else torch.cat([seed, columns])
-        first = bias if magnitude is None else None
-        y = lora_linear(x, weight, first, a, b, self.scaling, p, seed)
-        if magnitude is not None:
-            scale = magnitude / self.row_norm(a, b, weight).clamp_min(TINY)
-            y = y * scale.to(dtype) + (0 if bias is None else bias.to(dtype))
+                if rank:
+                    seed ^= rank << 32
+        if magnitude is None:
+            y = lora_linear(x, weight, bias, a, b, self.scaling, p, seed)
+        else:
+            norm = self.row_norm(a, b, weight).clamp_min(TINY)
+            y = dora_linear(x, weight, bias, a, b, magnitude, norm, self.scaling, p, seed)
         return y if given is dtype or has_autocast(x.device.type) else y.to(given)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -5,8 +5,11 @@
 
 The names are those of `ColwiseParallel` and `RowwiseParallel`, which count in W^T (Shoeybi et al. 2019, Megatron-LM,
 section 3). A plan of torch or transformers brings x to the layout that a layer needs, and sums y. Here the gradients of
-x and A (columns) or B (rows) are summed over the ranks. The second-level scales stay whole on every rank, because 256
-scales are no whole rows; `Part` says which of them a rank's blocks use.
+x and A (columns) or B (rows) are summed over the ranks.
+
+A rank's weight is an ordinary smaller one. Its scales are computed in fp32 for each call: the second-level scales stay
+whole on every rank, because each belongs to 256 blocks, which are no whole rows. Each rank draws its own dropout mask
+for its columns.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.quantization.packed_weight import PackedBytes, Part
+from lightning_qlora.quantization.packed_weight import PackedBytes
 
 SPLIT_EXPERTS = (
     "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Name them in exclude_modules to keep "
@@ -39,12 +43,17 @@ class Split(NamedTuple):
     shape: tuple[int, int]  # of the part of one rank, [out, in]
 
     @property
-    def part(self) -> Part:
-        """Which part of the weight this rank has."""
-        rank, ranks, (out, inputs) = self.mesh.get_local_rank(), self.mesh.size(), self.shape
-        return (
-            Part(0, rank * inputs, out, ranks * inputs) if self.by_inputs else Part(rank * out, 0, ranks * out, inputs)
-        )
+    def rank(self) -> int:
+        """The number of this rank in the mesh."""
+        return self.mesh.get_local_rank()
+
+    def block_numbers(self, block_size: int, device: torch.device) -> Tensor:
+        """The numbers, in the whole weight, of the blocks of this rank."""
+        out, blocks = self.shape[0], self.shape[1] // block_size
+        per_row = blocks * self.mesh.size() if self.by_inputs else blocks
+        first = self.rank * (blocks if self.by_inputs else out * blocks)
+        rows = torch.arange(out, device=device)[:, None] * per_row
+        return (first + rows + torch.arange(blocks, device=device)).view(-1)
 
 
 def unknown_style(style: str) -> str:
@@ -94,8 +103,8 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
 
 def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
-    mesh, by_inputs, shape = split = layer._split
-    held, columns, part = layer._parameters, None, split.part
+    split: Split = layer._split
+    by_inputs, held = split.by_inputs, layer._parameters
     if isinstance(held["lora_A"], DTensor) and not isinstance(x, DTensor):
         raise RuntimeError(
             f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the layer "
@@ -103,17 +112,28 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         )
     if by_inputs:
         a, b = local(held["lora_A"]), _summed_gradient(held["lora_B"])
-        bias = local(bias) if bias is not None and part.column == 0 else None  # one rank adds it
-        columns = torch.tensor([part.column, part.columns], device="cpu")
+        bias = local(bias) if split.rank == 0 else None  # one rank adds it
     else:
         a, b, bias = _summed_gradient(held["lora_A"]), local(held["lora_B"]), local(bias)
-    packed, absmax, nested = (local(held[name]) for name in BASE)
-    weight = PackedBytes(packed, absmax, nested, shape, layer.quant_type, layer.block_size, part)
     own = x.to_local(grad_placements=None if by_inputs else [Partial()]) if isinstance(x, DTensor) else x
-    y: Tensor = layer.compute(own, weight, bias, a, b, local(held["lora_magnitude_vector"]), columns)
+    magnitude = local(held["lora_magnitude_vector"])
+    y: Tensor = layer.compute(own, _weight_of_rank(layer), bias, a, b, magnitude, split.rank if by_inputs else 0)
     if not isinstance(x, DTensor):
         return y
-    return DTensor.from_local(y, mesh, [Partial() if by_inputs else Shard(y.dim() - 1)], run_check=False)
+    return DTensor.from_local(y, split.mesh, [Partial() if by_inputs else Shard(y.dim() - 1)], run_check=False)
+
+
+@torch.no_grad()
+def _weight_of_rank(layer: Any) -> PackedBytes:
+    """The weight of this rank with fp32 scales; it decodes to the bits of its part of the whole."""
+    packed, absmax, nested = (local(layer._parameters[name]) for name in BASE)
+    split: Split = layer._split
+    with PLAIN():
+        weight = PackedBytes(packed, absmax, nested, split.shape, layer.quant_type, layer.block_size)
+        if nested.numel():
+            absmax = ops.scales(weight, split.block_numbers(layer.block_size, absmax.device)).view(torch.uint8)
+            weight = weight._replace(absmax=absmax, nested=absmax[:0])
+    return weight
 
 
 def _summed_gradient(held: Any) -> Any:

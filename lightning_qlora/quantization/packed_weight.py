@@ -20,15 +20,6 @@ _BNB_META = "quant_state.bitsandbytes__"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be quantized and decoded to
 
 
-class Part(NamedTuple):
-    """Which part of a larger weight a weight is: whole blocks of it, whose second-level scales are the larger one's."""
-
-    row: int  # of the part's first weight, in the whole
-    column: int
-    rows: int  # of the whole
-    columns: int
-
-
 class PackedBytes(NamedTuple):
     """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change."""
 
@@ -38,34 +29,18 @@ class PackedBytes(NamedTuple):
     shape: tuple[int, int]  # [out_features, in_features], n = out_features * in_features
     quant_type: QuantType
     block_size: int  # weights that share one scale
-    part: Part | None = None  # with tensor parallelism; None: the weight is whole
 
     @property
     def numel(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
-    @property
-    def block_numbers(self) -> tuple[int, int, int]:
-        """(first, per_row, skipped): block i has the number first + i + i // per_row * skipped in the whole weight."""
-        if self.part is None:
-            return 0, 1, 0
-        (row, column, _, columns), width = self.part, self.shape[1]
-        return (
-            (row * columns + column) // self.block_size,
-            width // self.block_size,
-            (columns - width) // self.block_size,
-        )
-
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""
         if not self.nested.numel():
             return aligned(self.absmax).view(-1).view(torch.float32)
-        nested, numbers = aligned(self.nested).view(-1).view(torch.float32), None
-        if self.part is not None:
-            (first, per_row, skipped), i = self.block_numbers, torch.arange(self.absmax.numel(), device=nested.device)
-            numbers = first + i + i // per_row * skipped
-        return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1], numbers)
+        nested = aligned(self.nested).view(-1).view(torch.float32)
+        return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1])
 
     def dequantize_into(self, out: Tensor) -> Tensor:
         """Decode into `out`, flat [n], of any of the three float types, in plain torch; returns it."""
@@ -75,33 +50,25 @@ class PackedBytes(NamedTuple):
 
 def check_bytes(weight: PackedBytes) -> None:
     """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
-    packed, absmax, nested, shape, _, block_size, part = weight
+    packed, absmax, nested, shape, _, block_size = weight
     found = packed.numel(), absmax.numel(), nested.numel()
-    needed = _sizes(shape, block_size, found[2] > 0, part)
+    needed = _sizes(shape, block_size, found[2] > 0)
     uint8 = torch.uint8
     if found != needed or not (packed.dtype is uint8 and absmax.dtype is uint8 and nested.dtype is uint8):
         raise ValueError(
             f"A 4-bit weight {list(shape)} in blocks of {block_size} has {needed[0]} bytes of codes, "
             f"{needed[1]} of scales and {needed[2]} of second-level scales, all uint8; got "
-            f"{', '.join(f'{part.numel()} {part.dtype}' for part in (packed, absmax, nested))}."
+            f"{', '.join(f'{each.numel()} {each.dtype}' for each in (packed, absmax, nested))}."
         )
 
 
 @cache
-def _sizes(
-    shape: tuple[int, int], block_size: int, double_quant: bool, part: Part | None = None
-) -> tuple[int, int, int]:
+def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple[int, int, int]:
     """Bytes of the three tensors of a weight."""
     check_choice("block_size", block_size, BLOCK_SIZES)
-    numel = of_whole = shape[0] * shape[1]
-    if part is not None:
-        row, column, rows, columns = part
-        inside = 0 <= row <= rows - shape[0] and 0 <= column <= columns - shape[1]
-        if not inside or any(width % block_size for width in (column, columns, shape[1])):
-            raise ValueError(f"{list(shape)} in blocks of {block_size}: {part} is no part of whole blocks.")
-        of_whole = rows * columns
-    blocks, nested_blocks = (-(-n // block_size) for n in (numel, of_whole))
-    nested = 4 * (-(-nested_blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
+    numel = shape[0] * shape[1]
+    blocks = -(-numel // block_size)
+    nested = 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
     return (numel + 1) // 2, *((blocks, nested) if double_quant else (4 * blocks, 0))
 
 

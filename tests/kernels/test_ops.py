@@ -69,6 +69,15 @@ def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
         torch.ops.lightning_qlora.dequantize(*wrong, torch.float32)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_second_derivative_is_an_error(compiled):
+    weight, x, bias, lora_a, lora_b = make()
+    function = torch.compile(lora_linear, backend="aot_eager", fullgraph=True) if compiled else lora_linear
+    y = function(x, weight, bias, lora_a, lora_b, 0.5).sum()
+    with pytest.raises(RuntimeError, match=r"have no second derivative|double backward"):
+        torch.autograd.grad(y, x, create_graph=True)[0].sum().backward()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 9), st.integers(1, 8), st.sampled_from(DTYPES),

@@ -20,6 +20,7 @@ from lightning_qlora import (
     PagedAdamW8bit,
     QLoRAPrecision,
     convert,
+    disable_adapter,
     load_adapter,
     save_adapter,
 )
@@ -28,7 +29,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer, run_rank
 from tests.toys import ids, save_in_4_bits, toy
 
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "block_size": 32}
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "block_size": 32}
 PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
     "self_attn.o_proj": RowwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(),
     "mlp.down_proj": RowwiseParallel(),
@@ -159,6 +160,20 @@ def with_any_plan(mesh):
             torch.zeros(1, layer.in_features) @ (layer.weight if name == "gpt2" else layer.weight.T)
 
 
+def with_dropout(mesh):
+    """Each rank drops other columns: of the two ones in a sum, one of each rank, half of the sums lose exactly one."""
+    net = torch.nn.Sequential(torch.nn.Linear(128, 128, bias=False))
+    convert(net, r=32, lora_alpha=32, lora_dropout=0.5, block_size=32)
+    net[0].set_adapter(torch.eye(32, 64).repeat(1, 2), torch.eye(128, 32))
+    parallelize_module(net, mesh, {"0": RowwiseParallel(input_layouts=Replicate())})
+    x = torch.ones(200, 128)
+    added = net.train()(x)
+    with disable_adapter(net):
+        added = (added - net(x))[:, :32].round()
+    counts = [(added == value).float().mean().item() for value in (0, 2, 4)]
+    assert counts == pytest.approx([0.25, 0.5, 0.25], abs=0.04)
+
+
 def with_whole_parts(root, mesh):
     """Experts, or rows of an embedding, that no plan splits: they train on each rank; all are clipped together."""
     for name, arguments in (("moe", {}), ("llama", {"trainable_token_indices": list(range(40))})):
@@ -253,6 +268,7 @@ def main(root):
     losses = with_trainer(root)
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)
+    with_dropout(mesh)
     with_whole_parts(root, mesh)
     with_8_bit_state(mesh)
     results = {"losses": losses, "experts": with_transformers(root)}

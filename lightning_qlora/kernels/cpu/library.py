@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
-from lightning_qlora.kernels.reference import dropout_threshold, seed_and_stride
+from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
@@ -34,7 +34,6 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         ("packed", _pointer), ("absmax", _pointer), ("nested", _pointer), ("levels", _pointer), ("dynamic", _pointer),
         ("offset", _pointer), ("rows", _long), ("columns", _long), ("block_shift", _long),
-        ("first", _long), ("per_row", _long), ("skipped", _long),
     )  # fmt: skip
 
 
@@ -44,15 +43,14 @@ class Library:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         signatures = {
             "dequantize": (_pointer, _pointer, _int, _int),
-            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
-            "add_matmul_transposed": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int),
+            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int, _pointer, _int),
             "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
-            "dropout": (_pointer, _pointer, _int, _long, _long, _long, _long, ctypes.c_int32, _float, _int),
+            "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
         }
         self._multiplies = hasattr(loaded, "add_matmul")
         for name, arguments in signatures.items():
-            if name.startswith("add_matmul") and not self._multiplies:
+            if name == "add_matmul" and not self._multiplies:
                 continue
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, None
@@ -68,27 +66,31 @@ class Library:
         self._loaded.dequantize(ctypes.byref(described), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
         return out
 
-    def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype, transposed: bool = False) -> bool:
-        """Whether `add_matmul` (or the transposed one) was measured to be faster than decoding and torch's product."""
+    def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype) -> bool:
+        """Whether `add_matmul` was measured to be faster than decoding and torch's product."""
         if not self._multiplies or not 0 < m <= MOST_ROWS:
             return False
         if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
             return True
-        return m <= MOST_ROWS_SLOW and not transposed
+        return m <= MOST_ROWS_SLOW
 
-    def add_matmul(self, total: Tensor, factor: Tensor, weight: PackedBytes, transposed: bool = False) -> Tensor:
-        """y += x W^T, or transposed x += y W, decoding W tile by tile.
+    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
+        """y += x W^T + bias, decoding W tile by tile.
 
         y [m, out] and x [m, in] are contiguous, m <= `MOST_ROWS`.
         """
-        function = self._loaded.add_matmul_transposed if transposed else self._loaded.add_matmul
-        (described, _keep), (m, width) = _describe(weight), factor.shape
-        workspace = scratch(m * (width + STEP), torch.float32, factor.device, "rows")
-        function(
-            ctypes.byref(described), factor.data_ptr(), total.data_ptr(), TYPES[factor.dtype], m, workspace.data_ptr(),
-            _threads(weight.numel),
+        described, _keep = _describe(weight)
+        m, width = x.shape
+        workspace = scratch(m * (width + STEP), torch.float32, x.device, "rows")
+        bias_type = 0
+        if bias is not None:
+            bias = (bias if bias.dtype in self.types else bias.float()).contiguous()
+            bias_type = TYPES[bias.dtype]
+        self._loaded.add_matmul(
+            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m,
+            None if bias is None else bias.data_ptr(), bias_type, workspace.data_ptr(), _threads(weight.numel),
         )  # fmt: skip
-        return total
+        return y
 
     def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
         """See `reference.quantize`."""
@@ -113,9 +115,9 @@ class Library:
 
     def dropout_into(self, out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """See `reference.dropout`; `out` may be `x`, both contiguous."""
-        n, width, (number, stride) = x.numel(), x.shape[-1], seed_and_stride(seed, x.shape[-1])
+        n = x.numel()
         self._loaded.dropout(
-            x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, width, stride, number, *dropout_threshold(p), _threads(n)
+            x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, seed.item(), *dropout_threshold(p), _threads(n)
         )
         return out
 
@@ -144,7 +146,7 @@ def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
     levels, dynamic, held = _levels(weight.quant_type)
     described = _Weight(
         packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, scales and scales + size - 4, *weight.shape,
-        weight.block_size.bit_length() - 1, *weight.block_numbers,
+        weight.block_size.bit_length() - 1,
     )  # fmt: skip
     return described, [packed, absmax, nested, *held]
 

@@ -3,8 +3,6 @@
     w[i] = level[code[i]] * scale[i // block_size]
     scale[b] = level8[code8[b]] * nested[b // 256] + offset        (stored in fp32 without double quantization)
 
-b is the number of the block in the whole weight, of which this may be a part (`PackedBytes.block_numbers`).
-
 The table of levels is an argument, so one kernel serves NF4, FP4 and INT4. As in bitsandbytes, every product and sum is
 rounded to fp32 (no FMA: `fuse=False`, the default of `Launch`), and the result once more to the output type.
 Layout of the bytes: `quantization/blockwise.py`. The same in torch: `kernels/reference.py`.
@@ -25,16 +23,11 @@ from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 
 @triton.jit
-def load_scales(
-    absmax, nested, n_nested, first, per_row, skipped, levels8, block, mask, DOUBLE_QUANT: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
+def load_scales(absmax, nested, n_nested, levels8, block, mask, DOUBLE_QUANT: tl.constexpr):
     """The fp32 scales of blocks, from their 8-bit codes or their four bytes; the offset is at nested[n_nested]."""
     if DOUBLE_QUANT:
         nested = nested.to(tl.pointer_type(tl.float32))
         level8 = tl.load(levels8 + tl.load(absmax + block, mask=mask, other=0).to(tl.int32))
-        if PART:
-            block += first + block.to(tl.int32) // per_row * skipped  # dividing 64 bits takes many instructions
         scales = level8 * tl.load(nested + block // 256, mask=mask, other=0.0) + tl.load(nested + n_nested)
     else:
         scales = tl.load(absmax.to(tl.pointer_type(tl.float32)) + block, mask=mask, other=0.0)
@@ -51,9 +44,9 @@ def levels_of_codes(bytes, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    packed, absmax, nested, levels8, levels, out, n_nested, first_block, per_row, skipped, n,
+    packed, absmax, nested, levels8, levels, out, n_nested, n,
     RUN: tl.constexpr, RUNS_PER_BLOCK: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr, PART: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
 ):  # fmt: skip
     """A program decodes RUNS runs of RUN weights with one scale per run, and reads eight codes at a time as an int32.
 
@@ -66,9 +59,7 @@ def _dequantize_kernel(
     run = tl.arange(0, RUNS)
     begins = run * RUN < left
     block = (first // RUN + run) // RUNS_PER_BLOCK
-    scales = load_scales(
-        absmax, nested, n_nested, first_block, per_row, skipped, levels8, block, begins, DOUBLE_QUANT, PART
-    )
+    scales = load_scales(absmax, nested, n_nested, levels8, block, begins, DOUBLE_QUANT)
     word = run[:, None] * (RUN // 8) + tl.arange(0, RUN // 8)[None, :]
     place = tl.arange(0, UNIT)
     unit = run[:, None] * (RUN // UNIT) + tl.arange(0, RUN // UNIT)[None, :]
@@ -96,13 +87,10 @@ def tables_of_levels(quant_type: QuantType, device: torch.device) -> tuple[Tenso
     return dynamic_map(device=str(device)), codebook(quant_type, str(device)).levels
 
 
-Numbers = tuple[int, int, int, int]
+def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], int]:
+    """What a kernel reads of a 4-bit weight: packed, absmax, nested, levels8, levels, and the place of the offset.
 
-
-def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Numbers]:
-    """What a kernel reads of a 4-bit weight: packed, absmax, nested, levels8, levels, and the numbers of `load_scales`.
-
-    The numbers are the place of the offset, -1 without double quantization, and `PackedBytes.block_numbers`.
+    The place of the offset in `nested` is -1 without double quantization.
     """
     packed, absmax, nested = weight.packed, weight.absmax, weight.nested
     if not packed.is_contiguous():
@@ -114,32 +102,28 @@ def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor,
     else:
         absmax = aligned(absmax)
     tables = tables_of_levels(weight.quant_type, packed.device)
-    return (packed, absmax, nested, *tables), (n_nested, *weight.block_numbers)
+    return (packed, absmax, nested, *tables), n_nested
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """Decode into `out`, flat [numel], of any of the three float types; returns it."""
-    tensors, numbers = weight_arguments(weight)
+    tensors, n_nested = weight_arguments(weight)
     aligned = tensors[0].data_ptr() % 4 == 0
     tile = find_tile("dequantize", out.device)
-    _launch(out.device, tile, weight.numel, weight.block_size, numbers, weight.part is not None, aligned)(
-        (*tensors, out)
-    )
+    _launch(out.device, tile, weight.numel, weight.block_size, n_nested, aligned)((*tensors, out))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _launch(
-    device: torch.device, tile: Tile, n: int, block_size: int, numbers: Numbers, part: bool, aligned: bool
-) -> Launch:
+def _launch(device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, aligned: bool) -> Launch:
     run = min(block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
     words = aligned and n % run == 0
     runs = tile["WEIGHTS"] // run
     if not words:
         runs //= 4  # reading single bytes takes more registers per weight
     return Launch(
-        _dequantize_kernel, device, (-(-n // (runs * run)), 1, 1), (*numbers, n), tile, RUN=run,
-        RUNS_PER_BLOCK=block_size // run, RUNS=runs, WORDS=words, DOUBLE_QUANT=numbers[0] >= 0, PART=part,
+        _dequantize_kernel, device, (-(-n // (runs * run)), 1, 1), (n_nested, n), tile, RUN=run,
+        RUNS_PER_BLOCK=block_size // run, RUNS=runs, WORDS=words, DOUBLE_QUANT=n_nested >= 0,
     )  # fmt: skip
 
 

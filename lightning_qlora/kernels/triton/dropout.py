@@ -2,8 +2,7 @@
 
     out[i] = x[i] / (1 - p) if hash[i] >= p * 2^32 else 0;       hash[i] = mix(mix(i + seed_low) ^ seed_high)
 
-The mask equals that of `reference.dropout` bit for bit, so a run drops the same elements on every device. If x is a
-part of the columns of a larger x, i is the index there: rows are `stride` indices apart.
+The mask equals that of `reference.dropout` bit for bit, so a run drops the same elements on every device.
 """
 
 from functools import lru_cache
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.reference import as_int32, dropout_threshold, seed_and_stride
+from lightning_qlora.kernels.reference import as_int32, dropout_threshold
 from lightning_qlora.kernels.scratch import is_capturing
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.tiles import Tile, find_tile
@@ -35,38 +34,34 @@ def is_kept(i, low, high, least_kept):
 
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
-def _dropout_kernel(x, out, n, width, stride, low, high, least_kept, scale, PART: tl.constexpr, SIZE: tl.constexpr):
+def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr):
     """A program computes SIZE elements."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     values = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32) * scale
-    kept = is_kept(i + i // width * (stride - width) if PART else i, low, high, least_kept)
-    tl.store(out + i, tl.where(kept, values, 0.0).to(out.dtype.element_ty), mask=i < n)
+    tl.store(out + i, tl.where(is_kept(i, low, high, least_kept), values, 0.0).to(out.dtype.element_ty), mask=i < n)
 
 
-def dropout_arguments(
-    p: float, seed: Tensor | None, width: int, device: torch.device
-) -> tuple[int, tuple[int, int, int], float]:
-    """What the kernels take for x [m, width]: stride, halves of the seed and smallest hash, factor 1 / (1 - p)."""
+def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[tuple[int, int, int], float]:
+    """What the kernels take: the halves of the seed and the smallest hash, and the factor 1 / (1 - p)."""
     if seed is None:
-        return width, (0, 0, 0), 1.0
+        return (0, 0, 0), 1.0
     if is_capturing(device):
         raise RuntimeError(
             "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
             "lora_dropout=0, or call eval() first."
         )
-    (number, stride), (least_kept, scale) = seed_and_stride(seed, width), dropout_threshold(p)
-    return stride, (as_int32(number), as_int32(number >> 32), least_kept), scale
+    number = int(seed.item())
+    least_kept, scale = dropout_threshold(p)
+    return (as_int32(number), as_int32(number >> 32), least_kept), scale
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
     """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`."""
-    width = x.shape[-1]
-    stride, mask, scale = dropout_arguments(p, seed, width, x.device)
-    _launch(x.device, find_tile("dropout", x.device), x.numel(), width, stride)((x, out), (*mask, scale))
+    mask, scale = dropout_arguments(p, seed, x.device)
+    _launch(x.device, find_tile("dropout", x.device), x.numel())((x, out), (*mask, scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _launch(device: torch.device, tile: Tile, n: int, width: int, stride: int) -> Launch:
-    grid = -(-n // tile["SIZE"]), 1, 1
-    return Launch(_dropout_kernel, device, grid, (n, width, stride), tile, PART=stride != width)
+def _launch(device: torch.device, tile: Tile, n: int) -> Launch:
+    return Launch(_dropout_kernel, device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)

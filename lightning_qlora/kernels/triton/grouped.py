@@ -75,7 +75,7 @@ def _product_kernel(
             at = packed + output.to(tl.int64)[:, None] * tl.multiple_of(k // 2, RUN // 2) + run * (RUN // 2)
             codes = tl.load(at + tl.arange(0, RUN // 2)[None, :], mask=(output < n)[:, None], other=0)
             block = (output.to(tl.int64) * k + run * RUN) // BLOCK_SIZE
-            scales = load_scales(absmax, nested, n_nested, 0, 1, 0, levels8, block, output < n, DOUBLE_QUANT, False)
+            scales = load_scales(absmax, nested, n_nested, levels8, block, output < n, DOUBLE_QUANT)
             weight = (levels_of_codes(codes, values, N, RUN) * scales[:, None]).to(x.dtype.element_ty)
             if BACKWARD:
                 at = x + row.to(tl.int64)[:, None] * n + output[None, :]
@@ -183,7 +183,8 @@ class Group:
     ) -> Tensor:
         """Write the product with W and the adapter's second one to `out`; see the kernel."""
         weight, (n, k), run = self.weight, self.weight.shape, min(self.weight.block_size, 64)
-        n_nested, (_, mask, scale) = weight.nested.numel() // 4 - 1, dropout_arguments(p, seed, k, self.device)
+        n_nested = weight.nested.numel() // 4 - 1
+        mask, scale = dropout_arguments(p, seed, self.device)
         tables = tables_of_levels(weight.quant_type, self.device)
         columns = k // run if backward else -(-n // self.tile["N"])
         run_product = _launch(
@@ -197,7 +198,7 @@ class Group:
     def project(self, x: Tensor, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
         """s drop(x) A^T, or backward s x B: [rows, r]."""
         k, out, rank = x.shape[1], x.new_zeros(len(x), self.r), rank_tile(self.r)
-        _, mask, scale = dropout_arguments(p, seed, k, self.device)
+        mask, scale = dropout_arguments(p, seed, self.device)
         run = _launch(
             _project_kernel, self.device, (self.tiles, -(-self.r // rank), 1),
             (self.experts, k, self.r, *((1, self.r) if backward else (k, 1))), self.tile, BACKWARD=backward,
@@ -208,7 +209,8 @@ class Group:
 
     def gradients(self, h: Tensor, x: Tensor, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
         """s h^T drop(x) of every expert: [experts, r, columns of x], or [experts, columns of x, r] if transposed."""
-        n, rank, (_, mask, scale) = x.shape[1], rank_tile(self.r), dropout_arguments(p, seed, x.shape[1], self.device)
+        n, rank = x.shape[1], rank_tile(self.r)
+        mask, scale = dropout_arguments(p, seed, self.device)
         shape = (self.experts, n, self.r) if transposed else (self.experts, self.r, n)
         out = torch.empty(shape, dtype=self.lora.dtype, device=self.device)
         run = _launch(

@@ -1,10 +1,12 @@
 """The 4-bit layer with its adapter, y = x W^T + bias + s (drop(x) A^T) B^T, and its gradients.
 
-The product of the adapter is written first and the large product is added to it (beta = 1), which saves a pass over y.
+The product of the adapter is written first and the large product is added to it (beta = 1), which rounds once, as
+`reference.py` demands, and saves a pass over y. The bias comes last, for few rows inside the product.
 W is decoded into one reused buffer per stream, and cuBLAS or hipBLASLt multiplies. For few rows of x, as in generation,
 `matmul.py` decodes W inside the product. `tiles.json` says for how many rows.
 
-Launches: 4 forward (few rows: 3), 5 backward, with or without dropout. The adapter in fp32 needs no 16-bit copies.
+Launches: 4 forward (few rows: 3; many rows with a bias: 5), 5 backward, with or without dropout. The adapter in fp32
+needs no 16-bit copies.
 """
 
 import torch
@@ -26,11 +28,13 @@ def linear_into(
     out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
     """See `reference.linear_into`."""
-    lora_up(xa, lora_b, out, scaling, bias)
+    lora_up(xa, lora_b, out, scaling)
     if can_add_matmul(x, weight):
-        add_matmul_(out, x, weight)
-    else:
-        out.addmm_(x, _decoded(weight, x.dtype).T)
+        add_matmul_(out, x, weight, bias)
+        return
+    out.addmm_(x, _decoded(weight, x.dtype).T)
+    if bias is not None:
+        out.add_(bias)
 
 
 def linear_backward(

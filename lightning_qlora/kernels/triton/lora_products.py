@@ -1,7 +1,7 @@
 """The products with the matrices of an adapter, one launch each, with dropout inside.
 
     lora_down       out[m, r] = s sum_k drop(x)[m, k] w[r, k]                   x A^T, and dY B in the backward pass
-    lora_up         out[m, n] = s sum_r h[m, r] w[n, r]  (+ bias, or dropout)   (x A^T) B^T, and (dY B) A
+    lora_up         out[m, n] = s sum_r h[m, r] w[n, r]  (or its dropout)       (x A^T) B^T, and (dY B) A
     lora_gradients  dA[r, k] = sum_m dXA[m, r] drop(x)[m, k]  and  dB[n, r] = s sum_m dY[m, n] XA[m, r]
 
 One side of these products is the rank, so they are bound by memory: x is read once, an fp32 adapter is rounded to x's
@@ -27,7 +27,7 @@ MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _down_kernel(
-    x, w, out, memory, m, k, r, w_rank_stride, w_stride, shares, mask_stride, low, high, least_kept, s,
+    x, w, out, memory, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
     DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A program computes M x R sums over its share of the columns of x."""
@@ -41,8 +41,7 @@ def _down_kernel(
         place = row.to(tl.int64)[:, None] * k + column[None, :]
         inputs = tl.load(x + place, mask=(row < m)[:, None] & (column < k)[None, :], other=0.0)
         if DROPOUT:
-            index = row.to(tl.int64)[:, None] * mask_stride + column[None, :]
-            inputs = tl.where(is_kept(index, low, high, least_kept), inputs, 0.0)
+            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
         at = w + column[:, None] * w_stride + rank[None, :] * w_rank_stride
         weights = tl.load(at, mask=(column < k)[:, None] & (rank < r)[None, :], other=0.0)
         total += tl.dot(inputs, weights.to(x.dtype.element_ty))
@@ -56,8 +55,8 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _up_kernel(
-    h, w, bias, out, m, n, r, w_rank_stride, w_stride, mask_stride, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    h, w, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes M x N elements of the output."""
     row, column = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
@@ -72,16 +71,13 @@ def _up_kernel(
     total *= s
     place = row.to(tl.int64)[:, None] * n + column[None, :]
     if DROPOUT:
-        index = row.to(tl.int64)[:, None] * mask_stride + column[None, :]
-        total = tl.where(is_kept(index, low, high, least_kept), total, 0.0)
-    if BIAS:
-        total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+        total = tl.where(is_kept(place, low, high, least_kept), total, 0.0)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
 
 
 @triton.jit
 def _gradient(
-    tile, h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, mask_stride, low, high, least_kept, s,
+    tile, h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, low, high, least_kept, s,
     DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes the R x N sums of one tile of columns over its share of the rows of x."""
@@ -97,8 +93,7 @@ def _gradient(
         place = row.to(tl.int64)[:, None] * n + column[None, :]
         inputs = tl.load(x + place, mask=(row < m)[:, None] & (column < n)[None, :], other=0.0)
         if DROPOUT:
-            index = row.to(tl.int64)[:, None] * mask_stride + column[None, :]
-            inputs = tl.where(is_kept(index, low, high, least_kept), inputs, 0.0)
+            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
         total += tl.dot(factors, inputs)
     write = (rank < r)[:, None] & (column < n)[None, :]
     if SPLIT:
@@ -111,19 +106,19 @@ def _gradient(
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _gradients_kernel(
     grad_xa, x, grad_a, xa, grad, grad_b, memory, m, k, n, r, a_rank_stride, a_stride, b_rank_stride, b_stride, shares,
-    mask_stride, low, high, least_kept, s_a, s_b,
+    low, high, least_kept, s_a, s_b,
     DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The first programs compute the gradient of A, the others that of B."""
     tile, tiles_of_a = tl.program_id(0), tl.cdiv(k, N)
     if tile < tiles_of_a:
         _gradient(
-            tile, grad_xa, x, grad_a, memory, m, k, r, a_rank_stride, a_stride, shares, mask_stride, low, high,
+            tile, grad_xa, x, grad_a, memory, m, k, r, a_rank_stride, a_stride, shares, low, high,
             least_kept, s_a, DROPOUT, SPLIT, R, M, N,
         )  # fmt: skip
     else:
         _gradient(
-            tile - tiles_of_a, xa, grad, grad_b, memory, m, n, r, b_rank_stride, b_stride, shares, 0, 0, 0, 0, s_b,
+            tile - tiles_of_a, xa, grad, grad_b, memory, m, n, r, b_rank_stride, b_stride, shares, 0, 0, 0, s_b,
             False, SPLIT, R, M, N,
         )  # fmt: skip
 
@@ -134,8 +129,8 @@ def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor
     tile = _tile("lora_down", x, m, r)
     if not tile:
         return torch.addmm(_unread(x), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
-    stride, mask, scale = dropout_arguments(p, seed, k, x.device)
-    run, sums = _down(x.device, tile, m, k, r, w.stride(), stride, seed is not None)
+    mask, scale = dropout_arguments(p, seed, x.device)
+    run, sums = _down(x.device, tile, m, k, r, w.stride(), seed is not None)
     x, out = x.contiguous(), x.new_empty(m, r)
     run((x, w, out, share_memory(sums, out)), (*mask, s * scale))
     return out
@@ -143,44 +138,37 @@ def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor
 
 @lru_cache(MAX_LAUNCHES)
 def _down(
-    device: torch.device, tile: Tile, m: int, k: int, r: int, stride: tuple[int, ...], mask_stride: int, dropout: bool
+    device: torch.device, tile: Tile, m: int, k: int, r: int, stride: tuple[int, ...], dropout: bool
 ) -> tuple[Launch, int]:
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
     run = Launch(
-        _down_kernel, device, (*grid, shares), (m, k, r, *stride, shares, mask_stride), tile, fuse=True,
+        _down_kernel, device, (*grid, shares), (m, k, r, *stride, shares), tile, fuse=True,
         DROPOUT=dropout, SPLIT=shares > 1, R=rank,
     )  # fmt: skip
     return run, number_of_sums(shares, grid[0] * grid[1] * tile["M"] * rank)
 
 
-def lora_up(
-    h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, bias: Tensor | None = None, p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Write s h w^T + bias, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
+def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """Write s h w^T, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
     (m, n), r = out.shape, w.shape[1]
     tile = _tile("lora_up", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
-        first = _unread(h) if bias is None else bias.to(h.dtype)
-        torch.addmm(first, h, w.to(h.dtype).T, beta=bias is not None, alpha=s, out=out)
+        torch.addmm(_unread(h), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
         return out if seed is None else dropout(out, p, seed, out=out)
-    stride, mask, scale = dropout_arguments(p, seed, n, h.device)
-    run = _up(h.device, tile, m, n, r, w.stride(), stride, seed is not None, bias is not None)
-    run((h, w, h if bias is None else bias.contiguous(), out), (*mask, s * scale))
+    mask, scale = dropout_arguments(p, seed, h.device)
+    run = _up(h.device, tile, m, n, r, w.stride(), seed is not None)
+    run((h, w, out), (*mask, s * scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _up(
-    device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], mask_stride: int,
-    dropout: bool, bias: bool,
-) -> Launch:  # fmt: skip
+def _up(device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool) -> Launch:
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
     return Launch(
-        _up_kernel, device, grid, (m, n, r, stride[1], stride[0], mask_stride), tile, fuse=True, DROPOUT=dropout,
-        BIAS=bias, R=rank_tile(r),
+        _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout,
+        R=rank_tile(r),
     )  # fmt: skip
 
 
@@ -198,8 +186,8 @@ def lora_gradients(
         grad_a.copy_(torch.mm(grad_xa.T, _dropped(x, p, seed)))
         grad_b.copy_(torch.addmm(_unread(x), grad.T, xa, beta=0, alpha=s))
         return
-    stride, mask, scale = dropout_arguments(p, seed, k, x.device)
-    run, sums = _gradients(x.device, tile, m, k, n, r, grad_a.stride(), grad_b.stride(), stride, seed is not None)
+    mask, scale = dropout_arguments(p, seed, x.device)
+    run, sums = _gradients(x.device, tile, m, k, n, r, grad_a.stride(), grad_b.stride(), seed is not None)
     tensors = (grad_xa, x.contiguous(), grad_a, xa, grad.contiguous(), grad_b, share_memory(sums, xa))
     run(tensors, (*mask, scale, float(s)))  # `Launch` keeps the kernel, and Triton compiles another one for an int
 
@@ -207,12 +195,12 @@ def lora_gradients(
 @lru_cache(MAX_LAUNCHES)
 def _gradients(
     device: torch.device, tile: Tile, m: int, k: int, n: int, r: int, a_stride: tuple[int, ...],
-    b_stride: tuple[int, ...], mask_stride: int, dropout: bool,
+    b_stride: tuple[int, ...], dropout: bool,
 ) -> tuple[Launch, int]:  # fmt: skip
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
-    numbers = (m, k, n, r, *a_stride, b_stride[1], b_stride[0], shares, mask_stride)
+    numbers = (m, k, n, r, *a_stride, b_stride[1], b_stride[0], shares)
     run = Launch(
         _gradients_kernel, device, (*grid, shares), numbers, tile, fuse=True, DROPOUT=dropout, SPLIT=shares > 1, R=rank
     )

@@ -1,6 +1,6 @@
 """x W^T with W decoded inside the product, for few rows of x: W is read as 4 bits and never written.
 
-    y^T[n, m] += sum over runs of k:  scale[n, run] * (sum over k in the run:  level[code[n, k]] * x[m, k])
+    y^T[n, m] += bias[n] + sum over runs of k:  scale[n, run] * (sum over k in the run:  level[code[n, k]] * x[m, k])
 
 The scale is constant over a run, so it multiplies the sum of the run, and the tensor cores multiply levels (rounded to
 the 16-bit type of x). W is the left operand, which Hopper can read from registers. The runs are shared by several
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.triton.dequantize import Numbers, levels_of_codes, load_scales, weight_arguments
+from lightning_qlora.kernels.triton.dequantize import levels_of_codes, load_scales, weight_arguments
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
 from lightning_qlora.kernels.triton.shares import add_shares, number_of_shares, number_of_sums, share_memory
 from lightning_qlora.kernels.triton.tiles import Tile, find_tile
@@ -23,8 +23,8 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 @triton.jit
 def _matmul_kernel(
-    packed, absmax, nested, levels8, levels, x, y, memory, n_nested, first, per_row, skipped, m, n, k, shares,
-    BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr,
+    packed, absmax, nested, levels8, levels, x, bias, y, memory, n_nested, m, n, k, shares,
+    BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes N x M sums over its share of the runs of RUN weights."""
@@ -41,9 +41,7 @@ def _matmul_kernel(
         level = levels_of_codes(codes, table, N, RUN).to(x.dtype.element_ty)
         inputs = tl.load(inputs_of_row + run * RUN, mask=column[:, None] < m, other=0.0)
         block = (row * k + run * RUN) // BLOCK_SIZE
-        scales = load_scales(
-            absmax, nested, n_nested, first, per_row, skipped, levels8, block, row < n, DOUBLE_QUANT, PART
-        )
+        scales = load_scales(absmax, nested, n_nested, levels8, block, row < n, DOUBLE_QUANT)
         total += tl.dot(level, inputs.T) * scales[:, None]
     write = (row < n)[:, None] & (column < m)[None, :]
     if SPLIT:
@@ -51,6 +49,8 @@ def _matmul_kernel(
         write &= is_last
     place = y + column.to(tl.int64)[None, :] * n + row[:, None]
     total += tl.load(place, mask=write, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
     tl.store(place, total.to(y.dtype.element_ty), mask=write)
 
 
@@ -60,25 +60,24 @@ def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
     return whole_runs and x.dtype != torch.float32 and x.numel() > 0 and bool(find_tile("matmul", x.device, x.shape[0]))
 
 
-def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes) -> Tensor:
-    """y += x W^T, y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
-    tensors, numbers = weight_arguments(weight)
+def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
+    """y += x W^T + bias, rounded once; y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
+    tensors, n_nested = weight_arguments(weight)
     tile = find_tile("matmul", x.device, x.shape[0])
-    part = weight.part is not None
-    run, sums = _matmul(x.device, tile, x.shape[0], weight.shape, weight.block_size, numbers, part)
-    run((*tensors, x.contiguous(), y, share_memory(sums, y)))
+    run, sums = _matmul(x.device, tile, x.shape[0], weight.shape, weight.block_size, n_nested, bias is not None)
+    run((*tensors, x.contiguous(), y if bias is None else bias.contiguous(), y, share_memory(sums, y)))
     return y
 
 
 @lru_cache(MAX_LAUNCHES)
 def _matmul(
-    device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, numbers: Numbers, part: bool
+    device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, n_nested: int, bias: bool
 ) -> tuple[Launch, int]:
     (n, k), run = shape, min(block_size, 64)
     columns, rows = -(-n // tile["N"]), -(-m // tile["M"])
     shares = number_of_shares(columns * rows, tile["PROGRAMS"], k // run)
     launch = Launch(
-        _matmul_kernel, device, (columns, rows, shares), (*numbers, m, n, k, shares), tile, fuse=True,
-        BLOCK_SIZE=block_size, DOUBLE_QUANT=numbers[0] >= 0, PART=part, RUN=run, SPLIT=shares > 1,
+        _matmul_kernel, device, (columns, rows, shares), (n_nested, m, n, k, shares), tile, fuse=True,
+        BLOCK_SIZE=block_size, DOUBLE_QUANT=n_nested >= 0, BIAS=bias, RUN=run, SPLIT=shares > 1,
     )  # fmt: skip
     return launch, number_of_sums(shares, columns * rows * tile["N"] * tile["M"])

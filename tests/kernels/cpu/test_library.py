@@ -92,12 +92,10 @@ def test_few_rows_are_multiplied_by_the_rounded_weight(library, dtype, tolerance
             dense = reference.dequantize(weight, dtype).double()
             for m in (1, 2, 3, 4, 6, 16, module.MOST_ROWS):
                 x, y = torch.randn(m, shape[1]).to(dtype), torch.randn(m, shape[0]).to(dtype)
-                for ours, expected in [
-                    (library.add_matmul(y.clone(), x, weight), y.double() + x.double() @ dense.T),
-                    (library.add_matmul(x.clone(), y, weight, transposed=True), x.double() + y.double() @ dense),
-                ]:
-                    error = (ours.double() - expected).abs().max()
-                    assert error <= tolerance * expected.abs().max(), (shape, block_size, m)
+                bias = torch.randn(shape[0])
+                expected = y.double() + x.double() @ dense.T + bias.double()
+                error = (library.add_matmul(y.clone(), x, weight, bias).double() - expected).abs().max()
+                assert error <= tolerance * expected.abs().max(), (shape, block_size, m)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

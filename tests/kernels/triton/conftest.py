@@ -16,7 +16,6 @@ INSIDE = [
         "linear",
         "lora_products",
         "matmul",
-        "parts",
         "grouped",
         "adamw_kernel",
         "training",

@@ -15,10 +15,11 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 64])
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 448), (7, 128), (130, 1088)])
 def test_adds_the_product(dtype, m, rows, columns):
-    weight, x, _, _, _, _ = layer(rows, columns, 4, dtype, m)
+    weight, x, _, bias, _, _ = layer(rows, columns, 4, dtype, m)
     y = torch.randn(m, rows).to(dtype)
     expected = y.double() + x.double() @ reference.dequantize(weight, torch.float32).double().T
     assert_near(add_matmul_(y.clone(), x, weight).double(), expected, dtype)
+    assert_near(add_matmul_(y.clone(), x, weight, bias).double(), expected + bias.double(), dtype)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])

@@ -23,7 +23,6 @@ typedef struct { /* library.py, class _Weight: the same fields in the same order
     const float *offset;     /* added to every scale; not read if nested is NULL */
     int64_t rows, columns;
     int64_t block_shift;     /* log2 of the block size */
-    int64_t first, per_row, skipped; /* PackedBytes.block_numbers: 0, 1, 0 for a whole weight */
 } Weight;
 
 static inline float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
@@ -57,15 +56,9 @@ static inline void store(void *x, int64_t i, int type, float f) {
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline float scale_of_number(const Weight *w, int64_t block, int64_t number) {
-    if (!w->nested) return ((const float *)w->absmax)[block];
-    return w->dynamic[((const uint8_t *)w->absmax)[block]] * w->nested[number >> 8] + *w->offset;
-}
-
 static inline float scale_of_block(const Weight *w, int64_t block) {
-    int64_t number = block + w->first; /* in the whole weight */
-    if (w->skipped) number += (uint32_t)block / (uint32_t)w->per_row * w->skipped; /* 64-bit division is slow */
-    return scale_of_number(w, block, number);
+    if (!w->nested) return ((const float *)w->absmax)[block];
+    return w->dynamic[((const uint8_t *)w->absmax)[block]] * w->nested[block >> 8] + *w->offset;
 }
 
 /* The table of a block: the 16 values level * scale in fp32, rounded to the type. Written with vector types, because

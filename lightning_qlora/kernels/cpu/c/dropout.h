@@ -5,24 +5,18 @@ static inline uint32_t mix(uint32_t h) { /* reference.py, _mix */
     return h ^ (h >> 16);
 }
 
-/* out[i] = x[i] * scale if the hash of the element's index and seed is at least `least_kept`, else 0. `out` may be x. The
-   index is i; if rows of `width` elements are parts of rows of `stride` elements, that in the longer rows. */
-void dropout(const void *x, void *out, int type, int64_t n, int64_t width, int64_t stride, int64_t seed,
-             int32_t least_kept, float scale, int threads) {
+/* out[i] = x[i] * scale if the hash of the element's index and seed is at least `least_kept`, else 0. `out` may be x. */
+void dropout(const void *x, void *out, int type, int64_t n, int64_t seed, int32_t least_kept, float scale,
+             int threads) {
     uint32_t low = (uint32_t)seed, high = (uint32_t)(seed >> 32);
-    if (width == stride) width = n;
     int64_t pieces = (n + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && pieces > 2)
     for (int64_t p = 0; p < pieces; p++) {
         int64_t begin = p * PIECE, end = min64(n, begin + PIECE);
-#define EACH(TYPE)                                                                        \
-    for (int64_t i = begin; i < end;) {                                                   \
-        int64_t row = i / width, stop = min64(end, (row + 1) * width);                    \
-        uint32_t shift = low + (uint32_t)(row * (stride - width));                        \
-        for (; i < stop; i++) {                                                           \
-            int keep = (int32_t)mix(mix((uint32_t)i + shift) ^ high) >= least_kept;       \
-            store(out, i, TYPE, keep ? load(x, i, TYPE) * scale : 0.0f);                  \
-        }                                                                                 \
+#define EACH(TYPE)                                                            \
+    for (int64_t i = begin; i < end; i++) {                                   \
+        int keep = (int32_t)mix(mix((uint32_t)i + low) ^ high) >= least_kept; \
+        store(out, i, TYPE, keep ? load(x, i, TYPE) * scale : 0.0f);          \
     }
         if (type == FP32) EACH(FP32)
         else if (type == BF16) EACH(BF16)

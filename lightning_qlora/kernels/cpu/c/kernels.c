@@ -4,7 +4,6 @@
 enum { PIECE = 1 << 14 }; /* weights per task of a thread; a multiple of every block size */
 
 #include "matmul.h"
-#include "matmul_transposed.h"
 #include "quantize.h"
 #include "dropout.h"
 

@@ -88,20 +88,9 @@ static inline __attribute__((always_inline)) void decode_64_split(const Weight *
 
 enum { GROUPS = 16 }; /* groups of 64 weights whose scales are looked up together */
 
-static __attribute__((noinline)) void scales_of_part(const Weight *w, int64_t begin, int64_t n, float *scales) {
-    for (int64_t g = 0; g < n; g++) scales[g] = scale_of_block(w, (begin + 64 * g) >> w->block_shift);
-}
-
 static inline int64_t scales_of_groups(const Weight *w, int64_t begin, int64_t end, float *scales) {
     int64_t n = min64(GROUPS, (end - begin) >> 6);
-    if (w->first || w->skipped) {
-        scales_of_part(w, begin, n, scales);
-        return n;
-    }
-    for (int64_t g = 0; g < n; g++) {
-        int64_t block = (begin + 64 * g) >> w->block_shift;
-        scales[g] = scale_of_number(w, block, block);
-    }
+    for (int64_t g = 0; g < n; g++) scales[g] = scale_of_block(w, (begin + 64 * g) >> w->block_shift);
     return n;
 }
 
@@ -195,8 +184,10 @@ static const void *padded_rows(const void *x, int type, int64_t rows, int64_t co
     return workspace;
 }
 
-/* y [rows, w->rows] += x [rows, w->columns] W^T; workspace: 4 bytes per element of the padded x. */
-void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows, void *workspace, int threads) {
+/* y [rows, w->rows] += x [rows, w->columns] W^T + bias, rounded once; bias [w->rows] may be NULL. workspace: 4 bytes per
+   element of the padded x. */
+void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows, const void *bias, int bias_type,
+                void *workspace, int threads) {
     int64_t stride = (w->columns + STEP - 1) / STEP * STEP, tiles = (w->rows + TILE_ROWS - 1) / TILE_ROWS;
     const void *in = workspace;
 #ifdef __AVX512BF16__
@@ -220,7 +211,8 @@ void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows,
             _mm_storeu_ps(total, sums_of_four(sums[m]));
             for (int64_t j = 0; j < n; j++) {
                 int64_t at = m * w->rows + first + j;
-                store(y, at, type, load(y, at, type) + total[j]);
+                float sum = load(y, at, type) + total[j];
+                store(y, at, type, bias ? sum + load(bias, first + j, bias_type) : sum);
             }
         }
     }

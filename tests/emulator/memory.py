@@ -223,9 +223,8 @@ class SharedMemory:
             if (self._time[units] > since).any():
                 raise Fault("shared memory is written while an asynchronous product reads it")
         else:
-            group = np.isin(self._writer[units], np.arange(warp, warp + 4))
-            if ((self._written[units] == epoch) & ~group).any():
-                raise Fault("race in shared memory: an asynchronous product reads what another warp wrote, with no barrier")
+            if (self._written[units] == epoch).any():  # the warps of the group are four
+                raise Fault("race in shared memory: an asynchronous product reads what a warp wrote, with no barrier")
             for writer in np.unique(self._writer[units]):
                 mine = units[self._writer[units] == writer]
                 fenced = max(self._fenced.get(int(each), 0) for each in (writer, *range(warp, warp + 4)))

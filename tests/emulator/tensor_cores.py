@@ -47,7 +47,8 @@ def _multiply(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
     place = THREAD[:, None, None] * parts + np.arange(parts) + np.arange(len(b))[:, None] * 4 * parts
     right = np.empty((len(left), place.max() + 1, 8), values.dtype)
     right[:, place, GROUP[:, None, None]] = values.reshape(-1, WARP, *values.shape[1:])
-    product = (left.astype(np.int32) @ right.astype(np.int32)) if to == "s32" else left @ right
+    working = np.int32 if to == "s32" else np.float32
+    product = left.astype(working) @ right.astype(working)
     packed = 2 if to == "f16" else 1  # columns in a register
     for number, (result, start) in enumerate(zip(d, c, strict=True)):
         row, column = (number, 0) if packed == 2 else (number // 2, number % 2)
@@ -277,7 +278,8 @@ def _multiply_groups(blocks: Blocks, products: Products, product: Product, due: 
                 raise Fault(f"register {name} is written while an asynchronous product reads it")
         a = registers_as(blocks, given.operands[1].parts, given.words[6])
         factors[1] = _left(a).reshape(-1, 64, 32 // _shape(given)[0])
-    result = factors[1] @ factors[2].swapaxes(1, 2)  # [groups, 64, columns]
+    left, right = (factors[number].astype(np.float32) for number in (1, 2))
+    result = left @ right.swapaxes(1, 2)  # [groups, 64, columns]
     lane = np.arange(GROUP_OF_WARPS)
     row = (lane // WARP * 16 + lane % WARP // 4)[:, None, None, None] + 8 * np.arange(2)[:, None]
     column = (lane % 4 * 2)[:, None, None, None] + 8 * np.arange(columns // 8)[:, None, None] + np.arange(2)

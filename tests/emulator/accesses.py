@@ -11,10 +11,10 @@ from tests.emulator.types import TYPES, UNSIGNED
 
 
 def _is_shared(given: Instruction) -> bool:
-    space = next((word for word in given.words if word.split("::")[0] in ("global", "shared", "local", "const")), "global")
-    if space.startswith(("local", "const")):
-        raise unknown(given, f".{space}")
-    return space.startswith("shared")
+    spaces = {word.split("::")[0] for word in given.words}
+    if spaces & {"local", "const"}:
+        raise unknown(given, "only global and shared memory are")
+    return "shared" in spaces
 
 
 def _order(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
@@ -76,11 +76,15 @@ def _exchanged(old: np.ndarray, given: list[np.ndarray]) -> np.ndarray:
 
 # name: what is stored, from what was there and the operands
 ATOMICS = {
-    "add": lambda old, given: old + given[0], "min": lambda old, given: np.minimum(old, given[0]),
-    "max": lambda old, given: np.maximum(old, given[0]), "and": lambda old, given: old & given[0],
-    "or": lambda old, given: old | given[0], "xor": lambda old, given: old ^ given[0], "exch": _exchanged,
+    "add": lambda old, given: old + given[0],
+    "min": lambda old, given: np.minimum(old, given[0]),
+    "max": lambda old, given: np.maximum(old, given[0]),
+    "and": lambda old, given: old & given[0],
+    "or": lambda old, given: old | given[0],
+    "xor": lambda old, given: old ^ given[0],
+    "exch": _exchanged,
     "cas": lambda old, given: np.where(old == given[0], given[1], old).astype(old.dtype),
-}  # fmt: skip
+}
 
 
 @instruction("atom", "red")

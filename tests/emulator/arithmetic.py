@@ -40,15 +40,41 @@ def _or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 # name: the function of the operands, in the type that the name ends with
 FUNCTIONS: dict[str, Function] = {
-    "add": np.add, "sub": np.subtract, "div": _divide, "rem": _remainder, "max": _largest, "min": _smallest,
-    "and": np.bitwise_and, "or": _or, "xor": np.bitwise_xor, "not": np.invert, "cnot": lambda a: (a == 0).astype(a.dtype),
-    "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a,
-    "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "copysign": lambda a, b: np.copysign(b, a),
-}  # fmt: skip
+    "add": np.add,
+    "sub": np.subtract,
+    "div": _divide,
+    "rem": _remainder,
+    "max": _largest,
+    "min": _smallest,
+    "and": np.bitwise_and,
+    "or": _or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "cnot": lambda a: (a == 0).astype(a.dtype),
+    "neg": np.negative,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "rcp": lambda a: 1 / a,
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
+    "copysign": lambda a, b: np.copysign(b, a),
+}
 COMPARISONS: dict[str, Function] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
 ROUNDINGS: dict[str, Function] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 # Parts of a name that change nothing here: the nearest value is what numpy gives, approximations are exact.
 PLAIN = {"rn", "approx", "full", "lo", "sync", "aligned", "relu", "sat", "ftz", "nan", "noftz", "rni", "xorsign"}

@@ -1,7 +1,7 @@
 """A driver for Triton that executes launches on the CPU: `with emulated("sm_80"): kernel[grid](...)`.
 
-Everything before the driver is what runs on a machine with a card: Triton's JIT with its hints, its cache of kernels and
-its compiler, and the launches of `kernels/triton/launch.py`. For NVIDIA the last stage (ptxas) is left out.
+Everything before the driver is what runs on a machine with a card: Triton's JIT with its hints, its cache, its compiler
+and the launches of `kernels/triton/launch.py`. The last stage, ptxas, is left out.
 """
 
 import struct
@@ -33,7 +33,7 @@ class Emulation:
     """What ran.
 
     Attributes:
-        target: "sm_80", "gfx942", ...
+        target: "sm_80", "sm_90", ...
         reachable: Gives the tensors that kernels reach without getting them as arguments, through tables of addresses.
         change: Changes the code before it runs, to see that a bug in it is noticed.
         executed: Instructions of each kernel, one for all threads that execute it at the same time.
@@ -53,16 +53,15 @@ def emulated(target: str) -> Iterator[Emulation]:
     `machine.UnknownInstruction`.
     """
     emulation = Emulation(target)
-    before = driver._active, tiles.target, torch.version.hip, knobs.runtime.add_stages_inspection_hook
-    driver.set_active(_driver(emulation))
+    before = driver._active, tiles.target, knobs.runtime.add_stages_inspection_hook
+    driver.set_active(EmulatedDriver(emulation))
     tiles.target = lambda device: target
-    torch.version.hip = "emulated" if target.startswith("gfx") else None
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
     _forget_launches()
     try:
         yield emulation
     finally:
-        driver._active, tiles.target, torch.version.hip, knobs.runtime.add_stages_inspection_hook = before
+        driver._active, tiles.target, knobs.runtime.add_stages_inspection_hook = before
         _forget_launches()
 
 
@@ -70,18 +69,7 @@ def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
     """Triton's hook: with arguments it may change the stages, without any it gives a key for the cache, twice."""
     if not stages:
         return "emulator", "emulator"
-    if "cubin" in stages[1]:
-        stages[1]["cubin"] = lambda source, metadata: source.encode()
-    elif "hsaco" in stages[1]:
-        assemble, texts = stages[1]["hsaco"], []
-        make_assembly = stages[1]["amdgcn"]
-
-        def keep(source: Any, metadata: Any) -> str:
-            texts.append(make_assembly(source, metadata))
-            return texts[-1]
-
-        stages[1]["amdgcn"] = keep
-        stages[1]["hsaco"] = lambda source, metadata: texts[-1].encode() + b"\0" + assemble(source, metadata)
+    stages[1]["cubin"] = lambda source, metadata: source.encode()
     return None
 
 
@@ -94,39 +82,57 @@ def _forget_launches() -> None:
 
 
 def _target(name: str) -> GPUTarget:
-    if name.startswith("sm_"):
-        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-def _driver(emulation: Emulation) -> Any:
-    """What Triton asks of a driver. The device has a number of its own for each target: Triton's caches depend on it."""
-    number = 1000 + sum(ord(letter) << 8 * place for place, letter in enumerate(emulation.target))
+class Launcher:
+    """Takes the launches of one compiled kernel. Triton keeps it longer than an emulation."""
 
-    class EmulatedDriver:
-        class launcher_cls:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                self._source, self._metadata = source, metadata
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self._source, self._metadata = source, metadata
 
-            def __call__(self, x: int, y: int, z: int, stream: int, code: bytes, *rest: Any) -> None:
-                _, _, _, _, *arguments = rest  # the metadata of the kernel and of the launch, and two hooks
-                _launch(emulation, self._source, self._metadata, (x, y, z), code, arguments)
+    def __call__(self, x: int, y: int, z: int, stream: int, code: bytes, *rest: Any) -> None:
+        _, _, _, _, *arguments = rest  # the metadata of the kernel and of the launch, and two hooks
+        _launch(driver.active.emulation, self._source, self._metadata, (x, y, z), code, arguments)
 
-        class utils:
-            load_binary = staticmethod(lambda name, code, *_: (1, code, 32, 0, 1024))
-            unload_module = staticmethod(lambda *_: None)
-            get_device_properties = staticmethod(
-                lambda _: {"max_shared_mem": SHARED, "multiprocessor_count": 4, "warpSize": 32, "max_num_regs": 65536}
-            )
 
-        get_current_device = staticmethod(lambda: number)
-        set_current_device = staticmethod(lambda _: None)
-        get_current_stream = staticmethod(lambda _: 0)
-        get_current_target = staticmethod(lambda: _target(emulation.target))
-        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-        get_benchmarker = staticmethod(lambda: lambda call, quantiles=(): [1.0 for _ in quantiles])  # the first tile
+class EmulatedDriver:
+    """What Triton asks of a driver."""
 
-    return EmulatedDriver()
+    launcher_cls = Launcher
+
+    class utils:
+        """The code is its own handle."""
+
+        load_binary = staticmethod(lambda name, code, *_: (1, code, 32, 0, 1024))
+        unload_module = staticmethod(lambda *_: None)
+        get_device_properties = staticmethod(
+            lambda _: {"max_shared_mem": SHARED, "multiprocessor_count": 4, "warpSize": 32, "max_num_regs": 65536}
+        )
+
+    def __init__(self, emulation: Emulation) -> None:
+        self.emulation = emulation
+        # A number for each target: Triton keeps the kernels of a device.
+        self._number = 1000 + int.from_bytes(emulation.target.encode(), "big")
+
+    def get_current_device(self) -> int:
+        return self._number
+
+    def set_current_device(self, _: int) -> None:
+        pass
+
+    def get_current_stream(self, _: int | None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return _target(self.emulation.target)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        """Nothing is timed: of several tiles the first one is used."""
+        return lambda call, quantiles: [1.0] * len(quantiles)
 
 
 def _launch(
@@ -139,23 +145,10 @@ def _launch(
     ranges = [extent(tensor) for tensor in tensors if tensor.numel()]
     threads = metadata.num_warps * metadata.warp_size
     if code not in PROGRAMS:
-        PROGRAMS[code] = _program(emulation.target, code, metadata)
-    program = PROGRAMS[code]
-    if isinstance(program, Program):
-        values = [_bits(kind, value) for kind, value in given]
-        executed = run(program, grid, threads, metadata.shared, [*values, 0, 0], ranges)  # 0: two kinds of scratch
-    else:
-        executed = program.launch(grid, threads, given, ranges)
+        PROGRAMS[code] = Program(code.decode())
+    values = [*(_bits(kind, value) for kind, value in given), 0, 0]  # the last two: no scratch memory
+    executed = run(PROGRAMS[code], grid, threads, metadata.shared, values, ranges)
     emulation.executed[source.name] = emulation.executed.get(source.name, 0) + executed
-
-
-def _program(target: str, code: bytes, metadata: Any) -> Any:
-    if target.startswith("sm_"):
-        return Program(code.decode())
-    from tests.emulator.amd.machine import MachineCode  # needs tinygrad
-
-    assembly, _, object_code = code.partition(b"\0")
-    return MachineCode(object_code, assembly.decode(), target, metadata.shared)
 
 
 def _bits(kind: str, value: Any) -> int:

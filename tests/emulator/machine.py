@@ -6,7 +6,7 @@ Architecture". What is known of an instruction is in `INSTRUCTIONS`, by the firs
 """
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -42,9 +42,13 @@ def unknown(given: Instruction, what: str = "") -> UnknownInstruction:
 
 
 def run(
-    program: Program, grid: tuple[int, int, int], threads: int, shared: int, values: list[int],
+    program: Program,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    values: list[int],
     ranges: list[tuple[int, int]],
-) -> int:  # fmt: skip
+) -> int:
     """Execute all blocks of a launch; how many instructions that were.
 
     Args:
@@ -77,9 +81,16 @@ class Blocks:
     """
 
     def __init__(
-        self, program: Program, grid: tuple[int, int, int], places: list[tuple[int, int, int]], first: int,
-        threads: int, shared: int, parameters: dict[str, int], memory: GlobalMemory,
-    ) -> None:  # fmt: skip
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        places: list[tuple[int, int, int]],
+        first: int,
+        threads: int,
+        shared: int,
+        parameters: dict[str, int],
+        memory: GlobalMemory,
+    ) -> None:
         self.program, self.parameters, self.memory = program, parameters, memory
         self.count, self.threads, self.n = len(places), threads, len(places) * threads
         self.every = np.ones(self.n, bool)
@@ -92,9 +103,15 @@ class Blocks:
         self.registers: dict[str, np.ndarray] = {}
         thread = np.tile(np.arange(threads), self.count)
         self._special = {
-            "%tid.x": thread, "%tid.y": 0 * thread, "%tid.z": 0 * thread, "%ntid.x": 0 * thread + threads,
-            "%ntid.y": 0 * thread + 1, "%ntid.z": 0 * thread + 1, "%laneid": thread % WARP, "%warpid": thread // WARP,
-        }  # fmt: skip
+            "%tid.x": thread,
+            "%tid.y": 0 * thread,
+            "%tid.z": 0 * thread,
+            "%ntid.x": 0 * thread + threads,
+            "%ntid.y": 0 * thread + 1,
+            "%ntid.z": 0 * thread + 1,
+            "%laneid": thread % WARP,
+            "%warpid": thread // WARP,
+        }
         for axis, name in enumerate("xyz"):
             self._special[f"%ctaid.{name}"] = np.repeat([place[axis] for place in places], threads)
             self._special[f"%nctaid.{name}"] = 0 * thread + grid[axis]
@@ -103,7 +120,7 @@ class Blocks:
     def run(self) -> int:
         """Execute until all threads have ended; how many instructions that were."""
         instructions, leaders = self.program.instructions, self.program.leaders
-        following = dict(zip(leaders, leaders[1:], strict=False))
+        following = dict(pairwise(leaders))
         end, at = len(instructions), np.zeros(self.n, np.int64)
         steps, executed = np.zeros(self.count, np.int64), 0
         while True:

@@ -139,8 +139,8 @@ class GlobalMemory:
             raise Fault(f"{kind} of {size} bytes, and the kernel has no tensor")
         near = int(np.minimum(np.abs(self.begins - first), np.abs(self.ends - first)).argmin())
         raise Fault(
-            f"{kind} of {size} bytes outside of all tensors by {len(at)} threads, {first - int(self.begins[near])} bytes "
-            f"after the begin and {first - int(self.ends[near])} after the end of the nearest"
+            f"{kind} of {size} bytes outside of all tensors by {len(at)} threads, {first - int(self.begins[near])} "
+            f"bytes after the begin and {first - int(self.ends[near])} after the end of the nearest"
         )
 
 

@@ -108,9 +108,7 @@ class Program:
             if any(word.startswith("shared") for word in words) and words[0] in ("ld", "st", "atom", "red"):
                 count = next((int(word[1:]) for word in words if word in ("v2", "v4")), 1)
                 sizes.append(count * int(re.sub(r"\D", "", words[-1])) // 8)
-            elif words[0] == "cp" and len(instruction.operands) > 2:
-                sizes.append(4)
-            elif words[0] == "wgmma":
+            elif (words[0] == "cp" and len(instruction.operands) > 2) or words[0] == "wgmma":
                 sizes.append(4)
         return min(sizes)
 

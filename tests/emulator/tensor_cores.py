@@ -1,4 +1,4 @@
-"""Products of matrices. PTX ISA, "Warp Level Matrix Instructions" and "Asynchronous Warpgroup Level Matrix Instructions".
+"""Products of matrices. PTX ISA, "Warp Level Matrix Instructions", "Asynchronous Warpgroup Level Matrix ...".
 
 Products and sums are in fp32, as numpy rounds them; a card truncates some of them.
 """
@@ -164,7 +164,7 @@ def _issue(blocks: Blocks, products: Products, given: Instruction, active: np.nd
     """wgmma.mma_async.sync.aligned.m64nNkK.dtype.atype.btype d, a, b, add, scale a, scale b, transposed a, b;"""
     if not products.fenced[here].all():
         raise Fault("an asynchronous product with no wgmma.fence before it")
-    d, a, b, add, *rest = given.operands
+    d, a, _, add, *rest = given.operands
     if [operand.bits for operand in rest[:2]] != [1, 1] or given.words[5] != "f32":
         raise unknown(given, "only sums of fp32 that are not negated are")
     new = Sums(np.zeros((blocks.n, len(d.parts)), np.float32), np.zeros(blocks.count, bool))

@@ -13,7 +13,10 @@ PLACE = "shl.b32 %r2, %r1, 2; cvt.u64.u32 %rd3, %r2; add.s64 %rd4, %rd1, %rd3; a
 LOAD, STORE = "ld.global.b32 %r10, [%rd4];", "st.global.b32 [%rd6], %r10;"
 # Each thread reads what the thread of another warp wrote.
 EXCHANGE = "st.shared.b32 [%r2], %r10; bar.sync 0; xor.b32 %r3, %r2, 128; ld.shared.b32 %r10, [%r3];"
-COPY = "cp.async.ca.shared.global [%r2], [%rd4], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r10, [%r2];"
+COPY = """
+    cp.async.ca.shared.global [%r2], [%rd4], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;
+    ld.shared.b32 %r10, [%r2];
+"""
 SUMS = ", ".join(f"%r{number}" for number in range(20, 24))
 PRODUCT = f"""
     mov.b32 %r3, %r2; mov.b32 %r10, 0;
@@ -38,8 +41,12 @@ def test_nothing_is_found_in_what_is_right(code):
     ("code", "old", "new", "found"),
     [
         (EXCHANGE, "bar.sync 0;", "bar.warp.sync -1;", "race in shared memory: warp . reads what warp . wrote"),
-        (EXCHANGE, "ld.shared.b32 %r10, [%r3];", "ld.shared.b32 %r9, [%r3]; st.shared.b32 [%r2], %r3;",
-         "writes what another warp reads"),
+        (
+            EXCHANGE,
+            "ld.shared.b32 %r10, [%r3];",
+            "ld.shared.b32 %r9, [%r3]; st.shared.b32 [%r2], %r3;",
+            "writes what another warp reads",
+        ),
         (EXCHANGE, "xor.b32 %r3, %r2, 128;", "add.s32 %r3, %r2, 4;", "shared memory is read that nobody wrote"),
         (EXCHANGE, "xor.b32 %r3, %r2, 128;", "mov.b32 %r3, 8192;", "access to byte 8192 of 8192"),
         (EXCHANGE, "[%r2], %r10;", "[0], %r10;", "write different values to one place|writes what warp"),
@@ -50,12 +57,16 @@ def test_nothing_is_found_in_what_is_right(code):
         (PRODUCT, "fence.proxy.async.shared::cta;", "", "without fence.proxy.async"),
         (PRODUCT, "bar.sync 0;", "", "an asynchronous product reads what a warp wrote, with no barrier"),
         (PRODUCT, "wgmma.fence.sync.aligned;", "", "no wgmma.fence before it"),
-        (PRODUCT, "wgmma.wait_group.sync.aligned 0;", "bar.sync 0; st.shared.b32 [%r3], 1; wgmma.wait_group.sync.aligned 0;",
-         "is written while an asynchronous product reads it"),
+        (
+            PRODUCT,
+            "wgmma.wait_group",
+            "bar.sync 0; st.shared.b32 [%r3], 1; wgmma.wait_group",
+            "is written while an asynchronous product reads it",
+        ),
         ("", "", "add.s64 %rd6, %rd6, 4;", "store of 4 bytes outside of all tensors by 1 threads, 512 bytes after"),
         ("", "", "st.global.b32 [%rd2], %r10; ld.global.b32 %r11, [%rd2];", "race: warp . loads what warp . stored"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_found(code, old, new, found):
     with pytest.raises(Fault, match=found):
         kernel(code.replace(old, new) if old else new)
@@ -68,13 +79,16 @@ def test_a_loop_without_an_end_is_found(monkeypatch):
 
 
 # Two warps of block 0 store, and one counts; block 1 waits for the count and loads what the other warp stored.
-ORDERED = PLACE + """
+ORDERED = (
+    PLACE
+    + """
     mov.u32 %r3, %ctaid.x; setp.eq.s32 %p1, %r3, 1; @%p1 bra $WAIT;
     st.global.b32 [%rd6+4], %r1; bar.sync 0; setp.lt.u32 %p3, %r1, 32;
     @%p3 atom.global.gpu.acq_rel.add.u32 %r4, [%rd1], 1; ret;
     $WAIT: atom.global.gpu.acquire.add.u32 %r4, [%rd1], 0; setp.eq.s32 %p2, %r4, 0; @%p2 bra $WAIT;
     ld.global.b32 %r10, [%rd2+132]; st.global.b32 [%rd2], %r10;
 """
+)
 
 
 def test_blocks_exchange_values_by_a_barrier_and_an_atomic_operation():

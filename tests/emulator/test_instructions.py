@@ -108,7 +108,10 @@ E, F, G, H = np.ascontiguousarray(FLOATS.T)
         ("ex2.approx.f32 %r20, %r10;", np.exp2(E)),
         ("neg.f32 %r21, %r10; rcp.rn.f32 %r20, %r21;", 1 / -E),
         ("cvt.rzi.s32.f32 %r21, %r10; cvt.rn.f32.s32 %r20, %r21;", np.trunc(E)),
-        ("cvt.rn.f16x2.f32 %r21, %r10, %r11; mov.b32 {%rs1, %rs2}, %r21; cvt.f32.f16 %r20, %rs2;", E.astype(np.float16)),
+        (
+            "cvt.rn.f16x2.f32 %r21, %r10, %r11; mov.b32 {%rs1, %rs2}, %r21; cvt.f32.f16 %r20, %rs2;",
+            E.astype(np.float16),
+        ),
         ("cvt.rn.bf16.f32 %rs1, %r10; cvt.f32.bf16 %r20, %rs1;", bf16_to_float(float_to_bf16(E))),
         ("setp.gtu.f32 %p1, %r10, %r11; selp.f32 %r20, %r12, %r13, %p1;", np.where(E > F, G, H)),
         ("mul.f32x2 %rd9, {%r10, %r11}, {%r12, %r13}; mov.b64 {%r21, %r20}, %rd9;", F * H),
@@ -137,16 +140,23 @@ def test_64_bits():
     code = "mov.b64 %rd7, {%r10, %r11}; mov.b64 %rd8, {%r12, %r13};"
     a, b = np.ascontiguousarray(data.T)
     for operation, expected in (
-        ("xor.b64 %rd9, %rd7, %rd8;", a ^ b), ("or.b64 %rd9, %rd7, 4611686293305294848;", a | 0x4000004000000000),
-        ("min.s64 %rd9, %rd7, %rd8;", np.minimum(a, b)), ("shr.s64 %rd9, %rd7, 17;", a >> 17),
+        ("xor.b64 %rd9, %rd7, %rd8;", a ^ b),
+        ("or.b64 %rd9, %rd7, 4611686293305294848;", a | 0x4000004000000000),
+        ("min.s64 %rd9, %rd7, %rd8;", np.minimum(a, b)),
+        ("shr.s64 %rd9, %rd7, 17;", a >> 17),
         ("mul.wide.s32 %rd9, %r10, %r12;", (a.astype(np.int32)).astype(np.int64) * b.astype(np.int32)),
-        ("cvt.s64.s32 %rd9, %r10;", a.astype(np.int32)), ("div.s64 %rd9, %rd7, %rd8;", np.sign(a * 1.0 * b) * (abs(a) // abs(b))),
-    ):  # fmt: skip
+        ("cvt.s64.s32 %rd9, %r10;", a.astype(np.int32)),
+        ("div.s64 %rd9, %rd7, %rd8;", np.sign(a) * np.sign(b) * (abs(a) // abs(b))),
+    ):
         found = rows(code + operation, data.view(np.int32), "b64 %rd9").view(np.int64)
         assert (found == expected.astype(np.int64)).all(), operation
 
 
 LANE = np.arange(32)
+BRANCH = """
+    setp.lt.s32 %p1, %r1, 7; @%p1 bra $L; mov.b32 %r20, 1; bra $M;
+    $L: mov.b32 %r20, 2; $M: add.s32 %r20, %r20, 1;
+"""
 
 
 @pytest.mark.parametrize(
@@ -160,12 +170,14 @@ LANE = np.arange(32)
         ("redux.sync.add.s32 %r20, %r10, -1;", np.full(32, A.sum(dtype=np.int32))),
         ("redux.sync.max.u32 %r20, %r10, -1;", np.full(32, U.max())),
         ("setp.lt.s32 %p1, %r10, 0; vote.sync.ballot.b32 %r20, %p1, -1;", np.full(32, ((A < 0) << LANE).sum())),
-        ("setp.lt.s32 %p1, %r1, 7; @%p1 bra $L; mov.b32 %r20, 1; bra $M; $L: mov.b32 %r20, 2; $M: add.s32 %r20, %r20, 1;",
-         np.where(LANE < 7, 3, 2)),
+        (
+            BRANCH,
+            np.where(LANE < 7, 3, 2),
+        ),
         ("mov.b32 %r20, 0; $L: add.s32 %r20, %r20, 1; setp.lt.s32 %p1, %r20, %r1; @%p1 bra $L;", np.maximum(LANE, 1)),
         ("mov.b32 %r20, 4; setp.lt.s32 %p1, %r1, 7; @!%p1 mov.b32 %r20, 5;", np.where(LANE < 7, 4, 5)),
     ],
-)  # fmt: skip
+)
 def test_warps_and_branches(code, expected):
     assert (rows(code, INTEGERS, "b32 %r20") == np.asarray(expected).astype(np.int64).astype(np.uint32)).all()
 
@@ -188,7 +200,10 @@ def test_products_of_warps():
             {%r14, %r15}, {%r20, %r20, %r20, %r20};
         st.global.v4.b32 [%rd6], {%r30, %r31, %r32, %r33};
     """
-    found, expected = execute(code, data, np.zeros((32, 4), np.float32)), a.astype(np.float32) @ b.astype(np.float32) + 0.5
+    found, expected = (
+        execute(code, data, np.zeros((32, 4), np.float32)),
+        a.astype(np.float32) @ b.astype(np.float32) + 0.5,
+    )
     for lane in range(32):
         row, column = lane // 4, lane % 4 * 2
         parts = [expected[row, column : column + 2], expected[row + 8, column : column + 2]]
@@ -230,14 +245,14 @@ def test_products_of_warp_groups(width, transposed):
         return at >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | SWIZZLES[width] << 62
 
     first, second = place(a, 0), place(b, 1 << 14)
-    out = ", ".join(f"%r{number}" for number in range(20, 28))
+    flag, out = int(transposed), ", ".join(f"%r{number}" for number in range(20, 28))
     code = f"""
         shl.b32 %r2, %r1, 4; cvt.u64.u32 %rd3, %r2; add.s64 %rd4, %rd1, %rd3;
         $L: ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd4]; st.shared.v4.b32 [%r2], {{%r10, %r11, %r12, %r13}};
         add.s64 %rd4, %rd4, 2048; add.s32 %r2, %r2, 2048; setp.lt.u32 %p1, %r2, 32768; @%p1 bra $L;
         fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;
         mov.b64 %rd10, {first}; mov.b64 %rd11, {second};
-        wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {{{out}}}, %rd10, %rd11, 0, 1, 1, {int(transposed)}, {int(transposed)};
+        wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {{{out}}}, %rd10, %rd11, 0, 1, 1, {flag}, {flag};
         wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
         mul.wide.u32 %rd5, %r1, 32; add.s64 %rd6, %rd2, %rd5;
         st.global.v4.b32 [%rd6], {{%r20, %r21, %r22, %r23}}; st.global.v4.b32 [%rd6+16], {{%r24, %r25, %r26, %r27}};

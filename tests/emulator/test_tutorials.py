@@ -51,7 +51,7 @@ def test_softmax(dtype, num_warps):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("m, n, k, num_warps, num_stages", [(64, 128, 32, 4, 4), (16, 32, 32, 2, 3)])
+@pytest.mark.parametrize(("m", "n", "k", "num_warps", "num_stages"), [(64, 128, 32, 4, 4), (16, 32, 32, 2, 3)])
 def test_matmul(target, dtype, m, n, k, num_warps, num_stages, transposed):
     if target == "sm_75" and m > 16:
         pytest.skip("without tensor cores large tiles take minutes to compile")
@@ -63,9 +63,23 @@ def test_matmul(target, dtype, m, n, k, num_warps, num_stages, transposed):
         return (triton.cdiv(130, meta["BLOCK_SIZE_M"]) * triton.cdiv(200, meta["BLOCK_SIZE_N"]),)
 
     tutorials.matmul_kernel[grid](
-        a, b, c, 130, 200, 150, *a.stride(), *b.stride(), *c.stride(), m, n, k, 8, ACTIVATION="leaky_relu",
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+        a,
+        b,
+        c,
+        130,
+        200,
+        150,
+        *a.stride(),
+        *b.stride(),
+        *c.stride(),
+        m,
+        n,
+        k,
+        8,
+        ACTIVATION="leaky_relu",
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
     assert_near(c, F.leaky_relu(a.float() @ b.float()), dtype)
 
 
@@ -96,9 +110,21 @@ def test_layer_norm(dtype):
     locks, (part_w, part_b) = torch.zeros(2 * groups, dtype=torch.int32), torch.zeros(2, groups, width).to(dtype)
     grad_w, grad_b = torch.empty(2, width).to(dtype)
     tutorials._layer_norm_bwd_dx_fused[(rows,)](
-        grad_x, grad, part_w, part_b, x, w, mean, rstd, locks, width, width, BLOCK_SIZE_N=1024, GROUP_SIZE_M=groups,
+        grad_x,
+        grad,
+        part_w,
+        part_b,
+        x,
+        w,
+        mean,
+        rstd,
+        locks,
+        width,
+        width,
+        BLOCK_SIZE_N=1024,
+        GROUP_SIZE_M=groups,
         num_warps=4,
-    )  # fmt: skip
+    )
     tutorials._layer_norm_bwd_dwdb[lambda meta: (triton.cdiv(width, meta["BLOCK_SIZE_N"]),)](
         part_w, part_b, grad_w, grad_b, groups, width, BLOCK_SIZE_M=32, BLOCK_SIZE_N=128
     )

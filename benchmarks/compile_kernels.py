@@ -4,11 +4,12 @@
 
 It fails (exit status 1) on a spill, local memory, more shared memory than the card has, a compiler warning such as
 "wgmma serialized", more instructions per weight than the budget, or a kernel that does not compile.
-`make compile-kernels` runs all of it and writes docs/compile-report.md; the tests run the short form.
+`make compile-kernels` runs all of it and writes a summary into docs/compile-report.md; the tests run the short form.
 """
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -250,10 +251,13 @@ def check(case: Case, target: str) -> tuple[Report, float, list[str]]:
     return report, per_weight, wrong
 
 
-def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list[str]]:
-    """The lines of the table for a target, and the failures."""
+Summary = dict[str, Report]  # of each kernel the most registers, spilled bytes and shared memory of its launches
+
+
+def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list[str], Summary]:
+    """The lines of the table for a target, the failures, and the summary."""
     tiles.TABLE |= tiles.read(table or tiles.FILE)
-    rows, failures = [], []
+    rows, failures, summary = [], [], Summary()
     for case in cases(target):
         if short and not case.short:
             continue
@@ -261,13 +265,21 @@ def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list
             report, per_weight, wrong = check(case, target)
         except Exception as error:  # the compiler raises what it likes; each is a failure of the gate
             report, per_weight, wrong = Report(), 0.0, [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+        most = summary.setdefault(_kernel(case.name), Report())
+        for name in ("registers", "spill_bytes", "shared_kib"):
+            setattr(most, name, max(getattr(most, name), getattr(report, name)))
         budget = "" if target.startswith("gfx") else f"{case.budget:g}"
         rows.append(
             f"| {target} | {case.name} | {report.registers} | {report.spill_bytes} | {report.shared_kib:.1f} | "
             f"{per_weight:.2f} | {budget} | {'; '.join(wrong) or 'ok'} |"
         )
         failures += [f"{target}, {case.name}: {what}" for what in wrong]
-    return rows, failures
+    return rows, failures, summary
+
+
+def _kernel(case: str) -> str:
+    """The kernel in the name of a case: "dequantize bf16, odd size" -> "dequantize"."""
+    return re.split(r" (?:bf16|fp16|fp32)\b|, ", case)[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -276,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--short", action="store_true", help=f"the main cases; without --target, {' and '.join(SHORT)}")
     parser.add_argument("--tiles", type=Path, help="take the tiles from this file, not from tiles.json")
-    parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
+    parser.add_argument("--write", type=Path, help="put the summary into this file, between its two marks")
     chosen = parser.parse_args(arguments)
     targets = chosen.target or (SHORT if chosen.short else TARGETS)
     head = ["| card | launch | registers | spilled bytes | shared KiB | instructions a weight | budget | gate |"]
@@ -287,19 +299,25 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:  # a fork would inherit torch's locks
             results = list(pool.map(_rows, *arguments))
-    table = "\n".join(head + [row for rows, _ in results for row in rows])
-    failures = [failure for _, failed in results for failure in failed]
-    print(table)
+    failures = [failure for _, failed, _ in results for failure in failed]
+    print(*head, *(row for rows, _, _ in results for row in rows), sep="\n")
     if chosen.write:
-        _write(chosen.write, table)
+        _write(chosen.write, dict(zip(targets, (summary for _, _, summary in results), strict=True)))
     print(*failures, f"{len(failures)} failures", sep="\n", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _write(page: Path, table: str) -> None:
+def _write(page: Path, summaries: dict[str, Summary]) -> None:
+    """Put a table with a row for each kernel and a column for each card between the two marks of a page."""
     begin, end = "<!-- compiled: begin -->\n", "<!-- compiled: end -->"
+    kernels = dict.fromkeys(kernel for summary in summaries.values() for kernel in summary)
+    lines = [f"| kernel | {' | '.join(summaries)} |", "|---" * (len(summaries) + 1) + "|"]
+    for kernel in kernels:
+        reports = [summary.get(kernel) for summary in summaries.values()]
+        cells = [f"{r.registers} / {r.spill_bytes} / {r.shared_kib:g}" if r else "" for r in reports]
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
     before, rest = page.read_text().split(begin)
-    page.write_text(before + begin + table + "\n" + end + rest.split(end)[1])
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

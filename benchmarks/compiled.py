@@ -74,8 +74,11 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         triton.JITFunction.run, tiles.target = run, real_target
 
 
-def source(launch: Launch) -> ASTSource:
-    """The launch as the JIT would specialize it: types, constants, ones, and what is divisible by 16."""
+def source(launch: Launch, target: str) -> ASTSource:
+    """The launch as the JIT would specialize it: types, constants, ones, and what is divisible by 16.
+
+    On AMD also which tensors are smaller than 2 GiB: they are read with buffer instructions.
+    """
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -88,6 +91,8 @@ def source(launch: Launch) -> ASTSource:
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             hints[(index,)] = _divisibility(value.data_ptr())
+            if target.startswith("gfx") and value.untyped_storage().size() < 2**31:
+                hints[(index,)].append(["tt.pointer_range", 32])
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if not parameter.do_not_specialize:
@@ -106,11 +111,11 @@ def compile_launch(launch: Launch, target: str) -> Report:
     """Compile for "sm_90", "gfx942", ... and read the result; raises what the compiler raises."""
     if target.startswith("sm_"):
         arch = int(target[3:])
-        compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
+        compiled = triton.compile(source(launch, target), target=GPUTarget("cuda", arch, 32), options=launch.options)
         report = _read_nvidia(compiled, arch)
         report.shared_limit_kib = SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
     else:
-        compiled = triton.compile(source(launch), target=GPUTarget("hip", target, 64), options=launch.options)
+        compiled = triton.compile(source(launch, target), target=GPUTarget("hip", target, 64), options=launch.options)
         report = _read_amd(compiled.asm["amdgcn"])
         report.shared_limit_kib = SHARED_LIMIT_AMD
     report.shared_kib = compiled.metadata.shared / 1024
@@ -181,7 +186,7 @@ def _read_amd(assembly: str) -> Report:
     instructions = re.findall(r"^\t(?:[vs]|ds|global|buffer|flat|scratch)_\w+", assembly, re.MULTILINE)
     return Report(
         registers=figure(r"\.vgpr_count"),
-        spill_bytes=4 * (figure(r"\.vgpr_spill_count") + figure(r"\.sgpr_spill_count"))
-        + figure(r"\.private_segment_fixed_size"),
+        # Not scalar registers: they are kept in lanes of a vector register, and no memory is used.
+        spill_bytes=max(4 * figure(r"\.vgpr_spill_count"), figure(r"\.private_segment_fixed_size")),
         instructions=len(instructions),
     )

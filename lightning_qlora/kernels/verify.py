@@ -22,6 +22,7 @@ OPS = (
     "grouped_linear_backward", "adamw_step", "adamw8bit_step",
 )  # fmt: skip
 EXACT = ("quantize", "dequantize")  # the same bits everywhere
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest difference, as a share of the largest value; half of it for the norm. Of floats, that of the coarsest type.
 LIMITS = {torch.uint8: 5e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 BORDER = 1 << 14  # bytes before and after each tensor; a multiple of 16, so that tensors stay aligned
@@ -49,29 +50,45 @@ Case = TypeVar("Case")
 
 def fault(kernels: ModuleType, device: torch.device, op: str) -> str | None:
     """What an op of a backend does wrong on a device: it raises, or differs from the reference. None if it is right."""
-    compiled = device.type != "cpu"
-    types = (torch.float32, torch.bfloat16, torch.float16)
-    for arguments in _cases(op, types if compiled else types[::2]):  # Triton's interpreter computes wrongly with bf16
-        theirs, memory = _copy(arguments, torch.device("cpu"), []), list[Tensor]()
-        expected = getattr(adamw if op.startswith("adamw") else reference, op)(*theirs)
-        scratch.release()  # so that the op allocates its buffers again
-        for _ in range(1 + compiled):  # the second launch takes the short path of `triton/launch.py`
-            try:
-                ours = _copy(arguments, device, memory)
-                with _Framed(memory):
-                    result = getattr(kernels, op)(*ours)
-                found = _difference((result, ours), (expected, theirs), op in EXACT)
-                if not all(bool((end == 255).all()) for each in memory for end in (each[:BORDER], each[-BORDER:])):
-                    found = "writes past the end of a tensor"
-            except Exception as error:  # Triton, its compilers and the driver raise many types
-                found = f"{type(error).__name__}: {error}"
-            if found:
-                first = _tensors(arguments)[0]
-                return f"{found}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}"
+    launches = 1 if device.type == "cpu" else 2  # the second one takes the short path of `triton/launch.py`
+    for arguments in cases(op):
+        for _ in range(launches):
+            if found := fault_in(arguments, kernels, device, op, []):
+                return found
     return None
 
 
-def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
+def fault_in(
+    arguments: tuple[Any, ...], kernels: ModuleType, device: torch.device, op: str, memory: list[Tensor]
+) -> str | None:
+    """The same for one case.
+
+    Args:
+        arguments: One of `cases`.
+        kernels: The backend.
+        device: Where its tensors are.
+        op: One of OPS.
+        memory: Gets each tensor that the op can reach, with BORDER bytes before and after it, when it is allocated.
+    """
+    theirs = _copy(arguments, torch.device("cpu"), [])
+    expected = getattr(adamw if op.startswith("adamw") else reference, op)(*theirs)
+    scratch.release()  # so that the op allocates its buffers again
+    try:
+        ours = _copy(arguments, device, memory)
+        if op.startswith("grouped") and not _can_group(kernels, ours):
+            return None  # a card without tiles for the product (Turing) runs experts one by one
+        with _Framed(memory):
+            result = getattr(kernels, op)(*ours)
+        found = _difference((result, ours), (expected, theirs), op in EXACT)
+        if not all(bool((end == 255).all()) for each in memory for end in (each[:BORDER], each[-BORDER:])):
+            found = "writes past the end of a tensor"
+    except Exception as error:  # Triton, its compilers and the driver raise many types
+        found = f"{type(error).__name__}: {error}"
+    first = _tensors(arguments)[0]
+    return f"{found}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}" if found else None
+
+
+def cases(op: str) -> Iterator[tuple[Any, ...]]:
     """Arguments of an op on the CPU, the same in every process."""
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -89,20 +106,20 @@ def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
         return torch.tensor([2**40 + 7], device="cpu") if p else None
 
     if op == "quantize":
-        for (n, k, *form), dtype in _in_types(WEIGHTS, types):
+        for (n, k, *form), dtype in _in_types(WEIGHTS):
             yield normal(n, k, dtype=dtype), *form
     elif op == "dequantize":
-        for (n, k, _, *form), dtype in _in_types(WEIGHTS, types):
+        for (n, k, _, *form), dtype in _in_types(WEIGHTS):
             yield layer(n, k, 1, *form)[0], dtype
     elif op.startswith("adamw"):
-        for sizes, dtype in zip(SIZES, types, strict=False):
+        for sizes, dtype in zip(SIZES, TYPES, strict=True):
             params, grads = ([normal(*size, dtype=dtype) for size in sizes] for _ in range(2))
             m, v = ([normal(*size) for size in sizes], [normal(*size).square() for size in sizes])
             scales = [normal(-(-param.numel() // 256)).abs() for param in params]
             state = (m, v) if op == "adamw_step" else (list(map(codes, m)), scales, list(map(codes, v)), scales)
             yield params, grads, *state, STEP
     elif op.startswith("grouped"):
-        for (counts, *shape, p), dtype in _in_types(EXPERTS, types):
+        for (counts, *shape, p), dtype in _in_types(EXPERTS):
             weights, a, b = map(list, zip(*(layer(*shape) for _ in counts), strict=True))
             x, grad = (normal(sum(counts) + 2, width, dtype=dtype) for width in (shape[1], shape[0]))
             rest = torch.tensor(counts, device="cpu").cumsum(0).int(), weights, a, b, 0.7, p, seed(p)
@@ -110,7 +127,7 @@ def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
                 (x, *rest) if op == "grouped_linear" else (grad, x, reference.grouped_linear(x, *rest)[1], *rest, True)
             )
     else:
-        for (m, n, k, *form, p), dtype in _in_types(LAYERS, types):
+        for (m, n, k, *form, p), dtype in _in_types(LAYERS):
             weight, lora_a, lora_b = layer(n, k, *form)
             number = seed(p)
             x, grad, bias = normal(m, k, dtype=dtype), normal(m, n, dtype=dtype), None if p else normal(n)
@@ -122,9 +139,15 @@ def _cases(op: str, types: Sequence[torch.dtype]) -> Iterator[tuple[Any, ...]]:
             }[op]
 
 
-def _in_types(cases: Sequence[Case], types: Sequence[torch.dtype]) -> Iterator[tuple[Case, torch.dtype]]:
-    """All cases in types[1], which most models train in, and one in each other type: compiling takes time."""
-    for number, dtype in enumerate(types):
+def _can_group(kernels: ModuleType, arguments: tuple[Any, ...]) -> bool:
+    """Whether the backend computes these experts together; their layers are the lists of the arguments."""
+    weights, lora_a, lora_b = (argument for argument in arguments if isinstance(argument, list))
+    return bool(kernels.can_group(arguments[0], weights, [*lora_a, *lora_b]))
+
+
+def _in_types(cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype]]:
+    """All cases in TYPES[1], which most models train in, and one in each other type: compiling takes time."""
+    for number, dtype in enumerate(TYPES):
         yield from ((case, dtype) for case in (cases if number == 1 else cases[number // 2 :][:1]))
 
 

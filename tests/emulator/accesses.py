@@ -1,0 +1,185 @@
+"""Loads, stores, atomic operations and asynchronous copies. PTX ISA, "Data Movement and Conversion Instructions"."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.emulator.machine import Blocks, instruction, unknown
+from tests.emulator.memory import MEMORY, Actors
+from tests.emulator.program import Constant, Instruction
+from tests.emulator.types import TYPES, UNSIGNED
+
+
+def _is_shared(given: Instruction) -> bool:
+    spaces = {word.split("::")[0] for word in given.words}
+    if spaces & {"local", "const"}:
+        raise unknown(given, "only global and shared memory are")
+    return "shared" in spaces
+
+
+def _order(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+    """.release and .acquire order what other blocks stored; a fence does both."""
+    words, actors = set(given.words), blocks.actors(active)
+    if "cta" in words:
+        return
+    either = words & {"acq_rel", "sc"} or given.words[0] in ("membar", "fence")
+    for warp in np.unique(actors.warps):
+        thread = int((actors.warps == warp).argmax())
+        if either or "release" in words:
+            blocks.memory.release(int(actors.blocks[thread]), int(warp), int(actors.epochs[thread]))
+        if either or "acquire" in words:
+            blocks.memory.acquire(int(actors.blocks[thread]))
+
+
+@instruction("ld", "ldu")
+def _load(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+    to, of = blocks.parts(given.operands[0]), given.operands[1]
+    kind = TYPES[given.type]
+    if given.words[1] == "param":
+        value = blocks.parameters[of.base.name] >> 8 * of.offset & (1 << kind.bits) - 1
+        values = kind.decode(np.full(blocks.n, value, np.uint64).astype(UNSIGNED[kind.bits]))
+        return blocks.write(to[0], given.type, values, active)
+    size = kind.bits // 8 * len(to)
+    if _is_shared(given):
+        places = blocks.shared.places(blocks.address(of, "u32")[active], size, blocks.block[active])
+        data = blocks.shared.load(places, blocks.actors(active))
+    else:
+        at = blocks.address(of, "u64")[active]
+        data = MEMORY[blocks.memory.access("load", at, size, blocks.actors(active))]
+        _order(blocks, given, active)
+    data = np.ascontiguousarray(data).view(UNSIGNED[kind.bits])
+    for number, register in enumerate(to):
+        bits = np.zeros(blocks.n, data.dtype)
+        bits[active] = data[:, number]
+        blocks.write(register, given.type, kind.decode(bits), active)
+    return None
+
+
+@instruction("st")
+def _store(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+    to, of = given.operands[0], blocks.parts(given.operands[1])
+    kind = TYPES[given.type]
+    bits = np.stack([blocks.read(part, f"b{kind.bits}")[active] for part in of], 1)
+    data = np.ascontiguousarray(bits).view(np.uint8).reshape(len(bits), -1)
+    if _is_shared(given):
+        places = blocks.shared.places(blocks.address(to, "u32")[active], data.shape[1], blocks.block[active])
+        blocks.shared.store(places, data, blocks.actors(active))
+    else:
+        _order(blocks, given, active)
+        at = blocks.address(to, "u64")[active]
+        MEMORY[blocks.memory.access("store", at, data.shape[1], blocks.actors(active))] = data
+
+
+def _exchanged(old: np.ndarray, given: list[np.ndarray]) -> np.ndarray:
+    return given[0]
+
+
+# name: what is stored, from what was there and the operands
+ATOMICS = {
+    "add": lambda old, given: old + given[0],
+    "min": lambda old, given: np.minimum(old, given[0]),
+    "max": lambda old, given: np.maximum(old, given[0]),
+    "and": lambda old, given: old & given[0],
+    "or": lambda old, given: old | given[0],
+    "xor": lambda old, given: old ^ given[0],
+    "exch": _exchanged,
+    "cas": lambda old, given: np.where(old == given[0], given[1], old).astype(old.dtype),
+}
+
+
+@instruction("atom", "red")
+def _atomic(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+    """atom.sem.scope.space.op.type d, [a], b: one thread after the other."""
+    operands = list(given.operands)
+    to = operands.pop(0) if given.words[0] == "atom" else None
+    operation = next((word for word in given.words if word in ATOMICS), None)
+    kind = TYPES[given.type]
+    if operation is None or _is_shared(given):
+        raise unknown(given)
+    at = blocks.address(operands[0], "u64")
+    actors = blocks.actors(active)
+    places = blocks.memory.access("atomic", at[active], kind.bits // 8, actors)
+    values = [blocks.read(operand, given.type).reshape(blocks.n, -1) for operand in operands[1:]]
+    before = np.zeros(blocks.n, UNSIGNED[kind.bits])
+    for thread, place in zip(np.flatnonzero(active), places, strict=True):
+        before[thread] = MEMORY[place].view(before.dtype)[0]
+        old = kind.decode(before[thread : thread + 1])
+        MEMORY[place] = kind.encode(ATOMICS[operation](old, [value[thread] for value in values])).view(np.uint8)
+    _order(blocks, given, active)
+    if to is not None:
+        blocks.write(to, given.type, kind.decode(before), active)
+
+
+@instruction("membar", "fence")
+def _fence(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+    """fence.proxy.async: shared memory, as asynchronous products read it. Others order global memory."""
+    if given.words[1] == "proxy":
+        blocks.shared.fence(blocks.warps[active])
+    else:
+        _order(blocks, given, active)
+
+
+@dataclass
+class Copy:
+    """A cp.async that was issued, until a thread has waited for it.
+
+    Attributes:
+        left: A mask of the threads that have not waited.
+        commits: How many groups each block had committed before.
+        places, data: What goes where in shared memory, a row for each thread.
+    """
+
+    left: np.ndarray
+    commits: np.ndarray
+    places: np.ndarray
+    data: np.ndarray
+
+
+class Copies:
+    """The asynchronous copies of the blocks. Their bytes arrive as late as they may: when the thread waits."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.pending: list[Copy] = []
+        self.commits = np.zeros(blocks.count, np.int64)
+
+
+@instruction("cp")
+def _copy(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+    """cp.async.ca.shared.global [to], [from], size, count: bytes after `count` are 0."""
+    if given.words[1] != "async" or "bulk" in given.words:
+        raise unknown(given)
+    copies: Copies = blocks.state.setdefault("cp.async", Copies(blocks))
+    if given.words[2] in ("commit_group", "wait_group", "wait_all"):
+        here = active.reshape(blocks.count, blocks.threads)
+        if (here.any(1) != here.all(1)).any():
+            raise unknown(given, "for a part of a block")
+        if given.words[2] == "commit_group":
+            copies.commits[here.all(1)] += 1
+        else:
+            left = given.operands[0].bits if given.operands else -1
+            _wait(blocks, copies, here.all(1), left)
+        return
+    size = given.operands[2].bits
+    count = given.operands[3] if len(given.operands) > 3 else Constant(size)
+    counts = np.minimum(blocks.read(count, "u32"), size)
+    at = blocks.address(given.operands[1], "u64")
+    data = np.zeros((blocks.n, size), np.uint8)
+    for number in np.unique(counts[active]):
+        some = active & (counts == number)
+        if number:
+            data[some, :number] = MEMORY[blocks.memory.access("load", at[some], int(number), blocks.actors(some))]
+    places = np.zeros((blocks.n, size), np.int64)
+    places[active] = blocks.shared.places(blocks.address(given.operands[0], "u32")[active], size, blocks.block[active])
+    blocks.shared.begin_copy(places[active], blocks.actors(active))
+    copies.pending.append(Copy(active.copy(), copies.commits.copy(), places, data))
+
+
+def _wait(blocks: Blocks, copies: Copies, here: np.ndarray, left: int) -> None:
+    """Until at most `left` groups are on their way; -1: also no copy that is in no group."""
+    for copy in copies.pending:
+        due = (here & (copy.commits < copies.commits - left))[blocks.block] & copy.left
+        if due.any():
+            actors: Actors = blocks.actors(due)
+            blocks.shared.store(copy.places[due], copy.data[due], actors)
+            copy.left &= ~due
+    copies.pending = [copy for copy in copies.pending if copy.left.any()]

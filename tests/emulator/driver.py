@@ -1,0 +1,171 @@
+"""A driver for Triton that executes launches on the CPU: `with emulated("sm_80"): kernel[grid](...)`.
+
+Everything before the driver is what runs on a machine with a card: Triton's JIT with its hints, its cache, its compiler
+and the launches of `kernels/triton/launch.py`. The last stage, ptxas, is left out.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.triton import tiles
+from tests.emulator import accesses, arithmetic, tensor_cores, warps  # noqa: F401  they enter their instructions
+from tests.emulator.machine import run
+from tests.emulator.program import Program
+
+SHARED = 227 * 1024  # of a block, at most
+PROGRAMS: dict[bytes, Program] = {}
+
+
+@dataclass
+class Emulation:
+    """What ran.
+
+    Attributes:
+        target: "sm_80", "sm_90", ...
+        reachable: Gives the tensors that kernels reach without getting them as arguments, through tables of addresses.
+        change: Changes the code before it runs, to see that a bug in it is noticed.
+        executed: Instructions of each kernel, one for all threads that execute it at the same time.
+    """
+
+    target: str
+    reachable: Callable[[], list[Tensor]] = list
+    change: Callable[[bytes], bytes] | None = None
+    executed: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def emulated(target: str) -> Iterator[Emulation]:
+    """Within it, launches of Triton kernels with CPU tensors are compiled for the target and executed.
+
+    A kernel that does what it must not do raises `memory.Fault`, an instruction that is not known
+    `machine.UnknownInstruction`.
+    """
+    emulation = Emulation(target)
+    before = driver._active, tiles.target, knobs.runtime.add_stages_inspection_hook
+    driver.set_active(EmulatedDriver(emulation))
+    tiles.target = lambda device: target
+    knobs.runtime.add_stages_inspection_hook = _without_ptxas
+    _forget_launches()
+    try:
+        yield emulation
+    finally:
+        driver._active, tiles.target, knobs.runtime.add_stages_inspection_hook = before
+        _forget_launches()
+
+
+def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
+    """Triton's hook: with arguments it may change the stages, without any it gives a key for the cache, twice."""
+    if not stages:
+        return "emulator", "emulator"
+    stages[1]["cubin"] = lambda source, metadata: source.encode()
+    return None
+
+
+def _forget_launches() -> None:
+    """Prepared launches hold kernels that were compiled for one target."""
+    for module in iter_modules(kernels.__path__):
+        for value in vars(import_module(f"{kernels.__name__}.{module.name}")).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+def _target(name: str) -> GPUTarget:
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+class Launcher:
+    """Takes the launches of one compiled kernel. Triton keeps it longer than an emulation."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self._source, self._metadata = source, metadata
+
+    def __call__(self, x: int, y: int, z: int, stream: int, code: bytes, *rest: Any) -> None:
+        _, _, _, _, *arguments = rest  # the metadata of the kernel and of the launch, and two hooks
+        _launch(driver.active.emulation, self._source, self._metadata, (x, y, z), code, arguments)
+
+
+class EmulatedDriver:
+    """What Triton asks of a driver."""
+
+    launcher_cls = Launcher
+
+    class utils:
+        """The code is its own handle."""
+
+        load_binary = staticmethod(lambda name, code, *_: (1, code, 32, 0, 1024))
+        unload_module = staticmethod(lambda *_: None)
+        get_device_properties = staticmethod(
+            lambda _: {"max_shared_mem": SHARED, "multiprocessor_count": 4, "warpSize": 32, "max_num_regs": 65536}
+        )
+
+    def __init__(self, emulation: Emulation) -> None:
+        self.emulation = emulation
+        # A number for each target: Triton keeps the kernels of a device.
+        self._number = 1000 + int.from_bytes(emulation.target.encode(), "big")
+
+    def get_current_device(self) -> int:
+        return self._number
+
+    def set_current_device(self, _: int) -> None:
+        pass
+
+    def get_current_stream(self, _: int | None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return _target(self.emulation.target)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        """Nothing is timed: of several tiles the first one is used."""
+        return lambda call, quantiles: [1.0] * len(quantiles)
+
+
+def _launch(
+    emulation: Emulation, source: Any, metadata: Any, grid: tuple[int, int, int], code: bytes, arguments: list[Any]
+) -> None:
+    code = emulation.change(code) if emulation.change else code
+    kinds = list(source.signature.values())
+    given = [(kind, value) for kind, value in zip(kinds, arguments, strict=True) if kind != "constexpr"]
+    tensors = [value for _, value in given if isinstance(value, Tensor)] + emulation.reachable()
+    ranges = [extent(tensor) for tensor in tensors if tensor.numel()]
+    threads = metadata.num_warps * metadata.warp_size
+    if code not in PROGRAMS:
+        PROGRAMS[code] = Program(code.decode())
+    values = [*(_bits(kind, value) for kind, value in given), 0, 0]  # the last two: no scratch memory
+    executed = run(PROGRAMS[code], grid, threads, metadata.shared, values, ranges)
+    emulation.executed[source.name] = emulation.executed.get(source.name, 0) + executed
+
+
+def _bits(kind: str, value: Any) -> int:
+    """An argument as the bits of a parameter."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if value is None:
+        return 0
+    if kind in ("fp32", "fp64"):
+        return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
+    if kind in ("fp16", "bf16"):
+        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+        return int(torch.tensor(value, dtype=dtype).view(torch.int16).item()) & 0xFFFF
+    return int(value) & (1 << 64) - 1
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first to the last element."""
+    last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -1,0 +1,63 @@
+"""The self-check of a card (`kernels/verify.py`) with the kernels as compiled code: every op against the reference."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels import verify
+from tests.emulator.driver import emulated
+from tests.toys import needs
+
+CPU = torch.device("cpu")
+OTHERS = ("sm_75", "sm_89", "sm_90", "sm_120")  # no matrix product, the tiles of 99 KiB, wgmma, f32x2 and stmatrix
+# sm_90: both factors of wgmma in shared memory, one in registers, both transposed, of several experts.
+HOPPER = (("lora_project", 3), ("linear_into", 2), ("linear_backward", 1), ("grouped_linear", 1))
+ROWS = 100  # cases with more take half of the time
+
+
+def rows(arguments):
+    return max(
+        argument.shape[0] for argument in arguments if isinstance(argument, torch.Tensor) and argument.dim() == 2
+    )
+
+
+def is_large(op, arguments):
+    return not op.startswith(("quant", "dequant", "adamw")) and rows(arguments) > ROWS
+
+
+def fault(target, op, number):
+    """What a case does wrong on a target. Twice: the second launch takes the short path of `triton/launch.py`."""
+    arguments = list(verify.cases(op))[number]
+    with emulated(target) as emulation:
+        for _ in range(2):
+            memory = []
+            emulation.reachable = lambda memory=memory: [whole[verify.BORDER : -verify.BORDER] for whole in memory]
+            if found := verify.fault_in(arguments, kernels, CPU, op, memory):
+                return found
+    return None
+
+
+@needs("triton", "3.9", "the emulator knows its PTX")
+@pytest.mark.parametrize("op", verify.OPS)
+def test_ptx_for_sm_80(op):
+    for number, arguments in enumerate(verify.cases(op)):
+        if not is_large(op, arguments):
+            assert fault("sm_80", op, number) is None
+
+
+@needs("triton", "3.9", "the emulator knows its PTX")
+@pytest.mark.parametrize(("op", "number"), HOPPER)
+def test_products_of_hopper(op, number):
+    assert fault("sm_90", op, number) is None
+
+
+@pytest.mark.slow
+@needs("triton", "3.9", "the emulator knows its PTX")
+@pytest.mark.parametrize("op", verify.OPS)
+@pytest.mark.parametrize("target", ["sm_80", *OTHERS])
+def test_all_cases(target, op):
+    for number, arguments in enumerate(verify.cases(op)):
+        if target != "sm_80" or is_large(op, arguments):
+            assert fault(target, op, number) is None

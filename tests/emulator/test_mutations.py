@@ -1,0 +1,170 @@
+"""Kernels that are broken on purpose: does the emulator notice?"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightning_qlora.kernels import reference, scratch
+from lightning_qlora.kernels.triton.lora_products import lora_down
+from lightning_qlora.kernels.triton.matmul import add_matmul_
+from lightning_qlora.kernels.triton.quantize import quantize
+from tests.conftest import ROOT
+from tests.emulator.driver import emulated
+from tests.emulator.memory import Fault
+from tests.toys import needs
+
+pytestmark = [pytest.mark.slow, needs("triton", "3.9", "the emulator knows its PTX")]
+# file of kernels/triton, text, replacement, op and number of the case, what is found
+BUGS = {
+    "store without a mask": (
+        "dequantize.py",
+        "weights.to(out.dtype.element_ty), mask=mask)",
+        "weights.to(out.dtype.element_ty))",
+        "dequantize",
+        2,
+        "store of 16 bytes outside of all tensors",
+    ),
+    "load without a mask": (
+        "dequantize.py",
+        "weight // 2, mask=mask, other=0)",
+        "weight // 2)",
+        "dequantize",
+        2,
+        "load of 1 bytes outside of all tensors",
+    ),
+    "scales without a mask": (
+        "dequantize.py",
+        "tl.load(absmax + block, mask=mask, other=0)",
+        "tl.load(absmax + block)",
+        "dequantize",
+        3,
+        "load of . bytes outside of all tensors",
+    ),
+    "rows without a mask": (
+        "matmul.py",
+        "write = (row < n)[:, None] &",
+        "write = (row >= 0)[:, None] &",
+        "linear_into",
+        3,
+        "outside of all tensors",
+    ),
+    "wrong stride of the output": (
+        "lora_products.py",
+        "place = row.to(tl.int64)[:, None] * n + column[None, :]\n    if DROP",
+        "place = row.to(tl.int64)[:, None] * (n + 1) + column[None, :]\n    if DROP",
+        "linear_into",
+        3,
+        "outside of all tensors|differs from the reference",
+    ),
+    "wrong stride of W": (
+        "matmul.py",
+        "tl.multiple_of(k // 2, RUN // 2)",
+        "tl.multiple_of(k, RUN // 2)",
+        "linear_into",
+        3,
+        "load of .* outside of all tensors",
+    ),
+    "a row of the next expert": (
+        "grouped.py",
+        "inside = row < end",
+        "inside = row < end + 1",
+        "grouped_linear",
+        1,
+        "differs from the reference|outside",
+    ),
+    "another dropout mask": (
+        "dropout.py",
+        "0x7FEB352D",
+        "0x7FEB352F",
+        "lora_project",
+        6,
+        "differs from the reference",
+    ),
+    # Triton puts a barrier before an atomic operation by itself.
+    "no barrier before counting": ("shares.py", "    tl.debug_barrier()", "    pass", "linear_into", 2, None),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_in_the_source_is_found(tmp_path, bug):
+    file, text, replacement, op, number, found = BUGS[bug]
+    for part in ("lightning_qlora", "tests", "benchmarks"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "lightning_qlora" / "kernels" / "triton" / file
+    assert text in path.read_text()
+    path.write_text(path.read_text().replace(text, replacement))
+    code = f"from tests.emulator.test_kernels import fault; print(fault('sm_80', {op!r}, {number}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(found or "None", run.stdout), run.stdout + run.stderr
+
+
+# Everything that orders accesses of different threads, or of asynchronous instructions.
+ORDERS = re.compile(
+    r"^\s*(bar\.sync|cp\.async\.wait_group|fence\.proxy\.async|wgmma\.fence|wgmma\.wait_group)\b[^;]*;", re.MULTILINE
+)
+
+
+def kernels():
+    torch.manual_seed(0)
+    x, few = torch.randn(20, 256).bfloat16(), torch.randn(7, 512).bfloat16()
+    weight, wide = (reference.quantize(torch.randn(66, columns), "nf4", 64, True) for columns in (256, 512))
+    a = torch.randn(8, 256)
+    return {
+        "first product of the adapter": lambda: lora_down(x, a),
+        "product": lambda: add_matmul_(torch.zeros(20, 66).bfloat16(), x, weight),
+        "product with shared sums": lambda: add_matmul_(torch.zeros(7, 66).bfloat16(), few, wide),
+        "quantize": lambda: quantize(x, "nf4", 64, True).packed,
+    }
+
+
+def outcome(target, call, code, changed, expected):
+    """What happens if the PTX `changed` takes the place of `code`: None if nothing is noticed."""
+    scratch.release()  # a kernel that failed leaves counters that are not zero
+    with emulated(target) as emulation:
+        emulation.change = lambda given: changed.encode() if given == code else given
+        try:
+            return None if torch.equal(call(), expected) else "another result"
+        except Fault as fault:
+            return str(fault)
+
+
+@pytest.mark.parametrize("name", kernels())
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_each_barrier_that_is_taken_out_is_noticed_or_another_one_does_its_work(target, name):
+    """Another one: without those of the same kind before and after it (at most two each) the race is there."""
+    call, codes = kernels()[name], []
+    scratch.release()
+    with emulated(target) as emulation:
+        emulation.change = lambda code: codes.append(code) or code
+        expected = call()
+    for code in dict.fromkeys(codes):
+        text = code.decode()
+        places = list(ORDERS.finditer(text))
+        for number, place in enumerate(places):
+            same = [other for other, each in enumerate(places) if each[1] == place[1]]
+            at = same.index(number)
+            nearby = ([number], same[max(at - 1, 0) : at + 2], same[max(at - 2, 0) : at + 3])
+            assert any(
+                outcome(target, call, code, without(text, [places[other] for other in others]), expected)
+                for others in nearby
+            ), f"line {text[: place.start()].count(chr(10)) + 1}: {place[0].strip()}"
+
+
+def without(text, places):
+    for place in sorted(places, key=lambda place: -place.start()):
+        text = text[: place.start()] + text[place.end() :]
+    return text

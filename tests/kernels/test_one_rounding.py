@@ -40,6 +40,13 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """torch compiles a function for at most eight shapes and types."""
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bias", [None, 0.0, 8.0])
 @pytest.mark.parametrize("rows", [16, 256, 2048])

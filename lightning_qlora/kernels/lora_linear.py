@@ -84,7 +84,7 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, needs_bias, *_ = ctx.needs_input_grad
         with PLAIN():
             grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
-        return grads[0], _grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
+        return grads[0], grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
 
 
 def refuse_second_derivative() -> None:
@@ -112,14 +112,15 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
         grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
     )
-    grad_bias = _grad_bias(grad, bias_dtype) if needs_bias else None
-    return grad_x if needs_x else None, *[None] * 6, grad_bias, grad_a, grad_b, *[None] * 3
+    of_bias = grad_bias(grad, bias_dtype) if needs_bias else None
+    return grad_x if needs_x else None, *[None] * 6, of_bias, grad_a, grad_b, *[None] * 3
 
 
 ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
 
 
-def _grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+def grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias: the sum over rows."""
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lightning_qlora.config import BLOCK_SIZES
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.lora_linear import lora_linear, refuse_second_derivative
+from lightning_qlora.kernels.lora_linear import grad_bias, lora_linear, refuse_second_derivative
 from lightning_qlora.quantization.packed_weight import PackedBytes
-
-ROWS = 1024  # of the gradient that are multiplied in fp32 at a time
 
 
 def dora_linear(
@@ -30,10 +28,9 @@ def dora_linear(
     scaled = scale_rows(weight, factor)
     if scaled is None:
         y = lora_linear(x.float(), weight, None, lora_a, lora_b, scaling, p, seed) * (magnitude / norm)
-    else:
-        y = lora_linear(x, scaled, None, lora_a, factor[:, None] * lora_b, scaling, p, seed)
-        y = cast(Tensor, _WithMagnitude.apply(y, magnitude))  # type: ignore[no-untyped-call]
-    return (y if bias is None else y + bias).to(x.dtype)
+        return (y if bias is None else y + bias).to(x.dtype)
+    y = lora_linear(x, scaled, None, lora_a, factor[:, None] * lora_b, scaling, p, seed)
+    return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
 
 
 def scale_rows(weight: PackedBytes, factor: Tensor) -> PackedBytes | None:
@@ -52,19 +49,21 @@ def scale_rows(weight: PackedBytes, factor: Tensor) -> PackedBytes | None:
 
 
 class _WithMagnitude(torch.autograd.Function):
-    """y, which contains the magnitudes already, as a function of them."""
+    """y + bias as a function of the magnitudes too, which y contains already."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, magnitude: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, magnitude: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, magnitude)
-        return y.clone()  # code after the layer may write to it
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if bias is None:
+            return y.clone()  # code after the layer may write to it
+        return (y + bias).to(y.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         refuse_second_derivative()
         y, magnitude = ctx.saved_tensors
-        rows = (each.reshape(-1, len(magnitude)).split(ROWS) for each in (grad, y))
-        total = torch.zeros_like(magnitude, dtype=torch.float32)
-        for of_grad, of_y in zip(*rows, strict=True):
-            total += (of_grad.float() * of_y).sum(0)
-        return grad, torch.where(magnitude == 0, 0, total / magnitude).to(magnitude.dtype)
+        product = grad * (y.float() if y.dtype is torch.float16 else y)  # in fp16 small products are zero
+        total = product.reshape(-1, len(magnitude)).sum(0, dtype=torch.float32)
+        grad_magnitude = torch.where(magnitude == 0, 0, total / magnitude).to(magnitude.dtype)
+        return grad, grad_magnitude, grad_bias(grad, ctx.bias_dtype) if ctx.needs_input_grad[2] else None

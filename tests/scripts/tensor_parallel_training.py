@@ -1,6 +1,7 @@
 """Run by test_tensor_parallel, in two or four processes: each case is compared with one device, in place."""
 
 import copy
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -27,6 +28,7 @@ from lightning_qlora import (
 from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer, run_rank
+from tests.kernels.shares import share
 from tests.toys import ids, save_in_4_bits, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "block_size": 32}
@@ -174,6 +176,28 @@ def with_dropout(mesh):
     assert counts == pytest.approx([0.25, 0.5, 0.25], abs=0.04)
 
 
+def with_one_rounding(mesh):
+    """A small adapter's part arrives in the sum over the ranks, in y and in dX (`tests/kernels/shares.py`)."""
+    styles = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
+    for style, dtype, bias in itertools.product(styles, (torch.bfloat16, torch.float16), (0.0, 8.0)):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(512, 512, dtype=dtype))
+        torch.nn.init.normal_(net[0].bias, bias, 0.1)
+        convert(net, **ARGUMENTS)
+        x, grad = torch.randn(2, 1024, 512).to(dtype)
+        a, b = net[0].lora_A.detach().double(), 2e-4 * torch.randn(512, 4).sign()
+        parallelize_module(net, mesh, {"0": style})
+        results = []
+        for value in (torch.zeros_like(b), b):
+            net[0].write("lora_B", value)
+            inputs = x.clone().requires_grad_()
+            y = net(inputs)
+            results.append((y.detach().double(), torch.autograd.grad(y, inputs, grad)[0].double()))
+        expected = net[0].scaling * x.double() @ a.T @ b.T.double(), net[0].scaling * grad.double() @ b.double() @ a
+        for new, old, wanted in zip(*reversed(results), expected, strict=True):
+            assert share(new - old, wanted) == pytest.approx(1, abs=0.1), (style, dtype, bias)
+
+
 def with_whole_parts(root, mesh):
     """Experts, or rows of an embedding, that no plan splits: they train on each rank; all are clipped together."""
     for name, arguments in (("moe", {}), ("llama", {"trainable_token_indices": list(range(40))})):
@@ -269,6 +293,7 @@ def main(root):
     mesh = init_device_mesh("cpu", (2,))
     with_any_plan(mesh)
     with_dropout(mesh)
+    with_one_rounding(mesh)
     with_whole_parts(root, mesh)
     with_8_bit_state(mesh)
     results = {"losses": losses, "experts": with_transformers(root)}

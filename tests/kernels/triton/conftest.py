@@ -17,6 +17,7 @@ INSIDE = [
         "lora_products",
         "matmul",
         "grouped",
+        "one_rounding",
         "adamw_kernel",
         "training",
         "experts",

@@ -1,0 +1,26 @@
+"""The measure of `tests/kernels/test_one_rounding.py` for the kernels: few rows, many rows, experts."""
+
+import pytest
+import torch
+
+from lightning_qlora.kernels import triton as kernels
+from tests.kernels.shares import shares
+from tests.kernels.test_one_rounding import backend
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [None, 0.0, 8.0])
+@pytest.mark.parametrize("rows", [16, 128])
+def test_the_share_of_a_small_adapter(rows, bias, dtype):
+    outputs = 1024 if bias and dtype is torch.bfloat16 else 256
+    assert shares(backend(kernels), rows, 64, outputs, dtype, bias, 256 // rows) == pytest.approx([1, 1], abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_share_of_experts(dtype):
+    def layer(x, weight, _, a, b, scaling, grad):
+        ends, lists = torch.tensor([70, 128], dtype=torch.int32), ([weight] * 2, [a] * 2, [b] * 2)
+        y, xa = kernels.grouped_linear(x, ends, *lists, scaling, 0.0, None)
+        return y, kernels.grouped_linear_backward(grad, x, xa, ends, *lists, scaling, 0.0, None, True)[0]
+
+    assert shares(layer, 128, 128, 128, dtype) == pytest.approx([1, 1], abs=0.1)

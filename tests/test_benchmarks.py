@@ -287,3 +287,15 @@ def test_checkpoints_move_between_one_device_and_shards():
     assert sum(map(len, cells.values())) == 2 * 2 * (2 + 4)  # optimizers, strategies that load, checkpoints
     assert all(float(cell) < 1e-4 for row in cells.values() for cell in row)
     assert checkpoint_moves.table(names, cells).count("\n") == 5
+
+
+@pytest.mark.slow
+def test_seven_billion_runs_with_a_tiny_shape(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    command = [sys.executable, "-m", "benchmarks.seven_billion", "--size", "tiny", "--steps", "2", "--folder", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| lightning_qlora", "| PEFT + bitsandbytes"]
+    ours, theirs = ([float(loss) for loss in row[-1].rstrip(" |").split(", ")] for row in rows)
+    assert ours[0] == pytest.approx(theirs[0], abs=0.02)  # the same weights and the same batch
+    assert ours[1] < ours[0]

@@ -131,6 +131,32 @@ def gradient() -> str:
     return svg(248, *parts, label="A gradient: dX for the layer before; dA and dB for the optimizer; none for W")
 
 
+def rounding() -> str:
+    """Numbers of bf16 near 1 as ticks: d is added to a number that was rounded before, and to one that was not."""
+    left, step = 60.0, 180.0  # of the first tick, and between ticks: 1/128
+
+    def line(top: float, title: str, start: float, place: float, to: int, words: str) -> str:
+        ticks = "".join(
+            f'<line x1="{left + step * i:g}" y1="{top - 6}" x2="{left + step * i:g}" y2="{top + 6}" stroke="{INK}"/>'
+            + text(left + step * i, top + 22, number)
+            for i, number in enumerate(("1", "1.0078", "1.0156"))
+        )
+        dots = "".join(
+            f'<circle cx="{left + step * at:g}" cy="{top}" r="5" fill="{color}" stroke="{INK}"/>'
+            for at, color in ((start, BLUE), (place, ORANGE))
+        )
+        axis = f'<line x1="40" y1="{top}" x2="440" y2="{top}" stroke="{INK}"/>'
+        back = arrow(left + step * place, top - 10, left + step * to, top - 10)
+        return text(40, top - 24, title, anchor="start") + axis + ticks + dots + back + text(240, top + 42, words)
+
+    return svg(
+        210,
+        line(50, "x W^T rounded, then + d", 1, 1.2, 1, "every d below half of a step is lost"),
+        line(145, "x W^T + d, then rounded", 1.4, 1.6, 2, "d arrives with the probability d / step: right on average"),
+        label="A small d that is added after x W^T was rounded is lost; one that is added before arrives on average",
+    )
+
+
 def pages() -> str:
     """Where the memory of a step is, in three moments."""
     titles = ("forward, backward", "optimizer step", "next forward")
@@ -187,7 +213,7 @@ def logo() -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40">{ground}{squares}{flash}</svg>\n'
 
 
-DRAWINGS = {drawing.__name__: drawing for drawing in (nf4, weight, batch, gradient, pages, step, logo)}
+DRAWINGS = {drawing.__name__: drawing for drawing in (nf4, weight, batch, gradient, rounding, pages, step, logo)}
 
 if __name__ == "__main__":
     for name, drawing in DRAWINGS.items():

@@ -74,7 +74,7 @@ def main() -> None:
     loss_off = grad_off = 0.0
     for step in range(STEPS):
         expected = 0.0
-        for part in ids:  # each group of ranks draws the same dropout masks
+        for part in ids:
             torch.manual_seed(step)
             loss = one(input_ids=part, labels=part).loss / len(ids)
             loss.backward()

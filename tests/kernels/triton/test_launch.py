@@ -64,10 +64,10 @@ def addresses(arguments):
 def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
     tile = tiles.Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
     launch = Launch(
-        _up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16, 64), tile, fuse=True, DROPOUT=False, BIAS=False, R=16
+        _up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16
     )
     for _ in range(2):
-        launch((H, W, H, OUT), (0, 0, 0, 0.5))
+        launch((H, W, OUT), (0, 0, 0, 0.5))
     by_triton, short = driven
     assert len(launch._compiled) == 1
     # Between the kernel's metadata and its arguments are three entries for the hooks of Triton's profiler.
@@ -85,6 +85,36 @@ def test_other_types_and_unaligned_tensors_get_kernels_of_their_own(driven):
     assert functions[:4] == functions[4:]
     assert len(set(functions[:3])) == 3
     assert functions[3] == functions[0]
+
+
+def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(driven, monkeypatch):
+    """Triton launches on the current device, on the stream that is current there."""
+    current, entered = [0], []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(driver.active, "get_current_device", lambda: 2000 + current[-1], raising=False)
+    monkeypatch.setattr(driver.active, "get_current_stream", lambda index: 70 + index % 2000, raising=False)
+    tile = tiles.Tile(M=16, N=64, num_warps=4, num_stages=2)
+    for index in (1, 0):
+        launch = Launch(
+            _up_kernel, torch.device("cuda", index), (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16
+        )
+        for _ in range(2):  # by Triton, and by the short path
+            launch((H, W, OUT), (0, 0, 0, 0.5))
+    assert [call[3] for call in driven] == [71, 71, 70, 70]
+    assert (entered, current) == ([1, 1], [0])
 
 
 def test_an_integer_scaling_does_not_become_a_part_of_the_kernel(driven):

@@ -34,6 +34,7 @@ class Sharded(Classifier):
 
     def configure_model(self):
         if self._device_mesh is not None:
+            self.trainer.precision_plugin.convert_module(self.net)
             shard(self.net, self.device_mesh["data_parallel"])
 
 

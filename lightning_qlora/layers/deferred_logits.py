@@ -121,8 +121,9 @@ class DeferredLogits(Readable):
         return self.computed().detach()
 
     def attached(self) -> Tensor:
-        """The same as a function of `parameters()`, where autograd records: also an `autograd.Function` of other code
-        that gets it may return a gradient for it.
+        """The same as a function of `parameters()`, where autograd records.
+
+        So an `autograd.Function` of other code that gets it may return a gradient for it.
         """
         parameters = self.parameters()
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):

@@ -1,8 +1,9 @@
 """PackedLayer: a layer whose weight is held in 4 bits.
 
-The bytes are attributes of the layer: neither parameters nor buffers. Code that loops over `parameters()` or `buffers()`
-calculates with what it finds (casts, averages, penalties, vectors, `requires_grad_`), and bytes can't be calculated
-with. They are parameters only where a strategy splits them over ranks (`to_parameters`).
+The bytes are attributes of the layer, neither parameters nor buffers. Code that loops over `parameters()` or
+`buffers()` calculates with what it finds (casts, averages, penalties, vectors, `requires_grad_`), and nobody can
+calculate with bytes; and DDP sends buffers in every step. Where a strategy splits the bytes over ranks, they are
+parameters (`to_parameters`).
 """
 
 from collections.abc import Callable
@@ -113,7 +114,11 @@ class PackedLayer(nn.Module):
 
 
 def to_parameters(module: nn.Module) -> None:
-    """Hold the bytes of all 4-bit layers in frozen parameters, for a strategy that splits parameters over ranks."""
+    """Hold the bytes of all 4-bit layers of a module in frozen uint8 parameters, which `fully_shard` splits over ranks.
+
+    Only a loop of your own calls it, before `fully_shard`; the Trainer and Fabric do it. Without it each rank holds
+    all of the bytes.
+    """
     for layer in module.modules():
         if isinstance(layer, PackedLayer):
             for name in BASE:

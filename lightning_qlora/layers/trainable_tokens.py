@@ -26,9 +26,9 @@ DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
 ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was made before
 SPLIT_TOKENS = (
     "trainable_token_indices: an embedding with rows that train can't be split over ranks. In configure_model, call "
-    "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, which splits it then. Leave it, and the output "
-    "embedding that is tied to it, out of the plan of parallelize_module. A DistributedConfig splits it: load the "
-    "model without one, and call parallelize_module or fully_shard."
+    "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, which splits it then. Leave it, and "
+    "the output embedding that is tied to it, out of the plan of parallelize_module. A DistributedConfig splits it: "
+    "load the model without one, and call parallelize_module or fully_shard."
 )
 
 

@@ -33,8 +33,9 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         name = type(callback).__name__
         if isinstance(callback, classes(BaseFinetuning)):
             raise RuntimeError(
-                f"{name} freezes parameters before the module is converted, so their layers would stay dense, and train "
-                "in full when it makes them trainable. Remove the callback: QLoRA trains the adapters, and in full the modules named in modules_to_save."
+                f"{name} freezes parameters before the module is converted, so their layers would stay dense, and "
+                "train in full when it makes them trainable. Remove the callback: QLoRA trains the adapters, and in "
+                "full the modules named in modules_to_save."
             )
         if isinstance(callback, classes(ModelPruning)):
             raise RuntimeError(

@@ -36,9 +36,9 @@ class FrozenParameters:
         if layers:
             names = sorted({owner_name(known.name) for known in layers})
             rank_zero_warn(
-                f"{_sizes(layers)} of layers that the module froze before conversion train from now on: {_groups(names)}. "
-                "Conversion left these layers dense, so they train in full. To train them in 4 bits with adapters, "
-                f"name them in target_modules, or unfreeze them before conversion. {PREVENT}"
+                f"{_sizes(layers)} of layers that the module froze before conversion train from now on: "
+                f"{_groups(names)}. Conversion left these layers dense, so they train in full. To train them in 4 bits "
+                f"with adapters, name them in target_modules, or unfreeze them before conversion. {PREVENT}"
             )
         if rest:
             names = [known.name for known in rest]

@@ -42,7 +42,7 @@ WAYS = {"unfreeze": lambda module: module.unfreeze(), "requires_grad_": all_at_o
 def test_what_conversion_froze_and_the_module_thaws_is_named_once_with_its_size(unfreeze, trainer):
     module = Unfreezes(1, unfreeze)
     run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, target_modules=["0"], modules_to_save=["4"]), max_epochs=3)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="requires_grad only") as caught:
         run.fit(module, loader())
     texts = [str(warning.message) for warning in caught if "requires_grad only" in str(warning.message)]
     assert len(texts) == 1

@@ -108,7 +108,9 @@ class Frozen(NamedTuple):
     def parameter(self) -> nn.Parameter | None:
         """The parameter, as its owner holds it now."""
         owner = self.owner()
-        return None if owner is None else owner._parameters.get(self.key)
+        if owner is None or self.key not in owner._parameters:  # a ScriptModule has no dict
+            return None
+        return owner._parameters[self.key]
 
 
 def frozen_parameters(module: nn.Module) -> list[Frozen]:

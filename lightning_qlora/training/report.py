@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from html import escape
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
@@ -161,7 +161,7 @@ class ConversionReport:
 def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     """Parameters that train, all parameters, and their bytes; shared ones count once, a 4-bit weight as its weights."""
     layers = packed_layers(module)
-    stored = {id(tensor) for layer in layers for tensor in layer.weight_bytes[: len(BASE)]}
+    stored = {id(getattr(layer, name)) for layer in layers for name in BASE}
     parameters = [parameter for parameter in module.parameters() if id(parameter) not in stored]
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     packed = sum(layer.weight_bytes.numel for layer in layers)
@@ -175,16 +175,16 @@ def packed_layers(module: nn.Module) -> list[PackedLayer]:
 
 def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and 4-bit weights."""
-    tensors = {id(parameter): parameter for parameter in module.parameters()}
-    tensors |= {id(of): of for layer in packed_layers(module) for of in layer.weight_bytes[: len(BASE)]}
+    tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
+    for layer in packed_layers(module):
+        tensors |= {id(layer.packed): layer.packed, id(layer.absmax): layer.absmax, id(layer.nested): layer.nested}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def dense_bytes(module: nn.Module) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
     layers = packed_layers(module)
-    of_layers = [(*layer.weight_bytes[: len(BASE)], *map(layer._parameters.get, ADAPTER)) for layer in layers]
-    known = {id(tensor) for tensors in of_layers for tensor in tensors}
+    known = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
     return dense + sum(p.nbytes for p in module.parameters() if id(p) not in known)
 

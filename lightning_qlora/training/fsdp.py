@@ -51,6 +51,7 @@ def check_fsdp_groups(module: nn.Module) -> None:
         if parameter.dtype is not dtype:
             raise ValueError(
                 f"{name} ({parameter.dtype}) and {other} ({dtype}) train in one FSDP2 group ({group or 'the module'}), "
-                "which allows one dtype; adapters, and what trains in full in a 16-bit model, are fp32. Cast these "
-                "modules to fp32, or call fully_shard on each of them."
+                "which allows one dtype; adapters, and what trains in full in a 16-bit model, are fp32. Call "
+                "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, or cast these modules "
+                "to fp32, or call fully_shard on each of them."
             )

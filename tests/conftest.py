@@ -24,6 +24,7 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qlora
+from lightning_qlora.layers.qlora_linear import adapted_layers
 
 ROOT = Path(__file__).parent.parent
 # Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
@@ -77,6 +78,14 @@ def dataset(samples: int = 32, width: int = 64) -> TensorDataset:
 
 def loader(samples: int = 32, batch_size: int = 8, shuffle: bool = False) -> DataLoader:
     return DataLoader(dataset(samples), batch_size=batch_size, shuffle=shuffle)
+
+
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, buffers, and the bytes of 4-bit layers, wherever these are held."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, layer in adapted_layers(module).items():
+        held |= {f"{name}.{key}": getattr(layer, key) for key in ("packed", "absmax", "nested")}
+    return held
 
 
 class ResumableLoader:

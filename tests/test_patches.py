@@ -32,7 +32,8 @@ ALLOWED = {
     # become layers.
     "layers/deferred_head.py": {"head.__class__"},
     "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
-    "layers/readable_weight.py": {"made._is_param"},  # a tensor that it made
+    "training/load_from_checkpoint.py": {"module.__class__"},  # an object of a class that it derived
+    "layers/readable_weight.py": {"weight._is_param"},  # a tensor that it made
     # Conversion of a module whose parameters train in full; the gradient of one is cast with it.
     "layers/full_precision.py": {"vars(part)['computes_in']", "part.__class__", "parameter.grad"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},

@@ -10,7 +10,7 @@ from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, con
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part, plain_name
-from lightning_qlora.layers.fingerprint import checksum
+from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_entry
 from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
 from lightning_qlora.layers.names import named
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -41,7 +41,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         configs,
         {name: (state[f"{k}.lora_A"], state[f"{k}.lora_B"], state.get(f"{k}.{MAGNITUDE}")) for name, k in keys.items()},
         {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
-        {name: int(value) for name, value in fingerprints.items() if value is not None}.get,
+        {name: fingerprint_of_entry(value) for name, value in fingerprints.items() if value is not None}.get,
         saved={
             plain_name(key).removeprefix(outer): value
             for key, value in state.items()
@@ -58,7 +58,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
 
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
-    prints = [int(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
+    prints = [fingerprint_of_entry(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
     return checksum(torch.tensor(prints, device="cpu")) if prints else None
 
 

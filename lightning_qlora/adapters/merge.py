@@ -12,6 +12,7 @@ from lightning_qlora.adapters.module_state import forget_conversion
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
 from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard
@@ -122,14 +123,9 @@ def round_stochastically(weight: Tensor, dtype: torch.dtype, name: str) -> Tenso
     in bf16 to the nearest 12.432, in bf16 stochastically 12.287. The random numbers are made from the layer's name, so
     the same weight is always rounded the same way.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in ROUNDED:
         return weight.to(dtype)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
     chance = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
-    nearest = weight.to(dtype)
-    # As integers, neighbours of one sign differ by 1, and the one of larger magnitude is the larger integer.
-    away = (weight.abs() > nearest.float().abs()).to(torch.int16).mul_(2).sub_(1)
-    other = (nearest.view(torch.int16) + away).view(dtype)
-    share = (weight - nearest.float()) / (other.float() - nearest.float())
-    return torch.where(chance < share, other, nearest)
+    return round_by_chance(weight, dtype, chance)

@@ -15,17 +15,17 @@ from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dotted_names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import reshard, shard_like
-from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.fingerprint import fingerprint, fingerprint_entry, fingerprint_of_entry
 from lightning_qlora.layers.layer_state import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew
+from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew, unrecorded
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`
 HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
-CONFIG_KEY = "qlora_config"  # key of the conversion's arguments, JSON in a uint8 tensor
+CONFIG_KEY = "qlora_config"  # key of the conversion's arguments, the bytes of JSON in an int32 tensor
 BASE_MODEL = "base_model"  # key in that JSON of what `describe_base` returns
 KINDS: dict[str, type] = {  # of what `describe_base` returns
     "prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict, "tokens": dict,
@@ -117,6 +117,20 @@ def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield join(name, key), value
 
 
+def config_entry(root: nn.Module) -> Tensor | None:
+    """What a state dict of a converted module holds as `CONFIG_KEY`; None for another module."""
+    conversion = conversion_of(root)
+    return None if conversion is None or _is_merged(root) else _config_entry(root, conversion.config)
+
+
+def _config_entry(root: nn.Module, config: QLoRAConfig) -> Tensor:
+    # adapter: a folder that is read once, at conversion
+    arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root, config)}
+    text = json.dumps(arguments).encode()
+    text = text.ljust(-(-len(text) // PAGE) * PAGE)
+    return torch.tensor(list(text), dtype=torch.int32, device="cpu")  # a sum over state dicts fits
+
+
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
     """The arguments of the conversion, and what `describe_base` returned, from the state dict of a converted module.
 
@@ -127,7 +141,7 @@ def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QL
         return None, {}
     try:
         # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
-        arguments = {**json.loads(bytes(state_dict[key].contiguous().tolist()))}
+        arguments = {**json.loads(bytes(state_dict[key].contiguous().double().round().to(torch.uint8).tolist()))}
         description = {**arguments.pop(BASE_MODEL, {})}
         for name, kind in KINDS.items():
             if not isinstance(description.get(name, kind()), kind):
@@ -170,12 +184,8 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
                 del state_dict[prefix + name]
                 known = frozen_value(owner, key)
                 assert known is not None
-                state_dict[f"{prefix}{name}.{FINGERPRINT}"] = torch.tensor(known.fingerprint, device="cpu")
-    # adapter: a folder that is read once, at conversion
-    arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root, config)}
-    text = json.dumps(arguments).encode()
-    text = text.ljust(-(-len(text) // PAGE) * PAGE)
-    state_dict[prefix + CONFIG_KEY] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+                state_dict[f"{prefix}{name}.{FINGERPRINT}"] = fingerprint_entry(known.fingerprint)
+    state_dict[prefix + CONFIG_KEY] = _config_entry(root, config)
     for name, _conversion in _conversions(root):  # of parts that were converted alone, too
         if name:
             state_dict.pop(f"{prefix}{name}.{CONFIG_KEY}", None)
@@ -183,6 +193,8 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Check that a state fits the module, and complete it with the frozen parameters of the module."""
+    if not prefix and state_dict.get(CONFIG_KEY) is not None:
+        _convert_what_was_built_anew(root, state_dict)
     done = state_dict.get(prefix + CONFIG_KEY, "") is None  # by the module around this one
     if done:
         del state_dict[prefix + CONFIG_KEY]
@@ -208,7 +220,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
             continue
         if id(parameter) not in read:
             read[id(parameter)] = fingerprint_of(owner, key, parameter)
-        expected, current = int(value.contiguous()), read[id(parameter)]
+        expected, current = fingerprint_of_entry(value), read[id(parameter)]
         if expected != current:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint was trained on another base model (this frozen parameter has fingerprint "
@@ -224,6 +236,25 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         name = key_name(name)
         if prefix + name in state_dict:  # of a sharded parameter the state holds the whole
             state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
+
+
+def _convert_what_was_built_anew(root: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Convert layers that replaced converted ones before a Trainer restores a checkpoint.
+
+    `on_load_checkpoint` may call `setup` again, which builds the model again.
+    """
+    conversion, adapters = conversion_of(root), {owner_name(k) for k in state_dict if last_part(k) == "lora_A"}
+    if conversion is None or adapters <= {key_name(name) for name in adapted_layers(root)}:
+        return
+    trainer: Any = vars(root).get("_trainer")
+    convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
+    if convert is not None and not trainer.strategy.restore_checkpoint_after_setup and unrecorded(root):
+        convert(root)
+    elif conversion.has_layers and not adapted_layers(root):
+        raise ValueError(
+            f"This state dict holds adapters, and the layers of this {type(root).__name__} were built anew after "
+            "conversion, so it has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."
+        )
 
 
 def _after_load(root: nn.Module, _: Any) -> None:

@@ -91,7 +91,9 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
 def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
     """Set the tensors of a layer to this rank's part of those that rank `source` made."""
     for key in (*BASE, *ADAPTER):
-        if (held := layer._parameters.get(key)) is None:
+        tensors: dict[str, Any] = vars(layer) if key in vars(layer) else layer._parameters
+        held = tensors[key]
+        if held is None:
             continue
         if made is None:
             value = torch.empty(held.shape, dtype=held.dtype, device=device)
@@ -99,7 +101,7 @@ def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: to
             value = getattr(made, key).data.contiguous()
         if ranks > 1:
             dist.broadcast(value, source)
-        layer._parameters[key] = _with_data(held, value, device)  # type: ignore[assignment]
+        tensors[key] = _with_data(held, value, device)
     if made is not None and made.dense_weight is not None:
         layer.dense_weight = made.dense_weight  # the calibrated adapter is computed on this rank
 

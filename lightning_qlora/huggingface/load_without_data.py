@@ -4,12 +4,12 @@ transformers loads tensors on the meta device, of the shapes in the files, into 
 The model, whose layers are in 4 bits and may be sharded, then gets the types and marks of the copy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dotted_names import join, parameter_and_number
@@ -21,7 +21,6 @@ NO_VALUES = (
     "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
     "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
 )
-VERSION = "_qlora_version"  # attribute of a tensor on the meta device: its version after the model was loaded
 
 
 def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
@@ -50,15 +49,21 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
                 setattr(tensor, LOADED_TENSOR, True)
 
 
-def remember_versions(model: nn.Module) -> None:
-    """Let `check_unwritten` see whether code wrote to a tensor whose values are read later."""
-    for _, tensor in named_tensors(model):
-        if tensor.is_meta:
-            setattr(tensor, VERSION, tensor._version)
+class Version(NamedTuple):
+    """A tensor on the meta device, whose values are read later, when its model was loaded."""
+
+    name: str
+    tensor: Tensor
+    number: int
 
 
-def check_unwritten(module: nn.Module) -> None:
+def versions(model: nn.Module) -> list[Version]:
+    """The tensors of a model that are on the meta device."""
+    return [Version(name, tensor, tensor._version) for name, tensor in named_tensors(model) if tensor.is_meta]
+
+
+def check_unwritten(versions: Iterable[Version]) -> None:
     """ValueError, with the name, for a tensor on the meta device to which code wrote values: they would be lost."""
-    for name, tensor in named_tensors(module):
-        if getattr(tensor, VERSION, tensor._version) != tensor._version:
+    for name, tensor, number in versions:
+        if tensor._version != number:
             raise ValueError(f"{name}: configure_model wrote values to it, which would be lost. {NO_VALUES}")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.load_without_data import NO_VALUES
+from lightning_qlora.huggingface.load_without_data import NO_VALUES, check_unwritten
 from lightning_qlora.huggingface.patches import default_quantizer
 
 
@@ -35,7 +35,8 @@ def quantize_while_loading(
     with default_quantizer(quantizers.quantizer_for), _one_after_another():
         try:
             yield
-            for model, folder in quantizers.on_meta:
+            for model, folder, versions in quantizers.on_meta:
+                check_unwritten(versions)
                 read_weights(model, folder)
         except RuntimeError as error:
             # transformers names neither file nor shapes in this one

@@ -29,7 +29,7 @@ from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.load_without_data import find_without_data, mark_as_found, remember_versions
+from lightning_qlora.huggingface.load_without_data import Version, find_without_data, mark_as_found, versions
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import (
     LOAD_WHOLE,
@@ -50,6 +50,8 @@ from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.names import named, named_tensors
+from lightning_qlora.layers.new_parameters import keep_marks
+from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.selection import ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
@@ -67,7 +69,8 @@ class Quantizers:
 
     def __init__(self, config: QLoRAConfig, sharding: bool = False, adapter: Adapter | None = None) -> None:
         self.config, self.sharding = config, sharding
-        self.on_meta: list[tuple[nn.Module, ModelFolder]] = []  # models that wait for `fully_shard`, and their folders
+        # Models that wait for `fully_shard`, their folders, and the versions of their tensors.
+        self.on_meta: list[tuple[nn.Module, ModelFolder, list[Version]]] = []
         # Errors for weights of another shape, of the load that began last, which may `ignore_mismatched_sizes`.
         self.mismatches: list[ValueError] = []
         # The adapter to start from, until the first model that has its layers gets it.
@@ -195,6 +198,7 @@ class QLoRAQuantizer(HfQuantizer):
                 for layer in chosen.convert(name).values():
                     assert isinstance(layer, QLoRALinear)
                     layer.loaded = True
+        to_parameters(model)
 
     def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
         """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
@@ -233,11 +237,14 @@ class QLoRAQuantizer(HfQuantizer):
             self.own.remove_quantization_config(model)
         forget_quantizer(model)
         setattr(model, LOADED, self.in_4_bits)
+        if self.quantizers.sharding:
+            keep_marks(model)
         if self.folder is not None and any(map(is_sharded, model.parameters())):
             read_weights(model, self.folder)
         elif self.folder is not None:
-            remember_versions(model)
-            self.quantizers.on_meta.append((model, self.folder))
+            self.quantizers.on_meta.append((model, self.folder, versions(model)))
+        elif self.quantizers.sharding:
+            to_parameters(model)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.lora_linear import PLAIN, is_eager, refuse_second_derivative
+from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -47,8 +47,7 @@ def grouped_linear(
             f"grouped_linear: x must be [rows, {weights[0].shape[1]}] of a float type with at most 32 bits; got "
             f"{list(x.shape)}, {x.dtype}."
         )
-    with PLAIN():
-        made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
+    made = _GroupedLinear.apply(x, ends, weights, scaling, p, seed, *lora_a, *lora_b)  # type: ignore[no-untyped-call]
     return cast(Tensor, made)
 
 
@@ -70,8 +69,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, xa, ends, *adapters = ctx.saved_tensors
         weights, scaling, p, seed = ctx.choices
         lora_a, lora_b, needs_x = adapters[: len(weights)], adapters[len(weights) :], ctx.needs_input_grad[0]
-        with PLAIN():
-            grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
-                grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
-            )
+        grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
+            grad.contiguous(), x, xa, ends, weights, lora_a, lora_b, scaling, p, seed, needs_x
+        )
         return grad_x, *[None] * 5, *grad_a.unbind(), *grad_b.unbind()

@@ -15,9 +15,6 @@ from torch import Tensor
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
-# Within this, torch does not call `PackedParameter.__torch_function__`, which takes 4 us for each operation.
-PLAIN = torch._C.DisableTorchFunctionSubclass
-
 
 def lora_linear(
     x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float = 0.0,
@@ -49,11 +46,10 @@ def lora_linear(
         y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, lora_a, lora_b, seed, scaling, p)
         return cast(Tensor, y)
     projected: list[Tensor] = []
-    with PLAIN():
-        # One argument for all that has no gradient: `apply` and autograd do something for each.
-        y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
+    # One argument for all that has no gradient: `apply` and autograd do something for each.
+    y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
     return cast(Tensor, y)
 
 
@@ -82,8 +78,7 @@ class _LoraLinear(torch.autograd.Function):
         x, xa, lora_a, lora_b = ctx.saved_tensors
         weight, scaling, p, seed, bias_dtype = ctx.choices
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        with PLAIN():
-            grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+        grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
         return grads[0], grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
 
 

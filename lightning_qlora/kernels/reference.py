@@ -51,7 +51,7 @@ def dropout_kept(start: int, stop: int, p: float, seed: Tensor, device: torch.de
     """Which of the elements start to stop (flat indices) of x are kept: bool [stop - start]."""
     number = int(seed.item())
     index = torch.arange(start, stop, device=device).to(torch.int32)
-    word = _mix(_mix(index + as_int32(number)) ^ as_int32(number >> 32))
+    word = mix(mix(index + as_int32(number)) ^ as_int32(number >> 32))
     return word >= dropout_threshold(p)[0]
 
 
@@ -60,7 +60,7 @@ def dropout_threshold(p: float) -> tuple[int, float]:
     return min(round(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p)
 
 
-def _mix(h: Tensor) -> Tensor:
+def mix(h: Tensor) -> Tensor:
     """A 32-bit hash: each input bit changes each output bit with probability 1/2 (Wellons, lowbias32)."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D  # the mask turns it into an unsigned shift
     h = (h ^ ((h >> 15) & 0x1FFFF)) * as_int32(0x846CA68B)

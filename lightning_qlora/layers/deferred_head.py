@@ -15,7 +15,6 @@ from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.full_precision import computed_in
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.lora_layer import DISABLED
-from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
@@ -52,7 +51,7 @@ def _can_defer(head: Any, input: Tensor) -> bool:
     if "_is_fsdp_managed_module" in head.__dict__ or "forward" in head.__dict__:
         return False
     # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
-    if not all(p is None or type(p) in (nn.Parameter, PackedParameter, FakeTensor) for p in head._parameters.values()):
+    if not all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values()):
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False

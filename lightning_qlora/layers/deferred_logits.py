@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
-from lightning_qlora.layers.readable_weight import METADATA, Readable
+from lightning_qlora.layers.readable_weight import METADATA, Readable, writes
 
 Function = Callable[[Tensor], Tensor]
 
@@ -120,6 +120,17 @@ class DeferredLogits(Readable):
         """The real logits, for an operation below autograd."""
         return self.computed().detach()
 
+    def attached(self) -> Tensor:
+        """The same as a function of `parameters()`, where autograd records.
+
+        So an `autograd.Function` of other code that gets it may return a gradient for it.
+        """
+        parameters = self.parameters()
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            logits: Tensor = _Attached.apply(self, *parameters)  # type: ignore[no-untyped-call]
+            return logits
+        return self
+
     def detached(self) -> "DeferredLogits":
         """The same without a gradient."""
         return DeferredLogits(self.hidden, self.source, self.dtype, self.functions, (self, lambda real: real))
@@ -162,8 +173,22 @@ class DeferredLogits(Readable):
             result = _deferred(func, logits, args[1:], kwargs) if defers else None
         if result is not None:
             return result
-        real = partial(_real, keep=_writes(func))
+        real = partial(_real, keep=writes(func))
         return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+class _Attached(torch.autograd.Function):
+    """What deferred logits depend on -> the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits, *parameters: Tensor) -> Tensor:
+        ctx.logits, ctx.count = logits, len(parameters)
+        ctx.set_materialize_grads(False)
+        return logits.detached()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *([None] * ctx.count if grad is None else ctx.logits.gradients(grad))
 
 
 CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
@@ -177,12 +202,6 @@ PLAIN_ARGUMENTS = (int, float, str, torch.dtype, torch.device)  # of casts and f
 
 def _real(value: Any, keep: bool = False) -> Any:
     return value.computed(keep) if isinstance(value, DeferredLogits) else value
-
-
-def _writes(func: Any) -> bool:
-    """Whether a function works in place: `masked_fill_`, `__imul__`."""
-    name: str = getattr(func, "__name__", "")
-    return name.startswith("__i") if name.endswith("__") else name.endswith("_")
 
 
 def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -16,14 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dotted_names import expert_name, join, parameter_name, stack_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.readable_weight import METADATA, Readable, readable_weight
+from lightning_qlora.layers.readable_weight import Readable, readable_weight
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module with such parameters: names of all, in the order of its class
@@ -35,37 +34,30 @@ class ReadableStack(Readable):
     _experts: Any  # a QLoRAExperts
 
     @staticmethod
-    def __new__(cls, experts: Any, shape: tuple[int, ...] | None = None) -> "ReadableStack":
+    def __new__(cls, experts: Any, shape: tuple[int, ...] | None = None, detached: bool = False) -> "ReadableStack":
         """A tensor with the shape, type and device of the parameter, and no memory."""
         first = experts.layers[0]
-        made: ReadableStack = Tensor._make_wrapper_subclass(
-            cls, shape or experts.weight_shape, dtype=first.weight_dtype, device=first.packed.device
-        )
-        made._experts = experts
-        return made
+        trains = torch.is_grad_enabled() and not (detached or first._qlora_disabled)
+        stack: ReadableStack = Tensor._make_wrapper_subclass(
+            cls, shape or experts.weight_shape, dtype=first.weight_dtype, device=first.packed.device,
+            requires_grad=trains and any(parameter.requires_grad for parameter in first.adapter_parameters()),
+        )  # fmt: skip
+        stack._experts, stack._is_detached = experts, detached
+        return stack
 
     def values(self) -> Tensor:
         """The effective weights."""
         weight: Tensor = self._experts.effective_weight().view(self.shape)
         return weight
 
-    def detached(self) -> "ReadableStack":
+    def of_layer(self, layer: QLoRALinear) -> Tensor:
+        """The weight of one expert."""
+        weight = readable_weight(layer, self._experts.transposed)
+        return weight.detach() if self._is_detached else weight
+
+    def detach(self) -> "ReadableStack":
         """The same without a gradient."""
-        return ReadableStack(self._experts, tuple(self.shape))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The adapters of all experts."""
-        layers = self._experts.layers
-        return [] if layers[0]._qlora_disabled else [of for layer in layers for of in layer.adapter_parameters()]
-
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Those of the adapters of all experts."""
-        parts = grad.reshape(-1, *self._experts.expert_shape)
-        rows = (part.T if self._experts.transposed else part for part in parts)
-        each = len(self._inputs) // len(parts)
-        adapters = [self._inputs[i::each] for i in range(each)]  # A of all experts, B of all
-        grads = map(QLoRALinear.effective_weight_backward, self._experts.layers, rows, *adapters)
-        return tuple(of for grads_of_layer in grads for of in grads_of_layer)
+        return ReadableStack(self._experts, tuple(self.shape), detached=True)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,24 +67,17 @@ class ReadableStack(Readable):
             experts = stack._experts
             count, (rows, columns) = len(experts.layers), experts.expert_shape
             if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return readable_weight(experts.layers[int(args[1])], experts.transposed)
+                return stack.of_layer(experts.layers[int(args[1])])
             if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
-                weights = [readable_weight(layer, experts.transposed) for layer in experts.layers]
+                weights = [stack.of_layer(layer) for layer in experts.layers]
                 return iter(weights) if func is Tensor.__iter__ else tuple(weights)
             if func in (Tensor.view, Tensor.reshape) and experts.flat:
                 shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
                 if shape in ((-1, rows, columns), (count, rows, columns)):
-                    return ReadableStack(experts, (count, rows, columns))
+                    return ReadableStack(experts, (count, rows, columns), stack._is_detached)
         elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts.transposed:
             return torch.stack([layer(x) for layer, x in zip(args[1]._experts.layers, stack.unbind(), strict=True)])
-        if func not in METADATA and func != Tensor.grad.__get__:  # type: ignore[union-attr]
-            args, kwargs = tree_map(_attached, args), tree_map(_attached, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-
-def _attached(value: Any) -> Any:
-    return value.attached() if isinstance(value, ReadableStack) else value
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _is_number(index: Any) -> bool:

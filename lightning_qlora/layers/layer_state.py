@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.fingerprint import fingerprint_entry, fingerprint_of_entry
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
@@ -26,14 +27,14 @@ class CheckpointMismatchError(RuntimeError):
 def save_base(layer: LoRALayer, destination: dict[str, Any], prefix: str) -> None:
     """Replace the bytes of the base by its fingerprint, or with checkpoint="full" by bitsandbytes' entries."""
     for name in BASE:
-        del destination[prefix + name]
+        destination.pop(prefix + name, None)  # it is there if a strategy splits the weight
     if layer.input_rms is not None:
         destination[prefix + INPUT_RMS] = layer.input_rms
     # A base that depends on the last bits of an SVD can't be computed again on another machine.
     if layer.config.checkpoint == "full" or methods.changes_base_weights(layer.config):
         destination.update(layer.packed_weight.bnb_state_dict(prefix + "weight"))
     else:
-        destination[f"{prefix}weight.{FINGERPRINT}"] = torch.tensor(layer.base_fingerprint(), device="cpu")
+        destination[f"{prefix}weight.{FINGERPRINT}"] = fingerprint_entry(layer.base_fingerprint())
 
 
 def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> set[str]:
@@ -52,7 +53,7 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing
     """
     name = prefix.removesuffix(".") or "the layer itself"
     saved = state_dict.pop(f"{prefix}weight.{FINGERPRINT}", None)
-    expected = None if saved is None else int(saved.contiguous())
+    expected = None if saved is None else fingerprint_of_entry(saved)
     if expected is not None and expected != layer.base_fingerprint():
         raise CheckpointMismatchError(
             f"{name}: the checkpoint was trained on another base weight (fingerprint {expected:x} there, "

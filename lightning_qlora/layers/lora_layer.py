@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.rounding import round_by_index
 from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -98,37 +99,20 @@ class LoRALayer(PackedLayer):
         return self.scaling * (lora_b.float() @ lora_a.float())
 
     def effective_weight(self) -> Tensor:
-        """W + s B A, with DoRA g (W + s B A), in the weight's type; [out, in], differentiable in the adapter."""
+        """W + s B A, with DoRA g (W + s B A), [out, in], differentiable in the adapter.
+
+        It is in the weight's type, rounded stochastically (`rounding`), each time in the same way.
+        """
+        base = ops.dequantize(self.whole_bytes, self.weight_dtype)
         if self._qlora_disabled:
-            return ops.dequantize(self.whole_bytes, self.weight_dtype)
+            return base
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):
-            product = self._product(gather(self.lora_A), gather(self.lora_B))
-        total = ops.dequantize(self.whole_bytes, torch.float32) + product
+            total = base.float() + self._product(gather(self.lora_A), gather(self.lora_B))
         if self.lora_magnitude_vector is not None:
             total = self.dora_scale().unsqueeze(1) * total
-        return total.to(self.weight_dtype)
-
-    def effective_weight_backward(
-        self, grad: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Gradients of A, B (and the magnitudes) from that of the effective weight, [out, in].
-
-        dA = s B^T G,  dB = s G A^T,  with G = dW; with DoRA G = g dW, and dm = sum over in of dW (W + s B A) / norm.
-        Differentiable where autograd records.
-        """
-        grad, a, b = grad.float(), gather(lora_a).float(), gather(lora_b).float()
-        magnitudes: tuple[Tensor, ...] = ()
-        if magnitude is not None:
-            norm = self.row_norm(a, b).clamp_min(TINY)
-            magnitudes = (
-                (grad * (ops.dequantize(self.whole_bytes, torch.float32) + self._product(a, b))).sum(1) / norm,
-            )
-            grad = (gather(magnitude) / norm).unsqueeze(1) * grad
-        grad_a, grad_b = self.scaling * (b.T @ grad), self.scaling * (grad @ a.T)
-        grads = grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), *magnitudes
-        return tuple(map(shard_like, grads, (lora_a, lora_b, magnitude)))
+        return round_by_index(total, self.weight_dtype)
 
     @torch.no_grad()
     def row_norm(self, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes | None = None) -> Tensor:

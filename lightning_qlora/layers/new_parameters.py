@@ -11,6 +11,7 @@ CLASSIFIERS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoic
 HEADS = ("score", "classifier", "qa_outputs")  # names of the head where a model does not say which part is its base
 OUTSIDE = "new: outside"  # beginning of a reason
 LOADED_TENSOR = "_is_hf_initialized"  # transformers 5 sets it on each tensor that it found in the files
+MARKED = "_qlora_marked"  # attribute of a module: keys of its parameters that had this mark (`keep_marks`)
 
 
 def new_parameters(root: nn.Module) -> dict[int, str]:
@@ -19,6 +20,8 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
     If a transformers model was loaded, that is everything outside of such models. In each model it is the head of a
     model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
     """
+    for part in root.modules():
+        _mark(part._parameters.get(key) for key in vars(part).get(MARKED, ()))
     new: dict[int, str] = {}
     models = [part for part in root.modules() if is_transformers_model(part)]
     loaded = loaded_models(root)
@@ -49,8 +52,18 @@ def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
     models = [model for model in root.modules() if is_transformers_model(model)]
     loaded = {id(p) for model in models if any(map(_has_mark, model.parameters())) for p in model.parameters()}
+    _mark(parameter for parameter in parameters if id(parameter) in loaded)
+
+
+def keep_marks(model: nn.Module) -> None:
+    """Let a loaded model keep the marks of its parameters while a strategy replaces them by sharded ones."""
+    for part in model.modules():
+        vars(part)[MARKED] = [key for key, p in part._parameters.items() if p is not None and _has_mark(p)]
+
+
+def _mark(parameters: Iterable[Tensor | None]) -> None:
     for parameter in parameters:
-        if id(parameter) in loaded:
+        if parameter is not None:
             setattr(parameter, LOADED_TENSOR, True)
 
 

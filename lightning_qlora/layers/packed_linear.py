@@ -1,30 +1,35 @@
-"""PackedLayer: a layer whose weight is held in 4 bits, as frozen parameters."""
+"""PackedLayer: a layer whose weight is held in 4 bits.
+
+The bytes are attributes of the layer, neither parameters nor buffers. Code that loops over `parameters()` or
+`buffers()` calculates with what it finds (casts, averages, penalties, vectors, `requires_grad_`), and nobody can
+calculate with bytes; and DDP sends buffers in every step. Where a strategy splits the bytes over ranks, they are
+parameters (`to_parameters`).
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.lora_linear import PLAIN
-from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
+from lightning_qlora.layers.dtensor import gather, is_sharded, of_all_ranks, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.packed_parameter import PackedParameter
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 
-BASE = ("packed", "absmax", "nested")  # the parameters that hold the frozen weight
+BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
 
 
 class PackedLayer(nn.Module):
-    """Stores a 4-bit weight [out, in] in frozen uint8 parameters."""
+    """Stores a 4-bit weight [out, in] in uint8 tensors."""
 
     weight: Tensor  # for code that reads it
-    packed: nn.Parameter  # the three parts of `PackedBytes`, [n, 1] or with one row an output
-    absmax: nn.Parameter
-    nested: nn.Parameter
+    packed: Tensor  # the three parts of `PackedBytes`, [n, 1] or with one row an output
+    absmax: Tensor
+    nested: Tensor
     quant_type: QuantType
     block_size: int
     weight_dtype: torch.dtype  # of the float weight, which it decodes to
@@ -42,13 +47,12 @@ class PackedLayer(nn.Module):
         self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
         for name in BASE:
             data: Tensor = getattr(stored, name).reshape(-1, 1)
-            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs. Two
-            # dimensions in any case: code that casts the norms of a model casts parameters of one dimension.
+            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
             if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
                 data = data.view(stored.shape[0], -1)
             held = self._parameters.get(name)
             if held is None:
-                self.register_parameter(name, PackedParameter(data, requires_grad=False))
+                self.__dict__[name] = data
             elif is_sharded(held):
                 held.data.copy_(shard_like(data, held))
             else:
@@ -57,19 +61,16 @@ class PackedLayer(nn.Module):
     @property
     def weight_bytes(self) -> PackedBytes:
         """The 4-bit weight in the form that the ops take."""
-        held: dict[str, Any] = self._parameters  # `self.packed` would cost a search through the module
-        packed, absmax, nested = held["packed"], held["absmax"], held["nested"]
-        return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
+        return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
 
     def weight_metadata(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
         """Shape [out, in], type and device of the weight that it decodes to."""
-        return self._shape, self.weight_dtype, self._parameters["packed"].device  # type: ignore[union-attr]
+        return self._shape, self.weight_dtype, self.packed.device
 
     @property
     def whole_bytes(self) -> PackedBytes:
         """The same; of a sharded layer it is gathered, so all ranks must read it together."""
-        with PLAIN():
-            packed, absmax, nested = (gather(getattr(self, name).data) for name in BASE)
+        packed, absmax, nested = (gather(getattr(self, name).detach()) for name in BASE)
         # Not `_replace`, which torch.compile of torch 2.8 does not trace.
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 
@@ -93,6 +94,8 @@ class PackedLayer(nn.Module):
             return applied if tensor.is_floating_point() or applied.dtype is tensor.dtype else tensor.to(applied.device)
 
         super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
+        for name in self.__dict__.keys() & BASE:
+            self.__dict__[name] = keep_bytes(self.__dict__[name])
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
         return self
 
@@ -108,6 +111,34 @@ class PackedLayer(nn.Module):
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
+
+
+def to_parameters(module: nn.Module) -> None:
+    """Hold the bytes of all 4-bit layers of a module in frozen uint8 parameters, which `fully_shard` splits over ranks.
+
+    Only a loop of your own calls it, before `fully_shard`; the Trainer and Fabric do it. Without it each rank holds
+    all of the bytes.
+    """
+    for layer in module.modules():
+        if isinstance(layer, PackedLayer):
+            for name in BASE:
+                data = layer.__dict__.pop(name, None)
+                if data is not None:
+                    layer.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+
+def use_bytes_of_rank_0(module: nn.Module) -> None:
+    """Let all ranks hold the 4-bit weights of rank 0, as DDP does with parameters; all ranks must call it.
+
+    They differ where ranks built their modules from other random numbers.
+    """
+    layers = [part for part in module.modules() if isinstance(part, PackedLayer) and "packed" in vars(part)]
+    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
+    for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
+        if len(set(fingerprints)) > 1:
+            weight = [layer.packed_weight]
+            dist.broadcast_object_list(weight, 0)
+            layer.set_packed_weight(weight[0].to(layer.packed.device))
 
 
 def own_names(layer: PackedLayer) -> set[str]:

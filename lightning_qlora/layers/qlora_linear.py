@@ -25,7 +25,6 @@ from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
 from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.packed_parameter import refuse_unfinished, unfinished
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
@@ -168,8 +167,6 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         else:
             if not torch.compiler.is_compiling():
                 self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
-                if unfinished:
-                    refuse_unfinished()
             if p and self.training:
                 # Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
                 seed = torch.randint(1 << 62, (1,), device="cpu")

@@ -4,79 +4,72 @@
     F.linear(x, layer.weight, bias), x @ layer.weight.T     run the fused op of the layer, adapter dropout included
     any other read                                          W + s B A in the weight's type, with gradients for A and B
 
-A plain tensor, decoded for each reader, would give the adapter no gradient. This weight is the output of `_Effective`,
-so autograd gives one, also to an `autograd.Function` that receives the weight and returns a gradient for it. Values are
-computed below autograd, in `__torch_dispatch__`, when an op reads them. A read that is not one of the products above
-keeps the dense weight for the backward pass, as any weight is kept.
+A function of torch that gets it is called with a plain tensor, computed for this call, whose gradient autograd knows. A
+read that is not one of the products above keeps the dense weight for the backward pass, as any weight is kept. An
+`autograd.Function` of other code, which torch calls without asking, gets the values without a gradient; `audit` warns.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 READ_ONLY = (
     "the weight of a 4-bit layer, or of an embedding with rows that train, is read-only, because it is computed at "
     "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
     "name the layer in exclude_modules, so that it stays dense."
 )
-
-
 # What tells the properties of a tensor without its values.
 METADATA = {
     getattr(Tensor, name).__get__
     for name in (
         "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "is_leaf", "grad_fn",
-        "is_sparse", "is_nested", "is_quantized",
+        "grad", "is_sparse", "is_nested", "is_quantized",
     )
 } | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
     Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
 }  # fmt: skip
+TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
+PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 class Readable(Tensor):
-    """A tensor without memory whose values are computed when an operation reads them; nothing can write to it."""
+    """A tensor without memory whose values are computed when a function reads them; nothing can write to it."""
 
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
-    values: Callable[[], Tensor]  # a plain tensor of this shape
-    detached: Callable[[], "Readable"]  # the same without a gradient
-    parameters: Callable[[], list[Any]]  # the parameters that the values depend on
-    gradients: Callable[[Tensor], tuple[Tensor, ...]]  # those of the parameters from that of the values
-    _inputs: list[Any]  # the parameters when the tensor was made: those of a layer may be those of another call later
+    _is_detached = False
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
-    def attached(self) -> Tensor:
-        """The same as a function of the parameters, where autograd records."""
-        parameters = self._inputs = self.parameters()
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-            made: Tensor = _Effective.apply(self, *parameters)  # type: ignore[no-untyped-call]
-            return made
-        return self
+    def values(self) -> Tensor:
+        """A plain tensor of this shape, differentiable."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        written = [*args[:1], kwargs.get("out")] if writes(func) else [kwargs.get("out")]
+        if any(isinstance(value, Readable) for value in tree_leaves(written)):
+            raise RuntimeError(f"{getattr(func, '__name__', func)}: {READ_ONLY}")
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for place, argument in enumerate(func._schema.arguments):
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            if isinstance(value, Readable) and argument.alias_info and argument.alias_info.is_write:
-                raise RuntimeError(f"{func}: {READ_ONLY}")
-
-        def plain(value: Any) -> Any:
-            return value.values() if isinstance(value, Readable) else value
-
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        """For code that torch calls below `__torch_function__`: values without a gradient."""
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     @property
     def data(self) -> Tensor:
         """The same without a gradient; a write to it is refused, not lost."""
-        return self.detached()
+        return self.detach()
 
     @data.setter
     def data(self, _: Tensor) -> None:
@@ -91,37 +84,32 @@ class Readable(Tensor):
             )
         return self
 
-    def __setitem__(self, *_: Any) -> None:
-        raise RuntimeError(f"weight[...] = ...: {READ_ONLY}")
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A dense copy."""
-        return self.values().detach().clone()
+        return plain(self).detach().clone()  # type: ignore[no-any-return]
 
     def numpy(self, *, force: bool = False) -> Any:
         """The values as an array."""
-        return self.values().detach().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """The values as nested lists."""
-        return self.values().tolist()
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({self.values().detach()!r})"
+        return plain(self).detach().numpy(force=force)
 
 
-class _Effective(torch.autograd.Function):
-    """Adapter parameters -> the weight that contains them."""
+def plain(value: Any) -> Any:
+    """The values of a readable tensor; anything else as it is."""
+    if not isinstance(value, Readable):
+        return value
+    values = value.values()
+    return values.detach() if value._is_detached else values
 
-    @staticmethod
-    def forward(ctx: Any, readable: Readable, *parameters: Tensor) -> Tensor:
-        ctx.readable, ctx.count = readable, len(parameters)
-        ctx.set_materialize_grads(False)
-        return readable.detached()
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *([None] * ctx.count if grad is None else ctx.readable.gradients(grad))
+def writes(func: Any) -> bool:
+    """Whether a function of torch works in place (`masked_fill_`, `__imul__`, `data.__set__`) or registers a hook."""
+    name: str = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name in ("__set__", "__setitem__") or (name.startswith("__i") and name not in READ_BY)
+    return name.endswith("_") or name.startswith("register_")
+
+
+READ_BY = ("__iter__", "__invert__", "__int__", "__index__")
 
 
 class ReadableWeight(Readable):
@@ -131,57 +119,47 @@ class ReadableWeight(Readable):
     _transposed: bool
 
     @staticmethod
-    def __new__(cls, source: Any, transposed: bool) -> "ReadableWeight":
+    def __new__(cls, source: Any, transposed: bool = False, detached: bool = False) -> "ReadableWeight":
         """A tensor with the layer's shape, type and device, and no memory."""
         shape, dtype, device = source.weight_metadata()
-        shape = shape[::-1] if transposed else shape
-        made: ReadableWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._source, made._transposed = source, transposed
-        return made
+        trains = torch.is_grad_enabled() and not (detached or source._qlora_disabled)
+        requires_grad = trains and any(parameter.requires_grad for parameter in source.adapter_parameters())
+        weight: ReadableWeight = Tensor._make_wrapper_subclass(
+            cls, shape[::-1] if transposed else shape, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+        weight._source, weight._transposed, weight._is_detached = source, transposed, detached
+        return weight
 
     def values(self) -> Tensor:
         """The effective weight."""
         weight: Tensor = self._source.effective_weight()
         return weight.T if self._transposed else weight
 
-    def detached(self) -> "ReadableWeight":
-        """The same without a gradient."""
-        return ReadableWeight(self._source, self._transposed)
-
     def detach(self) -> "ReadableWeight":
         """The same without a gradient, and no copy, so a write to it is refused, not lost."""
-        return self.detached()
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapter."""
-        return [] if self._source._qlora_disabled else self._source.adapter_parameters()
-
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Those of the adapter."""
-        rows = grad.T if self._transposed else grad
-        return tuple(self._source.effective_weight_backward(rows, *self._inputs))
+        return ReadableWeight(self._source, self._transposed, detached=True)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == Tensor.is_leaf.__get__:  # type: ignore[attr-defined]
-            return True  # as the parameter that it replaces; torch's `distribute_tensor` asks
         if func in TRANSPOSES:
-            return readable_weight(args[0]._source, not args[0]._transposed)
+            weight = args[0]
+            return ReadableWeight(weight._source, not weight._transposed, weight._is_detached)
         if func is torch.nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
-            if isinstance(weight, ReadableWeight) and not (weight._transposed or isinstance(x, Readable)):
+            if _is_product(x, weight, transposed=False):
                 return weight._source.linear_by_weight(x, bias)
-        if func in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], ReadableWeight):
+        if func in PRODUCTS and len(args) == 2 and not kwargs:
             x, weight = args
-            if weight._transposed and not isinstance(x, Readable) and x.dtype is weight.dtype:
+            if _is_product(x, weight, transposed=True) and x.dtype is weight.dtype:
                 return weight._source.linear_by_weight(x, None)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
-TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
-PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+def _is_product(x: Any, weight: Any, transposed: bool) -> bool:
+    """Whether a product of x and a weight is the op of the weight's layer."""
+    is_weight = isinstance(weight, ReadableWeight) and not weight._is_detached
+    return is_weight and weight._transposed is transposed and not isinstance(x, Readable)
 
 
 def readable_weight(source: Any, transposed: bool = False) -> Tensor:
@@ -189,15 +167,15 @@ def readable_weight(source: Any, transposed: bool = False) -> Tensor:
     if torch.compiler.is_compiling():  # a graph holds plain tensors; the compiler removes what nobody reads
         weight: Tensor = source.effective_weight()
         return weight.T if transposed else weight
-    return ReadableWeight(source, transposed).attached()
+    return ReadableWeight(source, transposed)
 
 
 def readable_parameter(source: Any) -> Tensor:
     """The same, an nn.Parameter for `isinstance`, since transformers ties only these."""
-    made = readable_weight(source)
+    weight = readable_weight(source)
     if not torch.compiler.is_compiling():
-        made._is_param = True
-    return made
+        weight._is_param = True
+    return weight
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

@@ -6,10 +6,12 @@ module. A parameter without a record has not been part of a conversion.
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import fingerprint, has_values
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -92,6 +94,33 @@ def frozen_value(owner: nn.Module, key: str) -> Value | None:
     """The value of a dense parameter that conversion froze; None if it did not."""
     known: Record | None = vars(owner).get(RECORDS, {}).get(key)
     return None if known is None else known.frozen
+
+
+class Frozen(NamedTuple):
+    """A dense parameter that was frozen at the end of conversion."""
+
+    name: str
+    owner: "ref[nn.Module]"  # not kept alive
+    key: str
+    trained: bool  # before conversion
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter, as its owner holds it now."""
+        owner = self.owner()
+        if owner is None or self.key not in owner._parameters:  # a ScriptModule has no dict
+            return None
+        return owner._parameters[self.key]
+
+
+def frozen_parameters(module: nn.Module) -> list[Frozen]:
+    """The dense parameters of a module that were frozen at the end of its conversion; tied ones several times."""
+    return [
+        Frozen(join(name, key), ref(part), key, known.trained)
+        for name, part in module.named_modules()
+        for key, known in vars(part).get(RECORDS, {}).items()
+        if known.frozen is not None
+    ]
 
 
 def is_base(owner: nn.Module, key: str, parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
-from lightning_qlora.kernels.lora_linear import PLAIN, is_eager
+from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.dotted_names import stack_name
 from lightning_qlora.layers.lora_layer import DISABLED
@@ -103,14 +103,13 @@ def expert_group(stack: Any, x: Tensor) -> ExpertGroup | None:
     if not is_eager(x, held[0]["lora_A"]) or len(kinds) > 1 or not all(map(_is_plain, own)):
         return None
     lora_a, lora_b = [of["lora_A"] for of in held], [of["lora_B"] for of in held]
-    tensors = [*(of[name] for name in BASE for of in held), *lora_a, *lora_b]
-    with PLAIN():
-        key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
-        known, _, group = _checked.get(stack, (None, None, None))
-        if known != key:
-            weights = [layer.weight_bytes for layer in layers]
-            group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
-            _checked[stack] = key, tensors, group
+    tensors = [*(getattr(layer, name) for name in BASE for layer in layers), *lora_a, *lora_b]
+    key = [x.device, *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+    known, _, group = _checked.get(stack, (None, None, None))
+    if known != key:
+        weights = [layer.weight_bytes for layer in layers]
+        group = ExpertGroup(layers, weights, lora_a, lora_b) if can_group(x, weights, lora_a, lora_b) else None
+        _checked[stack] = key, tensors, group
     return group
 
 

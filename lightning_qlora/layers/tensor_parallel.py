@@ -20,10 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.lora_linear import PLAIN
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.packed_linear import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 SPLIT_EXPERTS = (
@@ -90,13 +89,13 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             "or leave it out of the plan."
         )
     layer._split = Split(mesh, by_inputs, (out, inputs // ranks) if by_inputs else (out // ranks, inputs))
+    to_parameters(layer)
     for name, held in layer._parameters.items():
         if held is None or isinstance(held, DTensor):
             continue
         placement: Placement = (BY_INPUTS if by_inputs else BY_OUTPUTS).get(name, WHOLE)
-        with PLAIN():
-            # Without communication; `clone`: the memory of the whole is freed.
-            part = distribute_tensor(held.data, mesh, [placement], src_data_rank=None).to_local().clone()
+        # Without communication; `clone`: the memory of the whole is freed.
+        part = distribute_tensor(held.data, mesh, [placement], src_data_rank=None).to_local().clone()
         whole = DTensor.from_local(part, mesh, [placement], run_check=False)
         layer.register_parameter(name, nn.Parameter(whole, requires_grad=held.requires_grad))
 
@@ -128,11 +127,10 @@ def _weight_of_rank(layer: Any) -> PackedBytes:
     """The weight of this rank with fp32 scales; it decodes to the bits of its part of the whole."""
     packed, absmax, nested = (local(layer._parameters[name]) for name in BASE)
     split: Split = layer._split
-    with PLAIN():
-        weight = PackedBytes(packed, absmax, nested, split.shape, layer.quant_type, layer.block_size)
-        if nested.numel():
-            absmax = ops.scales(weight, split.block_numbers(layer.block_size, absmax.device)).view(torch.uint8)
-            weight = weight._replace(absmax=absmax, nested=absmax[:0])
+    weight = PackedBytes(packed, absmax, nested, split.shape, layer.quant_type, layer.block_size)
+    if nested.numel():
+        absmax = ops.scales(weight, split.block_numbers(layer.block_size, absmax.device)).view(torch.uint8)
+        weight = weight._replace(absmax=absmax, nested=absmax[:0])
     return weight
 
 

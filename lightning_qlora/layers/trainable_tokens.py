@@ -25,9 +25,10 @@ TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
 ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was made before
 SPLIT_TOKENS = (
-    "trainable_token_indices: an embedding with rows that train can't be split over ranks. Leave it, and the output "
-    "embedding that is tied to it, out of the plan of parallelize_module. A DistributedConfig splits it: load the "
-    "model without one, and call parallelize_module or fully_shard."
+    "trainable_token_indices: an embedding with rows that train can't be split over ranks. In configure_model, call "
+    "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, which splits it then. Leave it, and "
+    "the output embedding that is tied to it, out of the plan of parallelize_module. A DistributedConfig splits it: "
+    "load the model without one, and call parallelize_module or fully_shard."
 )
 
 
@@ -106,10 +107,6 @@ class TrainableTokens(Derived):
         """E."""
         weight: Tensor = self.base().weight
         return weight if self._qlora_disabled else weight.index_copy(0, self.token_adapter.token_indices, self.rows())
-
-    def effective_weight_backward(self, grad: Tensor, delta: Tensor) -> tuple[Tensor]:
-        """The gradient of the rows from that of E."""
-        return (grad[self.token_adapter.token_indices].to(delta.dtype),)
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What `F.linear(x, layer.weight, bias)` computes."""

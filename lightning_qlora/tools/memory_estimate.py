@@ -143,7 +143,7 @@ class PlannedRun:
             self._report = convert_module(self.model, config)
             run_without_data(self.model)
         layers = packed_layers(self.model)
-        packed = sum(p.nbytes for layer in layers for key, p in layer.named_parameters(recurse=False) if key in BASE)
+        packed = sum(getattr(layer, name).nbytes for layer in layers for name in BASE)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         in_8_bits = int(self._report.trainable_parameters * STATE_8BIT)
         self._parts = {

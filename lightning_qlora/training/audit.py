@@ -45,7 +45,8 @@ def adapters_without_gradient(layers: Mapping[str, QLoRALinear]) -> dict[str, st
     for name, layer in layers.items():
         trains = [p for p in layer.adapter_parameters() if p.requires_grad]
         if trains and all(p.grad is None for p in trains):
-            found[name] = READ if layer.weight_was_read and not layer.was_called else UNUSED
+            was_read = layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
+            found[name] = READ if was_read else UNUSED
     return found
 
 

@@ -334,9 +334,12 @@ def _root_mean_square(name: str, sums: Tensor) -> Tensor:
 
 def _keep_weights_of_this_rank(layers: Collection[QLoRALinear]) -> None:
     """Sharded layers: each rank keeps the float weights of its share of the layers, and computes their adapters."""
+    weights: list[Any] = [layer.dense_weight for layer in layers]
+    if any(weight.is_meta for weight in weights):
+        return  # the ranks shared the work of loading
     for place, layer in enumerate(layers):
-        if place % world_size() != dist.get_rank() and layer.dense_weight is not None:
-            layer.dense_weight = layer.dense_weight.to("meta")
+        if place % world_size() != dist.get_rank():
+            layer.dense_weight = weights[place].to("meta")
 
 
 def _ranks_with_weights(layers: Mapping[str, QLoRALinear]) -> dict[str, int]:

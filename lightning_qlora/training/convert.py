@@ -200,6 +200,8 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
         weight = part._parameters.get("weight")
         loaded = {name: part} if isinstance(part, QLoRALinear) else {}
     for full_name, layer in loaded.items():
+        if not is_sharded(layer.packed):  # else by a plan, while the model was loaded
+            _check_not_sharded(layer.lora_A)
         _adopt_loaded(layer, chosen.config, full_name)
     if not loaded:
         if weight is None and not isinstance(part, ExpertParameter):  # the parameters of another quantized format
@@ -217,10 +219,10 @@ def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
 def _check_not_sharded(weight: Any) -> None:
     if is_sharded(weight):
         raise ValueError(
-            "its weight is sharded already (a DTensor), and a shard can't be quantized. Call "
-            "lightning_qlora.convert(model) before fully_shard or parallelize_module, and pass no plan to "
-            "from_pretrained (tp_plan, distributed_config), which shards while it loads. The plugin converts in time "
-            "if configure_model sets self.model = model before it calls fully_shard."
+            "its weight is sharded already (a DTensor), and a shard can't be quantized. In configure_model, call "
+            "self.trainer.precision_plugin.convert_module(self.model) before fully_shard or parallelize_module; in a "
+            "loop of your own, lightning_qlora.convert(model). A model that configure_model loads with from_pretrained "
+            "of transformers is in 4 bits already; pass no plan to it (tp_plan, distributed_config) elsewhere."
         )
 
 

@@ -28,6 +28,17 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
         group["params"][:] = [param for of_param in params for param in of_param.values()]
 
 
+def leave_out_bytes(optimizer: Optimizer) -> None:
+    """Remove the bytes of 4-bit weights, which are frozen parameters where a strategy splits them over ranks.
+
+    So an optimizer of `self.parameters()` has the same parameters, and its checkpoints the same numbers, everywhere.
+    """
+    for group in optimizer.param_groups:
+        kept = [index for index, param in enumerate(group["params"]) if param.is_floating_point()]
+        for key in group.keys() & {"params", "param_names"} if len(kept) < len(group["params"]) else ():
+            group[key][:] = [group[key][index] for index in kept]
+
+
 def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
     """Ending of the name -> parameter of the adapter; {"": param} if conversion did not replace it."""
     if hasattr(param, ROWS):

@@ -6,10 +6,9 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.finite import check_finite
@@ -34,9 +33,9 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         name = type(callback).__name__
         if isinstance(callback, classes(BaseFinetuning)):
             raise RuntimeError(
-                f"{name} freezes parameters before the module is converted, and conversion decides again which "
-                "parameters train; later it makes all parameters trainable, which 4-bit ones can't be. Remove the "
-                "callback: QLoRA trains the adapters, and in full the modules named in modules_to_save."
+                f"{name} freezes parameters before the module is converted, so their layers would stay dense, and "
+                "train in full when it makes them trainable. Remove the callback: QLoRA trains the adapters, and in "
+                "full the modules named in modules_to_save."
             )
         if isinstance(callback, classes(ModelPruning)):
             raise RuntimeError(
@@ -44,12 +43,13 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "frozen. Remove the callback; to prune, merge the adapters first (lightning_qlora.merge) and prune "
                 "the dense module."
             )
-        copy = _copy_held_by(callback, module, isinstance(trainer.strategy, classes(ModelParallelStrategy)))
+        copy = _copy_held_by(callback, module)
         if copy is not None:
             raise RuntimeError(
                 f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
-                "full weights that the module no longer has. Remove the callback; docs/adapters.md shows how to "
-                "average the adapters of several checkpoints."
+                "full weights that the module no longer has. Call lightning_qlora.convert(module, ...) with the "
+                "arguments of the plugin before the Trainer's method, so that the copy has the adapters; or remove "
+                "the callback."
             )
 
 
@@ -65,7 +65,7 @@ def check_equal_batches(trainer: Trainer) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """RuntimeError for one of replaced, decoded or frozen weights, or one that can't skip 4-bit parameters."""
+    """RuntimeError for one of replaced, decoded or frozen weights."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
     if replaced:
@@ -88,11 +88,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "Conversion freezes all but the adapters and what modules_to_save names; name the modules of this "
             "optimizer there. Or the module was frozen after conversion (freeze(), requires_grad_(False), PEFT's "
             "prepare_model_for_kbit_training): leave that out."
-        )
-    if isinstance(optimizer, LBFGS) and not all(p.is_floating_point() for p in parameters):
-        raise RuntimeError(
-            "LBFGS flattens all its parameters into one tensor, which frozen 4-bit ones can't be part of. Pass only "
-            "the parameters that train: LBFGS([p for p in self.parameters() if p.requires_grad])."
         )
 
 
@@ -153,9 +148,10 @@ def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimiz
         )
 
 
-def _copy_held_by(callback: Callback, module: nn.Module, sharded: bool) -> str | None:
+def _copy_held_by(callback: Callback, module: nn.Module) -> str | None:
+    """The attribute of a callback that holds a copy of a module without its adapters."""
     for name, value in vars(callback).items():
-        averages = name == "_average_model" and not sharded  # `averaging.average_what_trains` replaces it
-        if (isinstance(value, AveragedModel) and not averages) or (type(value) is type(module) and value is not module):
+        copied = value.module if isinstance(value, AveragedModel) else value
+        if type(copied) is type(module) and copied is not module and not adapted_layers(copied):
             return name
     return None

@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,16 +13,16 @@ from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of, read_conversion, saved_layers
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.names import named
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
-from lightning_qlora.training.patches import converting_what_loads
 
 Module = TypeVar("Module", bound=LightningModule)
+PLUGIN = "QLoRAPrecision"  # key of the plugin's state in a checkpoint of the Trainer
 
 
 def load_from_checkpoint(
@@ -56,12 +57,7 @@ def load_from_checkpoint(
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     else:  # a file is mapped, so that its values are not read here
         checkpoint = read_checkpoint(checkpoint_path, weights_only)
-    held = checkpoint if isinstance(checkpoint, dict) else {}
-    if not any(last_part(str(key)) == CONFIG_KEY for key in held.get("state_dict", {})):
-        raise ValueError(
-            f"{str(checkpoint_path)!r} holds no {CONFIG_KEY!r}: it was not saved from a converted module. Load it with "
-            f"{module_class.__name__}.load_from_checkpoint."
-        )
+    config_entry = _config_entry_of(checkpoint, checkpoint_path, module_class.__name__)
     with named(checkpoint_path):
         networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, not weights_only)
 
@@ -71,6 +67,15 @@ def load_from_checkpoint(
             assert config is not None
         convert_module(module, config, saved=saved_layers(state, description))
 
+    def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
+        module.__class__ = module_class
+        if config_entry is not None:
+            state = {CONFIG_KEY: config_entry, **state}
+        if CONFIG_KEY in state and conversion_of(module) is None:
+            convert(module, state)
+        return module.load_state_dict(state, *args, **kwargs)
+
     source: Any = checkpoint_path
     if not os.path.isfile(checkpoint_path):  # shards, or an address
         source = io.BytesIO()
@@ -79,6 +84,34 @@ def load_from_checkpoint(
     arguments = {"map_location": map_location, "weights_only": weights_only}
     if "weights_only" not in inspect.signature(module_class.load_from_checkpoint).parameters:
         del arguments["weights_only"]  # a class with a method of its own that decides this itself
-    with converting_what_loads(convert):  # after `on_load_checkpoint`, which may edit the state
-        module: Module = module_class.load_from_checkpoint(source, **arguments, **{**networks, **hyperparameters})
+    # A class of the same name, since Lightning has no hook between building a module and loading its state.
+    loading: Any = type(module_class.__name__, (module_class,), {"load_state_dict": load_state_dict})
+    module: Module = loading.load_from_checkpoint(source, **arguments, **{**networks, **hyperparameters})
     return module
+
+
+def _config_entry_of(checkpoint: Any, path: str | Path, name: str) -> Any:
+    """The arguments of the conversion if only the plugin's state holds them; None if the module's state does.
+
+    The plugin's has them too, for a module whose `on_save_checkpoint` keeps only what trains.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    state = checkpoint.get("state_dict", {})
+    endings = Counter(last_part(str(key)) for key in state)
+    if endings[CONFIG_KEY]:
+        return None
+    if not endings["lora_A"]:
+        raise ValueError(
+            f"{str(path)!r} holds no {CONFIG_KEY!r} and no adapters: it was not saved from a converted module. Load "
+            f"it with {name}.load_from_checkpoint."
+        )
+    of_plugin = checkpoint.get(PLUGIN, {}).get(CONFIG_KEY)
+    if of_plugin is None:
+        raise ValueError(
+            f"{str(path)!r} holds the adapters of {endings['lora_A']} layers and no {CONFIG_KEY!r}, which has the "
+            "arguments of the conversion (r, lora_alpha, ...): on_save_checkpoint of the module, or other code, left "
+            f"it out. Build the module, call lightning_qlora.convert(module, ...) with the arguments of the training, "
+            'and module.load_state_dict(torch.load(PATH)["state_dict"], strict=False). To have it in the next '
+            f"checkpoint, keep the key {CONFIG_KEY!r} in on_save_checkpoint."
+        )
+    return of_plugin

@@ -5,18 +5,14 @@ change that would remove it. None of them has an effect on a run without this pa
 Lightning is also made to its copies (`lightning_copies`).
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from functools import wraps
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -26,11 +22,11 @@ from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
-from lightning_qlora.layers.dotted_names import key_name, last_part, owner_name
+from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.dtensor import clip_grad_norm
+from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.patches import replaces, wrap_once
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.records import unrecorded
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
@@ -38,10 +34,8 @@ from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.optim.state_8bit import is_8bit
 from lightning_qlora.training.guards import check_checkpoint
 from lightning_qlora.training.module_hyperparameters import leave_out_networks
-from lightning_qlora.training.report import parameter_bytes, weights_minus_elements
 
 STYLES, BY_DIMENSION = "torch.distributed.tensor.parallel.style", ("ColwiseParallel", "RowwiseParallel")
-SUMMARY = "lightning.pytorch.utilities.model_summary.model_summary"
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -67,18 +61,6 @@ def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
     Removed by: upstream raising the first error when teardown fails too.
     """
     trainer.strategy._lightning_module = None
-
-
-def replace_average(callback: Any, average: nn.Module) -> None:
-    """Give a WeightAveraging callback another average than the one that it made of the module before conversion.
-
-    Upstream: lightning/pytorch/callbacks/weight_averaging.py, WeightAveraging.setup, copies the module in the first
-    hook of a run, and later averages, swaps and saves the parameters of the copy.
-    Supported ways tried: `avg_fn` gets single tensors and would also average 4-bit bytes; a subclass of the callback
-    could make the copy later, but LightningCLI and existing code name upstream's classes.
-    Removed by: upstream making the copy after Strategy.setup.
-    """
-    callback._average_model = average
 
 
 @replaces("lightning.pytorch.trainer.call:_call_configure_model")
@@ -179,48 +161,17 @@ def keep_frozen_while_distributed(original: Any, module: nn.Module, *args: Any, 
     return module
 
 
-@contextmanager
-def before_sharding(convert: Callable[[list[nn.Module]], None]) -> Iterator[None]:
-    """Within this, `convert` is called with the modules that `fully_shard` or `parallelize_module` is about to split.
+@replaces("lightning.fabric.strategies.model_parallel:ModelParallelStrategy.setup_module")
+def split_bytes_in_fabric(original: Any, strategy: Any, module: nn.Module) -> Any:
+    """Let `fully_shard` in the `parallelize_fn` of Fabric's ModelParallelStrategy split the bytes of 4-bit layers.
 
-    Upstream: torch/distributed/fsdp/_fully_shard/_fully_shard.py and torch/distributed/tensor/parallel/api.py, which
-    users call in `configure_model` (lightning/pytorch/strategies/model_parallel.py): at `convert_module` the weights
-    are sharded already. They are replaced in every module that imported them. A module can't be converted inside
-    fully_shard: its @contract checks that no parameter gets another name.
-    Supported ways tried: none; they call no hook.
-    Removed by: a hook between building a model and sharding it.
+    Upstream: lightning/fabric/strategies/model_parallel.py, setup_module, calls `parallelize_fn` after Fabric converted
+    the module. `fully_shard` splits parameters alone, and Fabric's Precision does not know the strategy.
+    Supported ways tried: `lightning_qlora.to_parameters` in `parallelize_fn`, which every user would have to write.
+    Removed by: Fabric telling its Precision plugin the strategy.
     """
-    steps = [convert]
-
-    def converting(original: Any) -> Any:
-        @wraps(original)
-        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            for step in steps:
-                step([module] if isinstance(module, nn.Module) else list(module))
-            return original(module, *args, **kwargs)
-
-        return call
-
-    upstream: list[Any] = [
-        import_module("torch.distributed.fsdp").fully_shard,
-        import_module("torch.distributed.tensor.parallel").parallelize_module,
-    ]
-    replaced = [(original, converting(original)) for original in upstream]
-    for original, call in replaced:
-        _replace_in_all_modules(original, call)
-    try:
-        yield
-    finally:
-        steps.clear()  # some object other than a module may still refer to them
-        for original, call in replaced:
-            _replace_in_all_modules(call, original)
-
-
-def _replace_in_all_modules(old: Any, new: Any) -> None:
-    """Replace a function in the namespace of every imported module; see `before_sharding`."""
-    for namespace in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]:
-        for key in [key for key, value in list(namespace.items()) if value is old]:
-            namespace[key] = new
+    to_parameters(module)
+    return original(strategy, module)
 
 
 def shard_bytes() -> None:
@@ -343,111 +294,6 @@ def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwarg
         check_checkpoint(module, checkpoint)
     leave_out_networks(checkpoint, module)
     return checkpoint
-
-
-@replaces(
-    f"{SUMMARY}:LayerSummary.num_parameters", f"{SUMMARY}:ModelSummary.total_parameters",
-    f"{SUMMARY}:ModelSummary.model_size",
-)  # fmt: skip
-def count_weights_in_model_summary(original: Any, summary: Any) -> Any:
-    """Let Lightning's ModelSummary count the weights of 4-bit layers, and the bytes that all parameters really take.
-
-    Upstream: lightning/pytorch/utilities/model_summary/model_summary.py: LayerSummary.num_parameters and
-    ModelSummary.total_parameters count the elements of the packed tensors; ModelSummary.model_size multiplies them by
-    the bytes of the Trainer's precision.
-    Supported ways tried: none; the callback chooses its summary class by the strategy (DeepSpeedSummary).
-    Removed by: ModelSummary asking a module for its number of parameters and bytes.
-    """
-    module = summary._module if hasattr(summary, "_module") else summary._model
-    if original.__name__ == "model_size":
-        return parameter_bytes(module) / 1e6 if _is_converted(module) else original(summary)
-    return original(summary) + weights_minus_elements(module)
-
-
-@replaces("transformers.modeling_utils:PreTrainedModel.num_parameters")
-def count_weights_in_transformers(
-    original: Any, model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
-) -> Any:
-    """Let `num_parameters()` of a transformers model count the weights of 4-bit layers, if transformers is loaded.
-
-    Upstream: transformers/modeling_utils.py, PreTrainedModel.num_parameters, which counts elements; it knows 4-bit
-    weights only as bitsandbytes' Params4bit.
-    Supported ways tried: none; an HfQuantizer is not asked.
-    Removed by: num_parameters asking the quantizer, or the module, for the number of weights.
-    """
-    more = 0 if only_trainable else weights_minus_elements(model)
-    return original(model, only_trainable, exclude_embeddings) + more
-
-
-@replaces("torch.nn:Module.load_state_dict")
-def explain_adapter_checkpoints(original: Any, module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let a module that is not converted refuse the state of a converted one, and say how to load it.
-
-    Upstream: torch/nn/modules/module.py, Module.load_state_dict, which LightningModule.load_from_checkpoint
-    (lightning/pytorch/core/saving.py) and a Trainer without the plugin call: it lists missing and unexpected keys, and
-    with strict=False returns a module without the adapters.
-    Supported ways tried: `on_load_checkpoint` belongs to the user's module, and is none of other modules.
-    Removed by: a hook of Lightning for the state of a plugin that is not used, and of torch for state dicts.
-    """
-    if CONFIG_KEY in state_dict and (convert := _converting.get()) and conversion_of(module) is None:
-        convert(module, state_dict)
-    if CONFIG_KEY in state_dict and conversion_of(module) is not None:
-        _convert_what_was_built_anew(module, state_dict)
-    held = {last_part(str(key)) for key in state_dict}
-    of_layers = "lora_A" in held and not held.isdisjoint(("fingerprint", "absmax"))  # also of a part
-    # A conversion may have found no layer that is large enough; then everything trains in full.
-    if not adapted_layers(module) and (of_layers or (CONFIG_KEY in held and not _is_converted(module))):
-        name = type(module).__name__
-        if conversion_of(module) is not None:
-            raise ValueError(
-                f"This state dict holds adapters, and the layers of this {name} were built anew after conversion, so "
-                "it has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."
-            )
-        what = f"This state dict holds the adapters of a converted module, and this {name} is not converted. "
-        if not isinstance(module, classes(LightningModule)):
-            raise ValueError(
-                f"{what}Call lightning_qlora.convert with the arguments of the training before; for code that "
-                "loads into the dense module, call lightning_qlora.merge before it saves."
-            )
-        raise ValueError(
-            f"{what}Use lightning_qlora.load_from_checkpoint({name}, PATH), or "
-            "Trainer(plugins=QLoRAPrecision(...)) with the arguments of the training, which converts the module "
-            "before it restores the checkpoint."
-        )
-    return original(module, state_dict, *args, **kwargs)
-
-
-def _convert_what_was_built_anew(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Convert layers that replaced converted ones before a Trainer restores a checkpoint.
-
-    `on_load_checkpoint` may call `setup` again, which builds the model again.
-    """
-    adapters = {owner_name(key) for key in state_dict if last_part(str(key)) == "lora_A"}
-    trainer: Any = vars(module).get("_trainer")
-    convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
-    if convert is None or adapters <= {key_name(name) for name in adapted_layers(module)}:
-        return
-    if trainer.strategy.restore_checkpoint_after_setup or not unrecorded(module):
-        return
-    convert(module)
-
-
-_converting: ContextVar[Callable[[nn.Module, Any], None] | None] = ContextVar("converting", default=None)
-
-
-@contextmanager
-def converting_what_loads(convert: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Within this, `convert` is called with the module that loads the state of a converted one, and that state.
-
-    Upstream: lightning/pytorch/core/saving.py, _load_state, loads right after `on_load_checkpoint`.
-    Supported ways tried: to load after it returned; then edits of the state by hooks and methods of the class are lost.
-    Removed by: a hook of Lightning between building a module and loading its state.
-    """
-    token = _converting.set(convert)
-    try:
-        yield
-    finally:
-        _converting.reset(token)
 
 
 def _is_converted(module: nn.Module) -> bool:

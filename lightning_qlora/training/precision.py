@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.module_state import forget_conversion
+from lightning_qlora.adapters.module_state import CONFIG_KEY, config_entry, forget_conversion
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.full_precision import full_precision_parameters
+from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_rank_0
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
@@ -32,14 +33,14 @@ from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_chang
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
-from lightning_qlora.training.averaging import average_what_trains
 from lightning_qlora.training.convert import convert_module, is_converted
 from lightning_qlora.training.convert_checks import has_meta
-from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
-from lightning_qlora.training.fsdp import check_fsdp_groups, convert_before_sharding, shards_module
+from lightning_qlora.training.early_optimizer import leave_out_bytes, replace_parameters_by_adapters
+from lightning_qlora.training.fsdp import check_fsdp_groups, sharding_in_configure_model, shards_module
 from lightning_qlora.training.loss_scale import LossScale
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
+from lightning_qlora.training.thawed import FrozenParameters
 
 
 class QLoRAPrecision(Precision):
@@ -69,6 +70,7 @@ class QLoRAPrecision(Precision):
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
         self._module: weakref.ref[nn.Module] | None = None
+        self._frozen: FrozenParameters | None = None  # from the first step on
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = self._has_batches = False
         self._trains_fp32 = False  # parameters that compute in fp32
@@ -80,14 +82,14 @@ class QLoRAPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None}
+        return {**vars(self), "_module": None, "_frozen": None}
 
     @override
     @contextmanager
     def module_init_context(self) -> Iterator[None]:
-        """Within this (`configure_model`), transformers models are quantized while loading, others before sharding."""
+        """Within this (`configure_model`), transformers models are quantized while they load."""
         trainer = self._trainer
-        sharding = convert_before_sharding(trainer, self.config, self.convert_module)
+        sharding = sharding_in_configure_model(trainer, self.config)
         try:
             with sharding, quantize_while_loading(self.config, shards_module(trainer)):
                 yield
@@ -116,22 +118,34 @@ class QLoRAPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert the module in place; of a converted module only the training mode is set."""
-        trainer, device = _trainer_of(module), None
+        """Convert the module in place; of a converted module only the training mode is set.
+
+        In `configure_model`, call it with what `fully_shard` or `parallelize_module` is about to split:
+        `self.trainer.precision_plugin.convert_module(self.model)`. Of a part of the LightningModule, all of it is
+        converted.
+        """
+        given, trainer, device = module, _trainer_of(module) or self._trainer, None
+        if self._trainer is not None and any(part is module for part in self._trainer.lightning_module.modules()):
+            module = self._trainer.lightning_module
         if trainer is not None:
-            guards.check_trainer(trainer, module)  # type: ignore[arg-type]
+            guards.check_trainer(trainer, trainer.lightning_module)
             device = trainer.strategy.root_device
             if has_meta(module) and self._trainer is None:
                 patches.skip_moving_meta_module_at_teardown(trainer)
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
-        report = convert_module(module, self.config, device, shards_module(trainer), evaluating=self._evaluating)
+        sharded = shards_module(trainer)
+        report = convert_module(module, self.config, device, sharded, evaluating=self._evaluating)
+        if sharded:
+            to_parameters(module)
+        else:
+            use_bytes_of_rank_0(module)
         agree(device)
         if not converted_before:
             rank_zero_only(report.show)()
         if not converted_before or self.report is None:
             self.report = report
-        self._module = weakref.ref(module)
+        self._module, self._frozen = weakref.ref(module), None
         in_16_bits = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
         in_16_bits |= {id(p) for _, p, _ in full_precision_parameters(module)}
         self._trains_fp32 = any(
@@ -140,16 +154,15 @@ class QLoRAPrecision(Precision):
         self._computes_in_fp16 |= computes_in_fp16(module)  # Fabric may convert several
         if trainer is not None:
             check_fsdp_groups(module)
-            average_what_trains(trainer, module)
             patches.requeue_between_batches(trainer)
             # The adapters are in training mode also where transformers loads in eval mode, which Lightning keeps.
             for layer in () if self._evaluating else self._layers():
                 self._mode_before.setdefault(layer, layer.training)
                 layer.training = True
-        return module
+        return given
 
     def convert_again(self, module: nn.Module) -> None:
-        """Convert layers that replaced converted ones; see `patches.explain_adapter_checkpoints`."""
+        """Convert layers that replaced converted ones; see `module_state._convert_what_was_built_anew`."""
         forget_conversion(module)
         self.convert_module(module)
 
@@ -213,6 +226,9 @@ class QLoRAPrecision(Precision):
         module = self._root
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
+            if self._frozen is None:
+                self._frozen = FrozenParameters(module)
+            self._frozen.warn_of_thawed(optimizer)
 
     def on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
@@ -220,6 +236,7 @@ class QLoRAPrecision(Precision):
         Fabric calls this in `setup` and `setup_optimizers`; see `optim.patches.call_on_setup_optimizer`.
         """
         replace_parameters_by_adapters(optimizer)
+        leave_out_bytes(optimizer)
         guards.check_optimizer(optimizer)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
@@ -292,13 +309,18 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
-        scale = self.loss_scale
-        return {
+        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale.
+
+        And the arguments of the conversion, for a module whose `on_save_checkpoint` leaves them out.
+        """
+        scale, root = self.loss_scale, self._root
+        state = {
             "random_state": gather_torch_rng_states(),
             "kernels": self._kernels(),
             "loss_scale": None if scale is None else scale.state_dict(),
         }
+        entry = None if root is None else config_entry(root)
+        return state if entry is None else state | {CONFIG_KEY: entry}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -3,11 +3,10 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from html import escape
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
@@ -161,34 +160,33 @@ class ConversionReport:
 
 def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     """Parameters that train, all parameters, and their bytes; shared ones count once, a 4-bit weight as its weights."""
-    parameters = list(module.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return trainable, sum(p.numel() for p in parameters) + weights_minus_elements(module), parameter_bytes(module)
-
-
-def weights_minus_elements(module: nn.Module) -> int:
-    """Number of weights in the 4-bit layers of a module, minus the number of elements that store them."""
     layers = packed_layers(module)
-    stored = [p for layer in layers for key, p in layer._parameters.items() if key in BASE and p is not None]
-    return sum(layer.weight_bytes.numel for layer in layers) - sum(p.numel() for p in stored)
+    stored = {id(getattr(layer, name)) for layer in layers for name in BASE}
+    parameters = [parameter for parameter in module.parameters() if id(parameter) not in stored]
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    packed = sum(layer.weight_bytes.numel for layer in layers)
+    return trainable, sum(parameter.numel() for parameter in parameters) + packed, parameter_bytes(module)
 
 
-def packed_layers(module: nn.Module) -> Collection[PackedLayer]:
-    """The layers in 4 bits; of tied ones the last."""
-    return {id(layer.packed): layer for layer in module.modules() if isinstance(layer, PackedLayer)}.values()
+def packed_layers(module: nn.Module) -> list[PackedLayer]:
+    """The layers in 4 bits."""
+    return [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters."""
-    return sum(p.nbytes for p in module.parameters())
+    """Bytes of all parameters and 4-bit weights."""
+    tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
+    for layer in packed_layers(module):
+        tensors |= {id(layer.packed): layer.packed, id(layer.absmax): layer.absmax, id(layer.nested): layer.nested}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def dense_bytes(module: nn.Module) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
     layers = packed_layers(module)
-    own = {id(p) for layer in layers for key in (*BASE, *ADAPTER) if (p := layer._parameters.get(key)) is not None}
+    known = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in own)
+    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in known)
 
 
 def group(name: str) -> str:

@@ -13,6 +13,7 @@ from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, save_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
+from lightning_qlora.training.report import parameter_bytes
 from tests.layers.test_experts import SMALL, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
 from tests.toys import needs
 
@@ -115,7 +116,7 @@ def test_memory_is_the_4_bit_model_and_an_expert(folder):
         model = loaded(path)
     _, _, _, stack = next(iter(expert_stacks(model)))
     one_stack = 4 * torch.Size(stack.weight_shape).numel()
-    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    parameters = parameter_bytes(model)
     dense = sum(4 * layer.weight_bytes.numel for layer in adapted_layers(model).values())
     assert one_stack == 4 * 16 * 128 * 128 and dense > 6 * one_stack
     assert parameters < memory.peak < parameters + 1.5 * one_stack < dense / 2

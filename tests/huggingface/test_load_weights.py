@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT, launch, tensors
 from tests.toys import Lit, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers")
@@ -116,8 +116,7 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(init, folder, one_rank):
     alone = Net()
     alone.load_state_dict(torch.load(folder / "state.pt"))
     convert(alone, **ARGUMENTS, init_lora_weights=init, target_modules=["0", "2"])
-    check_equal(dict(net.module.named_buffers()), dict(alone.named_buffers()))
-    check_equal(dict(net.module.named_parameters()), dict(alone.named_parameters()))
+    check_equal(tensors(net.module), tensors(alone))
     x = torch.randn(5, 96)
     fabric.backward(net(x).sum())
     alone(x).sum().backward()
@@ -179,7 +178,7 @@ def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_pa
     start = {"adapter": str(tmp_path / "adapter"), "modules_to_save": ["lm_head"]}
     alone = fit(trainer, Loaded(tmp_path / "llama"), **start)
     sharded = fit(trainer, Loaded(tmp_path / "llama"), ModelParallelStrategy(1, 1), **start)
-    check_equal(dict(sharded.named_parameters()), dict(alone.named_parameters()))
+    check_equal(tensors(sharded), tensors(alone))
     assert sharded.model.lm_head.weight.requires_grad
     assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
 
@@ -225,4 +224,4 @@ def test_a_model_that_is_not_sharded_is_loaded_too(trainer, tmp_path, one_rank):
         module.teacher = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")]
 
     module = fit(trainer, Loaded(tmp_path / "llama", teacher), ModelParallelStrategy(1, 1))
-    check_equal(dict(module.model.named_parameters()), dict(module.teacher[0].named_parameters()))
+    check_equal(tensors(module.model), tensors(module.teacher[0]))

@@ -63,10 +63,10 @@ def test_names_shapes_and_types_of_the_parameters():
     assert layer.lora_B.shape == (96, 8)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     frozen = {name: p for name, p in layer.named_parameters() if not p.requires_grad}
-    assert set(frozen) == {"packed", "absmax", "nested", "bias"}
-    assert all(frozen[name].dtype == torch.uint8 for name in ("packed", "absmax", "nested"))
-    assert frozen["packed"].shape == (96, 64)
-    assert frozen["absmax"].shape == (96, 2)
+    assert set(frozen) == {"bias"}
+    assert layer.packed.dtype == layer.absmax.dtype == layer.nested.dtype == torch.uint8
+    assert layer.packed.shape == (96, 64)
+    assert layer.absmax.shape == (96, 2)
     assert not list(layer.buffers())
 
 
@@ -227,7 +227,7 @@ def test_type_casts_the_adapter_and_no_byte(dtype):
     layer, _ = converted()
     stored, expected = layer.packed_weight, layer.decode()
     layer.type(dtype)
-    assert {p.dtype for n, p in layer.named_parameters() if n in ("packed", "absmax", "nested")} == {torch.uint8}
+    assert layer.packed.dtype == layer.absmax.dtype == layer.nested.dtype == torch.uint8
     assert {p.dtype for n, p in layer.named_parameters() if n in ("lora_A", "lora_B", "bias")} == {dtype}
     assert torch.equal(layer.packed_weight.packed, stored.packed)
     torch.testing.assert_close(layer.weight.float(), expected, rtol=1e-3, atol=1e-3)

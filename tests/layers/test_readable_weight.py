@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.audit import READ, adapters_without_gradient
 
 
 class Reader(nn.Module):
@@ -53,7 +54,6 @@ READS = {
     "cat": lambda fc, x: F.linear(x, torch.cat([fc.weight, fc.weight])),
     "penalty": lambda fc, x: 1e-2 * fc.weight.pow(2).sum() + x.sum(),
     "norm": lambda fc, x: F.linear(x, F.normalize(fc.weight + 1, dim=1)),
-    "autograd.Function": lambda fc, x: Product.apply(x, fc.weight),
     "product of two weights": lambda fc, x: F.linear(F.linear(x, fc.weight), F.linear(fc.weight, fc.weight)),
     "checkpoint": lambda fc, x: checkpoint(lambda x: F.linear(x, fc.weight) @ fc.weight, x, use_reentrant=False),
 }
@@ -101,6 +101,42 @@ def test_every_read_sees_the_adapter_and_trains_it(read, use_dora):
     for ours, expected in zip(gradients(module.fc, module, x), gradients(module.fc, dense, x), strict=True):
         torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4 * expected.abs().max().item())
         assert ours.abs().max() > 0
+
+
+def test_an_autograd_function_of_other_code_gets_the_values_and_returns_no_gradient():
+    """`audit` warns of it before the first step."""
+    module, dense = readers(lambda fc, x: Product.apply(x, fc.weight))
+    x = torch.randn(5, 64, requires_grad=True)
+    y = module(x)
+    torch.testing.assert_close(y, dense(x))
+    y.sum().backward()
+    assert x.grad is not None
+    assert adapters_without_gradient({"fc": module.fc}) == {"fc": READ}
+
+
+@pytest.mark.parametrize("size", [2e-5, 2e-4])
+@pytest.mark.parametrize("read", ["einsum", "cat", "merged"])
+def test_small_updates_arrive_in_a_16_bit_weight_that_is_read(read, size):
+    """The share of s B A in what a reader sees, where rounding to the nearest leaves 0.6; equal reads are equal."""
+    shares = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(256, 256, bias=False, dtype=torch.bfloat16))
+        module[0].weight.data.normal_(std=0.02)
+        convert(module, r=8, lora_alpha=8, lora_dropout=0.0)
+        layer, eye = module[0], torch.eye(256, dtype=torch.float64)
+        with torch.no_grad():
+            layer.lora_B.copy_(torch.randn(256, 8).sign() * size)
+        added, before = layer.delta().double(), layer.decode().double()
+        if read == "einsum":
+            seen = torch.einsum("bi,oi->bo", eye, layer.weight.double()).T
+        elif read == "cat":
+            seen = torch.cat([layer.weight[:100], layer.weight[100:]]).double()
+        else:
+            assert torch.equal(layer.weight + 0, layer.weight + 0)
+            seen = merge(module)[0].weight.double()
+        shares.append(float(((seen - before) * added).sum() / added.square().sum()))
+    assert 0.95 < sum(shares) / len(shares) < 1.05
 
 
 @pytest.mark.parametrize("read", ["linear by position", "x @ weight.T"])

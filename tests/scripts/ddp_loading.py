@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_qlora import QLoRAPrecision
-from tests.conftest import make_trainer, run_rank
+from tests.conftest import make_trainer, run_rank, tensors
 from tests.toys import Lit
 
 
@@ -26,8 +26,8 @@ def main(root: str) -> None:
         root, plugins=QLoRAPrecision(r=4, modules_to_save=["norm"]), strategy="ddp", devices=2, max_steps=2
     )
     run.fit(module)
-    parameters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    torch.save(parameters, Path(root) / f"rank{run.global_rank}.pt")
+    held = {name: value.detach().clone() for name, value in tensors(module).items()}
+    torch.save(held, Path(root) / f"rank{run.global_rank}.pt")
 
 
 if __name__ == "__main__":

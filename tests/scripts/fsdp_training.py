@@ -34,6 +34,7 @@ class Sharded(Classifier):
 
     def configure_model(self):
         if self._device_mesh is not None:
+            self.trainer.precision_plugin.convert_module(self.net)
             shard(self.net, self.device_mesh["data_parallel"])
 
 
@@ -105,7 +106,7 @@ def with_fabric(root, devices, single_file, policy="fp32", **arguments):
 class Llama(pl.LightningModule):
     """A transformers model that is loaded, and so quantized, and then sharded in configure_model."""
 
-    def __init__(self, folder, optimizer="AdamW"):
+    def __init__(self, folder, optimizer="AdamW", convert_first=False):
         super().__init__()
         self.save_hyperparameters()
         self.model, self.losses = None, []
@@ -114,6 +115,8 @@ class Llama(pl.LightningModule):
         if self.model is None:
             self.model = LlamaForCausalLM.from_pretrained(self.hparams.folder)
             if self._device_mesh is not None:
+                if self.hparams.convert_first:
+                    self.trainer.precision_plugin.convert_module(self.model)
                 for layer in self.model.model.layers:
                     fully_shard(layer, mesh=self.device_mesh["data_parallel"])
                 fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
@@ -134,7 +137,7 @@ class Llama(pl.LightningModule):
 def with_llama(root, devices, single_file, folder, optimizer="AdamW", **arguments):
     def fit(epochs, ckpt=None, **more):
         strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
-        module = Llama(folder, optimizer)
+        module = Llama(folder, optimizer, convert_first="modules_to_save" in arguments)
         run = make_trainer(
             root, plugins=QLoRAPrecision(**ARGUMENTS | arguments | more), strategy=strategy if devices > 1 else "auto",
             devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import make_trainer, run_rank
+from tests.conftest import make_trainer, run_rank, tensors
 from tests.toys import ids, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -75,8 +75,7 @@ class Lit(pl.LightningModule):
 
 
 def values(module):
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return {name: gather(tensor.detach()).clone() for name, tensor in tensors}
+    return {name: gather(tensor.detach()).clone() for name, tensor in tensors(module).items()}
 
 
 def fit(root, devices, split=False, **arguments):

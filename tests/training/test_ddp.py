@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_qlora import convert
-from tests.conftest import launch
+from tests.conftest import launch, tensors
 from tests.toys import toy
 
 
@@ -22,8 +22,10 @@ def same(one: dict, other: dict) -> bool:
 
 
 def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
-    ranks = reported("tests.scripts.ddp_training", tmp_path, fits=3)
-    straight, first, resumed = ([rank[name] for rank in ranks] for name in ("straight", "first", "resumed"))
+    ranks = reported("tests.scripts.ddp_training", tmp_path, fits=4)
+    straight, first, resumed, started = (
+        [rank[name] for rank in ranks] for name in ("straight", "first", "resumed", "started")
+    )
     assert same(straight[0]["state"], straight[1]["state"])
     assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
     saved = load_file(tmp_path / "straight/adapter/adapter_model.safetensors")
@@ -39,6 +41,8 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
         assert resumed[rank]["losses"] == straight[rank]["losses"][8:]
         for key, state in straight[rank]["optimizer"].items():
             assert all(torch.equal(value, resumed[rank]["optimizer"][key][name]) for name, value in state.items())
+    assert same(started[0]["tensors"], started[1]["tensors"]), "all ranks hold the 4-bit weights of rank 0"
+    assert started[0]["sent"] == ["net.5.running_mean", "net.5.running_var", "net.5.num_batches_tracked"]
 
 
 def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
@@ -51,6 +55,6 @@ def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
     norm = first["model.model.norm.weight"]
     assert norm.dtype is torch.float32 and (norm != 1).all()
     assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
-    for name, parameter in model.named_parameters():
+    for name, value in tensors(model).items():
         if name.endswith((".packed", ".absmax", ".nested")):
-            assert torch.equal(first[f"model.{name}"], parameter)
+            assert torch.equal(first[f"model.{name}"], value)

@@ -495,6 +495,7 @@ def test_the_strategy_that_shards_is_in_the_report(trainer, monkeypatch):
 
     class Sharded(Lit):
         def configure_model(self):
+            self.trainer.precision_plugin.convert_module(self.model)
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
     module, plugin = Sharded(), QLoRAPrecision(**ARGUMENTS)

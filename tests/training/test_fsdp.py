@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -68,6 +67,7 @@ def shard(net, mesh, **arguments):
 class Sharded(Classifier):
     def configure_model(self):
         if self._device_mesh is not None and not isinstance(self.net, FSDPModule):
+            self.trainer.precision_plugin.convert_module(self.net)
             shard(self.net, self.device_mesh)
 
 
@@ -76,6 +76,7 @@ def test_a_block_in_a_checkpoint_wrapper_that_is_not_in_the_module_yet(fit):
 
     class Wrapped(Classifier):
         def configure_model(self):
+            self.trainer.precision_plugin.convert_module(self.net)
             block = checkpoint_wrapper(self.net[0])
             fully_shard(block, mesh=self.device_mesh["data_parallel"])
             self.net[0] = block
@@ -88,67 +89,28 @@ def test_a_block_in_a_checkpoint_wrapper_that_is_not_in_the_module_yet(fit):
     assert [gather(p).tolist() for p in module.parameters()] == [gather(p).tolist() for p in plain.parameters()]
 
 
-def test_a_file_imported_within_configure_model_shards_converted_modules_in_every_run(fit, tmp_path, monkeypatch):
-    (tmp_path / "their_sharding.py").write_text("from torch.distributed.fsdp import fully_shard\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "blocked_by_someone", None)
-
-    class Helped(Classifier):
+def test_a_model_that_is_sharded_before_it_is_converted_is_refused_and_other_models_are_not_converted(fit):
+    class Unconverted(Classifier):
         def configure_model(self):
-            import their_sharding
-
-            their_sharding.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-    first, second, dense = Helped(), Helped(), Helped()
-    fit(first)
-    assert sys.modules["their_sharding"].fully_shard is fully_shard
-    fit(second)
-    fit(dense, plugin=False)
-    assert [len(adapted_layers(module)) for module in (first, second, dense)] == [2, 2, 0]
-    del sys.modules["their_sharding"]
-
-
-def test_fully_shard_is_restored_after_an_error(fit):
-    before = fully_shard
-
-    class Failing(Sharded):
-        def configure_model(self):
-            super().configure_model()
-            raise KeyError("theirs")
-
-    with pytest.raises(KeyError, match="theirs"):
-        fit(Failing())
-    assert fully_shard is before is torch.distributed.fsdp.fully_shard
-
-
-def test_layers_that_are_added_after_the_first_fully_shard_are_refused(fit):
-    class BlockByBlock(Classifier):
-        def configure_model(self):
-            self.net = nn.Sequential()
-            for _ in range(2):
-                self.net.append(nn.Linear(64, 64))
-                fully_shard(self.net[-1], mesh=self.device_mesh["data_parallel"])
-
-    with pytest.raises(ValueError, match=r"^net\.1: was added after the first fully_shard"):
-        fit(BlockByBlock())
-
-
-def test_a_model_sharded_before_it_is_part_of_the_module_is_refused_and_other_models_are_not_converted(fit):
-    class Late(Classifier):
-        def configure_model(self):
-            net, self.net = self.net, None
-            self.net = shard(net, self.device_mesh)
+            shard(self.net, self.device_mesh)
 
     class WithTeacher(Sharded):
         def configure_model(self):
             self.teacher = [shard(Classifier().net, self.device_mesh)]
             super().configure_model()
 
-    with pytest.raises(ValueError, match=r"sets self\.model = model before it calls fully_shard"):
-        fit(Late())
+    with pytest.raises(ValueError, match=r"^net\.0: .*trainer\.precision_plugin\.convert_module\(self\.model\) before"):
+        fit(Unconverted())
     module = WithTeacher()
     fit(module)
     assert len(adapted_layers(module)) == 2 and not adapted_layers(module.teacher[0])
+    fit(Sharded(), plugin=False)  # Lightning's own plugin does nothing there
+
+
+def test_the_bytes_of_a_model_that_is_converted_as_a_part_are_split(fit):
+    module = Sharded()
+    fit(module)
+    assert all(is_sharded(layer.packed) for layer in adapted_layers(module).values())
 
 
 def test_two_trainable_dtypes_in_one_group_are_named(fit):

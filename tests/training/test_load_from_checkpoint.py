@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, load_from_checkpoint
+from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
 from tests.conftest import Classifier, loader
 
 
@@ -127,3 +127,31 @@ def test_blocks_in_a_checkpoint_wrapper_have_the_names_of_the_plain_module(saves
         again = load_from_checkpoint(Wrapped, path, wrapped=wrapped)
         assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
         trainer(plugins=QLoRAPrecision(r=4), max_epochs=2).fit(Wrapped(wrapped), loader(), ckpt_path=path)
+
+
+class Filters(Classifier):
+    """Saves the parameters that train alone, as many modules with a frozen backbone do."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint):
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {key: v for key, v in checkpoint["state_dict"].items() if key in trained}
+
+
+def test_a_checkpoint_that_the_module_filtered_is_loaded_by_what_the_plugin_saved(trainer, tmp_path):
+    module, run = Filters(), trainer(plugins=QLoRAPrecision(r=4, lora_alpha=32, lora_dropout=0.0), max_epochs=2)
+    run.fit(module, loader())
+    path, weights_only = run.checkpoint_callback.best_model_path, tmp_path / "weights.ckpt"
+    assert "qlora_config" not in torch.load(path, weights_only=True)["state_dict"]
+    x = torch.randn(3, 64)
+    assert torch.equal(load_from_checkpoint(Filters, path).eval()(x), module.eval()(x))
+    run.save_checkpoint(weights_only, weights_only=True)
+    with pytest.raises(ValueError, match=r"adapters of 2 layers and no 'qlora_config'.*on_save_checkpoint.*convert\("):
+        load_from_checkpoint(Filters, weights_only)
+    again = Filters()  # as the error says
+    convert(again, r=4, lora_alpha=32, lora_dropout=0.0)
+    again.load_state_dict(torch.load(weights_only, weights_only=True)["state_dict"], strict=False)
+    assert torch.equal(again.eval()(x), module(x))

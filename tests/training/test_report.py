@@ -20,7 +20,9 @@ def test_names_of_layers_are_whole_in_80_columns(capsys, monkeypatch):
     for name in ("of model", "model.layers.*.self_attn.q_proj", "model.layers.*.post_attention_layernorm", "lm_head"):
         assert f" {name}" in text  # the part that all share is cut, since one of them would break
     assert re.search(r"to model\.model\.embed_tokens\. .*\n.* weight ", text)
-    assert f"{module.model.num_parameters():,} parameters train" in text
+    adapters = sum(p.numel() for name, p in module.named_parameters() if "lora_" in name)
+    dense = toy("llama", tie_word_embeddings=True).num_parameters()
+    assert f"{adapters:,} of {dense + adapters:,} parameters train" in text
     assert "no weights are known to be loaded: linear layers larger than their adapter" in text
 
 

@@ -63,9 +63,7 @@ def addresses(arguments):
 
 def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
     tile = tiles.Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
-    launch = Launch(
-        _up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16
-    )
+    launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16)
     for _ in range(2):
         launch((H, W, OUT), (0, 0, 0, 0.5))
     by_triton, short = driven

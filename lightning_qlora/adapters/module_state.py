@@ -250,7 +250,7 @@ def _convert_what_was_built_anew(root: nn.Module, state_dict: Mapping[str, Any])
     convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
     if convert is not None and not trainer.strategy.restore_checkpoint_after_setup and unrecorded(root):
         convert(root)
-    elif conversion.has_layers and not adapted_layers(root):
+    elif conversion.layers and not adapted_layers(root):
         raise ValueError(
             f"This state dict holds adapters, and the layers of this {type(root).__name__} were built anew after "
             "conversion, so it has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."

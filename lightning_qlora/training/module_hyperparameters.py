@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 
 
 class LeftOut(nn.Module):
@@ -83,12 +84,19 @@ def networks_of(hyperparameters: Any, given: Mapping[str, Any], unpickle: bool) 
 
 
 class _WithoutValues(pickle.Pickler):
-    """Pickles the parameters of a network without their values."""
+    """Pickles the parameters and 4-bit weights of a network without their values."""
+
+    def __init__(self, stream: io.BytesIO, network: nn.Module) -> None:
+        super().__init__(stream)
+        layers = [part for part in network.modules() if isinstance(part, PackedLayer)]
+        self._packed = {id(getattr(layer, name)) for layer in layers for name in BASE}
 
     def reducer_override(self, value: Any) -> Any:
         """See pickle.Pickler."""
         if isinstance(value, nn.Parameter):
             return _zeros, (tuple(value.shape), value.dtype, value.requires_grad)
+        if id(value) in self._packed:
+            return _zero_bytes, (tuple(value.shape),)
         return NotImplemented
 
 
@@ -96,7 +104,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> n
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"), requires_grad)
 
 
+def _zero_bytes(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8, device="cpu")
+
+
 def _structure(network: nn.Module) -> str:
     stream = io.BytesIO()
-    _WithoutValues(stream).dump(network)
+    _WithoutValues(stream, network).dump(network)
     return base64.b64encode(stream.getvalue()).decode()

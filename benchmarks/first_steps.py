@@ -10,7 +10,7 @@ import warnings
 
 import peft
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -46,7 +46,7 @@ def write_shards(folder: Path, size: str) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPES[size], vocab_size=VOCABULARY, torch_dtype="bfloat16")
+    config = LlamaConfig(**SHAPES[size], vocab_size=VOCABULARY, dtype="bfloat16")
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
     shards: dict[str, list[str]] = {}

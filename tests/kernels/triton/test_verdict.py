@@ -3,8 +3,8 @@
 import os
 import re
 import shutil
-import subprocess
 import stat
+import subprocess
 import sys
 import tempfile
 import time

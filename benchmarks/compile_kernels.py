@@ -314,7 +314,7 @@ def _write(page: Path, summaries: dict[str, Summary]) -> None:
     lines = [f"| kernel | {' | '.join(summaries)} |", "|---" * (len(summaries) + 1) + "|"]
     for kernel in kernels:
         reports = [summary.get(kernel) for summary in summaries.values()]
-        cells = [f"{r.registers} / {r.spill_bytes} / {r.shared_kib:g}" if r else "" for r in reports]
+        cells = [f"{r.registers} / {r.spill_bytes} / {round(r.shared_kib, 1):g}" if r else "" for r in reports]
         lines.append(f"| {kernel} | {' | '.join(cells)} |")
     before, rest = page.read_text().split(begin)
     page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])

@@ -84,7 +84,7 @@ BUGS = {
         "0x7FEB352D",
         "0x7FEB352F",
         "lora_project",
-        6,
+        1,
         "differs from the reference",
     ),
     # Triton puts a barrier before an atomic operation by itself.

@@ -215,4 +215,4 @@ def test_the_planner_counts_experts(build, dtype):
     report = convert(model, r=2)
     assert estimate.trainable_parameters == report.trainable_parameters
     assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after
-    assert estimate.counted_activations
+    assert estimate.counted_activations == (build not in (dbrx, jetmoe))  # their routing needs values

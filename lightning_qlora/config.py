@@ -43,13 +43,13 @@ TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float3
 ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-EMPTY = {  # arguments whose value None stands for
+EMPTY = {  # arguments for which None means an empty list or dict
     "exclude_modules": list, "modules_to_save": list, "loftq_config": dict, "rank_pattern": dict, "alpha_pattern": dict,
 }  # fmt: skip
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
-    """Class decorator: an argument without a name, or that does not exist, is an error with the word used here."""
+    """Class decorator: a positional or unknown argument is an error that says what it is called here."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
@@ -233,7 +233,7 @@ class QLoRAConfig:
         return self.with_own({"r": r, "lora_alpha": alpha})
 
     def with_own(self, own: Mapping[str, Any]) -> "QLoRAConfig":
-        """The arguments for one layer, some of which are its own; patterns are for other layers."""
+        """The arguments for one layer: these, with the values in `own`, and without patterns."""
         return replace(self, rank_pattern={}, alpha_pattern={}, **own) if own else self
 
     @property

@@ -1,7 +1,8 @@
 """Lightning's modules and classes, and their copies under other names: `pytorch_lightning` and `lightning_fabric`.
 
-These packages have the source of lightning.pytorch and lightning.fabric, so an object of one is none of the other. A
-copy counts if it is loaded: this package imports none.
+These packages contain the source code of lightning.pytorch and lightning.fabric a second time, so their classes are
+different classes: a `pytorch_lightning.Trainer` is not an instance of `lightning.pytorch.Trainer`. A copy is used only
+if the user's code has imported it; this package never does.
 """
 
 import sys
@@ -13,7 +14,7 @@ COPIES = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightni
 
 
 def modules(name: str) -> list[Any]:
-    """The module of `lightning` with this name, and its copy; one of an optional package only if it is loaded."""
+    """The module with this name, and its copy if it is loaded. Modules of optional packages only if they are loaded."""
     package = ".".join(name.split(".")[:2])
     if package not in COPIES:
         return [import_module(name)] if name.startswith("torch.") or name in sys.modules else []
@@ -29,10 +30,10 @@ def classes(kind: type[Class]) -> tuple[type[Class], ...]:
 
 
 def inherit_from_copies(kind: type) -> None:
-    """Make a class that inherits from one of `lightning` inherit from the copies too, which their Trainer checks for.
+    """Let a subclass of a class of `lightning` inherit from its copies too: the Trainer of a copy checks for those.
 
-    The methods of `lightning` come first; where the copy's differ, because they check for classes of their own
-    package, the class has to choose.
+    Methods of `lightning` come first. Some methods check for classes of their own package: there the subclass calls
+    the method of the right copy itself.
     """
     bases: list[type] = [kind.__bases__[0]]
     for base in bases[0].__mro__:

@@ -1,4 +1,4 @@
-"""docs/contributing.md lists every file in the order of the import rule; docs/design.md names functions that exist."""
+"""docs/contributing.md lists every file in the order of the import rule, and every mark; pages name what exists."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import lightning_qlora
 from tests.test_imports import ORDER
 
 PACKAGE = Path(lightning_qlora.__file__).parent
-DESIGN = (PACKAGE.parent / "docs" / "design.md").read_text()
+DESIGN = "".join((PACKAGE.parent / "docs" / page).read_text() for page in ("design.md", "one-file.md"))
 FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text()
 
 
@@ -51,6 +51,12 @@ def test_every_function_that_is_named_exists():
     assert len(named) > 30
     missing = [(path, name) for path, name in named if name not in names_in(PACKAGE / path)]
     assert not missing
+
+
+def test_every_mark_on_an_object_is_listed():
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    listed = re.findall(r"^\| `(_qlora_\w+)` \|", FILES, re.M)
+    assert sorted(listed) == sorted(set(re.findall(r"(?<!\w)_qlora_[a-z]+", code)))
 
 
 def test_every_test_that_compatibility_names_exists():

@@ -1,6 +1,7 @@
 """Objects of other libraries are changed in files named patches.py only, and each change there says why."""
 
 import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from lightning_qlora.layers.patches import make_changes
 from tests.foreign_changes import Package, changes_in, changes_of
 
 PACKAGE = Path(lightning_qlora.__file__).parent
+PATCHES = sorted(PACKAGE.rglob("patches.py"))
+MECHANISM = ("wrap_once", "replaces", "make_changes")  # what patches are made with
 
 # What is no change of other people's code, though the text alone can't show it.
 ALLOWED = {
@@ -78,18 +81,25 @@ def test_every_allowed_change_is_made():
             assert any(is_listed(text, {entry}) for _, text in every[file]), f"{file}: {entry} is allowed in vain"
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("patches.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def patches_in(file):
+    """Name -> function of each patch in a file."""
+    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return {f.name: f for f in functions if not f.name.startswith("_") and f.name not in MECHANISM}
+
+
+@pytest.mark.parametrize("file", PATCHES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
-    tree = ast.parse(file.read_text())
-    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
-    assert functions
-    for name, function in functions.items():
-        if name in ("wrap_once", "replaces", "make_changes"):  # what patches are made with
-            continue
+    for name, function in patches_in(file).items():
         text = ast.get_docstring(function)
         assert "Upstream:" in text, name
         assert ".py" in text, name
         assert "Removed by:" in text, name
+
+
+def test_the_page_of_patches_lists_each_one_once():
+    page = (PACKAGE.parent / "docs" / "patches.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed) == sorted(name for file in PATCHES for name in patches_in(file))
 
 
 def test_a_function_is_wrapped_once_however_often_the_patch_is_applied():

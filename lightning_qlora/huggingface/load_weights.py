@@ -35,7 +35,7 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read the weights of a module on the meta device, after `fully_shard`; all ranks must call it.
 
     Args:
-        module: The module whose names the folder has. What is not on the meta device stays as it is.
+        module: A module with the parameter names of the folder. What is not on the meta device is not read.
         folder: A folder with model.safetensors, or with model.safetensors.index.json and the files that it lists.
 
     Raises:
@@ -49,7 +49,7 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 @torch.no_grad()
 def read_weights(module: nn.Module, folder: ModelFolder) -> None:
-    """The same with an opened folder; the adapters have their initial values."""
+    """`load_weights` from an opened folder. The adapters get their initial values."""
     device = _device_of(module)
     _read_layers(module, folder, device)
     for places in _tensors_on_meta(module):
@@ -68,7 +68,7 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
 
 
 def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -> None:
-    """Read the 4-bit layers, as many at a time as there are ranks; a model that is not sharded, on each rank alone."""
+    """Read the 4-bit layers, each rank one at a time. If the model is not sharded, each rank reads all of them."""
     shared = dist.is_initialized() and any(map(is_sharded, module.parameters()))
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
     layers = [(name, layer) for name, layer in adapted_layers(module).items() if layer.packed.is_meta]
@@ -89,7 +89,7 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
 
 
 def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
-    """Set the tensors of a layer to this rank's part of those that rank `source` made."""
+    """Set the tensors of a layer to this rank's part of the tensors of rank `source`."""
     for key in (*BASE, *ADAPTER):
         tensors: dict[str, Any] = vars(layer) if key in vars(layer) else layer._parameters
         held = tensors[key]
@@ -107,7 +107,7 @@ def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: to
 
 
 def _make(module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder, device: torch.device) -> QLoRALinear:
-    """A layer as one device makes it of the float weight in the folder."""
+    """The layer that a single device makes from the float weight in the folder."""
     made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     expert = parameter_and_number(name)
     if expert is None:
@@ -145,7 +145,7 @@ def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _with_data(held: Tensor, value: Tensor, device: torch.device) -> Tensor:
-    """What takes the place of a tensor on the meta device."""
+    """The tensor with values that replaces a tensor on the meta device."""
     part = local_part(value, held, device)
     if not isinstance(held, nn.Parameter):
         return part

@@ -1,7 +1,7 @@
 """What transformers finds when it loads a model whose values are read later: names, data types, and what files lack.
 
-transformers loads tensors on the meta device, of the shapes in the files, into a copy of the model, which stays dense.
-The model, whose layers are in 4 bits and may be sharded, then gets the types and marks of the copy.
+transformers loads tensors without values, with the shapes in the files, into a dense copy of the model on the meta
+device. The types and marks of the copy are then set on the model itself, whose layers are in 4 bits and may be sharded.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config
 
 
 def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
-    """Give the tensors of a model, which is on the meta device, the types and marks that those of the folder's got."""
+    """Set the types and marks of the dense copy, `folder.model`, on the tensors of a model on the meta device."""
     dense: Any = folder.model
     found = dict(named_tensors(dense))
     for name, part in model.named_modules():

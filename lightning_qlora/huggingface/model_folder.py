@@ -6,7 +6,7 @@ transformers renames and converts tensors while it loads them (conversion_mappin
     encoder.layers.0.attn.Wqkv.weight                    encoder.layers.0.self_attn.q_proj.weight, k_proj, v_proj
     layers.0.mlp.experts.3.gate_proj.weight, up_proj     layers.0.mlp.experts.gate_up_proj, expert 3
 
-Its own functions do so here, so this file has no names of architectures.
+Here its own functions do the same, so this file contains no names of architectures.
 Source: transformers 5, core_model_loading.py (convert_and_load_state_dict_in_model).
 """
 
@@ -50,7 +50,7 @@ class Conversion:
         return [key for keys in self.sources.values() for key in keys]
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Key -> tensor of the folder, to name -> parameter of the model."""
+        """Convert `tensors`, by keys of the folder, to parameters by names of the model."""
         transform = deepcopy(self.transform)
         for pattern, keys in self.sources.items():
             for key in keys:
@@ -61,7 +61,7 @@ class Conversion:
 
 
 class ModelFolder(WeightFolder):
-    """A folder whose entries have the names of the model's parameters, where transformers can make that model.
+    """A folder whose entries have the names of the model's parameters, if transformers can build that model.
 
     Tensors that the model does not use keep their keys. Raises as `WeightFolder`; also ValueError if two tensors become
     one parameter.
@@ -91,7 +91,7 @@ class ModelFolder(WeightFolder):
 
     @staticmethod
     def open(folder: str | os.PathLike[str]) -> "ModelFolder":
-        """A folder with the model of its config.json, or with None where transformers can't make that model."""
+        """A folder with the model of its config.json, or without one if transformers can't build it."""
         model = None
         with suppress(Exception):  # any error of the model's own code
             import transformers
@@ -141,7 +141,7 @@ class ModelFolder(WeightFolder):
         return [part for conversion in made.values() for part in self._parts(conversion, loading.MergeModulelist)]
 
     def _parts(self, conversion: Conversion, merge_experts: type) -> list[Conversion]:
-        """A conversion that stacks experts, as one for each expert: so memory holds one of them at a time."""
+        """Split a conversion that stacks experts into one per expert, so that memory holds one expert at a time."""
         numbers = {len(keys) for keys in conversion.sources.values()}
         operation: Any = conversion.transform.operations[0]
         if not isinstance(operation, merge_experts) or getattr(operation, "dim", None) != 0 or len(numbers) != 1:

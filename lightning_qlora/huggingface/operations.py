@@ -47,7 +47,7 @@ class _Operation(ConversionOps):
     ) -> dict[str, Tensor]:
         """Keep an error until all weights are read: transformers would only log what is raised before.
 
-        With `shape`, another one than that of the model, transformers refuses the load, or initializes the layer.
+        `shape`: that of the weight, if it is wrong; transformers then refuses the load, or initializes the layer.
         """
         errors = self.hf_quantizer.errors if shape is None else self.hf_quantizer.quantizers.mismatches
         errors.append(self.hf_quantizer.error(source, message))
@@ -79,7 +79,7 @@ class Quantize(_Operation):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], source_patterns: list[str], model: Any, missing_keys: Any = None, **_: Any
     ) -> dict[str, Any]:
-        """See ConversionOps; several weights where transformers split a tensor."""
+        """See ConversionOps. There are several weights if transformers split a tensor of the files."""
         made: dict[str, Any] = {}
         for key, value in input_dict.items():
             weight: Tensor = value[0] if isinstance(value, list) else value
@@ -96,7 +96,7 @@ class Quantize(_Operation):
     ) -> dict[str, Any]:  # fmt: skip
         """The parameters of one layer, or of all experts.
 
-        With `experts`, the weight of each as transformers would stack it, the values of `weight` are not used.
+        `experts`: the weight of each expert as transformers would stack it; then the values of `weight` are not used.
         """
         place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
         part = local(place)
@@ -152,7 +152,7 @@ class Nothing(ConversionOps):
 
 
 class Compose(ConversionOps):
-    """transformers' operations for a parameter; for a stack of experts once for each, which is then quantized."""
+    """transformers' operations for a parameter. For a stack they run expert by expert, and each one is quantized."""
 
     supports_many_to_many = True
 
@@ -175,7 +175,7 @@ class Compose(ConversionOps):
         return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
 
     def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
-        """The 4-bit layers of a stack, each expert dense for itself; None for other parameters and other operations."""
+        """The 4-bit layers of a stack, one dense expert at a time; None if it is none or operations mix experts."""
         name, model, missing = (arguments[word] for word in ("full_layer_name", "model", "missing_keys"))
         stack = getattr(self.quantizer.chosen.get(name), "part", None)
         if not isinstance(stack, ExpertParameter) or not all(map(_keeps_experts_apart, self.operations)):
@@ -202,9 +202,9 @@ class Compose(ConversionOps):
 
 
 def _keeps_experts_apart(operation: ConversionOps) -> bool:
-    """Whether an operation makes the same of each expert alone: it stacks them, or acts on other dimensions.
+    """Whether an operation gives the same result for each expert alone: it stacks experts, or uses other dimensions.
 
-    `check_dims` of a Transpose compares the shape with that of the whole parameter.
+    A Transpose with `check_dims` compares the shape with that of the whole parameter.
     """
     if isinstance(operation, MergeModulelist):
         return operation.dim == 0
@@ -213,7 +213,7 @@ def _keeps_experts_apart(operation: ConversionOps) -> bool:
 
 
 def _of_expert(tensors: dict[str, Any], number: int, experts: int) -> dict[str, Any] | None:
-    """What one expert is made of; None if these are not lists or stacks of that many."""
+    """The tensors of one expert; None if `tensors` has something else than lists or stacks of `experts` entries."""
     found = {}
     for pattern, value in tensors.items():
         parts = value if isinstance(value, list) else [value]

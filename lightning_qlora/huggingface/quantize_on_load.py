@@ -20,11 +20,12 @@ def quantize_while_loading(
 
     The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
     bitsandbytes' 4 bits are loaded without requantizing, and those in another format that transformers can dequantize
-    are dequantized first. Calls with a `quantization_config` of their own, and models in formats that it can't, load as
-    without this. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
+    are dequantized first. Calls with a `quantization_config`, and models in formats that transformers can't dequantize,
+    load as usual. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
 
     With `sharding` models stay on the meta device until the end of this context, when `fully_shard` has split them: so
-    each rank reads its part alone. With `adapter` its layers are chosen, in place of those of `config.adapter`.
+    each rank reads its part alone. With `adapter`, the layers of this adapter are quantized instead of those of
+    `config.adapter`.
     """
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield

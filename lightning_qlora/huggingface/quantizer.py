@@ -1,8 +1,9 @@
 """A transformers quantizer that makes 4-bit layers of a model's layers and experts while its weights are read.
 
-One dense weight is in memory at a time, also where transformers joins tensors of the files: of experts, one after
-another. A folder in another quantized format is read by transformers' quantizer of that format, whose operations
-dequantize each tensor in front of ours. A GGUF file is dequantized by transformers as a whole.
+One dense weight is in memory at a time. Where transformers joins tensors of the files to a stack of experts, each
+expert is quantized before the next one is read. A folder in another quantized format is read by transformers' quantizer
+of that format: its operations dequantize each tensor, and ours follow. A GGUF file is dequantized by transformers as a
+whole.
 
 This file imports transformers, so `quantize_while_loading` imports it only if transformers is installed.
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
@@ -71,7 +72,7 @@ class Quantizers:
         self.config, self.sharding = config, sharding
         # Models that wait for `fully_shard`, their folders, and the versions of their tensors.
         self.on_meta: list[tuple[nn.Module, ModelFolder, list[Version]]] = []
-        # Errors for weights of another shape, of the load that began last, which may `ignore_mismatched_sizes`.
+        # Errors for weights with a wrong shape in the last load; not raised if it may `ignore_mismatched_sizes`.
         self.mismatches: list[ValueError] = []
         # The adapter to start from, until the first model that has its layers gets it.
         self.adapter = read_adapter(config.adapter) if config.adapter is not None else adapter
@@ -80,9 +81,9 @@ class Quantizers:
     def quantizer_for(
         self, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], tuple[Any, Any, Any]]
     ) -> tuple[Any, Any, Any]:
-        """The quantizer of a model, its config and device_map; `ask` is transformers' function for them.
+        """The quantizer of a model, its config and device_map; `ask` returns transformers' own choice of these.
 
-        A format that transformers can't dequantize while it loads has transformers' quantizer alone.
+        If transformers can't dequantize the format of the files while it loads, that choice is returned.
         """
         text_config = model_config.get_text_config(decoder=True)
         stored = getattr(model_config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
@@ -179,7 +180,7 @@ class QLoRAQuantizer(HfQuantizer):
             self._convert_without_data(model, paths[0].parent)
 
     def _is_sharded_next(self, model: nn.Module, paths: list[Path]) -> bool:
-        """Whether `fully_shard` splits the model before its weights are needed, and they can be read then."""
+        """Whether `fully_shard` splits the model before its weights are needed, so that they can be read after it."""
         plan: Any = getattr(model.config, "distributed_config", None)  # DistributedConfig(fsdp_size=n)
         is_folder = [path.name for path in paths] == [WEIGHTS] or all(SHARD.fullmatch(path.stem) for path in paths)
         shards_next = self.quantizers.sharding or (getattr(plan, "fsdp_size", None) or 1) > 1
@@ -214,9 +215,9 @@ class QLoRAQuantizer(HfQuantizer):
         """transformers' conversions of the files, each followed by ours."""
         if not COMPOSES or self.folder is not None:  # its values are read later
             return super().update_weight_conversions(weight_conversions, *model)  # type: ignore
-        read_by: Any = super() if self.own is None else self.own
-        conversions: list[Any] = read_by.update_weight_conversions(weight_conversions, *model)
-        if self.pre_quantized:  # tensors that no conversion of theirs makes; "$": one is found by its pattern
+        quantizer: Any = super() if self.own is None else self.own
+        conversions: list[Any] = quantizer.update_weight_conversions(weight_conversions, *model)
+        if self.pre_quantized:  # tensors that their conversions do not make; "$": patterns match the end
             names = sorted({last_part(key) for key in self.chosen})
             conversions += [WeightConverter(f"{name}$", name, [Nothing()]) for name in names]
         last = Quantize(self) if self.pre_quantized else None  # else transformers adds it where we want it
@@ -227,7 +228,8 @@ class QLoRAQuantizer(HfQuantizer):
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
         if self.errors:
             raise self.errors[0]
-        for name, tensor in named_tensors(model):  # transformers before 5.23 compares none if there is a quantizer
+        # transformers before 5.23 does not compare shapes if there is a quantizer.
+        for name, tensor in named_tensors(model):
             if tensor.shape != self.shapes.get(name, tensor.shape):
                 known = self.quantizers.mismatches  # these name the files of converted weights too
                 raise known[0] if known else self.error(name, wrong_shape(name, tensor.shape, self.shapes[name]))
@@ -266,8 +268,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """See HfQuantizer."""
-        read_by: Any = super() if self.own is None else self.own
-        return read_by.get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+        if self.own is not None:
+            return self.own.get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+        return super().get_new_dtype(converter, param, dtype)
 
     def error(self, key: str, message: str) -> ValueError:
         """An error that names the file of a key."""

@@ -4,25 +4,28 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
+# Class that a function decorated with `derives` made -> that function, and the recipe of the class it was made from.
+RECIPES: dict[type, tuple[Any, Any]] = {}
+
 
 class Derived:
     """An instance of a class that a function decorated with `derives` made: no name of it could be imported."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
-        recipe = vars(type(self)).get("_qlora_recipe")
+        recipe = RECIPES.get(type(self))
         return made if recipe is None else (_new, (recipe,), *made[2:])
 
 
 def derives(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
-    """Decorator of a function that makes a class from a class: each once, with a note of how it was made."""
+    """Decorator of a function that makes a class from a class: each once, and noted in RECIPES."""
 
     @cache
     @wraps(make)
     def function(dense_class: Any) -> type[Any]:
-        made = make(dense_class)
-        made._qlora_recipe = function, vars(dense_class).get("_qlora_recipe", dense_class)
-        return made
+        derived = make(dense_class)
+        RECIPES[derived] = function, RECIPES.get(dense_class, dense_class)
+        return derived
 
     return function
 

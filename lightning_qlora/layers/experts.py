@@ -7,8 +7,8 @@
     mlp.forward(...)                of transformers' experts: each expert that tokens reached runs once, on its tokens
 
 Each expert is quantized separately and has its own adapter. Only the experts that tokens reached are decoded, one at a
-time, into the buffer that all layers share; the stack is never decoded, except for code that reads all of it in another
-way than those above. The module that held the parameter becomes an instance of a subclass of its class.
+time, into the buffer that all layers share. The whole stack is decoded only if code reads it in a way that is not in
+this list. The module that held the parameter becomes an instance of a subclass of its class.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +25,11 @@ from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 
-PARAMETERS = "_qlora_parameters"  # attribute of a module with such parameters: names of all, in the order of its class
+PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 
 
 class ReadableStack(Readable):
-    """What a parameter with the weights of all experts reads as: W + s B A of all, with gradients for every A and B."""
+    """What code gets when it reads a stack of experts: W + s B A of each, with gradients for every A and B."""
 
     _experts: Any  # a QLoRAExperts
 
@@ -101,13 +101,13 @@ class QLoRAExperts(nn.ModuleList):
 
         The parameter is [experts, out, in], [experts, in, out] (`transposed`) or [experts * width, in]. Its full name
         is `name`, that of expert i `name_experts.i`. The experts are quantized on `device`, None: where the parameter
-        is. Seeds are made from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` are those of
-        the experts, as they would be in it, one after another.
+        is. Seeds are made from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` yields the
+        weight of each expert in the layout of the parameter.
         """
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
         stack: Tensor = owner._parameters[key]  # type: ignore[assignment]
         made = QLoRAExperts()
-        setattr(stack, REPLACED, made)  # for an optimizer that was made before
+        setattr(stack, REPLACED, made)  # for an optimizer that was created before conversion
         made.flat, made.transposed = stack.ndim == 2, transposed
         weights = stack.detach().view(experts, -1, stack.shape[-1]) if weights is None else weights
         for number, weight in enumerate(weights):
@@ -118,7 +118,7 @@ class QLoRAExperts(nn.ModuleList):
             QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
             made.append(layer)
         made.train(owner.training)
-        del owner._parameters[key]  # not before: an operation of transformers that makes an expert asks for its type
+        del owner._parameters[key]  # last: while `weights` yields, transformers reads its type
         owner.register_module(stack_name(key), made)
         _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
         owner.__class__ = class_with_experts(type(owner))
@@ -165,7 +165,7 @@ class QLoRAExperts(nn.ModuleList):
         return self.stack(QLoRALinear.decode)
 
     def restore(self, owner: nn.Module, key: str, stack: Tensor) -> None:
-        """Replace these layers by a dense, frozen parameter, in place; without others the owner has its class again."""
+        """Replace these layers by a dense, frozen parameter, in place. After the last, the owner has its old class."""
         del owner._modules[stack_name(key)]
         owner.register_parameter(key, nn.Parameter(stack, requires_grad=False))
         _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
@@ -174,7 +174,7 @@ class QLoRAExperts(nn.ModuleList):
 
 
 def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
-    """Move entries to the end, in this order: optimizers number parameters by it, and PEFT names adapters by it."""
+    """Put entries into this order, at the end: optimizers number parameters and PEFT names adapters by their order."""
     for name in names:
         if name in entries:
             entries[name] = entries.pop(name)

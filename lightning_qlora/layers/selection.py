@@ -47,7 +47,7 @@ class ToConvert(NamedTuple):
 
     part: nn.Module | ExpertParameter
     config: QLoRAConfig  # the arguments, with its own rank and lora_alpha
-    seed_name: str  # the seed of its adapter is made from it
+    seed_name: str  # name from which the seed of its adapter is made
 
     def convert(
         self, name: str, device: torch.device | None = None, weights: Iterable[Tensor] | None = None
@@ -59,7 +59,7 @@ class ToConvert(NamedTuple):
             made = QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
             return {expert_name(name, number): layer for number, layer in enumerate(made.layers)}
         if is_packed(part):
-            setattr(part.weight, REPLACED, part)  # for an optimizer that was made before
+            setattr(part.weight, REPLACED, part)  # for an optimizer that was created before conversion
             QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
         else:
             QLoRALinear.from_linear(part, config, name, device, seed_name)
@@ -73,7 +73,7 @@ class Selection:
     convert: dict[str, ToConvert] = field(default_factory=dict)  # layers, and parameters with the weights of experts
     train: dict[str, str] = field(default_factory=dict)  # why a module or parameter trains in full
     skip: dict[str, str] = field(default_factory=dict)  # why a linear layer, or a stack of experts, is dense and frozen
-    stop: dict[str, None] = field(default_factory=dict)  # what trained before, is no linear layer, and is frozen
+    stop: dict[str, None] = field(default_factory=dict)  # what trained, is no linear layer, and conversion froze
     tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
     refused: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is an error
     named_in_vain: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is in `skip`
@@ -81,7 +81,7 @@ class Selection:
 
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """`select_in_part` for a whole module. With `saved` exactly these layers are chosen, those of a checkpoint.
+    """`select_in_part` for a whole module, with errors for patterns. With `saved`, exactly the layers of a checkpoint.
 
     Raises:
         ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
@@ -96,7 +96,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 
 def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """Decide for every linear layer of a module, to which patterns for other modules may be given as well.
+    """Decide for every linear layer of a module. A pattern that matches nothing in it may be for another module.
 
     A layer that was quantized while its model loaded counts as the dense layer that it was. What an earlier conversion
     has seen stays as it is.
@@ -144,7 +144,7 @@ def _decide(
     choice: Selection, facts: ModuleFacts, config: QLoRAConfig, saved: SavedLayers | None, name: str,
     part: nn.Module | ExpertParameter, names: LayerNames, new: str | None,
 ) -> None:  # fmt: skip
-    """Decide for a layer or a parameter of experts; `new` is the reason why it would train in full."""
+    """Decide for one layer or stack of experts. `new`: why its values are new, if they are (`new_parameters`)."""
     forms, seed_name = names
     target = bool(name) and any(matches(form, config.named_targets) for form in forms)
     everything = config.all_linear and not target

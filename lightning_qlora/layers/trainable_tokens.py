@@ -3,9 +3,9 @@
     embedding            y = E[tokens]             E: W with the rows `indices` replaced by delta [n, dim]; W is frozen
     output embedding     logits = x E^T + bias
 
-A call does not make E (PEFT copies W in each call): the class of the layer is called with W and again with delta, and
-its results are put together, so gradients and optimizer state are as large as delta. `layer.weight` is E for code that
-reads it. All layers of a tied weight have one delta, in a module of the name that PEFT's files use.
+A forward pass does not build E; PEFT copies W for it. It calls the class of the layer once with W and once with delta,
+and combines the two results. So gradients and optimizer state have the size of delta. `layer.weight` is E for code that
+reads it. Layers that share a tied weight share one delta. Its module has the name used in PEFT's files.
 Source: peft/tuners/trainable_tokens/layer.py.
 """
 
@@ -23,7 +23,7 @@ from lightning_qlora.layers.readable_weight import readable_parameter
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
-ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was made before
+ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was created before conversion
 SPLIT_TOKENS = (
     "trainable_token_indices: an embedding with rows that train can't be split over ranks. In configure_model, call "
     "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, which splits it then. Leave it, and "
@@ -35,9 +35,9 @@ SPLIT_TOKENS = (
 class TokenAdapter(nn.Module):
     """The rows of an embedding that train."""
 
-    trainable_tokens_delta: nn.Parameter  # [n, dim], fp32 or the type of a larger weight; computed in the weight's type
-    token_indices: Tensor  # [n], the row of the weight that each row of the delta stands for
-    order: Tensor  # [n], that of the sorted indices
+    trainable_tokens_delta: nn.Parameter  # [n, dim], fp32 (fp64 if the weight is fp64); cast to the weight's type
+    token_indices: Tensor  # [n], which row of the weight each row of the delta replaces
+    order: Tensor  # [n], token_indices.argsort()
     _qlora_disabled: int = 0
 
     def __init__(self, weight: Tensor, indices: list[int]) -> None:
@@ -57,13 +57,13 @@ class TokenAdapter(nn.Module):
 class TrainableTokens(Derived):
     """What `train_tokens` adds to the class of an embedding or output embedding."""
 
-    token_adapter: TokenAdapter  # the rows that train; layers of a tied weight have the same
+    token_adapter: TokenAdapter  # shared by the layers of a tied weight
     dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
     _parameters: dict[str, Any]
 
     @property
     def weight(self) -> Tensor:
-        """E for code that reads it, read-only; see `readable_weight.py`. Of shards, which FSDP2 reads, W alone."""
+        """E, read-only; see `readable_weight.py`. If the weight is sharded, W alone, because FSDP2 reads it."""
         weight: Tensor = self.base().weight
         return weight if is_sharded(weight) else readable_parameter(self)
 
@@ -73,7 +73,7 @@ class TrainableTokens(Derived):
         return weight.shape, weight.dtype, weight.device
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """As in nn.Module; the weight of another such layer is shared."""
+        """As in nn.Module. If `param` is the `weight` of another such layer, its parameter is shared (tied weights)."""
         source = getattr(param, "_source", None)
         shared = source._parameters.get(name, param) if isinstance(source, TrainableTokens) else param
         super().register_parameter(name, shared)  # type: ignore[misc]
@@ -87,17 +87,17 @@ class TrainableTokens(Derived):
         return self.token_adapter.adapter_parameters()
 
     def base(self) -> Any:
-        """The layer without rows that train."""
+        """This layer with its dense class: it computes with W alone."""
         view = object.__new__(self.dense_class)
         view.__dict__.update(self.__dict__)
         return view
 
     def rows(self) -> Tensor:
-        """The rows that train, in the type of the weight."""
+        """delta in the type of the weight."""
         return self.token_adapter.trainable_tokens_delta.to(self.base().weight.dtype)
 
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
-        """What the layer computes with the rows in place of its weight, also where its class scales the result."""
+        """Call `forward` of the dense class with delta as the weight; a class may scale its result, for example."""
         dense: Any = getattr(self.dense_class, "dense_class", self.dense_class)
         view: Any = object.__new__(dense)
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
@@ -128,7 +128,7 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[o
             return output
         indices, order = self.token_adapter.token_indices, self.token_adapter.order
         row = order[torch.searchsorted(indices, input, sorter=order).clamp_max_(len(order) - 1)]
-        # The row of another token is any: its result is not used.
+        # `row` is arbitrary for a token that does not train: torch.where below does not use its result.
         rows = self._call_with_rows(row, {}, num_embeddings=len(order), padding_idx=None)
         trains = indices[row] == input
         if self.padding_idx is not None:  # torch gives this row no gradient
@@ -162,10 +162,10 @@ def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
-    """Let these rows of a weight train, in place, in all layers that have it; they begin with its values.
+    """Let rows of a weight train in all layers that share it, in place. They start with the values of the weight.
 
     Raises:
-        ValueError: If ranks hold parts of the weight.
+        ValueError: If the weight is sharded.
     """
     weight = layers[0].weight
     if is_sharded(weight):
@@ -178,18 +178,18 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
 
 
 def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
-    """Name of each embedding with rows that train -> these; of layers with a tied weight the first name."""
+    """Name of an embedding -> its `TokenAdapter`; for tied weights the first name only."""
     parts = module.named_modules()
     return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
 
 
 def token_indices(module: nn.Module) -> dict[str, list[int]]:
-    """The same names without those of wrappers -> the indices."""
+    """Name of an embedding, without the names of wrappers -> the indices of its rows that train."""
     return {plain_name(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
 
 
 def merge_tokens(module: nn.Module) -> None:
-    """Write the rows that train into the weights, and make each embedding what it was."""
+    """Write the trained rows into the weights, and restore the class of each layer."""
     layers = [part for part in module.modules() if isinstance(part, TrainableTokens)]
     rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
     for layer in layers:
@@ -200,14 +200,14 @@ def merge_tokens(module: nn.Module) -> None:
 
 
 def remove_tokens(layer: Any) -> None:
-    """Make an embedding what it was without rows that train, in place."""
+    """Restore the class of a layer, in place, without its trained rows."""
     vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
     layer.__class__ = layer.dense_class
     del layer._modules[TOKEN_ADAPTER]
 
 
 def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:
-    """A parameter; a weight with zeros for the rows that train: what stood there is not used, as in new tokens."""
+    """A parameter, with zeros in the rows that train: W has values there that are not used, random for new tokens."""
     if not isinstance(owner, TrainableTokens) or parameter.ndim < 2 or not len(parameter):
         return parameter
     return gather(parameter.detach()).index_fill(0, owner.token_adapter.token_indices, 0)

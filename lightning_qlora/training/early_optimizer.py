@@ -1,4 +1,4 @@
-"""An optimizer that was made before conversion, as LightningCLI and Fabric loops make it, gets the adapters."""
+"""An optimizer that was created before conversion, as in LightningCLI and Fabric loops, gets the adapters."""
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,7 +11,7 @@ from lightning_qlora.layers.trainable_tokens import DELTA, ROWS
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
-    """Replace each weight that conversion replaced by its adapter (or its experts'), in the same parameter group.
+    """Put the adapters in place of the weights that conversion replaced, in the same parameter groups.
 
     The optimizer and its groups stay the same objects, because schedulers refer to them. An optimizer that has state is
     not changed; `guards.check_optimizer` refuses it.
@@ -20,7 +20,7 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         params = [_replacements(param) for param in group["params"]]
-        if "param_names" in group:  # the optimizer was made from named_parameters()
+        if "param_names" in group:  # the optimizer was created from named_parameters()
             named = zip(group["param_names"], params, strict=True)
             group["param_names"] = [
                 join(owner_name(name), key) if key else name for name, of_name in named for key in of_name
@@ -40,11 +40,18 @@ def leave_out_bytes(optimizer: Optimizer) -> None:
 
 
 def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
-    """Ending of the name -> parameter of the adapter; {"": param} if conversion did not replace it."""
+    """The adapter of a weight that conversion replaced, by name endings; {"": param} for another parameter."""
     if hasattr(param, ROWS):
         return {DELTA: getattr(param, ROWS)}
-    became: nn.Module = getattr(param, REPLACED, nn.Module())
-    prefix = became.layers[0].full_name.split(".")[-2] if isinstance(became, QLoRAExperts) else ""
-    trains = (*ADAPTER, last_part(DELTA))
-    of_adapter = [(join(prefix, name), p) for name, p in became.named_parameters() if last_part(name) in trains]
-    return dict(of_adapter) or {"": param}
+    layer: nn.Module | None = getattr(param, REPLACED, None)
+    if layer is None:
+        return {"": param}
+    prefix = ""
+    if isinstance(layer, QLoRAExperts):
+        prefix = layer.layers[0].full_name.split(".")[-2]
+    adapter = {
+        join(prefix, name): parameter
+        for name, parameter in layer.named_parameters()
+        if last_part(name) in (*ADAPTER, last_part(DELTA))
+    }
+    return adapter or {"": param}  # no adapter: the layer was merged

@@ -20,7 +20,28 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training import patches
 from lightning_qlora.training.report import group
 
-RECOMPUTED = "_qlora_recomputed"  # attribute of a block: whether it ran, to be recomputed in the backward pass
+
+class RecomputedForward:
+    """The forward method of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
+
+    Attributes:
+        ran: Whether it was called while autograd recorded.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.ran = False
+        self._block = block
+        # accelerate gives a block a method in place of that of its class (`device_map`).
+        self._instance_forward: Callable[..., Any] | None = vars(block).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, recomputed if autograd records."""
+        forward = self._instance_forward or partial(type(self._block).forward, self._block)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if not self.ran:
+            self.ran = True
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def enable_gradient_checkpointing(module: nn.Module) -> None:
@@ -34,9 +55,8 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     for block in blocks:
-        if RECOMPUTED not in vars(block):  # else an earlier conversion did this
-            setattr(block, RECOMPUTED, False)
-            patches.recompute_block(block, partial(_recomputed_forward, block, vars(block).get("forward")))
+        if _recomputed(block) is None:  # else an earlier conversion did this
+            patches.recompute_block(block, RecomputedForward(block))
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
@@ -58,8 +78,9 @@ def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> lis
     ran: dict[str, bool] = {}
     names: dict[str, list[str]] = {}
     for name, block in module.named_modules():
-        if RECOMPUTED in vars(block) and any(id(part) in wanted for part in block.modules()):
-            ran[group(name)] = ran.get(group(name), False) or getattr(block, RECOMPUTED)
+        recomputed = _recomputed(block)
+        if recomputed is not None and any(id(part) in wanted for part in block.modules()):
+            ran[group(name)] = ran.get(group(name), False) or recomputed.ran
             names.setdefault(group(name), []).append(name)
     return [name for key, of_group in names.items() if not ran[key] for name in of_group]
 
@@ -83,17 +104,10 @@ def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-def _recomputed_forward(block: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
-
-    `own` is the method that a block had in place of that of its class, as accelerate gives it (`device_map`).
-    """
-    forward = own or partial(type(block).forward, block)
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    if not getattr(block, RECOMPUTED):
-        setattr(block, RECOMPUTED, True)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def _recomputed(block: nn.Module) -> "RecomputedForward | None":
+    """What took the place of a block's forward method; None if the block is not recomputed."""
+    forward = vars(block).get("forward")
+    return forward if isinstance(forward, RecomputedForward) else None
 
 
 def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -28,9 +28,9 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
     Raises as `peft_tensors`.
     """
-    config = peft_config(adapter)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in peft_tensors(adapter).items()}
+    config = peft_config(adapter)
     with atomic_files(Path(folder)) as partial:
         write_safetensors(tensors, partial / WEIGHTS_FILE, metadata_of(adapter, tensors))
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """Lightning's modules and classes, and their copies under other names: `pytorch_lightning` and `lightning_fabric`.
 
-These packages have the source of lightning.pytorch and lightning.fabric, so an object of one is none of the other. A
-copy counts if it is loaded: this package imports none.
+These packages contain the same source as lightning.pytorch and lightning.fabric. Their classes are other objects, so
+`isinstance` with the class of one package is False for an object of the other. A copy is used only if the user imported
+it.
 """
 
 import sys
@@ -13,14 +14,18 @@ COPIES = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightni
 
 
 def modules(name: str) -> list[Any]:
-    """The module of `lightning` with this name, and its copy; one of an optional package only if it is loaded."""
+    """The module of `lightning` with this name and its copy; the module of an optional package only if it is loaded."""
     package = ".".join(name.split(".")[:2])
     if package not in COPIES:
-        return [import_module(name)] if name.startswith("torch.") or name in sys.modules else []
-    version: str = getattr(sys.modules.get(COPIES[package]), "__version__", "0")
+        if name.startswith("torch.") or name in sys.modules:
+            return [import_module(name)]
+        return []
+    module = import_module(name)
     copy = sys.modules.get(COPIES[package] + name.removeprefix(package))
-    recent = [int(number) for number in version.split(".")[:2]] >= [2, 5]  # older ones do not have all modules
-    return [import_module(name), *([copy] if copy and recent else [])]
+    version: str = getattr(sys.modules.get(COPIES[package]), "__version__", "0")
+    if copy is None or [int(number) for number in version.split(".")[:2]] < [2, 5]:  # older ones lack some modules
+        return [module]
+    return [module, copy]
 
 
 def classes(kind: type[Class]) -> tuple[type[Class], ...]:
@@ -29,13 +34,16 @@ def classes(kind: type[Class]) -> tuple[type[Class], ...]:
 
 
 def inherit_from_copies(kind: type) -> None:
-    """Make a class that inherits from one of `lightning` inherit from the copies too, which their Trainer checks for.
+    """Add the copies to the bases of a class that inherits from one of `lightning`: their Trainer checks for them.
 
-    The methods of `lightning` come first; where the copy's differ, because they check for classes of their own
-    package, the class has to choose.
+    The methods of `lightning` come first. Where a method of the copy checks for classes of its package, the class has
+    to call the right one.
     """
     bases: list[type] = [kind.__bases__[0]]
     for base in bases[0].__mro__:
-        found: tuple[type, ...] = classes(base) if base.__module__.startswith("lightning.") else ()
-        bases += [copy for copy in found if not any(issubclass(held, copy) for held in bases)]
+        if not base.__module__.startswith("lightning."):
+            continue
+        for copy in classes(base):
+            if not any(issubclass(previous, copy) for previous in bases):
+                bases.append(copy)
     kind.__bases__ = tuple(bases)

@@ -17,7 +17,9 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an int of more than 4300 digits
         return f"{type(value).__name__} of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+    if len(text) > 200:
+        return f"{text[:200]}... ({len(text)} characters)"
+    return text
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -29,9 +31,11 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def check_token_indices(name: str, value: Any) -> None:
     """Raise TypeError or ValueError unless `value` is a list of different indices, or a dict of such lists."""
+    lists = [value]
     if isinstance(value, dict):
         check_dict(name, value)
-    for indices in value.values() if isinstance(value, dict) else [value]:
+        lists = list(value.values())
+    for indices in lists:
         _check(isinstance(indices, list) and indices != [], name, value, "a list of indices, or a dict of such lists")
         for index in indices:
             check_integer(f"index in {name}", index, at_least=0)
@@ -51,7 +55,7 @@ def check_auto(name: str, value: Any) -> None:
 
 
 def check_module(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a module; torch is not imported for it."""
+    """Raise TypeError unless `value` is a module; this does not import torch."""
     _check(hasattr(value, "named_modules"), name, value, "a torch.nn.Module: build or load it first")
 
 
@@ -73,19 +77,21 @@ def check_number(
     """Raise TypeError or ValueError unless `value` is a finite number in the range; a bool is not."""
     _check(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
     if not (at_least <= value < below and value > above):  # also refuses NaN
-        limits = [
-            f"{sign} {limit}" for sign, limit in ((">=", at_least), (">", above), ("<", below)) if math.isfinite(limit)
-        ]
-        raise ValueError(f"{name}={shown(value)}: must be a finite number {' and '.join(limits)}".rstrip() + ".")
+        limits = {">=": at_least, ">": above, "<": below}
+        words = [f"{sign} {limit}" for sign, limit in limits.items() if math.isfinite(limit)]
+        raise ValueError(f"{name}={shown(value)}: must be a finite number {' and '.join(words)}".rstrip() + ".")
 
 
 def check_names(name: str, value: Any, or_regex: bool = False) -> None:
     """Raise TypeError unless `value` is a list of non-empty strings; with `or_regex` a regular expression as well."""
-    if isinstance(value, str) and or_regex:
-        check_regex(name, value)
-    else:
-        allowed = "a list of non-empty names" + (", or a regular expression" if or_regex else "")
-        _check(isinstance(value, list) and all(isinstance(i, str) and i for i in value), name, value, allowed)
+    allowed = "a list of non-empty names"
+    if or_regex:
+        allowed += ", or a regular expression"
+        if isinstance(value, str):
+            check_regex(name, value)
+            return
+    is_list = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+    _check(is_list, name, value, allowed)
 
 
 def check_regex(name: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is made."""
+"""QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is created."""
 
 import functools
 import inspect
@@ -43,13 +43,17 @@ TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float3
 ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-EMPTY = {  # arguments for which None means an empty list or dict
-    "exclude_modules": list, "modules_to_save": list, "loftq_config": dict, "rank_pattern": dict, "alpha_pattern": dict,
-}  # fmt: skip
+EMPTY = {  # argument -> type of the empty value that None stands for
+    "exclude_modules": list,
+    "modules_to_save": list,
+    "loftq_config": dict,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
-    """Class decorator: a positional or unknown argument is an error that says what it is called here."""
+    """Class decorator: positional and unknown arguments raise an error that names our argument."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
@@ -185,11 +189,12 @@ class QLoRAConfig:
     def __repr__(self) -> str:
         """The arguments that are not the defaults."""
         defaults = vars(QLoRAConfig())
-        given = [f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name]]
-        return f"{type(self).__name__}({', '.join(given)})"
+        arguments = [f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def _check_initialization(self) -> None:
-        method, loftq_config = self.init_lora_weights, self.loftq_config or {}
+        method = self.init_lora_weights
+        loftq_config = self.loftq_config or {}
         if not (isinstance(method, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", method)):
             check_choice("init_lora_weights", method, (*get_args(get_args(InitLoRAWeights)[0]), "pissa_niter_16"))
         check_dict("loftq_config", loftq_config)
@@ -214,14 +219,18 @@ class QLoRAConfig:
     @property
     def named_targets(self) -> str | list[str]:
         """target_modules without "all-linear": a regular expression, or a list of name endings, which may be empty."""
+        if self.target_modules == ALL_LINEAR:
+            return []
         if isinstance(self.target_modules, str):
-            return [] if self.all_linear else self.target_modules
+            return self.target_modules
         return [pattern for pattern in self.target_modules if pattern != ALL_LINEAR]
 
     @property
     def scaling(self) -> float:
         """Factor of the output of an adapter: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        if self.use_rslora:
+            return self.lora_alpha / math.sqrt(self.r)
+        return self.lora_alpha / self.r
 
     def for_layer(self, names: Iterable[str]) -> "QLoRAConfig":
         """The arguments for one layer: r and lora_alpha from the first pattern that matches one of its names."""
@@ -232,9 +241,11 @@ class QLoRAConfig:
         alpha = _first_match(self.alpha_pattern, names, self.lora_alpha)
         return self.with_own({"r": r, "lora_alpha": alpha})
 
-    def with_own(self, own: Mapping[str, Any]) -> "QLoRAConfig":
-        """The arguments for one layer: these, with the values in `own`, and without patterns."""
-        return replace(self, rank_pattern={}, alpha_pattern={}, **own) if own else self
+    def with_own(self, arguments: Mapping[str, Any]) -> "QLoRAConfig":
+        """The config of one layer, with these arguments in place of those of the module, and without patterns."""
+        if not arguments:
+            return self
+        return replace(self, rank_pattern={}, alpha_pattern={}, **arguments)
 
     @property
     def initialization(self) -> str:
@@ -250,7 +261,9 @@ class QLoRAConfig:
     def pissa_iterations(self) -> int | None:
         """Power iterations of PiSSA's SVD; None: an exact SVD."""
         number = self.init_lora_weights.partition("_niter_")[2]
-        return int(number) if number else None
+        if not number:
+            return None
+        return int(number)
 
     @property
     def loftq_iterations(self) -> int:
@@ -268,7 +281,7 @@ def takes_arguments_of(
     """Decorate `__init__(self, config)` so that it is called with the arguments of `config_class` instead.
 
     Type checkers and IDEs see the arguments through the ParamSpec; help(), inspect.signature and jsonargparse (and so
-    LightningCLI) through the copied signature and docstring. The arguments are written down in one place.
+    LightningCLI) see them through the copied signature and docstring. So the arguments are described in one place.
     """
 
     def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
@@ -287,7 +300,7 @@ def takes_arguments_of(
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending, or a regular expression for it."""
+    """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending or a regular expression for one."""
     return _compiled(pattern).match(name) is not None
 
 
@@ -298,5 +311,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:
     """The value of the first pattern that matches one of the names."""
-    found = (value for pattern, value in (patterns or {}).items() if any(fits(name, pattern) for name in names))
-    return next(found, default)
+    for pattern, value in (patterns or {}).items():
+        if any(fits(name, pattern) for name in names):
+            return value
+    return default

@@ -17,11 +17,15 @@ def modules(name: str) -> list[Any]:
     """The module with this name, and its copy if it is loaded. Modules of optional packages only if they are loaded."""
     package = ".".join(name.split(".")[:2])
     if package not in COPIES:
-        return [import_module(name)] if name.startswith("torch.") or name in sys.modules else []
-    version: str = getattr(sys.modules.get(COPIES[package]), "__version__", "0")
+        if name.startswith("torch.") or name in sys.modules:
+            return [import_module(name)]
+        return []
+    module = import_module(name)
     copy = sys.modules.get(COPIES[package] + name.removeprefix(package))
-    recent = [int(number) for number in version.split(".")[:2]] >= [2, 5]  # older ones do not have all modules
-    return [import_module(name), *([copy] if copy and recent else [])]
+    version: str = getattr(sys.modules.get(COPIES[package]), "__version__", "0")
+    if copy is None or [int(number) for number in version.split(".")[:2]] < [2, 5]:  # older ones lack some modules
+        return [module]
+    return [module, copy]
 
 
 def classes(kind: type[Class]) -> tuple[type[Class], ...]:
@@ -37,6 +41,9 @@ def inherit_from_copies(kind: type) -> None:
     """
     bases: list[type] = [kind.__bases__[0]]
     for base in bases[0].__mro__:
-        found: tuple[type, ...] = classes(base) if base.__module__.startswith("lightning.") else ()
-        bases += [copy for copy in found if not any(issubclass(held, copy) for held in bases)]
+        if not base.__module__.startswith("lightning."):
+            continue
+        for copy in classes(base):
+            if not any(issubclass(previous, copy) for previous in bases):
+                bases.append(copy)
     kind.__bases__ = tuple(bases)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-# Argument of another library -> what to do here. Those that contain ours (`bnb_4bit_quant_type`) are found without it.
+# Argument of another library -> what to do here. Names that contain ours (`bnb_4bit_quant_type`) need no entry.
 ARGUMENTS = {
     "load_in_4bit": "leave it out: the weights are always in 4 bits",
     "load_in_8bit": "there is no 8-bit base here, only 4 bits",
@@ -33,19 +33,20 @@ def install(extra: str) -> str:
     return f'pip install ".[{extra}]" in a clone of the repository'
 
 
-def refuse_unknown_arguments(given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raise TypeError for an argument that does not exist; says what it is called here, if that is known."""
+def refuse_unknown_arguments(names: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise TypeError for an argument that does not exist, with our name for it, if that is known."""
     allowed = list(allowed)
-    for name in given:
+    for name in names:
         if name not in allowed:
             raise TypeError(f"{name}: there is no such argument here; {_answer(name, allowed)}")
 
 
 def _answer(name: str, allowed: list[str]) -> str:
-    """What to do instead, from the table; or an argument that is contained in this one; or one with a typing error."""
+    """What to do instead, from the table; or the argument whose name this one contains, or nearly is."""
     if name in ARGUMENTS:
         return f"{ARGUMENTS[name]}."
-    contained = [own for own in allowed if "_" in own and f"_{own}_" in f"_{name}_"]
-    if similar := contained or difflib.get_close_matches(name, allowed, 1, 0.8):
+    contained = [argument for argument in allowed if "_" in argument and f"_{argument}_" in f"_{name}_"]
+    similar = contained or difflib.get_close_matches(name, allowed, 1, 0.8)
+    if similar:
         return f"did you mean {max(similar, key=len)}?"
     return f"the arguments are {', '.join(allowed)}."

@@ -75,7 +75,7 @@ class Adapter:
             known.
         bases: Name of a layer -> its 4-bit weight, if it is stored with the adapters.
         base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if the initialization changed it.
-        origin: What the initial values can be computed again from, if known.
+        origin: The values that the initial adapters are computed from, if known.
         source: The file that the tensors came from, for messages.
     """
 
@@ -127,21 +127,25 @@ class Adapter:
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """Names (as PEFT's patterns name them) and alphas of the other layers."""
-        usual, alphas = self.alpha, {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
+        usual = self.alpha
+        alphas = {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
         return {self.name_in_peft(name): alpha for name, alpha in alphas.items() if alpha != usual}
 
     def expert_parameter(self, name: str) -> str | None:
-        """Name of the parameter that a layer is an expert of; None if it is none."""
-        return parameter if (parameter := parameter_of(name)) in self.experts else None
+        """Name of the parameter that a layer is an expert of; None for other layers."""
+        parameter = parameter_of(name)
+        return parameter if parameter in self.experts else None
 
     @property
     def targets(self) -> set[str]:
-        """Names of the modules and expert parameters of a model that it has adapters for."""
+        """Names of the model's modules and expert parameters that have an adapter here."""
         return {self.expert_parameter(name) or name for name in self.layers} | set(map(outermost, self.expert_adapters))
 
     def name_in_peft(self, name: str) -> str:
         """Name of the layer, or of the parameter, that PEFT adapts."""
-        return self.expert_parameter(name) or (f"{name}.weight" if name in self.as_parameters else name)
+        if name in self.as_parameters:
+            return f"{name}.weight"
+        return self.expert_parameter(name) or name
 
     @property
     def target_parameters(self) -> list[str]:
@@ -151,7 +155,9 @@ class Adapter:
     def scaling(self, name: str) -> float:
         """The factor s of a layer's product B A."""
         layer = self.layers[name]
-        return layer.alpha / (math.sqrt(layer.r) if self.use_rslora else layer.r)
+        if self.use_rslora:
+            return layer.alpha / math.sqrt(layer.r)
+        return layer.alpha / layer.r
 
 
 def parameter_of(name: str) -> str:
@@ -165,6 +171,6 @@ def outermost(key: str) -> str:
 
 
 def round_alpha(alpha: float) -> float | int:
-    """An alpha that was computed back from a scaling, without the error of that; an int where it is one."""
+    """An alpha that was computed from a scaling, without its rounding error; an int if it is a whole number."""
     rounded = round(alpha, 9)
     return int(rounded) if rounded == int(rounded) else rounded

@@ -4,22 +4,22 @@
     loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
     pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
 
-Checkpoints and adapter folders store it as the dict that `quantization_of` returns. An adapter that is loaded from one
-keeps it (`record_initialization`), so that the module can be saved again.
+Checkpoints and adapter folders store the quantization as the dict that `quantization_of` returns. Loading an adapter
+records it in the layers (`record_initialization`), so that the module can be saved again.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_folder import float_weights, is_in_4_bits, load_base_model
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.files.hub import resolve_model
-from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.initialization.difference import recompute_initial, subtract_initial
+from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 
@@ -28,47 +28,51 @@ BITS = ("quant_type", "block_size", "double_quant")
 
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     """How the base is quantized and how its adapters are initialized; plain values, stored in files."""
-    return {
-        **{name: getattr(config, name) for name in BITS},
-        "init_lora_weights": config.init_lora_weights,
-        "base_changed": methods.changes_base_weights(config),
-        **({"loftq_config": dict(config.loftq_config)} if config.loftq_config else {}),
-    }
+    quantization = {name: getattr(config, name) for name in (*BITS, "init_lora_weights")}
+    quantization["base_changed"] = changes_base_weights(config)
+    if config.loftq_config:
+        quantization["loftq_config"] = dict(config.loftq_config)
+    return quantization
 
 
-def check_quantization(known: Any, source: str) -> None:
+def check_quantization(quantization: Any, source: str) -> None:
     """Raise ValueError, with the source, if a value is neither None nor what `quantization_of` returns."""
+    if quantization is None:
+        return
     try:
-        if known is not None:
-            check_bool("base_changed", known["base_changed"])
-            names = (*BITS, "init_lora_weights")
-            QLoRAConfig(**{name: known[name] for name in names}, loftq_config=known.get("loftq_config"))
+        check_bool("base_changed", quantization["base_changed"])
+        arguments = {name: quantization[name] for name in (*BITS, "init_lora_weights")}
+        QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}. The file is damaged: use another copy.") from error
 
 
 def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
-    """The same of a layer, with the quantization of its weight, which may have been loaded in 4 bits."""
+    """`quantization_of` the layer's arguments, with the type of its weight, which may have been loaded in 4 bits."""
     return quantization_of(layer.config) | _bits_of(layer)
 
 
 def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
     """Raise ValueError if layers, by name, differ in arguments of which an adapter folder has one value for all."""
-    (first, known), *others = configs.items()
-    for name, config in others:
+    first, first_config = next(iter(configs.items()))
+    for name, config in configs.items():
         for key in (*BITS, "init_lora_weights", "loftq_config", "use_dora"):
-            was, now = getattr(known, key), getattr(config, key)
-            if was != now:
+            expected = getattr(first_config, key)
+            value = getattr(config, key)
+            if value != expected:
                 raise ValueError(
-                    f"{first} has {key}={was!r} and {name} has {key}={now!r}: an adapter folder has one value for all "
-                    "layers. Use a Lightning checkpoint, merge the adapters, or convert both with the same value."
+                    f"{first} has {key}={expected!r} and {name} has {key}={value!r}: an adapter folder has one value "
+                    "for all layers. Use a Lightning checkpoint, merge the adapters, or convert both with the same "
+                    "value."
                 )
 
 
 def required_base(quantization: Mapping[str, Any] | None) -> str | None:
     """In a sentence, the base that adapters initialized this way need; None if the float base fits too."""
-    method = (quantization or {}).get("init_lora_weights", "default")
-    if quantization is None or method in WITHOUT_WEIGHT:
+    if quantization is None:
+        return None
+    method = quantization.get("init_lora_weights", "default")
+    if method in WITHOUT_WEIGHT:
         return None
     bits = _in_words(quantization)
     if quantization["base_changed"]:
@@ -95,51 +99,39 @@ def trained_on(quantization: Mapping[str, Any] | None) -> str:
 
 def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> None:
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
+    quantization = adapter.quantization or {}
     for name, layer in layers.items():
-        if is_base_changed(adapter) or methods.changes_base_weights(layer.config):
+        if quantization.get("base_changed") or changes_base_weights(layer.config):
             if adapter.base_fingerprints.get(name) != layer.base_fingerprint():
-                refuse_base(adapter, name)
-        else:
-            check_bits(adapter, name, _bits_of(layer))
-
-
-def is_base_changed(adapter: Adapter) -> bool:
-    """Whether the initialization changed the 4-bit weights that the adapter fits."""
-    return bool((adapter.quantization or {}).get("base_changed"))
-
-
-def refuse_base(adapter: Adapter, name: str) -> NoReturn:
-    """Raise the error for a layer without the 4-bit weight that an initialization made."""
-    raise CheckpointMismatchError(
-        f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the module, "
-        "changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge it, or export it "
-        "with base='float' for a base in 16 bits."
-    )
-
-
-def check_bits(adapter: Adapter, name: str, here: Mapping[str, Any]) -> None:
-    """Raise CheckpointMismatchError if an adapter needs a layer in another quantization than it has here."""
-    known = adapter.quantization or {}
-    if required_base(known) and any(known.get(key) != value for key, value in here.items()):
-        raise CheckpointMismatchError(
-            f"{adapter.source}: does not fit {name}: the adapter was initialized as {known['init_lora_weights']!r} "
-            f"from the error of quantization to {_in_words(known)}, and here it is {_in_words(here)}. Use the same "
-            "quantization, or export the checkpoint that it came from with base='float', for a base in 16 bits."
-        )
+                raise CheckpointMismatchError(
+                    f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "
+                    "module, changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge "
+                    "it, or export it with base='float' for a base in 16 bits."
+                )
+            continue
+        bits = _bits_of(layer)
+        if required_base(quantization) and any(quantization.get(key) != value for key, value in bits.items()):
+            method = quantization["init_lora_weights"]
+            raise CheckpointMismatchError(
+                f"{adapter.source}: does not fit {name}: the adapter was initialized as {method!r} from the error of "
+                f"quantization to {_in_words(quantization)}, and here it is {_in_words(bits)}. Use the same "
+                "quantization, or export the checkpoint that it came from with base='float', for a base in 16 bits."
+            )
 
 
 def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | None) -> None:
-    """Store in a layer how the adapter that it was given was initialized, for when it is saved again."""
-    known = quantization or {}
-    method, loftq_config = known.get("init_lora_weights", "default"), known.get("loftq_config")
-    layer.config = layer.config.with_initialization(method, loftq_config)
+    """Store in a layer how its loaded adapter was initialized, for when it is saved again."""
+    if quantization is None:
+        quantization = {}
+    method = quantization.get("init_lora_weights", "default")
+    layer.config = layer.config.with_initialization(method, quantization.get("loftq_config"))
 
 
 def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] | None = None) -> Adapter:
     """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
 
-    One that was initialized with B = 0 is returned as it is. `base_model` is a folder of safetensors, or a hub name, of
-    the base that it was trained on; None: the one that the adapter names. FileNotFoundError, ValueError or
+    An adapter that was initialized with B = 0 is returned unchanged. `base_model` is a folder of safetensors, or a hub
+    name, of the base that it was trained on; None: the one that the adapter names. FileNotFoundError, ValueError or
     CheckpointMismatchError if there is no such base, it lacks a layer, or the difference can't be computed.
     """
     if required_base(adapter.quantization) is None:
@@ -150,8 +142,9 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
             f"{adapter.source}: an adapter folder does not hold what the initial values were computed from. Export "
             "from the Lightning checkpoint, or from the module."
         )
-    for name, layer in adapter.layers.items() if origin.config.initialization == "calibrated" else ():
-        if name not in origin.input_rms and bool(layer.lora_B.any()):
+    is_calibrated = origin.config.initialization == "calibrated"
+    for name, layer in adapter.layers.items():
+        if is_calibrated and name not in origin.input_rms and bool(layer.lora_B.any()):
             raise ValueError(
                 f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
                 "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
@@ -172,21 +165,27 @@ def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] |
     if is_in_4_bits(folder):
         raise CheckpointMismatchError(f"{folder}: is in 4 bits. Pass a base in 16 or 32 bits.")
     layers = dict(adapter.layers)
-    for name, rows in float_weights(load_base_model(folder, adapter), adapter).items():
+    for name, weight in float_weights(load_base_model(folder, adapter), adapter).items():
         layer = layers[name]
         # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
-        of_layer = {"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora}
-        of_origin = replace(origin, config=origin.config.with_own(of_layer))
-        initial = recompute_initial(of_origin, name, rows.contiguous(), adapter.bases.get(name))
+        arguments = {"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora}
+        layer_origin = replace(origin, config=origin.config.with_own(arguments))
+        initial = recompute_initial(layer_origin, name, weight.contiguous(), adapter.bases.get(name))
         lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
-        # so that alpha / r, or alpha / sqrt(r), stays the same
-        alpha = layer.alpha * (len(lora_a) / layer.r) ** (0.5 if adapter.use_rslora else 1)
-        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=alpha)
+        ratio = len(lora_a) / layer.r
+        if adapter.use_rslora:
+            ratio **= 0.5
+        # The scaling, alpha / r or alpha / sqrt(r), stays the same.
+        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=layer.alpha * ratio)
     return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
 
 
 def _bits_of(layer: QLoRALinear) -> dict[str, Any]:
-    return dict(zip(BITS, (layer.quant_type, layer.block_size, layer.nested.numel() > 0), strict=True))
+    return {
+        "quant_type": layer.quant_type,
+        "block_size": layer.block_size,
+        "double_quant": layer.nested.numel() > 0,
+    }
 
 
 def _in_words(quantization: Mapping[str, Any]) -> str:

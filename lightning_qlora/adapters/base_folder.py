@@ -22,9 +22,12 @@ from lightning_qlora.layers.trainable_tokens import DELTA
 
 # Classes for a model that was trained without the head of its folder, or with a new one.
 OTHER_CLASSES = (
-    "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
-)  # fmt: skip
+)
 LOAD_IT_YOURSELF = "Load the model in Python, convert it with adapter=FOLDER, call merge(model), and save it."
 
 
@@ -54,36 +57,37 @@ def load_base_model(
     transformers: Any = import_module("transformers")
     gguf = gguf_of(source)
     folder = Path(source) if gguf is None else gguf.parent
-    where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
-    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    location: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf is None:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: has no config.json, which names the model. {LOAD_IT_YOURSELF}")
         check_links(folder)
         WeightFolder(folder)  # its errors name file and key
     else:
-        where["gguf_file"] = gguf.name
+        location["gguf_file"] = gguf.name
         if hasattr(transformers, "GgufConfig"):
-            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    config = transformers.AutoConfig.from_pretrained(**where)
-    if published := published_format(config.to_dict()):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    config = transformers.AutoConfig.from_pretrained(**location)
+    published = published_format(config.to_dict())
+    if published:
         if not takes_dequantize(published):
             raise ValueError(f"{source}: is in {published.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
         config.update({"quantization_config": published | {"dequantize": True}})
-    kind, untied = _class_for(config, adapter, trust_remote_code)
+    model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
     try:
         with torch.device("cpu"):
-            model, found = kind.from_pretrained(config=config, **where, **how)
+            model, loading = model_class.from_pretrained(config=config, **location, **options)
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"{source}: transformers can't load it: {' '.join(str(error).split())[:500]}") from error
-    for name, shape, expected in found["mismatched_keys"]:
+    for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
             f"{list(expected)}. Copy or download the folder again."
         )
-    for name in sorted(set(found["missing_keys"]) - adapter.saved.keys()):
+    for name in sorted(set(loading["missing_keys"]) - adapter.saved.keys()):
         raise ValueError(
             f"{source}: has no tensor for {name!r} of a {type(model).__name__}, and the adapter has none either. "
             f"{LOAD_IT_YOURSELF}"
@@ -93,8 +97,10 @@ def load_base_model(
 
 def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
     """Whether a folder is in bitsandbytes' 4 bits."""
-    stored = read_config(Path(source)).get("quantization_config") if os.path.isdir(source) else None
-    return bool(stored and stored.get("load_in_4bit"))
+    if not os.path.isdir(source):
+        return False
+    quantization = read_config(Path(source)).get("quantization_config")
+    return bool(quantization and quantization.get("load_in_4bit"))
 
 
 def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:
@@ -105,15 +111,16 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     """
     needed = adapter.targets | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     first = None
-    for kind, model in _candidates(config, adapter, trust_remote_code):
-        first = first or kind
-        tensors = *model.named_parameters(remove_duplicate=False), *model.named_buffers()
-        if needed <= {plain_name(name) for name, _ in (*model.named_modules(), *tensors)}:
+    for model_class, model in _candidates(config, adapter, trust_remote_code):
+        first = first or model_class
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        names = {plain_name(name) for name, _ in (*model.named_modules(), *tensors)}
+        if needed <= names:
             heads = {id(layer) for layer in get_output_embeddings(model)}
             outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
             trained = outputs & adapter.saved.keys()
-            pairs = [names for names in tied_names(model) if len(names) == 2 and trained & {*names}]
-            return kind, not all(is_one_weight(adapter, names) for names in pairs)
+            pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
+            return model_class, not all(is_one_weight(adapter, pair) for pair in pairs)
     if first is None:
         name = (config.architectures or ["None"])[0]
         raise ValueError(f"{config.name_or_path}: transformers has no class {name!r}. {LOAD_IT_YOURSELF}")
@@ -123,50 +130,57 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
 def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Iterator[tuple[Any, nn.Module]]:
     """Classes of transformers, each with its model on the meta device, which has no weights."""
     transformers: Any = import_module("transformers")
-    own = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], None)
-    remote = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
-    kinds = [own] if own is not None else [getattr(transformers, name) for name in remote if trust_remote_code]
-    labels = [len(v) for key, v in adapter.saved.items() if v.ndim == 2 and ("classifier" in key or "score" in key)]
-    for number, kind in enumerate([*kinds, *(getattr(transformers, name) for name in OTHER_CLASSES)]):
-        if number == len(kinds) and labels:
-            config.update({"num_labels": min(labels)})
+    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
+    classes = [architecture]
+    if not hasattr(transformers, architecture):
+        classes = []
+        if trust_remote_code:
+            classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    heads = [v for key, v in adapter.saved.items() if v.ndim == 2 and ("classifier" in key or "score" in key)]
+    for number, name in enumerate([*classes, *OTHER_CLASSES]):
+        if number == len(classes) and heads:
+            config.update({"num_labels": min(len(head) for head in heads)})
+        model_class = getattr(transformers, name)
         try:
             with torch.device("meta"):
-                if hasattr(kind, "from_config"):  # an Auto class
-                    model = kind.from_config(config, trust_remote_code=trust_remote_code)
+                if hasattr(model_class, "from_config"):  # an Auto class
+                    model = model_class.from_config(config, trust_remote_code=trust_remote_code)
                 else:
-                    model = kind._from_config(config)
+                    model = model_class._from_config(config)
         except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, NotImplementedError):
             continue  # no such model of this architecture, or one that can't be built without values
-        yield kind, model
+        yield model_class, model
 
 
 def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Layer of an adapter -> its weight [out, in] in a model that is not converted: views of its parameters.
 
-    Experts of a parameter have names of their own, as in `Adapter.layers`. CheckpointMismatchError if the model has no
-    such layer, or one of another shape.
+    Each expert of a parameter has a name, as in `Adapter.layers`. CheckpointMismatchError if the model has no such
+    layer, or one of another shape.
     """
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
     for name, layer in adapter.layers.items():
-        parameter = adapter.expert_parameter(name)
         key = f"{name}.lora_A.weight"
-        held = parameters.get(f"{name}.weight" if parameter is None else parameter)
-        if held is None:
-            refuse(adapter, key, model, "has no such layer")
+        stacked = adapter.expert_parameter(name)
+        parameter = parameters.get(stacked or f"{name}.weight")
         if parameter is None:
-            transposed, weight = kind_of(type(modules[name])).transposed, held.detach()
+            refuse(adapter, key, model, "has no such layer")
+        weight = parameter.detach()
+        if stacked is None:
+            transposed = kind_of(type(modules[name])).transposed
         else:
-            stack, number = adapter.experts[parameter], int(last_part(name))
+            stack = adapter.experts[stacked]
             transposed = stack.transposed
-            if held.shape[0] % stack.number or (held.ndim == 3 and held.shape[0] != stack.number):
-                refuse(adapter, key, model, f"has shape {list(held.shape)} there, not {stack.number} experts")
-            weight = held.detach().view(stack.number, -1, held.shape[-1])[number]
-        rows = weight.T if transposed else weight
+            if len(weight) % stack.number or (weight.ndim == 3 and len(weight) != stack.number):
+                refuse(adapter, key, model, f"has shape {list(weight.shape)} there, not {stack.number} experts")
+            weight = weight.view(stack.number, -1, weight.shape[-1])[int(last_part(name))]
+        if transposed:
+            weight = weight.T
         sizes = (layer.lora_B.shape[0], layer.lora_A.shape[1])
-        if tuple(rows.shape) != sizes:
-            what = "has a layer of {1} inputs and {0} outputs there, the adapter is for {3} and {2}"
-            refuse(adapter, key, model, what.format(*rows.shape, *sizes))
-        weights[name] = rows
+        if weight.shape != sizes:
+            difference = "has a layer of {1} inputs and {0} outputs there, the adapter is for {3} and {2}"
+            refuse(adapter, key, model, difference.format(*weight.shape, *sizes))
+        weights[name] = weight
     return weights

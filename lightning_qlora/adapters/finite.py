@@ -1,5 +1,6 @@
-"""Adapters with NaN or Inf are not saved and not merged: they compute NaN, and no file with them can be loaded."""
+"""Adapters with NaN or Inf are not saved and not merged: the model would compute NaN, and readers refuse the file."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from lightning_qlora.layers.trainable_tokens import token_adapters
 
 
 def check_finite(module: nn.Module) -> None:
-    """Raise ValueError if an adapter of a module holds NaN or Inf; of a sharded module all ranks must call it."""
+    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it."""
     layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
-    parameters = [(name, p) for name, layer in layers.items() for p in layer.adapter_parameters()]
-    bad = list(dict.fromkeys(name for name, p in parameters if not torch.isfinite(local(p.detach())).all()))
-    if any(is_sharded(p) for _, p in parameters):
-        bad = list(dict.fromkeys(name for of_rank in of_all_ranks(bad) for name in of_rank))
+    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
+    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
+    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
+        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
     if bad:
         trainer = vars(module).get("_trainer")
-        step = "" if trainer is None else f" after step {trainer.global_step}"
+        step = ""
+        if trainer is not None:
+            step = f" after step {trainer.global_step}"
         raise ValueError(
             f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
             f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "

@@ -9,7 +9,7 @@ from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.dotted_names import last_part, plain_name
+from lightning_qlora.layers.dotted_names import last_part, owner_name, plain_name
 from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_entry
 from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
 from lightning_qlora.layers.names import named
@@ -28,38 +28,51 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         config, description = read_conversion(state, root)
     if config is None or not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
         raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
-    outer = plain_name(root) + (f"{description['prefix']}." if description["prefix"] else "")
-    names = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
-    if not names:
+    outer = plain_name(root)
+    if description["prefix"]:
+        outer += f"{description['prefix']}."
+    keys = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
+    if not keys:
         raise ValueError(f"{path}: no adapter.")
-    keys = {plain_name(name).removeprefix(outer): name for name in names}  # name in the base model -> name in the state
+    configs = {}
+    tensors = {}
+    input_rms = {}
+    fingerprints = {}
+    bases = {}
+    for key in keys:
+        name = plain_name(key).removeprefix(outer)  # in the base model
+        configs[name] = config_of_layer(description, name, config)
+        tensors[name] = (state[f"{key}.lora_A"], state[f"{key}.lora_B"], state.get(f"{key}.{MAGNITUDE}"))
+        if f"{key}.{INPUT_RMS}" in state:
+            input_rms[name] = state[f"{key}.{INPUT_RMS}"]
+        if f"{key}.weight.{FINGERPRINT}" in state:
+            fingerprints[name] = fingerprint_of_entry(state[f"{key}.weight.{FINGERPRINT}"])
+        if f"{key}.weight.absmax" in state:
+            bases[name] = PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
     owners = {outer + owner for owner in description["trained_in_full"]}
-    configs = {name: config_of_layer(description, name, config) for name in keys}
-    fingerprints = {name: state.get(f"{key}.weight.{FINGERPRINT}") for name, key in keys.items()}
+    saved = {
+        plain_name(key).removeprefix(outer): value
+        for key, value in state.items()
+        if owner_name(plain_name(key)) in owners and not key.endswith("." + FINGERPRINT)
+    }
     return adapter_on_base(
         description,
         configs,
-        {name: (state[f"{k}.lora_A"], state[f"{k}.lora_B"], state.get(f"{k}.{MAGNITUDE}")) for name, k in keys.items()},
-        {name: rms for name, key in keys.items() if (rms := state.get(f"{key}.{INPUT_RMS}")) is not None},
-        {name: fingerprint_of_entry(value) for name, value in fingerprints.items() if value is not None}.get,
-        saved={
-            plain_name(key).removeprefix(outer): value
-            for key, value in state.items()
-            if plain_name(key).rpartition(".")[0] in owners and not key.endswith("." + FINGERPRINT)
-        },
-        bases={
-            name: PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
-            for name, key in keys.items()
-            if f"{key}.weight.absmax" in state
-        },
+        tensors,
+        input_rms,
+        fingerprints.get,
+        saved=saved,
+        bases=bases,
         source=str(path),
     )
 
 
 def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
     """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
-    prints = [fingerprint_of_entry(value) for key, value in sorted(state.items()) if key.endswith("." + FINGERPRINT)]
-    return checksum(torch.tensor(prints, device="cpu")) if prints else None
+    keys = sorted(key for key in state if key.endswith("." + FINGERPRINT))
+    if not keys:
+        return None
+    return checksum(torch.tensor([fingerprint_of_entry(state[key]) for key in keys], device="cpu"))
 
 
 def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
@@ -70,7 +83,7 @@ def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool =
     checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):
         # Fabric saves the module under a name that the user chooses.
-        for state in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
+        for state in (checkpoint, *(value for value in checkpoint.values() if isinstance(value, dict))):
             for key in state:
                 if last_part(str(key)) == CONFIG_KEY:
                     return state, key[: -len(CONFIG_KEY)]

@@ -34,13 +34,13 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     Experts become the parameter that they were, in the same way.
 
     The new weight is the decoded 4-bit weight plus s B A, on which the adapter was trained. The sum is computed in fp32
-    and rounded once, stochastically (`round_stochastically`); so is what trained in full and was held in fp32. Every
-    parameter requires a gradient if it did before conversion.
+    and rounded once, stochastically (`round_stochastically`). Parameters that train in full and were held in fp32 are
+    rounded in the same way. Every parameter requires a gradient if it did before conversion.
 
     Args:
         module: A converted module.
-        dtype: Type of the weights. "auto": of each layer the type it had before conversion; another type is given to
-            all floating-point parameters of the module.
+        dtype: Type of the weights. "auto": each layer gets the type that it had before conversion. With another value
+            all floating-point parameters of the module get that type.
 
     Raises:
         ValueError: If the module has no QLoRALinear, an adapter holds NaN or Inf, layers are sharded, or dtype is not
@@ -53,7 +53,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 
 @torch.no_grad()
 def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "auto") -> Module:
-    """`merge` onto these float weights [out, in] of layers, by their names in the base model, and removes each."""
+    """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     layers = adapted_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
@@ -68,19 +68,21 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
     def merged(layer: QLoRALinear) -> Tensor:
-        wanted = layer.weight_dtype if dtype == "auto" else DTYPES[dtype]
-        return merged_weight(layer, wanted, names[layer], weights.pop(names[layer], None))
+        weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
+        return merged_weight(layer, weight_dtype, names[layer], weights.pop(names[layer], None))
 
     experts = experts_of(module)
-    linear = [layer for layer in layers.values() if layer not in experts]
-    for layer in linear:
-        to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
+    parameters = []
+    for layer in layers.values():
+        if layer not in experts:
+            to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
+            parameters.append(layer.weight)
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, stack.stack(merged))
+        parameters.append(owner.get_parameter(key))
     compute_logits(module)
-    _round_what_trained_in_full(module, prefix, dtype)
-    made = [*(x.weight for x in linear), *(owner.get_parameter(key) for _, owner, key, _ in stacks)]
-    mark_as_loaded(module, made)
+    _round_full_precision(module, prefix, dtype)
+    mark_as_loaded(module, parameters)
     merge_tokens(module)
     for part in module.modules():
         forget_conversion(part)
@@ -92,12 +94,11 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     return module
 
 
-def _round_what_trained_in_full(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
+def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
     """Round parameters that train in full from fp32 to the type that they had; `prefix` is that of the base model."""
-    for name, parameter, own in full_precision_parameters(module):
-        wanted = own if dtype == "auto" else DTYPES[dtype]
-        in_base = plain_name(name).removeprefix(f"{plain_name(prefix)}.")
-        parameter.data = round_stochastically(parameter.data, wanted, in_base)
+    for name, parameter, previous_dtype in full_precision_parameters(module):
+        name_in_base = plain_name(name).removeprefix(f"{plain_name(prefix)}.")
+        parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype), name_in_base)
     undo_full_precision(module)
 
 
@@ -106,8 +107,9 @@ def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str, weight: Ten
 
     W: `weight`, [out, in]; None: the 4-bit weight, decoded to its type.
     """
-    rows = ops.dequantize(layer.whole_bytes, layer.weight_dtype) if weight is None else weight.contiguous()
-    total = rows.float() + layer.scaling * (gather(layer.lora_B).float() @ gather(layer.lora_A).float())
+    if weight is None:
+        weight = ops.dequantize(layer.whole_bytes, layer.weight_dtype)
+    total = weight.contiguous().float() + layer.scaling * (gather(layer.lora_B).float() @ gather(layer.lora_A).float())
     if layer.lora_magnitude_vector is not None:
         scale = gather(layer.lora_magnitude_vector).float() / total.norm(dim=1).clamp_min(TINY)
         total *= scale[:, None]

@@ -27,22 +27,27 @@ CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conver
 HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
 CONFIG_KEY = "qlora_config"  # key of the conversion's arguments, the bytes of JSON in an int32 tensor
 BASE_MODEL = "base_model"  # key in that JSON of what `describe_base` returns
-KINDS: dict[str, type] = {  # of what `describe_base` returns
-    "prefix": str, "trained_in_full": list, "layers": dict, "seed_names": dict, "experts": dict, "tokens": dict,
-}  # fmt: skip
+DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
+    "prefix": str,
+    "trained_in_full": list,
+    "layers": dict,
+    "seed_names": dict,
+    "experts": dict,
+    "tokens": dict,
+}
 PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
 
 
 @dataclass
 class Conversion:
-    """What a converted module knows of its conversion.
+    """The record of a conversion in the module that was converted.
 
     Attributes:
         config: The arguments that checkpoints hold; an adapter that was loaded changes them.
         given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
-        buffers: Float buffer -> its fingerprint at conversion; no adapter folder holds what changed since.
+        buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
         replaced: Whether the state dict that is being loaded holds a dense base.
     """
 
@@ -59,20 +64,22 @@ def conversion_of(module: nn.Module) -> Conversion | None:
 
 
 def forget_conversion(module: nn.Module) -> None:
-    """Let the next conversion convert the parts that this one has not seen; converted layers stay."""
+    """Remove the record of a conversion, so that the module can be converted again; converted layers stay."""
     vars(module).pop(CONVERSION, None)
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
-    """Make state dicts of a converted module hold what trains, and loading complete them, so that it can be strict.
+    """Save only what trains in state dicts of a converted module, and complete them on loading, which can be strict.
 
-    The state dict of a part of the module also holds the base of that part, since the part may be saved alone. `config`
-    has the arguments of the conversion; with checkpoint="full" the base is not left out. `given`: as they were passed.
+    The state dict of a part of the module also has the base of that part, since the part may be saved alone. `config`
+    has the arguments of the conversion; with checkpoint="full" the base is saved too. `given`: as they were passed.
     """
-    earlier = [known for _, conversion in _conversions(root) for known in conversion.given]
+    requests = []
+    for _, conversion in _conversions(root):
+        requests += conversion.given
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    made = Conversion(config, [*earlier, given], _shapes_of_layers(root), buffers)
-    root._qlora_conversion = made  # type: ignore[assignment]
+    conversion = Conversion(config, [*requests, given], _shapes_of_layers(root), buffers)
+    root._qlora_conversion = conversion  # type: ignore[assignment]
     for part in root.modules():
         if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
             vars(part)[HOOKED] = True
@@ -83,9 +90,9 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
 
 
 def check_no_layer_resized(root: nn.Module) -> None:
-    """RuntimeError if a dense layer of another shape stands where conversion made one that trains.
+    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
 
-    `resize_token_embeddings` of transformers puts one in place of an output embedding, whose adapter would be lost.
+    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
     """
     conversion = conversion_of(root)
     if conversion is None:
@@ -93,8 +100,10 @@ def check_no_layer_resized(root: nn.Module) -> None:
     layers = {plain_name(name): part for name, part in root.named_modules()}
     for name, shape in conversion.layers.items():
         layer = layers.get(name)
-        weight = None if layer is None else layer._parameters.get("weight")
-        if weight is not None and not isinstance(layer, TrainableTokens) and tuple(weight.shape) != shape:
+        if layer is None or isinstance(layer, TrainableTokens):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.shape != shape:
             raise RuntimeError(
                 f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
                 f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
@@ -118,17 +127,20 @@ def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def config_entry(root: nn.Module) -> Tensor | None:
-    """What a state dict of a converted module holds as `CONFIG_KEY`; None for another module."""
+    """The value of `CONFIG_KEY` in the state dict of a converted module; None for another module."""
     conversion = conversion_of(root)
-    return None if conversion is None or _is_merged(root) else _config_entry(root, conversion.config)
+    if conversion is None or _is_merged(root):
+        return None
+    return _config_entry(root, conversion.config)
 
 
 def _config_entry(root: nn.Module, config: QLoRAConfig) -> Tensor:
-    # adapter: a folder that is read once, at conversion
-    arguments = asdict(config) | {"adapter": None, BASE_MODEL: describe_base(root, config)}
+    arguments = asdict(config)
+    arguments["adapter"] = None  # a folder that is read once, at conversion
+    arguments[BASE_MODEL] = describe_base(root, config)
     text = json.dumps(arguments).encode()
-    text = text.ljust(-(-len(text) // PAGE) * PAGE)
-    return torch.tensor(list(text), dtype=torch.int32, device="cpu")  # a sum over state dicts fits
+    text += b" " * (-len(text) % PAGE)
+    return torch.tensor(list(text), dtype=torch.int32, device="cpu")  # 32 bits: a sum over state dicts fits
 
 
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
@@ -143,24 +155,27 @@ def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QL
         # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
         arguments = {**json.loads(bytes(state_dict[key].contiguous().double().round().to(torch.uint8).tolist()))}
         description = {**arguments.pop(BASE_MODEL, {})}
-        for name, kind in KINDS.items():
-            if not isinstance(description.get(name, kind()), kind):
-                raise TypeError(f"{name}={shown(description[name])}: must be a {kind.__name__}.")
+        for name, expected in DESCRIPTION_TYPES.items():
+            if not isinstance(description.get(name, expected()), expected):
+                raise TypeError(f"{name}={shown(description[name])}: must be a {expected.__name__}.")
         check_quantization(description.get("quantization"), "quantization")
-        for own in {json.dumps(own): own for own in description.get("layers", {}).values()}.values():
-            QLoRAConfig(**own)
+        layers = description.get("layers", {}).values()
+        for layer_arguments in {json.dumps(value): value for value in layers}.values():  # each once
+            QLoRAConfig(**layer_arguments)
         return QLoRAConfig(**arguments), description
-    except Exception as error:  # a damaged value raises any
+    except Exception as error:  # a damaged value may raise any error
         raise ValueError(
             f"{key}: is damaged, or of a newer version of lightning-qlora ({error}). Use another copy, or that version."
         ) from error
 
 
 def saved_layers(state_dict: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name of each layer with an adapter in the state dict of a converted module -> its own arguments."""
-    own = {join(description.get("prefix", ""), name): given for name, given in description.get("layers", {}).items()}
-    names = [plain_name(key).rpartition(".") for key in state_dict]
-    return {name: own.get(name, {}) for name, _, last in names if last == "lora_A"}
+    """Name of each layer with an adapter in the state dict of a converted module -> arguments that differ from all."""
+    prefix = description.get("prefix", "")
+    arguments = {join(prefix, name): value for name, value in description.get("layers", {}).items()}
+    keys = [plain_name(key) for key in state_dict]
+    names = [owner_name(key) for key in keys if last_part(key) == "lora_A"]
+    return {name: arguments.get(name, {}) for name in names}
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -182,23 +197,23 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         for name, owner, key, parameter in _dense_parameters(root):
             if prefix + name in state_dict and is_base(owner, key, parameter):
                 del state_dict[prefix + name]
-                known = frozen_value(owner, key)
-                assert known is not None
-                state_dict[f"{prefix}{name}.{FINGERPRINT}"] = fingerprint_entry(known.fingerprint)
+                record = frozen_value(owner, key)
+                assert record is not None
+                state_dict[f"{prefix}{name}.{FINGERPRINT}"] = fingerprint_entry(record.fingerprint)
     state_dict[prefix + CONFIG_KEY] = _config_entry(root, config)
-    for name, _conversion in _conversions(root):  # of parts that were converted alone, too
-        if name:
+    for name, _conversion in _conversions(root):
+        if name:  # a part that was converted alone: the entry of the root covers it
             state_dict.pop(f"{prefix}{name}.{CONFIG_KEY}", None)
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Check that a state fits the module, and complete it with the frozen parameters of the module."""
     if not prefix and state_dict.get(CONFIG_KEY) is not None:
-        _convert_what_was_built_anew(root, state_dict)
-    done = state_dict.get(prefix + CONFIG_KEY, "") is None  # by the module around this one
-    if done:
+        _convert_new_layers(root, state_dict)
+    if state_dict.get(prefix + CONFIG_KEY, "") is None:  # the hook of an outer module prepared this part
         del state_dict[prefix + CONFIG_KEY]
-    if done or not _is_outermost(root, prefix):
+        return
+    if not _is_outermost(root, prefix):
         return
     reshard(root)
     conversion = conversion_of(root)
@@ -211,16 +226,17 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         _check_same_function(root, saved, description)
         _keep_initialization(root, saved, description)
     for name, _conversion in _conversions(root):
-        if name:  # this call does all for the parts that were converted alone
+        if name:  # tells the hook of a part that was converted alone that this call prepares it
             state_dict[f"{prefix}{name}.{CONFIG_KEY}"] = None
-    read: dict[int, int] = {}  # tied parameters are read once
+    fingerprints: dict[int, int] = {}  # of tied parameters once
     for name, owner, key, parameter in _dense_parameters(root):
         value = state_dict.pop(f"{prefix}{name}.{FINGERPRINT}", None)
         if value is None:
             continue
-        if id(parameter) not in read:
-            read[id(parameter)] = fingerprint_of(owner, key, parameter)
-        expected, current = fingerprint_of_entry(value), read[id(parameter)]
+        if id(parameter) not in fingerprints:
+            fingerprints[id(parameter)] = fingerprint_of(owner, key, parameter)
+        expected = fingerprint_of_entry(value)
+        current = fingerprints[id(parameter)]
         if expected != current:
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint was trained on another base model (this frozen parameter has fingerprint "
@@ -234,16 +250,17 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
                 state_dict.setdefault(prefix + join(name, DELTA), state_dict[key][part.token_adapter.token_indices])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         name = key_name(name)
-        if prefix + name in state_dict:  # of a sharded parameter the state holds the whole
+        if prefix + name in state_dict:  # the whole parameter, also if the module has a shard
             state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
 
 
-def _convert_what_was_built_anew(root: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def _convert_new_layers(root: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Convert layers that replaced converted ones before a Trainer restores a checkpoint.
 
     `on_load_checkpoint` may call `setup` again, which builds the model again.
     """
-    conversion, adapters = conversion_of(root), {owner_name(k) for k in state_dict if last_part(k) == "lora_A"}
+    conversion = conversion_of(root)
+    adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
     if conversion is None or adapters <= {key_name(name) for name in adapted_layers(root)}:
         return
     trainer: Any = vars(root).get("_trainer")
@@ -266,33 +283,38 @@ def _after_load(root: nn.Module, _: Any) -> None:
 
 
 def _check_same_layers(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    there = {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
+    saved = {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
     # A shared layer is in a state dict under each of its names.
-    here = {name for name, layer in _named_modules(root) if isinstance(layer, QLoRALinear)}
-    if there and there != here:
-        name = sorted(there ^ here)[0]
+    layers = {name for name, layer in _named_modules(root) if isinstance(layer, QLoRALinear)}
+    if saved and saved != layers:
+        name = min(saved ^ layers)
+        difference = "has adapter in the checkpoint, has none here"
+        if name in layers:
+            difference = "has no adapter in the checkpoint, has one here"
         raise CheckpointMismatchError(
-            f"{name or 'the module itself'}: {'has' if name in there else 'has no'} adapter in the checkpoint, "
-            f"{'has one' if name in here else 'has none'} here ({len(there ^ here)} of {len(there | here)} layers "
+            f"{name or 'the module itself'}: {difference} ({len(saved ^ layers)} of {len(saved | layers)} layers "
             "differ). Convert with the same target_modules, exclude_modules and r as the checkpoint's."
         )
 
 
 def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
-    """Refuse arguments that have no effect on shapes, but on what the adapters compute."""
-    tokens, here = description.get("tokens", {}), token_indices(find_base_model(root)[1])
-    if tokens != here:
+    """Refuse arguments that change what the adapters compute, but not their shapes."""
+    _, base = find_base_model(root)
+    saved_tokens = description.get("tokens", {})
+    tokens = token_indices(base)
+    if saved_tokens != tokens:
         raise CheckpointMismatchError(
-            f"trainable_token_indices is {shown(tokens)} in the checkpoint and {shown(here)} here, by names of "
+            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(tokens)} here, by names of "
             "embeddings. Set it to the value of the checkpoint."
         )
     for name, full_name, layer in _layers_of_base(root):
-        there = config_of_layer(description, name, saved)
+        saved_config = config_of_layer(description, name, saved)
         for argument in ("use_rslora", "use_dora", "lora_alpha"):
-            was, now = getattr(there, argument), getattr(layer.config, argument)
-            if was != now:
+            expected = getattr(saved_config, argument)
+            value = getattr(layer.config, argument)
+            if value != expected:
                 raise CheckpointMismatchError(
-                    f"{full_name}: {argument} is {was!r} in the checkpoint and {now!r} here: the adapters would "
+                    f"{full_name}: {argument} is {expected!r} in the checkpoint and {value!r} here: the adapters would "
                     "compute something else than in training. Set it (lora_alpha also by alpha_pattern) to the value "
                     "of the checkpoint."
                 )
@@ -300,22 +322,25 @@ def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[
 
 def _keep_initialization(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
     """Store in the module how the adapters of a checkpoint were initialized: it decides which base they fit."""
-    known, conversion = description.get("quantization"), conversion_of(root)
+    quantization = description.get("quantization")
     for name, _, layer in _layers_of_base(root):
         layer.seed_name = seed_name_of(description, name)
-        # The arguments do not name the initialization of adapters that came from a folder.
-        own = known if required_base(known) else vars(config_of_layer(description, name, saved))
-        record_initialization(layer, own)
-    method, loftq_config = saved.init_lora_weights, saved.loftq_config
-    if conversion is not None:
-        here = conversion.config
-        if (here.init_lora_weights, here.loftq_config) != (method, loftq_config):
-            warnings.warn(
-                f"The adapters of the checkpoint were initialized as {method!r}, so init_lora_weights="
-                f"{here.init_lora_weights!r} is not used.",
-                stacklevel=2,
-            )
-            conversion.config = here.with_initialization(method, loftq_config)
+        if required_base(quantization):
+            # The arguments do not name the initialization of adapters that came from a folder.
+            record_initialization(layer, quantization)
+        else:
+            record_initialization(layer, vars(config_of_layer(description, name, saved)))
+    conversion = conversion_of(root)
+    if conversion is None:
+        return
+    config = conversion.config.with_initialization(saved.init_lora_weights, saved.loftq_config)
+    if config != conversion.config:
+        warnings.warn(
+            f"The adapters of the checkpoint were initialized as {saved.init_lora_weights!r}, so init_lora_weights="
+            f"{conversion.config.init_lora_weights!r} is not used.",
+            stacklevel=2,
+        )
+        conversion.config = config
 
 
 def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:
@@ -333,7 +358,8 @@ def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
 def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
     """Name and conversion of a module and of its parts, under each of their names."""
     for name, part in _named_modules(root):
-        if (conversion := conversion_of(part)) is not None:
+        conversion = conversion_of(part)
+        if conversion is not None:
             yield name, conversion
 
 
@@ -349,10 +375,10 @@ def _is_merged(root: nn.Module) -> bool:
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Name, owner, key and value of every parameter under each of its names, but what QLoRALinear saves itself."""
-    return [
-        (join(name, key), owner, key, parameter)
-        for name, owner in _named_modules(root)
-        for key, parameter in owner._parameters.items()
-        if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER))
-    ]
+    """Name, owner, key and value of every parameter under each of its names, except those that QLoRALinear saves."""
+    parameters = []
+    for name, owner in _named_modules(root):
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER)):
+                parameters.append((join(name, key), owner, key, parameter))
+    return parameters

@@ -3,8 +3,8 @@
     lora_A  [experts * r, in]     the r rows of expert 0, then those of expert 1, ...
     lora_B  [out, r * experts]    the first column of every expert, then the second column of every expert, ...
 
-PEFT wraps the module that holds the parameters once for each, in the order in which the module registers them. The
-names of the inner wrappers get a `.base_layer`, so only the model says which parameter an adapter belongs to.
+PEFT wraps the module that holds the parameters once for each parameter, in the order in which the module registers
+them. The names of the inner wrappers get a `.base_layer`, so only the model says which parameter an adapter belongs to.
 Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tuners/tuners_utils.py (_inject_parameters).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
 from lightning_qlora.config import fits
@@ -26,32 +26,32 @@ DEFAULT_ALPHA = 8  # PEFT's
 
 def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     """Name of every expert parameter that was converted -> how PEFT writes its adapters."""
-    found = {}
+    stacks = {}
     for name, owner in base.named_modules():
         converted = vars(owner).get(PARAMETERS, ())
         keys = [key for key in converted if isinstance(owner._modules.get(stack_name(key)), QLoRAExperts)]
         for wrappers, key in enumerate(reversed(keys)):
-            found[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
-    return found
+            stacks[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
+    return stacks
 
 
 def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     """PEFT's name and matrices of the adapters of one expert parameter; ValueError if PEFT has no such adapter."""
     stack = adapter.experts[name]
     parts = [adapter.layers[expert_name(name, i)] for i in range(stack.number)]
-    for refused, what in (
+    for has_no_place, reason in (
         (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
         (adapter.use_dora, "PEFT has no DoRA for expert parameters, nor beside them"),
         (adapter.fan_in_fan_out, "PEFT has no expert parameters beside transformers' Conv1D"),
         (len({(part.r, part.alpha) for part in parts}) > 1, "PEFT has one rank and one alpha for all experts"),
         ("." not in name, "PEFT can't wrap a parameter of the model itself"),
     ):
-        if refused:
+        if has_no_place:
             raise ValueError(
-                f"{name}: the adapters of these experts have no place in a PEFT folder: {what}. Use a Lightning "
+                f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. Use a Lightning "
                 "checkpoint, or merge the adapters."
             )
-    pairs = [(p.lora_B.T, p.lora_A.T) if stack.swapped_by_peft else (p.lora_A, p.lora_B) for p in parts]
+    pairs = [_in_order(stack, part.lora_A, part.lora_B) for part in parts]
     lora_a = torch.cat([a for a, _ in pairs])
     lora_b = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
     return key_of(name, stack), LayerAdapter(lora_a, lora_b, parts[0].alpha)
@@ -59,16 +59,23 @@ def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
 
 def unstack_adapters(adapter: Adapter, name: str, stack: ExpertStack) -> dict[str, LayerAdapter]:
     """Name of each expert of a parameter -> its adapter, from PEFT's matrices."""
-    stacked, alpha = adapter.expert_adapters[key_of(name, stack)], alpha_of_name(adapter.peft_config, name)
+    stacked = adapter.expert_adapters[key_of(name, stack)]
+    alpha = alpha_of_name(adapter.peft_config, name)
     r = stacked.r // stack.number
-    a = stacked.lora_A.view(stack.number, r, -1).unbind(0)
-    b = stacked.lora_B.view(-1, r, stack.number).unbind(2)
-    pairs = ((b.T, a.T) if stack.swapped_by_peft else (a, b) for a, b in zip(a, b, strict=True))
-    return {expert_name(name, i): LayerAdapter(*pair, alpha) for i, pair in enumerate(pairs)}
+    a = stacked.lora_A.view(stack.number, r, -1)
+    b = stacked.lora_B.view(-1, r, stack.number)
+    return {expert_name(name, i): LayerAdapter(*_in_order(stack, a[i], b[..., i]), alpha) for i in range(stack.number)}
+
+
+def _in_order(stack: ExpertStack, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    # lora_A and lora_B of one expert, from PEFT's form or to it
+    if stack.swapped_by_peft:
+        return b.T, a.T
+    return a, b
 
 
 def unstack_known(adapter: Adapter) -> Adapter:
-    """The adapter with each expert's adapter in `layers`, if its folder says what the experts are, as ours do."""
+    """The adapter with each expert's adapter in `layers`, if its folder describes the experts, as ours do."""
     if not adapter.experts or not adapter.expert_adapters:
         return adapter
     layers = dict(adapter.layers)
@@ -88,7 +95,8 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     `expert_adapters` are for linear layers or for expert parameters of a module; those of the result are empty.
     CheckpointMismatchError, with file and key, if the adapter does not fit the model.
     """
-    layers, experts = dict(adapter.layers), dict(adapter.experts)
+    layers = dict(adapter.layers)
+    experts = dict(adapter.experts)
     modules = {plain_name(name): part for name, part in base.named_modules()}
     for owner in dict.fromkeys(map(outermost, adapter.expert_adapters)):
         keys = [key for key in adapter.expert_adapters if outermost(key) == owner]
@@ -102,13 +110,14 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
             layers[owner] = adapter.expert_adapters[owner]
             continue
         if {owner + BASE_LAYER * wrappers for wrappers in range(len(names))} != set(keys):
-            what = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
-            refuse(adapter, f"{keys[0]}.lora_A.weight", base, what)
-        for wrappers, name in enumerate(reversed(names)):
-            full = f"{owner}.{name}"
-            experts[full] = stack = _stack(module, name, wrappers)
-            _check_shape(adapter, key_of(full, stack), stack, base, _shape(module, name))
-            layers |= unstack_adapters(adapter, full, stack)
+            difference = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
+            refuse(adapter, f"{keys[0]}.lora_A.weight", base, difference)
+        for wrappers, key in enumerate(reversed(names)):
+            name = f"{owner}.{key}"
+            stack = _stack(module, key, wrappers)
+            _check_shape(adapter, key_of(name, stack), stack, base, _shape(module, key))
+            experts[name] = stack
+            layers |= unstack_adapters(adapter, name, stack)
     return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
 
 
@@ -125,38 +134,41 @@ def alpha_of_name(config: dict[str, Any], name: str) -> float:
 
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
-    as_transposed, held = bool(getattr(owner, "is_transposed", False)), owner._modules.get(stack_name(key))
-    if not isinstance(held, QLoRAExperts):
-        return ExpertStack(_shape(owner, key)[0], wrappers, as_transposed, swapped_by_peft=False, flat=False)
-    return ExpertStack(len(held), wrappers, held.transposed, held.transposed != as_transposed, held.flat)
+    is_transposed = bool(getattr(owner, "is_transposed", False))
+    experts = owner._modules.get(stack_name(key))
+    if not isinstance(experts, QLoRAExperts):
+        return ExpertStack(_shape(owner, key)[0], wrappers, is_transposed, swapped_by_peft=False, flat=False)
+    return ExpertStack(len(experts), wrappers, experts.transposed, experts.transposed != is_transposed, experts.flat)
 
 
 def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
-    held = owner._modules.get(stack_name(key))
-    return held.weight_shape if isinstance(held, QLoRAExperts) else tuple(getattr(owner, key).shape)
+    experts = owner._modules.get(stack_name(key))
+    if isinstance(experts, QLoRAExperts):
+        return experts.weight_shape
+    return tuple(getattr(owner, key).shape)
 
 
 def _check_shape(adapter: Adapter, key: str, stack: ExpertStack, base: nn.Module, shape: tuple[int, ...]) -> None:
-    stacked, swapped = (
-        adapter.expert_adapters[key],
-        stack.transposed == stack.swapped_by_peft,
-    )  # PEFT reads [experts, out, in]
-    outputs, inputs = shape[-2:] if swapped else shape[:-3:-1]
-    what = None
+    key_of_a = f"{key}.lora_A.weight"
     if stack.flat:
-        what = "has all experts in one matrix there, with one adapter for each expert"
-    elif stacked.r % stack.number or (stacked.lora_B.shape[0], stacked.lora_A.shape[1]) != (outputs, inputs):
-        what = (
+        refuse(adapter, key_of_a, base, "has all experts in one matrix there, with one adapter for each expert")
+    stacked = adapter.expert_adapters[key]
+    outputs, inputs = shape[-2:]
+    if stack.transposed != stack.swapped_by_peft:
+        inputs, outputs = shape[-2:]
+    if stacked.r % stack.number or (stacked.lora_B.shape[0], stacked.lora_A.shape[1]) != (outputs, inputs):
+        refuse(
+            adapter,
+            key_of_a,
+            base,
             f"has {stack.number} experts of {inputs} inputs and {outputs} outputs there (as PEFT counts them), the "
-            f"adapter has lora_A {list(stacked.lora_A.shape)} and lora_B {list(stacked.lora_B.shape)}"
+            f"adapter has lora_A {list(stacked.lora_A.shape)} and lora_B {list(stacked.lora_B.shape)}",
         )
-    if what:
-        refuse(adapter, f"{key}.lora_A.weight", base, what)
 
 
-def refuse(adapter: Adapter, key: str, base: nn.Module, what: str) -> NoReturn:
-    """Raise the error for an adapter that does not fit a model."""
+def refuse(adapter: Adapter, key: str, base: nn.Module, difference: str) -> NoReturn:
+    """Raise the error for an adapter that does not fit a model; `difference` is what the model has instead."""
     raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {what}. An adapter fits the "
-        "architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
+        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {difference}. An adapter fits "
+        "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
     )

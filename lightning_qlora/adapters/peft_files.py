@@ -19,7 +19,8 @@ from lightning_qlora.files.safetensors_folder import write_safetensors
 from lightning_qlora.layers.dotted_names import join, last_part
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
@@ -27,30 +28,28 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
     Raises as `peft_tensors`.
     """
-    tensors, config = peft_tensors(adapter), peft_config(adapter)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
-    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in peft_tensors(adapter).items()}
+    config = peft_config(adapter)
     with atomic_files(Path(folder)) as partial:
-        write_safetensors(whole, partial / WEIGHTS_FILE, metadata_of(adapter, whole))
+        write_safetensors(tensors, partial / WEIGHTS_FILE, metadata_of(adapter, tensors))
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The content of adapter_config.json."""
     adapter = unstack_known(adapter)
-    parameters = adapter.target_parameters
-    return {
+    modules_to_save = [name for name in adapter.modules_to_save if last_part(name) != TOKEN_ADAPTER]
+    config = {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": adapter.r,
         "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0 if parameters else adapter.lora_dropout,  # PEFT refuses parameters with dropout
+        "lora_dropout": adapter.lora_dropout,
         "target_modules": adapter.target_modules,
-        **({"target_parameters": parameters} if parameters else {}),
-        "modules_to_save": [n for n in adapter.modules_to_save if last_part(n) != TOKEN_ADAPTER] or None,
-        **({"trainable_token_indices": adapter.tokens} if adapter.tokens else {}),
+        "modules_to_save": modules_to_save or None,
         "rank_pattern": exact(adapter.rank_pattern),
         "alpha_pattern": exact(adapter.alpha_pattern),
         "use_rslora": adapter.use_rslora,
@@ -59,10 +58,16 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "bias": "none",
     }
+    if adapter.tokens:
+        config["trainable_token_indices"] = adapter.tokens
+    if adapter.target_parameters:
+        config["target_parameters"] = adapter.target_parameters
+        config["lora_dropout"] = 0.0  # PEFT refuses parameters with dropout
+    return config
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of adapter_model.safetensors; ValueError, with the parameter, for experts without a place there."""
+    """The tensors of adapter_model.safetensors; ValueError for experts that have no place there."""
     adapter = unstack_known(adapter)
     if adapter.expert_adapters:
         raise ValueError(
@@ -71,7 +76,8 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
         )
     tensors = {PREFIX + name: value for name, value in adapter.saved.items()}
     layers = {name: layer for name, layer in adapter.layers.items() if adapter.expert_parameter(name) is None}
-    for name, layer in (layers | dict(stack_adapters(adapter, name) for name in adapter.experts)).items():
+    layers |= dict(stack_adapters(adapter, name) for name in adapter.experts)
+    for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
         if layer.magnitude is not None:
@@ -80,5 +86,5 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """PEFT matches a key of a pattern as a regular expression with the end of a name: here with one name only."""
+    """The pattern with keys that match one name: PEFT matches them as regular expressions with the end of a name."""
     return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}

@@ -45,11 +45,17 @@ from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
-    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-    "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-# PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits these
-# weights alone, and its folder does not hold them.
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
+# the changed weights, and its folder does not contain them.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -79,8 +85,8 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
-        # PEFT writes the base weight of an adapted output embedding too. It is not trained, and after resizing it has
-        # another shape: the base has its own. The same goes for an embedding of which some rows are trained.
+        # PEFT also writes the base weight of an adapted output embedding, and of an embedding of which some rows train.
+        # It is not trained, and after resizing it has another shape: the weight of the base model is used.
         owner, base_layer, _ = key.partition(".base_layer.")
         if base_layer and (owner in adapted or last_part(owner) == TOKEN_ADAPTER) and ".lora_" not in key:
             continue
@@ -102,22 +108,23 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
     quantization = metadata_entry(metadata, QUANTIZATION)
     check_quantization(quantization, f"its metadata {QUANTIZATION!r}")
     experts = _experts(metadata_entry(metadata, EXPERTS) or {}, layers)
-    of_experts = layers if config.get("target_parameters") else {}
-    if CHECKSUMS_OF_FILE in metadata:  # ours, so these are all experts
+    expert_adapters = {}
+    if CHECKSUMS_OF_FILE in metadata:  # ours, so `experts` has all of them
         keys = {key_of(name, stack) for name, stack in experts.items()}
-        of_experts = {name: layers[name] for name in layers if name in keys}
+        expert_adapters = {name: layer for name, layer in layers.items() if name in keys}
+    elif config.get("target_parameters"):
+        expert_adapters = layers
+    layers = {name: layer for name, layer in layers.items() if name not in expert_adapters}
     return Adapter(
-        layers={name: layer for name, layer in layers.items() if name not in of_experts},
+        layers=layers,
         experts=experts,
-        expert_adapters=of_experts,
+        expert_adapters=expert_adapters,
         peft_config=config,
-        as_parameters=frozenset(
-            name for name in layers.keys() - of_experts.keys() if is_target(config, f"{name}.weight")
-        ),
+        as_parameters=frozenset(name for name in layers if is_target(config, f"{name}.weight")),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
         tokens=_tokens(saved, config),
-        target_modules=config.get("target_modules") or sorted(parts.keys() - of_experts.keys()),
+        target_modules=config.get("target_modules") or sorted(layers),
         use_rslora=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         lora_dropout=float(config.get("lora_dropout") or 0.0),
@@ -140,13 +147,15 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> LayerAdapter:
-    a, b, magnitude = parts.get("lora_A"), parts.get("lora_B"), parts.get(MAGNITUDE)
+    a = parts.get("lora_A")
+    b = parts.get("lora_B")
+    magnitude = parts.get(MAGNITUDE)
     shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
-    what = f"key '{PREFIX}{name}.lora_A.weight': the file has {shapes}, and must have lora_A [r, in], lora_B [out, r]"
+    rule = f"key '{PREFIX}{name}.lora_A.weight': the file has {shapes}, and must have lora_A [r, in], lora_B [out, r]"
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or not a.numel() * b.numel() or len(a) != b.shape[1]:
-        raise ValueError(f"{what} of a linear layer, of rank 1 or more.")
+        raise ValueError(f"{rule} of a linear layer, of rank 1 or more.")
     if magnitude is not None and magnitude.shape != b.shape[:1]:
-        raise ValueError(f"{what}, and {MAGNITUDE} [out].")
+        raise ValueError(f"{rule}, and {MAGNITUDE} [out].")
     for part, tensor in parts.items():
         if not torch.isfinite(tensor.float()).all():  # a float64 may be too large for fp32, in which adapters train
             raise ValueError(
@@ -154,42 +163,51 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> Layer
                 "Use an adapter that was saved earlier."
             )
     parameter = f"{name}.weight"
-    alpha = alpha_of_name(config, parameter if is_target(config, parameter) else name)
-    return LayerAdapter(a, b, alpha, magnitude)
+    if is_target(config, parameter):
+        name = parameter
+    return LayerAdapter(a, b, alpha_of_name(config, name), magnitude)
 
 
 def _tokens(saved: dict[str, Tensor], config: dict[str, Any]) -> dict[str, list[int]]:
     """Name of each embedding of which the file has rows -> their indices."""
-    given: Any = config.get("trainable_token_indices")
-    found = {}
+    entry: Any = config.get("trainable_token_indices")
+    if not isinstance(entry, dict):
+        entry = {"": entry}  # for any embedding
+    tokens = {}
     for key, rows in saved.items():
-        if key.endswith(f".{DELTA}"):
-            name = key.removesuffix(f".{DELTA}")
-            fitting = [i for k, i in given.items() if name.endswith(k)] if isinstance(given, dict) else [given]
-            if len(fitting) != 1 or fitting[0] is None or rows.ndim != 2 or len(rows) != len(fitting[0]):
-                raise ValueError(
-                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in "
-                    f"trainable_token_indices, {shown(given)} in {CONFIG_FILE}. Save the adapter again."
-                )
-            found[name] = fitting[0]
-    return found
+        if not key.endswith(f".{DELTA}"):
+            continue
+        name = key.removesuffix(f".{DELTA}")
+        matches = [indices for ending, indices in entry.items() if name.endswith(ending)]
+        if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
+            raise ValueError(
+                f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in "
+                f"trainable_token_indices, {shown(config.get('trainable_token_indices'))} in {CONFIG_FILE}. Save the "
+                "adapter again."
+            )
+        tokens[name] = matches[0]
+    return tokens
 
 
 def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter]) -> dict[str, ExpertStack]:
     """The expert parameters that the metadata name."""
-    found = {}
+    experts = {}
     for name, value in entry.items():
-        fits = isinstance(value, list) and [type(part) for part in value] == [int, int, bool, bool, bool]
-        stack = ExpertStack(*value) if fits else None
-        layer = layers.get(key_of(name, stack)) if stack is not None and stack.wrappers in range(len(layers)) else None
-        if stack is None or layer is None or stack.number < 1 or layer.r % stack.number:
-            raise ValueError(f"its metadata {EXPERTS!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
-        found[name] = stack
-    return found
+        error = ValueError(f"its metadata {EXPERTS!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
+        if not isinstance(value, list) or [type(part) for part in value] != [int, int, bool, bool, bool]:
+            raise error
+        stack = ExpertStack(*value)
+        if stack.number < 1 or stack.wrappers not in range(len(layers)):
+            raise error
+        layer = layers.get(key_of(name, stack))
+        if layer is None or layer.r % stack.number:
+            raise error
+        experts[name] = stack
+    return experts
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of adapter_config.json with its default, checked."""
+    """The content of adapter_config.json, checked, with the default of lora_alpha."""
     config = {"peft_type": "", "lora_alpha": DEFAULT_ALPHA, **config}
     for name, check in CHECKS.items():
         if config.get(name) is not None or name == "lora_alpha":
@@ -214,7 +232,12 @@ def _check_initialization(name: str, value: Any) -> None:
         )
 
 
-# Checks of the values that are read from the file. A value that is null is PEFT's default.
+def _check_targets(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        check_names(name, value, or_regex=True)
+
+
+# Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "peft_type": partial(check_choice, allowed=("LORA",)),
     "bias": partial(check_choice, allowed=("none",)),
@@ -231,6 +254,6 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "modules_to_save": check_names,
     "target_parameters": check_names,
     "trainable_token_indices": check_token_indices,
-    "target_modules": lambda name, value: None if isinstance(value, str) else check_names(name, value, or_regex=True),
+    "target_modules": _check_targets,
     "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

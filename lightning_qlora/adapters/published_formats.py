@@ -13,20 +13,22 @@ CANNOT_DEQUANTIZE = (
 
 def published_format(config: dict[str, Any]) -> dict[str, Any] | None:
     """The `quantization_config` of a config.json in another format than bitsandbytes' 4 bits; None if there is none."""
-    text = config.get("text_config")
-    stored = config.get("quantization_config") or (text or {}).get("quantization_config")
-    return stored if isinstance(stored, dict) and not stored.get("load_in_4bit") else None
+    text_config = config.get("text_config") or {}
+    quantization = config.get("quantization_config") or text_config.get("quantization_config")
+    if isinstance(quantization, dict) and not quantization.get("load_in_4bit"):
+        return quantization
+    return None
 
 
 def can_compose() -> bool:
-    """Whether transformers has dequantizing operations that can stand in front of others: from 5.22 on."""
+    """Whether transformers can dequantize before other operations on a weight: from 5.22 on."""
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         return False
     return hasattr(import_module("transformers.quantizers.base").HfQuantizer, "get_load_operations")
 
 
-def takes_dequantize(stored: dict[str, Any]) -> bool:
+def takes_dequantize(quantization: dict[str, Any]) -> bool:
     """Whether transformers can dequantize the format of a `quantization_config` while it loads."""
-    kinds: Any = import_module("transformers.quantizers.auto").AUTO_QUANTIZATION_CONFIG_MAPPING
-    kind = kinds.get(stored.get("quant_method"))
-    return can_compose() and kind is not None and "dequantize" in signature(kind).parameters
+    classes: Any = import_module("transformers.quantizers.auto").AUTO_QUANTIZATION_CONFIG_MAPPING
+    config_class = classes.get(quantization.get("quant_method"))
+    return can_compose() and config_class is not None and "dequantize" in signature(config_class).parameters

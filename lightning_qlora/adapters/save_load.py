@@ -38,14 +38,14 @@ from lightning_qlora.layers.dotted_names import join, last_part, owner_name, pla
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
 
-# In a model with stacks of experts PEFT takes these targets for the stacks, and then has no place for dense MLPs and
-# shared experts with these names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
+# In a model with stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts
+# with these names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
 TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -77,43 +77,51 @@ def save_adapter(
     adapter = get_adapter(module)
     if base == "float":
         adapter = convert_to_float_base(adapter, base_model)
-    elif needed := required_base(adapter.quantization):
-        warnings.warn(needed, stacklevel=2)
+    else:
+        requirement = required_base(adapter.quantization)
+        if requirement:
+            warnings.warn(requirement, stacklevel=2)
     prefix, inner = find_base_model(module)
-    if outside := trained_outside(module):
+    outside = trained_outside(module)
+    if outside:
         warnings.warn(
             f"The folder gets the adapters of {prefix!r}, a {type(inner).__name__}, and not what trains outside of it: "
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
-    if changed := _changed_buffers(module, {join(prefix, name) for name in adapter.modules_to_save}):
+    changed = _changed_buffers(module, {join(prefix, name) for name in adapter.modules_to_save})
+    if changed:
         warnings.warn(
-            f"The folder does not get the buffers that training changed: {', '.join(changed[:3])}"
-            f"{', ...' if len(changed) > 3 else ''}. A Lightning checkpoint has them; or name their modules in "
-            "modules_to_save.",
+            f"The folder does not get the buffers that training changed: {_first_names(changed)}. A Lightning "
+            "checkpoint has them; or name their modules in modules_to_save.",
             stacklevel=2,
         )
-    if read := layers_that_are_only_read(inner):
+    layers = layers_that_are_only_read(inner)
+    if layers:
         warnings.warn(
-            f"PEFT would load the adapters of {len(read)} layers of this {type(inner).__name__} "
-            f"({', '.join(read[:3])}{', ...' if len(read) > 3 else ''}), but not use them: the model reads the weights "
-            "of these layers and does not call them. Merge the adapter, or load the folder with lightning_qlora "
-            "(adapter=FOLDER).",
+            f"PEFT would load the adapters of {len(layers)} layers of this {type(inner).__name__} "
+            f"({_first_names(layers)}), but not use them: the model reads the weights of these layers and does not "
+            "call them. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
             stacklevel=2,
         )
     adapter = _as_parameters(adapter, inner)
-    rank_zero_only(lambda: write_adapter(adapter, folder))()
+    rank_zero_only(write_adapter)(adapter, folder)
+
+
+def _first_names(names: list[str]) -> str:
+    if len(names) > 3:
+        names = [*names[:3], "..."]
+    return ", ".join(names)
 
 
 def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     """The adapter with dense MLPs and shared experts beside stacks of experts as PEFT's `target_parameters`.
 
-    With DoRA, which PEFT does not have for parameters, the adapter is returned as it is, with a warning.
+    With DoRA, which PEFT does not have for parameters, the adapter is returned unchanged, with a warning.
     """
-    stacks = [name for name, _ in base.named_parameters() if name.endswith("experts.gate_up_proj")]
-    stacks += [name for name in adapter.experts if name.endswith("experts.gate_up_proj")]
+    parameters = [*(name for name, _ in base.named_parameters()), *adapter.experts]
     names = [name for name in adapter.layers if last_part(name) in TAKEN_FOR_EXPERTS]
-    if not stacks or not names:
+    if not names or not any(name.endswith("experts.gate_up_proj") for name in parameters):
         return adapter
     if adapter.use_dora:
         warnings.warn(
@@ -139,11 +147,16 @@ def layers_that_are_only_read(base: nn.Module) -> list[str]:
 
 
 def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:
-    """Names of the buffers outside of the modules that are saved whose values are not those at conversion."""
+    """Names of the buffers that changed since conversion, outside of the modules that are saved."""
     conversion = conversion_of(module)
-    known = {} if conversion is None else conversion.buffers
-    buffers = {name: value for name, value in float_buffers(module) if owner_name(name) not in saved}
-    return [name for name, value in buffers.items() if name in known and fingerprint(value) != known[name]]
+    if conversion is None:
+        return []
+    buffers = {name: value for name, value in float_buffers(module) if name in conversion.buffers}
+    return [
+        name
+        for name, value in buffers.items()
+        if owner_name(name) not in saved and fingerprint(value) != conversion.buffers[name]
+    ]
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -177,22 +190,26 @@ def get_adapter(module: nn.Module) -> Adapter:
             "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
     _check_endings(list(trained), base)
-    tensors: dict[str, Any] = {
-        name: tuple(p if p is None else gather(p).detach() for p in map(layer._parameters.get, ADAPTER))
-        for name, layer in layers.items()
-    }
+    saved = {}
+    for name, part in trained.items():
+        saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
+    bases = {name: layer.packed_weight for name, layer in layers.items() if changes_base_weights(layer.config)}
     return adapter_on_base(
         describe_base(module, next(iter(layers.values())).config),
         {name: layer.config for name, layer in layers.items()},
-        tensors,
+        {name: _adapter_tensors(layer) for name, layer in layers.items()},
         {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
         lambda name: layers[name].base_fingerprint(),
-        saved={f"{name}.{key}": value for name, part in trained.items() for key, value in _state_of(part).items()},
-        bases={
-            name: layer.packed_weight for name, layer in layers.items() if methods.changes_base_weights(layer.config)
-        },
+        saved=saved,
+        bases=bases,
         source=type(module).__name__,
     )
+
+
+def _adapter_tensors(layer: QLoRALinear) -> Any:
+    """Its lora_A, lora_B and magnitudes (or None), whole."""
+    parameters = [layer._parameters.get(key) for key in ADAPTER]
+    return tuple(None if p is None else gather(p).detach() for p in parameters)
 
 
 def _check_converted(module: nn.Module, layers: Mapping[str, QLoRALinear]) -> None:
@@ -215,7 +232,8 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     _check_fits(base, layers, adapter)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
-        layer.config, layer.input_rms = replace(layer.config, use_rslora=adapter.use_rslora), None
+        layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
+        layer.input_rms = None
         record_initialization(layer, adapter.quantization)
         loaded = adapter.layers.get(name)
         if loaded is None:
@@ -233,7 +251,8 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
             tensors[key].copy_(shard_like(value, tensors[key]))
     cancel_calibration(module)
     for part in module.modules():
-        if (conversion := conversion_of(part)) is not None:  # checkpoints hold it
+        conversion = conversion_of(part)
+        if conversion is not None:  # checkpoints hold it
             conversion.config = replace(conversion.config, **_arguments(part, adapter, layers))
 
 
@@ -262,16 +281,24 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
 
 def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
     """Ranks and scalings of an adapter, and of the layers that it does not have, as arguments of a QLoRAConfig."""
-    prefix = find_base_model(module)[0]
-    r, alpha, others = adapter.r, adapter.alpha, [name for name in layers if name not in adapter.layers]
-    ranks = {name: layers[name].r for name in others if layers[name].r != r}
-    alphas = {name: a for name in others if (a := layers[name].config.lora_alpha) != alpha}
+    prefix, _ = find_base_model(module)
+    r = adapter.r
+    alpha = adapter.alpha
+    ranks = adapter.rank_pattern
+    alphas = adapter.alpha_pattern
+    for name, layer in layers.items():
+        if name in adapter.layers:
+            continue
+        if layer.r != r:
+            ranks[name] = layer.r
+        if layer.config.lora_alpha != alpha:
+            alphas[name] = layer.config.lora_alpha
     return {
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": adapter.use_rslora,
-        "rank_pattern": exact(adapter.rank_pattern | ranks, prefix),
-        "alpha_pattern": exact(adapter.alpha_pattern | alphas, prefix),
+        "rank_pattern": exact(ranks, prefix),
+        "alpha_pattern": exact(alphas, prefix),
     }
 
 
@@ -280,12 +307,12 @@ def _layers_by_plain_name(base: nn.Module) -> dict[str, QLoRALinear]:
 
 
 def _tensors_by_plain_name(base: nn.Module) -> dict[str, Tensor]:
-    named = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
-    return {plain_name(name): tensor for name, tensor in named}
+    tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
+    return {plain_name(name): tensor for name, tensor in tensors}
 
 
 def _state_of(part: nn.Module) -> dict[str, Tensor]:
-    """What PEFT saves of a module: its own parameters and persistent buffers."""
+    """The tensors that PEFT saves of a module: its direct parameters and persistent buffers."""
     return {
         key: gather(value).detach()
         for key, value in {**part._parameters, **part._buffers}.items()
@@ -294,25 +321,27 @@ def _state_of(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_endings(names: list[str], base: nn.Module) -> None:
-    """Refuse names that PEFT's modules_to_save can't select alone: it takes all that end so, also without a dot."""
+    """Refuse names that are the ending of another module's name: PEFT's modules_to_save would select both."""
     for name in names:
-        also = [n for n, _ in base.named_modules() if plain_name(n).endswith(name) and plain_name(n) not in names]
-        if also:
+        others = [n for n, _ in base.named_modules() if plain_name(n).endswith(name) and plain_name(n) not in names]
+        if others:
             raise ValueError(
-                f"{name!r} was trained in full, and PEFT would also select {also[0]!r}, whose name ends the same: its "
-                "modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
+                f"{name!r} was trained in full, and PEFT would also select {others[0]!r}, whose name ends the same: "
+                "its modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
             )
 
 
 def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapter) -> None:
     for name, loaded in adapter.layers.items():
-        layer, key = layers.get(name), f"{name}.lora_A.weight"
+        key = f"{name}.lora_A.weight"
+        layer = layers.get(name)
         if layer is None:
             refuse(adapter, key, base, "has no layer with an adapter there")
-        sizes, fits = (loaded.lora_A.shape[1], loaded.lora_B.shape[0]), (layer.in_features, layer.out_features)
-        if sizes != fits:
-            what = "has a layer of {} inputs and {} outputs there, the adapter is for {} and {}".format(*fits, *sizes)
-            refuse(adapter, key, base, what)
+        inputs = loaded.lora_A.shape[1]
+        outputs = loaded.lora_B.shape[0]
+        if inputs != layer.in_features or outputs != layer.out_features:
+            sizes = f"{layer.in_features} inputs and {layer.out_features} outputs"
+            refuse(adapter, key, base, f"has a layer of {sizes} there, the adapter is for {inputs} and {outputs}")
         if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "
@@ -321,10 +350,13 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
             dora = layer.lora_magnitude_vector is not None
             refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
-    for name, there in adapter.tokens.items():
-        if there != (here := token_indices(base).get(name)):
-            what = f"is for the rows {shown(there)}, and trainable_token_indices is {shown(here)} there"
-            refuse(adapter, f"{name}.{DELTA}", base, what)
+    indices = token_indices(base)
+    for name, rows in adapter.tokens.items():
+        if rows != indices.get(name):
+            difference = (
+                f"is for the rows {shown(rows)}, and trainable_token_indices is {shown(indices.get(name))} there"
+            )
+            refuse(adapter, f"{name}.{DELTA}", base, difference)
     for tied in tied_names(base):
         check_tie(adapter, tied)
     tensors = _tensors_by_plain_name(base)

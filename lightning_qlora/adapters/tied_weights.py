@@ -1,4 +1,4 @@
-"""Weights with several names, as an embedding that is the output embedding too, and adapters that break such a tie.
+"""Weights with several names, as an embedding that is also the output embedding, and adapters that break such a tie.
 
 PEFT trains a copy of a module in modules_to_save and leaves the weight that it was tied to unchanged, unless
 `ensure_weight_tying` is set.
@@ -16,7 +16,7 @@ from lightning_qlora.layers.trainable_tokens import DELTA
 
 
 def tied_names(base: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several; without the rows of embeddings that train, which PEFT ties."""
+    """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
     names: dict[int, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if not name.endswith(DELTA):

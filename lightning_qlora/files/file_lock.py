@@ -1,4 +1,4 @@
-"""A lock between processes: a file that exists while it is held."""
+"""A lock between processes: a file that exists while a process has the lock."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +10,8 @@ from filelock import FileLock, Timeout
 @contextmanager
 def lock_file(path: Path, timeout: float) -> Iterator[bool | None]:
     """Lock a file, and delete it at the end; yields False if it is not free, None if the file system has no locks."""
-    lock, locked = FileLock(path), None
+    lock = FileLock(path)
+    locked = None
     with suppress(NotImplementedError, OSError):  # no locks here: `locked` is still None
         try:
             lock.acquire(timeout=timeout)

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-INCOMPLETE = ".lightning_qlora-incomplete-"  # of the folders that are being written; a killed process leaves its own
+INCOMPLETE = ".lightning_qlora-incomplete-"  # prefix of folders that are being written; a killed process leaves one
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_files(target: Path) -> Iterator[Path]:
     """Yield a folder to write files to. Each file replaces the file of that name in `target` when the block ends.
 
-    Other files in `target` stay. A JSON file with other content is removed before the others are replaced, and is
-    written last: a process that is killed in between leaves a folder without it, which readers refuse, and never files
-    of two adapters. OSError if the files can't be written.
+    Other files in `target` stay. A JSON file that changes is removed first and written last: a process that is killed
+    in between leaves a folder without it, which readers refuse, and never files of two adapters. OSError if the files
+    can't be written.
     """
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def atomic_files(target: Path) -> Iterator[Path]:
         with _temporary_folder(target, target) as partial:
             yield partial
             for path in partial.glob("*.json"):
-                old = target / path.name
-                if old.is_file() and old.read_bytes() != path.read_bytes():
-                    old.unlink()
+                previous = target / path.name
+                if previous.is_file() and previous.read_bytes() != path.read_bytes():
+                    previous.unlink()
             for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):  # weights, then config
                 path.replace(target / path.name)
     except BaseException:
@@ -55,21 +55,23 @@ def atomic_files(target: Path) -> Iterator[Path]:
 
 def check_free(target: Path) -> None:
     """Raise FileExistsError unless `target` does not exist or is an empty folder that can be replaced."""
-    why = None
     if target.is_symlink():
-        why = f"is a symbolic link to {os.path.realpath(target)}"
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        why = "exists and is not an empty folder"
-    elif target.exists() and (target.samefile(Path.cwd()) or os.path.ismount(target)):
-        why = "is the current directory or a mount point"
-    if why:
-        raise FileExistsError(f"{target}: {why}, and can't be replaced by a new folder. Choose another name.")
+        reason = f"is a symbolic link to {os.path.realpath(target)}"
+    elif not target.exists():
+        return
+    elif not target.is_dir() or any(target.iterdir()):
+        reason = "exists and is not an empty folder"
+    elif target.samefile(Path.cwd()) or os.path.ismount(target):
+        reason = "is the current directory or a mount point"
+    else:
+        return
+    raise FileExistsError(f"{target}: {reason}, and can't be replaced by a new folder. Choose another name.")
 
 
 @contextmanager
 def _temporary_folder(parent: Path, target: Path) -> Iterator[Path]:
     """A new folder in `parent`, deleted at the end; `target` is named in errors that name no file (a full disk)."""
-    folder = parent / f"{INCOMPLETE}{uuid4().hex}"  # not of `tempfile`: only its owner could read it
+    folder = parent / f"{INCOMPLETE}{uuid4().hex}"  # only the owner can read a folder of `tempfile`
     try:
         folder.mkdir()
         yield folder

@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def check_links(folder: Path) -> None:
-    """Raise ValueError for a symbolic link to a file outside of a folder, which would be copied into the output.
+    """Raise ValueError for a symbolic link to a file outside of a folder: the file would be copied into the output.
 
-    A snapshot in a Hugging Face cache consists of links to the `blobs` of its model, which are allowed.
+    Links of a snapshot in a Hugging Face cache to the `blobs` of its model are allowed.
     """
     inside = folder.resolve()
     if inside.parent.name == "snapshots":
@@ -22,8 +22,8 @@ def check_links(folder: Path) -> None:
 def resolve_model(name: str, download: bool = True) -> str:
     """Folder of a model: itself if it is a path, else the Hugging Face Hub's snapshot of that name.
 
-    `download` is False for a name that is read from a file and not given by the user: then only the cache is searched.
-    Raises FileNotFoundError if it is neither.
+    `download` is False for a name that was read from a file and that the user did not pass: then only the cache is
+    searched. Raises FileNotFoundError if the name is neither.
     """
     if os.path.exists(name):
         return name

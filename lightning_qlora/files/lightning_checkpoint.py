@@ -15,12 +15,18 @@ import torch
 
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
 SHARDS_INDEX = ".metadata"  # the shard of every tensor
-OTHER = ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json")
+OTHER_FILES = ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 # All that torch.distributed.checkpoint writes into an index, except dtypes.
 INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
@@ -28,12 +34,12 @@ INDEX_CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-}  # fmt: skip
+}
 
 
 def is_shards(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder of a checkpoint in shards, and not of a model or an adapter with such a file."""
-    return _has_file(path, (META, SHARDS_INDEX)) and not _has_file(path, OTHER)
+    return _has_file(path, (META, SHARDS_INDEX)) and not _has_file(path, OTHER_FILES)
 
 
 def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
@@ -45,17 +51,19 @@ def read_checkpoint(
 ) -> Any:
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
-    `weights_only` is torch.load's: refuse objects that are neither tensors nor plain values, and run no code of the
-    files, the index of shards included. `keys`: of shards, to read no others. Raises FileNotFoundError if there is no
-    checkpoint, and ValueError if it is broken, or contains objects that weights_only refuses.
+    `weights_only` as in torch.load: refuse objects that are neither tensors nor plain values, and run no code of the
+    files, also not of the index of shards. `keys`: read only these values of shards. Raises FileNotFoundError if there
+    is no checkpoint, and ValueError if it is broken, or contains objects that weights_only refuses.
     """
     if is_shards(path):
         with one_line_errors(path):
             return _read_shards(Path(path), weights_only, keys)
     if not os.path.isfile(path):
-        kind = f"no checkpoint (no {META} in it)" if os.path.isdir(path) else "no such file"
-        if _has_file(path, OTHER):
+        kind = "no such file"
+        if _has_file(path, OTHER_FILES):
             kind = "a folder of a model or an adapter, not of a checkpoint"
+        elif os.path.isdir(path):
+            kind = f"no checkpoint (no {META} in it)"
         raise FileNotFoundError(f"{path}: {kind}.")
     with one_line_errors(path):
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
@@ -70,13 +78,13 @@ def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None)
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     class Reader(FileSystemReader):
-        """Without code of the index, which torch unpickles."""
+        """Reads the index without running code in it; torch would unpickle it."""
 
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
 
     class Planner(_EmptyStateDictLoadPlanner):
-        """Without code of the values that are no tensors, which torch unpickles."""
+        """Reads values that are no tensors without running code in them; torch would unpickle them."""
 
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
             plain = io.BytesIO()
@@ -91,7 +99,7 @@ def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None)
     except CheckpointException as error:  # a BaseException, whose text is a traceback
         raise next(iter(error.failures.values()))[0] from error
     state |= torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)
-    if "pytorch-lightning_version" in state:  # of a Trainer: the names that it has in one file
+    if "pytorch-lightning_version" in state:  # of a Trainer: as in a checkpoint of one file
         numbered = list(takewhile(state.__contains__, (f"optimizer_{number}" for number in count())))
         if numbered:
             state["optimizer_states"] = [state.pop(name) for name in numbered]
@@ -108,11 +116,11 @@ def names_in_shards(folder: str | os.PathLike[str], weights_only: bool = True) -
 def read_index(path: Path, weights_only: bool = True) -> Any:
     """The index of shards (torch.distributed.checkpoint.metadata.Metadata); weights_only=False runs code in its pickle.
 
-    Raises UnpicklingError for anything but what torch.distributed.checkpoint writes into an index, and ValueError for
-    a shard outside of its folder.
+    Raises UnpicklingError for classes that torch.distributed.checkpoint does not write into an index, and ValueError
+    for a shard outside of its folder.
     """
     with path.open("rb") as file:
-        index = (_IndexUnpickler if weights_only else pickle.Unpickler)(file).load()
+        index = _IndexUnpickler(file).load() if weights_only else pickle.load(file)
     for place in index.storage_data.values():
         if Path(place.relative_path).name != place.relative_path or place.relative_path == "..":
             raise ValueError(f"{path}: names the shard {place.relative_path!r}, which is not a file of this folder.")
@@ -135,13 +143,13 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:  # damaged bytes make torch and pickle raise errors of any type
         if isinstance(error, (ValueError, FileNotFoundError)) and os.fspath(path) in str(error):
             raise  # it names the file
-        refused = re.search(r"GLOBAL (\S+) ", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused is not None:
+        refused_class = re.search(r"GLOBAL (\S+) ", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused_class is not None:
             raise ValueError(
-                f"{path}: holds a {refused[1]}, a hyperparameter for example. Loading it can run code of whoever wrote "
-                "the file. If you trust them, pass weights_only=False (--weights_only false)."
+                f"{path}: holds a {refused_class[1]}, a hyperparameter for example. Loading it can run code of whoever "
+                "wrote the file. If you trust them, pass weights_only=False (--weights_only false)."
             ) from error
         if isinstance(error, (AttributeError, ImportError)):
             raise ValueError(f"{path}: holds an object whose class cannot be imported ({error}).") from error
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({why}). Use another copy of it.") from error
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({first_line}). Use another copy of it.") from error

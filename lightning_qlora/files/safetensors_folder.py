@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_qlora.checks import shown
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Size of the data."""
-        bits = re.search(r"\d+", self.dtype)
-        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+        match = re.search(r"\d+", self.dtype)
+        if match is None:  # BOOL: one byte
+            return math.prod(self.shape)
+        return math.prod(self.shape) * int(match[0]) // 8
 
 
 @contextmanager
@@ -39,8 +42,9 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        what = f"not a safetensors file, or truncated ({error})"
-        raise ValueError(f"{path}: {what}. Copy or download it again.") from error
+        raise ValueError(
+            f"{path}: not a safetensors file, or truncated ({error}). Copy or download it again."
+        ) from error
     with file:
         try:
             yield file
@@ -58,7 +62,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file; the same content is the same bytes (safetensors orders the metadata at random)."""
-    str(path).encode()  # raises a ValueError for a path that is not UTF-8, from which safetensors can't read the file
+    str(path).encode()  # ValueError for a path that is not UTF-8: safetensors could not read the file
     save_file(tensors, path, metadata=metadata)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -84,7 +88,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; empty if there is none. Raises as `read_json`."""
     path = folder / "config.json"
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_json(path)
 
 
 class WeightFolder:
@@ -99,21 +105,21 @@ class WeightFolder:
             raise FileNotFoundError(f"{self.folder}: no such folder.")
         self.entries: dict[str, TensorEntry] = {}  # key -> type and shape
         self.file_of: dict[str, Path] = {}  # key -> file
-        indexed = _indexed(self.folder / INDEX)
-        if not indexed and not (self.folder / WEIGHTS).is_file():
+        file_names = _file_names(self.folder / INDEX)
+        if not file_names and not (self.folder / WEIGHTS).is_file():
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
                 f"{self.folder}: has neither {WEIGHTS} nor {INDEX}, only {others[:5]}. Other formats cannot be read."
             )
-        for name in sorted(set(indexed.values()) or {WEIGHTS}):
+        for name in sorted(set(file_names.values()) or {WEIGHTS}):
             path = self.folder / name
             if not path.is_file():
-                key = next(key for key, file in indexed.items() if file == name)
+                key = next(key for key, file in file_names.items() if file == name)
                 raise FileNotFoundError(f"{path}: this shard is missing; {INDEX} says it holds {key!r}.")
             entries, _ = read_header(path)
             self.entries |= entries
             self.file_of |= dict.fromkeys(entries, path)
-        for key, name in indexed.items():
+        for key, name in file_names.items():
             if self.file_of.get(key) != self.folder / name:
                 raise ValueError(f"{self.folder / name}: has no tensor {key!r}, though {INDEX} says so.")
 
@@ -127,21 +133,21 @@ class WeightFolder:
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Read tensors to the CPU."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in {self.file_of[key] for key in keys}:
             with open_safetensors(path) as file:
-                found |= {key: file.get_tensor(key) for key in keys if self.file_of[key] == path}
-        return found
+                tensors |= {key: file.get_tensor(key) for key in keys if self.file_of[key] == path}
+        return tensors
 
 
-def _indexed(index: Path) -> dict[str, str]:
+def _file_names(index: Path) -> dict[str, str]:
     """Keys of the index and their files; empty if there is no index."""
     if not index.is_file():
         return {}
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{index}: its 'weight_map' is {shown(found)}; it must be an object: key -> file name.")
-    for key, name in found.items():
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: its 'weight_map' is {shown(weight_map)}; it must be an object: key -> file name.")
+    for key, name in weight_map.items():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
             raise ValueError(f"{index}: the file of {key!r} is {name!r}, which is not a file of this folder.")
-    return found
+    return weight_map

@@ -71,7 +71,7 @@ class PagedAdamW8bit(Optimizer):
     parallelism), or twice (with FSDP2). A state dict has for each parameter `step` and either
     `exp_avg`, `exp_avg_sq` in fp32, or uint8 codes and fp32 scales: `exp_avg_codes`, `exp_avg_absmax`,
     `exp_avg_sq_codes`, `exp_avg_sq_absmax`. It loads bit for bit with and without paging, on the CPU and on a GPU.
-    State of `torch.optim.AdamW` loads too and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any
+    State of `torch.optim.AdamW` also loads, and stays in 32 bits. A paged 32-bit optimizer (`PagedAdamW`, or any
     optimizer with the plugin) decodes 8-bit state when it loads it.
 
     Args:
@@ -138,7 +138,8 @@ class PagedAdamW8bit(Optimizer):
         betas = saved_betas(state_dict)
         for index, param in saved_parameters(self, state_dict).items():
             state = state_dict["state"].get(index, {})
-            state = state if shard_count(param) else to_32bit(state, betas[index])
+            if not shard_count(param):
+                state = to_32bit(state, betas[index])
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
                 if is_sharded(state[f"{MOMENTS[0]}_codes"]):
@@ -149,8 +150,12 @@ class PagedAdamW8bit(Optimizer):
                     )
                 state = quantize_like(_new_state(param), state, param)
             for key, value in split_like(param, state).items():
-                value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-                self.state[param][key] = value.detach().to("cpu" if key == "step" else param.device, copy=True)
+                if not isinstance(value, Tensor):
+                    value = torch.tensor(value, device="cpu")
+                device = param.device
+                if key == "step":
+                    device = torch.device("cpu")
+                self.state[param][key] = value.detach().to(device, copy=True)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for param in params:
@@ -167,31 +172,36 @@ class PagedAdamW8bit(Optimizer):
             state["step"] += 1
             # The last ranks may have no rows of a small sharded parameter.
             if param.grad is not None and local(param).numel():
-                kind = int(state["step"]), is_8bit(state), param.device, param.dtype, param.grad.dtype
-                groups[kind].append(param)
+                key = (int(state["step"]), is_8bit(state), param.device, param.dtype, param.grad.dtype)
+                groups[key].append(param)
         beta1, beta2 = group["betas"]
+        numbers = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"]]
         for (step, in_8bit, *_), members in groups.items():
-            numbers = group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
             scalars = AdamWStep(step, *map(float, numbers))  # they may be tensors
             params = [local(param) for param in members]
             grads = [local(param.grad) for param in members if param.grad is not None]
             if in_8bit:
-                (m, v), scales = self._local_state(members, "_codes"), self._local_state(members, "_absmax")
-                blocks = [block_count(param.numel()) for param in params]  # a shard's scales can be longer
-                m_scales, v_scales = ([t[:n] for t, n in zip(each, blocks, strict=True)] for each in scales)
+                m, v = (self._local_state(members, f"{moment}_codes") for moment in MOMENTS)
+                m_scales, v_scales = (self._local_scales(members, moment) for moment in MOMENTS)
                 adamw8bit_step(params, grads, m, m_scales, v, v_scales, scalars)
             else:
-                m, v = self._local_state(members, "")
+                m, v = (self._local_state(members, moment) for moment in MOMENTS)
                 adamw_step(params, grads, m, v, scalars)
 
-    def _local_state(self, params: list[Tensor], suffix: str) -> list[list[Tensor]]:
-        return [[local(self.state[param][moment + suffix]) for param in params] for moment in MOMENTS]
+    def _local_state(self, params: list[Tensor], key: str) -> list[Tensor]:
+        return [local(self.state[param][key]) for param in params]
+
+    def _local_scales(self, params: list[Tensor], moment: str) -> list[Tensor]:
+        """The scales of the local blocks; a DTensor has as many on all ranks as the largest shard has blocks."""
+        scales = self._local_state(params, f"{moment}_absmax")
+        return [absmax[: block_count(local(param).numel())] for param, absmax in zip(params, scales, strict=True)]
 
 
 def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Load a state dict that was saved whole, or put together from shards: each tensor is split as its parameter is."""
-    state, betas = dict(saved["state"]), saved_betas(saved)
-    if not isinstance(optimizer, PagedAdamW8bit):  # it splits its state itself
+    state = dict(saved["state"])
+    if not isinstance(optimizer, PagedAdamW8bit):  # which splits its state in `load_state_dict`
+        betas = saved_betas(saved)
         for index, param in saved_parameters(optimizer, saved).items():
             if index in state:
                 state[index] = split_like(param, to_32bit(state[index], betas[index]))
@@ -200,8 +210,10 @@ def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 def _not_empty(optimizer: str, params: Any) -> Any:
     """The parameters of a new optimizer; ValueError if there are none."""
-    params = params if isinstance(params, Tensor) else list(params)  # torch refuses a tensor
-    if not isinstance(params, Tensor) and not params:
+    if isinstance(params, Tensor):
+        return params  # which torch refuses
+    params = list(params)
+    if not params:
         raise ValueError(
             f"{optimizer} got no parameters. A module that builds its model in configure_model has none before that: "
             "create the optimizer in configure_optimizers, with LightningCLI from an argument "
@@ -224,7 +236,9 @@ def _check_numbers(numbers: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value
 
 
 def _new_state(param: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.
 
     Args:
         module: A converted module.
-        lr: Learning rate of lora_A and of all else that trains.
+        lr: Learning rate of lora_A and of all other parameters that train.
         loraplus_lr_ratio: The learning rate of lora_B is this times lr; the paper recommends 16.
 
     Raises:

@@ -17,7 +17,7 @@ def call_on_setup_optimizer(original: Any, self: Any, optimizer: Any, strategy: 
     Removed by: a Fabric callback hook that gets the optimizers when they are set up.
     """
     original(self, optimizer, strategy, callbacks)
-    for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a stand-in may have none
+    for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a mocked strategy may have none
         hook = getattr(listener, "on_setup_optimizer", None)
         if callable(hook):
             hook(optimizer)

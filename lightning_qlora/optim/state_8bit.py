@@ -3,9 +3,9 @@
 For each moment, the state of a parameter has uint8 codes in the parameter's shape (`exp_avg_codes`) and an fp32 scale
 per block (`exp_avg_absmax`). Under torch's key `exp_avg`, AdamW would load codes as floats and train with them.
 
-Sharded parameters (FSDP2): each rank quantizes its shard in blocks of its own. Codes and scales are DTensors like the
-parameter, so torch's distributed checkpoints save every rank's part. No block spans two shards: for another number of
-shards than was saved, as `shards`, the moments are decoded and quantized again.
+Sharded parameters (FSDP2): each rank quantizes its shard, so no block spans two shards. Codes and scales are DTensors
+like the parameter, and torch's distributed checkpoints save every rank's part. The number of shards is saved as
+`shards`: for another number the moments are decoded and quantized again.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,8 @@ def to_32bit(state: dict[Any, Any], betas: Any) -> dict[Any, Any]:
         return state
     state = decode(state)
     m, v = (state[moment] for moment in MOMENTS)
-    step, (beta1, beta2) = int(state["step"]), map(float, betas)
+    step = int(state["step"])
+    beta1, beta2 = map(float, betas)
     m_hat = m / (1 - beta1**step)
     state[MOMENTS[1]] = torch.where(v == 0, (1 - beta2**step) * m_hat.square(), v).clamp(max=LARGEST)
     return state
@@ -50,40 +51,44 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
     state = dict(state)
     shards = int(state.pop("shards", 1))
     for moment in MOMENTS:
-        codes, absmax = state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax")
+        codes = state.pop(f"{moment}_codes")
+        absmax = state.pop(f"{moment}_absmax")
         state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
     return state
 
 
 def saved_betas(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     """Return the betas of each index in a state dict; None for another optimizer, whose state is not in 8 bits."""
-    return {index: group.get("betas") for group in state_dict["param_groups"] for index in group["params"]}
+    betas = {}
+    for group in state_dict["param_groups"]:
+        betas |= dict.fromkeys(group["params"], group.get("betas"))
+    return betas
 
 
 def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
     """Return the parameter of each index in a state dict; they are matched by their order, as in torch."""
-    groups = state_dict["param_groups"], optimizer.param_groups
-    saved, own = (chain.from_iterable(group["params"] for group in each) for each in groups)
-    return dict(zip(saved, own, strict=False))  # torch checks the lengths, with a better message
+    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return dict(zip(indices, params, strict=False))  # torch checks the lengths, with a better message
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return whole state; what has the parameter's shape, and the scales, are split as the parameter is."""
-    return {
-        key: shard_like(value, param)
-        if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax"))
-        else value
-        for key, value in state.items()
-    }
+    """Return whole state with the scales, and the tensors of the parameter's shape, split as the parameter is."""
+    state = dict(state)
+    for key, value in state.items():
+        if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax")):
+            state[key] = shard_like(value, param)
+    return state
 
 
 @torch.no_grad()
 def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """Return 8-bit state that was saved in another number of shards, in the blocks of `new`, the parameter's own."""
+    """Return 8-bit state that was saved in another number of shards, quantized in the blocks of `new`."""
     whole = split_like(param, decode(state))
     for signed, moment in zip((True, False), MOMENTS, strict=True):
         values = local(whole[moment]).to(param.device)
-        codes, absmax = local(new[f"{moment}_codes"]), local(new[f"{moment}_absmax"])
+        codes = local(new[f"{moment}_codes"])
+        absmax = local(new[f"{moment}_absmax"])
         if values.numel():
             quantize_state(values, codes, absmax[: block_count(values.numel())], signed)
     return {**new, "step": whole["step"]}
@@ -108,8 +113,9 @@ def shard_count(param: Tensor) -> int:
     sharded = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]
     if not sharded:
         return 1
-    by_rows = len(sharded) == 1 and param.placements[sharded[0]].is_shard(0)
-    return int(param.device_mesh.size(sharded[0])) if by_rows else 0
+    if len(sharded) > 1 or not param.placements[sharded[0]].is_shard(0):
+        return 0
+    return int(param.device_mesh.size(sharded[0]))
 
 
 def block_count(numel: int) -> int:

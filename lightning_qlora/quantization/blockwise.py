@@ -32,7 +32,9 @@ def normalize(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     # As in bitsandbytes: whole blocks are multiplied by the reciprocal, a short last block is divided.
     inverse = 1.0 / absmax[: len(whole_blocks)].clamp(min=SMALLEST_SCALE)
     scaled = (whole_blocks * inverse[:, None]).clamp(-1, 1).view(-1)
-    return torch.cat([scaled, (flat[full:] / absmax[-1:]).clamp(-1, 1)]) if full < flat.numel() else scaled
+    if full < flat.numel():
+        scaled = torch.cat([scaled, (flat[full:] / absmax[-1:]).clamp(-1, 1)])
+    return scaled
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -53,10 +55,12 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
         values = normalize(chunk, scales, block_size)
         if values.numel() % 2:
             values = torch.cat([values, values.new_zeros(1)])
-        rank = torch.zeros_like(values, dtype=torch.uint8)  # how many midpoints are below the value
+        codes = torch.zeros_like(values, dtype=torch.uint8)
         for bound in codebook.bounds.tolist():
-            rank += values > bound
-        packed[start // 2 :][: values.numel() // 2] = pack(rank if codebook.in_order else codebook.order[rank.int()])
+            codes += values > bound  # counts the midpoints below the value: the rank of its level
+        if not codebook.in_order:
+            codes = codebook.order[codes.int()]
+        packed[start // 2 :][: values.numel() // 2] = pack(codes)
     return packed, absmax
 
 
@@ -77,7 +81,9 @@ def dequantize_4bit(out: Tensor, packed: Tensor, absmax: Tensor, codebook: Codeb
 
 
 def _weights_per_step(like: Tensor) -> int:
-    return CHUNK if like.device.type == "cpu" else 128 * CHUNK  # elsewhere few launches, with 400 MB of temporaries
+    if like.device.type == "cpu":
+        return CHUNK
+    return 128 * CHUNK  # few launches, with 400 MB of temporaries
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -119,7 +125,7 @@ def dequantize_absmax(
 ) -> Tensor:
     """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b].
 
-    `numbers`: the number of each block, [b], which says its second-level scale; None: 0 to b - 1.
+    `numbers`: the number of each block in the whole weight, [b]; None: 0 to b - 1.
     """
     if numbers is None:
         per_block = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
@@ -134,7 +140,11 @@ def mean_in_fixed_order(values: Tensor) -> Tensor:
     The order is that of `torch.sum` on one x86 core (aten/native/cpu/SumKernel.cpp, cascade_sum). The result equals
     bitsandbytes' if bitsandbytes ran on one core or had fewer than 32,768 scales; otherwise the last bit may differ.
     """
-    n, lanes, unrolled = values.numel(), 8 if values.numel() >= 8 else 1, 4
+    n = values.numel()
+    lanes = 8
+    if n < 8:
+        lanes = 1
+    unrolled = 4
     rows = n // (lanes * unrolled)
     step = 1 << max(4, max(rows - 1, 0).bit_length() // 4)
     vectors = values[: n // lanes * lanes].view(-1, lanes)
@@ -149,13 +159,13 @@ def mean_in_fixed_order(values: Tensor) -> Tensor:
 
 def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:
     """Sum over dim 0 in groups of `step`, then over groups of groups; the rest of each level is added at the end."""
-    parts = []
+    sums = []
     for _ in range(levels - 1):
         groups = len(rows) // step
-        parts.append(_in_order([torch.zeros_like(rows[:1].sum(0)), *rows[groups * step :]]))
+        sums.append(_in_order([torch.zeros_like(rows[:1].sum(0)), *rows[groups * step :]]))
         rows = _in_order(list(rows[: groups * step].view(groups, step, *rows.shape[1:]).unbind(1)))
-    parts.append(_in_order([torch.zeros_like(parts[0]), *rows]))
-    return _in_order(parts)
+    sums.append(_in_order([torch.zeros_like(sums[0]), *rows]))
+    return _in_order(sums)
 
 
 def _in_order(terms: list[Tensor]) -> Tensor:

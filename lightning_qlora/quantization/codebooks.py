@@ -11,10 +11,23 @@ from lightning_qlora.config import QuantType
 
 # QLoRA paper, appendix E. Written out, because math libraries differ in the last bit; the formula is in the tests.
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # one sign, two exponent and one mantissa bit, in their order
 _INT4 = (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0)  # symmetric, so two codes mean zero
 _LEVELS = {
@@ -44,23 +57,34 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
     check_choice("quant_type", quant_type, tuple(_LEVELS))
     levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
     order = torch.argsort(levels, stable=True)
-    ascending, byte = levels[order], torch.arange(256, device="cpu")
-    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.int64).view(-1)
-    in_order = _LEVELS[quant_type] == tuple(sorted(_LEVELS[quant_type]))
-    return Codebook(levels, order.to(torch.uint8), (ascending[:-1] + ascending[1:]) / 2, pairs, in_order)
+    ascending = levels[order]
+    byte = torch.arange(256, device="cpu")
+    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
+    return Codebook(
+        levels=levels,
+        order=order.to(torch.uint8),
+        bounds=(ascending[:-1] + ascending[1:]) / 2,
+        pairs=pairs.view(torch.int64).view(-1),
+        in_order=torch.equal(ascending, levels),
+    )
 
 
 @cache
 def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
     """The 256 ascending levels of dynamic 8-bit quantization, fp32.
 
-    Seven decades; smaller values have fewer levels. Decade i, from 10^(i-6) / 10 to 10^(i-6), holds the midpoints of
-    2^i equal steps for each sign (unsigned: of 2^(i+1) steps). Zero and one are added (Dettmers et al. 2022, "8-bit
-    optimizers via block-wise quantization", section 1.3; bitsandbytes functional.py, create_dynamic_map).
+    There are seven decades; smaller values have fewer levels. Decade i, from 10^(i-6) / 10 to 10^(i-6), has the
+    midpoints of 2^i equal steps for each sign (unsigned: of 2^(i+1) steps). Zero and one are added (Dettmers et al.
+    2022, "8-bit optimizers via block-wise quantization", section 1.3; bitsandbytes functional.py, create_dynamic_map).
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1, dtype=torch.float32, device="cpu")
-        means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        levels += means.tolist() + ((-means).tolist() if signed else [])
+        steps = 2**i
+        if not signed:
+            steps *= 2
+        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")
+        midpoints = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += midpoints.tolist()
+        if signed:
+            levels += (-midpoints).tolist()
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

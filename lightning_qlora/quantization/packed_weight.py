@@ -44,22 +44,21 @@ class PackedBytes(NamedTuple):
 
     def dequantize_into(self, out: Tensor) -> Tensor:
         """Decode into `out`, flat [n], of any of the three float types, in plain torch; returns it."""
-        packed, book = self.packed.reshape(-1), codebook(self.quant_type, str(self.packed.device))
-        return blockwise.dequantize_4bit(out, packed, self.scales(), book, self.block_size)
+        levels = codebook(self.quant_type, str(self.packed.device))
+        return blockwise.dequantize_4bit(out, self.packed.reshape(-1), self.scales(), levels, self.block_size)
 
 
 def check_bytes(weight: PackedBytes) -> None:
     """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
-    packed, absmax, nested, shape, _, block_size = weight
-    found = packed.numel(), absmax.numel(), nested.numel()
-    needed = _sizes(shape, block_size, found[2] > 0)
-    uint8 = torch.uint8
-    if found != needed or not (packed.dtype is uint8 and absmax.dtype is uint8 and nested.dtype is uint8):
-        raise ValueError(
-            f"A 4-bit weight {list(shape)} in blocks of {block_size} has {needed[0]} bytes of codes, "
-            f"{needed[1]} of scales and {needed[2]} of second-level scales, all uint8; got "
-            f"{', '.join(f'{each.numel()} {each.dtype}' for each in (packed, absmax, nested))}."
-        )
+    tensors = (weight.packed, weight.absmax, weight.nested)
+    sizes = _sizes(weight.shape, weight.block_size, weight.nested.numel() > 0)
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if tensor.numel() != size or tensor.dtype is not torch.uint8:
+            raise ValueError(
+                f"A 4-bit weight {list(weight.shape)} in blocks of {weight.block_size} has {sizes[0]} bytes of codes, "
+                f"{sizes[1]} of scales and {sizes[2]} of second-level scales, all uint8; got "
+                f"{', '.join(f'{each.numel()} {each.dtype}' for each in tensors)}."
+            )
 
 
 @cache
@@ -68,13 +67,16 @@ def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple
     check_choice("block_size", block_size, BLOCK_SIZES)
     numel = shape[0] * shape[1]
     blocks = -(-numel // block_size)
-    nested = 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
-    return (numel + 1) // 2, *((blocks, nested) if double_quant else (4 * blocks, 0))
+    if not double_quant:
+        return (numel + 1) // 2, 4 * blocks, 0
+    return (numel + 1) // 2, blocks, 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
 
 
-def aligned(held: Tensor) -> Tensor:
+def aligned(data: Tensor) -> Tensor:
     """Contiguous bytes that can be read as fp32: a copy if FSDP cut them out of a larger tensor at another byte."""
-    return held if held.is_contiguous() and held.storage_offset() % 4 == 0 else held.reshape(-1).clone()
+    if data.is_contiguous() and data.storage_offset() % 4 == 0:
+        return data
+    return data.reshape(-1).clone()
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,8 +113,10 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, second-level scales and offset."""
-        nested = 0 if self.nested_absmax is None else self.nested_absmax.nbytes + 4
-        return self.packed.nbytes + self.absmax.nbytes + nested
+        nbytes = self.packed.nbytes + self.absmax.nbytes
+        if self.nested_absmax is not None:
+            nbytes += self.nested_absmax.nbytes + 4
+        return nbytes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight: level * scale in fp32, rounded once to `dtype` (default: the type of the original)."""
@@ -121,8 +125,15 @@ class PackedWeight:
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The same weight on another device."""
-        nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
-        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested_absmax=nested)
+        nested_absmax = self.nested_absmax
+        if nested_absmax is not None:
+            nested_absmax = nested_absmax.to(device)
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            nested_absmax=nested_absmax,
+        )
 
     def to_bytes(self) -> PackedBytes:
         """The uint8 tensors that a layer stores; a weight of one dimension becomes one row."""
@@ -135,15 +146,26 @@ class PackedWeight:
     @classmethod
     def from_bytes(cls, weight: PackedBytes, dtype: torch.dtype) -> "PackedWeight":
         """The weight that a layer stores as uint8 tensors, with or without values; copied if scales are misaligned."""
-        absmax, nested_absmax, offset = weight.absmax.reshape(-1), None, 0.0
+        absmax = weight.absmax.reshape(-1)
+        nested_absmax = None
+        offset = 0.0
         if weight.nested.numel():
             nested = aligned(weight.nested).view(-1).view(torch.float32)
-            has_values = not (nested.is_meta or isinstance(nested, FakeTensor))
-            nested_absmax, offset = nested[:-1], nested[-1].item() if has_values else 0.0
+            nested_absmax = nested[:-1]
+            if not (nested.is_meta or isinstance(nested, FakeTensor)):
+                offset = nested[-1].item()
         else:
             absmax = aligned(absmax).view(torch.float32)
-        packed, (shape, quant_type, block_size) = weight.packed.reshape(-1, 1), weight[3:6]
-        return cls(packed, absmax, nested_absmax, offset, shape, quant_type, block_size, dtype)
+        return cls(
+            packed=weight.packed.reshape(-1, 1),
+            absmax=absmax,
+            nested_absmax=nested_absmax,
+            offset=offset,
+            shape=weight.shape,
+            quant_type=weight.quant_type,
+            block_size=weight.block_size,
+            dtype=dtype,
+        )
 
     def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
@@ -159,11 +181,14 @@ class PackedWeight:
             meta["nested_offset"] = self.offset
             entries["nested_absmax"] = self.nested_absmax
             entries["nested_quant_map"] = dynamic_map(device=self.packed.device)
-        # Averages over the floats of a state dict write to them, and the tables are those of all weights.
-        entries = {key: value.clone() if value.is_floating_point() else value for key, value in entries.items()}
         text = json.dumps(meta).encode()
         entries[_BNB_META + self.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
-        return {prefix: self.packed, **{f"{prefix}.{name}": value for name, value in entries.items()}}
+        state = {prefix: self.packed}
+        for name, value in entries.items():
+            if value.is_floating_point():  # averages of state dicts write to it, and the tables are shared by weights
+                value = value.clone()
+            state[f"{prefix}.{name}"] = value
+        return state
 
     @classmethod
     def from_bnb_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> "PackedWeight":
@@ -173,34 +198,47 @@ class PackedWeight:
             TypeError, ValueError: If an entry is missing, has the wrong size or type, contradicts another or holds NaN
                 or Inf, or if the type or block size is not supported.
         """
-        found = [key for key in state if key.startswith(f"{prefix}.{_BNB_META}")]
-        if len(found) != 1 or prefix not in state or f"{prefix}.absmax" not in state:
+        meta_keys = [key for key in state if key.startswith(f"{prefix}.{_BNB_META}")]
+        if len(meta_keys) != 1 or prefix not in state or f"{prefix}.absmax" not in state:
             raise ValueError(
                 f"{prefix}: not a bitsandbytes 4-bit weight; expected {prefix!r}, '{prefix}.absmax' and one "
                 f"'{prefix}.{_BNB_META}*' entry, got {sorted(key for key in state if key.startswith(prefix))}."
             )
-        meta = _read_meta(prefix, found[0], state[found[0]])
-        numel, block_size, has_nested = math.prod(meta["shape"]), meta["blocksize"], "nested_offset" in meta
+        meta = _read_meta(prefix, meta_keys[0], state[meta_keys[0]])
+        numel = math.prod(meta["shape"])
+        blocks = -(-numel // meta["blocksize"])
+        nested_blocks = 0
+        scale_dtype = torch.float32
+        if "nested_offset" in meta:
+            nested_blocks = -(-blocks // blockwise.NESTED_BLOCK_SIZE)
+            scale_dtype = torch.uint8
         # bitsandbytes may store the same bytes with another dtype (its option quant_storage).
         packed = state[prefix].contiguous().view(torch.uint8).reshape(-1, 1)
-        absmax, nested = state[f"{prefix}.absmax"], state.get(f"{prefix}.nested_absmax")
-        blocks = -(-numel // block_size)
-        nested_blocks = -(-blocks // blockwise.NESTED_BLOCK_SIZE) if has_nested else 0
+        absmax = state[f"{prefix}.absmax"]
+        nested_absmax = state.get(f"{prefix}.nested_absmax")
         _check_values(prefix, packed, (numel + 1) // 2, torch.uint8)
-        _check_values(f"{prefix}.absmax", absmax, blocks, torch.uint8 if has_nested else torch.float32)
-        _check_values(f"{prefix}.nested_absmax", nested, nested_blocks, torch.float32)
+        _check_values(f"{prefix}.absmax", absmax, blocks, scale_dtype)
+        _check_values(f"{prefix}.nested_absmax", nested_absmax, nested_blocks, torch.float32)
         _check_levels(f"{prefix}.quant_map", state, codebook(meta["quant_type"]).levels)
         _check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
-        nested = None if nested is None else nested.reshape(-1)
-        quant_type, dtype = cast(QuantType, meta["quant_type"]), getattr(torch, meta["dtype"])
-        shape, offset = tuple(meta["shape"]), meta.get("nested_offset", 0.0)
-        return cls(packed, absmax.reshape(-1), nested, offset, shape, quant_type, block_size, dtype)
+        if nested_absmax is not None:
+            nested_absmax = nested_absmax.reshape(-1)
+        return cls(
+            packed=packed,
+            absmax=absmax.reshape(-1),
+            nested_absmax=nested_absmax,
+            offset=meta.get("nested_offset", 0.0),
+            shape=tuple(meta["shape"]),
+            quant_type=meta["quant_type"],
+            block_size=meta["blocksize"],
+            dtype=getattr(torch, meta["dtype"]),
+        )
 
 
-def _read_meta(prefix: str, key: str, held: Tensor) -> dict[str, Any]:
+def _read_meta(prefix: str, key: str, entry: Tensor) -> dict[str, Any]:
     """The JSON object in bitsandbytes' `quant_state` entry, its values checked."""
     try:
-        meta = json.loads(bytes(held.tolist()))
+        meta = json.loads(bytes(entry.tolist()))
         quant_type, block_size, dtype, shape = (meta[name] for name in ("quant_type", "blocksize", "dtype", "shape"))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
@@ -222,18 +260,22 @@ def _read_meta(prefix: str, key: str, held: Tensor) -> dict[str, Any]:
 
 
 def _check_values(key: str, values: Tensor | None, count: int, dtype: torch.dtype) -> None:
-    """Refuse an entry that has another size or type than the shape, and the offset, in the entry of JSON say."""
+    """Refuse an entry of another size or type than the JSON entry says; with `count` 0 there must be none."""
     if values is None and not count:
         return
     if values is None or not count or values.numel() != count or values.dtype is not dtype:
-        found = "no such entry" if values is None else f"{values.numel()} of {values.dtype}"
-        raise ValueError(f"{key}: must hold {count} values of {dtype}; got {found}. Copy or write the file again.")
+        content = "no such entry"
+        if values is not None:
+            content = f"{values.numel()} of {values.dtype}"
+        raise ValueError(f"{key}: must hold {count} values of {dtype}; got {content}. Copy or write the file again.")
     if dtype.is_floating_point and not torch.isfinite(values).all():
         raise ValueError(f"{key}: holds NaN or Inf. The file is damaged: copy or write it again.")
 
 
 def _check_levels(key: str, state: Mapping[str, Tensor], levels: Tensor) -> None:
     """Refuse a table of levels that is not the one that this package decodes with."""
-    held = state.get(key)
-    if held is not None and not (held.shape == levels.shape and torch.allclose(held.float().cpu(), levels, atol=1e-6)):
+    saved = state.get(key)
+    if saved is None:
+        return
+    if saved.shape != levels.shape or not torch.allclose(saved.float().cpu(), levels, atol=1e-6):
         raise ValueError(f"{key}: is not the table of levels of this type. The file is damaged, or of another format.")

@@ -1,7 +1,7 @@
 """The memory of a training step beside the model, counted by running the step on tensors without data.
 
-The forward and the backward pass run operation by operation, and each tensor that they make is followed until autograd
-or Python frees it. So the peak is found wherever it is: in the loss, in the backward pass of a block, or at the end.
+The forward and the backward pass run operation by operation, and each new tensor counts until autograd or Python frees
+it. So the peak is found wherever it is: in the loss, in the backward pass of a block, or at the end.
 """
 
 import weakref
@@ -28,8 +28,10 @@ def forward_function(fake_model: nn.Module, batch_size: int, length: int, exampl
     """A function that runs the model once; None if its inputs are not known. ValueError for more than its positions."""
     if isinstance(example, Mapping):
         return lambda: fake_model(**example)
+    if isinstance(example, tuple):
+        return lambda: fake_model(*example)
     if example is not None:
-        return lambda: fake_model(*(example if isinstance(example, tuple) else (example,)))
+        return lambda: fake_model(example)
     base: Any = find_base_model(fake_model)[1]
     if not is_transformers_model(base) or base.main_input_name != "input_ids":
         return None
@@ -51,23 +53,29 @@ def forward_function(fake_model: nn.Module, batch_size: int, length: int, exampl
 def positions_of(fake_model: nn.Module) -> int | None:
     """Positions of a transformers model; None if they are not limited or not known."""
     config: Any = getattr(find_base_model(fake_model)[1], "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    known = (getattr(config, name, None) for name in POSITIONS)
-    return next((number for number in known if type(number) is int and number > 0), None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    for name in POSITIONS:
+        number = getattr(config, name, None)
+        if type(number) is int and number > 0:
+            return number
+    return None
 
 
 def fake_example(example: Any, mode: FakeTensorMode) -> Any:
     """Copy an example input; the tensors of the copy have no data."""
-    return tree_map_only(Tensor, mode.from_tensor, dict(example) if isinstance(example, Mapping) else example)
+    if isinstance(example, Mapping):
+        example = dict(example)
+    return tree_map_only(Tensor, mode.from_tensor, example)
 
 
 def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int, int] | None:
     """Bytes of activations, and of gradients, at the peak of one forward and backward pass.
 
-    Temporary tensors, of the loss too, and the buffer for an adapter's input after dropout count as activations;
+    Temporary tensors, also those of the loss, and the buffer for an adapter's input after dropout count as activations;
     parameters, buffers and inputs do not count. None if the code of the model depends on values.
-    The loss is that of the model. Where it returns none, deferred logits get a cross entropy, and all other outputs a
-    gradient of their size. A model that fails: ValueError.
+    The loss is that of the model. If it returns none, deferred logits get a cross entropy, and all other outputs a
+    gradient of their size. ValueError if the model fails.
     """
     fake_model.train()
     trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]
@@ -93,36 +101,43 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int,
 
 def _backward(output: Any) -> None:
     """Run the backward pass of a model's output. The caller keeps no reference to it, so that it can be freed."""
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    outputs = [leaf for leaf in tree_leaves(output if loss is None else loss) if isinstance(leaf, Tensor)]
-    del output, loss
-    losses = [_cross_entropy(out) if isinstance(out, DeferredLogits) else out for out in outputs]
-    losses = [out for out in losses if out.requires_grad]
-    del outputs
+    if isinstance(output, Mapping) and output.get("loss") is not None:
+        output = output["loss"]
+    losses = [_loss(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    del output
+    losses = [loss for loss in losses if loss.requires_grad]
     if losses:
-        torch.autograd.backward(losses, [torch.empty(out.shape, dtype=out.dtype, device="cpu") for out in losses])
+        gradients = [torch.empty(loss.shape, dtype=loss.dtype, device="cpu") for loss in losses]
+        torch.autograd.backward(losses, gradients)
 
 
-def _cross_entropy(logits: Tensor) -> Tensor:
-    rows = logits.reshape(-1, logits.shape[-1])
+def _loss(output: Tensor) -> Tensor:
+    if not isinstance(output, DeferredLogits):
+        return output
+    rows = output.reshape(-1, output.shape[-1])
     return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device="cpu"))
 
 
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within this, the bytes of all new tensors are counted until they are freed.
+    """A context that counts the bytes of new tensors until they are freed.
 
-    `peak` is the most at one time, of which `gradients_at_peak` were gradients. `dropped`, the buffer that the kernels
-    keep for drop(x) (`kernels/scratch.py`), is counted apart.
+    `peak` is the largest sum, of which `gradients_at_peak` were gradients. `dropped`, the buffer that the kernels keep
+    for drop(x) (`kernels/scratch.py`), is not part of it.
     """
 
-    def __init__(self, known: list[Tensor]) -> None:
+    def __init__(self, existing: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.gradients_at_peak = self.dropped = self._bytes = self._gradients = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.peak = 0
+        self.gradients_at_peak = 0
+        self.dropped = 0
+        self._bytes = 0
+        self._gradients = 0
+        self._storages = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def add_gradient(self, parameter: Tensor) -> None:
         """Hook of a parameter, called after its gradient was stored."""
-        self._gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+        if parameter.grad is not None:
+            self._gradients += parameter.grad.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -134,14 +149,15 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
+        if storage._cdata in self._storages:
             return
-        self._known.add(storage._cdata)
+        self._storages.add(storage._cdata)
         self._bytes += storage.nbytes()
         weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
         if self._bytes > self.peak:
-            self.peak, self.gradients_at_peak = self._bytes, self._gradients
+            self.peak = self._bytes
+            self.gradients_at_peak = self._gradients
 
     def _remove(self, key: int, count: int) -> None:
         self._bytes -= count
-        self._known.discard(key)
+        self._storages.discard(key)

@@ -35,9 +35,9 @@ WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break
 
 def _with_arguments_of_config(command: Any) -> Any:
     """Give a command the arguments of QLoRAConfig. jsonargparse could find them itself, but would import torch."""
-    own = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    of_config = signatures.signature(QLoRAConfig).parameters.values()
-    parameters = own + [parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY) for parameter in of_config]
+    parameters = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for parameter in signatures.signature(QLoRAConfig).parameters.values():
+        parameters.append(parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY))
     command.__signature__ = signatures.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     descriptions = re.split(r"\n\s*(?:Args|Raises):\n", QLoRAConfig.__doc__ or "")[1]
@@ -79,7 +79,9 @@ def plan(
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     check_integer("devices", devices, at_least=1)
-    memory = None if gpu_memory is None else parse_memory(gpu_memory)
+    memory = None
+    if gpu_memory is not None:
+        memory = parse_memory(gpu_memory)
     config = QLoRAConfig(**arguments)
     if devices > 1 and strategy == "fsdp":
         config = replace(config, deferred_logits=False)  # the output embedding is in shards
@@ -116,7 +118,10 @@ def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:
     from lightning_qlora.tools.inspect_path import inspect_path
 
     lines = inspect_path(path, weights_only)
-    _print_json(dict(lines)) if json else _show(lines)
+    if json:
+        _print_json(dict(lines))
+    else:
+        _show(lines)
 
 
 def merge_adapter(
@@ -152,14 +157,14 @@ def merge_adapter(
 
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     check_free(Path(output))
-    found = _adapter(adapter, weights_only)
-    source = base_model or found.base_model
+    values = _adapter(adapter, weights_only)
+    source = base_model or values.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base-model FOLDER.")
     folder = resolve_model(source, download=base_model is not None)
     if base == "float":
-        found = convert_to_float_base(found, folder)
-    merge_folder(folder, found, output, dtype, base, trust_remote_code)
+        values = convert_to_float_base(values, folder)
+    merge_folder(folder, values, output, dtype, base, trust_remote_code)
     files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
     if json:
         _print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
@@ -192,8 +197,10 @@ def export(
     adapter = _adapter(checkpoint, weights_only)
     if base == "float":
         adapter = convert_to_float_base(adapter, base_model)
-    elif need := required_base(adapter.quantization):
-        warnings.warn(need, stacklevel=2)
+    else:
+        requirement = required_base(adapter.quantization)
+        if requirement:
+            warnings.warn(requirement, stacklevel=2)
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
@@ -209,22 +216,29 @@ def doctor(check: bool = False, json: bool = False) -> None:
     from lightning_qlora.tools.doctor import environment, examine
 
     checks = {}
-    for name, what, good in examine(check):
-        checks[name] = {"found": what, "good": good}
+    for name, text, good in examine(check):
+        checks[name] = {"found": text, "good": good}
+        if not good:
+            text += "  <-- wrong"
         if not json:
-            _show([(name, what if good else f"{what}  <-- wrong")])
-    _print_json({"checks": checks, "environment": environment()}) if json else _show(list(environment().items()))
+            _show([(name, text)])
+    if json:
+        _print_json({"checks": checks, "environment": environment()})
+    else:
+        _show(list(environment().items()))
     if not all(check["good"] for check in checks.values()):
         raise SystemExit(1)
 
 
-def _as_jsonargparse_takes(arguments: list[str]) -> list[str]:
+def _for_jsonargparse(arguments: list[str]) -> list[str]:
     """The arguments with --gpu-memory as --gpu_memory, and --json as --json true."""
-    taken = []
+    result = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         argument = re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument)
-        taken += [argument, "true"] if argument in FLAGS and following.startswith("--") else [argument]
-    return taken
+        result.append(argument)
+        if argument in FLAGS and following.startswith("--"):
+            result.append("true")
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,10 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
 
     class Parser(ArgumentParser):
-        """A parser whose errors have no usage of many lines."""
+        """A parser whose errors are two lines."""
 
         def error(self, message: str, *_: Any) -> Any:
-            """Print a mistake and where the help is."""
+            """Print the error, and how to get the help."""
             self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{self.prog} --help lists the arguments.\n")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that incomplete folders are deleted
@@ -247,12 +261,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: dict[str, Any] = {
         # jsonargparse asks the package for a function's name: `merge` would import torch
-        "plan": plan, "inspect": inspect, "merge": merge_adapter, "export": export, "doctor": doctor,
-    }  # fmt: skip
+        "plan": plan,
+        "inspect": inspect,
+        "merge": merge_adapter,
+        "export": export,
+        "doctor": doctor,
+    }
+    if arguments is None:
+        arguments = sys.argv[1:]
     try:
-        given = _as_jsonargparse_takes(list(sys.argv[1:] if arguments is None else arguments))
-        version = sys.modules["lightning_qlora"].__version__
-        auto_cli(commands, args=given, prog="lightning-qlora", version=version, allow_abbrev=False, parser_class=Parser)
+        auto_cli(
+            commands,
+            args=_for_jsonargparse(list(arguments)),
+            prog="lightning-qlora",
+            version=sys.modules["lightning_qlora"].__version__,
+            allow_abbrev=False,
+            parser_class=Parser,
+        )
     except Exception as error:
         if not isinstance(error, EXPECTED) and type(error).__name__ != "CheckpointMismatchError":  # which imports torch
             raise
@@ -271,10 +296,12 @@ def _adapter(path: str, weights_only: bool) -> "Adapter":
 
 
 def _show(lines: list[tuple[str, str]]) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0  # whole lines in a file or a pipe
+    width = shutil.get_terminal_size().columns
     for name, value in lines:
         text = f"{name:30} {value}"
-        print(textwrap.fill(text, width, **WRAPPED) if len(text) > width > 60 else text)
+        if sys.stdout.isatty() and len(text) > width > 60:  # a file or a pipe gets whole lines
+            text = textwrap.fill(text, width, **WRAPPED)
+        print(text)
 
 
 def _print_json(values: Any) -> None:
@@ -282,9 +309,12 @@ def _print_json(values: Any) -> None:
 
 
 def _plain(message: str) -> str:
-    """A message of jsonargparse in one line, with what an argument of another library is called here."""
-    ours = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
-    return " ".join([" ".join(message.split()) + "." * bool(ours), *ours])
+    """A message of jsonargparse in one line, with our names for arguments of other libraries."""
+    message = " ".join(message.split())
+    hints = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
+    if hints:
+        message += "."
+    return " ".join([message, *hints])
 
 
 if __name__ == "__main__":

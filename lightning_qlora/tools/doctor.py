@@ -19,43 +19,55 @@ from lightning_qlora.training.convert import convert
 from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install
 
-PACKAGES = {  # package -> the extra that installs it; None: not one of ours
-    "torch": "", "lightning": "", "safetensors": "", "triton": None, "transformers": "hf", "jsonargparse": "cli",
-    "docstring-parser": "cli", "rich": "cli", "cuda-bindings": "paged", "peft": None, "bitsandbytes": None,
-}  # fmt: skip
+PACKAGES = {  # package -> the extra that installs it; "": it is always installed; None: this package does not need it
+    "torch": "",
+    "lightning": "",
+    "safetensors": "",
+    "triton": None,
+    "transformers": "hf",
+    "jsonargparse": "cli",
+    "docstring-parser": "cli",
+    "rich": "cli",
+    "cuda-bindings": "paged",
+    "peft": None,
+    "bitsandbytes": None,
+}
 REQUIRED = ("torch", "lightning", "safetensors")
 
 
 def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
-    """Yield the name of each check, what was found, and whether that is good; `check` compares all kernels again."""
+    """Yield name and result of each check, and whether the result is good; `check` compares all kernels again."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
     for name, extra in PACKAGES.items():
         try:
             yield name, version(name), True
         except PackageNotFoundError:
-            hint = f" (extra {extra}: {install(extra)})" if extra else ""
-            hint = " under this name; torch for CUDA and ROCm brings its own" if name == "triton" else hint
+            hint = ""
+            if extra:
+                hint = f" (extra {extra}: {install(extra)})"
+            if name == "triton":
+                hint = " under this name; torch for CUDA and ROCm brings its own"
             yield name, f"not installed{hint}", name not in REQUIRED
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     try:
         yield "C compiler", build.compiler(), True
     except build.BuildError as error:
         yield "C compiler", f"{error}; the CPU path is slower without one", True
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = [torch.device("cuda", index) for index in range(count)]
+    devices = []
+    if torch.cuda.is_available():
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
-        facts = torch.cuda.get_device_properties(device)
+        properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
-        yield str(device), f"{facts.name}, {size_text(free)} of {size_text(total)} free", True
-        yield f"{device} paging", paging(device, facts), True
+        yield str(device), f"{properties.name}, {size_text(free)} of {size_text(total)} free", True
+        yield f"{device} paging", paging(device, properties), True
     if not devices:
         yield "GPU", "none that torch supports", True
     for device in (torch.device("cpu"), *devices):
-        wrong = backends.failures(device, check)
+        failures = backends.failures(device, check)
         yield f"{device} kernels", backends.describe(device), True
-        yield from (
-            (f"{device} {op}", f"in plain torch, because its kernels fail: {why}", False) for op, why in wrong.items()
-        )
+        for op, reason in failures.items():
+            yield f"{device} {op}", f"in plain torch, because its kernels fail: {reason}", False
     for device in (torch.device("cpu"), *devices):
         yield from _self_test(device)
 
@@ -69,12 +81,15 @@ def paging(device: torch.device, properties: Any) -> str:
 
 def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     """Compare the ops with the reference, unless `failures` did so, and train a layer for 20 steps."""
-    start, name = time.perf_counter(), f"self-test on {device}"
+    start = time.perf_counter()
+    name = f"self-test on {device}"
     if not backends.has_kernels(device):
-        wrong = [f"{op}: {why}" for op in OPS if (why := fault(eager, device, op))]
+        faults = {op: fault(eager, device, op) for op in OPS}
+        wrong = [f"{op}: {reason}" for op, reason in faults.items() if reason]
         yield f"{name}: ops", "; ".join(wrong) or f"all {len(OPS)} compute what the reference does", not wrong
     generator = torch.Generator("cpu").manual_seed(0)
-    x, target = (torch.randn(64, width, generator=generator, device="cpu").to(device) for width in (768, 512))
+    x = torch.randn(64, 768, generator=generator, device="cpu").to(device)
+    target = torch.randn(64, 512, generator=generator, device="cpu").to(device)
     layer = nn.Sequential(nn.Linear(768, 512, device="cpu"))
     convert(layer, r=8, lora_dropout=0.0, compute_dtype="fp32")
     layer.to(device)
@@ -93,5 +108,12 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
 
 def environment() -> dict[str, str]:
     """The environment variables that change what runs."""
-    names = "TRITON_INTERPRET", "LIGHTNING_QLORA_CACHE", library.OFF, "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
+    names = [
+        "TRITON_INTERPRET",
+        "LIGHTNING_QLORA_CACHE",
+        library.OFF,
+        "CC",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+    ]
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -30,13 +30,15 @@ def meta_model(model: Any) -> nn.Module:
         import transformers
     except ImportError as error:
         raise TypeError(f"model={model!r}: is not a module, and transformers is not installed.") from error
-    named = isinstance(model, (str, os.PathLike))
-    if not named and not isinstance(model, transformers.PretrainedConfig):
+    is_name = isinstance(model, (str, os.PathLike))
+    if not is_name and not isinstance(model, transformers.PretrainedConfig):
         raise TypeError(
             f"model={type(model).__name__}: must be a module, a transformers config, a folder or a hub name."
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(model) if named else model
+        config = model
+        if is_name:
+            config = transformers.AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             return _model_of_config(config)
     except OSError as error:
@@ -44,9 +46,11 @@ def meta_model(model: Any) -> nn.Module:
             f"{model}: neither a folder with a config.json nor a model on the hub ({one_line(error)})."
         ) from error
     except Exception as error:  # any error of the model's own code
-        where = f"{model}: its config.json" if named else f"model={type(model).__name__}: it"
+        subject = f"model={type(model).__name__}: it"
+        if is_name:
+            subject = f"{model}: its config.json"
         raise ValueError(
-            f"{where} makes no model ({one_line(error)}). Correct it, or pass a module to estimate_memory."
+            f"{subject} makes no model ({one_line(error)}). Correct it, or pass a module to estimate_memory."
         ) from error
 
 
@@ -57,8 +61,9 @@ def _model_of_config(config: Any) -> nn.Module:
     name = next(iter(getattr(config, "architectures", None) or []), "")
     causal_models: Any = transformers.AutoModelForCausalLM._model_mapping
     model_class: Any = getattr(transformers, name, None) or causal_models.get(type(config), None)
-    make: Any = transformers.AutoModel.from_config if model_class is None else model_class._from_config
-    return cast(nn.Module, make(config, dtype=dtype))
+    if model_class is None:
+        return cast(nn.Module, transformers.AutoModel.from_config(config, dtype=dtype))
+    return cast(nn.Module, model_class._from_config(config, dtype=dtype))
 
 
 def one_line(error: Exception) -> str:

@@ -9,8 +9,9 @@ from lightning_qlora.training.gradient_checkpointing import transformers_checkpo
 from lightning_qlora.training.report import parameter_bytes, size_text
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DRIVER, FRAGMENTATION = 0.8e9, 0.04  # bytes, and share of the memory, that a run can't use
-# Arguments that save memory, in this order: those that cost nothing, time.
+DRIVER = 0.8e9  # bytes that a run can't use
+FRAGMENTATION = 0.04  # share of the memory that a run can't use
+# Arguments that save memory; the last one costs time.
 SAVING: dict[str, Any] = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True}
 
 
@@ -26,24 +27,28 @@ def parse_memory(text: str) -> int:
 
 
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:
-    """Bytes that a run needs on each of several devices, each with a batch of its own.
+    """Bytes that a run needs on each of several devices, each with its batch.
 
-    DDP: all, where the backward pass decodes weights into buffers of its own. FSDP2, with `fully_shard` on each block
-    and on the model: the device's part of weights, gradients and optimizer state, the activations, and all of the block
-    that runs and the next.
+    DDP: all, and a second decode buffer, as the thread of the backward pass has its own. FSDP2, with `fully_shard` on
+    each block and on the model: the device's part of weights, gradients and optimizer state, the activations, and all
+    of the block that runs and of the next.
     """
     parts = estimate.parts
     if strategy == "ddp" or devices == 1:
         return estimate.device + parts["decode buffer"]
     blocks = [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]
     whole = parameter_bytes(run.model)
-    gathered = whole - sum(blocks) + 2 * max(blocks) if blocks else whole
-    sharded = whole + parts["gradients"] + (0 if estimate.paged else parts["optimizer state"])
+    gathered = whole
+    if blocks:
+        gathered += 2 * max(blocks) - sum(blocks)
+    sharded = whole + parts["gradients"]
+    if not estimate.paged:
+        sharded += parts["optimizer state"]
     return gathered + parts["activations"] + 2 * parts["decode buffer"] + sharded // devices
 
 
 def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
-    """One sentence: whether the bytes fit on a GPU, and else what to change."""
+    """A sentence: whether the bytes fit on a GPU, and what to change if they do not."""
     usable = int(gpu_memory * (1 - FRAGMENTATION) - DRIVER)
     available = (
         f"{both_units(usable)} of {both_units(gpu_memory)} (the driver takes up to {size_text(DRIVER)}, fragmentation "

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
@@ -29,7 +30,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     if is_shards(path) or os.path.isfile(path):
         state, _ = read_converted_state_dict(path, weights_only)
         adapter = read_adapter_from_checkpoint(path, weights_only=weights_only)
-        files = [path for path in Path(path).rglob("*") if path.is_file()] or [Path(path)]  # one, or shards
+        files = [path for path in Path(path).rglob("*") if path.is_file()] or [Path(path)]  # shards, or one file
         return [
             ("kind", "Lightning checkpoint of a converted module"),
             ("size of the checkpoint", size_text(sum(file.stat().st_size for file in files))),
@@ -43,20 +44,30 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     layers = adapter.layers | adapter.expert_adapters
-    of_experts = {adapter.peft_config.get("r", 0): len(adapter.expert_adapters)}  # their matrices hold many experts
-    ranks = Counter(layer.r for layer in adapter.layers.values()) + Counter(of_experts)
+    # The matrices of `expert_adapters` hold many experts: their rank is that of adapter_config.json.
+    ranks = Counter(layer.r for layer in adapter.layers.values())
+    ranks[adapter.peft_config.get("r", 0)] += len(adapter.expert_adapters)
     alphas = Counter(layer.alpha for layer in layers.values())
     endings = Counter(last_part(name) for name in layers)
-    matrices = [t for layer in layers.values() for t in (layer.lora_A, layer.lora_B, layer.magnitude)]
-    tensors = [t for t in [*matrices, *adapter.saved.values()] if t is not None]
-    kinds = [kind for kind, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if used]
-    how = adapter.quantization
+    tensors = list(adapter.saved.values())
+    for layer in layers.values():
+        tensors += [layer.lora_A, layer.lora_B]
+        if layer.magnitude is not None:
+            tensors.append(layer.magnitude)
+    kinds = []
+    if adapter.use_rslora:
+        kinds.append("rsLoRA")
+    if adapter.use_dora:
+        kinds.append("DoRA")
+    quantization = "unknown"
+    if adapter.quantization is not None:
+        quantization = ", ".join(f"{name}={value}" for name, value in adapter.quantization.items())
     return [
         ("base", adapter.base_model or "unknown"),
-        ("quantization", "unknown" if how is None else ", ".join(f"{name}={value}" for name, value in how.items())),
+        ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
-        ("rank", _counts(ranks)),
+        ("rank", _counts(+ranks)),  # +: without those that no layer has
         ("alpha", _counts(alphas)),
         ("kind of LoRA", ", ".join(kinds) or "plain"),
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
@@ -74,31 +85,41 @@ def _counts(counter: Counter[int] | Counter[float]) -> str:
 def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
     config = read_config(folder.folder)
     packed = {key for key in folder.entries if folder.is_packed(key)}
-    types = Counter[str]()
+    sizes = Counter[str]()
     for key, entry in folder.entries.items():
-        weight = key.partition(".weight.")[0] + ".weight" if ".weight." in key else key  # or its scales
-        types["4-bit" if weight in packed else entry.dtype] += entry.nbytes
-    named, files = config.get("architectures"), folder.files()
-    published = published_format(config)
-    stored = published or config.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    quantization = f"{method}, {_quant_type(folder, packed)}" if method and packed else "none"
-    if published is not None:
-        details = (published.get("format"), published.get("weight_block_size"))
-        quantization = ", ".join(str(word) for word in (method, *details) if word)
+        weight, is_state, _ = key.partition(".weight.")  # the scales of a 4-bit weight
+        if is_state:
+            weight += ".weight"
+        sizes["4-bit" if weight in packed else entry.dtype] += entry.nbytes
+    kind = "model folder"
+    if packed:
+        kind = "model folder, 4-bit (bitsandbytes)"
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        architectures = ["unknown"]
+    names = [file.name for file in folder.files()]
     return [
-        ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
-        ("architecture", ", ".join(map(str, named)) if named and isinstance(named, list) else "unknown"),
-        ("quantization", quantization),
+        ("kind", kind),
+        ("architecture", ", ".join(map(str, architectures))),
+        ("quantization", _quantization(folder, config, packed)),
         ("4-bit layers", str(len(packed))),
         ("tensors", str(len(folder.entries))),
-        ("files", f"{len(files)}: {files[0].name}" + (f" to {files[-1].name}" if len(files) > 1 else "")),
-        ("size", ", ".join(f"{kind} {size_text(count)}" for kind, count in types.most_common())),
+        ("files", f"{len(names)}: " + " to ".join(dict.fromkeys([names[0], names[-1]]))),
+        ("size", ", ".join(f"{dtype} {size_text(count)}" for dtype, count in sizes.most_common())),
     ]
 
 
-def _quant_type(folder: WeightFolder, packed: set[str]) -> str:
+def _quantization(folder: WeightFolder, config: dict[str, Any], packed: set[str]) -> str:
+    published = published_format(config)
+    if published is not None:
+        words = [published.get(key) for key in ("quant_method", "format", "weight_block_size")]
+        return ", ".join(str(word) for word in words if word)
+    quantization = config.get("quantization_config")
+    if not packed or not isinstance(quantization, dict) or not quantization.get("quant_method"):
+        return "none"
     first = min(packed)
     key = next(key for key in folder.entries if key.startswith(first + ".quant_state."))
-    nested = f"{first}.nested_absmax" in folder.entries
-    return key.rpartition("__")[2] + (", double quantization" if nested else "")
+    text = f"{quantization['quant_method']}, {key.rpartition('__')[2]}"
+    if f"{first}.nested_absmax" in folder.entries:
+        text += ", double quantization"
+    return text

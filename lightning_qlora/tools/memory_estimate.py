@@ -68,7 +68,9 @@ class MemoryEstimate:
     @property
     def device(self) -> int:
         """Bytes that must stay on the device: all at the peak except paged optimizer state."""
-        return self.total - (self.parts["optimizer state"] if self.paged else 0)
+        if self.paged:
+            return self.total - self.parts["optimizer state"]
+        return self.total
 
     def __str__(self) -> str:
         texts = {part: _row(part, count) for part, count in self.parts.items()}
@@ -76,7 +78,9 @@ class MemoryEstimate:
             hint = "(pass example=; loops over experts can't be counted)"
             texts["activations"] = f"{'activations':22}{'unknown':>12}  {hint}"
         if self.gradients_at_peak < self.parts["gradients"]:
-            at_peak = size_text(self.gradients_at_peak) if self.gradients_at_peak else "none"
+            at_peak = "none"
+            if self.gradients_at_peak:
+                at_peak = size_text(self.gradients_at_peak)
             texts["gradients"] += f"  ({at_peak} of it at the peak of all parts)"
         if self.paged and self.parts["optimizer state"]:
             texts["optimizer state"] += "  (may move to host memory)"
@@ -121,9 +125,10 @@ def estimate_memory(
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
     """
-    own = ("batch_size", "sequence_length", "optimizer", "example")
-    refuse_unknown_arguments(arguments, [*own, *QLoRAConfig.__dataclass_fields__])
-    return PlannedRun(model, optimizer, QLoRAConfig(**arguments), example).estimate(batch_size, sequence_length)
+    names = ["batch_size", "sequence_length", "optimizer", "example", *QLoRAConfig.__dataclass_fields__]
+    refuse_unknown_arguments(arguments, names)
+    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments), example)
+    return run.estimate(batch_size, sequence_length)
 
 
 class PlannedRun:
@@ -131,27 +136,33 @@ class PlannedRun:
 
     def __init__(self, model: Any, optimizer: OptimizerName, config: QLoRAConfig, example: Any = None) -> None:
         check_choice("optimizer", optimizer, get_args(OptimizerName))
-        made = model if isinstance(model, nn.Module) else meta_model(model)
-        check_initialized(made)
+        if not isinstance(model, nn.Module):
+            model = meta_model(model)
+        check_initialized(model)
         if config.initializes_from_weight:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
-        self.config, self._mode = config, FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
+        self.config = config
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
-            config = replace(config_of_adapter(made, read_adapter(config.adapter), config), adapter=None)
+            config = replace(config_of_adapter(model, read_adapter(config.adapter), config), adapter=None)
         with self._mode:
-            self.model, self._example = fake_copy(made), fake_example(example, self._mode)
+            self.model = fake_copy(model)
+            self._example = fake_example(example, self._mode)
             self._report = convert_module(self.model, config)
             run_without_data(self.model)
         layers = packed_layers(self.model)
         packed = sum(getattr(layer, name).nbytes for layer in layers for name in BASE)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        in_8_bits = int(self._report.trainable_parameters * STATE_8BIT)
+        if optimizer == "adamw8bit":
+            state = int(self._report.trainable_parameters * STATE_8BIT)
+        else:
+            state = int(trained * STATE[optimizer])
         self._parts = {
             "4-bit weights": packed,
             "other frozen weights": self._report.bytes_after - packed - trained,
             "trained weights": trained,
             "gradients": trained,
-            "optimizer state": in_8_bits if optimizer == "adamw8bit" else int(trained * STATE[optimizer]),
+            "optimizer state": state,
             "decode buffer": _decode_buffers(layers),
         }
 
@@ -161,20 +172,29 @@ class PlannedRun:
         check_integer("sequence_length", sequence_length, at_least=1)
         with self._mode:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
-            step = None if forward is None else step_memory(self.model, forward)
-        activations, gradients = step or (0, self._parts["gradients"])
-        parts, report = {**self._parts, "activations": activations}, self._report
-        paged, weights = bool(self.config.paged_optimizer), (report.trainable_parameters, report.total_parameters)
-        return MemoryEstimate(parts, gradients, paged, *weights, report.bytes_before, step is not None, report.rows())
+            step = None
+            if forward is not None:
+                step = step_memory(self.model, forward)
+        activations, gradients_at_peak = step or (0, self._parts["gradients"])
+        return MemoryEstimate(
+            parts={**self._parts, "activations": activations},
+            gradients_at_peak=gradients_at_peak,
+            paged=bool(self.config.paged_optimizer),
+            trainable_parameters=self._report.trainable_parameters,
+            total_parameters=self._report.total_parameters,
+            dense_bytes=self._report.bytes_before,
+            counted_activations=step is not None,
+            layers=self._report.rows(),
+        )
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:
     """Bytes of the buffers that weights are decoded to: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        dtype = QLoRALinear.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))
-        numel = layer.weight_bytes.numel
-        # DoRA: the norm of the rows
-        for each in {dtype, torch.float32} if layer.config.use_dora else {dtype}:
-            largest[each] = max(largest.get(each, 0), numel)
+        dtypes = {QLoRALinear.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}
+        if layer.config.use_dora:
+            dtypes.add(torch.float32)  # for the norm of the rows
+        for dtype in dtypes:
+            largest[dtype] = max(largest.get(dtype, 0), layer.weight_bytes.numel)
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())

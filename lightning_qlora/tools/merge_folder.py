@@ -64,38 +64,40 @@ def merge_folder(
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    known = adapter.quantization or {}
-    config = QLoRAConfig(**{name: known.get(name, getattr(QLoRAConfig, name)) for name in BITS}, deferred_logits=False)
+    quantization = adapter.quantization or {}
+    bits = {name: quantization[name] for name in BITS if name in quantization}
+    config = QLoRAConfig(**bits, deferred_logits=False)
     weights: dict[str, Tensor] = {}
     if is_in_4_bits(base_model):
         with quantize_while_loading(config, adapter=adapter):
             model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
     else:
-        for loaded_as in ("auto", torch.bfloat16, torch.float16):  # in training it may have been in another type
-            model = load_base_model(base_model, adapter, loaded_as, trust_remote_code)
+        for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
+            model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
             adapter = assign_parameters(adapter, model)
             weights = float_weights(model, adapter)
-            if base == "float" or _has_bytes_of_training(weights, adapter, config):
+            if base == "float" or _quantizes_as_in_training(weights, adapter, config):
                 break
         if base == "quantized":
             weights = {}
         forget_quantizer(model)
     config = config_of_adapter(model, adapter, config)
     with warnings.catch_warnings(), named(base_model):
-        warnings.simplefilter("ignore")  # they are about training
+        warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
     layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
     for name, weight in adapter.bases.items():
         layers[name].set_packed_weight(weight)
     if adapter.bases:
-        prints = {name: layer.base_fingerprint() for name, layer in layers.items()}
-        adapter = replace(adapter, base_fingerprints=prints)
-    for name, layer in layers.items() if base == "quantized" else ():
-        if adapter.origin is not None and adapter.origin.fingerprint_of(name) not in (None, layer.base_fingerprint()):
-            raise CheckpointMismatchError(
-                f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the base "
-                "model of the training, or base='float' (--base float)."
-            )
+        fingerprints = {name: layer.base_fingerprint() for name, layer in layers.items()}
+        adapter = replace(adapter, base_fingerprints=fingerprints)
+    if base == "quantized" and adapter.origin is not None:
+        for name, layer in layers.items():
+            if adapter.origin.fingerprint_of(name) not in (None, layer.base_fingerprint()):
+                raise CheckpointMismatchError(
+                    f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the "
+                    "base model of the training, or base='float' (--base float)."
+                )
     set_adapter_of_module(model, adapter)
     merge_onto(model, weights, dtype)
     with atomic_folder(output) as partial:
@@ -103,16 +105,17 @@ def merge_folder(
         _copy_other_files(base_model, partial)
 
 
-def _has_bytes_of_training(weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig) -> bool:
-    """Whether the first weight has the 4-bit bytes of the training, as far as the adapter knows them."""
-    name, rows = next(iter(weights.items()))
-    expected = None if adapter.origin is None or adapter.bases else adapter.origin.fingerprint_of(name)
-    packed = quantize(rows, config.quant_type, config.block_size, config.double_quant)
-    return expected in (None, fingerprint_of_weight(packed))
+def _quantizes_as_in_training(weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig) -> bool:
+    """Whether quantizing the first weight gives the bytes of the training; True if these are not known."""
+    if adapter.origin is None or adapter.bases:
+        return True
+    name, weight = next(iter(weights.items()))
+    packed = quantize(weight, config.quant_type, config.block_size, config.double_quant)
+    return adapter.origin.fingerprint_of(name) in (None, fingerprint_of_weight(packed))
 
 
 def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:
-    """Tokenizer, chat template and all else beside the weights; of a GGUF file the tokenizer that it contains."""
+    """Copy tokenizer, chat template and other files beside the weights; save the tokenizer in a GGUF file."""
     gguf = gguf_of(base_model)
     if gguf is not None:
         tokenizer: Any = import_module("transformers").AutoTokenizer

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def run_without_data(fake_model: "nn.Module") -> None:
-    """Replace functions of a model whose tensors have no data, which can't run on them.
+    """Replace functions that can't run in a model whose tensors have no data.
 
     Upstream: torch/nn/modules/module.py, Module._apply, which the forward pass of some routers calls (`.to`): it can't
-    swap tensors without data. transformers/integrations/moe.py, whose grouped products of experts run in bf16 only on
-    such tensors; our loop over experts needs as much memory.
+    swap tensors without data. transformers/integrations/moe.py, whose grouped products of experts run on such tensors
+    in bf16 only; our loop over experts needs the same memory.
     Removed by: upstream running both under FakeTensorMode.
     """
     from lightning_qlora.layers.routed_experts import is_routed, routed_forward
@@ -29,8 +29,9 @@ def run_without_data(fake_model: "nn.Module") -> None:
 def _replace_parameters(part: "nn.Module", fn: "Callable[[Tensor], Tensor]", recurse: bool = True) -> "nn.Module":
     from torch import nn
 
-    for child in part.children() if recurse else ():
-        child._apply(fn)  # type: ignore[no-untyped-call]
+    if recurse:
+        for child in part.children():
+            child._apply(fn)  # type: ignore[no-untyped-call]
     for key, parameter in part._parameters.items():
         if parameter is not None:
             part._parameters[key] = nn.Parameter(fn(parameter), requires_grad=parameter.requires_grad)

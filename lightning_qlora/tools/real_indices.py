@@ -1,7 +1,8 @@
 """Positions and masks with values on a model without data.
 
-The code of models reads values: transformers omits the causal mask if positions show that nothing is packed. Within
-`RealIndices`, tensors that are computed from numbers and real tensors alone are real. All other tensors have no data.
+The code of models reads values: transformers omits the causal mask if the positions are those of one sequence a row.
+Within `RealIndices`, tensors that are computed from numbers and real tensors alone are real. All other tensors have no
+data.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ LARGEST = 1 << 22  # elements of a real tensor: attention masks may have more
 
 
 class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """See the top of this file; to be entered within a FakeTensorMode that allows real inputs."""
+    """See the top of this file; it is entered within a FakeTensorMode that allows real inputs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -162,7 +162,7 @@ class QLoRAPrecision(Precision):
         return given
 
     def convert_again(self, module: nn.Module) -> None:
-        """Convert layers that replaced converted ones; see `module_state._convert_what_was_built_anew`."""
+        """Convert layers that replaced converted ones; see `module_state._convert_new_layers`."""
         forget_conversion(module)
         self.convert_module(module)
 

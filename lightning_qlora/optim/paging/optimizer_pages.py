@@ -51,12 +51,14 @@ class OptimizerPages:
         return [pool for pool in self._pools.values() if pool is not None]
 
     def page(self, param: Any, value: Any) -> None:
-        """Page the tensors in `value`, in place: dense CUDA tensors of the minimal size or more.
+        """Page the tensors in `value`, in place: dense CUDA tensors of `min_numel` elements and more.
 
         A view of the parameter, of its gradient or of a larger tensor is not paged.
         """
         for tensor in tensors_in(value):
-            pool = self._pool(tensor.device) if self._can_page(param, tensor) else None
+            if not self._can_page(param, tensor):
+                continue
+            pool = self._pool(tensor.device)
             if pool is not None and not pool.owns(tensor):
                 pool.move_in(tensor)
                 if not self._in_update:
@@ -86,14 +88,19 @@ class OptimizerPages:
             pool.evict(tensors)
 
     def _tensors(self, params: list[Tensor] | None = None) -> list[Tensor]:
-        if (optimizer := self._optimizer()) is None:
+        optimizer = self._optimizer()
+        if optimizer is None:
             return []
-        states = optimizer.state.values() if params is None else [optimizer.state.get(param) for param in params]
-        return [tensor for tensor in tensors_in(list(states)) if tensor.numel() >= self._min_numel]
+        if params is None:
+            states = list(optimizer.state.values())
+        else:
+            states = [optimizer.state.get(param) for param in params]
+        return [tensor for tensor in tensors_in(states) if tensor.numel() >= self._min_numel]
 
     def close(self) -> None:
         """Stop paging: move the state to plain host memory, free the pools, remove the hooks."""
-        if (optimizer := self._optimizer()) is not None:
+        optimizer = self._optimizer()
+        if optimizer is not None:
             if isinstance(optimizer.state, PagedState):
                 for pool, tensors in self.paged():
                     for tensor in tensors:
@@ -123,16 +130,18 @@ class OptimizerPages:
     def _can_page(self, param: Any, tensor: Tensor) -> bool:
         if tensor.layout != torch.strided or tensor.numel() < self._min_numel:
             return False
-        memory = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
         others = [t.data for t in (param, getattr(param, "grad", None)) if isinstance(t, Tensor)]
         used = {other.untyped_storage().data_ptr() for other in tensors_in(others)}
-        return memory.nbytes() == tensor.numel() * tensor.element_size() and memory.data_ptr() not in used
+        return storage.nbytes() == tensor.nbytes and storage.data_ptr() not in used
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._in_update = False  # the step before may have raised
         if not isinstance(optimizer.state, PagedState):  # replaced by the optimizer's own load_state_dict
             self._observe(optimizer)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = kwargs.get("closure")
+        if len(args) > 1:
+            closure = args[1]
         if closure is None:
             self._begin_update(optimizer)
             return None
@@ -154,7 +163,10 @@ class OptimizerPages:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param, state in optimizer.state.items():
-            for value in state.values() if isinstance(state, dict) else [state]:
+            values = [state]
+            if isinstance(state, dict):
+                values = list(state.values())
+            for value in values:
                 if not isinstance(value, Tensor):  # a list in the state may have grown since it was set
                     self.page(param, value)
         self.evict()
@@ -165,26 +177,33 @@ class OptimizerPages:
 
         8-bit moments are decoded: only PagedAdamW8bit can use them, and it loads its state itself.
         """
-        params, betas, kept = saved_parameters(optimizer, state_dict), saved_betas(state_dict), dict[Any, Any]()
+        params = saved_parameters(optimizer, state_dict)
+        betas = saved_betas(state_dict)
+        states = dict(state_dict["state"])
         self._deferred = []
-        for index, values in state_dict["state"].items():
-            if index in params and isinstance(values, dict):
-                values, param = dict(to_32bit(values, betas[index])), params[index]
-                for key in [key for key, value in values.items() if self._defers(param, key, value)]:
-                    self._deferred.append((param, key, values.pop(key)))
-            kept[index] = values
-        return {**state_dict, "state": kept}
+        for index, state in states.items():
+            if index not in params or not isinstance(state, dict):
+                continue
+            states[index] = {}
+            for key, value in to_32bit(state, betas[index]).items():
+                if self._defers(params[index], key, value):
+                    self._deferred.append((params[index], key, value))
+                else:
+                    states[index][key] = value
+        return {**state_dict, "state": states}
 
     def _defers(self, param: Tensor, key: Any, value: Any) -> bool:
-        large = type(value) is Tensor and value.layout == torch.strided and value.numel() >= self._min_numel
-        return key != "step" and large and self._pool(param.device) is not None
+        is_large = type(value) is Tensor and value.layout == torch.strided and value.numel() >= self._min_numel
+        return key != "step" and is_large and self._pool(param.device) is not None
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._observe(optimizer)
         for param, key, value in self._deferred:
-            # torch's rule: state of a floating-point parameter gets its type (Optimizer.load_state_dict)
-            dtype = param.dtype if param.is_floating_point() else value.dtype
-            if (pool := self._pool(param.device)) is not None:
+            dtype = value.dtype
+            if param.is_floating_point():
+                dtype = param.dtype  # torch's rule (Optimizer.load_state_dict)
+            pool = self._pool(param.device)
+            if pool is not None:
                 optimizer.state[param][key] = pool.new_tensor(value, dtype)
         self._deferred = []
 
@@ -201,32 +220,39 @@ def page_optimizer(optimizer: Optimizer, min_numel: int) -> OptimizerPages:
 
 def _to_plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Remove our types from a state dict: checkpoints are the same with and without paging."""
-    state = {k: dict(value) if isinstance(value, dict) else value for k, value in state_dict["state"].items()}
-    return {**state_dict, "state": state}
+    states = dict(state_dict["state"])
+    for index, state in states.items():
+        if isinstance(state, dict):
+            states[index] = dict(state)
+    return {**state_dict, "state": states}
 
 
 def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[list[Tensor]]:
     """Yield the parameters in windows of about `numel` elements, each while its state is on the device.
 
-    The copy of the next window's state starts before the present one is updated, so two windows are on the device at
-    most. Pinned memory has a stream for its copies, and overlaps both; unified memory is prefetched on the current one.
+    The copy of the next window's state starts before the present one is updated, so at most two windows are on the
+    device. Pinned memory is copied on a stream of its own, which overlaps copy and update; unified memory is prefetched
+    on the current stream.
     """
-    parts, size = list[list[Tensor]](), numel
+    result: list[list[Tensor]] = []
+    size = numel
     for param in params:
         if size >= numel:
-            parts.append([])
+            result.append([])
             size = 0
-        parts[-1].append(param)
+        result[-1].append(param)
         size += param.numel()
-    if (pages := _PAGES.get(optimizer)) is None:
-        yield from parts
+    pages = _PAGES.get(optimizer)
+    if pages is None:
+        yield from result
         return
-    pages.prefetch(parts[0] if parts else [])
-    for part, following in zip(parts, [*parts[1:], []], strict=False):
+    if result:
+        pages.prefetch(result[0])
+    for window, following in zip(result, [*result[1:], []], strict=False):
         pages.wait_prefetch()
         pages.prefetch(following)
-        yield part
-        pages.evict(part)
+        yield window
+        pages.evict(window)
 
 
 def open_pool(device: torch.device) -> Pool | None:

@@ -14,11 +14,13 @@ from typing_extensions import override
 
 
 class _ObservedDict(dict[Any, Any]):
-    """A dict that reads and writes every value through `__getitem__` and `__setitem__`; dict's own methods do not."""
+    """A dict whose methods all read and write through `__getitem__` and `__setitem__`; dict's methods do not."""
 
-    on_write: Callable[[Any, Any], None]  # gets a parameter and a value that becomes state: pages the tensors in it
+    on_write: Callable[[Any, Any], None]  # called with a parameter and new state: pages the tensors in it
     on_read: Callable[[], None]  # called before a value is read: waits for copies to the host
-    items, values, update = Mapping.items, Mapping.values, MutableMapping.update  # type: ignore[assignment]
+    items = Mapping.items  # type: ignore[assignment]
+    values = Mapping.values  # type: ignore[assignment]
+    update = MutableMapping.update  # type: ignore[assignment]
 
     def __getitem__(self, key: Any) -> Any:
         self.on_read()
@@ -47,7 +49,8 @@ class PagedState(_ObservedDict, defaultdict[Any, Any]):
         self, on_write: Callable[[Any, Any], None], on_read: Callable[[], None], state: Mapping[Any, Any]
     ) -> None:
         super().__init__(dict)
-        self.on_write, self.on_read = on_write, on_read
+        self.on_write = on_write
+        self.on_read = on_read
         self.update(state)
 
     def __missing__(self, param: Any) -> Any:
@@ -69,7 +72,11 @@ class PagedState(_ObservedDict, defaultdict[Any, Any]):
 
     def plain(self) -> defaultdict[Any, Any]:
         """Return the same entries in the types that torch's optimizers use."""
-        return defaultdict(dict, {p: dict(v) if isinstance(v, ParamState) else v for p, v in self.items()})
+        state = defaultdict(dict, self.items())
+        for param, values in state.items():
+            if isinstance(values, ParamState):
+                state[param] = dict(values)
+        return state
 
 
 class ParamState(_ObservedDict):
@@ -77,7 +84,9 @@ class ParamState(_ObservedDict):
 
     def __init__(self, state: PagedState, param: Any, values: Mapping[Any, Any]) -> None:
         super().__init__()
-        self.on_write, self.on_read, self._param = state.on_write, state.on_read, param
+        self.on_write = state.on_write
+        self.on_read = state.on_read
+        self._param = param
         self.update(values)
 
     def __setitem__(self, key: Any, value: Any) -> None:

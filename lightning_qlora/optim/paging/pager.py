@@ -34,9 +34,11 @@ class PagingReport:
     def __str__(self) -> str:
         if self.kind == "plain":
             return "Optimizer state is not paged: it is in host memory already, or does not exist yet."
-        how = "CUDA unified memory" if self.kind == "managed" else f"pinned memory and copies, because {self.reason}"
+        memory = "CUDA unified memory"
+        if self.kind != "managed":
+            memory = f"pinned memory and copies, because {self.reason}"
         sizes = f"{self.nbytes / MIB:,.1f} MiB ({self.allocated / MIB:,.1f} MiB allocated)"
-        return f"Optimizer state paged: {self.tensors} tensors, {sizes}, through {how}."
+        return f"Optimizer state paged: {self.tensors} tensors, {sizes}, through {memory}."
 
 
 class Pager:
@@ -50,11 +52,11 @@ class Pager:
         return Pager, (self.min_numel,)  # optimizers and their pages are not copied
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Page the state of a torch optimizer from now on, state that exists already included.
+        """Page the state of a torch optimizer from now on, also the state that exists already.
 
         An optimizer that is paged already, by another pager or by itself (PagedAdamW), keeps its pages; this pager's
-        `close` frees them too. Raises TypeError for what is no `torch.optim.Optimizer`, and MemoryError if memory for
-        the existing state is refused.
+        `close` also frees them. Raises TypeError if it is no `torch.optim.Optimizer`, and MemoryError if memory for the
+        existing state is refused.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -65,11 +67,21 @@ class Pager:
 
     def report(self) -> PagingReport:
         """Return what is paged now, and how."""
-        paged = [item for pages in self._pages.values() for item in pages.paged()]
-        if not paged:
+        pools = []
+        sizes = []
+        for pages in self._pages.values():
+            for pool, tensors in pages.paged():
+                pools.append(pool)
+                sizes += [tensor.nbytes for tensor in tensors]
+        if not pools:
             return PagingReport("plain", "no state on a GPU", 0, 0, 0)
-        pool, sizes = paged[0][0], [tensor.nbytes for _, tensors in paged for tensor in tensors]
-        return PagingReport(pool.kind, pool.reason, len(sizes), sum(sizes), sum(pool.nbytes for pool, _ in paged))
+        return PagingReport(
+            kind=pools[0].kind,
+            reason=pools[0].reason,
+            tensors=len(sizes),
+            nbytes=sum(sizes),
+            allocated=sum(pool.nbytes for pool in pools),
+        )
 
     def close(self) -> None:
         """Stop paging: all state moves to plain host memory, as in Lightning's own teardown; all pages are freed.

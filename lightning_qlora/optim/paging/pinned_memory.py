@@ -1,8 +1,8 @@
 """PinnedPool: optimizer state in page-locked host memory, where unified memory cannot page.
 
 That is under Windows and WSL, in some virtual machines, and on ROCm. The state is copied to the device before a step
-and back after it, on a stream of its own, so that copies run beside kernels. The CPU waits for a copy only when it
-reads the state.
+and back after it, on a separate stream, so that copies run beside kernels. The CPU waits for a copy only when it reads
+the state.
 
 Device memory is allocated and freed in the order of the current stream, as torch does everywhere: a copy to the host
 makes this stream wait, so that the next forward pass can use the memory. `record_stream` would block the memory until

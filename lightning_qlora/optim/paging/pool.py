@@ -1,14 +1,14 @@
 """Pool: the host memory that holds the optimizer state of one device between steps.
 
-Adapters have hundreds of small state tensors, so tensors share allocations (`Segment`). Every tensor still has a
-storage of its own size over its part of the segment: `torch.save` writes the tensor and not the segment.
+Adapters have hundreds of small state tensors, so tensors share allocations (`Segment`). The storage of each tensor is
+only its part of the segment, so `torch.save` writes the tensor and not the segment.
 """
 
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +23,22 @@ class Segment:
     """One allocation of a pool, filled from the front and freed with the last tensor in it."""
 
     def __init__(self, pool: "Pool", nbytes: int) -> None:
-        self.address, self.nbytes, self.used = pool._allocate(nbytes), nbytes, 0
+        self.address = pool._allocate(nbytes)
+        self.nbytes = nbytes
+        self.used = 0
         # Not at interpreter exit: tensors may still be alive then, and the driver frees everything anyway.
         weakref.finalize(self, pool._free, self.address).atexit = False
 
     def tensor(self, nbytes: int, device: torch.device) -> Tensor:
         """Return a uint8 tensor [nbytes] over the next free bytes; it keeps the segment alive."""
-        address, self.used = self.address + self.used, self.used + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        address = self.address + self.used
+        self.used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         # NumPy's and CUDA's array interface; torch keeps `span`, and so the segment, as long as a tensor uses it.
         interface = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
-        span = SimpleNamespace(segment=self, __array_interface__=interface, __cuda_array_interface__=interface)
-        tensor = torch.as_tensor(np.asarray(span) if device.type == "cpu" else span, device=device)
+        span: Any = SimpleNamespace(segment=self, __array_interface__=interface, __cuda_array_interface__=interface)
+        if device.type == "cpu":
+            span = np.asarray(span)
+        tensor = torch.as_tensor(span, device=device)
         if tensor.data_ptr() != address:
             raise RuntimeError(f"torch copied memory of {device} instead of sharing it.")
         return tensor
@@ -102,12 +107,12 @@ class Pool(ABC):
         for segment in self._segments:
             if segment.nbytes - segment.used >= nbytes:
                 return segment
-        wanted = self._segment_bytes(nbytes)
+        size = self._segment_bytes(nbytes)
         try:
-            segment = Segment(self, wanted)
+            segment = Segment(self, size)
         except MemoryError as error:
             raise MemoryError(
-                f"Paging optimizer state: {wanted / MIB:,.1f} MiB of {self.kind} memory were requested and refused; "
+                f"Paging optimizer state: {size / MIB:,.1f} MiB of {self.kind} memory were requested and refused; "
                 f"{self.nbytes / MIB:,.1f} MiB are allocated already. Paged state is in host memory: free host memory, "
                 "or make the state smaller with PagedAdamW8bit (a quarter of AdamW's bytes) or a lower rank `r`. "
                 "To train without paging, pass paged_optimizer=False (or remove the PagedOptimizer callback). "

@@ -36,7 +36,8 @@ class ManagedPool(Pool):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.device("cuda", _index(device)))
-        self._runtime = runtime = _runtime()
+        runtime = _runtime()
+        self._runtime = runtime
         self._advise = getattr(runtime, "cudaMemAdvise_v2", runtime.cudaMemAdvise)
         self._prefetch_async = getattr(runtime, "cudaMemPrefetchAsync_v2", runtime.cudaMemPrefetchAsync)
 
@@ -73,8 +74,9 @@ class ManagedPool(Pool):
             runtime.cudaGetLastError()  # clears the error, or torch's next call would report it
             raise MemoryError(error.name)
         self._check(error, "cudaMallocManaged")
-        preferred, host = runtime.cudaMemoryAdvise.cudaMemAdviseSetPreferredLocation, self._location("Host")
-        self._check(self._advise(address, nbytes, preferred, host)[0], "cudaMemAdvise")
+        preferred_location = runtime.cudaMemoryAdvise.cudaMemAdviseSetPreferredLocation
+        error = self._advise(address, nbytes, preferred_location, self._location("Host"))[0]
+        self._check(error, "cudaMemAdvise")
         return int(address)
 
     @override
@@ -90,7 +92,9 @@ class ManagedPool(Pool):
     def _location(self, kind: str) -> Any:
         location = self._runtime.cudaMemLocation()
         location.type = getattr(self._runtime.cudaMemLocationType, f"cudaMemLocationType{kind}")
-        location.id = self._memory_device.index if kind == "Device" else 0
+        location.id = 0
+        if kind == "Device":
+            location.id = self._memory_device.index
         return location
 
     def _check(self, error: Any, call: str) -> None:
@@ -127,4 +131,6 @@ def _runtime() -> Any:
 
 
 def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    if device.index is None:
+        return torch.cuda.current_device()
+    return device.index

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -22,9 +23,9 @@ from lightning_qlora.training.gradient_checkpointing import blocks_not_recompute
 from lightning_qlora.training.report import group
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
-AUDITED = "_qlora_audited"  # mark of an optimizer
 UNUSED = "not used in the loss"
 READ = "its weight was read, but no gradient came back"
+_audited: WeakSet[Optimizer] = WeakSet()  # optimizers whose first step was checked
 
 
 def check_loss(loss: Any) -> None:
@@ -57,12 +58,12 @@ def audit_first_step(optimizer: Optimizer, module: nn.Module, found: dict[str, s
     unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
     `found` has the name -> reason of layers that are known to get no gradient; what is found is added to it.
     """
-    if hasattr(optimizer, AUDITED):
+    if optimizer in _audited:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if all(p.grad is None for p in parameters):
         return
-    setattr(optimizer, AUDITED, True)
+    _audited.add(optimizer)
     held = {id(p) for p in parameters}
     layers = {
         name: layer

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import measure
 from lightning_qlora import convert
+from lightning_qlora.layers.qlora_linear import adapted_layers
 
 
 def decoder_layer(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], Any]]:
@@ -41,7 +42,10 @@ def decoder_layer(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], 
 
 def saved_by_module(layer: nn.Module, run: Callable[[], Any]) -> list[tuple[str, int, int, str]]:
     """(module, bytes, bytes that were saved before, dtypes) in the order of the forward pass."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*layer.parameters(), *layer.buffers()]}
+    held = [*layer.parameters(), *layer.buffers()]
+    for part in adapted_layers(layer).values():
+        held += [part.packed, part.absmax, part.nested]
+    own = {tensor.untyped_storage()._cdata for tensor in held}
     stack, kept, found = [""], list[Tensor](), dict[str, list[tuple[int, bool, torch.dtype]]]()
     seen = set[int]()
 

@@ -133,7 +133,7 @@ class Adapter:
 
     def expert_parameter(self, name: str) -> str | None:
         """Name of the parameter that a layer is an expert of; None for other layers."""
-        parameter = parameter_of(name)
+        parameter = parameter_name(owner_name(name))
         return parameter if parameter in self.experts else None
 
     @property
@@ -158,11 +158,6 @@ class Adapter:
         if self.use_rslora:
             return layer.alpha / math.sqrt(layer.r)
         return layer.alpha / layer.r
-
-
-def parameter_of(name: str) -> str:
-    """Name of the parameter that a layer of this name would be an expert of."""
-    return parameter_name(owner_name(name))
 
 
 def outermost(key: str) -> str:

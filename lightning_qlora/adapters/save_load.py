@@ -29,8 +29,7 @@ from lightning_qlora.adapters.base_model import (
 from lightning_qlora.adapters.finite import check_finite
 from lightning_qlora.adapters.module_state import conversion_of, float_buffers
 from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
-from lightning_qlora.adapters.peft_files import exact, write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adapter
 from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig

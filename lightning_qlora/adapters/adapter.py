@@ -120,13 +120,13 @@ class Adapter:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """Names (as PEFT's patterns name them) and ranks of the other layers."""
+        """Ranks of the other layers, by PEFT's names."""
         usual = self.r
         return {self.name_in_peft(name): layer.r for name, layer in self.layers.items() if layer.r != usual}
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
-        """Names (as PEFT's patterns name them) and alphas of the other layers."""
+        """Alphas of the other layers, by PEFT's names."""
         usual = self.alpha
         alphas = {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
         return {self.name_in_peft(name): alpha for name, alpha in alphas.items() if alpha != usual}

@@ -283,7 +283,7 @@ def test_the_version_is_printed(capsys):
 def test_help_and_mistakes_do_not_import_torch():
     script = (
         "import sys; from lightning_qlora.tools.cli import main\n"
-        "for arguments in (['--help'], ['plan', '--help'], ['plan', 'x', '--lora_rank', '4'], ['merge']):\n"
+        "for arguments in (['--help'], ['plan', '--help'], ['plan', 'x', '--lora_r', '4'], ['merge']):\n"
         "    try: main(arguments)\n"
         "    except SystemExit as end: print(end.code)\n"
         "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
@@ -291,7 +291,7 @@ def test_help_and_mistakes_do_not_import_torch():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "2", "2"]
     assert done.stdout.splitlines()[-1] == "[]"
-    assert "--lora_rank" in done.stderr and "lora_rank: use r." in done.stderr and "usage:" not in done.stderr
+    assert "--lora_r" in done.stderr and "lora_r: use r." in done.stderr and "usage:" not in done.stderr
 
 
 @pytest.mark.usefixtures("trained")

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_qlora import convert
+from lightning_qlora import convert, to_parameters
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.fit import DRIVER, FRAGMENTATION, bytes_on_each, fits, parse_memory
@@ -55,6 +55,7 @@ def test_what_each_device_holds():
         for devices in (2, 8):
             model = toy("llama")
             convert(model, **R)
+            to_parameters(model)
             for part in (*model.model.layers, model):
                 fully_shard(part, mesh=init_device_mesh("cpu", (devices,)))
             parameters = list(model.parameters())

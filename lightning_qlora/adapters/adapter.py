@@ -120,20 +120,20 @@ class Adapter:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """Names (as PEFT's patterns name them) and ranks of the other layers."""
+        """Ranks of the other layers, by PEFT's names."""
         usual = self.r
         return {self.name_in_peft(name): layer.r for name, layer in self.layers.items() if layer.r != usual}
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
-        """Names (as PEFT's patterns name them) and alphas of the other layers."""
+        """Alphas of the other layers, by PEFT's names."""
         usual = self.alpha
         alphas = {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
         return {self.name_in_peft(name): alpha for name, alpha in alphas.items() if alpha != usual}
 
     def expert_parameter(self, name: str) -> str | None:
         """Name of the parameter that a layer is an expert of; None for other layers."""
-        parameter = parameter_of(name)
+        parameter = parameter_name(owner_name(name))
         return parameter if parameter in self.experts else None
 
     @property
@@ -158,11 +158,6 @@ class Adapter:
         if self.use_rslora:
             return layer.alpha / math.sqrt(layer.r)
         return layer.alpha / layer.r
-
-
-def parameter_of(name: str) -> str:
-    """Name of the parameter that a layer of this name would be an expert of."""
-    return parameter_name(owner_name(name))
 
 
 def outermost(key: str) -> str:

@@ -4,8 +4,8 @@
     loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
     pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
 
-Checkpoints and adapter folders store the quantization as the dict that `quantization_of` returns. Loading an adapter
-records it in the layers (`record_initialization`), so that the module can be saved again.
+Checkpoints and adapter folders store the dict that `quantization_of` returns. Loading an adapter records it in the
+layers (`record_initialization`), so that the module can be saved again.
 """
 
 import os
@@ -48,12 +48,12 @@ def check_quantization(quantization: Any, source: str) -> None:
 
 
 def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
-    """`quantization_of` the layer's arguments, with the type of its weight, which may have been loaded in 4 bits."""
+    """The same for a layer, with the type of its weight, which may have been loaded in 4 bits."""
     return quantization_of(layer.config) | _bits_of(layer)
 
 
 def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
-    """Raise ValueError if layers, by name, differ in arguments of which an adapter folder has one value for all."""
+    """Raise ValueError if layers, by name, differ in an argument that an adapter folder has once."""
     first, first_config = next(iter(configs.items()))
     for name, config in configs.items():
         for key in (*BITS, "init_lora_weights", "loftq_config", "use_dora"):
@@ -68,7 +68,7 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
 
 
 def required_base(quantization: Mapping[str, Any] | None) -> str | None:
-    """In a sentence, the base that adapters initialized this way need; None if the float base fits too."""
+    """A sentence on the base that adapters initialized this way need; None if the float base also fits."""
     if quantization is None:
         return None
     method = quantization.get("init_lora_weights", "default")
@@ -88,7 +88,7 @@ def required_base(quantization: Mapping[str, Any] | None) -> str | None:
 
 
 def trained_on(quantization: Mapping[str, Any] | None) -> str:
-    """In a sentence, the base that adapters were trained on, and what to do for another one."""
+    """A sentence on the base that adapters were trained on, and what to do for another base."""
     if quantization is None:
         return "not recorded"
     return required_base(quantization) or (

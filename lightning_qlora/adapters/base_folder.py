@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.peft_experts import refuse
+from lightning_qlora.adapters.peft_experts import check_sizes, refuse
 from lightning_qlora.adapters.published_formats import CANNOT_DEQUANTIZE, published_format, takes_dequantize
 from lightning_qlora.adapters.tied_weights import is_one_weight, tied_names
 from lightning_qlora.files.hub import check_links
@@ -161,7 +161,7 @@ def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
-    for name, layer in adapter.layers.items():
+    for name in adapter.layers:
         key = f"{name}.lora_A.weight"
         stacked = adapter.expert_parameter(name)
         parameter = parameters.get(stacked or f"{name}.weight")
@@ -178,9 +178,6 @@ def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
             weight = weight.view(stack.number, -1, weight.shape[-1])[int(last_part(name))]
         if transposed:
             weight = weight.T
-        sizes = (layer.lora_B.shape[0], layer.lora_A.shape[1])
-        if weight.shape != sizes:
-            difference = "has a layer of {1} inputs and {0} outputs there, the adapter is for {3} and {2}"
-            refuse(adapter, key, model, difference.format(*weight.shape, *sizes))
+        check_sizes(adapter, name, model, *weight.shape)
         weights[name] = weight
     return weights

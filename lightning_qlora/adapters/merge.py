@@ -95,7 +95,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
 
 
 def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
-    """Round parameters that train in full from fp32 to the type that they had; `prefix` is that of the base model."""
+    """Round parameters that train in full from fp32 to their previous type; `prefix` is that of the base model."""
     for name, parameter, previous_dtype in full_precision_parameters(module):
         name_in_base = plain_name(name).removeprefix(f"{plain_name(prefix)}.")
         parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype), name_in_base)

@@ -1,4 +1,4 @@
-"""The state dict of a converted module: what trains, fingerprints of what is frozen, and the conversion's arguments."""
+"""State dicts of converted modules: what trains, fingerprints of the rest, and the arguments of the conversion."""
 
 import json
 import warnings
@@ -35,7 +35,7 @@ DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
     "experts": dict,
     "tokens": dict,
 }
-PAGE = 4096  # bytes: the JSON is padded with spaces, because a sharded checkpoint loads into tensors of the same size
+PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
 
 
 @dataclass
@@ -59,20 +59,20 @@ class Conversion:
 
 
 def conversion_of(module: nn.Module) -> Conversion | None:
-    """The conversion of a module; None for a module that is not converted, and for a part of a converted one."""
+    """The conversion of a module; None if it is not converted, or only as a part of another module."""
     return vars(module).get(CONVERSION)
 
 
 def forget_conversion(module: nn.Module) -> None:
-    """Remove the record of a conversion, so that the module can be converted again; converted layers stay."""
+    """Remove the record, so that the module can be converted again; converted layers stay."""
     vars(module).pop(CONVERSION, None)
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
-    """Save only what trains in state dicts of a converted module, and complete them on loading, which can be strict.
+    """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
 
-    The state dict of a part of the module also has the base of that part, since the part may be saved alone. `config`
-    has the arguments of the conversion; with checkpoint="full" the base is saved too. `given`: as they were passed.
+    The state dict of a part of the module has the base of that part, which may be saved alone. `config`: the arguments
+    of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were passed.
     """
     requests = []
     for _, conversion in _conversions(root):
@@ -118,7 +118,7 @@ def _shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of the float buffers that state dicts have, such as the statistics of BatchNorm."""
+    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
     for name, part in module.named_modules():
         for key, value in part.named_buffers(recurse=False):
             dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
@@ -144,9 +144,9 @@ def _config_entry(root: nn.Module, config: QLoRAConfig) -> Tensor:
 
 
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
-    """The arguments of the conversion, and what `describe_base` returned, from the state dict of a converted module.
+    """The arguments of the conversion, and the result of `describe_base`, in a state dict.
 
-    (None, {}) for the state dict of another module. Raises ValueError if they are damaged.
+    (None, {}) if the module is not converted. Raises ValueError if the entry is damaged.
     """
     key = prefix + CONFIG_KEY
     if key not in state_dict:
@@ -170,7 +170,7 @@ def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QL
 
 
 def saved_layers(state_dict: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name of each layer with an adapter in the state dict of a converted module -> arguments that differ from all."""
+    """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
     prefix = description.get("prefix", "")
     arguments = {join(prefix, name): value for name, value in description.get("layers", {}).items()}
     keys = [plain_name(key) for key in state_dict]
@@ -275,7 +275,7 @@ def _convert_new_layers(root: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 
 def _after_load(root: nn.Module, _: Any) -> None:
-    """Record the parameters of the module as its base if they were loaded from a checkpoint of the dense module."""
+    """Record the parameters as the base if they were loaded from a checkpoint of the dense module."""
     conversion = conversion_of(root)
     if conversion is not None and conversion.replaced and not _is_merged(root):
         conversion.replaced = False
@@ -321,7 +321,7 @@ def _check_same_function(root: nn.Module, saved: QLoRAConfig, description: dict[
 
 
 def _keep_initialization(root: nn.Module, saved: QLoRAConfig, description: dict[str, Any]) -> None:
-    """Store in the module how the adapters of a checkpoint were initialized: it decides which base they fit."""
+    """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
     quantization = description.get("quantization")
     for name, _, layer in _layers_of_base(root):
         layer.seed_name = seed_name_of(description, name)
@@ -364,18 +364,18 @@ def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
 
 
 def _is_outermost(root: nn.Module, prefix: str) -> bool:
-    """Whether a state dict is that of this converted module, or of this part alone, and holds adapters."""
+    """Whether a state dict with this prefix is that of the whole module, or of a part that is saved alone."""
     return not _is_merged(root) and (conversion_of(root) is not None or not prefix)
 
 
 def _is_merged(root: nn.Module) -> bool:
-    """Whether the adapters were merged, in the root or in a part of it: its state dict is that of a dense module."""
+    """Whether the adapters were merged: the state dict is that of a dense module."""
     conversion = conversion_of(root)
     return (conversion is None or bool(conversion.layers)) and not adapted_layers(root)
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Name, owner, key and value of every parameter under each of its names, except those that QLoRALinear saves."""
+    """Name, owner, key and value of the parameters that QLoRALinear does not save, under each of their names."""
     parameters = []
     for name, owner in _named_modules(root):
         for key, parameter in owner._parameters.items():

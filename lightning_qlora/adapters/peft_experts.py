@@ -3,8 +3,8 @@
     lora_A  [experts * r, in]     the r rows of expert 0, then those of expert 1, ...
     lora_B  [out, r * experts]    the first column of every expert, then the second column of every expert, ...
 
-PEFT wraps the module that holds the parameters once for each parameter, in the order in which the module registers
-them. The names of the inner wrappers get a `.base_layer`, so only the model says which parameter an adapter belongs to.
+PEFT wraps the module once for each of its parameters, in the order of registration. The names of the inner wrappers get
+a `.base_layer`, so only the model says which parameter an adapter belongs to.
 Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tuners/tuners_utils.py (_inject_parameters).
 """
 
@@ -36,7 +36,7 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
 
 
 def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
-    """PEFT's name and matrices of the adapters of one expert parameter; ValueError if PEFT has no such adapter."""
+    """PEFT's name and matrices for the experts of one parameter; ValueError if PEFT has no such adapter."""
     stack = adapter.experts[name]
     parts = [adapter.layers[expert_name(name, i)] for i in range(stack.number)]
     for has_no_place, reason in (
@@ -75,7 +75,7 @@ def _in_order(stack: ExpertStack, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 
 def unstack_known(adapter: Adapter) -> Adapter:
-    """The adapter with each expert's adapter in `layers`, if its folder describes the experts, as ours do."""
+    """The adapter with all experts in `layers`, if its folder describes them, as ours do."""
     if not adapter.experts or not adapter.expert_adapters:
         return adapter
     layers = dict(adapter.layers)
@@ -90,10 +90,9 @@ def key_of(name: str, stack: ExpertStack) -> str:
 
 
 def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
-    """A folder's adapter with the names that the base model, dense or converted, has for its layers and parameters.
+    """The adapter with every expert adapter assigned to a layer or expert parameter of the base, dense or converted.
 
-    `expert_adapters` are for linear layers or for expert parameters of a module; those of the result are empty.
-    CheckpointMismatchError, with file and key, if the adapter does not fit the model.
+    `expert_adapters` of the result is empty. CheckpointMismatchError, with file and key, if it does not fit the model.
     """
     layers = dict(adapter.layers)
     experts = dict(adapter.experts)
@@ -127,7 +126,7 @@ def is_target(config: dict[str, Any], name: str) -> bool:
 
 
 def alpha_of_name(config: dict[str, Any], name: str) -> float:
-    """PEFT's alpha of a layer or parameter: as peft.utils.other.get_pattern_key, of the first pattern that matches."""
+    """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
     patterns = (config.get("alpha_pattern") or {}).items()
     return float(next((a for key, a in patterns if fits(name, key)), config["lora_alpha"]))
 
@@ -166,8 +165,21 @@ def _check_shape(adapter: Adapter, key: str, stack: ExpertStack, base: nn.Module
         )
 
 
+def check_sizes(adapter: Adapter, name: str, base: nn.Module, outputs: int, inputs: int) -> None:
+    """Refuse the adapter of a layer if it is for other numbers of outputs and inputs than these of the layer."""
+    layer = adapter.layers[name]
+    sizes = (layer.lora_B.shape[0], layer.lora_A.shape[1])
+    if sizes != (outputs, inputs):
+        refuse(
+            adapter,
+            f"{name}.lora_A.weight",
+            base,
+            f"has a layer of {inputs} inputs and {outputs} outputs there, the adapter is for {sizes[1]} and {sizes[0]}",
+        )
+
+
 def refuse(adapter: Adapter, key: str, base: nn.Module, difference: str) -> NoReturn:
-    """Raise the error for an adapter that does not fit a model; `difference` is what the model has instead."""
+    """Raise the error for an adapter that does not fit a model; `difference` says what the model has."""
     raise CheckpointMismatchError(
         f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {difference}. An adapter fits "
         "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."

@@ -28,9 +28,8 @@ from lightning_qlora.adapters.base_model import (
 )
 from lightning_qlora.adapters.finite import check_finite
 from lightning_qlora.adapters.module_state import conversion_of, float_buffers
-from lightning_qlora.adapters.peft_experts import assign_parameters, refuse
-from lightning_qlora.adapters.peft_files import exact, write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
+from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adapter
 from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
@@ -337,11 +336,7 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
         layer = layers.get(name)
         if layer is None:
             refuse(adapter, key, base, "has no layer with an adapter there")
-        inputs = loaded.lora_A.shape[1]
-        outputs = loaded.lora_B.shape[0]
-        if inputs != layer.in_features or outputs != layer.out_features:
-            sizes = f"{layer.in_features} inputs and {layer.out_features} outputs"
-            refuse(adapter, key, base, f"has a layer of {sizes} there, the adapter is for {inputs} and {outputs}")
+        check_sizes(adapter, name, base, layer.out_features, layer.in_features)
         if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "

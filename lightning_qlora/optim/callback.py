@@ -29,7 +29,7 @@ class PagedOptimizer(Callback):
         inherit_from_copies(PagedOptimizer)
 
     def report(self) -> PagingReport:
-        """Return what is paged now, and how."""
+        """What is paged now, and how."""
         return self._pager.report()
 
     @override

@@ -24,16 +24,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
 
 
 def is_8bit(state: Mapping[Any, Any]) -> bool:
-    """Return whether the state of a parameter is in 8 bits."""
+    """Whether the state of a parameter is in 8 bits."""
     return f"{MOMENTS[0]}_absmax" in state
 
 
 @torch.no_grad()
 def to_32bit(state: dict[Any, Any], betas: Any) -> dict[Any, Any]:
-    """Return the state of a parameter as torch's AdamW has it: 8-bit moments decoded to fp32, other state unchanged.
+    """The state of a parameter for torch's AdamW: 8-bit moments decoded to fp32, other state unchanged.
 
-    A second moment that was too small for its levels, so that its code is 0, gets the value at which the first moment
-    makes a step of one learning rate. AdamW would divide by zero, and `kernels/reference_adamw.py` does not.
+    AdamW would divide by a second moment whose code is 0, since it was too small for the levels: it gets the value at
+    which the first moment makes a step of one learning rate.
     """
     if not is_8bit(state):
         return state
@@ -47,7 +47,7 @@ def to_32bit(state: dict[Any, Any], betas: Any) -> dict[Any, Any]:
 
 
 def decode(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return 8-bit state with its moments decoded to fp32."""
+    """8-bit state with its moments decoded to fp32."""
     state = dict(state)
     shards = int(state.pop("shards", 1))
     for moment in MOMENTS:
@@ -58,7 +58,7 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def saved_betas(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """Return the betas of each index in a state dict; None for another optimizer, whose state is not in 8 bits."""
+    """The betas of each index in a state dict; None for another optimizer, whose state is not in 8 bits."""
     betas = {}
     for group in state_dict["param_groups"]:
         betas |= dict.fromkeys(group["params"], group.get("betas"))
@@ -66,14 +66,14 @@ def saved_betas(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
-    """Return the parameter of each index in a state dict; they are matched by their order, as in torch."""
+    """The parameter of each index in a state dict; they are matched by their order, as in torch."""
     indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return dict(zip(indices, params, strict=False))  # torch checks the lengths, with a better message
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return whole state with the scales, and the tensors of the parameter's shape, split as the parameter is."""
+    """Whole state with the scales, and the tensors of the parameter's shape, split as the parameter is."""
     state = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax")):
@@ -83,7 +83,7 @@ def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 @torch.no_grad()
 def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """Return 8-bit state that was saved in another number of shards, quantized in the blocks of `new`."""
+    """8-bit state that was saved in another number of shards, quantized in the blocks of `new`."""
     whole = split_like(param, decode(state))
     for signed, moment in zip((True, False), MOMENTS, strict=True):
         values = local(whole[moment]).to(param.device)
@@ -107,7 +107,7 @@ def _decode(codes: Tensor, absmax: Tensor, shards: int, signed: bool) -> Tensor:
 
 
 def shard_count(param: Tensor) -> int:
-    """Return the number of shards of a parameter, 1 if it is whole; 0 if it is not split once, by rows."""
+    """The number of shards of a parameter, 1 if it is whole; 0 if it is not split once, by rows."""
     if not isinstance(param, DTensor):
         return 1
     sharded = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate()]
@@ -119,12 +119,12 @@ def shard_count(param: Tensor) -> int:
 
 
 def block_count(numel: int) -> int:
-    """Return the number of blocks of a tensor of `numel` elements."""
+    """The number of blocks of a tensor of `numel` elements."""
     return -(-numel // STATE_BLOCK_SIZE)
 
 
 def zero_absmax(param: Tensor) -> Tensor:
-    """Return a zero per block of a parameter: fp32 [blocks], or a DTensor [ranks * blocks of a shard]."""
+    """A zero per block of a parameter: fp32 [blocks], or a DTensor [ranks * blocks of a shard]."""
     if not isinstance(param, DTensor):
         return torch.zeros(block_count(param.numel()), dtype=torch.float32, device=param.device)
     ranks = shard_count(param)
@@ -135,5 +135,5 @@ def zero_absmax(param: Tensor) -> Tensor:
 
 
 def _dtensor(part: Tensor, like: DTensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    """Return this rank's part of a whole tensor as a DTensor that is sharded as `like`."""
+    """This rank's part of a whole tensor as a DTensor that is sharded as `like`."""
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)

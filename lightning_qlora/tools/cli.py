@@ -192,7 +192,7 @@ def export(
             code of whoever wrote the file.
     """
     from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
-    from lightning_qlora.adapters.peft_files import write_adapter
+    from lightning_qlora.adapters.peft_folder import write_adapter
 
     adapter = _adapter(checkpoint, weights_only)
     if base == "float":
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _adapter(path: str, weights_only: bool) -> "Adapter":
     from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-    from lightning_qlora.adapters.peft_reader import read_adapter
+    from lightning_qlora.adapters.peft_folder import read_adapter
     from lightning_qlora.files.lightning_checkpoint import is_shards
 
     if os.path.isdir(path) and not is_shards(path):

@@ -29,9 +29,9 @@ def parse_memory(text: str) -> int:
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:
     """Bytes that a run needs on each of several devices, each with its batch.
 
-    DDP: all, and a second decode buffer, as the thread of the backward pass has its own. FSDP2, with `fully_shard` on
-    each block and on the model: the device's part of weights, gradients and optimizer state, the activations, and all
-    of the block that runs and of the next.
+    DDP: all, and a second decode buffer for the thread of the backward pass. FSDP2, with `fully_shard` on each block
+    and on the model: the device's part of weights, gradients and optimizer state, the activations, and two whole
+    blocks, the one that runs and the next.
     """
     parts = estimate.parts
     if strategy == "ddp" or devices == 1:

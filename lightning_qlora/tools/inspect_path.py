@@ -12,8 +12,7 @@ from lightning_qlora.adapters.from_checkpoint import (
     read_adapter_from_checkpoint,
     read_converted_state_dict,
 )
-from lightning_qlora.adapters.peft_files import CONFIG_FILE
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter
 from lightning_qlora.adapters.published_formats import published_format
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards

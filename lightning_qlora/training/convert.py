@@ -17,7 +17,7 @@ from lightning_qlora.adapters.module_state import (
     conversion_of,
     use_adapter_state_dict,
 )
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lightning_qlora.adapters.module_state import conversion_of
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import inside

@@ -16,8 +16,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.toys import Lit, logits, perturb, save_in_4_bits, toy
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import write_adapter
+from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import elsewhere
 from tests.toys import Lit, logits, toy

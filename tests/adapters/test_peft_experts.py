@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_files import write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import matches

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_qlora.adapters import peft_files
+from lightning_qlora.adapters import peft_folder
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
-from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -58,8 +57,8 @@ def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config,
     """The process ends before each of its changes to the folder: a reader finds one of the two, or no config."""
     second = adapter(4)
     if same_config:
-        first, shared = adapter(3), peft_files.peft_config(second)
-        monkeypatch.setattr(peft_files, "peft_config", lambda _: shared)
+        first, shared = adapter(3), peft_folder.peft_config(second)
+        monkeypatch.setattr(peft_folder, "peft_config", lambda _: shared)
     else:
         first = adapter(3)
     fork, outcomes = multiprocessing.get_context("fork"), []

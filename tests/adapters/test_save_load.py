@@ -16,7 +16,7 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from tests.conftest import Classifier, elsewhere
 from tests.toys import NAMES, Lit, ids, logits, perturb, toy
 
@@ -414,7 +414,7 @@ def test_a_killed_save_leaves_the_old_files(folder, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_qlora.adapters.peft_files.json.dumps", killed)
+    monkeypatch.setattr("lightning_qlora.adapters.peft_folder.json.dumps", killed)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(converted("llama", seed=3), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
-from lightning_qlora.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from lightning_qlora.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from lightning_qlora.adapters.peft_metadata import CHECKSUMS_OF_FILE, EXPERTS, FINGERPRINTS, QUANTIZATION
-from lightning_qlora.adapters.peft_reader import read_adapter
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
 from tests.adapters.test_peft_metadata import adapter
 from tests.toys import perturb

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from lightning_qlora import QLoRAPrecision
-from lightning_qlora.adapters.peft_files import CONFIG_FILE, write_adapter
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter, write_adapter
 from lightning_qlora.files.folder_writer import INCOMPLETE
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from tests.adapters.test_peft_metadata import adapter, number_of

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.peft_experts import assign_parameters
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.qlora_linear import adapted_layers

@@ -23,7 +23,7 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.peft_reader import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers

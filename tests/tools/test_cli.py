@@ -168,7 +168,7 @@ def test_errors_are_one_line(tmp_path, capsys):
 
 @pytest.mark.usefixtures("trained")
 def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lightning_qlora.adapters.peft_reader.read_adapter", lambda path: pytest.fail("work was done"))
+    monkeypatch.setattr("lightning_qlora.adapters.peft_folder.read_adapter", lambda path: pytest.fail("work was done"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")

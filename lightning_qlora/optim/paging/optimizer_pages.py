@@ -256,7 +256,7 @@ def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[
 
 
 def open_pool(device: torch.device) -> Pool | None:
-    """Return a pool for the optimizer state of a device: unified memory where it pages, else pinned memory."""
+    """A pool for the optimizer state of a device: unified memory where it pages, else pinned memory."""
     if device.type != "cuda":  # on a CPU it is in host memory already
         return None
     reason = why_not_managed(device)

@@ -71,7 +71,7 @@ class PagedState(_ObservedDict, defaultdict[Any, Any]):
         return self.plain()
 
     def plain(self) -> defaultdict[Any, Any]:
-        """Return the same entries in the types that torch's optimizers use."""
+        """The same entries in the types that torch's optimizers use."""
         state = defaultdict(dict, self.items())
         for param, values in state.items():
             if isinstance(values, ParamState):

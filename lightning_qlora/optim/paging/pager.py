@@ -66,7 +66,7 @@ class Pager:
         self._pages[optimizer] = page_optimizer(optimizer, self.min_numel)
 
     def report(self) -> PagingReport:
-        """Return what is paged now, and how."""
+        """What is paged now, and how."""
         pools = []
         sizes = []
         for pages in self._pages.values():

@@ -102,7 +102,7 @@ class PinnedPool(Pool):
         del self._blocks[address]
 
     def _pairs(self, tensors: Iterable[Tensor], on_host: bool) -> list[tuple[Tensor, Tensor]]:
-        """Return those tensors of the pool that are in their page-locked memory or on the device, with that memory."""
+        """Those tensors of the pool that are in their page-locked memory or on the device, with that memory."""
         pairs = [(tensor, self._pinned[tensor]) for tensor in tensors if tensor in self._pinned]
         return [pair for pair in pairs if (pair[0].data_ptr() == pair[1].data_ptr()) is on_host]
 

@@ -30,7 +30,7 @@ class Segment:
         weakref.finalize(self, pool._free, self.address).atexit = False
 
     def tensor(self, nbytes: int, device: torch.device) -> Tensor:
-        """Return a uint8 tensor [nbytes] over the next free bytes; it keeps the segment alive."""
+        """A uint8 tensor [nbytes] over the next free bytes; it keeps the segment alive."""
         address = self.address + self.used
         self.used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         # NumPy's and CUDA's array interface; torch keeps `span`, and so the segment, as long as a tensor uses it.
@@ -65,12 +65,12 @@ class Pool(ABC):
 
     @torch.no_grad()
     def new_tensor(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a new tensor in the pool with these values, which may be on any device."""
+        """A new tensor in the pool with these values, which may be on any device."""
         return self._empty_like(values, dtype).copy_(values)
 
     @abstractmethod
     def owns(self, tensor: Tensor) -> bool:
-        """Return whether `tensor` is in the pool."""
+        """Whether `tensor` is in the pool."""
 
     @abstractmethod
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
@@ -94,7 +94,7 @@ class Pool(ABC):
 
     @abstractmethod
     def _allocate(self, nbytes: int) -> int:
-        """Return the address of `nbytes` new bytes; raise MemoryError if they are refused."""
+        """The address of `nbytes` new bytes; raise MemoryError if they are refused."""
 
     @abstractmethod
     def _free(self, address: int) -> None:
@@ -122,7 +122,7 @@ class Pool(ABC):
         return segment
 
     def _empty_like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return new memory of the pool with the shape of `values`, and with its strides if it is dense."""
+        """New memory of the pool with the shape of `values`, and with its strides if it is dense."""
         nbytes = values.numel() * dtype.itemsize
         memory = self._segment_for(nbytes).tensor(nbytes, self._memory_device).view(dtype)
         strides = torch.empty_like(values, device="meta").stride()

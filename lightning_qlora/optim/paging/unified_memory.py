@@ -50,7 +50,7 @@ class ManagedPool(Pool):
         return bool(self._ranges([tensor]))
 
     def _ranges(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-        """Return the (start, end) addresses of those tensors that are in the pool."""
+        """The (start, end) addresses of those tensors that are in the pool."""
         segments = [(segment.address, segment.address + segment.nbytes) for segment in self._segments]
         ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
         return [(a, b) for a, b in ranges if any(start <= a < end for start, end in segments)]
@@ -106,7 +106,7 @@ class ManagedPool(Pool):
 
 
 def why_not_managed(device: torch.device) -> str | None:
-    """Return why unified memory cannot page on this CUDA device, or None if it can."""
+    """Why unified memory cannot page on this CUDA device, or None if it can."""
     if torch.version.hip is not None:
         return "ROCm pages unified memory only with XNACK"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:

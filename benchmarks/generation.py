@@ -20,7 +20,7 @@ from benchmarks import measure, peers
 from lightning_qlora import disable_adapter
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from smollm2 import load_model  # noqa: E402
+from smollm2 import load_model
 
 PROMPT = 16  # tokens
 BNB = "bitsandbytes"

@@ -63,19 +63,27 @@ def linear_into(
     out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
     """See `reference.linear_into`."""
-    library, empty = _library(x), _empty(x.dtype, x.device)
-    few = library is not None and library.multiplies(len(x), weight, x.dtype)
-    if lora_b.numel() or few:
-        torch.addmm(empty, xa, lora_b.to(x.dtype).T, beta=0, alpha=scaling, out=out)
-    if few and library is not None:
-        library.add_matmul(out, x.contiguous(), weight, bias)
+    library = _library(x)
+    if library is not None and library.multiplies(len(x), weight, x.dtype):
+        library.lora_linear(out, x, weight, bias, lora_b, scaling, xa=xa)
         return
     if lora_b.numel():
+        torch.addmm(_empty(x.dtype, x.device), xa, lora_b.to(x.dtype).T, beta=0, alpha=scaling, out=out)
         out.addmm_(x, _decoded(weight, x.dtype).T)
     else:  # rank 0
         torch.mm(x, _decoded(weight, x.dtype).T, out=out)
     if bias is not None:
         out.add_(bias)
+
+
+def lora_linear(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor | None:
+    """`lora_project` without dropout and `linear_into` in one call of C for few rows; None if there is no such call."""
+    library = _library(x)
+    if library is None or not library.multiplies(len(x), weight, x.dtype):
+        return None
+    return library.lora_linear(x.new_empty(len(x), weight.shape[0]), x, weight, bias, lora_b, scaling, lora_a)
 
 
 def linear_backward(

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -45,6 +46,10 @@ def lora_linear(
             )
         y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, lora_a, lora_b, seed, scaling, p)
         return cast(Tensor, y)
+    if seed is None and not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        whole = ops.lora_linear_in_one_call(x, weight, bias, lora_a, lora_b, scaling)
+        if whole is not None:
+            return whole
     projected: list[Tensor] = []
     # One argument for all that has no gradient: `apply` and autograd do something for each.
     y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]

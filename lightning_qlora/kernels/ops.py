@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
-from lightning_qlora.kernels.backends import backend
+from lightning_qlora.kernels import eager
+from lightning_qlora.kernels.backends import backend, has_kernels
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
 
@@ -207,6 +208,17 @@ def linear_into(
     """Second part, with the large product: writes x W^T + bias + s xa B^T to y."""
     with no_autocast(x):
         backend(x.device).linear_into(_rows(y), _rows(x), xa, weight, bias, lora_b, scaling)
+
+
+def lora_linear_in_one_call(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor | None:
+    """Both parts without dropout, for code that needs no gradient; None where no backend has them in one call."""
+    if has_kernels(x.device):
+        return None
+    _check_linear(x, lora_a, lora_b, weight, bias)
+    y = eager.lora_linear(_rows(x), weight, bias, lora_a, lora_b, scaling)
+    return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
 
 def lora_linear_backward(

@@ -163,7 +163,7 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
             x = cast_input(x, dtype)
         p, seed = self.lora_dropout, None
         if self._qlora_disabled:
-            a, b, magnitude = a.detach()[:0], b.detach()[:, :0], None  # rank 0
+            a, b, magnitude = x.new_empty(0, a.shape[1]), x.new_empty(b.shape[0], 0), None  # rank 0
         else:
             if not torch.compiler.is_compiling():
                 self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_qlora.adapters.base_model import OF_LAYER
@@ -148,6 +148,8 @@ def convert_module(
     freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     in_16_bits = train_in_full_precision(module)
+    if device is None or device.type == "cpu":  # else the strategy copies the module to its device
+        copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what it found
     if adapter is not None:
         set_adapter_of_module(module, adapter)
@@ -252,6 +254,26 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
     for parameter in module.parameters():
         if id(parameter) in trains and parameter.is_floating_point():
             parameter.requires_grad_(True)
+
+
+def copy_from_files(module: nn.Module) -> None:
+    """Copy parameters and buffers of a CPU that lie in files mapped into memory (safetensors, `torch.load(mmap=True)`).
+
+    The file of a norm of 8 kB would stay mapped as a whole, and all of its pages that were read would count as memory
+    of the process. Tensors with the same bytes get the same copy.
+    """
+    copies: dict[tuple[int, int], Tensor] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
+            continue
+        storage = tensor.untyped_storage()
+        if storage.resizable() or storage.is_shared():  # memory of torch, or of several processes
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        key = tensor.data_ptr(), (last + 1) * tensor.element_size()
+        if key not in copies:
+            copies[key] = tensor.detach().as_strided((last + 1,), (1,)).clone()
+        tensor.data = copies[key].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def _add_tokens(module: nn.Module, choice: Selection) -> None:

@@ -1,14 +1,18 @@
 import copy
 import threading
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import (
     QLoRALinear,
+    QLoRAPrecision,
     convert,
     estimate_memory,
     load_adapter,
@@ -222,3 +226,28 @@ def test_calls_with_another_object_than_a_module_say_what_is_wanted(tmp_path):
     save_adapter(converted, tmp_path)
     with pytest.raises(ValueError, match="Sequential has no adapter"):
         load_adapter(plain, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process are in /proc on Linux only")
+@pytest.mark.parametrize("while_loading", [False, True])
+def test_no_file_stays_mapped_and_tied_weights_stay_tied(tmp_path, while_loading):
+    """A norm of some bytes would keep its whole file in the resident memory of the process."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    with QLoRAPrecision(r=4).init() if while_loading else nullcontext():
+        model = LlamaForCausalLM.from_pretrained(tmp_path)
+    weight = model.lm_head.weight.detach()
+    transposed = weight.new_empty(0).set_(weight.untyped_storage(), weight.storage_offset(), (32, 64), (1, 32))
+    model.register_buffer("transposed", transposed)
+    del weight
+    is_mapped = [str(tmp_path) in Path("/proc/self/maps").read_text()]
+    before = {name: value.clone() for name, value in model.named_parameters() if "norm" in name or "embed" in name}
+    convert(model, r=4)
+    is_mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+    assert is_mapped == [True, False]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.transposed, model.lm_head.weight.T)
+    assert model.transposed.data_ptr() == model.lm_head.weight.data_ptr()

@@ -22,7 +22,7 @@ SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEP = 64  # c/matmul.h: rows of x are padded to a multiple of this
-MOST_ROWS = 64  # c/matmul.h: rows that `add_matmul` takes
+MOST_ROWS = 64  # c/matmul.h: rows that `lora_linear` takes
 MOST_ROWS_SLOW = 8  # rows up to which it is faster for bf16 if weights cannot be looked up in registers
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
@@ -43,14 +43,17 @@ class Library:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         signatures = {
             "dequantize": (_pointer, _pointer, _int, _int),
-            "add_matmul": (_pointer, _pointer, _pointer, _int, _long, _pointer, _int, _pointer, _int),
+            "lora_linear": (
+                _pointer, _pointer, _pointer, _int, _long, _pointer, _int, _pointer, _pointer, _pointer, _long, _float,
+                _pointer, _int,
+            ),
             "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
             "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
-        }
-        self._multiplies = hasattr(loaded, "add_matmul")
+        }  # fmt: skip
+        self._multiplies = hasattr(loaded, "lora_linear")
         for name, arguments in signatures.items():
-            if name == "add_matmul" and not self._multiplies:
+            if name == "lora_linear" and not self._multiplies:
                 continue
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, None
@@ -67,28 +70,34 @@ class Library:
         return out
 
     def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype) -> bool:
-        """Whether `add_matmul` was measured to be faster than decoding and torch's product."""
+        """Whether `lora_linear` was measured to be faster than decoding and torch's product."""
         if not self._multiplies or not 0 < m <= MOST_ROWS:
             return False
         if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
             return True
         return m <= MOST_ROWS_SLOW
 
-    def add_matmul(self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
-        """y += x W^T + bias, decoding W tile by tile.
+    def lora_linear(
+        self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float,
+        lora_a: Tensor | None = None, xa: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """y = x W^T + bias + scaling xa B^T, rounded once, decoding W tile by tile; xa = x A^T without dropout.
 
-        y [m, out] and x [m, in] are contiguous, m <= `MOST_ROWS`.
+        y [m, out] is contiguous, m <= `MOST_ROWS`. Either A, or xa in the type of x, is given.
         """
         described, _keep = _describe(weight)
-        m, width = x.shape
-        workspace = scratch(m * (width + STEP), torch.float32, x.device, "rows")
+        x, lora_b, (m, width), r = x.contiguous(), _fp32(lora_b), x.shape, lora_b.shape[1]
+        given = _fp32(lora_a) if lora_a is not None else None
+        projected = xa.contiguous() if xa is not None else None
+        workspace = scratch(m * (2 * (width + STEP) + r + STEP), torch.float32, x.device, "rows")
         bias_type = 0
         if bias is not None:
             bias = (bias if bias.dtype in self.types else bias.float()).contiguous()
             bias_type = TYPES[bias.dtype]
-        self._loaded.add_matmul(
-            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m,
-            None if bias is None else bias.data_ptr(), bias_type, workspace.data_ptr(), _threads(weight.numel),
+        self._loaded.lora_linear(
+            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, _address(bias), bias_type,
+            _address(projected), _address(given), lora_b.data_ptr(), r, scaling, workspace.data_ptr(),
+            _threads(weight.numel),
         )  # fmt: skip
         return y
 
@@ -160,6 +169,14 @@ def _levels(quant_type: QuantType) -> tuple[int, int, list[Tensor]]:
     """
     levels, dynamic = codebook(quant_type).levels, dynamic_map()
     return levels.data_ptr(), dynamic.data_ptr(), [levels, dynamic]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
 
 
 def _threads(numel: int) -> int:

@@ -83,19 +83,20 @@ def test_awkward_numbers_keep_their_bits(library, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
-def test_few_rows_are_multiplied_by_the_rounded_weight(library, dtype, tolerance):
+def test_few_rows_are_the_references(library, dtype, tolerance):
     if not library.multiplies(1, reference.quantize(torch.ones(64, 64), "nf4", 64, True), dtype):
         pytest.skip("this form leaves the products to torch")
     for shape in [*SHAPES, (64, 128)]:
         for block_size in (32, 64):
             weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, "nf4", block_size, True)
-            dense = reference.dequantize(weight, dtype).double()
-            for m in (1, 2, 3, 4, 6, 16, module.MOST_ROWS):
-                x, y = torch.randn(m, shape[1]).to(dtype), torch.randn(m, shape[0]).to(dtype)
-                bias = torch.randn(shape[0])
-                expected = y.double() + x.double() @ dense.T + bias.double()
-                error = (library.add_matmul(y.clone(), x, weight, bias).double() - expected).abs().max()
-                assert error <= tolerance * expected.abs().max(), (shape, block_size, m)
+            for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS, 4)]:
+                x, a = torch.randn(m, shape[1]).to(dtype), torch.randn(r, shape[1]) * shape[1] ** -0.5
+                b, bias, y = torch.randn(shape[0], r), torch.randn(shape[0]), torch.empty(m, shape[0], dtype=dtype)
+                xa, expected = reference.lora_project(x, a, 0.0, None), torch.empty_like(y)
+                reference.linear_into(expected, x, xa, weight, bias, b, 0.5)
+                for adapter in ({"lora_a": a}, {"xa": xa}):
+                    error = (library.lora_linear(y, x, weight, bias, b, 0.5, **adapter) - expected).abs().max()
+                    assert error <= tolerance * expected.abs().max(), (shape, block_size, m, r)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,6 +120,7 @@ def test_masks_of_neighbouring_seeds_and_rows_are_unlike():
 def test_any_number_of_threads_gives_the_same_bits(library):
     weight, before = torch.randn(300, 1000).bfloat16(), torch.get_num_threads()
     x, y = torch.randn(4, 1000).bfloat16(), torch.zeros(4, 300, dtype=torch.bfloat16)
+    a, b = torch.randn(8, 1000), torch.randn(300, 8)
     multiplies = library.multiplies(4, library.quantize(weight, "nf4", 64, True), torch.bfloat16)
     results = []
     try:
@@ -126,7 +128,7 @@ def test_any_number_of_threads_gives_the_same_bits(library):
             torch.set_num_threads(threads)
             packed = library.quantize(weight, "nf4", 64, True)
             out = library.dequantize_into(torch.empty(weight.numel(), dtype=torch.bfloat16), packed)
-            product = library.add_matmul(y.clone(), x, packed) if multiplies else y
+            product = library.lora_linear(y.clone(), x, packed, None, b, 0.5, a) if multiplies else y
             results.append([*packed[:3], out, product])
     finally:
         torch.set_num_threads(before)

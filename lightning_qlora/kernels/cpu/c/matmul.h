@@ -1,5 +1,6 @@
-/* y += x W^T for few rows of x: W is decoded tile by tile into the L1 cache and never written to memory. Only with
-   AVX-512: with AVX2, decoding W to memory and calling torch's product was faster (measured). */
+/* A layer, y = x W^T + bias + s (x A^T) B^T, for few rows of x: W is decoded tile by tile into the L1 cache and never
+   written to memory. Only with AVX-512: with AVX2, decoding W to memory and calling torch's product was faster
+   (measured). */
 #ifdef __AVX512F__
 enum { TILE_ROWS = 4, TILE_BYTES = 4096, LANES = 16, STEP = 64, MOST_ROWS = 64 }; /* also in library.py */
 #define TILE_COLUMNS(T) (TILE_BYTES / (int64_t)sizeof(T))
@@ -52,9 +53,9 @@ static inline Floats step_bf16(Floats total, const uint16_t *x, const uint16_t *
         if (rows == 1) NAME##_rows(1, x, stride, tile, columns, sums);                                           \
     }
 
-/* The sums for all rows of x and the rows [first, first + n) of W, n <= TILE_ROWS. */
-#define DEFINE_TILES(NAME, T, DECODE, PRODUCT)                                                                 \
-    static void NAME(const Weight *w, const T *x, int64_t stride, int64_t rows, int64_t first, int64_t n,      \
+/* The sums for all rows of x and the rows [first, first + n) of w, a Weight or a Matrix, n <= TILE_ROWS. */
+#define DEFINE_TILES(NAME, SOURCE, T, DECODE, PRODUCT)                                                         \
+    static void NAME(const SOURCE *w, const T *x, int64_t stride, int64_t rows, int64_t first, int64_t n,      \
                      Floats (*sums)[TILE_ROWS]) {                                                              \
         T tile[TILE_ROWS * TILE_STRIDE(T)] __attribute__((aligned(64)));                                       \
         memset(sums, 0, sizeof(*sums) * rows);                                                                 \
@@ -70,8 +71,8 @@ static inline Floats step_bf16(Floats total, const uint16_t *x, const uint16_t *
     }
 
 DEFINE_PRODUCT(product_fp32, float, step_fp32)
-DEFINE_TILES(tiles_fp32, float, decode_fp32, product_fp32)
-DEFINE_TILES(tiles_fp16, float, decode_fp16_as_fp32, product_fp32)
+DEFINE_TILES(tiles_fp32, Weight, float, decode_fp32, product_fp32)
+DEFINE_TILES(tiles_fp16, Weight, float, decode_fp16_as_fp32, product_fp32)
 #ifdef __AVX512BF16__
 /* 64 weights of one block, the even ones and the odd ones apart: half of the instructions of the original order.
    `split_even_odd` puts the input into the same order, so the sums are the same. */
@@ -160,41 +161,117 @@ static void split_even_odd(uint16_t *out, const uint16_t *x, int64_t n) { /* n a
 }
 
 DEFINE_PRODUCT(product_bf16, uint16_t, step_bf16)
-DEFINE_TILES(tiles_bf16, uint16_t, decode_bf16, product_bf16)
-DEFINE_TILES(tiles_bf16_split, uint16_t, decode_bf16_split, product_bf16)
+DEFINE_TILES(tiles_bf16, Weight, uint16_t, decode_bf16, product_bf16)
+DEFINE_TILES(tiles_bf16_split, Weight, uint16_t, decode_bf16_split, product_bf16)
 #else
-DEFINE_TILES(tiles_bf16, float, decode_bf16_as_fp32, product_fp32)
+DEFINE_TILES(tiles_bf16, Weight, float, decode_bf16_as_fp32, product_fp32)
 #endif
 
-/* The rows of x [., columns], padded with zeros to a multiple of STEP, in the type that the products need. */
-static const void *padded_rows(const void *x, int type, int64_t rows, int64_t columns, int64_t stride,
-                               void *workspace) {
-#ifdef __AVX512BF16__
-    if (type == BF16) {
-        memset(workspace, 0, 2 * rows * stride);
-        for (int64_t m = 0; m < rows; m++)
-            memcpy((uint16_t *)workspace + m * stride, (const uint16_t *)x + m * columns, 2 * columns);
-        return workspace;
-    }
-#endif
+/* The rows of x [., columns] as fp32, padded with zeros to `stride`. */
+static const float *padded_floats(const void *x, int type, int64_t rows, int64_t columns, int64_t stride,
+                                  float *workspace) {
     if (type == FP32 && stride == columns) return x;
     memset(workspace, 0, 4 * rows * stride);
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t k = 0; k < columns; k++) ((float *)workspace)[m * stride + k] = load(x, m * columns + k, type);
+        for (int64_t k = 0; k < columns; k++) workspace[m * stride + k] = load(x, m * columns + k, type);
     return workspace;
 }
 
-/* y [rows, w->rows] += x [rows, w->columns] W^T + bias, rounded once; bias [w->rows] may be NULL. workspace: 4 bytes per
-   element of the padded x. */
-void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows, const void *bias, int bias_type,
-                void *workspace, int threads) {
-    int64_t stride = (w->columns + STEP - 1) / STEP * STEP, tiles = (w->rows + TILE_ROWS - 1) / TILE_ROWS;
-    const void *in = workspace;
+/* The same in the type and the order that the products with W need. */
+static const void *rows_for_products(const Weight *w, const void *x, int type, int64_t rows, int64_t stride,
+                                     void *workspace) {
 #ifdef __AVX512BF16__
-    if (uses_split(w, type)) split_even_odd(workspace, x, rows * stride);
-    else
+    if (uses_split(w, type)) {
+        split_even_odd(workspace, x, rows * stride);
+        return workspace;
+    }
+    if (type == BF16) {
+        memset(workspace, 0, 2 * rows * stride);
+        for (int64_t m = 0; m < rows; m++)
+            memcpy((uint16_t *)workspace + m * stride, (const uint16_t *)x + m * w->columns, 2 * w->columns);
+        return workspace;
+    }
 #endif
-        in = padded_rows(x, type, rows, w->columns, stride, workspace);
+    return padded_floats(x, type, rows, w->columns, stride, workspace);
+}
+
+/* A or B of an adapter: values in fp32, which become numbers of the type of x when they are read. */
+typedef struct {
+    const float *values;
+    int64_t rows, columns;
+    int type;
+} Matrix;
+
+static inline Floats rounded(Floats f, int type) {
+#ifdef __AVX512BF16__ /* may turn denormal numbers into zero, as the products do */
+    if (type == BF16) return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)f)), 16);
+#else
+    if (type == BF16) return (Floats)(bf16_words(f) << 16);
+#endif
+    if (type == FP16) return (Floats)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT));
+    return f;
+}
+
+/* The values [begin, end) of the flat matrix, at most LANES of them, and zeros. */
+static inline Floats rounded_values(const Matrix *a, int64_t begin, int64_t end) {
+    __mmask16 present = end - begin < LANES ? (1 << (end - begin)) - 1 : 0xffff;
+    return rounded((Floats)_mm512_maskz_loadu_ps(present, a->values + begin), a->type);
+}
+
+static inline void read_rounded(const Matrix *a, int64_t begin, int64_t end, float *out) {
+    for (; begin < end; begin += LANES, out += LANES) *(Floats *)out = rounded_values(a, begin, end);
+}
+
+DEFINE_TILES(tiles_of_matrix, Matrix, float, read_rounded, product_fp32)
+
+/* x A^T in fp32, [rows, padded]; the columns from the rank on are not written. */
+static void project(const Matrix *a, const float *x, int64_t stride, int64_t rows, float *xa, int64_t padded) {
+    for (int64_t first = 0; first < a->rows; first += TILE_ROWS) {
+        int64_t n = min64(TILE_ROWS, a->rows - first);
+        Floats sums[MOST_ROWS][TILE_ROWS];
+        tiles_of_matrix(a, x, stride, rows, first, n, sums);
+        for (int64_t m = 0; m < rows; m++) {
+            float total[TILE_ROWS];
+            _mm_storeu_ps(total, sums_of_four(sums[m]));
+            memcpy(xa + m * padded + first, total, 4 * n);
+        }
+    }
+}
+
+/* Adds the products of xa [rows, padded] and the rows [first, first + n) of B. */
+static inline void add_adapter(const Matrix *b, const float *xa, int64_t padded, int64_t rows, int64_t first, int64_t n,
+                               Floats (*sums)[TILE_ROWS]) {
+    for (int64_t j = 0; j < n; j++) {
+        int64_t begin = (first + j) * b->columns;
+        for (int64_t k = 0; k < b->columns; k += LANES) {
+            Floats values = rounded_values(b, begin + k, begin + b->columns);
+            for (int64_t m = 0; m < rows; m++)
+                sums[m][j] = step_fp32(sums[m][j], xa + m * padded + k, (const float *)&values);
+        }
+    }
+}
+
+/* y [rows, out] = x [rows, in] W^T + bias + scaling xa B^T, summed in fp32 and rounded once, with W [out, in] and
+   B [out, r]; bias [out] may be NULL. xa [rows, r] is x A^T, rounded to the type of x; if it is NULL it is computed with
+   A [r, in]. workspace: rows (2 in + r) floats, in and r rounded up to multiples of STEP. */
+void lora_linear(const Weight *w, const void *x, void *y, int type, int64_t rows, const void *bias, int bias_type,
+                 const void *xa, const float *a, const float *b, int64_t r, float scaling, float *workspace,
+                 int threads) {
+    int64_t stride = (w->columns + STEP - 1) / STEP * STEP, padded = (r + STEP - 1) / STEP * STEP;
+    int64_t tiles = (w->rows + TILE_ROWS - 1) / TILE_ROWS;
+    float *projected = workspace + 2 * rows * stride;
+    Matrix of_a = {a, r, w->columns, type}, of_b = {b, w->rows, r, type};
+    const void *in = rows_for_products(w, x, type, rows, stride, workspace);
+    if (r && xa) {
+        const float *floats = padded_floats(xa, type, rows, r, padded, projected);
+        if (floats != projected) memcpy(projected, floats, 4 * rows * padded);
+    } else if (r) {
+        memset(projected, 0, 4 * rows * padded);
+        const float *floats = padded_floats(x, type, rows, w->columns, stride, workspace + rows * stride);
+        project(&of_a, floats, stride, rows, projected, padded);
+    }
+    for (int64_t i = 0; i < rows * padded; i += LANES)
+        *(Floats *)(projected + i) = scaling * rounded(*(Floats *)(projected + i), type);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < tiles; t++) {
         int64_t first = t * TILE_ROWS, n = min64(TILE_ROWS, w->rows - first);
@@ -206,13 +283,13 @@ void add_matmul(const Weight *w, const void *x, void *y, int type, int64_t rows,
         else if (uses_split(w, type)) tiles_bf16_split(w, in, stride, rows, first, n, sums);
 #endif
         else tiles_bf16(w, in, stride, rows, first, n, sums);
+        add_adapter(&of_b, projected, padded, rows, first, n, sums);
         for (int64_t m = 0; m < rows; m++) {
             float total[TILE_ROWS];
             _mm_storeu_ps(total, sums_of_four(sums[m]));
             for (int64_t j = 0; j < n; j++) {
-                int64_t at = m * w->rows + first + j;
-                float sum = load(y, at, type) + total[j];
-                store(y, at, type, bias ? sum + load(bias, first + j, bias_type) : sum);
+                float sum = bias ? total[j] + load(bias, first + j, bias_type) : total[j];
+                store(y, m * w->rows + first + j, type, sum);
             }
         }
     }

@@ -43,7 +43,8 @@ def inherit_from_copies(kind: type) -> None:
     for base in bases[0].__mro__:
         if not base.__module__.startswith("lightning."):
             continue
-        for copy in classes(base):
+        copies: tuple[Any, ...] = classes(base)
+        for copy in copies:
             if not any(issubclass(previous, copy) for previous in bases):
                 bases.append(copy)
     kind.__bases__ = tuple(bases)

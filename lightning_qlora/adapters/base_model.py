@@ -70,7 +70,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     quantization = None
     if layers:
         quantization = quantization_of_layer(next(iter(layers.values())))
-    description = {
+    description: dict[str, Any] = {
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
         "base_model": _name_of(base),

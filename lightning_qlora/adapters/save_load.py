@@ -189,7 +189,7 @@ def get_adapter(module: nn.Module) -> Adapter:
             "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
     _check_endings(list(trained), base)
-    saved = {}
+    saved: dict[str, Tensor] = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
     bases = {name: layer.packed_weight for name, layer in layers.items() if changes_base_weights(layer.config)}

@@ -59,7 +59,7 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
 
 def saved_betas(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     """The betas of each index in a state dict; None for another optimizer, whose state is not in 8 bits."""
-    betas = {}
+    betas: dict[Any, Any] = {}
     for group in state_dict["param_groups"]:
         betas |= dict.fromkeys(group["params"], group.get("betas"))
     return betas

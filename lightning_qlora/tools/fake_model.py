@@ -62,7 +62,8 @@ def _model_of_config(config: Any) -> nn.Module:
     causal_models: Any = transformers.AutoModelForCausalLM._model_mapping
     model_class: Any = getattr(transformers, name, None) or causal_models.get(type(config), None)
     if model_class is None:
-        return cast(nn.Module, transformers.AutoModel.from_config(config, dtype=dtype))
+        any_model: Any = transformers.AutoModel
+        return cast(nn.Module, any_model.from_config(config, dtype=dtype))
     return cast(nn.Module, model_class._from_config(config, dtype=dtype))
 
 

@@ -20,7 +20,7 @@ class _ObservedDict(dict[Any, Any]):
     on_read: Callable[[], None]  # called before a value is read: waits for copies to the host
     items = Mapping.items  # type: ignore[assignment]
     values = Mapping.values  # type: ignore[assignment]
-    update = MutableMapping.update  # type: ignore[assignment]
+    update = MutableMapping.update
 
     def __getitem__(self, key: Any) -> Any:
         self.on_read()

@@ -205,7 +205,7 @@ def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
         first = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
     second = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
     second.sum().backward()
-    assert torch.equal(first, second.detach())
+    torch.testing.assert_close(first, second.detach())  # the order of the sums differs
 
 
 def test_wrong_shapes_and_types_are_named():

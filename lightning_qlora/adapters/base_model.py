@@ -77,15 +77,16 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
         "quantization": quantization,
         "target_modules": target_modules_of(base),
-        "experts": {name: list(stack) for name, stack in stacks_of(base).items()},
-        "tokens": token_indices(base),
         "trained_in_full": list(trained_in_full(module)),
         "seed_names": {},
         "layers": {},
     }
-    for name in ("experts", "tokens"):
-        if not description[name]:
-            del description[name]
+    stacks = stacks_of(base)
+    if stacks:
+        description["experts"] = {name: list(stack) for name, stack in stacks.items()}
+    tokens = token_indices(base)
+    if tokens:
+        description["tokens"] = tokens
     for name, layer in layers.items():
         if layer.seed_name != _usual_seed_name(name):
             description["seed_names"][name] = layer.seed_name

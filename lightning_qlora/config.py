@@ -218,7 +218,7 @@ class QLoRAConfig:
 
     @property
     def named_targets(self) -> str | list[str]:
-        """target_modules without "all-linear": a regular expression, or a list of name endings, which may be empty."""
+        """target_modules without "all-linear"; an empty list if nothing else is named."""
         if self.target_modules == ALL_LINEAR:
             return []
         if isinstance(self.target_modules, str):

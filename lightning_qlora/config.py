@@ -218,7 +218,7 @@ class QLoRAConfig:
 
     @property
     def named_targets(self) -> str | list[str]:
-        """target_modules without "all-linear": a regular expression, or a list of name endings, which may be empty."""
+        """target_modules without "all-linear"; an empty list if nothing else is named."""
         if self.target_modules == ALL_LINEAR:
             return []
         if isinstance(self.target_modules, str):
@@ -242,7 +242,7 @@ class QLoRAConfig:
         return self.with_own({"r": r, "lora_alpha": alpha})
 
     def with_own(self, arguments: Mapping[str, Any]) -> "QLoRAConfig":
-        """The config of one layer, with these arguments in place of those of the module, and without patterns."""
+        """The config of one layer, with these arguments and without patterns."""
         if not arguments:
             return self
         return replace(self, rank_pattern={}, alpha_pattern={}, **arguments)

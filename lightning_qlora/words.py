@@ -42,7 +42,7 @@ def refuse_unknown_arguments(names: Iterable[str], allowed: Iterable[str]) -> No
 
 
 def _answer(name: str, allowed: list[str]) -> str:
-    """What to do instead, from the table; or the argument whose name this one contains, or nearly is."""
+    """What to do instead, from the table; else the argument with a similar name."""
     if name in ARGUMENTS:
         return f"{ARGUMENTS[name]}."
     contained = [argument for argument in allowed if "_" in argument and f"_{argument}_" in f"_{name}_"]

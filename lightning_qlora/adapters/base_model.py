@@ -39,7 +39,13 @@ OF_LAYER = (  # arguments that may differ between the layers of a module
     "use_rslora",
     "use_dora",
 )
-OF_ADAPTER = ("task_type", "base_model", "fan_in_fan_out", "quantization", "target_modules")  # in `describe_base` too
+OF_ADAPTER = (  # entries of `describe_base` that are attributes of `Adapter`
+    "task_type",
+    "base_model",
+    "fan_in_fan_out",
+    "quantization",
+    "target_modules",
+)
 
 
 def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -77,15 +83,16 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
         "quantization": quantization,
         "target_modules": target_modules_of(base),
-        "experts": {name: list(stack) for name, stack in stacks_of(base).items()},
-        "tokens": token_indices(base),
         "trained_in_full": list(trained_in_full(module)),
         "seed_names": {},
         "layers": {},
     }
-    for name in ("experts", "tokens"):
-        if not description[name]:
-            del description[name]
+    stacks = stacks_of(base)
+    if stacks:
+        description["experts"] = {name: list(stack) for name, stack in stacks.items()}
+    tokens = token_indices(base)
+    if tokens:
+        description["tokens"] = tokens
     for name, layer in layers.items():
         if layer.seed_name != _usual_seed_name(name):
             description["seed_names"][name] = layer.seed_name
@@ -142,7 +149,7 @@ def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[
 
 
 def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
-    """The arguments of a layer, by its name in the base model, from those of the module and `describe_base`."""
+    """The arguments of a layer, by its name in the base model."""
     return config.with_own(description.get("layers", {}).get(name, {}))
 
 
@@ -187,7 +194,7 @@ def _trained_modules(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _name_of(base: nn.Module) -> str | None:
-    """Folder or hub name that a transformers model was loaded from; its name is "None" if it was not loaded."""
+    """Folder or hub name that a transformers model was loaded from, if it was loaded."""
     name = getattr(getattr(base, "config", None), "_name_or_path", None)
     return None if name in ("", "None") else name
 

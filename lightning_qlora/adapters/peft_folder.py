@@ -75,6 +75,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
     Raises as `peft_tensors`.
     """
+    adapter = unstack_known(adapter)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in peft_tensors(adapter).items()}
     config = peft_config(adapter)
@@ -85,7 +86,6 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    adapter = unstack_known(adapter)
     modules_to_save = [name for name in adapter.modules_to_save if last_part(name) != TOKEN_ADAPTER]
     config = {
         "peft_type": "LORA",
@@ -115,7 +115,6 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of adapter_model.safetensors; ValueError for experts that have no place there."""
-    adapter = unstack_known(adapter)
     if adapter.expert_adapters:
         raise ValueError(
             f"{adapter.source}: only its model says which parameters these adapters of experts belong to. Load the "
@@ -133,7 +132,7 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The pattern with keys that match one name: PEFT matches them as regular expressions with the end of a name."""
+    """The pattern with keys that match one name only; PEFT takes a key for a regular expression of endings."""
     return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}
 
 
@@ -163,8 +162,8 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
-        # PEFT also writes the base weight of an adapted output embedding, and of an embedding of which some rows train.
-        # It is not trained, and after resizing it has another shape: the weight of the base model is used.
+        # PEFT also writes the base weights of adapted output embeddings and of embeddings with rows that train. They
+        # are not trained, and have another shape after resizing: those of the base model are used.
         owner, base_layer, _ = key.partition(".base_layer.")
         if base_layer and (owner in adapted or last_part(owner) == TOKEN_ADAPTER) and ".lora_" not in key:
             continue

@@ -279,7 +279,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
 
 
 def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
-    """Ranks and scalings of an adapter, and of the layers that it does not have, as arguments of a QLoRAConfig."""
+    """Ranks and scalings of an adapter, and of layers without one, as arguments of a QLoRAConfig."""
     prefix, _ = find_base_model(module)
     r = adapter.r
     alpha = adapter.alpha

@@ -15,7 +15,12 @@ import torch
 
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
 SHARDS_INDEX = ".metadata"  # the shard of every tensor
-OTHER_FILES = ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json")
+OTHER_FILES = (  # of folders that are no checkpoints
+    "adapter_config.json",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 # All that torch.distributed.checkpoint writes into an index, except dtypes.
 INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -114,7 +119,7 @@ def names_in_shards(folder: str | os.PathLike[str], weights_only: bool = True) -
 
 
 def read_index(path: Path, weights_only: bool = True) -> Any:
-    """The index of shards (torch.distributed.checkpoint.metadata.Metadata); weights_only=False runs code in its pickle.
+    """The index of shards, torch's `Metadata`; weights_only=False runs code in its pickle.
 
     Raises UnpicklingError for classes that torch.distributed.checkpoint does not write into an index, and ValueError
     for a shard outside of its folder.

@@ -24,8 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.published_formats import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header

@@ -73,7 +73,7 @@ def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dic
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Whole state with the scales, and the tensors of the parameter's shape, split as the parameter is."""
+    """Whole state, with scales and tensors of the parameter's shape split as the parameter is."""
     state = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax")):

@@ -8,11 +8,23 @@ from lightning_qlora.tools.memory_estimate import MemoryEstimate, PlannedRun
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.report import parameter_bytes, size_text
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 DRIVER = 0.8e9  # bytes that a run can't use
 FRAGMENTATION = 0.04  # share of the memory that a run can't use
 # Arguments that save memory; the last one costs time.
-SAVING: dict[str, Any] = {"paged_optimizer": "auto", "deferred_logits": "auto", "gradient_checkpointing": True}
+SAVING: dict[str, Any] = {
+    "paged_optimizer": "auto",
+    "deferred_logits": "auto",
+    "gradient_checkpointing": True,
+}
 
 
 def parse_memory(text: str) -> int:
@@ -27,7 +39,7 @@ def parse_memory(text: str) -> int:
 
 
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:
-    """Bytes that a run needs on each of several devices, each with its batch.
+    """Bytes that a run needs on each device.
 
     DDP: all, and a second decode buffer for the thread of the backward pass. FSDP2, with `fully_shard` on each block
     and on the model: the device's part of weights, gradients and optimizer state, the activations, and two whole

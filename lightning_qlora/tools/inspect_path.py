@@ -7,13 +7,13 @@ from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
+from lightning_qlora.adapters.base_folder import published_format
 from lightning_qlora.adapters.from_checkpoint import (
     fingerprint_of_base,
     read_adapter_from_checkpoint,
     read_converted_state_dict,
 )
 from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter
-from lightning_qlora.adapters.published_formats import published_format
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config

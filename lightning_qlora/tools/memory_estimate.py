@@ -189,7 +189,7 @@ class PlannedRun:
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:
-    """Bytes of the buffers that weights are decoded to: one for each dtype, of the size of the largest weight."""
+    """Bytes of the decode buffers: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
         dtypes = {QLoRALinear.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}

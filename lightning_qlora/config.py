@@ -237,8 +237,8 @@ class QLoRAConfig:
         if not self.rank_pattern and not self.alpha_pattern:
             return self
         names = list(names)
-        r = _first_match(self.rank_pattern, names, self.r)
-        alpha = _first_match(self.alpha_pattern, names, self.lora_alpha)
+        r = first_match(self.rank_pattern, names, self.r)
+        alpha = first_match(self.alpha_pattern, names, self.lora_alpha)
         return self.with_own({"r": r, "lora_alpha": alpha})
 
     def with_own(self, arguments: Mapping[str, Any]) -> "QLoRAConfig":
@@ -299,6 +299,14 @@ def takes_arguments_of(
     return decorate
 
 
+def first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:
+    """The value of the first pattern that matches one of the names."""
+    for pattern, value in (patterns or {}).items():
+        if any(fits(name, pattern) for name in names):
+            return value
+    return default
+
+
 def fits(name: str, pattern: str) -> bool:
     """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending or a regular expression for one."""
     return _compiled(pattern).match(name) is not None
@@ -307,11 +315,3 @@ def fits(name: str, pattern: str) -> bool:
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")  # peft/utils/other.py, get_pattern_key
-
-
-def _first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:
-    """The value of the first pattern that matches one of the names."""
-    for pattern, value in (patterns or {}).items():
-        if any(fits(name, pattern) for name in names):
-            return value
-    return default

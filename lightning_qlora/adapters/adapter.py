@@ -71,8 +71,7 @@ class Adapter:
         lora_dropout: Dropout probability in training.
         task_type: PEFT's task type, or None.
         base_model: Folder or hub name of the base model, or None.
-        quantization: How the base was quantized and the adapters initialized (`base_compatibility.quantization_of`), if
-            known.
+        quantization: `base_compatibility.quantization_of` of the training, if known.
         bases: Name of a layer -> its 4-bit weight, if it is stored with the adapters.
         base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if the initialization changed it.
         origin: The values that the initial adapters are computed from, if known.

@@ -134,8 +134,8 @@ def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
 def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:
     """The first class of transformers that has the layers of an adapter; whether the adapter unties its embeddings.
 
-    The class of the folder comes first. An output embedding that was trained apart from the embedding needs a model in
-    which they are not tied.
+    The class of the folder comes first. An output embedding that was trained alone needs a model in which it is not
+    tied to the embedding.
     """
     needed = adapter.targets | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     first = None

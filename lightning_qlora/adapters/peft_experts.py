@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
-from lightning_qlora.config import fits
+from lightning_qlora.config import first_match
 from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
@@ -127,8 +127,7 @@ def is_target(config: dict[str, Any], name: str) -> bool:
 
 def alpha_of_name(config: dict[str, Any], name: str) -> float:
     """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
-    patterns = (config.get("alpha_pattern") or {}).items()
-    return float(next((a for key, a in patterns if fits(name, key)), config["lora_alpha"]))
+    return float(first_match(config.get("alpha_pattern"), [name], config["lora_alpha"]))
 
 
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
@@ -170,12 +169,10 @@ def check_sizes(adapter: Adapter, name: str, base: nn.Module, outputs: int, inpu
     layer = adapter.layers[name]
     sizes = (layer.lora_B.shape[0], layer.lora_A.shape[1])
     if sizes != (outputs, inputs):
-        refuse(
-            adapter,
-            f"{name}.lora_A.weight",
-            base,
-            f"has a layer of {inputs} inputs and {outputs} outputs there, the adapter is for {sizes[1]} and {sizes[0]}",
+        difference = (
+            f"has a layer of {inputs} inputs and {outputs} outputs there, the adapter is for {sizes[1]} and {sizes[0]}"
         )
+        refuse(adapter, f"{name}.lora_A.weight", base, difference)
 
 
 def refuse(adapter: Adapter, key: str, base: nn.Module, difference: str) -> NoReturn:

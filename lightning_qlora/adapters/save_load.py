@@ -43,8 +43,8 @@ from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
 
-# In a model with stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts
-# with these names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
+# Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
+# names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
 TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -135,7 +135,7 @@ def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
 
 
 def layers_that_are_only_read(base: nn.Module) -> list[str]:
-    """Names of converted layers whose weight other code multiplied with, or read, and which were not called."""
+    """Names of converted layers that were not called, and whose weight other code read or multiplied with."""
     experts = experts_of(base)
     return [
         name

@@ -38,7 +38,7 @@ def normalize(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Two codes per byte, the first in the high half: uint8 [n] -> uint8 [n / 2]; n even (the caller pads a zero)."""
+    """Two codes per byte, the first in the high half: uint8 [n] -> uint8 [n / 2]; n is even."""
     return (codes[::2] << 4) | codes[1::2]
 
 
@@ -70,8 +70,8 @@ def dequantize_4bit(out: Tensor, packed: Tensor, absmax: Tensor, codebook: Codeb
     pairs = packed.new_empty(min(step // 2, packed.numel()), dtype=torch.int64)
     for start in range(0, out.numel(), step):
         codes = packed[start // 2 : (start + step) // 2].int()
-        levels = torch.index_select(codebook.pairs, 0, codes, out=pairs[: codes.numel()]).view(torch.float32)
-        values = levels[: out.numel() - start]
+        levels = torch.index_select(codebook.pairs, 0, codes, out=pairs[: codes.numel()])
+        values = levels.view(torch.float32)[: out.numel() - start]
         scales = absmax[start // block_size :]
         full = values.numel() - values.numel() % block_size
         values[:full].view(-1, block_size).mul_(scales[: full // block_size, None])
@@ -94,7 +94,8 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     offset = mean_in_fixed_order(absmax)
     centred = absmax - offset
-    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE))
+    blocks = padded.view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
     grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).int().clamp(0, 65535)
@@ -106,7 +107,8 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
 def codes_of_grid(places: Tensor) -> Tensor:
     """The code of the dynamic level nearest to each grid point: int32, 0 to 65,535 -> int32."""
     levels = dynamic_map(device=places.device)
-    return torch.bucketize(-1.0 + 2.0 * places / 65535.0, (levels[:-1] + levels[1:]) * 0.5, out_int32=True)
+    midpoints = (levels[:-1] + levels[1:]) * 0.5
+    return torch.bucketize(-1.0 + 2.0 * places / 65535.0, midpoints, out_int32=True)
 
 
 @cache
@@ -121,7 +123,10 @@ def nested_bytes(nested_absmax: Tensor, offset: float) -> Tensor:
 
 
 def dequantize_absmax(
-    codes: Tensor, nested_absmax: Tensor, offset: float | Tensor, numbers: Tensor | None = None
+    codes: Tensor,
+    nested_absmax: Tensor,
+    offset: float | Tensor,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """scale = level[code] * second-level scale, rounded, then + offset, rounded; uint8 [b] -> fp32 [b].
 

@@ -135,14 +135,15 @@ def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
 
 
 def layers_that_are_only_read(base: nn.Module) -> list[str]:
-    """Names of converted layers that were not called, and whose weight other code read or multiplied with."""
+    """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
     experts = experts_of(base)
-    return [
-        name
-        for name, layer in adapted_layers(base).items()
-        if type(layer).forward is QLoRALinear.forward and layer not in experts
-        if layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
-    ]
+    names = []
+    for name, layer in adapted_layers(base).items():
+        if type(layer).forward is not QLoRALinear.forward or layer in experts:
+            continue
+        if layer.weight_was_called or (layer.weight_was_read and not layer.was_called):
+            names.append(name)
+    return names
 
 
 def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:

@@ -16,6 +16,7 @@ A variant is a start with the settings that differ from DEFAULTS, such as "calib
     exclude  layers to leave in 16 bits without an adapter (exclude_modules), joined by "+"
     codes, span, frozen, float, by, bare, fresh     for "calibrated" only: see `equal_bytes`
     init     for "lora" only: PEFT's init_lora_weights, default, pissa, olora or lora_ga
+    roundings    for "lora" only: 2 of each output, PEFT's layer, or 1, as in this package (examples/one_rounding.py)
 
 The data are those of `--task`; all variants of a seed see the same batches in the same order. "MB" counts the linear
 layers, and 16 bytes for each number that trains (fp32 weight, gradient, two moments of AdamW).
@@ -49,14 +50,15 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import compare_initializations
+from one_rounding import one_rounding
 from smollm2 import load_model, load_tokenizer
 
 DENSE = "lora"
 DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
-    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "codes": 0, "span": 0, "frozen": 0.0, "float": 0.0,
-    "by": "per_byte", "bare": 0, "fresh": 0, "exclude": "",
+    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "roundings": 2, "codes": 0, "span": 0,
+    "frozen": 0.0, "float": 0.0, "by": "per_byte", "bare": 0, "fresh": 0, "exclude": "",
 }  # fmt: skip
 SETS = {
     "starts": [
@@ -107,6 +109,8 @@ class Variant(NamedTuple):
             settings[key] = type(DEFAULTS[key])(value)
         if start != DENSE and settings["init"] != DEFAULTS["init"]:
             raise ValueError(f"{text!r}: init is a setting of {DENSE!r} only; the other starts are initializations.")
+        if start != DENSE and settings["roundings"] != DEFAULTS["roundings"]:
+            raise ValueError(f"{text!r}: roundings is a setting of {DENSE!r} only; the other starts round once.")
         if start != "calibrated" and any(settings[key] for key in ("codes", "frozen", "float", "fresh")):
             raise ValueError(f"{text!r}: codes, frozen, float and fresh are settings of 'calibrated' only.")
         return cls(start, settings)
@@ -182,7 +186,7 @@ def dense_lora(model: Any, variant: Variant, data: Any, more: dict[str, Any] | N
         linear = [name for name, part in model.model.named_modules() if isinstance(part, nn.Linear)]
         config.target_modules = {name.rpartition(".")[2] for name in linear}
         preprocess_loraga(model, config, lambda: [model(**batch).loss.backward() for batch in batches])
-    return get_peft_model(model, config)
+    return get_peft_model(model, one_rounding(config) if variant.settings["roundings"] == 1 else config)
 
 
 def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -> dict[str, Any]:

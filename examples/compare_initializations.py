@@ -2,8 +2,9 @@
 
 python examples/compare_initializations.py [--fast] [--methods default calibrated ...] [--seeds 0 1 2]
 
-All runs use the same data, order and seeds, r = 64, alpha = 16 and no dropout. Writes compare_initializations.json, .md
-and .png.
+All runs use the same data, order and seeds, r = 64, alpha = 16 and no dropout. In 16 bits PEFT's LoRA layer rounds each
+output twice, and the layers of this package once; "16-bit LoRA, one rounding" is PEFT with `one_rounding.py`. Writes
+compare_initializations.json, .md and .png.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from causal_lm import CausalLM
 from docstring_qa import DocstringQA
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from one_rounding import one_rounding
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,12 +28,16 @@ from transformers import PreTrainedModel
 from lightning_qlora import QLoRAPrecision
 
 DENSE = "16-bit LoRA"
-METHODS = [DENSE, "default", "loftq x5", "pissa", "calibrated"]
+DENSE_ONE_ROUNDING = "16-bit LoRA, one rounding"
+METHODS = [DENSE, DENSE_ONE_ROUNDING, "default", "loftq x5", "pissa", "calibrated"]
 ADAPTER: dict[str, Any] = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.0}
 
 
 class HeldOutLoss(Callback):
-    """Measure the held-out loss before given optimizer steps, so that step 0 measures the initialization."""
+    """Measure the held-out loss before given optimizer steps.
+
+    Step 0 measures the initialization, and step 1 that of "calibrated", which the first optimizer step initializes.
+    """
 
     def __init__(self, steps: list[int]) -> None:
         self.steps, self.losses = steps, {}
@@ -65,14 +71,15 @@ def run(method: str, seed: int, steps: int, held_out: int) -> dict[str, Any]:
     seed_everything(seed)
     module, data = CausalLM(), DocstringQA(batch_size=4, held_out=held_out, seed=seed)
     plugin = None
-    if method == DENSE:
+    if method in (DENSE, DENSE_ONE_ROUNDING):
         # All linear layers except the output embedding, as in the plugin.
-        module.model = get_peft_model(module.model, LoraConfig(target_modules="all-linear", **ADAPTER))
+        config = LoraConfig(target_modules="all-linear", **ADAPTER)
+        module.model = get_peft_model(module.model, one_rounding(config) if method == DENSE_ONE_ROUNDING else config)
     else:
         name, _, iterations = method.partition(" x")
         more = {"loftq_config": {"loftq_iter": int(iterations)}} if iterations else {}
         plugin = QLoRAPrecision(init_lora_weights=name, **ADAPTER, **more)
-    callback = HeldOutLoss([0, steps // 6, steps // 2])
+    callback = HeldOutLoss([0, 1, steps // 6, steps // 2])
     trainer = Trainer(
         plugins=plugin, callbacks=callback, max_steps=steps, devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, limit_val_batches=0,

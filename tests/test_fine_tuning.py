@@ -10,6 +10,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
+from peft import LoraConfig, get_peft_model
+
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Module, Variant, dense_lora
 from benchmarks.tasks import TASKS
@@ -43,6 +45,8 @@ def test_a_variant_has_the_settings_that_it_names():
             Variant.parse(wrong)
     with pytest.raises(ValueError, match="init is a setting of 'lora' only"):
         Variant.parse("default,init=pissa")
+    with pytest.raises(ValueError, match="roundings is a setting of 'lora' only"):
+        Variant.parse("default,roundings=1")
     with pytest.raises(ValueError, match="settings of 'calibrated' only"):
         Variant.parse("default,frozen=8")
 
@@ -86,6 +90,35 @@ def test_lora_ga_starts_with_the_outputs_of_the_model_and_directions_of_the_grad
     torch.testing.assert_close(model(**batch).logits, before, rtol=2e-2, atol=2e-2)
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert adapters and all(p.count_nonzero() for p in adapters.values())
+
+
+def results_and_gradients(roundings, dtype, change):
+    """Output, dX, dA and dB of PEFT's layer for a linear layer with a bias, whose B is `change` times signs."""
+    from one_rounding import one_rounding  # in examples/, which fine_tuning adds to the path
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 192).to(dtype))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    model = get_peft_model(model, one_rounding(config) if roundings == 1 else config)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    adapters[1].data = change * torch.randn_like(adapters[1]).sign()
+    x = torch.randn(2, 64, 256).to(dtype).requires_grad_()
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *adapters])]
+
+
+def test_one_rounding_is_pefts_layer_and_lets_small_changes_arrive():
+    for once, twice in zip(*(results_and_gradients(n, torch.float32, 0.1) for n in (1, 2)), strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-4)
+
+    def change(roundings, dtype):
+        before, after = (results_and_gradients(roundings, dtype, b)[0].float().flatten() for b in (0, 2e-4))
+        return after - before
+
+    exact = change(1, torch.float32)
+    shares = [float(change(n, torch.bfloat16) @ exact / exact.square().sum()) for n in (1, 2)]
+    assert shares[0] == pytest.approx(1, abs=0.1)
+    assert shares[1] < 0.8
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):
     here, there = outputs(model.eval()).logits, outputs(theirs.eval()).logits
     with disable_adapter(model):
         effect = (here - outputs(model).logits).norm()
-    assert (here - there).norm() < 0.05 * effect  # both compute in bf16
+    assert (here - there).norm() < 0.08 * effect  # both compute in bf16, and PEFT rounds twice in a layer
 
 
 @needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")

@@ -697,7 +697,7 @@ def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
 
 
 def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
-    """Peak of anonymous memory above the start: at most 0.50 of the 16-bit size, adapters included."""
+    """Peak of anonymous memory above the start: at most 0.62 of the 16-bit size; 0.13 are the two embeddings."""
     config = transformers.LlamaConfig(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=8000,
         num_key_value_heads=12, tie_word_embeddings=False,
@@ -707,7 +707,7 @@ def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     del model
     script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
-    for r, share in ((8, 0.32), (64, 0.50)):
+    for r, share in ((8, 0.42), (64, 0.62)):
         run = subprocess.run(
             [sys.executable, script, tmp_path, str(r)], check=True, capture_output=True, text=True,
             cwd=script.parents[2], env={**os.environ, "PYTHONPATH": "."},

@@ -44,6 +44,7 @@ PROGRAMS = {
     "hf",
     "ollama",
     "llama-cli",
+    "transformers serve",
     "torchrun",
     "sbatch",
     "ray",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.dtensor import gather, is_sharded, of_all_ranks, shard_like
+from lightning_qlora.layers.dtensor import gather, is_sharded, of_all_ranks, shard_like, world_size
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
@@ -132,6 +132,8 @@ def use_bytes_of_rank_0(module: nn.Module) -> None:
 
     They differ where ranks built their modules from other random numbers.
     """
+    if world_size() == 1:
+        return
     layers = [part for part in module.modules() if isinstance(part, PackedLayer) and "packed" in vars(part)]
     of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
     for layer, *fingerprints in zip(layers, *of_ranks, strict=True):

@@ -9,7 +9,6 @@ change them. All batches that make the step count, on all ranks.
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -26,55 +25,7 @@ from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-
-WORST = 5  # layers that the report names
-
-
-@dataclass(repr=False)
-class CalibrationReport:
-    """The status of every adapter that is initialized from data.
-
-    Attributes:
-        waiting: Names of the layers before their first step; they have the default initialization.
-        host_bytes: Dense weights kept in host memory (or mapped from a file) until the first step.
-        calibrated: Names of the layers whose adapter is initialized from their inputs.
-        unseen: Names of the layers without an input in the first step, or with inputs of zeros alone; they keep the
-            default initialization.
-        rows: Most rows (tokens) used for one layer, on all ranks.
-        seconds: Time that the initialization took.
-        errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
-            diag(d)||.
-    """
-
-    waiting: list[str]
-    host_bytes: int
-    calibrated: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-    rows: int = 0
-    seconds: float = 0.0
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"
-
-    def __str__(self) -> str:
-        if self.waiting and not self.calibrated:
-            return (
-                f"{len(self.waiting)} adapters will be calibrated in the first step; until then {self.host_bytes:,} "
-                "bytes of dense weights stay in host memory"
-            )
-        worst = sorted(self.errors, key=lambda name: -self.errors[name])[:WORST]
-        lists = {
-            "largest errors left": [f"{name} {self.errors[name]:.1%}" for name in worst],
-            "default initialization, because the first step had no input for them": self.unseen,
-            "waiting for the first step of their optimizer": self.waiting,
-        }
-        parts = [
-            f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s",
-            f"{self.host_bytes:,} bytes of dense weights were kept until then",
-        ]
-        parts += [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
-        return "; ".join(parts)
+from lightning_qlora.training.calibration_report import CalibrationReport
 
 
 class Calibration:
@@ -104,7 +55,7 @@ class Calibration:
         _start(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of the module, or one from a pickle, is calibrated by itself."""
+        """A copied or unpickled module waits for its own first step."""
         vars(self).update(state)
         if self.report.waiting:
             _start(self)

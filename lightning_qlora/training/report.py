@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.training.calibration import CalibrationReport
+from lightning_qlora.training.calibration_report import CalibrationReport
 
 OTHERS = 13  # characters of a line of the table that are no name and no status
 ROOT = "(the module itself)"

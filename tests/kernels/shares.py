@@ -19,6 +19,18 @@ def share(change: Tensor, expected: Tensor) -> float:
     return float(change @ expected / (expected @ expected))
 
 
+def experts(backend, ends):
+    """The layer of several experts of a backend, for `shares`; each has the same weight, and rows end at `ends`."""
+
+    def layer(x, weight, _, a, b, scaling, grad):
+        stops = torch.tensor(ends, dtype=torch.int32)
+        lists = [weight] * len(ends), [a] * len(ends), [b] * len(ends)
+        y, xa = backend.grouped_linear(x, stops, *lists, scaling, 0.0, None)
+        return y, backend.grouped_linear_backward(grad, x, xa, stops, *lists, scaling, 0.0, None, True)[0]
+
+    return layer
+
+
 def shares(layer, rows, inputs, outputs, dtype, bias=None, repeats=1):
     """The shares in y and dX of `layer(x, weight, bias, a, b, scaling, grad) -> y, dX`, over all repeats together."""
     changes, expected = ([], []), ([], [])

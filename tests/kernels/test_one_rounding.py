@@ -8,7 +8,7 @@ from lightning_qlora import convert
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.lora_linear import lora_linear
 from tests.kernels.forward import forward
-from tests.kernels.shares import share, shares
+from tests.kernels.shares import experts, share, shares
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -63,13 +63,7 @@ def test_the_share_of_a_small_adapter(layer, rows, bias, dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_share_of_experts(dtype):
     """The specification of the grouped kernels."""
-
-    def layer(x, weight, _, a, b, scaling, grad):
-        ends, lists = torch.tensor([300, 512], dtype=torch.int32), ([weight] * 2, [a] * 2, [b] * 2)
-        y, xa = reference.grouped_linear(x, ends, *lists, scaling, 0.0, None)
-        return y, reference.grouped_linear_backward(grad, x, xa, ends, *lists, scaling, 0.0, None, True)[0]
-
-    assert shares(layer, 512, 512, 512, dtype) == pytest.approx([1, 1], abs=0.1)
+    assert shares(experts(reference, [300, 512]), 512, 512, 512, dtype) == pytest.approx([1, 1], abs=0.1)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_qlora.kernels import triton as kernels
-from tests.kernels.shares import shares
+from tests.kernels.shares import experts, shares
 from tests.kernels.test_one_rounding import backend
 
 
@@ -18,9 +18,4 @@ def test_the_share_of_a_small_adapter(rows, bias, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_share_of_experts(dtype):
-    def layer(x, weight, _, a, b, scaling, grad):
-        ends, lists = torch.tensor([70, 128], dtype=torch.int32), ([weight] * 2, [a] * 2, [b] * 2)
-        y, xa = kernels.grouped_linear(x, ends, *lists, scaling, 0.0, None)
-        return y, kernels.grouped_linear_backward(grad, x, xa, ends, *lists, scaling, 0.0, None, True)[0]
-
-    assert shares(layer, 128, 128, 128, dtype) == pytest.approx([1, 1], abs=0.1)
+    assert shares(experts(kernels, [70, 128]), 128, 128, 128, dtype) == pytest.approx([1, 1], abs=0.1)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation [--rounds 15] [--tokens 24] [--threads 1] [--r 16] [--base FOLDER] [--write]
 
-The variants take turns, each with a model of its own in one process. With one thread the time is CPU time.
+Each variant has its own model. All are in one process and take turns. With one thread the time is CPU time.
 """
 
 import argparse

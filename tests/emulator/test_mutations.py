@@ -87,7 +87,7 @@ BUGS = {
         1,
         "differs from the reference",
     ),
-    # Triton puts a barrier before an atomic operation by itself.
+    # Triton itself puts a barrier before an atomic operation.
     "no barrier before counting": ("shares.py", "    tl.debug_barrier()", "    pass", "linear_into", 2, None),
 }
 

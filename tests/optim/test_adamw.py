@@ -64,7 +64,7 @@ EXPONENTS = st.floats(-30, 30)
     st.integers(0, 100),
 )
 def test_no_8bit_step_is_longer_than_the_learning_rate_whatever_the_spread(steps, weight_decay, seed):
-    """Each step has gradients of its own spread and share of zeros; torch's AdamW makes steps of up to 7."""
+    """Gradients differ in spread and share of zeros from step to step; torch's AdamW makes steps of up to 7."""
     generator = torch.Generator().manual_seed(seed)
     param = torch.nn.Parameter(torch.randn(4200, generator=generator))
     optimizer = PagedAdamW8bit([param], lr=1e-2, weight_decay=weight_decay)

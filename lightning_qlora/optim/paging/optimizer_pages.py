@@ -231,7 +231,7 @@ def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[
     """Yield the parameters in windows of about `numel` elements, each while its state is on the device.
 
     The copy of the next window's state starts before the present one is updated, so at most two windows are on the
-    device. Pinned memory is copied on a stream of its own, which overlaps copy and update; unified memory is prefetched
+    device. Pinned memory is copied on another stream, so that copy and update overlap; unified memory is prefetched
     on the current stream.
     """
     result: list[list[Tensor]] = []

@@ -79,7 +79,7 @@ def refuses(message: str) -> Any:
     return pytest.raises(Exception, match=message)
 
 
-NOT_CONVERTED = "This state dict holds the adapters of a converted module, and this {} is not converted"
+NOT_CONVERTED = r"(?s)Error\(s\) in loading state_dict for {}:.*Unexpected key\(s\) in state_dict: .*lora_A"
 
 
 # ---------------------------------------------------------------- pytorch-forecasting
@@ -278,7 +278,7 @@ def own_neuralforecast(folder: Path) -> None:
     assert forecast.models[0].blocks[0].layers[0].lora_B.any()
     expected = forecast.predict()
     forecast.save(str(folder / "adapters"))
-    with refuses(NOT_CONVERTED.format("NHITS")):
+    with refuses("Checkpoint does not match the model.*lora_A"):
         type(forecast).load(str(folder / "adapters"))
     merge(forecast.models[0])
     forecast.save(str(folder / "merged"))

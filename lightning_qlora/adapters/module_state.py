@@ -126,21 +126,26 @@ def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield join(name, key), value
 
 
-def config_entry(root: nn.Module) -> Tensor | None:
-    """The value of `CONFIG_KEY` in the state dict of a converted module; None for another module."""
+def conversion_text(root: nn.Module) -> str | None:
+    """The arguments of the conversion and the base model, as JSON; None for a module that is not converted."""
     conversion = conversion_of(root)
     if conversion is None or _is_merged(root):
         return None
-    return _config_entry(root, conversion.config)
+    return _conversion_text(root, conversion.config)
 
 
-def _config_entry(root: nn.Module, config: QLoRAConfig) -> Tensor:
+def _conversion_text(root: nn.Module, config: QLoRAConfig) -> str:
     arguments = asdict(config)
     arguments["adapter"] = None  # a folder that is read once, at conversion
     arguments[BASE_MODEL] = describe_base(root, config)
-    text = json.dumps(arguments).encode()
-    text += b" " * (-len(text) % PAGE)
-    return torch.tensor(list(text), dtype=torch.int32, device="cpu")  # 32 bits: a sum over state dicts fits
+    return json.dumps(arguments)
+
+
+def config_entry(text: str) -> Tensor:
+    """The value of `CONFIG_KEY` in a state dict, from the text of `conversion_text`."""
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % PAGE)
+    return torch.tensor(list(encoded), dtype=torch.int32, device="cpu")  # 32 bits: a sum over state dicts fits
 
 
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[QLoRAConfig | None, dict[str, Any]]:
@@ -200,7 +205,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
                 record = frozen_value(owner, key)
                 assert record is not None
                 state_dict[f"{prefix}{name}.{FINGERPRINT}"] = fingerprint_entry(record.fingerprint)
-    state_dict[prefix + CONFIG_KEY] = _config_entry(root, config)
+    state_dict[prefix + CONFIG_KEY] = config_entry(_conversion_text(root, config))
     for name, _conversion in _conversions(root):
         if name:  # a part that was converted alone: the entry of the root covers it
             state_dict.pop(f"{prefix}{name}.{CONFIG_KEY}", None)

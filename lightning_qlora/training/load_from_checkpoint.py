@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of, read_conversion, saved_layers
+from lightning_qlora.adapters.module_state import CONFIG_KEY, config_entry, conversion_of, read_conversion, saved_layers
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.dotted_names import last_part
@@ -57,7 +57,7 @@ def load_from_checkpoint(
             checkpoint = _load(checkpoint_path, map_location, weights_only=weights_only)
     else:  # a file is mapped, so that its values are not read here
         checkpoint = read_checkpoint(checkpoint_path, weights_only)
-    config_entry = _config_entry_of(checkpoint, checkpoint_path, module_class.__name__)
+    text = _text_of_plugin(checkpoint, checkpoint_path, module_class.__name__)
     with named(checkpoint_path):
         networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, not weights_only)
 
@@ -70,8 +70,8 @@ def load_from_checkpoint(
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
         module.__class__ = module_class
-        if config_entry is not None:
-            state = {CONFIG_KEY: config_entry, **state}
+        if text is not None:
+            state = {CONFIG_KEY: config_entry(text), **state}
         if CONFIG_KEY in state and conversion_of(module) is None:
             convert(module, state)
         return module.load_state_dict(state, *args, **kwargs)
@@ -90,7 +90,7 @@ def load_from_checkpoint(
     return module
 
 
-def _config_entry_of(checkpoint: Any, path: str | Path, name: str) -> Any:
+def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:
     """The arguments of the conversion if only the plugin's state holds them; None if the module's state does.
 
     The plugin's has them too, for a module whose `on_save_checkpoint` keeps only what trains.
@@ -106,7 +106,7 @@ def _config_entry_of(checkpoint: Any, path: str | Path, name: str) -> Any:
             f"it with {name}.load_from_checkpoint."
         )
     of_plugin = checkpoint.get(PLUGIN, {}).get(CONFIG_KEY)
-    if of_plugin is None:
+    if not isinstance(of_plugin, str):
         raise ValueError(
             f"{str(path)!r} holds the adapters of {endings['lora_A']} layers and no {CONFIG_KEY!r}, which has the "
             "arguments of the conversion (r, lora_alpha, ...): on_save_checkpoint of the module, or other code, left "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_entry, forget_conversion
+from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_text, forget_conversion
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -319,8 +319,8 @@ class QLoRAPrecision(Precision):
             "kernels": self._kernels(),
             "loss_scale": None if scale is None else scale.state_dict(),
         }
-        entry = None if root is None else config_entry(root)
-        return state if entry is None else state | {CONFIG_KEY: entry}
+        text = None if root is None else conversion_text(root)
+        return state if text is None else state | {CONFIG_KEY: text}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

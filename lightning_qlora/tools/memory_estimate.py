@@ -90,7 +90,7 @@ class MemoryEstimate:
         texts["notes"] = (
             f"{self.trainable_parameters:,} of {self.total_parameters:,} weights are trained. Before quantization the "
             f"weights alone take {size_text(self.dense_bytes)}. Not counted: the driver's own memory (0.3 to 0.8 GB on "
-            "CUDA), on a CPU what libraries keep (about 60 MB), and fragmentation (a few percent)."
+            "CUDA), on a CPU the imported libraries (about 0.3 GB), and fragmentation (a few percent)."
         )
         texts |= {name: f"{name}  x{count}  {status}" for name, status, count in self.layers}
         return "\n".join(texts.values())

@@ -23,15 +23,13 @@ import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
 from lightning_qlora.kernels import reference
-from lightning_qlora.kernels.reference_adamw import STATE_BLOCK_SIZE, AdamWStep
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
-from lightning_qlora.kernels.triton.dequantize import dequantize
-from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.grouped import Group
-from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
-from lightning_qlora.kernels.triton.matmul import add_matmul_
-from lightning_qlora.kernels.triton.quantize import quantize
+from lightning_qlora.kernels.triton.linear import add_matmul_
+from lightning_qlora.kernels.triton.lora_products import dropout, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 SHORT = ("sm_80", "sm_90")
@@ -67,9 +65,9 @@ def cases(target: str) -> Iterator[Case]:
         yield from make(target)
 
 
-def _tiles(kernel: str, target: str) -> list[tuple[tiles.Tile, int]]:
+def _tiles(kernel: str, target: str) -> list[tuple[launch.Tile, int]]:
     """Each tile of a kernel, and the threads it runs with (a warp counted as 32)."""
-    rows = tiles.TABLE[kernel].get(target, tiles.TABLE[kernel]["default"])
+    rows = launch.TABLE[kernel].get(target, launch.TABLE[kernel]["default"])
     return [(tile, 32 * tile["num_warps"]) for tile in rows]
 
 
@@ -256,7 +254,7 @@ Summary = dict[str, Report]  # of each kernel the most registers, spilled bytes 
 
 def _rows(target: str, short: bool, table: Path | None) -> tuple[list[str], list[str], Summary]:
     """The lines of the table for a target, the failures, and the summary."""
-    tiles.TABLE |= tiles.read(table or tiles.FILE)
+    launch.TABLE |= launch.read(table or launch.FILE)
     rows, failures, summary = [], [], Summary()
     for case in cases(target):
         if short and not case.short:

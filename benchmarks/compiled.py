@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton import launch
 
 # Shared memory one block may ask for, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -60,18 +60,18 @@ class Report:
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Within it no kernel runs: the launches, with the target's tiles, are listed instead."""
     launches: list[Launch] = []
-    run, real_target = triton.JITFunction.run, tiles.target
+    run, real_target = triton.JITFunction.run, launch.target
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS & set(kwargs)}
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(kernel, grid, arguments, options))
 
-    triton.JITFunction.run, tiles.target = record, lambda device: target
+    triton.JITFunction.run, launch.target = record, lambda device: target
     try:
         yield launches
     finally:
-        triton.JITFunction.run, tiles.target = run, real_target
+        triton.JITFunction.run, launch.target = run, real_target
 
 
 def source(launch: Launch, target: str) -> ASTSource:

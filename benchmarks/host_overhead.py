@@ -26,7 +26,7 @@ from lightning_qlora import convert
 from lightning_qlora.kernels import eager, grouped_linear, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.backends import Backend
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton import launch
 from lightning_qlora.layers import routed_experts
 
 SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
@@ -124,8 +124,8 @@ def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     vars(ops)["backend"] = lambda device: eager
     convert(layers, r=RANK, lora_dropout=dropout)
     vars(ops)["backend"] = unchecked()
-    tile = tiles.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
-    tiles.TABLE["matmul"] = {"default": [tile] if few_rows else []}
+    tile = launch.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
+    launch.TABLE["matmul"] = {"default": [tile] if few_rows else []}
     return layers.train()
 
 

@@ -23,11 +23,11 @@ from benchmarks.compiled import compile_launch, recorded
 from benchmarks.timing import seconds
 from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
-from lightning_qlora.kernels.triton import tiles
-from lightning_qlora.kernels.triton.dequantize import dequantize_into
+from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton.launch import Tile
+from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
-from lightning_qlora.kernels.triton.matmul import add_matmul_
-from lightning_qlora.kernels.triton.tiles import Tile
+from lightning_qlora.kernels.triton.quantize import dequantize_into
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 EXPERTS, EXPERT_SHAPES = 64, ((1536, 2048), (2048, 768))  # the shapes of Qwen3-30B-A3B, which has 128 experts
@@ -109,7 +109,7 @@ def _calls_of_experts(rows: int, shape: tuple[int, int], device: torch.device) -
 
 def with_tile(kernel: str, tile: Tile | None, call: Callable[[], Any]) -> Any:
     """Call with this tile in the table; None: with no tile, so that torch computes the product."""
-    tiles.TABLE[kernel] = {"default": [tile] if tile else []}
+    launch.TABLE[kernel] = {"default": [tile] if tile else []}
     return call()
 
 
@@ -119,9 +119,9 @@ def problem(kernel: str, rows: int, target: str, tile: Tile) -> str:
     shape = (128, 4096) if kernel == "grouped" else SHAPES[0]
     with recorded(target) as launches:
         with_tile(kernel, tile, calls(kernel, rows, shape, torch.device("cpu"))[0])
-    for launch in launches:
+    for each in launches:
         try:
-            report = compile_launch(launch, target)
+            report = compile_launch(each, target)
         except Exception as error:  # the compiler raises many types
             return f"{type(error).__name__}: {error}"
         if report.shared_kib > report.shared_limit_kib:
@@ -148,7 +148,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here, and tiles are measured on one.", file=sys.stderr)
         return 1
-    target = tiles.target(torch.device("cuda"))
+    target = launch.target(torch.device("cuda"))
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for kernel, numbers in ROWS.items():
             chosen: list[Tile] = []
@@ -172,9 +172,9 @@ def main() -> int:
                 if is_chosen:
                     limit = {} if kernel != "matmul" and is_last else {"up_to": rows}
                     chosen.append(Tile(limit, **json.loads(best)))
-                table = json.loads(tiles.FILE.read_text())
+                table = json.loads(launch.FILE.read_text())
                 table[kernel][target] = chosen
-                tiles.FILE.write_text(_text(table))
+                launch.FILE.write_text(_text(table))
                 if not is_chosen:
                     break
     return 0

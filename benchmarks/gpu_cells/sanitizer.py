@@ -13,7 +13,7 @@ from benchmarks.measure import ROOT
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.reference_adamw import AdamWStep
+from lightning_qlora.kernels.reference import AdamWStep
 
 SHAPES = ((3, 5), (128, 64), (257, 192))  # [out, in]
 

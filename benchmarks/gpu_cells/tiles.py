@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.verdict import verdict
 
 
@@ -25,7 +25,7 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
             yield {"line": line.strip()}
     if search.returncode:
         raise RuntimeError(f"the search ended with status {search.returncode}.")
-    yield {"target": tiles.target(device), "tiles_json": tiles.FILE.read_text()}
+    yield {"target": launch.target(device), "tiles_json": launch.FILE.read_text()}
     for op, why in verdict(device).items():  # now, or the first cell that uses the new tiles would wait for it
         if why:
             yield {"failure": f"{op}, with these tiles: {why}"}

@@ -21,7 +21,7 @@ Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Backend:
-    """The ops on a device with Triton; `reference` and `reference_adamw` specify what they compute."""
+    """The ops on a device with Triton; `reference` specifies what they compute."""
 
     failures: dict[str, str]  # the ops that `eager` computes, each with what its kernels do wrong
     quantize: Callable[..., PackedBytes]
@@ -65,7 +65,7 @@ class Backend:
             setattr(self, op, getattr(eager, op))
         if any(op.startswith("grouped") for op in failures):
             self.can_group = eager.can_group
-        scratch.release()  # of a kernel that failed, the counters of shares.py may be wrong
+        scratch.release()  # of a kernel that failed, the counters of shared sums may be wrong
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
         warnings.warn(
             f"{name} ({self.device}): plain torch computes {', '.join(failures)}, because the Triton kernels fail. The "

@@ -13,11 +13,11 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
+from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
+from lightning_qlora.kernels.reference import adamw_step as adamw_step
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
-from lightning_qlora.kernels.reference_adamw import adamw8bit_step as adamw8bit_step
-from lightning_qlora.kernels.reference_adamw import adamw_step as adamw_step
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization.blockwise import CHUNK
 from lightning_qlora.quantization.packed_weight import PackedBytes

@@ -267,7 +267,7 @@ def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes
 
 
 def adamw_step(params: list[Tensor], *rest: Any) -> None:
-    """See `reference_adamw.adamw_step`.
+    """See `reference.adamw_step`.
 
     The parameters have one device and one type, and so have the gradients: a backend takes one launch, so that nothing
     is written if that fails.
@@ -276,5 +276,5 @@ def adamw_step(params: list[Tensor], *rest: Any) -> None:
 
 
 def adamw8bit_step(params: list[Tensor], *rest: Any) -> None:
-    """The same; see `reference_adamw.adamw8bit_step`."""
+    """The same; see `reference.adamw8bit_step`."""
     backend(params[0].device).adamw8bit_step(params, *rest)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
-from lightning_qlora.kernels.reference_adamw import AdamWStep
+from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.layers.dtensor import is_sharded, local
 from lightning_qlora.optim.paging.optimizer_pages import windows
 from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
@@ -64,7 +64,7 @@ class PagedAdamW8bit(Optimizer):
         p = p (1 - lr wd) - lr * m_hat / (max(sqrt(v_hat), |m_hat|) + eps)
 
     AdamW has no |m_hat| in the denominator. Here it keeps every step within one learning rate: a v below 1.6e-7 of the
-    largest in its block of 256 gets the code of 0, and m does not (`kernels/reference_adamw.py`; Dettmers et al. 2022,
+    largest in its block of 256 gets the code of 0, and m does not (`kernels/reference.py`; Dettmers et al. 2022,
     "8-bit optimizers via block-wise quantization").
 
     Tensors of fewer than 4096 elements have 32-bit state, and so have those that are split by columns (tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_qlora.kernels.reference_adamw import LARGEST, STATE_BLOCK_SIZE, dequantize_state, quantize_state
+from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, dequantize_state, quantize_state
 from lightning_qlora.layers.dtensor import local, shard_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed

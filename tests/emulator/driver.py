@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lightning_qlora.kernels import triton as kernels
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton import launch
 from tests.emulator import accesses, arithmetic, tensor_cores, warps  # noqa: F401  they enter their instructions
 from tests.emulator.machine import run
 from tests.emulator.program import Program
@@ -53,15 +53,15 @@ def emulated(target: str) -> Iterator[Emulation]:
     `machine.UnknownInstruction`.
     """
     emulation = Emulation(target)
-    before = driver._active, tiles.target, knobs.runtime.add_stages_inspection_hook
+    before = driver._active, launch.target, knobs.runtime.add_stages_inspection_hook
     driver.set_active(EmulatedDriver(emulation))
-    tiles.target = lambda device: target
+    launch.target = lambda device: target
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
     _forget_launches()
     try:
         yield emulation
     finally:
-        driver._active, tiles.target, knobs.runtime.add_stages_inspection_hook = before
+        driver._active, launch.target, knobs.runtime.add_stages_inspection_hook = before
         _forget_launches()
 
 

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from lightning_qlora.kernels import reference, scratch
+from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.lora_products import lora_down
-from lightning_qlora.kernels.triton.matmul import add_matmul_
 from lightning_qlora.kernels.triton.quantize import quantize
 from tests.conftest import ROOT
 from tests.emulator.driver import emulated
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, needs("triton", "3.9", "the emulator knows its P
 # file of kernels/triton, text, replacement, op and number of the case, what is found
 BUGS = {
     "store without a mask": (
-        "dequantize.py",
+        "quantize.py",
         "weights.to(out.dtype.element_ty), mask=mask)",
         "weights.to(out.dtype.element_ty))",
         "dequantize",
@@ -32,7 +32,7 @@ BUGS = {
         "store of 16 bytes outside of all tensors",
     ),
     "load without a mask": (
-        "dequantize.py",
+        "quantize.py",
         "weight // 2, mask=mask, other=0)",
         "weight // 2)",
         "dequantize",
@@ -40,7 +40,7 @@ BUGS = {
         "load of 1 bytes outside of all tensors",
     ),
     "scales without a mask": (
-        "dequantize.py",
+        "quantize.py",
         "tl.load(absmax + block, mask=mask, other=0)",
         "tl.load(absmax + block)",
         "dequantize",
@@ -48,7 +48,7 @@ BUGS = {
         "load of . bytes outside of all tensors",
     ),
     "rows without a mask": (
-        "matmul.py",
+        "linear.py",
         "write = (row < n)[:, None] &",
         "write = (row >= 0)[:, None] &",
         "linear_into",
@@ -64,7 +64,7 @@ BUGS = {
         "outside of all tensors|differs from the reference",
     ),
     "wrong stride of W": (
-        "matmul.py",
+        "linear.py",
         "tl.multiple_of(k // 2, RUN // 2)",
         "tl.multiple_of(k, RUN // 2)",
         "linear_into",
@@ -80,7 +80,7 @@ BUGS = {
         "differs from the reference|outside",
     ),
     "another dropout mask": (
-        "dropout.py",
+        "lora_products.py",
         "0x7FEB352D",
         "0x7FEB352F",
         "lora_project",
@@ -88,7 +88,7 @@ BUGS = {
         "differs from the reference",
     ),
     # Triton itself puts a barrier before an atomic operation.
-    "no barrier before counting": ("shares.py", "    tl.debug_barrier()", "    pass", "linear_into", 2, None),
+    "no barrier before counting": ("launch.py", "    tl.debug_barrier()", "    pass", "linear_into", 2, None),
 }
 
 

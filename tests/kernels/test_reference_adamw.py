@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_qlora.kernels.reference_adamw import (
+from lightning_qlora.kernels.reference import (
     AdamWStep,
     adamw8bit_step,
     adamw_step,

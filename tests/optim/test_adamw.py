@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_qlora.kernels.reference_adamw import dequantize_state, quantize_state
+from lightning_qlora.kernels.reference import dequantize_state, quantize_state
 from lightning_qlora.optim import adamw
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
 from lightning_qlora.optim.paging.pager import Pager

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_qlora.kernels.reference_adamw import dequantize_state
+from lightning_qlora.kernels.reference import dequantize_state
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
 from lightning_qlora.optim.callback import PagedOptimizer
 from lightning_qlora.optim.paging import optimizer_pages

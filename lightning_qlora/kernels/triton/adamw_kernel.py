@@ -5,7 +5,7 @@
 
 A LoRA model has hundreds of small tensors, so one launch per tensor would cost more than the arithmetic. The kernels
 get a table of addresses with one row per tensor, and every program finds its row by a binary search for its number.
-The same in torch, with a description of the 8-bit state and of its denominator: `kernels/reference_adamw.py`.
+The same in torch, with a description of the 8-bit state and of its denominator: `kernels/reference.py`.
 """
 
 import math
@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.reference_adamw import LARGEST, STATE_BLOCK_SIZE, AdamWStep
-from lightning_qlora.kernels.triton.launch import Launch
-from lightning_qlora.kernels.triton.tiles import find_tile
+from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.triton.launch import Launch, find_tile
 from lightning_qlora.quantization.codebooks import dynamic_map
 
 _LARGEST = tl.constexpr(LARGEST)
@@ -157,7 +156,7 @@ def _table(sizes: tuple[int, ...], columns: tuple[tuple[int, ...], ...], per_pro
 def adamw_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
 ) -> None:
-    """See `kernels.reference_adamw.adamw_step`."""
+    """See `kernels.reference.adamw_step`."""
     _step(_adamw_kernel, [params, grads, exp_avgs, exp_avg_sqs], scalars)
 
 
@@ -165,7 +164,7 @@ def adamw8bit_step(
     params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
     exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
 ) -> None:  # fmt: skip
-    """See `kernels.reference_adamw.adamw8bit_step`."""
+    """See `kernels.reference.adamw8bit_step`."""
     tensors = [params, grads, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmaxes, exp_avg_sq_absmaxes]
     _step(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
 

@@ -18,11 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.triton.dequantize import levels_of_codes, load_scales, tables_of_levels
-from lightning_qlora.kernels.triton.dropout import dropout_arguments, is_kept
-from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch
-from lightning_qlora.kernels.triton.lora_products import rank_tile
-from lightning_qlora.kernels.triton.tiles import Tile, find_tile
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
+from lightning_qlora.kernels.triton.lora_products import dropout_arguments, is_kept, rank_tile
+from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 PACKED, ABSMAX, NESTED, LORA_A, LORA_B = (tl.constexpr(row) for row in range(5))  # rows of the table of addresses

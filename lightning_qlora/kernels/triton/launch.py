@@ -1,10 +1,18 @@
-"""Launch a kernel with little host time: what stays the same from call to call is prepared once.
+"""What all launches share: tile sizes, little host time, and sums of several programs.
 
 Triton compiles a variant of a kernel for each combination of constants, types, 16-byte alignment of addresses and
 properties of integers. Its own launch takes 9 to 20 us of Python to find the variant. A `Launch` holds the variants of
 one kernel, grid and set of constants, and takes 2.
+
+`tiles.json` has the tile sizes. Nothing is timed while a model trains: `python -m benchmarks.tiles` measures them. Its
+form is {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, where the size is the number
+of rows of x, and the block size for `quantize`. The first entry with size <= up_to is used. For a larger size there is
+no tile, and for a target without an entry "default" is used.
 """
 
+import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +22,48 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from lightning_qlora.kernels.triton.tiles import Tile
+from lightning_qlora.kernels.scratch import scratch
 
 OPTIONS = frozenset({"num_warps", "num_stages", "maxnreg", "waves_per_eu"})  # entries of a tile that are no constants
 MAX_LAUNCHES = 4096  # of each kernel that are kept: one for every shape, and for every number of rows
+
+
+class Tile(dict[str, int]):
+    """An entry of the table, not to be changed. Hashed by identity, so that launches can be cached by their tile."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+def read(file: Path) -> dict[str, dict[str, list[Tile]]]:
+    """The table in a file."""
+    targets = json.loads(file.read_text()).items()
+    return {kernel: {name: [*map(Tile, tiles)] for name, tiles in table.items()} for kernel, table in targets}
+
+
+FILE = Path(__file__).with_name("tiles.json")
+TABLE = read(FILE)
+NO_TILE = Tile()
+
+
+@cache
+def target(device: torch.device) -> str:
+    """The name of a device's instruction set: "sm_90", "gfx942"; "interpreter" for a CPU under TRITON_INTERPRET=1."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def find_tile(kernel: str, device: torch.device, size: int = 0) -> Tile:
+    """The entry of the table; empty if there is none for so large a size."""
+    targets = TABLE[kernel]
+    for tile in targets.get(target(device), targets["default"]):
+        if size <= tile.get("up_to", size):
+            return tile
+    return NO_TILE
 
 
 class Launch:
@@ -83,3 +129,48 @@ def check_launch(device: torch.device) -> None:
     Launch(_store_one, device, (1, 1, 1), (), Tile())((out,))
     if out.item() != 1:
         raise RuntimeError("a kernel ran without an error and did nothing")
+
+
+# Sums that several programs compute together are added in a fixed order: the same bits each time, and no second launch.
+# Each program writes its share of a tile to its own place and then counts itself. The program that counts last adds all
+# shares in their order, so the order does not depend on which program that is.
+COUNTERS = tl.constexpr(1024)  # tiles that may be split
+
+
+@triton.jit
+def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over all shares of a tile [ROWS, COLUMNS], and a mask that is true in the program that has the sum."""
+    tile, tiles = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
+    counter, sums = memory.to(tl.pointer_type(tl.int32)) + tile, memory + COUNTERS
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(sums + (share * tiles + tile).to(tl.int64) * (ROWS * COLUMNS) + place, total)
+    tl.debug_barrier()  # all threads have written before one of them counts
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    if before == shares - 1:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for other in range(shares):
+            # .cg: from the L2 cache, where the other programs' values are
+            at = sums + (other * tiles + tile).to(tl.int64) * (ROWS * COLUMNS) + place
+            total += tl.load(at, cache_modifier=".cg")
+        tl.store(counter, 0)  # for the next launch on this stream
+    return total, place * 0 + before == shares - 1
+
+
+def number_of_shares(tiles: int, programs: int, steps: int) -> int:
+    """Enough shares that all programs are busy, with at least four of the `steps` of the loop for each.
+
+    One on AMD: on CDNA (MI200, MI300) Triton 3.6 to 3.9 compiles the barrier to `s_barrier` alone, and the wave that
+    counts waits for its own stores only, so the last program could read a share before another wave's part of it is
+    there. LLVM says that its fences do not cover the stores of other waves (llvm-project pull request 161638).
+    """
+    return 1 if torch.version.hip or tiles > COUNTERS.value else max(1, min(programs // tiles, steps // 4))
+
+
+def number_of_sums(shares: int, numel: int) -> int:
+    """The fp32 numbers that the shares of a result of `numel` elements need: none for one share."""
+    return 0 if shares == 1 else COUNTERS.value + shares * numel
+
+
+def share_memory(sums: int, out: Tensor) -> Tensor:
+    """The counters, which are zero before and after a launch, and the sums; `out` if there are none."""
+    return scratch(sums, torch.float32, out.device, "shares", zero=True) if sums else out

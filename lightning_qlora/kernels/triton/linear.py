@@ -3,19 +3,37 @@
 The product of the adapter is written first and the large product is added to it (beta = 1), which rounds once, as
 `reference.py` demands, and saves a pass over y. The bias comes last, for few rows inside the product.
 W is decoded into one reused buffer per stream, and cuBLAS or hipBLASLt multiplies. For few rows of x, as in generation,
-`matmul.py` decodes W inside the product. `tiles.json` says for how many rows.
+W is decoded inside the product, read as 4 bits and never written. `tiles.json` says for how many rows.
+
+    y^T[n, m] += bias[n] + sum over runs of k:  scale[n, run] * (sum over k in the run:  level[code[n, k]] * x[m, k])
+
+The scale is constant over a run, so it multiplies the sum of the run, and the tensor cores multiply levels (rounded to
+the 16-bit type of x). W is the left operand, which Hopper can read from registers. Several programs share the runs.
 
 Launches: 4 forward (few rows: 3; many rows with a bias: 5), 5 backward, with or without dropout. The adapter in fp32
 needs no 16-bit copies.
 """
 
+from functools import lru_cache
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.scratch import scratch
-from lightning_qlora.kernels.triton.dequantize import dequantize_into
+from lightning_qlora.kernels.triton.launch import (
+    MAX_LAUNCHES,
+    Launch,
+    Tile,
+    add_shares,
+    find_tile,
+    number_of_shares,
+    number_of_sums,
+    share_memory,
+)
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
-from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
+from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_codes, load_scales, weight_arguments
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
@@ -55,3 +73,65 @@ def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     """W in the buffer of the stream, valid until the stream decodes the next weight."""
     buffer = scratch(weight.numel, dtype, weight.packed.device)
     return dequantize_into(buffer, weight).view(weight.shape)
+
+
+@triton.jit
+def _matmul_kernel(
+    packed, absmax, nested, levels8, levels, x, bias, y, memory, n_nested, m, n, k, shares,
+    BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program computes N x M sums over its share of the runs of RUN weights."""
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)  # of W
+    column = tl.program_id(1) * M + tl.arange(0, M)  # of x^T
+    share = tl.program_id(2)
+    bytes_of_row = packed + row[:, None] * tl.multiple_of(k // 2, RUN // 2) + tl.arange(0, RUN // 2)[None, :]
+    inputs_of_row = x + column.to(tl.int64)[:, None] * k + tl.arange(0, RUN)[None, :]
+    table = tl.load(levels + tl.arange(0, 16))
+    total = tl.zeros((N, M), tl.float32)
+    runs = tl.cdiv(k // RUN, shares)
+    for run in tl.range(share * runs, tl.minimum((share + 1) * runs, k // RUN)):
+        codes = tl.load(bytes_of_row + run * (RUN // 2), mask=row[:, None] < n, other=0)
+        level = levels_of_codes(codes, table, N, RUN).to(x.dtype.element_ty)
+        inputs = tl.load(inputs_of_row + run * RUN, mask=column[:, None] < m, other=0.0)
+        block = (row * k + run * RUN) // BLOCK_SIZE
+        scales = load_scales(absmax, nested, n_nested, levels8, block, row < n, DOUBLE_QUANT)
+        total += tl.dot(level, inputs.T) * scales[:, None]
+    write = (row < n)[:, None] & (column < m)[None, :]
+    if SPLIT:
+        total, is_last = add_shares(total, memory, share, shares, N, M)
+        write &= is_last
+    place = y + column.to(tl.int64)[None, :] * n + row[:, None]
+    total += tl.load(place, mask=write, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
+    tl.store(place, total.to(y.dtype.element_ty), mask=write)
+
+
+def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
+    """Whether `add_matmul_` can compute x W^T, x [m, k], and the table of tiles says that it is fast."""
+    whole_runs = weight.shape[1] % min(weight.block_size, 64) == 0
+    return whole_runs and x.dtype != torch.float32 and x.numel() > 0 and bool(find_tile("matmul", x.device, x.shape[0]))
+
+
+def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
+    """y += x W^T + bias, rounded once; y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
+    tensors, n_nested = weight_arguments(weight)
+    tile = find_tile("matmul", x.device, x.shape[0])
+    run, sums = _matmul(x.device, tile, x.shape[0], weight.shape, weight.block_size, n_nested, bias is not None)
+    run((*tensors, x.contiguous(), y if bias is None else bias.contiguous(), y, share_memory(sums, y)))
+    return y
+
+
+@lru_cache(MAX_LAUNCHES)
+def _matmul(
+    device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, n_nested: int, bias: bool
+) -> tuple[Launch, int]:
+    (n, k), run = shape, min(block_size, 64)
+    columns, rows = -(-n // tile["N"]), -(-m // tile["M"])
+    shares = number_of_shares(columns * rows, tile["PROGRAMS"], k // run)
+    launch = Launch(
+        _matmul_kernel, device, (columns, rows, shares), (n_nested, m, n, k, shares), tile, fuse=True,
+        BLOCK_SIZE=block_size, DOUBLE_QUANT=n_nested >= 0, BIAS=bias, RUN=run, SPLIT=shares > 1,
+    )  # fmt: skip
+    return launch, number_of_sums(shares, columns * rows * tile["N"] * tile["M"])

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from lightning_qlora.kernels import ops
-from lightning_qlora.kernels import reference_adamw as reference
-from lightning_qlora.kernels.reference_adamw import AdamWStep
+from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.quantization.codebooks import dynamic_map

@@ -13,7 +13,7 @@ from benchmarks import tiles as search
 from benchmarks.compile_kernels import SHORT, cases, check, main
 from benchmarks.compiled import recorded
 from lightning_qlora.kernels import triton as kernels
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.lora_products import MAX_GRID, lora_down, lora_up
 from tests.toys import needs
 
@@ -21,7 +21,7 @@ from tests.toys import needs
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A file for other tiles; the real ones come back."""
-    monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
+    monkeypatch.setattr(launch, "TABLE", dict(launch.TABLE))
     return tmp_path / "tiles.json"
 
 
@@ -46,7 +46,7 @@ def test_code_behind_the_kernel_that_waits_is_not_part_of_the_loop():
 def test_a_candidate_of_the_search_for_tiles_that_does_not_compile_is_dropped(table):
     usable = search.candidates("lora_up", 16)[0]
     assert not search.problem("lora_up", 16, "sm_90", usable)
-    assert "CompilationError" in search.problem("lora_up", 16, "sm_90", tiles.Tile(usable, M=24))
+    assert "CompilationError" in search.problem("lora_up", 16, "sm_90", launch.Tile(usable, M=24))
 
 
 def test_no_kernel_is_left_out():
@@ -69,7 +69,7 @@ def test_programs_share_a_sum_except_on_amd_where_barriers_do_not_wait_for_memor
 
 
 def test_more_rows_than_a_grid_has_programs_for_are_multiplied_by_torch():
-    m = MAX_GRID * tiles.find_tile("lora_up", torch.device("cpu"), MAX_GRID)["M"] + 1
+    m = MAX_GRID * launch.find_tile("lora_up", torch.device("cpu"), MAX_GRID)["M"] + 1
     h, w = torch.ones(m, 1, dtype=torch.bfloat16), torch.ones(2, 1)
     with recorded("sm_90") as launches:
         assert lora_up(h, w, torch.zeros(m, 2, dtype=torch.bfloat16)).sum(dtype=torch.int64) == 2 * m

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lightning_qlora.kernels import backends, ops, reference
-from lightning_qlora.kernels.triton.dequantize import dequantize, dequantize_into
-from lightning_qlora.kernels.triton.matmul import add_matmul_
+from lightning_qlora.kernels.triton.linear import add_matmul_
+from lightning_qlora.kernels.triton.quantize import dequantize, dequantize_into
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

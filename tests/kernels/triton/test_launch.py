@@ -16,8 +16,8 @@ from triton.runtime import driver
 
 from benchmarks.compiled import recorded, source
 from benchmarks.host_overhead import Driver
-from lightning_qlora.kernels.triton import tiles
-from lightning_qlora.kernels.triton.launch import Launch
+from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton.launch import Launch, Tile
 from lightning_qlora.kernels.triton.lora_products import _down_kernel, _up_kernel, lora_down, lora_gradients
 
 ROOT = Path(__file__).parents[3]
@@ -44,7 +44,7 @@ def driven(monkeypatch):
         get_current_device = staticmethod(lambda: 1000)  # a real card must not get what was compiled here
 
     monkeypatch.setattr(driver, "_active", Recorder())
-    monkeypatch.setattr(tiles, "target", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "target", lambda device: "sm_90")
     return calls
 
 
@@ -62,7 +62,7 @@ def addresses(arguments):
 
 
 def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
-    tile = tiles.Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
+    tile = Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
     launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16)
     for _ in range(2):
         launch((H, W, OUT), (0, 0, 0, 0.5))
@@ -104,7 +104,7 @@ def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(dri
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(driver.active, "get_current_device", lambda: 2000 + current[-1], raising=False)
     monkeypatch.setattr(driver.active, "get_current_stream", lambda index: 70 + index % 2000, raising=False)
-    tile = tiles.Tile(M=16, N=64, num_warps=4, num_stages=2)
+    tile = Tile(M=16, N=64, num_warps=4, num_stages=2)
     for index in (1, 0):
         launch = Launch(
             _up_kernel, torch.device("cuda", index), (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16

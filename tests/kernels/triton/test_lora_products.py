@@ -3,10 +3,9 @@ import torch
 
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.scratch import scratch
-from lightning_qlora.kernels.triton import tiles
-from lightning_qlora.kernels.triton.launch import Launch
+from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton.launch import COUNTERS, Launch, number_of_shares
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
-from lightning_qlora.kernels.triton.shares import COUNTERS, number_of_shares
 from tests.kernels.triton.test_linear import DTYPES, assert_near
 
 # One row; a few; a whole tile and one row more; ranks below, at and above a tile; sizes that no tile divides.
@@ -73,8 +72,8 @@ def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatc
     results = []
     for programs in (1, 64, 64):
         for kernel, size in (("lora_down", "K"), ("lora_gradients", "N")):
-            tile = tiles.Tile({"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4})
-            monkeypatch.setitem(tiles.TABLE, kernel, {"default": [tile]})
+            tile = launch.Tile({"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4})
+            monkeypatch.setitem(launch.TABLE, kernel, {"default": [tile]})
         grad_a, grad_b = torch.empty(8, 64), torch.empty(64, 8)
         lora_gradients(h, x, grad_a, h, x, grad_b, 1.0, 0.3, seed)
         results.append((lora_down(wide, long, 1.0, 0.3, seed), grad_a, grad_b))
@@ -93,7 +92,7 @@ def test_programs_are_shared_only_where_the_loop_is_long_enough():
 
 @pytest.mark.parametrize("target", ["sm_70", "sm_75"])
 def test_a_card_without_tiles_computes_with_torch(monkeypatch, target):
-    monkeypatch.setattr(tiles, "target", lambda device: target)
+    monkeypatch.setattr(launch, "target", lambda device: target)
     monkeypatch.setattr(Launch, "__call__", lambda *_: pytest.fail("a kernel ran"))
     x, w = draw(5, 64, dtype=torch.float16), draw(8, 64)
     assert_near(lora_down(x, w, 0.5), 0.5 * x @ w.half().T, torch.float16)

@@ -3,8 +3,8 @@ import torch
 
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
-from lightning_qlora.kernels.triton import tiles
-from lightning_qlora.kernels.triton.matmul import add_matmul_, can_add_matmul
+from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton.linear import add_matmul_, can_add_matmul
 from tests.kernels.forward import forward
 from tests.kernels.triton.test_linear import assert_near, layer
 
@@ -33,7 +33,7 @@ def test_every_format_and_block_size(quant_type, double_quant, block_size):
 
 
 def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypatch):
-    monkeypatch.setitem(tiles.TABLE, "matmul", {"default": [tiles.Tile(M=16, N=64, PROGRAMS=64, num_warps=4)]})
+    monkeypatch.setitem(launch.TABLE, "matmul", {"default": [launch.Tile(M=16, N=64, PROGRAMS=64, num_warps=4)]})
     weight, x, _, _, _, _ = layer(70, 1024, 4, torch.bfloat16, 3)
     memory = torch.zeros(3 * 70 + 50, dtype=x.dtype)
     first = add_matmul_(memory[:210].view(3, 70), x, weight).clone()
@@ -50,7 +50,7 @@ def test_what_it_leaves_to_the_decoded_product(monkeypatch):
     ragged, x, *_ = layer(32, 100, 4, torch.bfloat16, 4)
     assert not can_add_matmul(x, ragged)
     for target, is_fused in {"sm_70": False, "sm_75": False, "sm_80": True, "sm_121": True}.items():
-        monkeypatch.setattr(tiles, "target", lambda device, target=target: target)
+        monkeypatch.setattr(launch, "target", lambda device, target=target: target)
         assert can_add_matmul(x.new_zeros(4, 128), small) == is_fused
 
 

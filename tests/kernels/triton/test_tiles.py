@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import tiles as search
-from lightning_qlora.kernels.triton import tiles
+from lightning_qlora.kernels.triton import launch
 
 SMALL = {"SHAPES": ((64, 128),), "EXPERT_SHAPES": ((64, 128),), "EXPERTS": 2, "RANK": 4}
 
@@ -23,9 +23,9 @@ def test_candidates_and_what_runs_without_a_tile(kernel, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(search, name, value)
     monkeypatch.setattr(search, "seconds", run_once)
-    monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
-    used, find = [], tiles.find_tile
-    for name in ("dequantize", "matmul", "lora_products", "grouped"):
+    monkeypatch.setattr(launch, "TABLE", dict(launch.TABLE))
+    used, find = [], launch.find_tile
+    for name in ("quantize", "linear", "lora_products", "grouped"):
         module = import_module(f"lightning_qlora.kernels.triton.{name}")
         monkeypatch.setattr(module, "find_tile", lambda *key: used.append(find(*key)) or used[-1])
     tile = search.candidates(kernel, 16)[0]

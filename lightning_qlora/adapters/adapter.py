@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qlora.layers.dotted_names import owner_name, parameter_name
 from lightning_qlora.layers.initialization.difference import InitializationRecord
+from lightning_qlora.layers.names import owner_name, parameter_name
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 BASE_LAYER = ".base_layer"  # of PEFT's wrapper in a wrapper

@@ -11,18 +11,19 @@ from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter,
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dotted_names import (
-    COMPILED,
-    join,
-    last_part,
-    name_endings,
-    parameter_and_number,
-    plain_name,
-)
 from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.initialization.methods import changes_base_weights
-from lightning_qlora.layers.names import is_transformers_model, only_child_of
+from lightning_qlora.layers.names import (
+    COMPILED,
+    is_transformers_model,
+    join,
+    last_part,
+    name_endings,
+    only_child_of,
+    parameter_and_number,
+    plain_name,
+)
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import is_base, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices

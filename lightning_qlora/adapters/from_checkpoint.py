@@ -9,10 +9,9 @@ from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
 from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.dotted_names import last_part, owner_name, plain_name
 from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_entry
 from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
-from lightning_qlora.layers.names import named
+from lightning_qlora.layers.names import last_part, named, owner_name, plain_name
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 

@@ -14,11 +14,11 @@ from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
 from lightning_qlora.layers.deferred_head import compute_logits
-from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks, experts_of
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.lora_layer import TINY, cancel_calibration
+from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.new_parameters import mark_as_loaded
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import DTYPES, QLoRALinear, adapted_layers

@@ -13,11 +13,11 @@ from lightning_qlora.adapters.base_compatibility import check_quantization, reco
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dotted_names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint, fingerprint_entry, fingerprint_of_entry
 from lightning_qlora.layers.layer_state import FINGERPRINT, LOAD_THE_BASE, CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew, unrecorded

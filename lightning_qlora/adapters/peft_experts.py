@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
 from lightning_qlora.config import first_match
-from lightning_qlora.layers.dotted_names import expert_name, owner_name, plain_name, stack_name
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import expert_name, owner_name, plain_name, stack_name
 
 DEFAULT_ALPHA = 8  # PEFT's
 

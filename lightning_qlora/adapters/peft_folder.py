@@ -48,8 +48,7 @@ from lightning_qlora.checks import (
 from lightning_qlora.config import MOST_ALPHA
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
-from lightning_qlora.layers.dotted_names import join, last_part
-from lightning_qlora.layers.names import named
+from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
 CONFIG_FILE = "adapter_config.json"

@@ -33,13 +33,13 @@ from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adap
 from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
-from lightning_qlora.layers.dotted_names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
+from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
 

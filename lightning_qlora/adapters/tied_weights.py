@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter
-from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.trainable_tokens import DELTA
 
 

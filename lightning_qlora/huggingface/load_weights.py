@@ -21,10 +21,9 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.load_without_data import NO_VALUES
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.layers.dotted_names import join, owner_name, parameter_and_number
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import is_transformers_model, named
+from lightning_qlora.layers.names import is_transformers_model, join, named, owner_name, parameter_and_number
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.layers.dotted_names import join, parameter_and_number
-from lightning_qlora.layers.names import named_tensors
+from lightning_qlora.layers.names import join, named_tensors, parameter_and_number
 from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.packed_linear import PackedLayer
 

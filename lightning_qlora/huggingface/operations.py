@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
-from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
+from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style

@@ -47,10 +47,9 @@ from lightning_qlora.huggingface.patches import (
     wrap_operations,
 )
 from lightning_qlora.layers.dense_reasons import LOADED
-from lightning_qlora.layers.dotted_names import last_part, owner_name
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.names import named, named_tensors
+from lightning_qlora.layers.names import last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.new_parameters import keep_marks
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization

@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.expert_selection import ExpertParameter, is_router
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.names import is_transformers_model
+from lightning_qlora.layers.names import is_transformers_model, join
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
 

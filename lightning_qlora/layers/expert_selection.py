@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.dotted_names import owner_name, parameter_name, stack_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import kind_of
+from lightning_qlora.layers.names import owner_name, parameter_name, stack_name
 
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's

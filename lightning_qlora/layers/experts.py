@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived_class import Derived, derives
-from lightning_qlora.layers.dotted_names import expert_name, join, parameter_name, stack_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import expert_name, join, parameter_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
 from lightning_qlora.layers.routed_experts import is_routed, routed_forward

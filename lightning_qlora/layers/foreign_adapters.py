@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import join
 
 # Parameters or modules by their names in lower case.
 PARTS = (

@@ -25,9 +25,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_qlora.layers.derived_class import Derived, derives
-from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.kinds import LINEAR, kind_of
+from lightning_qlora.layers.names import join
 from lightning_qlora.lightning_copies import classes
 
 IN_16_BITS = (torch.bfloat16, torch.float16)

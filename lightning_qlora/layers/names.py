@@ -1,4 +1,9 @@
-"""Names of layers: from the module that is converted, and from the model that holds the layer (as in PEFT)."""
+"""Names of modules, parameters and experts: taken apart, put together, and matched by patterns.
+
+A layer has several names: in the module that is converted, and in the model that holds it, as in PEFT. Where a
+parameter NAME holds the weights of all experts, conversion makes it the module NAME_experts, and expert i of it is the
+layer NAME_experts.i. No other file knows this.
+"""
 
 import re
 import sys
@@ -10,50 +15,72 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.lightning_copies import classes
 
-
-class LayerNames(NamedTuple):
-    """Names of one module; one that is used in several places has several of each form."""
-
-    # Every name that a pattern may match: from the root, from the child of a LightningModule, and from the transformers
-    # model that holds the module.
-    forms: list[str]
-    seed_name: str  # from the model that holds the module; the seed of a layer's adapter is made from it
+COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
+CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
+_EXPERTS = "_experts"
+_EXPERT = re.compile(r"(.*)_experts\.(\d+)", re.DOTALL)
 
 
-def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
-    """Id of each module in `root` -> its names.
-
-    A transformers model has the same names in it before and after it becomes a part of a LightningModule, so a layer
-    gets the same adapter whether it is converted while its model loads or later.
-    """
-    names: dict[int, LayerNames] = {}
-    is_lightning, only_child, model = isinstance(root, classes(LightningModule)), only_child_of(root), None
-    for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
-        if model is None or not inside(name, model):
-            model = name if is_transformers_model(part) else None
-        in_child = name.partition(".")[2] if is_lightning else ""
-        in_model = "" if model is None else name[len(model) :].lstrip(".")
-        if isinstance(part, QLoRALinear):
-            seed_name = part.seed_name  # from the model that was loaded, which may be a part of another one now
-        else:
-            seed_name = plain_name(in_model or (only_child and in_child) or name)
-        found = names.setdefault(id(part), LayerNames([], seed_name))
-        forms = [form for form in (name, in_child, in_model, seed_name) if form or not name]
-        found.forms.extend(dict.fromkeys(forms + [plain_name(form) for form in forms]))
-    return names
+def join(*parts: str) -> str:
+    """Parts of a name as one; empty ones, such as the name of the root, are left out."""
+    return ".".join(part for part in parts if part)
 
 
-def only_child_of(module: nn.Module) -> str | None:
-    """Name of the child that holds all parameters of a LightningModule; None if there is none, or only one layer."""
-    if not isinstance(module, classes(LightningModule)) or module._parameters:
-        return None
-    holders = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
-    return holders[0] if len(holders) == 1 and not is_linear(module.get_submodule(holders[0])) else None
+def owner_name(name: str) -> str:
+    """The name of the module that holds a module or parameter; empty for the root."""
+    return name.rpartition(".")[0]
+
+
+def last_part(name: str) -> str:
+    """The name of a module or parameter in the module that holds it."""
+    return name.rpartition(".")[2]
+
+
+def name_endings(name: str) -> Iterator[str]:
+    """A name, the same without its first part, without its first two, and so on."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def plain_name(name: str) -> str:
+    """A name without what torch.compile and checkpoint_wrapper put into it."""
+    return ".".join(part for part in name.split(".") if part not in (COMPILED, CHECKPOINTED))
+
+
+def key_name(name: str) -> str:
+    """The name of a module or parameter in state dicts."""
+    return ".".join(part for part in name.split(".") if part != CHECKPOINTED)
+
+
+def stack_name(parameter: str) -> str:
+    """The name of the module that a parameter with all experts becomes."""
+    return parameter + _EXPERTS
+
+
+def parameter_name(stack: str) -> str:
+    """The reverse of `stack_name`."""
+    return stack.removesuffix(_EXPERTS)
+
+
+def expert_name(parameter: str, number: int) -> str:
+    """The name of an expert's layer."""
+    return f"{parameter}{_EXPERTS}.{number}"
+
+
+def parameter_and_number(name: str) -> tuple[str, int] | None:
+    """The reverse of `expert_name`; None for a layer that is no expert."""
+    found = _EXPERT.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]))
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer of this name is an expert of a parameter."""
+    return parameter_and_number(name) is not None
 
 
 def matches(name: str, patterns: str | list[str]) -> bool:
@@ -92,3 +119,45 @@ def is_transformers_model(module: nn.Module) -> bool:
     """Whether a module is a transformers model; doesn't import transformers."""
     transformers: Any = sys.modules.get("transformers.modeling_utils")
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+class LayerNames(NamedTuple):
+    """Names of one module; one that is used in several places has several of each form."""
+
+    # Every name that a pattern may match: from the root, from the child of a LightningModule, and from the transformers
+    # model that holds the module.
+    forms: list[str]
+    seed_name: str  # from the model that holds the module; the seed of a layer's adapter is made from it
+
+
+def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
+    """Id of each module in `root` -> its names.
+
+    A transformers model has the same names in it before and after it becomes a part of a LightningModule, so a layer
+    gets the same adapter whether it is converted while its model loads or later.
+    """
+    names: dict[int, LayerNames] = {}
+    is_lightning, only_child, model = isinstance(root, classes(LightningModule)), only_child_of(root), None
+    for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
+        if model is None or not inside(name, model):
+            model = name if is_transformers_model(part) else None
+        in_child = name.partition(".")[2] if is_lightning else ""
+        in_model = "" if model is None else name[len(model) :].lstrip(".")
+        if isinstance(part, PackedLayer):
+            seed_name = vars(part)[
+                "seed_name"
+            ]  # from the model that was loaded, which may be a part of another one now
+        else:
+            seed_name = plain_name(in_model or (only_child and in_child) or name)
+        found = names.setdefault(id(part), LayerNames([], seed_name))
+        forms = [form for form in (name, in_child, in_model, seed_name) if form or not name]
+        found.forms.extend(dict.fromkeys(forms + [plain_name(form) for form in forms]))
+    return names
+
+
+def only_child_of(module: nn.Module) -> str | None:
+    """Name of the child that holds all parameters of a LightningModule; None if there is none, or only one layer."""
+    if not isinstance(module, classes(LightningModule)) or module._parameters:
+        return None
+    holders = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    return holders[0] if len(holders) == 1 and not is_linear(module.get_submodule(holders[0])) else None

@@ -11,9 +11,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.layers.dotted_names import join
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import fingerprint, has_values
+from lightning_qlora.layers.names import join
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import without_tokens
 

@@ -17,8 +17,8 @@ from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
-from lightning_qlora.layers.dotted_names import stack_name
 from lightning_qlora.layers.lora_layer import DISABLED
+from lightning_qlora.layers.names import stack_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.quantization.packed_weight import PackedBytes

@@ -25,12 +25,21 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.dense_reasons import LOADED, ModuleFacts, name_clash, shape_of, too_small
-from lightning_qlora.layers.dotted_names import expert_name, join, last_part, plain_name
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import QLoRAExperts, experts_of
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
-from lightning_qlora.layers.names import LayerNames, inside, matches, matches_outer, names_of_modules
+from lightning_qlora.layers.names import (
+    LayerNames,
+    expert_name,
+    inside,
+    join,
+    last_part,
+    matches,
+    matches_outer,
+    names_of_modules,
+    plain_name,
+)
 from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.checks import shown
-from lightning_qlora.layers.dotted_names import join, last_part
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.names import LayerNames, inside, matches
+from lightning_qlora.layers.names import LayerNames, inside, join, last_part, matches
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 

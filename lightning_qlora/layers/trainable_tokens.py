@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.layers.derived_class import Derived, derives
-from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.dtensor import gather, is_sharded
+from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.readable_weight import readable_parameter
 
 TOKEN_ADAPTER = "token_adapter"

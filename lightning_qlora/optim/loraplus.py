@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.layers.dotted_names import last_part
+from lightning_qlora.layers.names import last_part
 
 
 def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.0) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
-from lightning_qlora.layers.dotted_names import last_part, owner_name
+from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.training.report import size_text
 
 

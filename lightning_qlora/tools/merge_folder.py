@@ -23,10 +23,9 @@ from lightning_qlora.files.folder_writer import atomic_folder, check_free
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.dotted_names import plain_name
 from lightning_qlora.layers.fingerprint import fingerprint_of_weight
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import named
+from lightning_qlora.layers.names import named, plain_name
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.convert import convert_module
 

@@ -3,9 +3,9 @@
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.dotted_names import join, last_part, owner_name
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import join, last_part, owner_name
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.finite import check_finite
-from lightning_qlora.layers.dotted_names import join, key_name, last_part, name_endings
 from lightning_qlora.layers.dtensor import of_all_ranks
+from lightning_qlora.layers.names import join, key_name, last_part, name_endings
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import token_adapters

@@ -16,8 +16,7 @@ from torch import nn
 from lightning_qlora.adapters.module_state import CONFIG_KEY, config_entry, conversion_of, read_conversion, saved_layers
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
-from lightning_qlora.layers.dotted_names import last_part
-from lightning_qlora.layers.names import named
+from lightning_qlora.layers.names import last_part, named
 from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.module_hyperparameters import networks_of
 

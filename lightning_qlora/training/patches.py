@@ -22,8 +22,8 @@ from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
-from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.dtensor import clip_grad_norm
+from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.patches import replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear

@@ -8,8 +8,8 @@ from html import escape
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.dotted_names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.training.calibration_report import CalibrationReport
 

@@ -10,8 +10,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.dotted_names import owner_name
 from lightning_qlora.layers.kinds import is_linear
+from lightning_qlora.layers.names import owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.records import Frozen, frozen_parameters
 from lightning_qlora.training.report import group, size_text

@@ -17,8 +17,8 @@ from transformers.models.auto import modeling_auto
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
-from lightning_qlora.layers.dotted_names import last_part
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.architectures.classes import build_class

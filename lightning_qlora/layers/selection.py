@@ -43,8 +43,7 @@ from lightning_qlora.layers.names import (
 from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded
-from lightning_qlora.layers.token_selection import check_tokens, select_tokens
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
+from lightning_qlora.layers.trainable_tokens import TrainableTokens, check_tokens, select_tokens
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 NOT_SAVED = "not in 4 bits in the checkpoint"

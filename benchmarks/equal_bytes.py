@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.candidate_starts import DAMPING, round_with_feedback
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.low_rank import exact
+from lightning_qlora.layers.initialization.methods import exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training.calibration import calibration_of
 

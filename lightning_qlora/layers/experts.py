@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.derived_class import Derived, derives
+from lightning_qlora.layers.kinds import Derived, derives
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import expert_name, join, parameter_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear

@@ -24,9 +24,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.kinds import LINEAR, kind_of
+from lightning_qlora.layers.kinds import LINEAR, Derived, derives, kind_of
 from lightning_qlora.layers.names import join
 from lightning_qlora.lightning_copies import classes
 

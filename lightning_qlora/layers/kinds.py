@@ -1,9 +1,11 @@
-"""The kinds of layers that become a QLoRALinear: how each stores its weight, and how it is called.
+"""Classes of layers: the kinds that become a QLoRALinear, and the classes that conversion derives from the user's.
 
-A new kind is a row of `KINDS` and its tests; all other files ask here. The classes are named, and not imported.
+A new kind is a row of `KINDS` and its tests; all other files ask here how a layer stores its weight and how it is
+called. The classes are named, and not imported.
 """
 
 from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -87,3 +89,39 @@ def decode_as_stored(layer: nn.Module, weight: PackedWeight) -> Tensor:
     """A 4-bit weight as the float weight of a dense layer."""
     rows = weight.dequantize(weight.dtype)
     return rows.T.contiguous() if kind_of(type(layer)).transposed else rows
+
+
+# Class that a function decorated with `derives` made -> that function, and the recipe of the class it was made from.
+RECIPES: dict[type, tuple[Any, Any]] = {}
+
+
+class Derived:
+    """An instance of a class that a function decorated with `derives` made: no name of it could be imported."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        recipe = RECIPES.get(type(self))
+        return made if recipe is None else (_new, (recipe,), *made[2:])
+
+
+def derives(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
+    """Decorator of a function that makes a class from a class: each once, and noted in RECIPES."""
+
+    @cache
+    @wraps(make)
+    def function(dense_class: Any) -> type[Any]:
+        derived = make(dense_class)
+        RECIPES[derived] = function, RECIPES.get(dense_class, dense_class)
+        return derived
+
+    return function
+
+
+def _made(recipe: Any) -> type[Any]:
+    """The class of a recipe: a class, or a function and the recipe of the class that it makes another from."""
+    return recipe[0](_made(recipe[1])) if isinstance(recipe, tuple) else recipe  # type: ignore[no-any-return]
+
+
+def _new(recipe: Any) -> Any:
+    """An instance without attributes."""
+    return object.__new__(_made(recipe))

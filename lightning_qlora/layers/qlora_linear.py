@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
-from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.kinds import kind_of
+from lightning_qlora.layers.kinds import Derived, derives, kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
 from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLayer

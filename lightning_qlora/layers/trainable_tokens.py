@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.checks import shown
-from lightning_qlora.layers.derived_class import Derived, derives
 from lightning_qlora.layers.dtensor import gather, is_sharded
-from lightning_qlora.layers.kinds import is_packed
+from lightning_qlora.layers.kinds import Derived, derives, is_packed
 from lightning_qlora.layers.names import LayerNames, inside, join, last_part, matches, plain_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import readable_parameter

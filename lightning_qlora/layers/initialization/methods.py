@@ -23,10 +23,10 @@ from torch import Tensor
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.fingerprint import has_values
-from lightning_qlora.layers.initialization import low_rank
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
+Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the matrix is about u diag(sigma) v^T
 
 
 class Initialization(NamedTuple):
@@ -94,7 +94,7 @@ def calibrated_adapter(
     size = input_rms.to(weight.device, torch.float32)
     size = (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)
     error = (weight.float() - base.dequantize(torch.float32)) * size
-    lora_a, lora_b = _split(low_rank.exact(error, _checked_rank(weight, config)), config, name)
+    lora_a, lora_b = _split(exact(error, _checked_rank(weight, config)), config, name)
     return lora_a / size, lora_b
 
 
@@ -117,9 +117,9 @@ def seed_of_layer(name: str) -> int:
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
     dense, r = weight.float(), _checked_rank(weight, config)
     if config.pissa_iterations is None:
-        factors = low_rank.exact(dense, r)
+        factors = exact(dense, r)
     else:
-        factors = low_rank.sketched(dense, r, config.pissa_iterations, seed_of_layer(name))
+        factors = sketched(dense, r, config.pissa_iterations, seed_of_layer(name))
     lora_a, lora_b = _split(factors, config, name)
     residual = dense - config.scaling * (lora_b @ lora_a)
     if config.loftq_iterations > 1:
@@ -132,12 +132,12 @@ def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAC
     dense, r = weight.float(), _checked_rank(weight, config)
     for _ in range(iterations):
         base = _quantize(residual, config)
-        lora_a, lora_b = _split(low_rank.exact(dense - base.dequantize(torch.float32), r), config, name)
+        lora_a, lora_b = _split(exact(dense - base.dequantize(torch.float32), r), config, name)
         residual = dense - config.scaling * (lora_b @ lora_a)
     return Initialization(replace(base, dtype=weight.dtype), lora_a, lora_b)
 
 
-def _split(factors: low_rank.Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
+def _split(factors: Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] with s B A = u diag(sigma) v^T; each gets the square roots of the singular values."""
     u, sigma, v = factors
     root = (sigma / config.scaling).sqrt()
@@ -160,3 +160,35 @@ def _checked_rank(weight: Tensor, config: QLoRAConfig) -> int:
             "rank of single layers) or init_lora_weights='default'."
         )
     return r
+
+
+def exact(matrix: Tensor, r: int) -> Factors:
+    """The r largest singular values of a matrix [m, n], fp32, and their vectors.
+
+    Formula: the eigenvectors U of the smaller Gram matrix in fp64, G = M M^T = U diag(sigma^2) U^T, then
+    V = M^T U / sigma. This is as exact as an SVD in fp32, and much faster on a GPU.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        u, sigma, v = exact(matrix.T, r)
+        return v, sigma, u
+    wide = matrix.double()
+    _, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending
+    u = vectors[:, -r:].flip(1)
+    v = wide.T @ u
+    sigma = torch.linalg.vector_norm(v, dim=0)
+    v /= sigma.clamp_min(torch.finfo(torch.float32).tiny)
+    return u.to(matrix.dtype), sigma.to(matrix.dtype), v.to(matrix.dtype)
+
+
+def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
+    """The same, approximately, from a sketch of r columns and power iterations (Halko et al. 2011, algorithm 4.4).
+
+    As torch.svd_lowrank(matrix, r, iterations), which PEFT calls, but with its own random generator.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    sketch = torch.randn(matrix.shape[1], r, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u, sigma, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, sigma, v.T

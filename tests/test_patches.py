@@ -41,7 +41,7 @@ ALLOWED = {
     "layers/full_precision.py": {"vars(part)['computes_in']", "part.__class__", "parameter.grad"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
-    "layers/new_parameters.py": {"setattr(parameter, LOADED_TENSOR, True)"},
+    "layers/reasons.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
     "huggingface/load_without_data.py": {  # what transformers' loading does
         "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",

@@ -24,9 +24,9 @@ from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import is_transformers_model, join, named, owner_name, parameter_and_number
-from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.reasons import LOADED_TENSOR
 from lightning_qlora.layers.records import renew
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.names import join, named_tensors, parameter_and_number
-from lightning_qlora.layers.new_parameters import LOADED_TENSOR
 from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.reasons import LOADED_TENSOR
 
 NO_VALUES = (
     "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "

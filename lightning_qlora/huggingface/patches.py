@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.adapters.save_load import save_adapter
-from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.names import is_transformers_model, last_part, owner_name
 from lightning_qlora.layers.patches import make_changes, replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.reasons import LOADED
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 
 # model config, device_map, gguf_file, transformers' function -> HfQuantizer or None, model config, device_map

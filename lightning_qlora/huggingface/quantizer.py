@@ -46,13 +46,12 @@ from lightning_qlora.huggingface.patches import (
     unwrap_operations,
     wrap_operations,
 )
-from lightning_qlora.layers.dense_reasons import LOADED
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.names import last_part, named, named_tensors, owner_name
-from lightning_qlora.layers.new_parameters import keep_marks
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
+from lightning_qlora.layers.reasons import LOADED, keep_marks
 from lightning_qlora.layers.selection import ToConvert, select_in_part
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
-from lightning_qlora.layers.dense_reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.full_precision import computed_in
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
 from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a

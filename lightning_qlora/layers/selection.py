@@ -8,7 +8,7 @@ The first line that fits decides on a layer:
     in exclude_modules                                   skipped: dense and frozen
     new (`new_parameters`), and not in target_modules    trains in full
     not in target_modules                                skipped
-    can't be converted, or only if named                 skipped (`dense_reasons`: tied, frozen by the module, routers)
+    can't be converted, or only if named                 skipped (`reasons`: tied, frozen by the module, routers)
     not larger than its adapter, with "all-linear"       trains in full
     any other linear layer                               4 bits and an adapter
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.dense_reasons import LOADED, ModuleFacts, name_clash, shape_of, too_small
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import QLoRAExperts, experts_of
 from lightning_qlora.layers.foreign_adapters import foreign_adapter
@@ -40,8 +39,8 @@ from lightning_qlora.layers.names import (
     names_of_modules,
     plain_name,
 )
-from lightning_qlora.layers.new_parameters import new_parameters
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.reasons import LOADED, ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.records import is_recorded
 from lightning_qlora.layers.trainable_tokens import TrainableTokens, check_tokens, select_tokens
 

@@ -23,15 +23,14 @@ from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.dense_reasons import FROZEN
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
 from lightning_qlora.layers.names import expert_name, join, named
-from lightning_qlora.layers.new_parameters import loaded_models
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import (
     IN_MODULES_TO_SAVE,

@@ -1,10 +1,15 @@
-"""Why a layer stays dense: it can't be converted, its weight is too small, or target_modules would have to name it."""
+"""Why a layer stays dense, and why a parameter trains in full.
 
+A layer stays dense because it can't be converted, its weight is too small, or target_modules would have to name it. A
+parameter trains in full if it has no pretrained value: it stands outside a model that was loaded, or its files lack it.
+"""
+
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.expert_selection import ExpertParameter, is_router
@@ -18,6 +23,11 @@ OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models 
 ROUTERS = ("gate", "router")
 FROZEN = "frozen by the module"
 LARGE_RANK = "an adapter of rank"  # beginning of a reason
+CLASSIFIERS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")  # names of transformers' classes
+HEADS = ("score", "classifier", "qa_outputs")  # names of the head where a model does not say which part is its base
+OUTSIDE = "new: outside"  # beginning of a reason
+LOADED_TENSOR = "_is_hf_initialized"  # transformers 5 sets it on each tensor that it found in the files
+MARKED = "_qlora_marked"  # attribute of a module: keys of its parameters that had this mark (`keep_marks`)
 FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 
 
@@ -132,3 +142,77 @@ def too_small(shape: tuple[int, int], config: QLoRAConfig) -> str | None:
     if config.r * (rows + columns) < rows * columns:
         return None
     return f"{LARGE_RANK} {config.r} would not be smaller than its {rows}x{columns} weights"
+
+
+def new_parameters(root: nn.Module) -> dict[int, str]:
+    """Id -> reason, of each trainable parameter that has to train in full because its value is random.
+
+    If a transformers model was loaded, that is everything outside of such models. In each model it is the head of a
+    model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
+    """
+    for part in root.modules():
+        _mark(part._parameters.get(key) for key in vars(part).get(MARKED, ()))
+    new: dict[int, str] = {}
+    models = [part for part in root.modules() if is_transformers_model(part)]
+    loaded = loaded_models(root)
+    if loaded:
+        kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
+        inside = {id(parameter) for model in loaded for parameter in model.parameters()}
+        new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in root.parameters() if id(p) not in inside}
+    for model in models:
+        for parameter in _head(model):
+            new.setdefault(id(parameter), f"new: classification head of the {type(model).__name__}")
+        if any(_has_mark(parameter) for parameter in model.parameters()):
+            for parameter in _without_mark(model):
+                new[id(parameter)] = "new: initialized when the model was loaded"
+    frozen = {id(parameter) for parameter in root.parameters() if not parameter.requires_grad}
+    return {key: reason for key, reason in new.items() if key not in frozen}
+
+
+def loaded_models(root: nn.Module) -> list[nn.Module]:
+    """The transformers models in a module that were loaded from weights, without those inside another one."""
+    models = [part for part in root.modules() if is_transformers_model(part)]
+    inner = {id(part) for model in models for part in model.modules() if part is not model}
+    outermost = [model for model in models if id(model) not in inner]
+    # A copy of a loaded model has lost the marks of its tensors, but not its name.
+    return [m for m in outermost if any(map(_has_mark, m.parameters())) or getattr(m, "name_or_path", None)]
+
+
+def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
+    models = [model for model in root.modules() if is_transformers_model(model)]
+    loaded = {id(p) for model in models if any(map(_has_mark, model.parameters())) for p in model.parameters()}
+    _mark(parameter for parameter in parameters if id(parameter) in loaded)
+
+
+def keep_marks(model: nn.Module) -> None:
+    """Let a loaded model keep the marks of its parameters while a strategy replaces them by sharded ones."""
+    for part in model.modules():
+        vars(part)[MARKED] = [key for key, p in part._parameters.items() if p is not None and _has_mark(p)]
+
+
+def _mark(parameters: Iterable[Tensor | None]) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            setattr(parameter, LOADED_TENSOR, True)
+
+
+def _head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a classification model outside of its base model."""
+    if CLASSIFIERS.search(type(model).__name__):
+        base = getattr(model, str(model.base_model_prefix), None)
+        for name, child in model.named_children():
+            if child is not base if isinstance(base, nn.Module) else name in HEADS:
+                yield from child.parameters()
+
+
+def _without_mark(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that were in no file; a layer that the files have in part, such as all but its bias, has none."""
+    for part in model.modules():
+        own = [parameter for parameter in part._parameters.values() if parameter is not None]
+        if part._modules or not any(map(_has_mark, own)):
+            yield from (parameter for parameter in own if not _has_mark(parameter))
+
+
+def _has_mark(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, LOADED_TENSOR, False))

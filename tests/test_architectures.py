@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_qlora import QLoRAConfig, merge
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.selection import select_in_part
+from lightning_qlora.layers.selection import select_layers
 from tests.architectures.checks import CHECKS, Lit, fitted, known
 from tests.architectures.models import ALL, FOLDERS, MODELS, configuration
 from tests.toys import ids
@@ -78,7 +78,7 @@ MOE = [
 def test_experts_are_in_4_bits_and_routers_are_not(kind):
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(configuration(kind))
-    choice = select_in_part(model, QLoRAConfig(r=2))
+    choice = select_layers(model, QLoRAConfig(r=2))
     packed = {*choice.convert, *(f"{name}.weight" for name in choice.convert)}
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "norm" not in name}
     routers = {name for name in matrices if {"router", "gate", "classifier"} & set(name.split("."))}

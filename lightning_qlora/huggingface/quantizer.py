@@ -52,7 +52,7 @@ from lightning_qlora.layers.names import last_part, named, named_tensors, owner_
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
 from lightning_qlora.layers.reasons import LOADED, keep_marks
-from lightning_qlora.layers.selection import ToConvert, select_in_part
+from lightning_qlora.layers.selection import ToConvert, select_layers
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 
 COMPOSES = can_compose()
@@ -162,7 +162,7 @@ class QLoRAQuantizer(HfQuantizer):
         config = self.quantizers.config_for(model)
         if config is None:
             return
-        choice = select_in_part(model, config)
+        choice = select_layers(model, config)
         stacks = {name: each for name, each in choice.convert.items() if isinstance(each.part, ExpertParameter)}
         others = ((name, each) for name, each in choice.convert.items() if name not in stacks)
         self.chosen = {f"{name}.weight".lstrip("."): each for name, each in others}

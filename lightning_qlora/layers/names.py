@@ -129,6 +129,14 @@ class LayerNames(NamedTuple):
     forms: list[str]
     seed_name: str  # from the model that holds the module; the seed of a layer's adapter is made from it
 
+    def match(self, patterns: str | list[str] | None) -> bool:
+        """Whether one of the names matches."""
+        return any(matches(form, patterns or []) for form in self.forms)
+
+    def match_outer(self, patterns: str | list[str] | None) -> bool:
+        """Whether one of the names, or the name of a module around it, matches."""
+        return any(matches_outer(form, patterns or []) for form in self.forms)
+
 
 def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
     """Id of each module in `root` -> its names.

@@ -1,52 +1,119 @@
-"""Which layers of a module become 4-bit layers, which stay dense, and why.
+"""Which layers of a module become 4-bit layers, which stay dense, and why: the first of `RULES` that applies decides.
 
-The first line that fits decides on a layer:
-
-    in modules_to_save                                   trains in full
-    in trainable_token_indices, or tied to such a layer  frozen but for these rows
-    seen by an earlier conversion                        stays as it is
-    in exclude_modules                                   skipped: dense and frozen
-    new (`new_parameters`), and not in target_modules    trains in full
-    not in target_modules                                skipped
-    can't be converted, or only if named                 skipped (`reasons`: tied, frozen by the module, routers)
-    not larger than its adapter, with "all-linear"       trains in full
-    any other linear layer                               4 bits and an adapter
-
-In target_modules=["all-linear", "lm_head"] the layers that "lm_head" matches count as named.
+Before the rules, a module in modules_to_save trains in full with all that is in it, and a ScriptModule, an embedding
+with rows that train and what an earlier conversion has seen stay as they are. A layer that was quantized while its
+model loaded counts as the dense layer that it was.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.config import QLoRAConfig, fits
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import QLoRAExperts, experts_of
-from lightning_qlora.layers.foreign_adapters import foreign_adapter
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
-from lightning_qlora.layers.names import (
-    LayerNames,
-    expert_name,
-    inside,
-    join,
-    last_part,
-    matches,
-    matches_outer,
-    names_of_modules,
-    plain_name,
-)
+from lightning_qlora.layers.names import LayerNames, expert_name, inside, join, names_of_modules, plain_name
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.reasons import LOADED, ModuleFacts, name_clash, new_parameters, shape_of, too_small
+from lightning_qlora.layers.reasons import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.records import is_recorded
-from lightning_qlora.layers.trainable_tokens import TrainableTokens, check_tokens, select_tokens
+from lightning_qlora.layers.trainable_tokens import TrainableTokens, select_tokens
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
-NOT_SAVED = "not in 4 bits in the checkpoint"
 SavedLayers = Mapping[str, Mapping[str, Any]]  # full name of a layer in a checkpoint -> its own arguments
+
+
+class Rule(NamedTuple):
+    """What happens with a layer, or with a stack of experts."""
+
+    when: str  # as in docs/layers.md
+    by_default: str | None  # what happens if target_modules does not name it; None: the rule does not apply
+    if_named: str | None  # the same if target_modules names it; in ["all-linear", "lm_head"] it names "lm_head"
+    reason: "Callable[[Candidate], str | bool | None]"  # whether it applies: its reason, or True, for `when`
+
+
+CONVERT, TRAIN, SKIP = "4 bits and an adapter", "trains in full", "dense and frozen"
+WARN, REFUSE = "dense and frozen, with a warning", "an error"
+RULES = (
+    Rule("in 4 bits in the checkpoint that is loaded", CONVERT, CONVERT, lambda layer: layer.is_saved),
+    Rule("in exclude_modules", SKIP, SKIP, lambda layer: layer.names.match_outer(layer.config.exclude_modules)),
+    Rule("new: without pretrained values", TRAIN, None, lambda layer: layer.new),
+    Rule("not in target_modules", SKIP, None, lambda layer: not layer.config.all_linear),
+    Rule("no linear layer", None, REFUSE, lambda layer: not layer.is_linear and "only linear layers can be converted"),
+    Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, lambda layer: name_clash(layer.part)),
+    Rule("tied, parametrized, or not in floats", SKIP, WARN, lambda layer: layer.facts.cannot_convert(layer.part)),
+    Rule("an output embedding, a router, or frozen by the module", SKIP, None, lambda layer: layer.not_by_default()),
+    Rule("not larger than its adapter", TRAIN, None, lambda layer: layer.can_train and layer.too_small()),
+    Rule("the same, of experts, or where nothing trains", SKIP, None, lambda layer: layer.too_small()),
+    Rule("without weights", SKIP, SKIP, lambda layer: layer.is_empty()),
+    Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda layer: layer.saved is not None),
+    Rule("any other linear layer", CONVERT, CONVERT, lambda layer: True),
+)
+
+
+@dataclass
+class Candidate:
+    """A layer, or a stack of experts, that the rules decide about."""
+
+    name: str
+    part: nn.Module | ExpertParameter
+    names: LayerNames  # those that patterns may match
+    new: str | None  # why its values are new, if they are
+    config: QLoRAConfig
+    saved: SavedLayers | None  # the layers of the checkpoint that is loaded
+    facts: ModuleFacts
+
+    @cached_property
+    def is_named(self) -> bool:
+        """Whether target_modules names it; a pattern for any name does not mean the whole module."""
+        return bool(self.name) and self.names.match(self.config.named_targets)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it has a weight that 4 bits could replace."""
+        return isinstance(self.part, ExpertParameter) or is_linear(self.part)
+
+    @property
+    def saved_name(self) -> str:
+        """The name of the layer in a checkpoint; of a stack, that of its first expert."""
+        return plain_name(expert_name(self.name, 0) if isinstance(self.part, ExpertParameter) else self.name)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the checkpoint has it in 4 bits."""
+        return self.saved is not None and self.saved_name in self.saved
+
+    @property
+    def can_train(self) -> bool:
+        """Whether it may train in full: conversion makes nothing train in a module that the user froze."""
+        return self.facts.trains and not isinstance(self.part, ExpertParameter)
+
+    @cached_property
+    def own_config(self) -> QLoRAConfig:
+        """The arguments with the rank and lora_alpha of this layer."""
+        return self.config.for_layer(self.names.forms)
+
+    def not_by_default(self) -> str | None:
+        """Why it is converted only if target_modules names it."""
+        return self.facts.not_by_default(self.name, self.part, self.own_config)
+
+    def too_small(self) -> str | None:
+        """Why 4 bits and an adapter would not be smaller."""
+        return too_small(shape_of(self.part), self.own_config)
+
+    def is_empty(self) -> str | None:
+        """Why there is nothing to quantize."""
+        rows, columns = shape_of(self.part)
+        return None if rows and columns else f"its {rows}x{columns} weight is empty"
+
+    def to_convert(self) -> "ToConvert":
+        """What converts it."""
+        own_arguments = (self.saved or {}).get(self.saved_name, {})
+        return ToConvert(self.part, self.own_config.with_own(own_arguments), self.names.seed_name)
 
 
 class ToConvert(NamedTuple):
@@ -63,8 +130,8 @@ class ToConvert(NamedTuple):
         part, config, seed_name = self
         if isinstance(part, ExpertParameter):
             owner, key, count, transposed = part
-            made = QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
-            return {expert_name(name, number): layer for number, layer in enumerate(made.layers)}
+            stack = QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
+            return {expert_name(name, number): layer for number, layer in enumerate(stack.layers)}
         if is_packed(part):
             setattr(part.weight, REPLACED, part)  # for an optimizer that was created before conversion
             QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
@@ -86,199 +153,80 @@ class Selection:
     named_in_vain: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is in `skip`
     names: dict[int, LayerNames] = field(default_factory=dict)  # id of each module -> its names
 
+    def decide(self, layer: Candidate) -> None:
+        """Do what the first rule that applies says."""
+        if not (layer.is_linear or layer.is_named or layer.new):
+            return
+        for rule in RULES:
+            outcome = rule.if_named if layer.is_named else rule.by_default
+            reason = outcome is not None and rule.reason(layer)
+            if reason:
+                break
+        text = rule.when if reason is True else str(reason)
+        if outcome == CONVERT:
+            self.convert[layer.name] = layer.to_convert()
+        elif outcome == TRAIN:
+            self.train[layer.name] = text
+        elif outcome == REFUSE:
+            self.refused[layer.name] = text
+        else:
+            self.skip[layer.name] = text
+        if outcome == WARN:
+            self.named_in_vain[layer.name] = text
+
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """`select_in_part` for a whole module, with errors for patterns. With `saved`, exactly the layers of a checkpoint.
+    """Decide for every linear layer of a module; with `saved`, exactly the layers of a checkpoint are converted.
 
-    Raises:
-        ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
-            If a part of the module has adapters of another library.
+    The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_selection`
+    refuses such patterns in a whole module.
     """
-    choice = select_in_part(module, config, saved)
-    if saved is None:
-        _check_patterns(module, config, choice)
-    check_tokens(module, config.trainable_token_indices, choice.names, choice.train)
-    _check_no_adapters(module, config, choice)
-    return choice
-
-
-def select_in_part(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """Decide for every linear layer of a module. A pattern that matches nothing in it may be for another module.
-
-    A layer that was quantized while its model loaded counts as the dense layer that it was. What an earlier conversion
-    has seen stays as it is.
-    """
-    choice, facts = Selection(names=names_of_modules(module)), ModuleFacts(module)
-    layers, new, experts = dict(module.named_modules()), new_parameters(module), experts_of(module)
-
-    def named(layer: nn.Module, patterns: str | list[str]) -> bool:
-        return any(matches(form, patterns) for form in choice.names[id(layer)].forms)
-
-    in_full = [name for name, layer in layers.items() if named(layer, config.modules_to_save or [])]
-    choice.train.update(dict.fromkeys(in_full, IN_MODULES_TO_SAVE))
+    choice = Selection(names=names_of_modules(module))
+    facts = ModuleFacts(module)
+    new = new_parameters(module)
+    experts = experts_of(module)
+    parts = dict(module.named_modules())
+    whole = [name for name, part in parts.items() if choice.names[id(part)].match(config.modules_to_save)]
+    choice.train.update(dict.fromkeys(whole, IN_MODULES_TO_SAVE))
     choice.tokens = select_tokens(module, config.trainable_token_indices, choice.names)
-    scripted: list[str] = []
-    for name, layer in layers.items():
-        if any(inside(name, outer) for outer in (*in_full, *scripted)):
+    for name, part in parts.items():
+        names = choice.names[id(part)]
+        if any(inside(name, outer) for outer in whole):
             continue
-        if isinstance(layer, torch.jit.ScriptModule):
-            scripted.append(name)
+        if isinstance(part, torch.jit.ScriptModule):
+            whole.append(name)
             choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
             continue
-        if name in choice.tokens or isinstance(layer, TrainableTokens):
+        if name in choice.tokens or isinstance(part, TrainableTokens):
             continue
-        if is_recorded(layer):
-            if is_linear(layer) and not isinstance(layer, QLoRALinear):
-                kept = choice.train if any(p.requires_grad for p in layer.parameters()) else choice.skip
-                kept[name] = "as an earlier conversion left it"
+        if is_recorded(part):
+            if is_linear(part) and not isinstance(part, QLoRALinear):
+                trains = any(parameter.requires_grad for parameter in part.parameters())
+                unchanged = choice.train if trains else choice.skip
+                unchanged[name] = "as an earlier conversion left it"
             continue
-        names = choice.names[id(layer)]
-        if stacks := expert_parameters(layer):
-            for stack in stacks:  # patterns match its name, or that of the module that holds it
-                of_stack = LayerNames(_forms_of_stack(names, stack), join(names.seed_name, stack.key))
-                _decide(choice, facts, config, saved, join(name, stack.key), stack, of_stack, None)
+        stacks = expert_parameters(part)
+        for stack in stacks:
+            choice.decide(
+                Candidate(join(name, stack.key), stack, names_of_stack(names, stack), None, config, saved, facts)
+            )
+        if stacks:
             continue
-        new_here = {key: new[id(p)] for key, p in layer._parameters.items() if id(p) in new}
-        if layer._modules and not _is_excluded(names.forms, config):
+        new_here = {key: new[id(p)] for key, p in part._parameters.items() if id(p) in new}
+        if part._modules and not names.match_outer(config.exclude_modules):
             choice.train.update({join(name, key): reason for key, reason in new_here.items()})
-        reason = None if layer._modules else next(iter(new_here.values()), None)
-        if not (_is_converted(layer) or layer in experts):  # experts: selected with the module that held the parameter
-            _decide(choice, facts, config, saved, name, layer, names, reason)
+        reason = None if part._modules else next(iter(new_here.values()), None)
+        if not (is_converted(part) or part in experts):  # experts: selected with the module that held the parameter
+            choice.decide(Candidate(name, part, names, reason, config, saved, facts))
     return choice
 
 
-def _decide(
-    choice: Selection, facts: ModuleFacts, config: QLoRAConfig, saved: SavedLayers | None, name: str,
-    part: nn.Module | ExpertParameter, names: LayerNames, new: str | None,
-) -> None:  # fmt: skip
-    """Decide for one layer or stack of experts. `new`: why its values are new, if they are (`new_parameters`)."""
-    forms, seed_name = names
-    target = bool(name) and any(matches(form, config.named_targets) for form in forms)
-    everything = config.all_linear and not target
-    is_stack = isinstance(part, ExpertParameter)
-    has_kind = isinstance(part, ExpertParameter) or is_linear(part)
-    if not (has_kind or target or new):
-        return
-    own, saved_name = config.for_layer(forms), plain_name(expert_name(name, 0) if is_stack else name)
-    if saved is not None and saved_name in saved:
-        choice.convert[name] = ToConvert(part, own.with_own(saved[saved_name]), seed_name)
-    elif _is_excluded(forms, config):
-        choice.skip[name] = "in exclude_modules"
-    elif new and not target:
-        choice.train[name] = new
-    elif not everything and not target:
-        choice.skip[name] = "not in target_modules"
-    elif not has_kind:
-        choice.refused[name] = "only linear layers can be converted"
-    elif clash := name_clash(part):
-        (choice.skip if everything else choice.refused)[name] = clash
-    elif reason := facts.cannot_convert(part):
-        choice.skip[name] = reason
-        if target:
-            choice.named_in_vain[name] = reason
-    elif everything and (reason := facts.not_by_default(name, part, own)):
-        choice.skip[name] = reason
-    elif everything and (small := too_small(shape_of(part), own)):
-        (choice.train if facts.trains and not is_stack else choice.skip)[name] = small
-    elif 0 in shape_of(part):
-        choice.skip[name] = "its {}x{} weight is empty".format(*shape_of(part))
-    elif saved is not None:
-        choice.skip[name] = NOT_SAVED
-    else:
-        choice.convert[name] = ToConvert(part, own, seed_name)
+def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
+    """The names of a stack of experts: its own, and for patterns those of the module that holds it."""
+    own = [join(form, stack.key) for form in names.forms]
+    return LayerNames(own + names.forms, join(names.seed_name, stack.key))
 
 
-def _forms_of_stack(names: LayerNames, stack: ExpertParameter) -> list[str]:
-    return [join(form, stack.key) for form in names.forms] + names.forms
-
-
-def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
-    layers = dict(module.named_modules())
-    for name, reason in choice.refused.items():
-        raise ValueError(
-            f"target_modules={config.target_modules!r} names {name!r}, a {type(layers[name]).__name__}: {reason}. "
-            "Name it in modules_to_save to train it in full."
-        )
-    dense = choice.train | choice.skip
-    forms = {name: choice.names[id(layer)].forms for name, layer in layers.items()}
-    for name, layer in layers.items():
-        for stack in expert_parameters(layer):
-            forms[join(name, stack.key)] = _forms_of_stack(choice.names[id(layer)], stack)
-    for argument, pattern, match in _patterns(config):
-        matched = [name for name in (layers if argument == "modules_to_save" else forms) if match(forms[name])]
-        if argument.endswith("_pattern"):
-            converted = [*choice.convert, *(name for name, layer in layers.items() if _is_converted(layer))]
-            if not set(matched) & set(converted):
-                reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
-                raise ValueError(f"{argument}: {pattern!r} fits none of the layers to convert: {converted}.{reasons}")
-        elif not matched:
-            _refuse_pattern(argument, getattr(config, argument), pattern, layers, forms)
-
-
-def _refuse_pattern(
-    argument: str, value: Any, pattern: str, layers: Mapping[str, nn.Module], forms: Iterable[str]
-) -> NoReturn:
-    """Raise ValueError for a pattern that fits no module, with the name endings that there are."""
-    if argument == "modules_to_save":
-        what, rule = "modules", "A list has names or such endings."
-        names = [name for name, layer in layers.items() if name and next(layer.parameters(), None) is not None]
-    else:
-        what, rule = "linear layers", "A list has such endings, a string is a regular expression for the full name."
-        names = [name for name in forms if name not in layers or is_linear(layers[name])]
-    if argument == "target_modules":
-        rule += " 'all-linear', alone or in a list, means all linear layers."
-    endings = sorted({last_part(name) for name in names})
-    raise ValueError(
-        f"{argument}={value!r}: no module of this model fits {pattern!r}. Its {what} end in {endings}. {rule}"
-    )
-
-
-def _check_no_adapters(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
-    for name, part in module.named_modules():
-        kind, forms = foreign_adapter(part), choice.names[id(part)].forms
-        if kind and not _is_excluded(forms, config) and not any(inside(name, outer) for outer in choice.train):
-            raise ValueError(
-                f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
-                "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
-                "first (PEFT: merge_and_unload()); adapter=FOLDER starts from a saved PEFT adapter. To keep them "
-                "frozen, name this module in exclude_modules."
-            )
-
-
-def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
-    """Raise ValueError for patterns that fit a layer of a model quantized while loading, but not by its name there."""
-    for model in [part for part in module.modules() if LOADED in vars(part)]:
-        in_model = names_of_modules(model)
-        for name, layer in model.named_modules():
-            for argument, pattern, match in _patterns(config):
-                if (not is_linear(layer) and argument != "modules_to_save") or match(in_model[id(layer)].forms):
-                    continue
-                if full := next((form for form in choice.names[id(layer)].forms if match([form])), None):
-                    raise ValueError(
-                        f"{argument}: {pattern!r} matches {full!r}, the name in the {type(module).__name__}, and not "
-                        f"{name!r}, the name in the {type(model).__name__}. That model was quantized while it loaded, "
-                        "so patterns must match the names in it: leave out the attribute that holds it."
-                    )
-
-
-def _patterns(config: QLoRAConfig) -> Iterator[tuple[str, str, Callable[[list[str]], bool]]]:
-    """Argument, pattern, and a function that says whether one of a module's names matches it."""
-    for argument in ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = config.named_targets if argument == "target_modules" else getattr(config, argument)
-        for pattern in [value] if isinstance(value, str) else value:
-            yield argument, pattern, partial(_any_matches, argument, value, pattern)
-
-
-def _any_matches(argument: str, value: str | list[str] | dict[str, Any], pattern: str, forms: list[str]) -> bool:
-    if isinstance(value, dict):
-        return any(fits(form, pattern) for form in forms)
-    match = matches_outer if argument == "exclude_modules" else matches
-    return any(match(form, value if isinstance(value, str) else [pattern]) for form in forms)
-
-
-def _is_excluded(forms: list[str], config: QLoRAConfig) -> bool:
-    return any(matches_outer(form, config.exclude_modules or []) for form in forms)
-
-
-def _is_converted(layer: nn.Module) -> bool:
+def is_converted(layer: nn.Module) -> bool:
+    """Whether a layer is in 4 bits in a converted module."""
     return isinstance(layer, QLoRALinear) and not layer.loaded

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
-from lightning_qlora.layers.names import LayerNames, inside, join, last_part, matches, plain_name
+from lightning_qlora.layers.names import LayerNames, inside, join, last_part, plain_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import readable_parameter
 
@@ -243,7 +243,7 @@ def check_tokens(
     if isinstance(given, list) and not chosen:
         raise ValueError(f"{ARGUMENT}: {what}, so a list does not say which. Pass {{name of the layer: {given[:9]}}}.")
     for key in given if isinstance(given, dict) else ():
-        if not any(matches(form, [key]) for layer in layers.values() for form in names[id(layer)].forms):
+        if not any(names[id(layer)].match([key]) for layer in layers.values()):
             raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {what}.")
     by_weight: dict[int, list[int]] = {}
     for name, indices in chosen.items():
@@ -291,7 +291,7 @@ def _named_layers(module: nn.Module, given: TokenIndices | None, names: dict[int
     chosen: dict[str, list[int]] = {}
     for key, indices in (given or {}).items():
         for name, layer in module.named_modules():
-            if any(matches(form, [key]) for form in names[id(layer)].forms):
+            if names[id(layer)].match([key]):
                 chosen.setdefault(name, indices)
     return chosen
 

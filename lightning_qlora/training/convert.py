@@ -32,14 +32,8 @@ from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
-from lightning_qlora.layers.selection import (
-    IN_MODULES_TO_SAVE,
-    SavedLayers,
-    Selection,
-    ToConvert,
-    check_names_in_loaded_models,
-    select_layers,
-)
+from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, SavedLayers, Selection, ToConvert, select_layers
+from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
@@ -125,6 +119,7 @@ def convert_module(
     if not kept:
         check_output_embeddings(module, config.deferred_logits)
     choice = select_layers(module, config, saved)
+    check_selection(module, config, choice, of_checkpoint=saved is not None)
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
     by_size = config.all_linear and saved is None and not kept and not loaded_models(module)

@@ -28,7 +28,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig
-from lightning_qlora.layers.selection import select_in_part
+from lightning_qlora.layers.selection import select_layers
 from tests.architectures.checks import CHECKS, known, not_loaded_again
 from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL
@@ -45,7 +45,7 @@ def share(kind):
         auto = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    choice = select_in_part(model, QLoRAConfig())
+    choice = select_layers(model, QLoRAConfig())
     seen, reasons = set[int](), choice.skip | choice.train
     parts = [chosen.part for chosen in choice.convert.values()]
     packed = {id(p.weight if isinstance(p, torch.nn.Module) else p.owner._parameters[p.key]) for p in parts}

@@ -7,7 +7,8 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.selection import select_layers
+from lightning_qlora.layers.selection import RULES, select_layers
+from tests.conftest import ROOT
 
 transformers = pytest.importorskip("transformers")
 
@@ -311,7 +312,7 @@ def test_a_layer_in_several_places_is_chosen_by_any_of_its_names(name):
 def test_a_pattern_that_matches_only_a_dense_layer_says_why_it_is_dense():
     net = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
     with pytest.raises(ValueError, match=r"rank_pattern: '0' fits none .* 0: .*an adapter of rank 70 would not be"):
-        select_layers(net, QLoRAConfig(r=4, rank_pattern={"0": 70}))
+        convert(net, r=4, rank_pattern={"0": 70})
 
 
 @pytest.mark.parametrize("excluded", [["mlp"], ["model.layers.1.mlp", "layers.0.mlp"], r"model\.layers\.\d+\.mlp"])
@@ -344,3 +345,22 @@ def test_a_tied_head_that_is_named_among_others_is_warned_of():
     with pytest.warns(UserWarning, match=r"names layers that stay dense.* lm_head: its weight is tied to model\.embed"):
         report = convert(toy("llama", tied=True), r=2, target_modules=["all-linear", "lm_head"])
     assert "lm_head" in report.skipped and len(report.converted) == 14
+
+
+def test_the_documentation_has_the_rules_in_their_order():
+    rows = [f"| {rule.when} | {rule.by_default or '-'} | {rule.if_named or '-'} |" for rule in RULES]
+    assert "\n".join(rows) in (ROOT / "docs" / "layers.md").read_text()
+
+
+def test_the_first_rule_that_applies_decides():
+    """A layer that is excluded, new, named, of a class of its own and too small: each rule hides those after it."""
+    net = nn.Sequential(Penalized(64, 64), nn.Linear(64, 64))
+    net[0].packed = None
+    arguments = {"r": 64, "exclude_modules": ["0"]}
+    assert select_layers(net, QLoRAConfig(**arguments)).skip["0"] == "in exclude_modules"
+    assert select_layers(net, QLoRAConfig(r=64, target_modules=["1"])).skip["0"] == "not in target_modules"
+    assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64)).skip["0"]
+    assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).refused["0"]
+    del net[0].packed
+    assert "an adapter of rank 64" in select_layers(net, QLoRAConfig(r=64)).train["0"]
+    assert list(select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).convert) == ["0"]

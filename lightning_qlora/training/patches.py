@@ -32,8 +32,8 @@ from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableToken
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.optim.state_8bit import is_8bit
+from lightning_qlora.training.checkpoint import leave_out_networks
 from lightning_qlora.training.guards import check_checkpoint
-from lightning_qlora.training.module_hyperparameters import leave_out_networks
 
 STYLES, BY_DIMENSION = "torch.distributed.tensor.parallel.style", ("ColwiseParallel", "RowwiseParallel")
 

@@ -32,14 +32,19 @@ from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.audit import audit_first_step, check_loss
-from lightning_qlora.training.convert import convert_module, is_converted
+from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
+from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.convert_checks import has_meta
-from lightning_qlora.training.early_optimizer import leave_out_bytes, replace_parameters_by_adapters
-from lightning_qlora.training.fsdp import check_fsdp_groups, sharding_in_configure_model, shards_module
 from lightning_qlora.training.loss_scale import LossScale
+from lightning_qlora.training.optimizers import (
+    audit_first_step,
+    check_loss,
+    check_optimizer,
+    leave_out_bytes,
+    replace_parameters_by_adapters,
+    warn_of_adapters_in_no_optimizer,
+)
 from lightning_qlora.training.report import ConversionReport
-from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 from lightning_qlora.training.thawed import FrozenParameters
 
 
@@ -89,10 +94,12 @@ class QLoRAPrecision(Precision):
     def module_init_context(self) -> Iterator[None]:
         """Within this (`configure_model`), transformers models are quantized while they load."""
         trainer = self._trainer
-        sharding = sharding_in_configure_model(trainer, self.config)
+        sharded = guards.shards_module(trainer)
         try:
-            with sharding, quantize_while_loading(self.config, shards_module(trainer)):
+            with quantize_while_loading(self.config, sharded):
                 yield
+            if trainer is not None and sharded:
+                finish_sharded(trainer.lightning_module, self.config)
         except BaseException:
             if trainer is not None and has_meta(trainer.lightning_module):
                 patches.skip_moving_meta_module_at_teardown(trainer)
@@ -134,7 +141,7 @@ class QLoRAPrecision(Precision):
                 patches.skip_moving_meta_module_at_teardown(trainer)
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
-        sharded = shards_module(trainer)
+        sharded = guards.shards_module(trainer)
         report = convert_module(module, self.config, device, sharded, evaluating=self._evaluating)
         if sharded:
             to_parameters(module)
@@ -153,7 +160,7 @@ class QLoRAPrecision(Precision):
         )
         self._computes_in_fp16 |= computes_in_fp16(module)  # Fabric may convert several
         if trainer is not None:
-            check_fsdp_groups(module)
+            guards.check_fsdp_groups(module)
             patches.requeue_between_batches(trainer)
             # The adapters are in training mode also where transformers loads in eval mode, which Lightning keeps.
             for layer in () if self._evaluating else self._layers():
@@ -217,7 +224,7 @@ class QLoRAPrecision(Precision):
             self.on_setup_optimizer(optimizer)
         module = self._root  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
-            guards.warn_of_adapters_in_no_optimizer(module, optimizers)
+            warn_of_adapters_in_no_optimizer(module, optimizers)
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
@@ -237,7 +244,7 @@ class QLoRAPrecision(Precision):
         """
         replace_parameters_by_adapters(optimizer)
         leave_out_bytes(optimizer)
-        guards.check_optimizer(optimizer)
+        check_optimizer(optimizer)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
 

@@ -11,7 +11,6 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
-from lightning_qlora.training.convert_checks import has_meta
 from lightning_qlora.training.loss_scale import LossScale
 from lightning_qlora.training.optimizers import (
     audit_first_step,
@@ -95,15 +93,10 @@ class QLoRAPrecision(Precision):
         """Within this (`configure_model`), transformers models are quantized while they load."""
         trainer = self._trainer
         sharded = guards.shards_module(trainer)
-        try:
-            with quantize_while_loading(self.config, sharded):
-                yield
-            if trainer is not None and sharded:
-                finish_sharded(trainer.lightning_module, self.config)
-        except BaseException:
-            if trainer is not None and has_meta(trainer.lightning_module):
-                patches.skip_moving_meta_module_at_teardown(trainer)
-            raise
+        with quantize_while_loading(self.config, sharded):
+            yield
+        if trainer is not None and sharded:
+            finish_sharded(trainer.lightning_module, self.config)
 
     @contextmanager
     def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:
@@ -137,8 +130,6 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             guards.check_trainer(trainer, trainer.lightning_module)
             device = trainer.strategy.root_device
-            if has_meta(module) and self._trainer is None:
-                patches.skip_moving_meta_module_at_teardown(trainer)
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
         sharded = guards.shards_module(trainer)
@@ -304,8 +295,11 @@ class QLoRAPrecision(Precision):
 
     @override
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """See Precision; a module with manual optimization calls it before the step, when gradients are scaled."""
-        optimizer = optimizer.optimizer if isinstance(optimizer, classes(LightningOptimizer)) else optimizer
+        """See Precision; a module with manual optimization calls it before the step, when gradients are scaled.
+
+        In Fabric, call it where a plan splits some of the layers: `fabric.clip_gradients` clips by torch's function.
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper has the optimizer
         self.unscale_gradients(optimizer)
         super().clip_gradients(optimizer, *args, **kwargs)
 

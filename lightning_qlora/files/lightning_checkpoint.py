@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,6 @@ def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None)
     except CheckpointException as error:  # a BaseException, whose text is a traceback
         raise next(iter(error.failures.values()))[0] from error
     state |= torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)
-    if "pytorch-lightning_version" in state:  # of a Trainer: as in a checkpoint of one file
-        numbered = list(takewhile(state.__contains__, (f"optimizer_{number}" for number in count())))
-        if numbered:
-            state["optimizer_states"] = [state.pop(name) for name in numbered]
     return state
 
 

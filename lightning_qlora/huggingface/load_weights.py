@@ -5,10 +5,15 @@
     all else            every rank reads its part
 
 So a rank has its part of the model and one layer in memory. Loading sends what one forward pass gathers.
+
+transformers loads such a model before it is sharded, without values: tensors with the shapes in the files become those
+of a dense copy of the model on the meta device. Its types, and its marks of what the files lack, are set on the model.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,15 +24,26 @@ from tqdm import tqdm
 from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
-from lightning_qlora.huggingface.load_without_data import NO_VALUES
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import is_transformers_model, join, named, owner_name, parameter_and_number
+from lightning_qlora.layers.names import (
+    is_transformers_model,
+    join,
+    named,
+    named_tensors,
+    owner_name,
+    parameter_and_number,
+)
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.reasons import LOADED_TENSOR
 from lightning_qlora.layers.records import renew
+
+NO_VALUES = (
+    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
+    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
+)
 
 
 def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -170,3 +186,49 @@ def _device_of(module: nn.Module) -> torch.device:
     """The device of this rank in the mesh of the sharded parameters; the CPU without any."""
     kind = next((p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)), "cpu")
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
+    """Load the model of a folder, on the meta device; `load` is `PreTrainedModel._load_pretrained_model`."""
+    empty = {key: torch.empty(entry.shape, device="meta") for key, entry in folder.stored.entries.items()}
+    return load(folder.model, empty, None, replace(load_config, device_map={"": "meta"}, hf_quantizer=None))
+
+
+def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
+    """Set the types and marks of the dense copy, `folder.model`, on the tensors of a model on the meta device."""
+    dense: Any = folder.model
+    found = dict(named_tensors(dense))
+    for name, part in model.named_modules():
+        if isinstance(part, PackedLayer):
+            expert = parameter_and_number(name)
+            part.weight_dtype = dense.get_parameter(join(name, "weight") if expert is None else expert[0]).dtype
+            part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
+        for key, held in part._parameters.items():
+            known = found.get(join(name, key))
+            if held is not None and known is not None and held.dtype is not known.dtype:
+                cast = torch.empty_like(held, dtype=known.dtype)
+                part._parameters[key] = nn.Parameter(cast, requires_grad=held.requires_grad)
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            known = found.get(join(name, key))  # None: of a 4-bit layer
+            if tensor is not None and (known is None or hasattr(known, LOADED_TENSOR)):
+                setattr(tensor, LOADED_TENSOR, True)
+
+
+class Version(NamedTuple):
+    """A tensor on the meta device, whose values are read later, when its model was loaded."""
+
+    name: str
+    tensor: Tensor
+    number: int
+
+
+def versions(model: nn.Module) -> list[Version]:
+    """The tensors of a model that are on the meta device."""
+    return [Version(name, tensor, tensor._version) for name, tensor in named_tensors(model) if tensor.is_meta]
+
+
+def check_unwritten(versions: Iterable[Version]) -> None:
+    """ValueError, with the name, for a tensor on the meta device to which code wrote values: they would be lost."""
+    for name, tensor, number in versions:
+        if tensor._version != number:
+            raise ValueError(f"{name}: configure_model wrote values to it, which would be lost. {NO_VALUES}")

@@ -7,8 +7,7 @@ from importlib.util import find_spec
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.load_without_data import NO_VALUES, check_unwritten
+from lightning_qlora.huggingface.load_weights import NO_VALUES, check_unwritten, read_weights
 from lightning_qlora.huggingface.patches import default_quantizer
 
 

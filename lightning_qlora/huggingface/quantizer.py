@@ -29,8 +29,13 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
-from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.load_without_data import Version, find_without_data, mark_as_found, versions
+from lightning_qlora.huggingface.load_weights import (
+    Version,
+    find_without_data,
+    mark_as_found,
+    read_weights,
+    versions,
+)
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import (
     LOAD_WHOLE,

@@ -25,7 +25,7 @@ from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.training.calibration_report import CalibrationReport
+from lightning_qlora.training.report import CalibrationReport
 
 
 class Calibration:

@@ -37,6 +37,7 @@ from lightning_qlora.layers.selection_checks import check_names_in_loaded_models
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
+    LOAD_IN_CONFIGURE_MODEL,
     check_any,
     check_has_data,
     check_initialized,
@@ -182,6 +183,16 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
+
+
+def finish_sharded(module: nn.Module, config: QLoRAConfig) -> None:
+    """Load the adapters to start from into a module that `configure_model` has sharded, if it was converted there.
+
+    Raises ValueError if a part of it is on the meta device.
+    """
+    check_has_data(module, advice=LOAD_IN_CONFIGURE_MODEL)
+    if conversion_of(module) is not None and config.adapter is not None:
+        set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
 
 
 def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:

@@ -63,11 +63,6 @@ def check_has_data(module: nn.Module, later: bool = False, advice: str = LOAD_IT
             raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {what}")
 
 
-def has_meta(module: nn.Module) -> bool:
-    """Whether a parameter or buffer is on the meta device."""
-    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-
-
 def check_loaded(module: nn.Module, choice: Selection) -> None:
     """Refuse other arguments than those that layers were quantized with while their model loaded."""
     parameter_of = {

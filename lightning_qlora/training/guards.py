@@ -6,17 +6,15 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.finite import check_finite
 from lightning_qlora.layers.dtensor import of_all_ranks
-from lightning_qlora.layers.names import join, key_name, last_part, name_endings
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
-from lightning_qlora.layers.readable_weight import Readable
-from lightning_qlora.layers.trainable_tokens import token_adapters
+from lightning_qlora.layers.names import inside, join, key_name, last_part, name_endings
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.lightning_copies import classes
 
 
@@ -53,6 +51,31 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             )
 
 
+def shards_module(trainer: Trainer | None) -> bool:
+    """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
+    return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
+
+
+def check_fsdp_groups(module: nn.Module) -> None:
+    """Raise ValueError if one FSDP2 group trains parameters of several dtypes; torch's own error does not name them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    first: dict[str, tuple[str, Any]] = {}  # group -> name and dtype of its first trainable parameter
+    for name, parameter in module.named_parameters():
+        group = max((group for group in groups if inside(name, group)), key=len, default=None)
+        if group is None or not parameter.requires_grad:
+            continue
+        other, dtype = first.setdefault(group, (name, parameter.dtype))
+        if parameter.dtype is not dtype:
+            raise ValueError(
+                f"{name} ({parameter.dtype}) and {other} ({dtype}) train in one FSDP2 group ({group or 'the module'}), "
+                "which allows one dtype; adapters, and what trains in full in a 16-bit model, are fp32. Call "
+                "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, or cast these modules "
+                "to fp32, or call fully_shard on each of them."
+            )
+
+
 def check_equal_batches(trainer: Trainer) -> None:
     """Refuse ranks with different numbers of training batches (ValueError); all ranks must call it."""
     counts = of_all_ranks(trainer.num_training_batches)
@@ -61,33 +84,6 @@ def check_equal_batches(trainer: Trainer) -> None:
             f"The ranks have {', '.join(map(str, counts))} training batches. A step needs all ranks, so some would "
             "wait forever, or average gradients of different steps. Give each rank as many batches: keep "
             f"use_distributed_sampler=True, or set limit_train_batches={min(counts)}."
-        )
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """RuntimeError for one of replaced, decoded or frozen weights."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
-    if replaced:
-        name = next((layer.full_name for part in replaced for layer in adapted_layers(part).values()), "merged since")
-        raise RuntimeError(
-            f"The {type(optimizer).__name__} was created before the module was converted and has state: it holds the "
-            f"replaced weights of {len(replaced)} layers ({name}, ...) and not their adapters, so nothing would train. "
-            "Create it in configure_optimizers, or after fabric.setup_module; one with no state, which has made no "
-            "step, gets the adapters when fabric.setup or the Trainer sets it up."
-        )
-    if any(isinstance(parameter, Readable) for parameter in parameters):
-        raise RuntimeError(
-            f"The {type(optimizer).__name__} holds the `weight` of a 4-bit layer, which is decoded at each use and "
-            "can't train. Pass the parameters of the module, self.parameters(), or those of the layer: "
-            "layer.parameters() has lora_A and lora_B."
-        )
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        raise RuntimeError(
-            f"All {len(parameters)} parameters of the {type(optimizer).__name__} are frozen, so nothing would train. "
-            "Conversion freezes all but the adapters and what modules_to_save names; name the modules of this "
-            "optimizer there. Or the module was frozen after conversion (freeze(), requires_grad_(False), PEFT's "
-            "prepare_model_for_kbit_training): leave that out."
         )
 
 
@@ -131,21 +127,6 @@ def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[
             present.add(layer)
     layers = adapted_layers(module).items()
     return [name for name, layer in layers if layer.lora_A.requires_grad and layer not in present]
-
-
-def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Warn of layers whose adapters no optimizer holds: they get gradients, and do not train."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
-    rest = [
-        n for n, la in layers.items() if any(p.requires_grad and id(p) not in held for p in la.adapter_parameters())
-    ]
-    if optimizers and rest:
-        rank_zero_warn(
-            f"The adapters of {len(rest)} of {len(layers)} layers are in no optimizer, so they do not train: "
-            f"{', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}. Pass self.parameters() to the optimizer, or "
-            "name these layers in exclude_modules."
-        )
 
 
 def _copy_held_by(callback: Callback, module: nn.Module) -> str | None:

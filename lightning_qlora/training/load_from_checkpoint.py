@@ -17,8 +17,8 @@ from lightning_qlora.adapters.module_state import CONFIG_KEY, config_entry, conv
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.names import last_part, named
+from lightning_qlora.training.checkpoint import networks_of
 from lightning_qlora.training.convert import convert_module
-from lightning_qlora.training.module_hyperparameters import networks_of
 
 Module = TypeVar("Module", bound=LightningModule)
 PLUGIN = "QLoRAPrecision"  # key of the plugin's state in a checkpoint of the Trainer

@@ -1,4 +1,4 @@
-"""Changes to code and objects of Lightning, torch and transformers that training needs, where they offer no hook.
+"""Changes to code and objects of Lightning and torch that training needs, where they offer no hook.
 
 One function for each change, with the upstream file, the reason, the supported ways that were tried, and the upstream
 change that would remove it. None of them has an effect on a run without this package's plugin or layers. A change to
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.strategies.strategy import _validate_keys_for_strict_loading
+from lightning.fabric.utilities.load import _move_state_into
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -20,9 +22,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_of
+from lightning_qlora.adapters.module_state import conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
-from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.patches import replaces, wrap_once
@@ -32,35 +33,23 @@ from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableToken
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.optim.state_8bit import is_8bit
+from lightning_qlora.training.checkpoint import leave_out_networks
 from lightning_qlora.training.guards import check_checkpoint
-from lightning_qlora.training.module_hyperparameters import leave_out_networks
 
-STYLES, BY_DIMENSION = "torch.distributed.tensor.parallel.style", ("ColwiseParallel", "RowwiseParallel")
+STYLES = "torch.distributed.tensor.parallel.style"
 
 
 def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
     """Replace the forward pass of a module by one that is recomputed in the backward pass.
 
     Upstream: torch/utils/checkpoint.py, checkpoint: the code that calls a module has to call it instead.
-    Supported ways tried: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py puts a module around the block,
-    which renames its parameters in state dicts, patterns and reports; `gradient_checkpointing_enable` of transformers,
-    whose layers recompute themselves in training mode alone (transformers/modeling_layers.py).
+    Supported ways tried: torch's `checkpoint_wrapper`, which renames the parameters of the block;
+    `gradient_checkpointing_enable` of transformers, whose layers recompute themselves in training mode alone.
     Removed by: a switch of nn.Module for gradient checkpointing.
     """
     block.forward = forward
     if getattr(block, "gradient_checkpointing", False):
         block.gradient_checkpointing = False  # type: ignore[assignment]  # transformers would recompute it again
-
-
-def skip_moving_meta_module_at_teardown(trainer: Any) -> None:
-    """Keep the Trainer's teardown from moving a module whose weights are on the meta device to the CPU.
-
-    Upstream: lightning/pytorch/strategies/strategy.py, Strategy.teardown, calls `lightning_module.cpu()` after any
-    error; that raises "Cannot copy out of meta tensor" and hides our error, which names the layer.
-    Supported ways tried: none; every strategy calls Strategy.teardown.
-    Removed by: upstream raising the first error when teardown fails too.
-    """
-    trainer.strategy._lightning_module = None
 
 
 @replaces("lightning.pytorch.trainer.call:_call_configure_model")
@@ -70,9 +59,8 @@ def convert_before_checkpoint_is_restored(original: Any, trainer: Any) -> None:
     Upstream: lightning/pytorch/trainer/call.py, _call_configure_model. Next, Trainer._run restores the checkpoint (on
     one device and under DDP), and later, in Strategy.setup, calls `convert_module`; but adapters can only be loaded
     into a converted module. `module_init_context`, entered for `configure_model`, gets neither Trainer nor module.
-    Supported ways tried: a callback of the entry point `lightning.pytorch.callbacks_factory` gets the Trainer in its
-    `setup`, but no hook of a callback runs between `configure_model` and the restore, and it would be added to every
-    Trainer of the environment; Strategy.restore_checkpoint_after_setup also delays callbacks and `on_load_checkpoint`.
+    Supported ways tried: callbacks have no hook there; Strategy.restore_checkpoint_after_setup also delays callbacks
+    and `on_load_checkpoint`.
     Removed by: a hook of Precision between `configure_model` and the restore.
     """
     with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):
@@ -85,58 +73,44 @@ def requeue_between_batches(trainer: Any) -> None:
     Upstream: lightning/pytorch/trainer/connectors/signal_connector.py, _SignalConnector._slurm_sigusr_handler_fn, saves
     in the signal handler, at another place of a step on each rank: a rank waits for the random states of one that waits
     for its gradients, and half of an optimizer step may be saved (pytorch-lightning issue 21406).
-    Supported ways tried: `SLURMEnvironment(auto_requeue=False)` and a callback with a signal handler of its own, which
-    every user would have to write.
+    Supported ways tried: `SLURMEnvironment(auto_requeue=False)` and a handler, which every user would have to write.
     Removed by: pytorch-lightning pull request 21407, if all ranks then save after the same batch.
     """
-    connector, environment = trainer._signal_connector, trainer._accelerator_connector.cluster_environment
+    connector = trainer._signal_connector
+    environment = trainer._accelerator_connector.cluster_environment
     requeues = isinstance(environment, classes(SLURMEnvironment)) and environment.auto_requeue
     if not requeues or "_slurm_sigusr_handler_fn" in vars(connector):
         return
-    save, received = connector._slurm_sigusr_handler_fn, []
+    save = connector._slurm_sigusr_handler_fn
+    signals: list[Any] = []
 
     def handle(signum: Any, frame: Any) -> None:
-        received.append(signum) if trainer.state.fn == TrainerFn.FITTING else save(signum, frame)
+        if trainer.state.fn == TrainerFn.FITTING:
+            signals.append(signum)
+        else:
+            save(signum, frame)
 
     def after_batch(*_: Any) -> None:
-        if trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and bool(received), all=False):
-            received.clear()
+        if trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and bool(signals), all=False):
+            signals.clear()
             save(environment.requeue_signal, None)
 
     connector._slurm_sigusr_handler_fn = handle
     trainer.callbacks.append(LambdaCallback(on_train_batch_end=after_batch))
 
 
-@replaces("lightning.fabric.strategies.strategy:Strategy.clip_gradients_norm")
-def clip_gradients_of_fabric(
-    original: Any, strategy: Any, module: nn.Module, optimizer: Optimizer, *args: Any, **kwargs: Any
-) -> Any:
-    """Let `fabric.clip_gradients(max_norm=...)` clip layers that a plan splits over ranks together with others.
-
-    And let it raise nothing for infinite gradients in fp16, whose step is skipped.
-
-    Upstream: lightning/fabric/strategies/strategy.py, Strategy.clip_gradients_norm: torch's clip_grad_norm_ takes no
-    DTensors beside other tensors, and none of several meshes; `error_if_nonfinite` is True unless the user knows of it.
-    Supported ways tried: `Precision.main_params`, which only chooses what is clipped. The Trainer calls
-    `Precision.clip_grad_by_norm`, which the plugin has.
-    Removed by: clip_grad_norm_ of torch taking them.
-    """
-    if not _is_converted(module):
-        return original(strategy, module, optimizer, *args, **kwargs)
-    strategy.precision.unscale_gradients(optimizer)
-    if getattr(strategy.precision, "loss_scale", None) is not None:
-        kwargs["error_if_nonfinite"] = False
-    return clip_grad_norm(strategy.precision.main_params(optimizer), *args, **kwargs)
-
-
-@replaces(*(f"{STYLES}:{style}._partition_{kind}_fn" for style in BY_DIMENSION for kind in ("linear", "embedding")))
+@replaces(
+    f"{STYLES}:ColwiseParallel._partition_linear_fn",
+    f"{STYLES}:ColwiseParallel._partition_embedding_fn",
+    f"{STYLES}:RowwiseParallel._partition_linear_fn",
+    f"{STYLES}:RowwiseParallel._partition_embedding_fn",
+)
 def split_4_bit_layers_of_plans(original: Any, style: Any, name: str, module: nn.Module, mesh: Any) -> None:
     """Let ColwiseParallel and RowwiseParallel of `parallelize_module` split 4-bit layers.
 
     Upstream: torch/distributed/tensor/parallel/style.py, _partition_linear_fn: by outputs all parameters are split in
     dimension 0, also A and the second-level scales; by inputs `weight` and `bias` alone are split.
-    Supported ways tried: a ParallelStyle of our own, which users would have to write into their plans; the layer's own
-    `register_parameter`, which sees what a style made of one parameter after the other.
+    Supported ways tried: a ParallelStyle of our own, which users would have to write into their plans.
     Removed by: a method of nn.Linear that splits its parameters.
     """
     if isinstance(module, QLoRALinear):
@@ -167,7 +141,7 @@ def split_bytes_in_fabric(original: Any, strategy: Any, module: nn.Module) -> An
 
     Upstream: lightning/fabric/strategies/model_parallel.py, setup_module, calls `parallelize_fn` after Fabric converted
     the module. `fully_shard` splits parameters alone, and Fabric's Precision does not know the strategy.
-    Supported ways tried: `lightning_qlora.to_parameters` in `parallelize_fn`, which every user would have to write.
+    Supported ways tried: a call in `parallelize_fn`, which every user would have to write.
     Removed by: Fabric telling its Precision plugin the strategy.
     """
     to_parameters(module)
@@ -199,63 +173,40 @@ def shard_bytes() -> None:
     wrap_once(upstream.FSDPParam, "init_dtype_attrs", keep_bytes)
 
 
-@replaces("lightning.fabric.strategies.model_parallel:_load_raw_module_state")
-def load_full_state_dicts_into_sharded_modules(
-    original: Any, state_dict: Any, module: nn.Module, world_size: int = 1, strict: bool = True
-) -> None:
-    """Load a checkpoint in one file into a converted module that is sharded by the module's own load_state_dict.
-
-    Upstream: lightning/fabric/strategies/model_parallel.py, _load_raw_module_state, loads parameter by parameter and
-    fails on those that a checkpoint of adapters does not contain.
-    Supported ways tried: `strict_loading=False` of the LightningModule; it would also accept missing adapters.
-    Removed by: upstream calling load_state_dict of the module, which accepts whole tensors.
-    """
-    if _is_converted(module):
-        module.load_state_dict(state_dict, strict=strict)
-    else:
-        original(state_dict, module, world_size, strict)
-
-
 @replaces(*(f"lightning.{package}.strategies.model_parallel:_load_checkpoint" for package in ("fabric", "pytorch")))
-def load_optimizer_states_as_saved(original: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load optimizer state into sharded parameters from one file, and 8-bit state from any number of shards.
+def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint in one file, and 8-bit optimizer state of any number of ranks, into a sharded module.
 
-    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, takes the numbers in the state for places
-    among the parameters of the module; they are places in the optimizer, which may hold the trained ones alone. And
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, loads a file parameter by parameter, and
+    fails on the frozen ones. It takes the numbers in the optimizer's state for places among the parameters of the
+    module, but they are places in the optimizer, which may hold the trained ones alone. And
     torch/distributed/checkpoint loads scales of 8-bit state only into as many as were saved.
-    Supported ways tried: none; the strategy calls no hook between reading the file and `set_optimizer_state_dict`.
-    Removed by: upstream numbering the parameters of the optimizer, and a hook of Optimizer for resharding its state.
+    Supported ways tried: `strict_loading=False` of the module; it would also accept missing adapters.
+    Removed by: upstream calling `load_state_dict` of the module, and a hook of Optimizer for resharding its state.
     """
+    modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
     optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
-    converted = any(_is_converted(value) for value in state.values() if isinstance(value, nn.Module))
-    in_shards, weights_only = is_shards(path), kwargs.get("weights_only") is not False
-    in_8bit = in_shards and any(is_8bit({last_part(name): 0}) for name in names_in_shards(path, weights_only))
-    if not converted or (in_shards and not in_8bit):
-        return original(path, state, *args, **kwargs)
-    rest = {key: value for key, value in state.items() if key not in optimizers}
-    left = original(path, rest, *args, **kwargs)
-    state.update(rest)
-    saved = read_checkpoint(path, weights_only, optimizers) if in_shards else left
+    weights_only = kwargs.get("weights_only") is not False
+    in_shards = is_shards(path)
+    in_8_bits = in_shards and any(is_8bit({last_part(name): 0}) for name in names_in_shards(path, weights_only))
+    if not any(map(_is_converted, modules.values())) or (in_shards and not in_8_bits):
+        return original(path, state, strict, *args, **kwargs)
+    saved = read_checkpoint(path, weights_only, optimizers if in_shards else None)
+    if in_shards:
+        rest = {key: value for key, value in state.items() if key not in optimizers}
+        unclaimed = original(path, rest, strict, *args, **kwargs)
+        state.update(rest)
+    else:
+        for key, module in modules.items():
+            module.load_state_dict(saved.pop(key), strict=strict)
+        others = state.keys() - modules.keys() - optimizers.keys()
+        _validate_keys_for_strict_loading(others, saved, strict)
+        _move_state_into(saved, state, others)
+        unclaimed = saved
     of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
     for number, (key, optimizer) in enumerate(optimizers.items()):
         load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
-    return left
-
-
-@replaces("lightning.fabric.plugins.io.torch_io:TorchCheckpointIO.load_checkpoint")
-def load_shards_on_one_device(original: Any, io: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load a checkpoint of a converted module in shards under a strategy that does not shard.
-
-    Upstream: lightning/fabric/plugins/io/torch_io.py, TorchCheckpointIO.load_checkpoint, opens the folder as a file.
-    Supported ways tried: `python -m lightning.pytorch.utilities.consolidate_checkpoint`, which reads FSDP1's names only
-    (KeyError: 'model'); another CheckpointIO, which the user passes beside the plugin.
-    Removed by: TorchCheckpointIO reading both kinds of checkpoint that Lightning writes.
-    """
-    if is_shards(path):
-        weights_only = kwargs.get("weights_only") is not False
-        if any(last_part(name) == CONFIG_KEY for name in names_in_shards(path, weights_only)):
-            return read_checkpoint(path, weights_only)
-    return original(io, path, *args, **kwargs)
+    return unclaimed
 
 
 @replaces("torch.distributed.checkpoint.state_dict:_get_fqns")
@@ -284,8 +235,7 @@ def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwarg
     the checkpoint, with every network that `save_hyperparameters` found, and pickles it. Its last call is
     `on_save_checkpoint` of the module, which may remove adapters.
     Supported ways tried: Precision.on_save_checkpoint is called before the hyperparameters are there, and not for
-    checkpoints of weights only; `on_save_checkpoint` and `hparams` belong to the user's module, whose code may read
-    `self.hparams.net`.
+    checkpoints of weights only.
     Removed by: a hook of Precision that gets the complete checkpoint.
     """
     checkpoint = original(connector, *args, **kwargs)

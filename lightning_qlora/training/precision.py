@@ -11,7 +11,6 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -32,14 +31,18 @@ from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.paging.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.audit import audit_first_step, check_loss
-from lightning_qlora.training.convert import convert_module, is_converted
-from lightning_qlora.training.convert_checks import has_meta
-from lightning_qlora.training.early_optimizer import leave_out_bytes, replace_parameters_by_adapters
-from lightning_qlora.training.fsdp import check_fsdp_groups, sharding_in_configure_model, shards_module
+from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
+from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.loss_scale import LossScale
+from lightning_qlora.training.optimizers import (
+    audit_first_step,
+    check_loss,
+    check_optimizer,
+    leave_out_bytes,
+    replace_parameters_by_adapters,
+    warn_of_adapters_in_no_optimizer,
+)
 from lightning_qlora.training.report import ConversionReport
-from lightning_qlora.training.rng_state import gather_torch_rng_states, set_torch_rng_state_of_rank
 from lightning_qlora.training.thawed import FrozenParameters
 
 
@@ -89,14 +92,11 @@ class QLoRAPrecision(Precision):
     def module_init_context(self) -> Iterator[None]:
         """Within this (`configure_model`), transformers models are quantized while they load."""
         trainer = self._trainer
-        sharding = sharding_in_configure_model(trainer, self.config)
-        try:
-            with sharding, quantize_while_loading(self.config, shards_module(trainer)):
-                yield
-        except BaseException:
-            if trainer is not None and has_meta(trainer.lightning_module):
-                patches.skip_moving_meta_module_at_teardown(trainer)
-            raise
+        sharded = guards.shards_module(trainer)
+        with quantize_while_loading(self.config, sharded):
+            yield
+        if trainer is not None and sharded:
+            finish_sharded(trainer.lightning_module, self.config)
 
     @contextmanager
     def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:
@@ -130,11 +130,9 @@ class QLoRAPrecision(Precision):
         if trainer is not None:
             guards.check_trainer(trainer, trainer.lightning_module)
             device = trainer.strategy.root_device
-            if has_meta(module) and self._trainer is None:
-                patches.skip_moving_meta_module_at_teardown(trainer)
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(module)
-        sharded = shards_module(trainer)
+        sharded = guards.shards_module(trainer)
         report = convert_module(module, self.config, device, sharded, evaluating=self._evaluating)
         if sharded:
             to_parameters(module)
@@ -153,7 +151,7 @@ class QLoRAPrecision(Precision):
         )
         self._computes_in_fp16 |= computes_in_fp16(module)  # Fabric may convert several
         if trainer is not None:
-            check_fsdp_groups(module)
+            guards.check_fsdp_groups(module)
             patches.requeue_between_batches(trainer)
             # The adapters are in training mode also where transformers loads in eval mode, which Lightning keeps.
             for layer in () if self._evaluating else self._layers():
@@ -217,7 +215,7 @@ class QLoRAPrecision(Precision):
             self.on_setup_optimizer(optimizer)
         module = self._root  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
-            guards.warn_of_adapters_in_no_optimizer(module, optimizers)
+            warn_of_adapters_in_no_optimizer(module, optimizers)
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
@@ -237,7 +235,7 @@ class QLoRAPrecision(Precision):
         """
         replace_parameters_by_adapters(optimizer)
         leave_out_bytes(optimizer)
-        guards.check_optimizer(optimizer)
+        check_optimizer(optimizer)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
 
@@ -297,8 +295,11 @@ class QLoRAPrecision(Precision):
 
     @override
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """See Precision; a module with manual optimization calls it before the step, when gradients are scaled."""
-        optimizer = optimizer.optimizer if isinstance(optimizer, classes(LightningOptimizer)) else optimizer
+        """See Precision; a module with manual optimization calls it before the step, when gradients are scaled.
+
+        In Fabric, call it where a plan splits some of the layers: `fabric.clip_gradients` clips by torch's function.
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper has the optimizer
         self.unscale_gradients(optimizer)
         super().clip_gradients(optimizer, *args, **kwargs)
 

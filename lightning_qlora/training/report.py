@@ -1,8 +1,9 @@
-"""ConversionReport: the status of every layer after conversion, and the numbers of parameters and bytes."""
+"""ConversionReport: the status of every layer after conversion; CalibrationReport: that of calibrated adapters."""
 
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 
@@ -11,14 +12,61 @@ from torch import Tensor, nn
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.training.calibration_report import CalibrationReport
 
 OTHERS = 13  # characters of a line of the table that are no name and no status
 ROOT = "(the module itself)"
+WORST = 5  # layers that the report of a calibration names
 BY_SIZE = (
     "no weights are known to be loaded: linear layers larger than their adapter get\n"
     "4 bits, smaller ones train in full; name a new head in modules_to_save"
 )
+
+
+@dataclass(repr=False)
+class CalibrationReport:
+    """The status of every adapter that is initialized from data.
+
+    Attributes:
+        waiting: Names of the layers before their first step; they have the default initialization.
+        host_bytes: Dense weights kept in host memory (or mapped from a file) until the first step.
+        calibrated: Names of the layers whose adapter is initialized from their inputs.
+        unseen: Names of the layers without an input in the first step, or with inputs of zeros alone; they keep the
+            default initialization.
+        rows: Most rows (tokens) used for one layer, on all ranks.
+        seconds: Time that the initialization took.
+        errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
+            diag(d)||.
+    """
+
+    waiting: list[str]
+    host_bytes: int
+    calibrated: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    rows: int = 0
+    seconds: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    def __str__(self) -> str:
+        if self.waiting and not self.calibrated:
+            return (
+                f"{len(self.waiting)} adapters will be calibrated in the first step; until then {self.host_bytes:,} "
+                "bytes of dense weights stay in host memory"
+            )
+        worst = sorted(self.errors, key=lambda name: -self.errors[name])[:WORST]
+        lists = {
+            "largest errors left": [f"{name} {self.errors[name]:.1%}" for name in worst],
+            "default initialization, because the first step had no input for them": self.unseen,
+            "waiting for the first step of their optimizer": self.waiting,
+        }
+        parts = [
+            f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s",
+            f"{self.host_bytes:,} bytes of dense weights were kept until then",
+        ]
+        parts += [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
+        return "; ".join(parts)
 
 
 @dataclass(repr=False)
@@ -192,6 +240,12 @@ def dense_bytes(module: nn.Module) -> int:
 def group(name: str) -> str:
     """A name with * for every number between dots; layers of one group have the same."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
+
+
+def groups(names: Iterable[str]) -> str:
+    """Names that differ by numbers alone as one."""
+    counts = Counter(map(group, names))
+    return ", ".join(f"{name} (x{count})" if count > 1 else name for name, count in counts.items())
 
 
 def break_at_dots(name: str, width: int) -> str:

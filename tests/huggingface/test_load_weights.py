@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import ROOT, launch, tensors
+from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.toys import Lit, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers")
@@ -184,7 +184,6 @@ def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_pa
 
 
 def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
-    """They are the first ones, not those of a teardown that can't move the model."""
     toy("llama").save_pretrained(tmp_path / "llama")
 
     def copies(module):
@@ -213,7 +212,7 @@ def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
         (Loaded(tmp_path / "llama", fails), "theirs"),
         (Loaded(tmp_path / "llama", intermediate_size=192), r"has shape \[.*128.*\], and the model has \[.*192.*\]"),
     ]:
-        with pytest.raises((ValueError, KeyError, RuntimeError), match=error):
+        with raises_before_teardown((ValueError, KeyError, RuntimeError), error):
             fit(trainer, module, ModelParallelStrategy(1, 1))
 
 

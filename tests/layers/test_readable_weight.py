@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.audit import READ, adapters_without_gradient
+from lightning_qlora.training.optimizers import READ, adapters_without_gradient
 
 
 class Reader(nn.Module):
@@ -104,7 +104,7 @@ def test_every_read_sees_the_adapter_and_trains_it(read, use_dora):
 
 
 def test_an_autograd_function_of_other_code_gets_the_values_and_returns_no_gradient():
-    """`audit` warns of it before the first step."""
+    """A warning names it before the first step."""
     module, dense = readers(lambda fc, x: Product.apply(x, fc.weight))
     x = torch.randn(5, 64, requires_grad=True)
     y = module(x)

@@ -47,28 +47,30 @@ def test_four_ranks_with_fsdp_as_well_have_the_bytes_and_losses_of_one_device(tm
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("max_norm", "norm_type"), [(0.1, 2.0), (1e-3, float("inf")), (100.0, 1.0)])
-def test_fabric_clips_layers_of_a_plan_and_others_together(max_norm, norm_type, one_rank):
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_the_plugin_clips_layers_of_a_plan_and_others_together(max_norm, one_rank):
     """As torch does without a plan; torch raises an error of its own for DTensors beside other tensors."""
-    grads, norms = [], []
+    grads = []
     for plan in ({}, {"0": ColwiseParallel(output_layouts=Replicate())}):
         strategy = FabricStrategy(
             lambda net, mesh, plan=plan: parallelize_module(net, mesh["tensor_parallel"], plan), 1, 1
         )
-        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(r=4))
+        plugin = QLoRAPrecision(r=4)
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=plugin)
         fabric.launch()
         torch.manual_seed(0)
         net = fabric.setup_module(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
         optimizer = fabric.setup_optimizers(torch.optim.AdamW(net.parameters()))
         fabric.backward(net(torch.ones(2, 64)).square().sum())
-        held = [gather(p.grad) for p in net.parameters() if p.requires_grad]
-        if not plan:
-            norms.append(nn.utils.get_total_norm(held, norm_type))
-        norms.append(fabric.clip_gradients(net, optimizer, max_norm=max_norm, norm_type=norm_type))
-        grads.append([gather(p.grad) for p in net.parameters() if p.requires_grad])
+        trained = [p for p in net.parameters() if p.requires_grad]
+        before = [gather(p.grad) for p in trained]
+        plugin.clip_gradients(optimizer, max_norm)
+        grads.append([gather(p.grad) for p in trained])
+    norm = nn.utils.get_total_norm(before)
+    scale = min(1, max_norm / norm)
     torch.testing.assert_close(grads[1], grads[0])
-    assert norms[0] == norms[1] == norms[2] > 0
-    assert (nn.utils.get_total_norm(grads[1], norm_type) < 1.001 * max_norm) or max_norm > norms[0]
+    torch.testing.assert_close(grads[1], [grad * scale for grad in before], rtol=1e-4, atol=0)
+    assert norm > 0.1
 
 
 class Mesh:

@@ -27,7 +27,7 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.tools.merge_folder import merge_folder
-from lightning_qlora.training.early_optimizer import replace_parameters_by_adapters
+from lightning_qlora.training.optimizers import replace_parameters_by_adapters
 from tests.conftest import make_trainer
 from tests.toys import Lit, ids, logits, needs, perturb, toy
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.audit import audit_first_step
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
+from lightning_qlora.training.optimizers import audit_first_step
 from tests.toys import NAMES, Lit, ids, perturb, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}

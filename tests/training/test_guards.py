@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, loader, raises_before_teardown
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
@@ -167,7 +167,7 @@ def test_lbfgs_over_all_parameters_trains(trainer):
 def test_weights_that_were_never_loaded_are_refused(trainer):
     with torch.device("meta"):
         module = Classifier()
-    with pytest.raises(ValueError, match=r"net\.0.weight: .*meta device"):
+    with raises_before_teardown(ValueError, r"net\.0.weight: .*meta device"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
 
 

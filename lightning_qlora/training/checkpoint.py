@@ -1,8 +1,9 @@
-"""Networks among the hyperparameters of a checkpoint (`save_hyperparameters()` with `net` as an argument).
+"""What a checkpoint holds beside the module's state: torch's random generators, and hyperparameters without networks.
 
-Lightning pickles them, so a checkpoint would hold the base a second time. `LeftOut` takes the place of a network that
-has parameters of the converted module. It holds the structure of the network, without the values of parameters, if
-checkpoints hold the base themselves (checkpoint="full").
+Lightning pickles the networks among the hyperparameters (`save_hyperparameters()` with `net` as an argument), so a
+checkpoint would hold the base a second time. `LeftOut` takes the place of a network that has parameters of the
+converted module. It holds the structure of the network, without the values of parameters, if checkpoints hold the base
+themselves (checkpoint="full").
 """
 
 import base64
@@ -12,11 +13,31 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.layers.dtensor import of_all_ranks, world_size
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+
+
+def gather_torch_rng_states() -> list[dict[str, Any]]:
+    """State of torch's generators on every rank, in rank order; all ranks must call it, as for saving a checkpoint."""
+    own: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a CPU run would take memory of a GPU
+        own["cuda"] = torch.cuda.get_rng_state()
+    return of_all_ranks(own)
+
+
+def set_torch_rng_state_of_rank(states: list[dict[str, Any]]) -> None:
+    """Restore torch's generators on this rank; states that were saved with another world size are ignored."""
+    if len(states) != world_size():
+        return
+    rank = dist.get_rank() if world_size() > 1 else 0
+    torch.set_rng_state(states[rank]["cpu"].cpu())
+    if "cuda" in states[rank] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
 
 
 class LeftOut(nn.Module):

@@ -1,31 +1,126 @@
-"""Before an optimizer's first step: which adapters got no gradient, what does not move, and what was not recomputed.
+"""The optimizers of a run: they hold the adapters, and are checked before their first step.
 
-An adapter without a gradient never trains, and nothing else would say so: its layer may be used only by code that is
-not differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
+An optimizer that was created before conversion, as in LightningCLI and Fabric loops, gets the adapters. An adapter
+without a gradient never trains, and nothing else would say so: its layer may be used only by code that is not
+differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qlora.layers.dtensor import local, world_size
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.full_precision import IN_16_BITS
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import join, last_part, owner_name
+from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
+from lightning_qlora.layers.readable_weight import Readable
+from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
-from lightning_qlora.training.report import group
+from lightning_qlora.training.report import groups
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 UNUSED = "not used in the loss"
 READ = "its weight was read, but no gradient came back"
 _audited: WeakSet[Optimizer] = WeakSet()  # optimizers whose first step was checked
+
+
+def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
+    """Put the adapters in place of the weights that conversion replaced, in the same parameter groups.
+
+    The optimizer and its groups stay the same objects, because schedulers refer to them. An optimizer that has state is
+    not changed; `check_optimizer` refuses it.
+    """
+    if optimizer.state or not any(hasattr(p, REPLACED) for group in optimizer.param_groups for p in group["params"]):
+        return
+    for group in optimizer.param_groups:
+        params = [_replacements(param) for param in group["params"]]
+        if "param_names" in group:  # the optimizer was created from named_parameters()
+            named = zip(group["param_names"], params, strict=True)
+            group["param_names"] = [
+                join(owner_name(name), key) if key else name for name, of_name in named for key in of_name
+            ]
+        group["params"][:] = [param for of_param in params for param in of_param.values()]
+
+
+def leave_out_bytes(optimizer: Optimizer) -> None:
+    """Remove the bytes of 4-bit weights, which are frozen parameters where a strategy splits them over ranks.
+
+    So an optimizer of `self.parameters()` has the same parameters, and its checkpoints the same numbers, everywhere.
+    """
+    for group in optimizer.param_groups:
+        kept = [index for index, param in enumerate(group["params"]) if param.is_floating_point()]
+        for key in group.keys() & {"params", "param_names"} if len(kept) < len(group["params"]) else ():
+            group[key][:] = [group[key][index] for index in kept]
+
+
+def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
+    """The adapter of a weight that conversion replaced, by name endings; {"": param} for another parameter."""
+    if hasattr(param, ROWS):
+        return {DELTA: getattr(param, ROWS)}
+    layer: nn.Module | None = getattr(param, REPLACED, None)
+    if layer is None:
+        return {"": param}
+    prefix = ""
+    if isinstance(layer, QLoRAExperts):
+        prefix = layer.layers[0].full_name.split(".")[-2]
+    adapter = {
+        join(prefix, name): parameter
+        for name, parameter in layer.named_parameters()
+        if last_part(name) in (*ADAPTER, last_part(DELTA))
+    }
+    return adapter or {"": param}  # no adapter: the layer was merged
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """RuntimeError for one of replaced, decoded or frozen weights."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
+    if replaced:
+        name = next((layer.full_name for part in replaced for layer in adapted_layers(part).values()), "merged since")
+        raise RuntimeError(
+            f"The {type(optimizer).__name__} was created before the module was converted and has state: it holds the "
+            f"replaced weights of {len(replaced)} layers ({name}, ...) and not their adapters, so nothing would train. "
+            "Create it in configure_optimizers, or after fabric.setup_module; one with no state, which has made no "
+            "step, gets the adapters when fabric.setup or the Trainer sets it up."
+        )
+    if any(isinstance(parameter, Readable) for parameter in parameters):
+        raise RuntimeError(
+            f"The {type(optimizer).__name__} holds the `weight` of a 4-bit layer, which is decoded at each use and "
+            "can't train. Pass the parameters of the module, self.parameters(), or those of the layer: "
+            "layer.parameters() has lora_A and lora_B."
+        )
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise RuntimeError(
+            f"All {len(parameters)} parameters of the {type(optimizer).__name__} are frozen, so nothing would train. "
+            "Conversion freezes all but the adapters and what modules_to_save names; name the modules of this "
+            "optimizer there. Or the module was frozen after conversion (freeze(), requires_grad_(False), PEFT's "
+            "prepare_model_for_kbit_training): leave that out."
+        )
+
+
+def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Warn of layers whose adapters no optimizer holds: they get gradients, and do not train."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
+    rest = [
+        n for n, la in layers.items() if any(p.requires_grad and id(p) not in held for p in la.adapter_parameters())
+    ]
+    if optimizers and rest:
+        rank_zero_warn(
+            f"The adapters of {len(rest)} of {len(layers)} layers are in no optimizer, so they do not train: "
+            f"{', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}. Pass self.parameters() to the optimizer, or "
+            "name these layers in exclude_modules."
+        )
 
 
 def check_loss(loss: Any) -> None:
@@ -131,9 +226,3 @@ def _warn_of_lost_steps(optimizer: Optimizer, module: nn.Module) -> None:
             "modules_to_save what you make trainable. Or cast these parameters to fp32 before conversion.",
             stacklevel=2,
         )
-
-
-def groups(names: Iterable[str]) -> str:
-    """Names that differ by numbers alone as one."""
-    counts = Counter(map(group, names))
-    return ", ".join(f"{name} (x{count})" if count > 1 else name for name, count in counts.items())

@@ -11,7 +11,8 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

@@ -49,7 +49,7 @@ class _Operation(ConversionOps):
 
         `shape`: that of the weight, if it is wrong; transformers then refuses the load, or initializes the layer.
         """
-        errors = self.hf_quantizer.errors if shape is None else self.hf_quantizer.quantizers.mismatches
+        errors = self.hf_quantizer.errors if shape is None else self.hf_quantizer.loading.mismatches
         errors.append(self.hf_quantizer.error(source, message))
         empty = torch.zeros((), dtype=place.dtype, device="cpu").expand(shape or place.shape)  # takes no memory
         return self.dense(key, empty)
@@ -124,8 +124,8 @@ class Quantize(_Operation):
 
 
 LOAD_WHOLE = (
-    "a DistributedConfig can distribute a model in 4 bits from files in 16 or 32 bit, without trainable_token_indices. "
-    "Load it without one, and call parallelize_module and fully_shard in configure_model."
+    "a DistributedConfig with tp_size can split a model in 4 bits from files in 16 or 32 bit, without fsdp_size and "
+    "trainable_token_indices. Load it without one, and call parallelize_module and fully_shard in configure_model."
 )
 
 

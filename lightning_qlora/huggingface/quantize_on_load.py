@@ -1,14 +1,20 @@
 """Models larger than memory: transformers' `from_pretrained` quantizes each weight as it reads it."""
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import NO_VALUES, check_unwritten, read_weights
-from lightning_qlora.huggingface.patches import default_quantizer
+from lightning_qlora.huggingface.patches import QUANTIZER_FOR, Choice
+from lightning_qlora.layers.patches import make_changes
 
 
 @contextmanager
@@ -29,22 +35,69 @@ def quantize_while_loading(
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield
         return
-    from lightning_qlora.huggingface.quantizer import Quantizers
+    from lightning_qlora.huggingface.quantizer import Loading
 
-    quantizers = Quantizers(config, sharding, adapter)
-    with default_quantizer(quantizers.quantizer_for), _one_after_another():
-        try:
+    loading = Loading(config, sharding, adapter)
+    import_module("transformers.modeling_utils")  # `make_changes` changes what is imported
+    make_changes("transformers")
+    token = QUANTIZER_FOR.set(partial(_quantizer_for, loading))
+    try:
+        with _one_after_another():
             yield
-            for model, folder, versions in quantizers.on_meta:
+            for model, folder, versions in loading.on_meta:
                 check_unwritten(versions)
                 read_weights(model, folder)
-        except RuntimeError as error:
-            # transformers names neither file nor shapes in this one
-            if quantizers.mismatches and "ignore_mismatched_sizes" in str(error):
-                raise quantizers.mismatches[0] from error
-            if quantizers.on_meta and "meta" in str(error):
-                raise RuntimeError(f"{error} {NO_VALUES}") from error
-            raise
+    except RuntimeError as error:
+        # transformers names neither file nor shapes in this one
+        if loading.mismatches and "ignore_mismatched_sizes" in str(error):
+            raise loading.mismatches[0] from error
+        if loading.on_meta and "meta" in str(error):
+            raise RuntimeError(f"{error} {NO_VALUES}") from error
+        raise
+    finally:
+        QUANTIZER_FOR.reset(token)
+
+
+def _quantizer_for(
+    loading: Any, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], Choice]
+) -> Choice:
+    """The quantizer of a model, its config and device_map; `ask` returns transformers' own choice of these.
+
+    If transformers can't dequantize the format of the files while it loads, that choice is returned. A GGUF file is
+    dequantized by transformers as a whole.
+    """
+    from lightning_qlora.huggingface.quantizer import DequantizingQuantizer, PackedQuantizer, QLoRAQuantizer
+
+    if gguf_file is not None:
+        gguf_config = getattr(import_module("transformers"), "GgufConfig", None)
+        return ask(gguf_config and gguf_config(dequantize=True))
+    text_config = model_config.get_text_config(decoder=True)
+    stored: Any = getattr(model_config, "quantization_config", None) or getattr(
+        text_config, "quantization_config", None
+    )
+    if not stored:
+        return QLoRAQuantizer(loading), model_config, device_map
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    if stored.get("load_in_4bit"):
+        return PackedQuantizer(loading), model_config, device_map
+    can_dequantize = takes_dequantize(stored)
+    if can_dequantize:
+        model_config.update({"quantization_config": stored | {"dequantize": True}})
+    reason = (
+        f"{model_config.name_or_path}: is in {stored.get('quant_method')!r}, so its layers would not be converted. "
+        f"{CANNOT_DEQUANTIZE}"
+    )
+    try:
+        quantizer, model_config, device_map = ask(None)
+    except ImportError as error:
+        raise ImportError(str(error) if can_dequantize else reason) from error
+    dequantizes = getattr(getattr(quantizer, "quantization_config", None), "dequantize", False)
+    if quantizer is not None and not dequantizes:
+        warnings.warn(reason, stacklevel=2)
+    if dequantizes and can_compose():
+        quantizer = DequantizingQuantizer(loading, quantizer)
+    return quantizer, model_config, device_map
 
 
 @contextmanager

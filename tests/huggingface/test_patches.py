@@ -1,17 +1,13 @@
 """Quantizing while loading is a matter of one thread or task: what others load at the same time is as without it."""
 
-import ast
 import asyncio
 import contextvars
-import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
-from lightning_qlora.huggingface import patches
 from tests.toys import toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -137,14 +133,3 @@ def test_transformers_function_is_replaced_once_whatever_refers_to_it(folder):
     with QLoRAPrecision(r=4).init():
         assert modeling_utils.get_hf_quantizer is replaced
     assert replaced.__wrapped__.__module__ == "transformers.quantizers.auto"
-
-
-def test_every_change_names_its_upstream_file_and_what_would_remove_it():
-    functions = [n for n in ast.parse(Path(patches.__file__).read_text()).body if isinstance(n, ast.FunctionDef)]
-    for function in functions:
-        text = ast.get_docstring(function)
-        if function.name != "_is_of_a_quantizer":
-            assert re.search("Upstream: (transformers|peft)/", text) and ".py" in text and "Removed by:" in text, (
-                function.name
-            )
-    assert len(functions) >= 3

@@ -425,10 +425,10 @@ def test_a_shape_that_is_not_the_models_is_refused(change, folder, trainer):
 
 def test_a_shape_that_transformers_did_not_compare_is_refused(folder):
     """As before 5.23, where a quantizer is used."""
-    from lightning_qlora.huggingface.quantizer import QLoRAQuantizer, Quantizers
+    from lightning_qlora.huggingface.quantizer import Loading, QLoRAQuantizer
 
     model = transformers.BertForSequenceClassification.from_pretrained(folder("bert"))
-    quantizer = QLoRAQuantizer(Quantizers(QLoRAConfig(**ARGUMENTS)))
+    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS)))
     quantizer._process_model_before_weight_loading(model)
     model.classifier.bias = torch.nn.Parameter(torch.zeros(7))
     with pytest.raises(ValueError, match=r"'classifier.bias' has shape \[7\], and the model has \[3\] there"):

@@ -64,7 +64,8 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
-        _fit_into_loaded_packages()
+        inherit_from_copies(QLoRAPrecision)
+        make_changes("lightning", "torch")  # in copies of Lightning that were loaded since
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()
@@ -361,10 +362,4 @@ def _precision_class(module: nn.Module | None) -> type[Any]:
     return next(precision for kind, precision in pairs if isinstance(module, kind))
 
 
-def _fit_into_loaded_packages() -> None:
-    """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
-    inherit_from_copies(QLoRAPrecision)
-    make_changes("lightning", "torch")
-
-
-_fit_into_loaded_packages()
+make_changes("lightning", "torch")

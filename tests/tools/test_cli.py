@@ -24,12 +24,10 @@ ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 @pytest.fixture(autouse=True)
 def _restore_handlers():
     import signal
-    import warnings
 
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
 
 
 @pytest.fixture

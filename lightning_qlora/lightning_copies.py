@@ -1,7 +1,7 @@
-"""Lightning's modules and classes in `lightning`, and in `pytorch_lightning` and `lightning_fabric` if these are loaded.
+"""Lightning's modules and classes in `lightning`, `pytorch_lightning` and `lightning_fabric`, if these are loaded.
 
-They contain the source code of lightning.pytorch and lightning.fabric a second time, so their classes are different
-classes: a `pytorch_lightning.Trainer` is not an instance of `lightning.pytorch.Trainer`.
+The last two contain the source code of lightning.pytorch and lightning.fabric a second time, so their classes are
+different classes: a `pytorch_lightning.Trainer` is not an instance of `lightning.pytorch.Trainer`.
 """
 
 import sys

@@ -29,8 +29,7 @@ from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_ran
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
-from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
-from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.audit import audit_first_step, check_loss
 from lightning_qlora.training.convert import convert_module, is_converted

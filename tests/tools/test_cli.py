@@ -15,10 +15,9 @@ import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import ROOT
-from tests.toys import Lit, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 @pytest.fixture(autouse=True)

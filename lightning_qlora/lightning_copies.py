@@ -27,5 +27,5 @@ def inherit_from_copies(kind: type) -> None:
     Methods of `lightning` come first. Some methods check for classes of their own package: there the subclass calls
     the method of the right copy itself.
     """
-    base = kind.__bases__[0]
+    base: Any = kind.__bases__[0]
     kind.__bases__ = (base, *(copy for parent in base.__mro__ for copy in classes(parent)[1:]))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
     from lightning_qlora.optim.adamw import PagedAdamW8bit as PagedAdamW8bit
-    from lightning_qlora.optim.callback import PagedOptimizer as PagedOptimizer
     from lightning_qlora.optim.loraplus import loraplus_groups as loraplus_groups
+    from lightning_qlora.optim.pager import PagedOptimizer as PagedOptimizer
     from lightning_qlora.quantization.packed_weight import PackedWeight as PackedWeight
     from lightning_qlora.tools.memory_estimate import (
         MemoryEstimate as MemoryEstimate,
@@ -41,7 +41,7 @@ _PLACES = {
     "PackedWeight": "quantization.packed_weight",
     "PagedAdamW": "optim.adamw",
     "PagedAdamW8bit": "optim.adamw",
-    "PagedOptimizer": "optim.callback",
+    "PagedOptimizer": "optim.pager",
     "QLoRAConfig": "config",
     "QLoRALinear": "layers.qlora_linear",
     "QLoRAPrecision": "training.precision",

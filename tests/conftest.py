@@ -21,11 +21,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_qlora
 from lightning_qlora.layers.qlora_linear import adapted_layers
 
 ROOT = Path(__file__).parent.parent
@@ -133,35 +130,6 @@ def elsewhere() -> torch.device:
     return torch.device("meta")
 
 
-TORCH, PACKAGE = (str(Path(found).parent) + os.sep for found in (torch.__file__, lightning_qlora.__file__))
-
-
-class PackageElsewhere(TorchFunctionMode):
-    """`elsewhere()` for the code of this package alone, for use around a Trainer, a DataLoader or `from_pretrained`.
-
-    These fail themselves under `torch.device("meta")`. Here a tensor without a device is made on the meta device if the
-    first caller outside of torch is a file of the package: a torch module or optimizer that it runs counts as its own.
-
-    Attributes:
-        asked: The calls without a device, as "file:line"; all of them that should have one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
-            frame = sys._getframe(1)
-            while frame.f_back and frame.f_code.co_filename.startswith(TORCH):
-                frame = frame.f_back
-            if frame.f_code.co_filename.startswith(PACKAGE):
-                self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-                kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
-
 def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:
     """Run a script whose Trainer starts its ranks itself: what it prints, and what each rank saved in the folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
@@ -194,13 +162,6 @@ def run_rank(main: Callable[..., object]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def save_shards(folder: Path, values: dict, rest: dict) -> Path:
-    """A checkpoint in shards, as ModelParallelStrategy writes it, of one process."""
-    torch.distributed.checkpoint.save(values, checkpoint_id=folder, no_dist=True)
-    torch.save(rest, folder / "meta.pt")
-    return folder
 
 
 @contextmanager

@@ -7,6 +7,8 @@ then on the GPU, while the module is on the CPU. Every function must compute the
 import ast
 import copy
 import inspect
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils.checkpoint import checkpoint
 
@@ -39,14 +42,42 @@ from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.tools import doctor
-from tests.conftest import Classifier, PackageElsewhere, elsewhere, loader
+from tests.conftest import Classifier, elsewhere, loader
 from tests.toys import Lit, ids, needs, toy
 from tests.training import test_fabric as fabric
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PACKAGE = Path(lightning_qlora.__file__).parent
+TORCH = str(Path(torch.__file__).parent) + os.sep
+OURS = str(PACKAGE) + os.sep
 SMALL = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 TORCH_NAMES_DEVICES = needs("torch", "2.12", "before, AdamW and checkpoint make tensors without a device themselves")
+
+
+class PackageElsewhere(TorchFunctionMode):
+    """`elsewhere()` for the code of this package alone, for use around a Trainer, a DataLoader or `from_pretrained`.
+
+    These fail themselves under `torch.device("meta")`. Here a tensor without a device is made on the meta device if the
+    first caller outside of torch is a file of the package: a torch module or optimizer that it runs counts as its own.
+
+    Attributes:
+        asked: The calls without a device, as "file:line"; all of them that should have one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            frame = sys._getframe(1)
+            while frame.f_back and frame.f_code.co_filename.startswith(TORCH):
+                frame = frame.f_back
+            if frame.f_code.co_filename.startswith(OURS):
+                self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)

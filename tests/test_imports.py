@@ -64,7 +64,7 @@ before = set(sys.modules)
 start = time.process_time()  # not the wall clock: other tests share the cores
 import lightning_qlora
 seconds = time.process_time() - start
-import lightning_qlora.optim.paging.pager
+import lightning_qlora.optim.pager
 added = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = sorted(added & {"triton", "transformers", "peft", "bitsandbytes", "cuda", "rich", "numba", "matplotlib",
     "pytorch_lightning", "lightning_fabric"})

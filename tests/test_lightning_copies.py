@@ -1,7 +1,6 @@
 """The plugin and callback in `pytorch_lightning` and `lightning_fabric`: the results of `lightning`, bit for bit."""
 
 import sys
-from types import SimpleNamespace
 
 import lightning.fabric as fabric
 import lightning.pytorch as pl
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 
 from lightning_qlora import PagedOptimizer, QLoRAPrecision, load_from_checkpoint, save_adapter
-from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from tests.conftest import loader
 
 other_pl = pytest.importorskip("pytorch_lightning")
@@ -139,18 +137,12 @@ def test_our_callbacks_are_those_of_both(tmp_path):
     assert isinstance(callback, (pl.Callback, other_pl.Callback))
 
 
-@pytest.mark.parametrize("pytorch_lightning", [None, SimpleNamespace(__version__="1.9.5")])
-def test_only_loaded_copies_count(monkeypatch, pytorch_lightning):
-    """A process with lightning_fabric alone, then both; an old copy, which does not have all modules, is none."""
+def test_a_copy_may_be_loaded_after_the_plugin_class(monkeypatch):
+    """First a process with lightning_fabric alone, then with pytorch_lightning too."""
     for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_lightning"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pytorch_lightning", pytorch_lightning)
-    kind = type("Plugin", (pl.plugins.precision.Precision,), {})
-    inherit_from_copies(kind)
-    precision = other_fabric.plugins.precision.precision.Precision
-    assert kind.__bases__ == (pl.plugins.precision.Precision, precision)
-    assert classes(pl.LightningModule) == (pl.LightningModule,)
+    plugin = QLoRAPrecision(r=4)
+    assert isinstance(plugin, other_fabric.plugins.Precision)
+    assert not isinstance(plugin, other_pl.plugins.Precision)
     monkeypatch.undo()
-    inherit_from_copies(kind)
-    assert kind.__bases__ == (pl.plugins.precision.Precision, other_pl.plugins.precision.Precision)
-    assert issubclass(kind, precision)
+    assert isinstance(QLoRAPrecision(r=4), other_pl.plugins.Precision)

@@ -51,10 +51,10 @@ ALLOWED = {
     # ctypes: types of functions in our own compiled library.
     "kernels/cpu/library.py": {"function.argtypes", "function.restype", "loaded.form.restype"},
     # A struct and a finalizer that the statement itself, or the one before, makes.
-    "optim/paging/unified_memory.py": {"location.type", "location.id"},
-    "optim/paging/pool.py": {"weakref.finalize(self, pool._free, self.address).atexit"},
+    "optim/host_memory.py": {"location.type", "location.id"},
+    "optim/pool.py": {"weakref.finalize(self, pool._free, self.address).atexit"},
     # The public attribute of an optimizer, as torch's load_state_dict sets it; `close` puts plain dicts back.
-    "optim/paging/optimizer_pages.py": {"optimizer.state"},
+    "optim/optimizer_pages.py": {"optimizer.state"},
     # Of our adapters: their gradients belong to the values before the calibration.
     "training/calibration.py": {"parameter.grad"},
 }  # fmt: skip

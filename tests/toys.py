@@ -6,6 +6,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from lightning_qlora import convert
+
+ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
 # bitsandbytes 0.50 decodes wrongly on a CPU where a width is no multiple of the block: all widths here are of 64.
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -114,6 +118,13 @@ def perturb(module, scale: float = 0.05, seed: int = 0):
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
     return module
+
+
+def converted(name: str, seed: int = 0, **arguments) -> Lit:
+    """A toy in 4 bits whose adapters have other values, as if it had been trained."""
+    lit = Lit(toy(name))
+    convert(lit, **{**ARGUMENTS, **arguments})
+    return perturb(lit, seed=seed)
 
 
 def save_in_4_bits(model_class, base, folder, **changes):

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import seconds
 from lightning_qlora.kernels.backends import Backend, backend, describe
-from lightning_qlora.optim.paging.unified_memory import why_not_managed
+from lightning_qlora.optim.host_memory import why_not_managed
 
 PACKAGES = ("torch", "triton", "lightning", "transformers", "peft", "bitsandbytes", "cuda-bindings")
 

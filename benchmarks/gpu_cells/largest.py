@@ -15,7 +15,7 @@ from benchmarks import llama, peers
 from benchmarks.gpu_cells import Row, memory
 from benchmarks.timing import synchronize, times
 from lightning_qlora import PagedAdamW8bit
-from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.pager import Pager
 
 
 def measure(device: torch.device, small: bool) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks.gpu_cells import Row
-from lightning_qlora.optim.paging import optimizer_pages
+from lightning_qlora.optim import optimizer_pages
 
 MANAGED_LIMIT = 1 << 30  # most bytes of unified memory that a cell allocates
 

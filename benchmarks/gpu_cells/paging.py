@@ -14,8 +14,8 @@ import torch
 from benchmarks.gpu_cells import Row, memory
 from benchmarks.timing import Function, synchronize, times
 from lightning_qlora import PagedAdamW8bit
-from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
+from lightning_qlora.optim.host_memory import ManagedPool, why_not_managed
+from lightning_qlora.optim.pager import Pager
 
 BYTES = 512 << 20
 TENSORS = 224  # one for the adapter of each linear layer of an 8B model

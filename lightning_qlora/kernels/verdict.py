@@ -20,9 +20,8 @@ from typing import IO, Any, TypeVar
 
 import torch
 
-from lightning_qlora.files.file_lock import lock_file
+from lightning_qlora.files.cache_folder import cache_folder, lock_file, objection
 from lightning_qlora.files.folder_writer import atomic_files
-from lightning_qlora.files.private_folder import cache_folder, objection
 from lightning_qlora.kernels.verify import OPS, fault
 
 LIMIT = 120.0  # seconds for one op, most of which compile its kernels

@@ -13,8 +13,8 @@ from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.layers.dtensor import is_sharded, local
-from lightning_qlora.optim.paging.optimizer_pages import windows
-from lightning_qlora.optim.paging.pager import MIN_NUMEL, Pager
+from lightning_qlora.optim.optimizer_pages import windows
+from lightning_qlora.optim.pager import MIN_NUMEL, Pager
 from lightning_qlora.optim.state_8bit import (
     MOMENTS,
     block_count,

@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_qlora.checks import check_integer
 from lightning_qlora.config import Base, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
-from lightning_qlora.tools.patches import print_warnings_in_one_line
 from lightning_qlora.words import ARGUMENTS, install
 
 if TYPE_CHECKING:
@@ -70,8 +68,7 @@ def plan(
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
-    from lightning_qlora.tools.fit import both_units, bytes_on_each, fits, parse_memory
-    from lightning_qlora.tools.memory_estimate import PlannedRun
+    from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits, parse_memory
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
     if find_spec("transformers") is not None:
@@ -200,7 +197,7 @@ def export(
     else:
         requirement = required_base(adapter.quantization)
         if requirement:
-            warnings.warn(requirement, stacklevel=2)
+            print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
     write_adapter(adapter, output)
     print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
@@ -256,7 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{self.prog} --help lists the arguments.\n")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that incomplete folders are deleted
-    print_warnings_in_one_line()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not valid UTF-8
     commands: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.kernels.verify import OPS, fault
-from lightning_qlora.optim.paging.unified_memory import why_not_managed
+from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.training.convert import convert
 from lightning_qlora.training.report import size_text
 from lightning_qlora.words import install

@@ -6,6 +6,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LARGEST = 1 << 22  # elements of a real tensor: attention masks may have more
 
 
 def fake_copy(module: nn.Module) -> nn.Module:
@@ -70,3 +80,24 @@ def _model_of_config(config: Any) -> nn.Module:
 def one_line(error: Exception) -> str:
     """Type and message of an error, on one line and shortened."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+
+
+class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this, tensors that are computed from numbers and real tensors alone are real: positions and masks.
+
+    The code of models reads such values: transformers omits the causal mask if the positions are those of one sequence
+    a row. It is entered within a FakeTensorMode that allows real inputs.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)  # without data, to know its size
+            if any(isinstance(leaf, Tensor) and leaf.numel() > LARGEST for leaf in tree_leaves(result)):
+                return result
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)

@@ -1,16 +1,14 @@
-"""Changes to models without data and to how Python prints warnings."""
+"""A change to models without data."""
 
-import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn  # the command line imports this file, and starts without torch
+from torch import Tensor, nn
+
+from lightning_qlora.layers.routed_experts import is_routed, routed_forward
 
 
-def run_without_data(fake_model: "nn.Module") -> None:
+def run_without_data(fake_model: nn.Module) -> None:
     """Replace functions that can't run in a model whose tensors have no data.
 
     Upstream: torch/nn/modules/module.py, Module._apply, which the forward pass of some routers calls (`.to`): it can't
@@ -18,17 +16,13 @@ def run_without_data(fake_model: "nn.Module") -> None:
     in bf16 only; our loop over experts needs the same memory.
     Removed by: upstream running both under FakeTensorMode.
     """
-    from lightning_qlora.layers.routed_experts import is_routed, routed_forward
-
     for part in fake_model.modules():
         part._apply = partial(_replace_parameters, part)  # type: ignore[method-assign]
         if is_routed(type(part)):
             part.forward = partial(routed_forward, part)
 
 
-def _replace_parameters(part: "nn.Module", fn: "Callable[[Tensor], Tensor]", recurse: bool = True) -> "nn.Module":
-    from torch import nn
-
+def _replace_parameters(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     if recurse:
         for child in part.children():
             child._apply(fn)  # type: ignore[no-untyped-call]
@@ -36,16 +30,3 @@ def _replace_parameters(part: "nn.Module", fn: "Callable[[Tensor], Tensor]", rec
         if parameter is not None:
             part._parameters[key] = nn.Parameter(fn(parameter), requires_grad=parameter.requires_grad)
     return part
-
-
-def print_warnings_in_one_line() -> None:
-    """Print warnings of the command line as `lightning-qlora: warning: ...`, without file and source line.
-
-    Upstream: Python's warnings.py, showwarning, which its documentation says may be replaced by assignment.
-    Removed by: nothing; the process of the command line is ours.
-    """
-
-    def show(message: Any, *_: Any, **__: Any) -> None:
-        print(f"lightning-qlora: warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show

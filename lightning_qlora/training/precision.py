@@ -28,8 +28,7 @@ from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_ran
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import QLoRALinear, computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
-from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
-from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
@@ -67,7 +66,8 @@ class QLoRAPrecision(Precision):
 
     @takes_arguments_of(QLoRAConfig)
     def __init__(self, config: QLoRAConfig) -> None:
-        _fit_into_loaded_packages()
+        inherit_from_copies(QLoRAPrecision)
+        make_changes("lightning", "torch")  # in copies of Lightning that were loaded since
         self.config = config
         self.report: ConversionReport | None = None
         self.pager = Pager()
@@ -362,10 +362,4 @@ def _precision_class(module: nn.Module | None) -> type[Any]:
     return next(precision for kind, precision in pairs if isinstance(module, kind))
 
 
-def _fit_into_loaded_packages() -> None:
-    """Prepare `lightning`, and `pytorch_lightning` and `lightning_fabric` if they are loaded, for the plugin."""
-    inherit_from_copies(QLoRAPrecision)
-    make_changes("lightning", "torch")
-
-
-_fit_into_loaded_packages()
+make_changes("lightning", "torch")

@@ -18,11 +18,10 @@ from lightning_qlora import (
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.tools.merge_folder import merge_folder
-from tests.toys import Lit, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters were initialized as")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 CHANGED = [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}}]
 KIND = type(toy("llama"))
 

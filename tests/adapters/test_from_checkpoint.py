@@ -18,10 +18,9 @@ from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoin
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import elsewhere
-from tests.toys import Lit, logits, toy
+from tests.toys import ARGUMENTS, Lit, logits, toy
 
 pytest.importorskip("transformers")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 @pytest.fixture

@@ -7,16 +7,9 @@ from torch import nn
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.adapters.merge import round_stochastically
 from tests.conftest import elsewhere
-from tests.toys import NAMES, Lit, logits, perturb, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, logits, toy
 
 pytest.importorskip("transformers")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-
-
-def converted(name, **arguments):
-    lit = Lit(toy(name))
-    convert(lit, **{**ARGUMENTS, **arguments})
-    return perturb(lit)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,16 +18,9 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.peft_folder import read_adapter
 from tests.conftest import Classifier, elsewhere
-from tests.toys import NAMES, Lit, ids, logits, perturb, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, ids, logits, perturb, toy
 
 peft = pytest.importorskip("peft")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-
-
-def converted(name, seed=0, **arguments):
-    lit = Lit(toy(name))
-    convert(lit, **{**ARGUMENTS, **arguments})
-    return perturb(lit, seed=seed)
 
 
 def decoded_base(name, lit):

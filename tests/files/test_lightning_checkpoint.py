@@ -10,7 +10,7 @@ from lightning.fabric.utilities import cloud_io
 from lightning_qlora import convert, load_from_checkpoint, save_adapter
 from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
 from lightning_qlora.tools.cli import main
-from tests.conftest import Classifier, save_shards
+from tests.conftest import Classifier
 
 ran = []
 
@@ -29,6 +29,13 @@ class Code:
 @pytest.fixture(autouse=True)
 def _nothing_ran():
     ran.clear()
+
+
+def save_shards(folder, values, rest):
+    """A checkpoint in shards, as ModelParallelStrategy writes it, of one process."""
+    torch.distributed.checkpoint.save(values, checkpoint_id=folder, no_dist=True)
+    torch.save(rest, folder / "meta.pt")
+    return folder
 
 
 STATE = {

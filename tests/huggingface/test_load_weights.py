@@ -18,13 +18,12 @@ from torch.distributed.fsdp import fully_shard
 from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
-from tests.toys import Lit, needs, perturb, toy
+from tests.toys import ARGUMENTS, Lit, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
     needs("transformers", "5.3", "reads all weights before"),
 ]
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 def check_equal(sharded, alone):

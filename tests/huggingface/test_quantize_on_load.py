@@ -23,10 +23,9 @@ from lightning_qlora import (
 )
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from tests.conftest import Classifier, loader, raises_before_teardown
-from tests.toys import NAMES, Lit, ids, logits, needs, perturb, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, ids, logits, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 @pytest.fixture

@@ -20,10 +20,9 @@ from lightning_qlora import (
     save_adapter,
 )
 from tests.conftest import Classifier, loader
-from tests.toys import BERT, LLAMA, ids, toy
+from tests.toys import ARGUMENTS, BERT, LLAMA, ids, toy
 
 transformers = pytest.importorskip("transformers")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 CLASSES = torch.tensor([0, 1])
 IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

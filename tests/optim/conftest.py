@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.optim.paging.stand_in import StandIn
+from tests.optim.stand_in import StandIn
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from lightning_qlora.kernels.reference import dequantize_state, quantize_state
 from lightning_qlora.optim import adamw
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
-from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.pager import Pager
 from lightning_qlora.optim.state_8bit import to_32bit
-from tests.optim.paging.stand_in import assert_all_paged
-from tests.optim.paging.test_optimizer_pages import assert_equal_parameters, model, train
+from tests.optim.stand_in import assert_all_paged
+from tests.optim.test_optimizer_pages import assert_equal_parameters, model, train
 
 
 def regression_loss(make_optimizer, steps=300):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lightning_qlora.optim.adamw import PagedAdamW8bit
-from lightning_qlora.optim.callback import PagedOptimizer
-from tests.optim.paging.runs import ManualRegression, Regression, data, fit, parameters
-from tests.optim.paging.stand_in import assert_all_paged
+from lightning_qlora.optim.pager import PagedOptimizer
+from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
+from tests.optim.stand_in import assert_all_paged
 
 
 @pytest.mark.parametrize("kind", [Regression, ManualRegression])

@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 
 from lightning_qlora.kernels.reference import dequantize_state
+from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
-from lightning_qlora.optim.callback import PagedOptimizer
-from lightning_qlora.optim.paging import optimizer_pages
-from lightning_qlora.optim.paging.pager import Pager
+from lightning_qlora.optim.pager import PagedOptimizer, Pager
 from tests.conftest import run_rank
-from tests.optim.paging.runs import Regression, data, fit, parameters
-from tests.optim.paging.stand_in import StandIn
+from tests.optim.runs import Regression, data, fit, parameters
+from tests.optim.stand_in import StandIn
 
 torch.set_num_threads(1)
 stand_in = StandIn("managed")

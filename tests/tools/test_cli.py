@@ -15,21 +15,18 @@ import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.tools.cli import main
 from tests.conftest import ROOT
-from tests.toys import Lit, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 @pytest.fixture(autouse=True)
 def _restore_handlers():
     import signal
-    import warnings
 
-    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-    warnings.showwarning = show
 
 
 @pytest.fixture

@@ -9,8 +9,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lightning_qlora import convert, to_parameters
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.cli import main
-from lightning_qlora.tools.fit import DRIVER, FRAGMENTATION, bytes_on_each, fits, parse_memory
-from lightning_qlora.tools.memory_estimate import PlannedRun
+from lightning_qlora.tools.memory_estimate import (
+    DRIVER,
+    FRAGMENTATION,
+    PlannedRun,
+    bytes_on_each,
+    fits,
+    parse_memory,
+)
 from tests.toys import toy
 
 pytest.importorskip("transformers")

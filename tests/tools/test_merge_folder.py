@@ -23,16 +23,9 @@ from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import elsewhere
-from tests.toys import NAMES, Lit, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-
-
-def converted(name, **arguments):
-    lit = Lit(toy(name))
-    convert(lit, **{**ARGUMENTS, **arguments})
-    return perturb(lit)
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.optim.paging import optimizer_pages
-from lightning_qlora.optim.paging.unified_memory import why_not_managed
+from lightning_qlora.optim import optimizer_pages
+from lightning_qlora.optim.host_memory import why_not_managed
 from tests.conftest import Classifier, loader
 from tests.toys import ids, perturb, toy
 

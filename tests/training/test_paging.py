@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 
 from lightning_qlora import QLoRAPrecision
-from tests.optim.paging.runs import ManualRegression, Regression, data, fit, parameters
-from tests.optim.paging.stand_in import StandIn, assert_all_paged
+from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
+from tests.optim.stand_in import StandIn, assert_all_paged
 
 
 @pytest.fixture(params=["managed", "pinned"])

@@ -18,8 +18,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from lightning_qlora.files.file_lock import lock_file
-from lightning_qlora.files.private_folder import OWN_FOLDER, cache_folder, objection
+from lightning_qlora.files.cache_folder import OWN_FOLDER, cache_folder, lock_file, objection
 
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP code can use the thread pool of torch's OpenMP library
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=off", "-Wno-psabi")

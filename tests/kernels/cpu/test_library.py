@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_qlora import convert
-from lightning_qlora.files import private_folder
+from lightning_qlora.files import cache_folder
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.cpu import build
 from lightning_qlora.kernels.cpu import library as module
@@ -310,7 +310,7 @@ def test_a_folder_that_others_can_write_to_is_refused(mode, cache, monkeypatch):
     """Even if they could not write to it when the library was compiled."""
     cache.parent.chmod(mode)
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: pytest.fail("loaded"))
-    monkeypatch.setattr(private_folder, "_is_private_group", lambda _: False)
+    monkeypatch.setattr(cache_folder, "_is_private_group", lambda _: False)
     with pytest.raises(build.BuildError, match=r"can be written by other users .*only you can write to \(chmod 700\)"):
         build.load(module.SOURCE, module.SYMBOLS)
 

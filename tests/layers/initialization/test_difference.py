@@ -16,9 +16,8 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.initialization.difference import recompute_initial, subtract_initial
 from lightning_qlora.training.calibration import calibration_of
 from tests.conftest import elsewhere
-from tests.toys import Lit, ids, logits, perturb, toy
+from tests.toys import ARGUMENTS, Lit, ids, logits, perturb, toy
 
-ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 METHODS = [
     {"init_lora_weights": "loftq"},
     {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}},

@@ -1,4 +1,4 @@
-"""What needs a GPU: `pytest -m gpu tests/optim/paging`.
+"""What needs a GPU: `pytest -m gpu tests/optim`.
 
 A fixture limits every test to 1 GiB of unified memory and to what is free on the GPU: a request for more can hang the
 GPU for all its users.
@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from lightning_qlora.optim.adamw import PagedAdamW8bit
-from lightning_qlora.optim.paging.optimizer_pages import open_pool
-from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.paging.pinned_memory import PinnedPool
-from lightning_qlora.optim.paging.pool import MIB, SEGMENT_BYTES
-from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
-from tests.optim.paging.test_optimizer_pages import assert_equal_parameters, model, train
+from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
+from lightning_qlora.optim.optimizer_pages import open_pool
+from lightning_qlora.optim.pager import Pager
+from lightning_qlora.optim.pool import MIB, SEGMENT_BYTES
+from tests.optim.test_optimizer_pages import assert_equal_parameters, model, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 needs_managed = pytest.mark.skipif(
@@ -40,7 +39,7 @@ def little_managed_memory(monkeypatch):
 def pool(request, monkeypatch):
     pool = ManagedPool(DEVICE) if request.param == "managed" else PinnedPool(DEVICE, "a test")
     monkeypatch.setattr(
-        "lightning_qlora.optim.paging.optimizer_pages.open_pool", lambda device: pool if device.type == "cuda" else None
+        "lightning_qlora.optim.optimizer_pages.open_pool", lambda device: pool if device.type == "cuda" else None
     )
     return pool
 

@@ -1,8 +1,15 @@
-"""Folders and files that no other user can change: the conditions of OpenSSH's StrictModes, for code that is loaded."""
+"""The cache folder, which no other user can write to, and a lock between the processes that use it.
+
+It holds code that is loaded, so the conditions are those of OpenSSH's StrictModes.
+"""
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 OWN_FOLDER = "Set LIGHTNING_QLORA_CACHE to a folder that belongs to you and that only you can write to (chmod 700)."
 
@@ -67,3 +74,18 @@ def _named_folder() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"], "lightning_qlora")
     return Path.home() / ".cache" / "lightning_qlora"
+
+
+@contextmanager
+def lock_file(path: Path, timeout: float) -> Iterator[None]:
+    """Lock a file, and delete it at the end; after `timeout` seconds, or where files have no locks, go on without."""
+    lock = FileLock(path)
+    with suppress(NotImplementedError, OSError):  # its Timeout is an OSError
+        lock.acquire(timeout=timeout)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # on Windows the release deletes it
+                path.unlink()  # before the release: filelock >= 3.21 never returns a lock on a deleted file
+        lock.release()

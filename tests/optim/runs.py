@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.optim.paging.stand_in import assert_all_paged
+from tests.optim.stand_in import assert_all_paged
 
 QUIET = {
     "accelerator": "cpu",

@@ -10,10 +10,9 @@ from collections import Counter
 
 import torch
 
-from lightning_qlora.optim.paging.paged_state import tensors_in
-from lightning_qlora.optim.paging.pinned_memory import PinnedPool
-from lightning_qlora.optim.paging.pool import Pool
-from lightning_qlora.optim.paging.unified_memory import ManagedPool
+from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool
+from lightning_qlora.optim.paged_state import tensors_in
+from lightning_qlora.optim.pool import Pool
 
 PAGE = 4096
 CPU = torch.device("cpu")
@@ -126,7 +125,7 @@ class StandIn:
 
     def install(self, monkeypatch):
         """Let all optimizers use these pools."""
-        monkeypatch.setattr("lightning_qlora.optim.paging.optimizer_pages.open_pool", self.open_pool)
+        monkeypatch.setattr("lightning_qlora.optim.optimizer_pages.open_pool", self.open_pool)
         return self
 
     def open_pool(self, device):

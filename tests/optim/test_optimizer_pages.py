@@ -6,14 +6,12 @@ import gc
 import pytest
 import torch
 
-from lightning_qlora.optim import adamw
+from lightning_qlora.optim import adamw, optimizer_pages
 from lightning_qlora.optim.adamw import PagedAdamW8bit
-from lightning_qlora.optim.paging import optimizer_pages
-from lightning_qlora.optim.paging.optimizer_pages import open_pool, windows
-from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.paging.pinned_memory import PinnedPool
-from lightning_qlora.optim.paging.unified_memory import ManagedPool
-from tests.optim.paging.stand_in import assert_all_paged
+from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool
+from lightning_qlora.optim.optimizer_pages import open_pool, windows
+from lightning_qlora.optim.pager import Pager
+from tests.optim.stand_in import assert_all_paged
 
 
 def model():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lightning_qlora.optim.adamw import PagedAdamW
-from lightning_qlora.optim.paging.pager import Pager
-from lightning_qlora.optim.paging.pool import SEGMENT_BYTES
-from tests.optim.paging.stand_in import assert_all_paged
-from tests.optim.paging.test_optimizer_pages import assert_equal_parameters, model, train
+from lightning_qlora.optim.pager import Pager
+from lightning_qlora.optim.pool import SEGMENT_BYTES
+from tests.optim.stand_in import assert_all_paged
+from tests.optim.test_optimizer_pages import assert_equal_parameters, model, train
 
 
 def test_attaching_twice_changes_nothing(stand_in):

@@ -6,9 +6,9 @@ import inspect
 import pytest
 import torch
 
-from lightning_qlora.optim.paging.pinned_memory import PinnedPool
-from lightning_qlora.optim.paging.pool import SEGMENT_BYTES
-from tests.optim.paging.stand_in import StandInPinnedPool
+from lightning_qlora.optim.host_memory import PinnedPool
+from lightning_qlora.optim.pool import SEGMENT_BYTES
+from tests.optim.stand_in import StandInPinnedPool
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from lightning_qlora.optim.paging.paged_state import PagedState, tensors_in
+from lightning_qlora.optim.paged_state import PagedState, tensors_in
 
 
 class Recorder:

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_qlora.optim.paging import unified_memory
-from lightning_qlora.optim.paging.pool import ALIGNMENT, SEGMENT_BYTES, Segment
-from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
-from tests.optim.paging.stand_in import StandInManagedPool
+from lightning_qlora.optim import host_memory
+from lightning_qlora.optim.host_memory import ManagedPool, why_not_managed
+from lightning_qlora.optim.pool import ALIGNMENT, SEGMENT_BYTES, Segment
+from tests.optim.stand_in import StandInManagedPool
 
 DEVICE = torch.device("cuda", 0)
 
@@ -161,7 +161,7 @@ def no_device(monkeypatch):
 def test_a_prefetch_goes_to_the_stream_of_its_own_device(monkeypatch, no_device):
     """Default streams of all devices have the address 0, which means that of the current device."""
     entered, calls = [], []
-    monkeypatch.setattr(unified_memory, "_runtime", lambda: fake_runtime(13, calls))
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, calls))
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     ManagedPool(torch.device("cuda", 1))._prefetch_range(4096, 10)
     assert entered == [torch.device("cuda", 1)]
@@ -171,7 +171,7 @@ def test_a_prefetch_goes_to_the_stream_of_its_own_device(monkeypatch, no_device)
 @pytest.mark.parametrize("version", [12, 13])
 def test_both_signatures_get_locations(monkeypatch, no_device, version):
     calls = []
-    monkeypatch.setattr(unified_memory, "_runtime", lambda: fake_runtime(version, calls))
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(version, calls))
     pool = ManagedPool(DEVICE)
     address = pool._allocate(1000)
     pool._prefetch_range(address, 1000)
@@ -186,14 +186,14 @@ def test_both_signatures_get_locations(monkeypatch, no_device, version):
 
 def test_no_memory_is_a_memory_error_and_the_error_is_cleared(monkeypatch, no_device):
     calls = []
-    monkeypatch.setattr(unified_memory, "_runtime", lambda: fake_runtime(13, calls, error="cudaErrorMemoryAllocation"))
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, calls, error="cudaErrorMemoryAllocation"))
     with pytest.raises(MemoryError, match="cudaErrorMemoryAllocation"):
         ManagedPool(DEVICE)._allocate(1000)
     assert calls[-1] == ("clear",)
 
 
 def test_any_other_error_names_the_call(monkeypatch, no_device):
-    monkeypatch.setattr(unified_memory, "_runtime", lambda: fake_runtime(13, [], error="cudaErrorX"))
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, [], error="cudaErrorX"))
     with pytest.raises(RuntimeError, match="cudaMemPrefetchAsync failed with cudaErrorX while paging"):
         ManagedPool(DEVICE)._prefetch_range(4096, 10)
 
@@ -207,13 +207,13 @@ def test_any_other_error_names_the_call(monkeypatch, no_device):
     ],
 )
 def test_managed_memory_needs_concurrent_access(monkeypatch, attributes, reason):
-    monkeypatch.setattr(unified_memory, "_runtime", lambda: fake_runtime(13, [], attributes))
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, [], attributes))
     answer = why_not_managed(DEVICE)
     assert answer is None if reason is None else reason in answer
 
 
 def test_rocm_and_a_missing_wheel_are_reasons(monkeypatch):
-    monkeypatch.setattr(unified_memory, "find_spec", lambda name: None)
+    monkeypatch.setattr(host_memory, "find_spec", lambda name: None)
     assert 'pip install ".[paged]" in a clone' in why_not_managed(DEVICE)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "ROCm" in why_not_managed(DEVICE)

@@ -19,10 +19,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qlora.optim.paging.paged_state import PagedState, tensors_in
-from lightning_qlora.optim.paging.pinned_memory import PinnedPool
-from lightning_qlora.optim.paging.pool import Pool
-from lightning_qlora.optim.paging.unified_memory import ManagedPool, why_not_managed
+from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
+from lightning_qlora.optim.paged_state import PagedState, tensors_in
+from lightning_qlora.optim.pool import Pool
 from lightning_qlora.optim.state_8bit import saved_betas, saved_parameters, to_32bit
 
 

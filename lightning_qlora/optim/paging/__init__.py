@@ -1,1 +1,0 @@
-"""Optimizer state that moves between host and device memory."""

@@ -87,9 +87,17 @@ def lora_linear(
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    p: float, seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: PackedBytes,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
     empty = _empty(grad.dtype, grad.device)
     grad_xa = torch.addmm(empty, grad, lora_b.to(grad.dtype), beta=0, alpha=scaling)

@@ -18,9 +18,15 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 def lora_linear(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float = 0.0,
+    x: Tensor,
+    weight: PackedBytes,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float = 0.0,
     seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A frozen 4-bit layer with its adapter: y = x W^T + bias + s (drop(x) A^T) B^T.
 
     Args:
@@ -66,9 +72,13 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
         rest: tuple[PackedBytes, float, float, Tensor | None, list[Tensor]],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Save what the backward pass needs; `lora_linear` writes the result after that."""
         weight, scaling, p, seed, projected = rest
         y, xa = ops.lora_project(x, weight, bias, lora_a, lora_b, p, seed)

@@ -125,9 +125,14 @@ def _weight_of(
 
 @torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
 def _dequantize(
-    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _refuse_onnx()
     weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     check_bytes(weight)
@@ -156,9 +161,20 @@ def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
 def lora_linear_op(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int,
-    bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float, p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
     weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
@@ -176,10 +192,22 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
 def lora_linear_backward_op(
-    grad: Tensor, x: Tensor, xa: Tensor, packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int],
-    quant_type: str, block_size: int, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, scaling: float, p: float,
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    p: float,
     needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty if it is not needed), A and B."""
     weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
@@ -222,9 +250,17 @@ def lora_linear_in_one_call(
 
 
 def lora_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
-    seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: PackedBytes,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of x (shaped like x; None if it is not needed), A and B."""
     with no_autocast(x):
         grad_x, grad_a, grad_b = backend(x.device).linear_backward(

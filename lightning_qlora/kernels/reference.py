@@ -92,9 +92,17 @@ def linear_into(
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    p: float, seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: PackedBytes,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
     dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
@@ -116,9 +124,15 @@ def _adapter_gradients(
 
 
 def grouped_linear(
-    x: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    scaling: float, p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    ends: Tensor,
+    weights: Sequence[PackedBytes],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The layers of several experts: rows ends[e - 1] to ends[e] of X go through layer e; Y, and drop(X) A^T.
 
     Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], lists by expert.
@@ -131,9 +145,18 @@ def grouped_linear(
 
 
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor], scaling: float, p: float, seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    ends: Tensor,
+    weights: Sequence[PackedBytes],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of X, of every A [experts, r, in] and of every B [experts, out, r]; see `linear_backward`."""
     total, dropped = torch.zeros_like(x, dtype=torch.float32), dropout(x, p, seed)
     grads_a, grads_b = list[Tensor](), list[Tensor]()
@@ -186,9 +209,14 @@ def adamw_step(
 
 @torch.no_grad()
 def adamw8bit_step(
-    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
-    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
-) -> None:  # fmt: skip
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmaxes: list[Tensor],
+    scalars: AdamWStep,
+) -> None:
     """One step with 8-bit state, in place.
 
     m and v are codes of the 256 dynamic levels (signed for m, unsigned for v) with one scale per 256 elements. They are

@@ -131,9 +131,15 @@ def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], I
     code = f"import sys; from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(device), *ops], cwd=PACKAGE.parent, env=os.environ | {"PYTHONPATH": paths},
-        text=True, errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(device), *ops],
+        cwd=PACKAGE.parent,
+        env=os.environ | {"PYTHONPATH": paths},
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert child.stdout is not None
     return child.kill, child.stdout
 

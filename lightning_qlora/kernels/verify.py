@@ -17,9 +17,16 @@ from lightning_qlora.kernels import reference, scratch
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 OPS = (
-    "quantize", "dequantize", "lora_project", "linear_into", "linear_backward", "grouped_linear",
-    "grouped_linear_backward", "adamw_step", "adamw8bit_step",
-)  # fmt: skip
+    "quantize",
+    "dequantize",
+    "lora_project",
+    "linear_into",
+    "linear_backward",
+    "grouped_linear",
+    "grouped_linear_backward",
+    "adamw_step",
+    "adamw8bit_step",
+)
 EXACT = ("quantize", "dequantize")  # the same bits everywhere
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest difference, as a share of the largest value; half of it for the norm. Of floats, that of the coarsest type.

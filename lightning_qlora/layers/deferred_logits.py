@@ -66,9 +66,13 @@ class DeferredLogits(Readable):
 
     @staticmethod
     def __new__(
-        cls, hidden: Tensor, source: Source, dtype: torch.dtype, functions: tuple[Function, ...] = (),
+        cls,
+        hidden: Tensor,
+        source: Source,
+        dtype: torch.dtype,
+        functions: tuple[Function, ...] = (),
         parent: "tuple[DeferredLogits, Function] | None" = None,
-    ) -> "DeferredLogits":  # fmt: skip
+    ) -> "DeferredLogits":
         """A tensor with the shape, type and device of the logits, and no memory."""
         made: DeferredLogits = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], source.head.out_features), dtype=dtype, device=hidden.device
@@ -193,9 +197,17 @@ class _Attached(torch.autograd.Function):
 
 CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
 ELEMENTWISE = {
-    *CASTS, Tensor.tanh, Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__,
-    torch.tanh, torch.mul, torch.div,
-}  # fmt: skip
+    *CASTS,
+    Tensor.tanh,
+    Tensor.mul,
+    Tensor.div,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    Tensor.__truediv__,
+    torch.tanh,
+    torch.mul,
+    torch.div,
+}
 SHAPES = {Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.contiguous, torch.reshape, torch.flatten}
 PLAIN_ARGUMENTS = (int, float, str, torch.dtype, torch.device)  # of casts and functions of each element
 
@@ -245,9 +257,15 @@ def _getitem(logits: DeferredLogits, index: tuple[Any, ...]) -> Tensor | None:
 
 
 def _cross_entropy(
-    input: Any, target: Any, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
-    reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Tensor | None:  # fmt: skip
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
     """`F.cross_entropy` in pieces of rows; None for anything but the mean or the sum over the rows of a matrix."""
     if not isinstance(input, DeferredLogits) or input.is_computed or input.dim() != 2:
         return None

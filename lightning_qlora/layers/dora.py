@@ -20,9 +20,17 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 def dora_linear(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
-    norm: Tensor, scaling: float, p: float, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: PackedBytes,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
     """The layer, differentiable in x, A, B and the magnitudes m [out]; norm: ||W + s B A|| [out], see `lora_linear`."""
     factor = (magnitude.detach() / norm).float()
     scaled = scale_rows(weight, factor)

@@ -39,9 +39,13 @@ def _pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
     entries = {f"weight.{key}": value for key, value in weight.quant_state.as_dict(packed=True).items()}
     dense_class = getattr(layer, "source_cls", nn.Linear)
     for name in (
-        "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
+        "compute_dtype",
+        "compute_type_is_set",
+        "quant_state",
+        "quant_storage",
+        "support_avx512bf16_for_cpu",
         "source_cls",
-    ):  # fmt: skip
+    ):
         vars(layer).pop(name, None)
     return PackedWeight.from_bnb_state_dict({"weight": weight.data, **entries}), dense_class
 

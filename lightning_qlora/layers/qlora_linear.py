@@ -50,9 +50,12 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     @staticmethod
     def from_linear(
-        layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None = None,
+        layer: nn.Module,
+        config: QLoRAConfig,
+        name: str,
+        device: torch.device | None = None,
         seed_name: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
@@ -65,9 +68,13 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     @staticmethod
     def from_packed(
-        layer: nn.Module, weight: PackedWeight, dense_class: type[nn.Module], config: QLoRAConfig, name: str,
+        layer: nn.Module,
+        weight: PackedWeight,
+        dense_class: type[nn.Module],
+        config: QLoRAConfig,
+        name: str,
         seed_name: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
         A weight that the layer has is removed. `dense_class` is the class after `merge`. The quantization that `config`
@@ -88,10 +95,17 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str | None
     ) -> "QLoRALinear":
         layer.__dict__.update(
-            dense_class=dense_class, config=config, full_name=name, seed_name=name if seed_name is None else seed_name,
-            scaling=config.scaling, lora_dropout=config.lora_dropout, dense_weight=None, input_rms=None, loaded=False,
+            dense_class=dense_class,
+            config=config,
+            full_name=name,
+            seed_name=name if seed_name is None else seed_name,
+            scaling=config.scaling,
+            lora_dropout=config.lora_dropout,
+            dense_weight=None,
+            input_rms=None,
+            loaded=False,
             _fingerprint=None,
-        )  # fmt: skip
+        )
         layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)
         if layer.bias is not None:
@@ -153,9 +167,15 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         return (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}")
 
     def compute(
-        self, x: Tensor, weight: PackedBytes, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None,
+        self,
+        x: Tensor,
+        weight: PackedBytes,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor | None,
         rank: int = 0,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The same with the parameters of the layer, or with a part of them; ranks with other numbers drop others."""
         dtype, given = self.compute_dtype(x), x.dtype
         if given is not dtype:
@@ -198,9 +218,15 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         save_base(self, destination, prefix)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         optional, missing = load_base(self, state_dict, prefix, missing_keys), list[str]()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]

@@ -24,13 +24,33 @@ READ_ONLY = (
 METADATA = {
     getattr(Tensor, name).__get__
     for name in (
-        "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "is_meta", "is_leaf", "grad_fn",
-        "grad", "is_sparse", "is_nested", "is_quantized",
+        "dtype",
+        "device",
+        "shape",
+        "ndim",
+        "requires_grad",
+        "is_cuda",
+        "layout",
+        "is_meta",
+        "is_leaf",
+        "grad_fn",
+        "grad",
+        "is_sparse",
+        "is_nested",
+        "is_quantized",
     )
 } | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
-    Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
-}  # fmt: skip
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.element_size,
+    Tensor.__len__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 

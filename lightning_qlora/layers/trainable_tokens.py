@@ -115,9 +115,10 @@ class TrainableTokens(Derived):
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What `F.linear(x, layer.weight, bias)` computes."""
-        y, indices = F.linear(x, self.base().weight, bias), self.token_adapter.token_indices
+        y = F.linear(x, self.base().weight, bias)
         if self._qlora_disabled:
             return y
+        indices = self.token_adapter.token_indices
         return y.index_copy(-1, indices, F.linear(x, self.rows(), bias if bias is None else bias[indices]))
 
 
@@ -131,7 +132,8 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[o
         output: Tensor = self.base().forward(input)
         if self._qlora_disabled:
             return output
-        indices, order = self.token_adapter.token_indices, self.token_adapter.order
+        indices = self.token_adapter.token_indices
+        order = self.token_adapter.order
         row = order[torch.searchsorted(indices, input, sorter=order).clamp_max_(len(order) - 1)]
         # `row` is arbitrary for a token that does not train: torch.where below does not use its result.
         rows = self._call_with_rows(row, {}, num_embeddings=len(order), padding_idx=None)
@@ -223,53 +225,48 @@ def select_tokens(module: nn.Module, given: TokenIndices | None, names: dict[int
 
     A key that fits no layer has no effect here, see `check_tokens`.
     """
-    chosen, tied = _named_layers(module, given, names), dict[int, list[int]]()
     layers = dict(module.named_modules())
-    for name, indices in chosen.items():
-        if (weight := layers[name]._parameters.get("weight")) is not None:
-            tied.setdefault(id(weight), indices)
-    others = {name: tied[id(w)] for name, key, w in parameters(module) if key == "weight" and id(w) in tied}
-    found = (others | chosen).items()
-    return {name: indices for name, indices in found if not isinstance(layers[name], TrainableTokens)}
+    named = _named_layers(module, given, names)
+    by_weight: dict[int, list[int]] = {}
+    for name, indices in named.items():
+        weight = layers[name]._parameters.get("weight")
+        if weight is not None:
+            by_weight.setdefault(id(weight), indices)
+    tied = {
+        name: by_weight[id(weight)]
+        for name, key, weight in _parameters_of(module)
+        if key == "weight" and id(weight) in by_weight
+    }
+    return {name: indices for name, indices in (tied | named).items() if not isinstance(layers[name], TrainableTokens)}
 
 
 def check_tokens(
     module: nn.Module, given: TokenIndices | None, names: dict[int, LayerNames], in_full: Mapping[str, Any]
 ) -> None:
     """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
-    layers, chosen = dict(module.named_modules()), _named_layers(module, given, names)
+    layers = dict(module.named_modules())
+    named = _named_layers(module, given, names)
     embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
     what = f"{type(module).__name__} has {f'the embeddings {embeddings}' if embeddings else 'no nn.Embedding'}"
-    if isinstance(given, list) and not chosen:
+    if isinstance(given, list) and not named:
         raise ValueError(f"{ARGUMENT}: {what}, so a list does not say which. Pass {{name of the layer: {given[:9]}}}.")
     for key in given if isinstance(given, dict) else ():
         if not any(names[id(layer)].match([key]) for layer in layers.values()):
             raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {what}.")
     by_weight: dict[int, list[int]] = {}
-    for name, indices in chosen.items():
+    for name, indices in named.items():
+        weight = _checked_weight(name, layers[name], indices)
+        previous = by_weight.setdefault(id(weight), indices)
         layer = layers[name]
-        weight = layer._parameters.get("weight")
-        in_4_bits = isinstance(layer, PackedLayer) or is_packed(layer)
-        can_train = weight is not None and weight.is_floating_point()
-        if in_4_bits or not isinstance(layer, (nn.Embedding, nn.Linear)) or not can_train:
-            kind = f"{type(layer).__name__}{' in 4 bits' if in_4_bits else ''}"
-            raise ValueError(f"{ARGUMENT}: {name!r} is a {kind}: only rows of nn.Embedding and nn.Linear can train.")
-        assert weight is not None
-        if weight.is_meta:
-            raise ValueError(f"{ARGUMENT}: {name!r} has no values yet. Load the module before it is converted.")
-        if max(indices) >= len(weight):
+        if isinstance(layer, TrainableTokens) and previous == indices:
+            previous = layer.token_adapter.token_indices.tolist()
+        if previous != indices:
             raise ValueError(
-                f"{ARGUMENT}: {name!r} has the {len(weight)} rows 0 to {len(weight) - 1}, and not {max(indices)}. Call "
-                "resize_token_embeddings before conversion."
+                f"{ARGUMENT}: {name!r} was converted before, or is tied to a layer, with the rows {shown(previous)}. "
+                "Pass these."
             )
-        known = layer.token_adapter.token_indices.tolist() if isinstance(layer, TrainableTokens) else indices
-        if known != indices or (known := by_weight.setdefault(id(weight), indices)) != indices:
-            raise ValueError(
-                f"{ARGUMENT}: {name!r} was converted before, or is tied to a layer, with the rows {shown(known)}. Pass "
-                "these."
-            )
-    for name, key, weight in parameters(module):
-        if id(weight) not in by_weight:
+    for name, key, parameter in _parameters_of(module):
+        if id(parameter) not in by_weight:
             continue
         if any(inside(name, outer) for outer in in_full):
             raise ValueError(
@@ -284,31 +281,54 @@ def check_tokens(
             )
 
 
+def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
+    """The weight of a layer; ValueError if its rows can't train, or if it lacks some of them."""
+    weight = layer._parameters.get("weight")
+    in_4_bits = isinstance(layer, PackedLayer) or is_packed(layer)
+    is_float = weight is not None and weight.is_floating_point()
+    if weight is None or in_4_bits or not is_float or not isinstance(layer, (nn.Embedding, nn.Linear)):
+        kind = f"{type(layer).__name__}{' in 4 bits' if in_4_bits else ''}"
+        raise ValueError(f"{ARGUMENT}: {name!r} is a {kind}: only rows of nn.Embedding and nn.Linear can train.")
+    if weight.is_meta:
+        raise ValueError(f"{ARGUMENT}: {name!r} has no values yet. Load the module before it is converted.")
+    if max(indices) >= len(weight):
+        raise ValueError(
+            f"{ARGUMENT}: {name!r} has the {len(weight)} rows 0 to {len(weight) - 1}, and not {max(indices)}. Call "
+            "resize_token_embeddings before conversion."
+        )
+    return weight
+
+
 def _named_layers(module: nn.Module, given: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
+    """Name of each layer that the argument means -> the indices."""
     if isinstance(given, list):
-        found = _input_embeddings(module)
-        return {found[0]: given} if len(found) == 1 else {}
-    chosen: dict[str, list[int]] = {}
+        embeddings = _input_embeddings(module)
+        return {embeddings[0]: given} if len(embeddings) == 1 else {}
+    named: dict[str, list[int]] = {}
     for key, indices in (given or {}).items():
         for name, layer in module.named_modules():
             if names[id(layer)].match([key]):
-                chosen.setdefault(name, indices)
-    return chosen
+                named.setdefault(name, indices)
+    return named
 
 
 def _input_embeddings(module: nn.Module) -> list[str]:
     """Names of what `get_input_embeddings` of each model returns; without one, every `embed_tokens` or nn.Embedding."""
-    models, found = list[str](), set[int]()
+    models: list[str] = []
+    of_models: set[int] = set()
     for name, part in module.named_modules():
         if callable(getattr(part, "get_input_embeddings", None)) and not any(inside(name, outer) for outer in models):
             models.append(name)
             with suppress(NotImplementedError, AttributeError):  # transformers models without one
-                found.add(id(part.get_input_embeddings()))
-    every = {name: part for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
-    own = [name for name, part in every.items() if id(part) in found]
-    return own or [name for name in every if last_part(name) == "embed_tokens"] or list(every)
+                of_models.add(id(part.get_input_embeddings()))
+    embeddings = {name: part for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
+    return (
+        [name for name, part in embeddings.items() if id(part) in of_models]
+        or [name for name in embeddings if last_part(name) == "embed_tokens"]
+        or list(embeddings)
+    )
 
 
-def parameters(module: nn.Module) -> list[tuple[str, str, nn.Parameter | None]]:
+def _parameters_of(module: nn.Module) -> list[tuple[str, str, nn.Parameter | None]]:
     """Name of a module, key and value of each parameter that it holds; tied ones several times."""
     return [(name, key, p) for name, part in module.named_modules() for key, p in part._parameters.items()]

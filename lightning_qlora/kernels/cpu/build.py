@@ -119,9 +119,14 @@ def _hash(file: Path) -> str:
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT,
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT,
             env=os.environ | {"LC_ALL": "C"},
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(
             f"the compiler took more than {TIMEOUT} seconds: try again when the machine is less busy, or set CC to "

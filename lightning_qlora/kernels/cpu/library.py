@@ -32,9 +32,16 @@ _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 
 class _Weight(ctypes.Structure):
     _fields_ = (
-        ("packed", _pointer), ("absmax", _pointer), ("nested", _pointer), ("levels", _pointer), ("dynamic", _pointer),
-        ("offset", _pointer), ("rows", _long), ("columns", _long), ("block_shift", _long),
-    )  # fmt: skip
+        ("packed", _pointer),
+        ("absmax", _pointer),
+        ("nested", _pointer),
+        ("levels", _pointer),
+        ("dynamic", _pointer),
+        ("offset", _pointer),
+        ("rows", _long),
+        ("columns", _long),
+        ("block_shift", _long),
+    )
 
 
 class Library:
@@ -44,13 +51,25 @@ class Library:
         signatures = {
             "dequantize": (_pointer, _pointer, _int, _int),
             "lora_linear": (
-                _pointer, _pointer, _pointer, _int, _long, _pointer, _int, _pointer, _pointer, _pointer, _long, _float,
-                _pointer, _int,
+                _pointer,
+                _pointer,
+                _pointer,
+                _int,
+                _long,
+                _pointer,
+                _int,
+                _pointer,
+                _pointer,
+                _pointer,
+                _long,
+                _float,
+                _pointer,
+                _int,
             ),
             "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
             "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
             "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
-        }  # fmt: skip
+        }
         self._multiplies = hasattr(loaded, "lora_linear")
         for name, arguments in signatures.items():
             if name == "lora_linear" and not self._multiplies:
@@ -78,9 +97,16 @@ class Library:
         return m <= MOST_ROWS_SLOW
 
     def lora_linear(
-        self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float,
-        lora_a: Tensor | None = None, xa: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: PackedBytes,
+        bias: Tensor | None,
+        lora_b: Tensor,
+        scaling: float,
+        lora_a: Tensor | None = None,
+        xa: Tensor | None = None,
+    ) -> Tensor:
         """y = x W^T + bias + scaling xa B^T, rounded once, decoding W tile by tile; xa = x A^T without dropout.
 
         y [m, out] is contiguous, m <= `MOST_ROWS`. Either A, or xa in the type of x, is given.
@@ -95,10 +121,21 @@ class Library:
             bias = (bias if bias.dtype in self.types else bias.float()).contiguous()
             bias_type = TYPES[bias.dtype]
         self._loaded.lora_linear(
-            ctypes.byref(described), x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, _address(bias), bias_type,
-            _address(projected), _address(given), lora_b.data_ptr(), r, scaling, workspace.data_ptr(),
+            ctypes.byref(described),
+            x.data_ptr(),
+            y.data_ptr(),
+            TYPES[x.dtype],
+            m,
+            _address(bias),
+            bias_type,
+            _address(projected),
+            _address(given),
+            lora_b.data_ptr(),
+            r,
+            scaling,
+            workspace.data_ptr(),
             _threads(weight.numel),
-        )  # fmt: skip
+        )
         return y
 
     def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
@@ -107,9 +144,16 @@ class Library:
         packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
         absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
         self._loaded.quantize(
-            flat.data_ptr(), TYPES[flat.dtype], flat.numel(), block_size.bit_length() - 1, book.bounds.data_ptr(),
-            book.order.data_ptr(), packed.data_ptr(), absmax.data_ptr(), _threads(flat.numel()),
-        )  # fmt: skip
+            flat.data_ptr(),
+            TYPES[flat.dtype],
+            flat.numel(),
+            block_size.bit_length() - 1,
+            book.bounds.data_ptr(),
+            book.order.data_ptr(),
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            _threads(flat.numel()),
+        )
         shape = (weight.shape[0], weight.shape[1])
         if not double_quant:
             return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
@@ -117,9 +161,8 @@ class Library:
         nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
         nested[-1], places = blockwise.mean_in_fixed_order(absmax), blockwise.code_of_place()
         self._loaded.quantize_scales(
-            absmax.data_ptr(), absmax.numel(), nested[-1].item(), places.data_ptr(),
-            codes.data_ptr(), nested.data_ptr(),
-        )  # fmt: skip
+            absmax.data_ptr(), absmax.numel(), nested[-1].item(), places.data_ptr(), codes.data_ptr(), nested.data_ptr()
+        )
         return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
 
     def dropout_into(self, out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -154,9 +197,15 @@ def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
     scales, size = (nested.data_ptr(), nested.numel()) if nested.numel() else (None, 0)
     levels, dynamic, held = _levels(weight.quant_type)
     described = _Weight(
-        packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, scales and scales + size - 4, *weight.shape,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        scales,
+        levels,
+        dynamic,
+        scales and scales + size - 4,
+        *weight.shape,
         weight.block_size.bit_length() - 1,
-    )  # fmt: skip
+    )
     return described, [packed, absmax, nested, *held]
 
 

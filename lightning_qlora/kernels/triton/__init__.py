@@ -7,6 +7,15 @@ from lightning_qlora.kernels.triton.linear import linear_backward, linear_into, 
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 
 __all__ = [
-    "adamw8bit_step", "adamw_step", "can_group", "check_launch", "dequantize", "grouped_linear",
-    "grouped_linear_backward", "linear_backward", "linear_into", "lora_project", "quantize",
-]  # fmt: skip
+    "adamw8bit_step",
+    "adamw_step",
+    "can_group",
+    "check_launch",
+    "dequantize",
+    "grouped_linear",
+    "grouped_linear_backward",
+    "linear_backward",
+    "linear_into",
+    "lora_project",
+    "quantize",
+]

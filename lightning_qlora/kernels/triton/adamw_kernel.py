@@ -65,9 +65,23 @@ def _moved(p, m, denominator, decay, rate):
 
 @triton.jit
 def _adamw_kernel(
-    table, p_like, g_like, beta1, rest1, beta2, rest2, eps, decay, rate, correction2,
-    STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    table,
+    p_like,
+    g_like,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    decay,
+    rate,
+    correction2,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """State in fp32; a program updates BLOCKS x BLOCK elements."""
     row = _find(table, STEPS, WIDTH)
     i = (tl.program_id(0) - tl.load(row)) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK * BLOCKS)
@@ -105,9 +119,25 @@ def _quantize_state(values, codes, scales, bounds, i, block, inside, begins):
 
 @triton.jit
 def _adamw8bit_kernel(
-    table, p_like, g_like, levels, beta1, rest1, beta2, rest2, eps, decay, rate, correction2, correction1,
-    STEPS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    table,
+    p_like,
+    g_like,
+    levels,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    decay,
+    rate,
+    correction2,
+    correction1,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """State in 8 bits; `levels`, fp32 [4, 256]: the levels of m, of v, the bounds between those of m, and of v."""
     row = _find(table, STEPS, WIDTH)
     n = _size(row, ALIGNED)
@@ -161,9 +191,14 @@ def adamw_step(
 
 
 def adamw8bit_step(
-    params: list[Tensor], grads: list[Tensor], exp_avg_codes: list[Tensor], exp_avg_absmaxes: list[Tensor],
-    exp_avg_sq_codes: list[Tensor], exp_avg_sq_absmaxes: list[Tensor], scalars: AdamWStep,
-) -> None:  # fmt: skip
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmaxes: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmaxes: list[Tensor],
+    scalars: AdamWStep,
+) -> None:
     """See `kernels.reference.adamw8bit_step`."""
     tensors = [params, grads, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmaxes, exp_avg_sq_absmaxes]
     _step(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
@@ -182,15 +217,27 @@ def _step(kernel: triton.JITFunction, given: list[list[Tensor]], scalars: AdamWS
     sizes = tuple(param.numel() for param in tensors[0])
     correction1 = 1 - scalars.beta1**scalars.step
     floats = (
-        scalars.beta1, 1 - scalars.beta1, scalars.beta2, 1 - scalars.beta2, scalars.eps,
-        1 - scalars.lr * scalars.weight_decay, scalars.lr / correction1, math.sqrt(1 - scalars.beta2**scalars.step),
+        scalars.beta1,
+        1 - scalars.beta1,
+        scalars.beta2,
+        1 - scalars.beta2,
+        scalars.eps,
+        1 - scalars.lr * scalars.weight_decay,
+        scalars.lr / correction1,
+        math.sqrt(1 - scalars.beta2**scalars.step),
         *([correction1] if levels else []),
-    )  # fmt: skip
+    )
     launch = Launch(
-        kernel, device, (sum(-(-size // per_program) for size in sizes), 1, 1), (), tile,
-        STEPS=(len(sizes) - 1).bit_length(), WIDTH=COLUMNS, BLOCK=STATE_BLOCK_SIZE,
+        kernel,
+        device,
+        (sum(-(-size // per_program) for size in sizes), 1, 1),
+        (),
+        tile,
+        STEPS=(len(sizes) - 1).bit_length(),
+        WIDTH=COLUMNS,
+        BLOCK=STATE_BLOCK_SIZE,
         ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
-    )  # fmt: skip
+    )
     likes = tensors[0][0], tensors[1][0]
     launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats)
     for column, copies in zip([given[0], *given[2:]], [tensors[0], *tensors[2:]], strict=True):  # all but gradients

@@ -80,9 +80,15 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, device: torch.device, grid: tuple[int, int, int], numbers: tuple[int, ...], tile: Tile,
-        fuse: bool = False, **constants: Any,
-    ) -> None:  # fmt: skip
+        self,
+        kernel: Any,
+        device: torch.device,
+        grid: tuple[int, int, int],
+        numbers: tuple[int, ...],
+        tile: Tile,
+        fuse: bool = False,
+        **constants: Any,
+    ) -> None:
         names = kernel.arg_names
         constants |= {name: value for name, value in tile.items() if name in names}
         options = {name: tile[name] for name in OPTIONS & tile.keys()}
@@ -108,9 +114,18 @@ class Launch:
             run, function, metadata = found
             stream = driver.active.get_current_stream(index)
             run(
-                *self._grid, stream, function, metadata, None, None, None, *tensors, *self._numbers, *unspecialized,
+                *self._grid,
+                stream,
+                function,
+                metadata,
+                None,
+                None,
+                None,
+                *tensors,
+                *self._numbers,
+                *unspecialized,
                 *self._constants,
-            )  # fmt: skip
+            )
             return None
         compiled = self._kernel[self._grid](*tensors, *self._numbers, *unspecialized, **self._keywords)
         if isinstance(compiled, CompiledKernel) and not addresses & 15:  # not under the interpreter

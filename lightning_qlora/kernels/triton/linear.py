@@ -56,9 +56,17 @@ def linear_into(
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    p: float, seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: PackedBytes,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
     grad_xa = lora_down(grad, lora_b.T, scaling)
     grad_a, grad_b = (of.new_empty(of.shape) for of in (lora_a, lora_b))  # contiguous, as torch.compile was told
@@ -77,10 +85,28 @@ def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _matmul_kernel(
-    packed, absmax, nested, levels8, levels, x, bias, y, memory, n_nested, m, n, k, shares,
-    BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    packed,
+    absmax,
+    nested,
+    levels8,
+    levels,
+    x,
+    bias,
+    y,
+    memory,
+    n_nested,
+    m,
+    n,
+    k,
+    shares,
+    BLOCK_SIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RUN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """A program computes N x M sums over its share of the runs of RUN weights."""
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)  # of W
     column = tl.program_id(1) * M + tl.arange(0, M)  # of x^T
@@ -131,7 +157,16 @@ def _matmul(
     columns, rows = -(-n // tile["N"]), -(-m // tile["M"])
     shares = number_of_shares(columns * rows, tile["PROGRAMS"], k // run)
     launch = Launch(
-        _matmul_kernel, device, (columns, rows, shares), (n_nested, m, n, k, shares), tile, fuse=True,
-        BLOCK_SIZE=block_size, DOUBLE_QUANT=n_nested >= 0, BIAS=bias, RUN=run, SPLIT=shares > 1,
-    )  # fmt: skip
+        _matmul_kernel,
+        device,
+        (columns, rows, shares),
+        (n_nested, m, n, k, shares),
+        tile,
+        fuse=True,
+        BLOCK_SIZE=block_size,
+        DOUBLE_QUANT=n_nested >= 0,
+        BIAS=bias,
+        RUN=run,
+        SPLIT=shares > 1,
+    )
     return launch, number_of_sums(shares, columns * rows * tile["N"] * tile["M"])

@@ -89,9 +89,26 @@ def _launch_of_dropout(device: torch.device, tile: Tile, n: int) -> Launch:
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _down_kernel(
-    x, w, out, memory, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    out,
+    memory,
+    m,
+    k,
+    r,
+    w_rank_stride,
+    w_stride,
+    shares,
+    low,
+    high,
+    least_kept,
+    s,
+    DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
     """A program computes M x R sums over its share of the columns of x."""
     row, rank = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
@@ -117,9 +134,23 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _up_kernel(
-    h, w, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    h,
+    w,
+    out,
+    m,
+    n,
+    r,
+    w_rank_stride,
+    w_stride,
+    low,
+    high,
+    least_kept,
+    s,
+    DROPOUT: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """A program computes M x N elements of the output."""
     row, column = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
     total = tl.zeros((M, N), tl.float32)
@@ -139,9 +170,27 @@ def _up_kernel(
 
 @triton.jit
 def _gradient(
-    tile, h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    tile,
+    h,
+    x,
+    out,
+    memory,
+    m,
+    n,
+    r,
+    out_rank_stride,
+    out_stride,
+    shares,
+    low,
+    high,
+    least_kept,
+    s,
+    DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """A program computes the R x N sums of one tile of columns over its share of the rows of x."""
     column, rank = tile * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
@@ -167,22 +216,81 @@ def _gradient(
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _gradients_kernel(
-    grad_xa, x, grad_a, xa, grad, grad_b, memory, m, k, n, r, a_rank_stride, a_stride, b_rank_stride, b_stride, shares,
-    low, high, least_kept, s_a, s_b,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    grad_xa,
+    x,
+    grad_a,
+    xa,
+    grad,
+    grad_b,
+    memory,
+    m,
+    k,
+    n,
+    r,
+    a_rank_stride,
+    a_stride,
+    b_rank_stride,
+    b_stride,
+    shares,
+    low,
+    high,
+    least_kept,
+    s_a,
+    s_b,
+    DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """The first programs compute the gradient of A, the others that of B."""
     tile, tiles_of_a = tl.program_id(0), tl.cdiv(k, N)
     if tile < tiles_of_a:
         _gradient(
-            tile, grad_xa, x, grad_a, memory, m, k, r, a_rank_stride, a_stride, shares, low, high,
-            least_kept, s_a, DROPOUT, SPLIT, R, M, N,
-        )  # fmt: skip
+            tile,
+            grad_xa,
+            x,
+            grad_a,
+            memory,
+            m,
+            k,
+            r,
+            a_rank_stride,
+            a_stride,
+            shares,
+            low,
+            high,
+            least_kept,
+            s_a,
+            DROPOUT,
+            SPLIT,
+            R,
+            M,
+            N,
+        )
     else:
         _gradient(
-            tile - tiles_of_a, xa, grad, grad_b, memory, m, n, r, b_rank_stride, b_stride, shares, 0, 0, 0, s_b,
-            False, SPLIT, R, M, N,
-        )  # fmt: skip
+            tile - tiles_of_a,
+            xa,
+            grad,
+            grad_b,
+            memory,
+            m,
+            n,
+            r,
+            b_rank_stride,
+            b_stride,
+            shares,
+            0,
+            0,
+            0,
+            s_b,
+            False,
+            SPLIT,
+            R,
+            M,
+            N,
+        )
 
 
 def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -206,9 +314,16 @@ def _down(
     grid = -(-m // tile["M"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
     run = Launch(
-        _down_kernel, device, (*grid, shares), (m, k, r, *stride, shares), tile, fuse=True,
-        DROPOUT=dropout, SPLIT=shares > 1, R=rank,
-    )  # fmt: skip
+        _down_kernel,
+        device,
+        (*grid, shares),
+        (m, k, r, *stride, shares),
+        tile,
+        fuse=True,
+        DROPOUT=dropout,
+        SPLIT=shares > 1,
+        R=rank,
+    )
     return run, number_of_sums(shares, grid[0] * grid[1] * tile["M"] * rank)
 
 
@@ -229,15 +344,21 @@ def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, s
 def _up(device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool) -> Launch:
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
     return Launch(
-        _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout,
-        R=rank_tile(r),
-    )  # fmt: skip
+        _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout, R=rank_tile(r)
+    )
 
 
 def lora_gradients(
-    grad_xa: Tensor, x: Tensor, grad_a: Tensor, xa: Tensor, grad: Tensor, grad_b: Tensor, s: float, p: float = 0.0,
+    grad_xa: Tensor,
+    x: Tensor,
+    grad_a: Tensor,
+    xa: Tensor,
+    grad: Tensor,
+    grad_b: Tensor,
+    s: float,
+    p: float = 0.0,
     seed: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write grad_xa^T drop(x) to `grad_a` [r, k] and s grad^T xa to `grad_b` [n, r], of any strides and float type.
 
     grad_xa and xa are [m, r], x is [m, k], grad [m, n].
@@ -256,9 +377,16 @@ def lora_gradients(
 
 @lru_cache(MAX_LAUNCHES)
 def _gradients(
-    device: torch.device, tile: Tile, m: int, k: int, n: int, r: int, a_stride: tuple[int, ...],
-    b_stride: tuple[int, ...], dropout: bool,
-) -> tuple[Launch, int]:  # fmt: skip
+    device: torch.device,
+    tile: Tile,
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    a_stride: tuple[int, ...],
+    b_stride: tuple[int, ...],
+    dropout: bool,
+) -> tuple[Launch, int]:
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
     shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))

@@ -28,9 +28,18 @@ from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 @triton.jit
 def _quantize_kernel(
-    weight, packed, absmax, bounds, order, n,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SMALLEST: tl.constexpr, SORTED: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    weight,
+    packed,
+    absmax,
+    bounds,
+    order,
+    n,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    SORTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """A program quantizes BLOCKS blocks of BLOCK weights; two neighbours share a byte, the first in the high half."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -81,9 +90,17 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
     tile = find_tile("quantize", device, block_size)
     blocks = tile["WEIGHTS"] // block_size
     launch = Launch(
-        _quantize_kernel, device, (-(-absmax.numel() // blocks), 1, 1), (n,), tile, BLOCK=block_size, BLOCKS=blocks,
-        SMALLEST=SMALLEST_SCALE, SORTED=book.in_order, WHOLE=n % block_size == 0,
-    )  # fmt: skip
+        _quantize_kernel,
+        device,
+        (-(-absmax.numel() // blocks), 1, 1),
+        (n,),
+        tile,
+        BLOCK=block_size,
+        BLOCKS=blocks,
+        SMALLEST=SMALLEST_SCALE,
+        SORTED=book.in_order,
+        WHOLE=n % block_size == 0,
+    )
     launch((flat, packed, absmax, book.bounds, book.order))
     scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
     shape = (weight.shape[0], weight.shape[1])
@@ -125,10 +142,20 @@ def levels_of_codes(bytes, levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    packed, absmax, nested, levels8, levels, out, n_nested, n,
-    RUN: tl.constexpr, RUNS_PER_BLOCK: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
+    packed,
+    absmax,
+    nested,
+    levels8,
+    levels,
+    out,
+    n_nested,
+    n,
+    RUN: tl.constexpr,
+    RUNS_PER_BLOCK: tl.constexpr,
+    RUNS: tl.constexpr,
+    WORDS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-):  # fmt: skip
+):
     """A program decodes RUNS runs of RUN weights with one scale per run, and reads eight codes at a time as an int32.
 
     Threads load and store 16 bytes at a time. Between threads only the words are exchanged, which are smaller than the
@@ -205,9 +232,17 @@ def _launch_of_dequantize(
     if not words:
         runs //= 4  # reading single bytes takes more registers per weight
     return Launch(
-        _dequantize_kernel, device, (-(-n // (runs * run)), 1, 1), (n_nested, n), tile, RUN=run,
-        RUNS_PER_BLOCK=block_size // run, RUNS=runs, WORDS=words, DOUBLE_QUANT=n_nested >= 0,
-    )  # fmt: skip
+        _dequantize_kernel,
+        device,
+        (-(-n // (runs * run)), 1, 1),
+        (n_nested, n),
+        tile,
+        RUN=run,
+        RUNS_PER_BLOCK=block_size // run,
+        RUNS=runs,
+        WORDS=words,
+        DOUBLE_QUANT=n_nested >= 0,
+    )
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

@@ -36,7 +36,8 @@ class Backend:
     adamw8bit_step: Callable[..., None]
 
     def __init__(self, device: torch.device, kernels: ModuleType) -> None:
-        self.device, self.failures = device, {}
+        self.device = device
+        self.failures = {}
         for op in OPS:
             setattr(self, op, self._guarded(op, getattr(kernels, op), getattr(eager, op)))
         self.can_group = kernels.can_group
@@ -76,15 +77,15 @@ class Backend:
 
 
 _EAGER = cast(Backend, eager)
-_made: dict[torch.device, Backend] = {}
+_backends: dict[torch.device, Backend] = {}
 
 
 def backend(device: torch.device) -> Backend:
     """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else the module `eager`."""
     if not has_kernels(device):
         return _EAGER
-    made = _made.get(device)
-    return _make(device) if made is None else made
+    known = _backends.get(device)
+    return _make(device) if known is None else known
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -94,8 +95,8 @@ def has_kernels(device: torch.device) -> bool:
 
 def failures(device: torch.device, repeat: bool = False) -> dict[str, str]:
     """The ops whose kernels are not used on a device, each with what they do wrong; `repeat` checks all again now."""
-    made = _make(device, repeat) if repeat and has_kernels(device) else backend(device)
-    return getattr(made, "failures", {})
+    checked = _make(device, repeat) if repeat and has_kernels(device) else backend(device)
+    return getattr(checked, "failures", {})
 
 
 def describe(device: torch.device) -> str:
@@ -113,8 +114,9 @@ def agree(device: torch.device | None = None) -> None:
     this rank; None: the current GPU, or the CPU if this process does not use CUDA.
     """
     if device is None:
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        device = torch.device("cuda", torch.cuda.current_device()) if in_use else torch.device("cpu")
+        device = torch.device("cpu")
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            device = torch.device("cuda", torch.cuda.current_device())
     if not (has_kernels(device) and dist.is_available() and dist.is_initialized()):
         return
     kernels = backend(device)
@@ -127,13 +129,13 @@ def agree(device: torch.device | None = None) -> None:
 
 def _make(device: torch.device, repeat: bool = False) -> Backend:
     """Triton's backend; `eager`, with one warning, if no kernel runs on the device."""
-    made = _EAGER
+    result = _EAGER
     try:
         kernels = import_module(KERNELS)
         kernels.check_launch(device)
-        checked = verdict(device, repeat)
-        made = Backend(device, kernels)
-        made.fall_back({op: why for op, why in checked.items() if why})
+        faults = verdict(device, repeat)
+        result = Backend(device, kernels)
+        result.fall_back({op: why for op, why in faults.items() if why})
     except Exception as error:
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "
@@ -141,5 +143,5 @@ def _make(device: torch.device, repeat: bool = False) -> Backend:
             "(for CUDA `pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
             stacklevel=3,
         )
-    _made[device] = made
-    return made
+    _backends[device] = result
+    return result

@@ -40,7 +40,9 @@ def _library(x: Tensor) -> Library | None:
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`."""
     library = _library(weight)
-    return (reference.quantize if library is None else library.quantize)(weight, quant_type, block_size, double_quant)
+    if library is None:
+        return reference.quantize(weight, quant_type, block_size, double_quant)
+    return library.quantize(weight, quant_type, block_size, double_quant)
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -129,7 +131,9 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """See `reference.dropout`; `out` may be x, both contiguous."""
     library = _library(x)
-    return (dropout_in_chunks if library is None else library.dropout_into)(out, x, p, seed)
+    if library is None:
+        return dropout_in_chunks(out, x, p, seed)
+    return library.dropout_into(out, x, p, seed)
 
 
 def can_group(*_: object) -> bool:
@@ -145,9 +149,11 @@ def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """See `reference.dropout`; `out` may be `x`, both contiguous."""
-    source, flat = x.view(-1), out.view(-1)
+    source = x.view(-1)
+    flat = out.view(-1)
+    _, factor = dropout_threshold(p)
     for start in range(0, flat.numel(), CHUNK):
-        chunk = slice(start, min(start + CHUNK, flat.numel()))
-        keep = dropout_kept(chunk.start, chunk.stop, p, seed, x.device)
-        flat[chunk] = torch.where(keep, source[chunk] * dropout_threshold(p)[1], 0)
+        stop = min(start + CHUNK, flat.numel())
+        keep = dropout_kept(start, stop, p, seed, x.device)
+        flat[start:stop] = torch.where(keep, source[start:stop] * factor, 0)
     return out

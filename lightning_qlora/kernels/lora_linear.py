@@ -118,7 +118,9 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
-    (form, scaling, p, bias_dtype), needs_x, needs_bias = ctx.choices, ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+    form, scaling, p, bias_dtype = ctx.choices
+    needs_x = ctx.needs_input_grad[0]
+    needs_bias = ctx.needs_input_grad[7]
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
         grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
     )

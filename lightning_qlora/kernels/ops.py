@@ -63,10 +63,10 @@ def quantize(
     low, high = torch.aminmax(weight.detach())
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
-    made = quantize_unchecked(weight, quant_type, block_size, double_quant)
-    if not isfinite(made.offset):
+    packed = quantize_unchecked(weight, quant_type, block_size, double_quant)
+    if not isfinite(packed.offset):
         raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
-    return made
+    return packed
 
 
 def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:
@@ -94,17 +94,17 @@ _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 @torch.library.custom_op("lightning_qlora::quantize", mutates_args=(), tags=_TAGS)
 def _quantize(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    made = backend(weight.device).quantize(weight, cast(QuantType, quant_type), block_size, double_quant)
-    return made.packed, made.absmax, made.nested
+    packed = backend(weight.device).quantize(weight, cast(QuantType, quant_type), block_size, double_quant)
+    return packed.packed, packed.absmax, packed.nested
 
 
 @_quantize.register_fake
 def _(weight: Tensor, _: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
     blocks = -(-weight.numel() // block_size)
-    nested = 4 * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else 0
-    sizes = (weight.numel() + 1) // 2, blocks if double_quant else 4 * blocks, nested
-    packed, absmax, nested_bytes = (weight.new_empty(size, dtype=torch.uint8) for size in sizes)
-    return packed, absmax, nested_bytes
+    packed = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
+    if not double_quant:
+        return packed, packed.new_empty(4 * blocks), packed.new_empty(0)
+    return packed, packed.new_empty(blocks), packed.new_empty(4 * (-(-blocks // NESTED_BLOCK_SIZE) + 1))
 
 
 def _refuse_onnx() -> None:
@@ -186,8 +186,8 @@ def lora_linear_op(
 @lora_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
-    shape, lora_a, rows = rest[3], rest[7], _rows(x).shape[0]
-    return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(rows, lora_a.shape[0])
+    (out_features, _), lora_a = rest[3], rest[7]
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(_rows(x).shape[0], lora_a.shape[0])
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
@@ -246,7 +246,9 @@ def lora_linear_in_one_call(
         return None
     _check_linear(x, lora_a, lora_b, weight, bias)
     y = eager.lora_linear(_rows(x), weight, bias, lora_a, lora_b, scaling)
-    return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], -1)
+    if y is None or x.dim() == 2:
+        return y
+    return y.view(*x.shape[:-1], -1)
 
 
 def lora_linear_backward(
@@ -266,7 +268,9 @@ def lora_linear_backward(
         grad_x, grad_a, grad_b = backend(x.device).linear_backward(
             _rows(grad), _rows(x), xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
         )
-    return grad_x if grad_x is None or x.dim() == 2 else grad_x.view(x.shape), grad_a, grad_b
+    if grad_x is not None and x.dim() != 2:
+        grad_x = grad_x.view(x.shape)
+    return grad_x, grad_a, grad_b
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -291,7 +295,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
-    (out_features, in_features), r = weight.shape, lora_a.shape[0]
+    out_features, in_features = weight.shape
+    r = lora_a.shape[0]
     matches = x.shape[-1:] == (in_features,) and lora_a.shape == (r, in_features) and lora_b.shape == (out_features, r)
     if not matches or (bias is not None and bias.shape != (out_features,)):
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]

@@ -137,7 +137,9 @@ def grouped_linear(
 
     Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], lists by expert.
     """
-    y, xa, dropped = x.new_zeros(len(x), weights[0].shape[0]), x.new_zeros(len(x), len(lora_a[0])), dropout(x, p, seed)
+    y = x.new_zeros(len(x), weights[0].shape[0])
+    xa = x.new_zeros(len(x), len(lora_a[0]))
+    dropped = dropout(x, p, seed)
     for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
         xa[rows] = lora_project(dropped[rows], a, 0.0, None)
         linear_into(y[rows], x[rows], xa[rows], weight, None, b, scaling)
@@ -158,8 +160,10 @@ def grouped_linear_backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of X, of every A [experts, r, in] and of every B [experts, out, r]; see `linear_backward`."""
-    total, dropped = torch.zeros_like(x, dtype=torch.float32), dropout(x, p, seed)
-    grads_a, grads_b = list[Tensor](), list[Tensor]()
+    total = torch.zeros_like(x, dtype=torch.float32)
+    dropped = dropout(x, p, seed)
+    grads_a: list[Tensor] = []
+    grads_b: list[Tensor] = []
     for rows, a, b in zip(_groups(ends), lora_a, lora_b, strict=True):
         grad_xa, grad_a, grad_b = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, b, scaling)
         grads_a.append(grad_a)

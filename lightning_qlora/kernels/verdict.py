@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
 
@@ -25,11 +25,11 @@ from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.kernels.verify import OPS, fault
 
 LIMIT = 120.0  # seconds for one op, most of which compile its kernels
-READY, ENDED = "ready", "the process of the check ended"
+READY = "ready"
+ENDED = "the process of the check ended"
 MARK = "@verdict "  # of the child's lines that are for us
 KERNELS = "lightning_qlora.kernels.triton"
 PACKAGE = Path(__file__).parents[1]
-Result = TypeVar("Result")
 Verdict = dict[str, str | None]  # op -> what its kernels do wrong
 _log = logging.getLogger("lightning_qlora")
 
@@ -40,20 +40,22 @@ def verdict(device: torch.device, repeat: bool = False) -> Verdict:
     Any number of processes may ask at the same time: one checks, and the others wait for it.
     """
     facts = setup(device)
-    found: Verdict | None = None
+    faults: Verdict | None = None
     try:
         file = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.json"
-        if not repeat and (found := _read(file)):
-            return found
+        faults = None if repeat else _read(file)
+        if faults is not None:
+            return faults
         with lock_file(file.with_suffix(".lock"), timeout=LIMIT * len(OPS)):
-            if repeat or not (found := _read(file)):  # it may be there now
-                found = examine(device)
-                if not any("out of memory" in (why or "") for why in found.values()):  # the next process may have some
+            faults = None if repeat else _read(file)  # it may be there now
+            if faults is None:
+                faults = examine(device)
+                if not any("out of memory" in (why or "") for why in faults.values()):  # the next process may have some
                     with atomic_files(file.parent) as folder:
-                        (folder / file.name).write_text(json.dumps({"setup": facts, "ops": found}, indent=1) + "\n")
+                        (folder / file.name).write_text(json.dumps({"setup": facts, "ops": faults}, indent=1) + "\n")
     except OSError as error:  # no private folder, or no space
         _log.warning("The kernels are checked again in each process: %s", error)
-    return found or examine(device)
+    return faults or examine(device)
 
 
 def setup(device: torch.device) -> dict[str, str]:
@@ -61,13 +63,14 @@ def setup(device: torch.device) -> dict[str, str]:
     facts = {name: import_module(name).__version__ for name in ("lightning_qlora", "torch", "triton")}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
+        architecture = card.gcnArchName if torch.version.hip else f"{card.major}.{card.minor}"
         drivers = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
-        facts["card"] = f"{card.name}, {card.gcnArchName if torch.version.hip else f'{card.major}.{card.minor}'}"
+        facts["card"] = f"{card.name}, {architecture}"
         facts["toolkit"] = str(torch.version.cuda or torch.version.hip)
         facts["supported by the driver"] = str(getattr(torch._C, "_cuda_getDriverVersion", int)())
         facts["driver"] = " ".join(file.read_text().strip() for file in drivers if file.exists())
     digest = hashlib.sha256()
-    for file in sorted(path for part in ("kernels", "quantization") for path in (PACKAGE / part).rglob("*")):
+    for file in sorted([*(PACKAGE / "kernels").rglob("*"), *(PACKAGE / "quantization").rglob("*")]):
         if file.suffix in (".py", ".json"):
             digest.update(file.read_bytes())
     return facts | {"sources": digest.hexdigest()}
@@ -76,49 +79,52 @@ def setup(device: torch.device) -> dict[str, str]:
 def _read(file: Path) -> Verdict | None:
     """The verdict in a file; None if there is none, it is damaged, or another user could have written it."""
     try:
-        found: Any = None if objection(file) else json.loads(file.read_text())["ops"]
+        faults: Any = None if objection(file) else json.loads(file.read_text())["ops"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    known = isinstance(found, dict) and list(found) == list(OPS)
-    return found if known and all(why is None or isinstance(why, str) for why in found.values()) else None
+    if not isinstance(faults, dict) or list(faults) != list(OPS):
+        return None
+    return faults if all(why is None or isinstance(why, str) for why in faults.values()) else None
 
 
 def examine(device: torch.device) -> Verdict:
     """Check every op now. After a wrong op another child checks the rest, because a fault ends the use of a device."""
-    found: Verdict = {}
-    while left := [op for op in OPS if op not in found]:
+    faults: Verdict = {}
+    while left := [op for op in OPS if op not in faults]:
         op = ""
         try:
-            with _child(device, left) as said:
-                if said.get(timeout=2 * LIMIT) == READY:
+            with _child(device, left) as results:
+                if results.get(timeout=2 * LIMIT) == READY:
                     for op in left:
-                        found[op] = said.get(timeout=LIMIT)
-                        if found[op]:
+                        faults[op] = results.get(timeout=LIMIT)
+                        if faults[op]:
                             break
         except Empty:
             if op:
-                found[op] = f"no result after {LIMIT:g} s"
+                faults[op] = f"no result after {LIMIT:g} s"
         if not op:  # a card for one process, or without memory for a second one: here, without a time limit
-            return _in_a_new_thread(lambda: {op: fault(import_module(KERNELS), device, op) for op in OPS})
-    return {op: found[op] for op in OPS}
+            # Torch's modes (a default device, autocast, inference) are those of a thread: a new one has none.
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(lambda: {op: fault(import_module(KERNELS), device, op) for op in OPS}).result()
+    return {op: faults[op] for op in OPS}
 
 
 @contextmanager
 def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | None]"]:
     """A process that checks ops and is killed at the end; yields the queue of its results."""
     end, output = start(device, ops)
-    said: SimpleQueue[str | None] = SimpleQueue()
+    results: SimpleQueue[str | None] = SimpleQueue()
 
     def listen() -> None:
         with output:
             for line in output:
                 if line.startswith(MARK):
-                    said.put(json.loads(line.removeprefix(MARK)))
-        said.put(ENDED)
+                    results.put(json.loads(line.removeprefix(MARK)))
+        results.put(ENDED)
 
     Thread(target=listen, daemon=True).start()
     try:
-        yield said
+        yield results
     finally:
         end()
 
@@ -146,17 +152,12 @@ def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], I
 
 def check(name: str, ops: Iterable[str], output: IO[str]) -> None:
     """In a child: write what each op does wrong on the device of this name, until one does."""
-    kernels, device = import_module(KERNELS), torch.device(name)
+    kernels = import_module(KERNELS)
+    device = torch.device(name)
     torch.zeros(1, device=device)
     print(MARK + json.dumps(READY), file=output, flush=True)
     for op in ops:
-        found = fault(kernels, device, op)
-        print(MARK + json.dumps(found), file=output, flush=True)
-        if found:
+        text = fault(kernels, device, op)
+        print(MARK + json.dumps(text), file=output, flush=True)
+        if text:
             return
-
-
-def _in_a_new_thread(call: Callable[[], Result]) -> Result:
-    """Torch's modes (a default device, autocast, inference) are those of a thread: a new one has none."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()

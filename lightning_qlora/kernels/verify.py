@@ -33,7 +33,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIMITS = {torch.uint8: 5e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 BORDER = 1 << 14  # bytes before and after each tensor; a multiple of 16, so that tensors stay aligned
 ATEN = torch.ops.aten
-EMPTY, ZEROS = (ATEN.empty, ATEN.new_empty, ATEN.empty_like), (ATEN.zeros, ATEN.new_zeros, ATEN.zeros_like)
+EMPTY = (ATEN.empty, ATEN.new_empty, ATEN.empty_like)
+ZEROS = (ATEN.zeros, ATEN.new_zeros, ATEN.zeros_like)
 WEIGHTS: tuple[tuple[Any, ...], ...] = (  # outputs, inputs, type, block size, double quantization
     (72, 256, "nf4", 64, True),
     (37, 75, "fp4", 32, False),
@@ -59,8 +60,9 @@ def fault(kernels: ModuleType, device: torch.device, op: str) -> str | None:
     launches = 1 if device.type == "cpu" else 2  # the second one takes the short path of `triton/launch.py`
     for arguments in cases(op):
         for _ in range(launches):
-            if found := fault_in(arguments, kernels, device, op, []):
-                return found
+            text = fault_in(arguments, kernels, device, op, [])
+            if text:
+                return text
     return None
 
 
@@ -85,13 +87,15 @@ def fault_in(
             return None  # a card without tiles for the product (Turing) runs experts one by one
         with _Framed(memory):
             result = getattr(kernels, op)(*ours)
-        found = _difference((result, ours), (expected, theirs), op in EXACT)
-        if not all(bool((end == 255).all()) for each in memory for end in (each[:BORDER], each[-BORDER:])):
-            found = "writes past the end of a tensor"
+        text = _difference((result, ours), (expected, theirs), op in EXACT)
+        if any((each[:BORDER] != 255).any() or (each[-BORDER:] != 255).any() for each in memory):
+            text = "writes past the end of a tensor"
     except Exception as error:  # Triton, its compilers and the driver raise many types
-        found = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+    if text is None:
+        return None
     first = _tensors(arguments)[0]
-    return f"{found}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}" if found else None
+    return f"{text}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}"
 
 
 def cases(op: str) -> Iterator[tuple[Any, ...]]:
@@ -120,23 +124,31 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
     elif op.startswith("adamw"):
         for sizes, dtype in zip(SIZES, TYPES, strict=True):
             params, grads = ([normal(*size, dtype=dtype) for size in sizes] for _ in range(2))
-            m, v = ([normal(*size) for size in sizes], [normal(*size).square() for size in sizes])
+            m = [normal(*size) for size in sizes]
+            v = [normal(*size).square() for size in sizes]
             scales = [normal(-(-param.numel() // 256)).abs() for param in params]
-            state = (m, v) if op == "adamw_step" else (list(map(codes, m)), scales, list(map(codes, v)), scales)
-            yield params, grads, *state, STEP
+            if op == "adamw_step":
+                yield params, grads, m, v, STEP
+            else:
+                yield params, grads, [*map(codes, m)], scales, [*map(codes, v)], scales, STEP
     elif op.startswith("grouped"):
         for (counts, *shape, p), dtype in _in_types(EXPERTS):
             weights, a, b = map(list, zip(*(layer(*shape) for _ in counts), strict=True))
-            x, grad = (normal(sum(counts) + 2, width, dtype=dtype) for width in (shape[1], shape[0]))
+            x = normal(sum(counts) + 2, shape[1], dtype=dtype)
+            grad = normal(sum(counts) + 2, shape[0], dtype=dtype)
             rest = torch.tensor(counts, device="cpu").cumsum(0).int(), weights, a, b, 0.7, p, seed(p)
-            yield (
-                (x, *rest) if op == "grouped_linear" else (grad, x, reference.grouped_linear(x, *rest)[1], *rest, True)
-            )
+            if op == "grouped_linear":
+                yield x, *rest
+            else:
+                _, xa = reference.grouped_linear(x, *rest)
+                yield grad, x, xa, *rest, True
     else:
         for (m, n, k, *form, p), dtype in _in_types(LAYERS):
             weight, lora_a, lora_b = layer(n, k, *form)
             number = seed(p)
-            x, grad, bias = normal(m, k, dtype=dtype), normal(m, n, dtype=dtype), None if p else normal(n)
+            x = normal(m, k, dtype=dtype)
+            grad = normal(m, n, dtype=dtype)
+            bias = None if p else normal(n)
             xa = reference.lora_project(x, lora_a, p, number)
             yield {
                 "lora_project": (x, lora_a, p, number),
@@ -154,7 +166,8 @@ def _can_group(kernels: ModuleType, arguments: tuple[Any, ...]) -> bool:
 def _in_types(cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype]]:
     """All cases in TYPES[1], which most models train in, and one in each other type: compiling takes time."""
     for number, dtype in enumerate(TYPES):
-        yield from ((case, dtype) for case in (cases if number == 1 else cases[number // 2 :][:1]))
+        for case in cases if number == 1 else cases[number // 2 :][:1]:
+            yield case, dtype
 
 
 def _frame(like: Tensor, device: torch.device, memory: list[Tensor]) -> Tensor:
@@ -172,17 +185,21 @@ class _Framed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY:
-            return _frame(made, made.device, self._memory)
-        return _frame(made, made.device, self._memory).zero_() if func.overloadpacket in ZEROS else made
+            return _frame(result, result.device, self._memory)
+        if func.overloadpacket in ZEROS:
+            return _frame(result, result.device, self._memory).zero_()
+        return result
 
 
 def _copy(arguments: Any, device: torch.device, memory: list[Tensor]) -> Any:
     """The arguments on the device, with borders. The seed, which is the only int64, stays on the CPU."""
-    return tree_map_only(
-        Tensor, lambda t: t if t.dtype == torch.int64 else _frame(t, device, memory).copy_(t), arguments
-    )
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.int64 else _frame(tensor, device, memory).copy_(tensor)
+
+    return tree_map_only(Tensor, copy, arguments)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -195,8 +212,11 @@ def _difference(ours: Any, theirs: Any, exact: bool) -> str | None:
     for mine, yours in zip(_tensors(ours), _tensors(theirs), strict=True):
         if mine.shape != yours.shape or mine.dtype != yours.dtype:
             return f"gives {mine.dtype} {list(mine.shape)} and not {yours.dtype} {list(yours.shape)}"
-        limit = 0.0 if exact else coarsest if yours.is_floating_point() else LIMITS.get(yours.dtype, 0.0)
-        off, size = (mine.cpu().double() - yours.double()).abs(), yours.double().abs()
+        limit = coarsest if yours.is_floating_point() else LIMITS.get(yours.dtype, 0.0)
+        if exact:
+            limit = 0.0
+        off = (mine.cpu().double() - yours.double()).abs()
+        size = yours.double().abs()
         if yours.numel() and not (off.max() <= limit * size.max() and off.norm() <= limit / 2 * size.norm()):
             return f"differs from the reference by {off.max() / size.max():.2g} of the largest value, limit {limit:g}"
     return None

@@ -8,9 +8,9 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def forget():
-    backends._made.clear()
+    backends._backends.clear()
     yield
-    backends._made.clear()
+    backends._backends.clear()
 
 
 @pytest.fixture

@@ -41,8 +41,9 @@ class _VariantError(Exception):
 def compiler() -> str:
     """Path of the C compiler: the one in the environment variable CC, else the first of `COMPILERS` that exists."""
     for name in filter(None, (os.environ.get("CC"), *COMPILERS)):
-        if found := shutil.which(name):
-            return found
+        path = shutil.which(name)
+        if path is not None:
+            return path
     raise BuildError(f"no C compiler on PATH (tried the environment variable CC and {', '.join(COMPILERS)})")
 
 
@@ -54,20 +55,21 @@ def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str,
     Raises:
         BuildError: If there is no compiler, no private cache folder or no space, or if no variant works.
     """
-    program, failures = compiler(), list[str]()
+    program = compiler()
+    failures: list[str] = []
     for flags in variants:
         try:
-            loaded = _loaded(source, program, (*FLAGS, *flags), symbols)
+            library = _load_variant(source, program, (*FLAGS, *flags), symbols)
         except (_VariantError, OSError) as error:
             failures.append(f"{' '.join(flags) or 'no flags'}: {str(error).strip()}")
             continue
         if failures and THREADS not in flags:
             _log.warning("C kernels compiled without threads, so 4-bit layers are slower: %s", failures[0])
-        return loaded
+        return library
     raise BuildError(f"{program} failed; " + "; ".join(failures))
 
 
-def _loaded(source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str]) -> ctypes.CDLL:
+def _load_variant(source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str]) -> ctypes.CDLL:
     binary = Path(program).resolve()
     text = "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))  # what the source may include
     inputs = (text, binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
@@ -76,11 +78,12 @@ def _loaded(source: Path, program: str, flags: tuple[str, ...], symbols: Collect
         folder = cache_folder()
     except OSError as error:
         raise BuildError(str(error)) from error
-    if (found := _cached(folder, name, symbols)) is not None:
-        return found
+    cached = _cached(folder, name, symbols)
+    if cached is not None:
+        return cached
     try:
         with lock_file(folder / f"{name}.lock", TIMEOUT):
-            return _cached(folder, name, symbols) or ctypes.CDLL(str(_built(source, program, flags, folder, name)))
+            return _cached(folder, name, symbols) or ctypes.CDLL(str(_build(source, program, flags, folder, name)))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{error}. Free some space, or choose another disk: {OWN_FOLDER}") from error
@@ -91,24 +94,25 @@ def _cached(folder: Path, name: str, symbols: Collection[str]) -> ctypes.CDLL | 
     """The library of this name in the cache, unless it is damaged, has other functions, or others could change it."""
     for library in folder.glob(f"{name}-*.so"):
         if objection(library) is None and library.stem.endswith(_hash(library)):
-            loaded = ctypes.CDLL(str(library))
-            if all(hasattr(loaded, symbol) for symbol in symbols):
-                return loaded
+            functions = ctypes.CDLL(str(library))
+            if all(hasattr(functions, symbol) for symbol in symbols):
+                return functions
     return None
 
 
-def _built(source: Path, program: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
+def _build(source: Path, program: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
     """Compile in a temporary folder and rename, so that no other process sees a half-written library."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        compiled, linked = Path(temporary) / "kernels.o", Path(temporary) / "kernels.so"
-        _run([program, *flags, "-c", str(source), "-o", str(compiled)])
+        machine_code = Path(temporary) / "kernels.o"
+        shared = Path(temporary) / "kernels.so"
+        _run([program, *flags, "-c", str(source), "-o", str(machine_code)])
         # Linked without -fopenmp: the OpenMP functions are then those of the library that torch has loaded, so the
         # process has one thread pool and not two.
         lookup = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-        _run([program, "-shared", str(compiled), *lookup, "-o", str(linked)])
-        linked.chmod(0o700)  # whatever the umask is
-        library = folder / f"{name}-{_hash(linked)}.so"
-        linked.replace(library)
+        _run([program, "-shared", str(machine_code), *lookup, "-o", str(shared)])
+        shared.chmod(0o700)  # whatever the umask is
+        library = folder / f"{name}-{_hash(shared)}.so"
+        shared.replace(library)
     return library
 
 
@@ -118,7 +122,7 @@ def _hash(file: Path) -> str:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -132,16 +136,16 @@ def _run(command: list[str]) -> None:
             f"the compiler took more than {TIMEOUT} seconds: try again when the machine is less busy, or set CC to "
             "another compiler"
         ) from error
-    if done.returncode:
-        _check_space(Path(command[-1]).parent, done.stderr)
-        raise _VariantError((done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}")
+    if result.returncode:
+        _check_space(Path(command[-1]).parent, result.stderr)
+        raise _VariantError((result.stderr or result.stdout).strip()[-400:] or f"exit status {result.returncode}")
 
 
-def _check_space(folder: Path, said: str) -> None:
+def _check_space(folder: Path, output: str) -> None:
     """Raise OSError if the compiler failed because a disk is full: other flags may need a little less, and are slow."""
     for place in (folder, Path(tempfile.gettempdir())):  # compilers have temporary files of their own
         free = shutil.disk_usage(place).free
-        if free < LITTLE or "No space left" in said or "quota exceeded" in said:
+        if free < LITTLE or "No space left" in output or "quota exceeded" in output:
             raise OSError(errno.ENOSPC, f"the compiler failed with {free:,} bytes free", str(place))
 
 

@@ -26,56 +26,33 @@ MOST_ROWS = 64  # c/matmul.h: rows that `lora_linear` takes
 MOST_ROWS_SLOW = 8  # rows up to which it is faster for bf16 if weights cannot be looked up in registers
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
+# Arguments of the functions: p pointer, l int64, i int, f float.
+ARGUMENTS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+SIGNATURES = {
+    "dequantize": "ppii",
+    "lora_linear": "pppilpippplfpi",
+    "quantize": "pillppppi",
+    "quantize_scales": "plfppp",
+    "dropout": "ppillifi",
+}
 _log = logging.getLogger("lightning_qlora")
-_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("packed", _pointer),
-        ("absmax", _pointer),
-        ("nested", _pointer),
-        ("levels", _pointer),
-        ("dynamic", _pointer),
-        ("offset", _pointer),
-        ("rows", _long),
-        ("columns", _long),
-        ("block_shift", _long),
-    )
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("packed", "absmax", "nested", "levels", "dynamic", "offset"))
+    _fields_ += tuple((name, ctypes.c_int64) for name in ("rows", "columns", "block_shift"))
 
 
 class Library:
     """The functions of a compiled library."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
-        signatures = {
-            "dequantize": (_pointer, _pointer, _int, _int),
-            "lora_linear": (
-                _pointer,
-                _pointer,
-                _pointer,
-                _int,
-                _long,
-                _pointer,
-                _int,
-                _pointer,
-                _pointer,
-                _pointer,
-                _long,
-                _float,
-                _pointer,
-                _int,
-            ),
-            "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _pointer, _int),
-            "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer),
-            "dropout": (_pointer, _pointer, _int, _long, _long, ctypes.c_int32, _float, _int),
-        }
         self._multiplies = hasattr(loaded, "lora_linear")
-        for name, arguments in signatures.items():
-            if name == "lora_linear" and not self._multiplies:
-                continue
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, None
+        for name, letters in SIGNATURES.items():
+            if hasattr(loaded, name):
+                function = getattr(loaded, name)
+                function.argtypes = [ARGUMENTS[letter] for letter in letters]
+                function.restype = None
         loaded.form.restype = ctypes.c_char_p
         self.form = loaded.form().decode() + ("" if loaded.has_threads() else ", one thread")
         self._bf16 = "bf16" in self.form
@@ -84,8 +61,8 @@ class Library:
 
     def dequantize_into(self, out: Tensor, weight: PackedBytes) -> Tensor:
         """See `eager.dequantize_into`."""
-        described, _keep = _describe(weight)
-        self._loaded.dequantize(ctypes.byref(described), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
+        struct, _keep = _describe(weight)
+        self._loaded.dequantize(ctypes.byref(struct), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
         return out
 
     def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype) -> bool:
@@ -111,25 +88,28 @@ class Library:
 
         y [m, out] is contiguous, m <= `MOST_ROWS`. Either A, or xa in the type of x, is given.
         """
-        described, _keep = _describe(weight)
-        x, lora_b, (m, width), r = x.contiguous(), _fp32(lora_b), x.shape, lora_b.shape[1]
-        given = _fp32(lora_a) if lora_a is not None else None
-        projected = xa.contiguous() if xa is not None else None
+        struct, _keep = _describe(weight)
+        x = x.contiguous()
+        lora_b = _fp32(lora_b)
+        m, width = x.shape
+        r = lora_b.shape[1]
+        lora_a = None if lora_a is None else _fp32(lora_a)
+        xa = None if xa is None else xa.contiguous()
         workspace = scratch(m * (2 * (width + STEP) + r + STEP), torch.float32, x.device, "rows")
         bias_type = 0
         if bias is not None:
             bias = (bias if bias.dtype in self.types else bias.float()).contiguous()
             bias_type = TYPES[bias.dtype]
         self._loaded.lora_linear(
-            ctypes.byref(described),
+            ctypes.byref(struct),
             x.data_ptr(),
             y.data_ptr(),
             TYPES[x.dtype],
             m,
             _address(bias),
             bias_type,
-            _address(projected),
-            _address(given),
+            _address(xa),
+            _address(lora_a),
             lora_b.data_ptr(),
             r,
             scaling,
@@ -140,7 +120,8 @@ class Library:
 
     def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
         """See `reference.quantize`."""
-        book, flat = codebook(quant_type), weight.detach().reshape(-1).contiguous()
+        book = codebook(quant_type)
+        flat = weight.detach().reshape(-1).contiguous()
         packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
         absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
         self._loaded.quantize(
@@ -159,7 +140,8 @@ class Library:
             return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
         codes = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
         nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
-        nested[-1], places = blockwise.mean_in_fixed_order(absmax), blockwise.code_of_place()
+        nested[-1] = blockwise.mean_in_fixed_order(absmax)
+        places = blockwise.code_of_place()
         self._loaded.quantize_scales(
             absmax.data_ptr(), absmax.numel(), nested[-1].item(), places.data_ptr(), codes.data_ptr(), nested.data_ptr()
         )
@@ -193,20 +175,15 @@ def compiled_library() -> Library | None:
 
 def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
     """The weight as a C struct, and the tensors that must stay alive while C reads them."""
-    packed, absmax, nested = weight.packed.contiguous(), aligned(weight.absmax), aligned(weight.nested)
-    scales, size = (nested.data_ptr(), nested.numel()) if nested.numel() else (None, 0)
-    levels, dynamic, held = _levels(weight.quant_type)
-    described = _Weight(
-        packed.data_ptr(),
-        absmax.data_ptr(),
-        scales,
-        levels,
-        dynamic,
-        scales and scales + size - 4,
-        *weight.shape,
-        weight.block_size.bit_length() - 1,
-    )
-    return described, [packed, absmax, nested, *held]
+    packed = weight.packed.contiguous()
+    absmax = aligned(weight.absmax)
+    nested = aligned(weight.nested)
+    scales = nested.data_ptr() if nested.numel() else None
+    offset = scales and scales + nested.numel() - 4
+    levels, dynamic, tables = _levels(weight.quant_type)
+    addresses = packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, offset
+    struct = _Weight(*addresses, *weight.shape, weight.block_size.bit_length() - 1)
+    return struct, [packed, absmax, nested, *tables]
 
 
 @cache
@@ -216,7 +193,8 @@ def _levels(quant_type: QuantType) -> tuple[int, int, list[Tensor]]:
     The tensors are kept here because their own caches may drop them: if several threads make the first call at the same
     time, `functools.cache` keeps only the last result.
     """
-    levels, dynamic = codebook(quant_type).levels, dynamic_map()
+    levels = codebook(quant_type).levels
+    dynamic = dynamic_map()
     return levels.data_ptr(), dynamic.data_ptr(), [levels, dynamic]
 
 

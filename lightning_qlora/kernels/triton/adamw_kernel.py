@@ -27,7 +27,8 @@ COLUMNS = 8  # of the table: first program, number of elements, addresses of p, 
 @triton.jit
 def _find(table, STEPS: tl.constexpr, WIDTH: tl.constexpr):
     """The row of this program's tensor; the table has 2^STEPS rows of WIDTH."""
-    program, low = tl.program_id(0), 0
+    program = tl.program_id(0)
+    low = 0
     for step in tl.static_range(STEPS):
         row = low + (1 << (STEPS - 1 - step))
         if tl.load(table + row * WIDTH) <= program:
@@ -54,12 +55,22 @@ def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
+def _parameter_and_gradient(row, p_like, g_like, i, inside, ALIGNED: tl.constexpr):
+    """Pointers to elements of the parameter, these elements, and their gradients, in fp32."""
+    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED) + i
+    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED) + i
+    p = tl.load(param, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+    return param, p, g
+
+
+@triton.jit
 def _moments(m, v, g, beta1, rest1, beta2, rest2):
     return m * beta1 + g * rest1, v * beta2 + g * g * rest2
 
 
 @triton.jit
-def _moved(p, m, denominator, decay, rate):
+def _new_value(p, m, denominator, decay, rate):
     return p * decay - rate * tl.div_rn(m, denominator)
 
 
@@ -86,17 +97,16 @@ def _adamw_kernel(
     row = _find(table, STEPS, WIDTH)
     i = (tl.program_id(0) - tl.load(row)) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK * BLOCKS)
     inside = i < _size(row, ALIGNED)
-    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED)
-    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED)
-    exp_avg, exp_avg_sq = _pointer(row, 4, tl.float32, ALIGNED), _pointer(row, 5, tl.float32, ALIGNED)
-    p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
-    m, v = tl.load(exp_avg + i, mask=inside, other=0.0), tl.load(exp_avg_sq + i, mask=inside, other=0.0)
+    param, p, g = _parameter_and_gradient(row, p_like, g_like, i, inside, ALIGNED)
+    exp_avg = _pointer(row, 4, tl.float32, ALIGNED)
+    exp_avg_sq = _pointer(row, 5, tl.float32, ALIGNED)
+    m = tl.load(exp_avg + i, mask=inside, other=0.0)
+    v = tl.load(exp_avg_sq + i, mask=inside, other=0.0)
     m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
     tl.store(exp_avg + i, m, mask=inside)
     tl.store(exp_avg_sq + i, v, mask=inside)
-    p = _moved(p, m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps, decay, rate)
-    tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
+    p = _new_value(p, m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps, decay, rate)
+    tl.store(param, p.to(p_like.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -145,12 +155,11 @@ def _adamw8bit_kernel(
     begins = block * BLOCK < n
     i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = i < n
-    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED)
-    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED)
-    m_codes, v_codes = _pointer(row, 4, tl.uint8, ALIGNED), _pointer(row, 5, tl.uint8, ALIGNED)
-    m_scales, v_scales = _pointer(row, 6, tl.float32, ALIGNED), _pointer(row, 7, tl.float32, ALIGNED)
-    p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
+    param, p, g = _parameter_and_gradient(row, p_like, g_like, i, inside, ALIGNED)
+    m_codes = _pointer(row, 4, tl.uint8, ALIGNED)
+    v_codes = _pointer(row, 5, tl.uint8, ALIGNED)
+    m_scales = _pointer(row, 6, tl.float32, ALIGNED)
+    v_scales = _pointer(row, 7, tl.float32, ALIGNED)
     m = tl.load(levels + tl.load(m_codes + i, mask=inside, other=0).to(tl.int32))
     v = tl.load(levels + 256 + tl.load(v_codes + i, mask=inside, other=0).to(tl.int32))
     m *= tl.load(m_scales + block, mask=begins, other=0.0)[:, None]
@@ -158,8 +167,8 @@ def _adamw8bit_kernel(
     m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
     v = tl.minimum(v, _LARGEST)  # an infinite scale would make NaN of all elements of the block
     root = tl.div_rn(tl.sqrt_rn(v), correction2)
-    p = _moved(p, m, tl.maximum(root, tl.div_rn(tl.abs(m), correction1)) + eps, decay, rate)
-    tl.store(param + i, p.to(p_like.dtype.element_ty), mask=inside)
+    p = _new_value(p, m, tl.maximum(root, tl.div_rn(tl.abs(m), correction1)) + eps, decay, rate)
+    tl.store(param, p.to(p_like.dtype.element_ty), mask=inside)
     # Past the end of a tensor, m and v were read as the first level, which is not zero.
     _quantize_state(tl.where(inside, m, 0.0), m_codes, m_scales, levels + 512, i, block, inside, begins)
     _quantize_state(tl.where(inside, v, 0.0), v_codes, v_scales, levels + 768, i, block, inside, begins)
@@ -175,7 +184,8 @@ def _levels(device: str) -> Tensor:
 @lru_cache(maxsize=64)
 def _table(sizes: tuple[int, ...], columns: tuple[tuple[int, ...], ...], per_program: int, device: str) -> Tensor:
     """The table on the device, int64 [power of two, COLUMNS]; cached, because the next step has the same tensors."""
-    first, rows = 0, []
+    first = 0
+    rows = []
     for size, addresses in zip(sizes, zip(*columns, strict=True), strict=True):
         rows.append([first, size, *addresses, *[0] * (COLUMNS - 2 - len(addresses))])
         first += -(-size // per_program)
@@ -205,18 +215,18 @@ def adamw8bit_step(
 
 
 @torch.no_grad()
-def _step(kernel: triton.JITFunction, given: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
+def _step(kernel: triton.JITFunction, lists: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
     """One launch, before which nothing is written."""
-    kinds = {(param.dtype, grad.dtype) for param, grad in zip(*given[:2], strict=True)}
+    kinds = {(param.dtype, grad.dtype) for param, grad in zip(*lists[:2], strict=True)}
     assert len(kinds) == 1, f"the kernels read all parameters as one type, and all gradients; got {kinds}"
-    tensors = [[tensor.contiguous() for tensor in column] for column in given]  # usually no copies
+    tensors = [[tensor.contiguous() for tensor in column] for column in lists]  # usually no copies
     device = tensors[0][0].device
     tile = find_tile("adamw", device)
     per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
     columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in tensors)
     sizes = tuple(param.numel() for param in tensors[0])
     correction1 = 1 - scalars.beta1**scalars.step
-    floats = (
+    floats: tuple[float, ...] = (
         scalars.beta1,
         1 - scalars.beta1,
         scalars.beta2,
@@ -225,12 +235,14 @@ def _step(kernel: triton.JITFunction, given: list[list[Tensor]], scalars: AdamWS
         1 - scalars.lr * scalars.weight_decay,
         scalars.lr / correction1,
         math.sqrt(1 - scalars.beta2**scalars.step),
-        *([correction1] if levels else []),
     )
+    if levels:  # the 8-bit kernel has one more
+        floats += (correction1,)
+    programs = sum(-(-size // per_program) for size in sizes)
     launch = Launch(
         kernel,
         device,
-        (sum(-(-size // per_program) for size in sizes), 1, 1),
+        (programs, 1, 1),
         (),
         tile,
         STEPS=(len(sizes) - 1).bit_length(),
@@ -240,10 +252,10 @@ def _step(kernel: triton.JITFunction, given: list[list[Tensor]], scalars: AdamWS
     )
     likes = tensors[0][0], tensors[1][0]
     launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats)
-    for column, copies in zip([given[0], *given[2:]], [tensors[0], *tensors[2:]], strict=True):  # all but gradients
+    for column, copies in zip(lists, tensors, strict=True):
         for tensor, copy in zip(column, copies, strict=True):
-            if copy is not tensor:
+            if copy is not tensor and column is not lists[1]:  # gradients do not change
                 tensor.copy_(copy)
     # Torch does not see that the kernels write. Autograd must know it, and so must checkpoints: a frozen parameter is
     # saved only if its version says that it was trained.
-    torch.autograd.graph.increment_version(given[0])
+    torch.autograd.graph.increment_version(lists[0])

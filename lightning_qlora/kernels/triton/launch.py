@@ -92,7 +92,10 @@ class Launch:
         names = kernel.arg_names
         constants |= {name: value for name, value in tile.items() if name in names}
         options = {name: tile[name] for name in OPTIONS & tile.keys()}
-        self._kernel, self._index, self._grid, self._numbers = kernel, device.index, grid, numbers
+        self._kernel = kernel
+        self._index = device.index
+        self._grid = grid
+        self._numbers = numbers
         self._keywords = {**constants, **options, "enable_fp_fusion": fuse}
         self._constants = tuple(constants[name] for name in names if name in constants)
         self._compiled: dict[tuple[torch.dtype, ...], tuple[Any, Any, Any]] = {}
@@ -108,10 +111,10 @@ class Launch:
             addresses |= tensor.data_ptr()
         types = tuple([tensor.dtype for tensor in tensors])
         # Unaligned addresses are left to Triton, which compiles another variant for them.
-        found = None if addresses & 15 else self._compiled.get(types)
-        if found is not None:
+        compiled = None if addresses & 15 else self._compiled.get(types)
+        if compiled is not None:
             # As in CompiledKernel.__getitem__, without the hooks of Triton's profiler.
-            run, function, metadata = found
+            run, function, metadata = compiled
             stream = driver.active.get_current_stream(index)
             run(
                 *self._grid,
@@ -127,9 +130,9 @@ class Launch:
                 *self._constants,
             )
             return None
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, *unspecialized, **self._keywords)
-        if isinstance(compiled, CompiledKernel) and not addresses & 15:  # not under the interpreter
-            self._compiled[types] = compiled.run, compiled.function, compiled.packed_metadata
+        variant = self._kernel[self._grid](*tensors, *self._numbers, *unspecialized, **self._keywords)
+        if isinstance(variant, CompiledKernel) and not addresses & 15:  # not under the interpreter
+            self._compiled[types] = variant.run, variant.function, variant.packed_metadata
         return None
 
 
@@ -155,8 +158,10 @@ COUNTERS = tl.constexpr(1024)  # tiles that may be split
 @triton.jit
 def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over all shares of a tile [ROWS, COLUMNS], and a mask that is true in the program that has the sum."""
-    tile, tiles = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
-    counter, sums = memory.to(tl.pointer_type(tl.int32)) + tile, memory + COUNTERS
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tiles = tl.num_programs(0) * tl.num_programs(1)
+    counter = memory.to(tl.pointer_type(tl.int32)) + tile
+    sums = memory + COUNTERS
     place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(sums + (share * tiles + tile).to(tl.int64) * (ROWS * COLUMNS) + place, total)
     tl.debug_barrier()  # all threads have written before one of them counts
@@ -178,7 +183,9 @@ def number_of_shares(tiles: int, programs: int, steps: int) -> int:
     counts waits for its own stores only, so the last program could read a share before another wave's part of it is
     there. LLVM says that its fences do not cover the stores of other waves (llvm-project pull request 161638).
     """
-    return 1 if torch.version.hip or tiles > COUNTERS.value else max(1, min(programs // tiles, steps // 4))
+    if torch.version.hip or tiles > COUNTERS.value:
+        return 1
+    return max(1, min(programs // tiles, steps // 4))
 
 
 def number_of_sums(shares: int, numel: int) -> int:

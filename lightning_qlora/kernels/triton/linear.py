@@ -69,7 +69,8 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
     grad_xa = lora_down(grad, lora_b.T, scaling)
-    grad_a, grad_b = (of.new_empty(of.shape) for of in (lora_a, lora_b))  # contiguous, as torch.compile was told
+    grad_a = lora_a.new_empty(lora_a.shape)  # contiguous, as torch.compile was told
+    grad_b = lora_b.new_empty(lora_b.shape)
     lora_gradients(grad_xa, x, grad_a, xa, grad, grad_b, scaling, p, seed)
     if not needs_x:
         return None, grad_a, grad_b
@@ -154,7 +155,8 @@ def _matmul(
     device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, n_nested: int, bias: bool
 ) -> tuple[Launch, int]:
     (n, k), run = shape, min(block_size, 64)
-    columns, rows = -(-n // tile["N"]), -(-m // tile["M"])
+    columns = -(-n // tile["N"])
+    rows = -(-m // tile["M"])
     shares = number_of_shares(columns * rows, tile["PROGRAMS"], k // run)
     launch = Launch(
         _matmul_kernel,

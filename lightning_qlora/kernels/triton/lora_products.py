@@ -110,7 +110,8 @@ def _down_kernel(
     K: tl.constexpr,
 ):
     """A program computes M x R sums over its share of the columns of x."""
-    row, rank = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
     total = tl.zeros((M, R), tl.float32)
     steps = tl.cdiv(k, K)
@@ -152,7 +153,8 @@ def _up_kernel(
     N: tl.constexpr,
 ):
     """A program computes M x N elements of the output."""
-    row, column = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
+    row = tl.program_id(1) * M + tl.arange(0, M)
+    column = tl.program_id(0) * N + tl.arange(0, N)
     total = tl.zeros((M, N), tl.float32)
     for first in tl.range(0, r, R):
         rank = first + tl.arange(0, R)
@@ -192,7 +194,8 @@ def _gradient(
     N: tl.constexpr,
 ):
     """A program computes the R x N sums of one tile of columns over its share of the rows of x."""
-    column, rank = tile * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
+    column = tile * N + tl.arange(0, N)
+    rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
     total = tl.zeros((R, N), tl.float32)
     steps = tl.cdiv(m, M)
@@ -244,7 +247,8 @@ def _gradients_kernel(
     N: tl.constexpr,
 ):
     """The first programs compute the gradient of A, the others that of B."""
-    tile, tiles_of_a = tl.program_id(0), tl.cdiv(k, N)
+    tile = tl.program_id(0)
+    tiles_of_a = tl.cdiv(k, N)
     if tile < tiles_of_a:
         _gradient(
             tile,
@@ -301,8 +305,8 @@ def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor
         return torch.addmm(_unread(x), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
     mask, scale = dropout_arguments(p, seed, x.device)
     run, sums = _down(x.device, tile, m, k, r, w.stride(), seed is not None)
-    x, out = x.contiguous(), x.new_empty(m, r)
-    run((x, w, out, share_memory(sums, out)), (*mask, s * scale))
+    out = x.new_empty(m, r)
+    run((x.contiguous(), w, out, share_memory(sums, out)), (*mask, s * scale))
     return out
 
 
@@ -399,12 +403,14 @@ def _gradients(
 
 def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
     """The tile for m rows of x; empty if torch computes the product."""
-    return find_tile(kernel, x.device, m) if m and r and x.dtype != torch.float32 else NO_TILE
+    if not m or not r or x.dtype == torch.float32:
+        return NO_TILE
+    return find_tile(kernel, x.device, m)
 
 
 def rank_tile(r: int) -> int:
     """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
-    return 16 if r <= 16 else 32 if r <= 32 else 64
+    return min(max(16, triton.next_power_of_2(r)), 64)
 
 
 def _unread(x: Tensor) -> Tensor:

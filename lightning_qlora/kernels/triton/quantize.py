@@ -83,8 +83,10 @@ def _nest_kernel(absmax, mean, codes, nested, code_at, n, BLOCK: tl.constexpr, B
 
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`; it does not wait for the device."""
-    device, flat = weight.device, weight.detach().reshape(-1)
-    n, book = flat.numel(), codebook(quant_type, str(device))
+    device = weight.device
+    flat = weight.detach().reshape(-1)
+    n = flat.numel()
+    book = codebook(quant_type, str(device))
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
     tile = find_tile("quantize", device, block_size)
@@ -102,14 +104,17 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
         WHOLE=n % block_size == 0,
     )
     launch((flat, packed, absmax, book.bounds, book.order))
-    scales, nested = _nest(absmax) if double_quant else (absmax, absmax.new_empty(0))
+    scales, nested = absmax, absmax.new_empty(0)
+    if double_quant:
+        scales, nested = _nest(absmax)
     shape = (weight.shape[0], weight.shape[1])
     return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
 
 
 def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
     """Scales fp32 [b] -> codes uint8 [b], and second-level scales with the mean last, fp32 [ceil(b / 256) + 1]."""
-    b, device = absmax.numel(), absmax.device
+    b = absmax.numel()
+    device = absmax.device
     codes = torch.empty(b, dtype=torch.uint8, device=device)
     blocks = -(-b // NESTED_BLOCK_SIZE)
     nested = torch.empty(blocks + 1, dtype=torch.float32, device=device)
@@ -200,13 +205,12 @@ def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor,
 
     The place of the offset in `nested` is -1 without double quantization.
     """
-    packed, absmax, nested = weight.packed, weight.absmax, weight.nested
-    if not packed.is_contiguous():
-        packed = packed.contiguous()
+    packed, absmax, nested, *_ = weight
+    packed = packed.contiguous()
     n_nested = nested.numel() // 4 - 1
     if n_nested >= 0:
         nested = aligned(nested)
-        absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
+        absmax = absmax.contiguous()
     else:
         absmax = aligned(absmax)
     tables = tables_of_levels(weight.quant_type, packed.device)

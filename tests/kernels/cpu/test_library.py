@@ -300,8 +300,8 @@ def test_the_copy_is_loaded_and_not_compiled_again(cache, monkeypatch):
 
 def builds(monkeypatch):
     """Counts the libraries that are compiled."""
-    made, built = [], build._built
-    monkeypatch.setattr(build, "_built", lambda *arguments: made.append(built(*arguments)) or made[-1])
+    made, built = [], build._build
+    monkeypatch.setattr(build, "_build", lambda *arguments: made.append(built(*arguments)) or made[-1])
     return made
 
 

@@ -42,7 +42,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def forget():
-    backends._made.clear()
+    backends._backends.clear()
     for module in MODULE.values():
         for held in vars(module).values():
             if hasattr(held, "cache_clear"):

@@ -232,11 +232,10 @@ def adamw8bit_step(
     m_hat = m / (1 - beta1^t);  v_hat = v / (1 - beta2^t)
     p = p (1 - lr wd) - lr * m_hat / (max(sqrt(v_hat), |m_hat|) + eps)
 
-    so that no step is longer than lr. v is the square of a gradient: its smallest level is 3e-7 of the largest v in a
-    block, and an element whose gradients are below 1 / 2500 of the largest in its block gets code 0. m, which is not a
-    square, still has a value there, and m / (sqrt(0) + eps) would be thousands of learning rates. Where v has a value,
-    the maximum changes nothing in the first step and little later: sqrt(v_hat) < |m_hat| only if the last gradients of
-    an element are larger than those before; AdamW's own steps are then up to 7 lr.
+    so that no step is longer than lr. v is the square of a gradient: an element whose gradients are below 1 / 2500 of
+    the largest in its block gets code 0. m, which is not a square, still has a value there, and m / (sqrt(0) + eps)
+    would be thousands of learning rates. Where v has a value, the maximum changes nothing in the first step and little
+    later.
     """
     moments = zip(exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, strict=True)
     for param, grad, (m_codes, m_absmax, v_codes, v_absmax) in zip(params, grads, moments, strict=True):

@@ -89,18 +89,20 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows. Layers whose names
     differ only in a number are repeated blocks, and not found by their shape.
     """
-    found = {id(layer) for layer in get_output_embeddings(module)}
-    models = [part for part in module.modules() if callable(getattr(part, "get_output_embeddings", None))]
-    in_models = {id(part) for model in models for part in model.modules()} if found else set()
-    own = {name: layer for name, layer in module.named_modules() if id(layer) not in in_models}
-    sizes = {layer.num_embeddings for layer in own.values() if isinstance(layer, nn.Embedding)}
-    fitting = {name: layer for name, layer in own.items() if _is_plain(layer) and layer.out_features in sizes}
+    heads = {id(layer) for layer in get_output_embeddings(module)}
+    in_models: set[int] = set()
+    for part in module.modules():
+        if heads and callable(getattr(part, "get_output_embeddings", None)):
+            in_models |= {id(layer) for layer in part.modules()}
+    outside = {name: layer for name, layer in module.named_modules() if id(layer) not in in_models}
+    sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
+    fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
     repeated = Counter(re.sub(r"\d+", "*", name) for name in fitting)
-    found |= {id(layer) for name, layer in fitting.items() if repeated[re.sub(r"\d+", "*", name)] == 1}
+    heads |= {id(layer) for name, layer in fitting.items() if repeated[re.sub(r"\d+", "*", name)] == 1}
     return {
         name: layer
         for name, layer in module.named_modules()
-        if _is_plain(layer) and (id(layer) in found or last_part(name) in OUTPUT_EMBEDDINGS)
+        if _is_plain(layer) and (id(layer) in heads or last_part(name) in OUTPUT_EMBEDDINGS)
     }
 
 
@@ -152,7 +154,9 @@ def saved_bytes(head: Any) -> int:
 
     Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
     """
-    packed = isinstance(head, QLoRALinear)
-    dtype = head.weight_dtype if packed else computed_in(head, "weight") or head.weight.dtype
+    if isinstance(head, QLoRALinear):
+        dtype = head.weight_dtype
+    else:
+        dtype = computed_in(head, "weight") or head.weight.dtype
     elements: int = 1000 * head.out_features
     return elements * (dtype.itemsize + 8)

@@ -32,9 +32,9 @@ class Source:
     """One call of a head: its input, its parameters as they were, and autocast."""
 
     def __init__(self, hidden: Tensor, head: Any) -> None:
-        self.head, device = head, hidden.device.type
-        # The parameters that train.
+        self.head = head
         self.trained = [p for p in head.parameters() if p.requires_grad]
+        device = hidden.device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
 
@@ -43,8 +43,8 @@ class Source:
         enabled, dtype = self._autocast
         with torch.autocast(hidden.device.type, dtype, enabled=enabled):
             now = [self._tensors[0][0], *self.head.parameters()]
-            for (tensor, version), held in zip(self._tensors, now, strict=True):
-                if tensor is not held or tensor._version != version or DISABLED in vars(self.head):
+            for (tensor, version), current in zip(self._tensors, now, strict=True):
+                if tensor is not current or tensor._version != version or DISABLED in vars(self.head):
                     raise RuntimeError(
                         "These logits were not computed yet, and they can't be computed any more: the weight of the "
                         "output embedding or its input changed since (an optimizer step, an operation in place), or "
@@ -74,11 +74,15 @@ class DeferredLogits(Readable):
         parent: "tuple[DeferredLogits, Function] | None" = None,
     ) -> "DeferredLogits":
         """A tensor with the shape, type and device of the logits, and no memory."""
-        made: DeferredLogits = Tensor._make_wrapper_subclass(
+        logits: DeferredLogits = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], source.head.out_features), dtype=dtype, device=hidden.device
         )
-        made.hidden, made.source, made.functions, made._parent, made._real = hidden, source, functions, parent, None
-        return made
+        logits.hidden = hidden
+        logits.source = source
+        logits.functions = functions
+        logits._parent = parent
+        logits._real = None
+        return logits
 
     def rows(self, of_parent: Function, hidden: Tensor) -> Tensor:
         """Deferred logits of other rows, or of the same in another shape."""
@@ -186,13 +190,15 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, *parameters: Tensor) -> Tensor:
-        ctx.logits, ctx.count = logits, len(parameters)
+        ctx.logits = logits
+        ctx.count = len(parameters)
         ctx.set_materialize_grads(False)
         return logits.detached()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *([None] * ctx.count if grad is None else ctx.logits.gradients(grad))
+        gradients = [None] * ctx.count if grad is None else ctx.logits.gradients(grad)
+        return None, *gradients
 
 
 CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
@@ -216,7 +222,7 @@ def _real(value: Any, keep: bool = False) -> Any:
     return value.computed(keep) if isinstance(value, DeferredLogits) else value
 
 
-def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _deferred(func: Any, logits: DeferredLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The result of a function that needs no real logits; None for any other."""
     if func is Tensor.__getitem__:
         return _getitem(logits, args[0] if isinstance(args[0], tuple) else (args[0],))
@@ -225,17 +231,17 @@ def _deferred(func: Any, logits: Any, args: tuple[Any, ...], kwargs: dict[str, A
         return func(real, *args, **kwargs)  # type: ignore[no-any-return]
 
     if func in SHAPES:
-        made = function(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
+        result = function(torch.empty(logits.shape, dtype=logits.dtype, device="meta"))
         # With the whole vocabulary last, each row of the result is a row of the logits, in the same order.
-        if made.dtype is not logits.dtype or made.shape[-1:] != logits.shape[-1:]:
+        if result.dtype is not logits.dtype or result.shape[-1:] != logits.shape[-1:]:
             return None
-        return logits.rows(function, logits.hidden.reshape(*made.shape[:-1], logits.hidden.shape[-1]))  # type: ignore[no-any-return]
-    given = [*args, *kwargs.values()]
-    if func in ELEMENTWISE and len(given) < 2 and all(type(value) in PLAIN_ARGUMENTS for value in given):
-        some = function(torch.empty(0, dtype=logits.dtype, device=logits.device))
-        if some.device == logits.device and some.is_floating_point():
-            unchanged = func in CASTS and some.dtype is logits.dtype
-            return logits if unchanged else logits.elementwise(function, some.dtype)  # type: ignore[no-any-return]
+        return logits.rows(function, logits.hidden.reshape(*result.shape[:-1], logits.hidden.shape[-1]))
+    arguments = [*args, *kwargs.values()]
+    if func in ELEMENTWISE and len(arguments) < 2 and all(type(value) in PLAIN_ARGUMENTS for value in arguments):
+        result = function(torch.empty(0, dtype=logits.dtype, device=logits.device))
+        if result.device == logits.device and result.is_floating_point():
+            unchanged = func in CASTS and result.dtype is logits.dtype
+            return logits if unchanged else logits.elementwise(function, result.dtype)
     return None
 
 

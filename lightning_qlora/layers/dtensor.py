@@ -39,19 +39,21 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(value: Tensor, held: Tensor | None) -> Tensor:
+def shard_like(value: Tensor, like: Tensor | None) -> Tensor:
     """A whole value, which every rank has, split as a sharded tensor is; any other value as it is."""
-    if not isinstance(held, DTensor) or isinstance(value, DTensor):
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def by_mesh(parameters: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
     """The parameters with a gradient, by the device mesh over which it is split; None: by none."""
     groups: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+        grad = parameter.grad
+        if grad is not None:
+            mesh = grad.device_mesh if isinstance(grad, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
     return groups
 
 
@@ -62,7 +64,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any,
     """
     groups = by_mesh(parameters)
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
-    norm = get_total_norm([gather(get_total_norm(group, *options, **named)) for group in gradients], *options, **named)
+    norms = [gather(get_total_norm(group, *options, **named)) for group in gradients]
+    norm = get_total_norm(norms, *options, **named)
     for group in groups.values():
         clip_grads_with_norm_(group, max_norm, norm)
     return norm
@@ -70,25 +73,22 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any,
 
 def reshard(module: nn.Module) -> None:
     """Reshard parameters that an evaluation gathered, and left in the type that it computed in."""
-    for part in _sharded_modules(module):
-        part.reshard()
-
-
-def _sharded_modules(module: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
-def local_part(value: Tensor, held: Tensor, device: torch.device) -> Tensor:
-    """A copy, on a device, of what this rank holds of a value, sharded as `held` is, in the type of `held`.
+def local_part(value: Tensor, like: Tensor, device: torch.device) -> Tensor:
+    """A copy, on a device, of what this rank holds of a value, sharded as `like` is, in the type of `like`.
 
-    `held` may be on the meta device. Of a value that is mapped from a file, only this part is read.
+    `like` may be on the meta device. Of a value that is mapped from a file, only this part is read.
     """
-    if not isinstance(held, DTensor):
-        return value.to(device, held.dtype, copy=True)
-    part: Any = torch.empty_like(held, device=device)
-    shape, offset = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
+    if not isinstance(like, DTensor):
+        return value.to(device, like.dtype, copy=True)
+    part: Any = torch.empty_like(like, device=device)
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     part.to_local().copy_(value[place])
     return part  # type: ignore[no-any-return]
@@ -101,8 +101,9 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int, Any] | None:
     """
     if not isinstance(tensor, DTensor):
         return None
-    mesh, shards = tensor.device_mesh, [i for i, kind in enumerate(tensor.placements) if not kind.is_replicate()]
-    if len(shards) != 1 or type(tensor.placements[shards[0]]) is not Shard or tensor.placements[shards[0]] != Shard(0):
+    shards = [number for number, kind in enumerate(tensor.placements) if not kind.is_replicate()]
+    kinds = [tensor.placements[number] for number in shards]
+    if kinds != [Shard(0)] or type(kinds[0]) is not Shard:
         return None
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
-    return tensor.to_local(), offset[0] * tensor.stride(0), mesh.get_group(shards[0])
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0] * tensor.stride(0), tensor.device_mesh.get_group(shards[0])

@@ -236,8 +236,9 @@ def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Param
     for name, part in module.named_modules():
         for key, dtype in vars(part).get("computes_in", {}).items():
             parameter = part._parameters.get(key)
-            held = parameter is not None and parameter.dtype is torch.float32 and dtype in IN_16_BITS
-            if parameter is not None and held and id(parameter) not in seen:
+            if parameter is None or parameter.dtype is not torch.float32 or dtype not in IN_16_BITS:
+                continue
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield join(name, key), parameter, dtype
 

@@ -85,7 +85,8 @@ def pop_packed_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
 
 def decode_packed_layer(layer: nn.Module) -> None:
     """Turn a layer for which `is_packed` into the dense layer that it was, in place."""
-    weight, layer.__class__ = pop_packed_weight(layer)
+    weight, dense_class = pop_packed_weight(layer)
+    layer.__class__ = dense_class
     layer.weight = nn.Parameter(decode_as_stored(layer, weight))
 
 
@@ -95,37 +96,40 @@ def decode_as_stored(layer: nn.Module, weight: PackedWeight) -> Tensor:
     return rows.T.contiguous() if kind_of(type(layer)).transposed else rows
 
 
-# Class that a function decorated with `derives` made -> that function, and the recipe of the class it was made from.
+# Class that a function with the decorator `derives` returned -> that function, and the recipe of the class before.
 RECIPES: dict[type, tuple[Any, Any]] = {}
 
 
 class Derived:
-    """An instance of a class that a function decorated with `derives` made: no name of it could be imported."""
+    """An instance of a class that a function with the decorator `derives` returned: no import finds this class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made = super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(protocol)
         recipe = RECIPES.get(type(self))
-        return made if recipe is None else (_new, (recipe,), *made[2:])
+        return reduced if recipe is None else (_new, (recipe,), *reduced[2:])
 
 
-def derives(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
-    """Decorator of a function that makes a class from a class: each once, and noted in RECIPES."""
+def derives(derive: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
+    """Decorator of a function that derives a class from another: from each class once, and noted in RECIPES."""
 
     @cache
-    @wraps(make)
+    @wraps(derive)
     def function(dense_class: Any) -> type[Any]:
-        derived = make(dense_class)
+        derived = derive(dense_class)
         RECIPES[derived] = function, RECIPES.get(dense_class, dense_class)
         return derived
 
     return function
 
 
-def _made(recipe: Any) -> type[Any]:
-    """The class of a recipe: a class, or a function and the recipe of the class that it makes another from."""
-    return recipe[0](_made(recipe[1])) if isinstance(recipe, tuple) else recipe  # type: ignore[no-any-return]
+def _class_of(recipe: Any) -> Any:
+    """The class of a recipe, which is a class, or a function and the recipe of the class that it derives from."""
+    if not isinstance(recipe, tuple):
+        return recipe
+    derive, before = recipe
+    return derive(_class_of(before))
 
 
 def _new(recipe: Any) -> Any:
     """An instance without attributes."""
-    return object.__new__(_made(recipe))
+    return object.__new__(_class_of(recipe))

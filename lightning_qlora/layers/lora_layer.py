@@ -3,9 +3,8 @@
     LoRA    y = x W^T + s (drop(x) A^T) B^T
     DoRA    y = m / ||W + s B A|| * (x W^T + s (drop(x) A^T) B^T)      equation 5; ||.|| is the norm of each row
 
-`dora.py` computes it. Dropout acts on the input of the adapter alone. PEFT
-computes g x W^T, with g = m / ||W + s B A||, as x W^T + (g - 1) drop(x) W^T: equal on average, with a second product
-with W.
+Dropout acts on the input of the adapter alone. `dora.py` computes DoRA. PEFT computes g x W^T, with
+g = m / ||W + s B A||, as x W^T + (g - 1) drop(x) W^T: equal on average, with a second product with W.
 """
 
 import warnings
@@ -42,8 +41,8 @@ class LoRALayer(PackedLayer):
     config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
     full_name: str  # in the converted module
     seed_name: str  # in the model that holds the layer; the seed of the adapter is made from it
-    dense_weight: Tensor | None  # "calibrated": the float weight [out, in], in host memory until inputs come
-    input_rms: Tensor | None  # "calibrated": the root mean square of each input, [in], that it used
+    dense_weight: Tensor | None = None  # "calibrated": the float weight [out, in], in host memory until inputs come
+    input_rms: Tensor | None = None  # "calibrated": the root mean square of each input, [in], that it used
     _qlora_disabled: int = 0
     was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
     weight_was_read: bool = False
@@ -52,12 +51,12 @@ class LoRALayer(PackedLayer):
     def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`."""
         rows = self._as_stored(weight.detach())
-        of_meta = rows.is_meta  # `load_weights` reads the values later
-        made = methods.initialize(rows if of_meta else rows.to(device or rows.device), self.config, self.seed_name)
-        self.set_packed_weight(made.base)
+        values = rows if rows.is_meta else rows.to(device or rows.device)  # on meta: `load_weights` reads them later
+        base, lora_a, lora_b = methods.initialize(values, self.config, self.seed_name)
+        self.set_packed_weight(base)
         if self.config.initialization == "calibrated":
-            self.dense_weight = rows if of_meta else rows.cpu()
-        self.set_adapter(made.lora_a, made.lora_b)
+            self.dense_weight = rows if rows.is_meta else rows.cpu()
+        self.set_adapter(lora_a, lora_b)
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
@@ -70,14 +69,14 @@ class LoRALayer(PackedLayer):
 
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""
-        held = self._parameters.get(name)
-        if held is None:
+        parameter = self._parameters.get(name)
+        if parameter is None:
             self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
-        elif held.shape != value.shape:
-            held.data = value.to(self.packed.device)  # another rank: an optimizer keeps the same parameter
+        elif parameter.shape != value.shape:
+            parameter.data = value.to(self.packed.device)  # another rank: an optimizer keeps the same parameter
         else:
             with torch.no_grad():
-                getattr(self, name).copy_(shard_like(value, held))
+                parameter.copy_(shard_like(value, parameter))
 
     def quantize_weight(self, weight: Tensor) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
@@ -129,10 +128,13 @@ class LoRALayer(PackedLayer):
         the bracket.
         """
         weight = self.whole_bytes if weight is None else weight
-        squares, a, b, s = self._base_squares, lora_a.float(), lora_b.float(), self.scaling
+        a = lora_a.float()
+        b = lora_b.float()
+        s = self.scaling
+        squares = self._base_squares
         if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
-            # In place: it is the whole weight.
-            squares = self._base_squares = ops.dequantize(weight, torch.float32).square_().sum(1)
+            squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
+            self._base_squares = squares
         bracket = lora_linear(a, weight, None, a, b, s / 2)  # [r, out]
         return (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
 
@@ -146,9 +148,9 @@ class LoRALayer(PackedLayer):
 def cancel_calibration(module: nn.Module) -> None:
     """Stop adapters that wait for data ("calibrated"): their values come from elsewhere now."""
     for part in module.modules():
-        waiting = vars(part).get("_qlora_calibration")
-        if waiting is not None:
-            waiting.cancel()
+        calibration = vars(part).get("_qlora_calibration")
+        if calibration is not None:
+            calibration.cancel()
 
 
 @contextmanager
@@ -190,8 +192,8 @@ def _parts(module: nn.Module) -> list[nn.Module]:
             "init_lora_weights."
         )
     parts = [*layers, *(part for part in module.modules() if isinstance(part, TokenAdapter))]
-    known = {id(p) for part in parts for p in part._parameters.values()}
-    names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
+    adapters = {id(p) for part in parts for p in part._parameters.values()}
+    names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
     if names:
         warnings.warn(
             f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "

@@ -43,20 +43,24 @@ class PackedLayer(nn.Module):
     def set_packed_weight(self, weight: PackedWeight) -> None:
         """Replace the 4-bit weight; the bytes are stored as they are."""
         stored = weight.to_bytes()
-        self._shape, self.quant_type, self.block_size = stored.shape, stored.quant_type, stored.block_size
-        self.weight_dtype, self._fingerprint, self._base_squares = weight.dtype, None, None
+        self._shape = stored.shape
+        self.quant_type = stored.quant_type
+        self.block_size = stored.block_size
+        self.weight_dtype = weight.dtype
+        self._fingerprint = None
+        self._base_squares = None
         for name in BASE:
             data: Tensor = getattr(stored, name).reshape(-1, 1)
             # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
             if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
                 data = data.view(stored.shape[0], -1)
-            held = self._parameters.get(name)
-            if held is None:
+            parameter = self._parameters.get(name)
+            if parameter is None:
                 self.__dict__[name] = data
-            elif is_sharded(held):
-                held.data.copy_(shard_like(data, held))
+            elif is_sharded(parameter):
+                parameter.data.copy_(shard_like(data, parameter))
             else:
-                held.data = data  # an optimizer or a strategy keeps the same parameter
+                parameter.data = data  # an optimizer or a strategy keeps the same parameter
 
     @property
     def weight_bytes(self) -> PackedBytes:
@@ -91,7 +95,9 @@ class PackedLayer(nn.Module):
         def keep_bytes(tensor: Tensor) -> Tensor:
             """`module.type(dtype)` casts integers too, which would destroy the bytes: they only change device."""
             applied = fn(tensor)
-            return applied if tensor.is_floating_point() or applied.dtype is tensor.dtype else tensor.to(applied.device)
+            if tensor.is_floating_point() or applied.dtype is tensor.dtype:
+                return applied
+            return tensor.to(applied.device)
 
         super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         for name in self.__dict__.keys() & BASE:
@@ -143,18 +149,17 @@ def use_bytes_of_rank_0(module: nn.Module) -> None:
             layer.set_packed_weight(weight[0].to(layer.packed.device))
 
 
-def own_names(layer: PackedLayer) -> set[str]:
-    """Names of the parameters and attributes that a layer has while it is in 4 bits."""
-    return {name for kind in type(layer).__mro__ if issubclass(kind, PackedLayer) for name in kind.__annotations__}
-
-
 def to_dense(layer: PackedLayer, weight: nn.Parameter) -> None:
     """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
-    own, dense_class = own_names(layer), layer.dense_class
-    kept = {key: value for key, value in layer._parameters.items() if key not in own}
-    for name in (own | {"in_features", "out_features"} - {*kind_of(dense_class).sizes}) & layer.__dict__.keys():
+    dense_class = layer.dense_class
+    names = {"in_features", "out_features"} - {*kind_of(dense_class).sizes}
+    for kind in type(layer).__mro__:
+        if issubclass(kind, PackedLayer):  # the names that a layer has while it is in 4 bits
+            names |= kind.__annotations__.keys()
+    others = {key: value for key, value in layer._parameters.items() if key not in names}
+    for name in names & layer.__dict__.keys():
         del layer.__dict__[name]
     layer._parameters.clear()
     layer.__class__ = dense_class  # type: ignore[assignment]
     layer.register_parameter("weight", weight)
-    layer._parameters.update(kept)  # the bias, and parameters that a subclass of nn.Linear added
+    layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added

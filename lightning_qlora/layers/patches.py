@@ -17,8 +17,8 @@ CHANGES: list[Any] = []  # module, name of a function in it, and what takes its 
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Replace the function or property `owner.name` by `replacement(original, *args)`; a second call does nothing."""
-    held = inspect.getattr_static(owner, name)
-    original: Any = held.fget if isinstance(held, property) else held
+    attribute = inspect.getattr_static(owner, name)
+    original: Any = attribute.fget if isinstance(attribute, property) else attribute
     mark = f"_qlora_{replacement.__name__}"
     if hasattr(original, mark):
         return
@@ -28,7 +28,7 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         return replacement(original, *args, **kwargs)
 
     setattr(wrapper, mark, True)
-    setattr(owner, name, property(wrapper) if isinstance(held, property) else wrapper)
+    setattr(owner, name, property(wrapper) if isinstance(attribute, property) else wrapper)
 
 
 def replaces(*places: str) -> Callable[[Function], Function]:
@@ -48,5 +48,6 @@ def make_changes(*packages: str) -> None:
     """Make the changes to these packages, once: to lightning also in its copies, to transformers if loaded."""
     for module, name, replacement in CHANGES:
         *owners, last = name.split(".")
-        for found in modules(module) if module.partition(".")[0] in packages else ():
-            wrap_once(reduce(getattr, owners, found), last, replacement)
+        if module.partition(".")[0] in packages:
+            for copy in modules(module):
+                wrap_once(reduce(getattr, owners, copy), last, replacement)

@@ -21,8 +21,10 @@ def piecewise_cross_entropy(logits: Any, target: Tensor, ignore_index: int, redu
 
     `reduction` is "mean" or "sum".
     """
-    records, inputs = torch.is_grad_enabled(), logits.parameters()
-    loss: Tensor = _PiecewiseCrossEntropy.apply(logits, target, ignore_index, reduction, records, *inputs)  # type: ignore[no-untyped-call]
+    records = torch.is_grad_enabled()
+    loss: Tensor = _PiecewiseCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, target, ignore_index, reduction, records, *logits.parameters()
+    )
     return loss
 
 
@@ -60,7 +62,8 @@ def _loss_and_gradients(
     `needed` says which of the logits' parameters need a gradient; empty: none.
     """
     losses = torch.zeros(len(target), dtype=torch.float32, device=target.device)
-    hidden, parameters = logits.hidden.detach(), logits.parameters()[1:]
+    hidden = logits.hidden.detach()
+    parameters = logits.parameters()[1:]
     needs_hidden, *needs_others = needed or [False] * (1 + len(parameters))
     trained = [p for p, is_needed in zip(parameters, needs_others, strict=True) if is_needed]
     of_hidden = torch.zeros_like(hidden) if needs_hidden else None

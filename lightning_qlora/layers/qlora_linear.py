@@ -22,7 +22,7 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
 from lightning_qlora.layers.layer_state import load_base, save_base
-from lightning_qlora.layers.lora_layer import ADAPTER, TINY, LoRALayer
+from lightning_qlora.layers.lora_layer import TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
@@ -46,20 +46,16 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
     """
 
     lora_dropout: float
-    loaded: bool
+    loaded: bool = False
 
     @staticmethod
     def from_linear(
-        layer: nn.Module,
-        config: QLoRAConfig,
-        name: str,
-        device: torch.device | None = None,
-        seed_name: str | None = None,
+        layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None, seed_name: str
     ) -> None:
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
-        The seed of the adapter is made from `seed_name`, the same on every rank; None: from `name`.
+        The seed of the adapter is made from `seed_name`, the same on every rank.
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
         setattr(weight, REPLACED, layer)
@@ -73,7 +69,7 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         dense_class: type[nn.Module],
         config: QLoRAConfig,
         name: str,
-        seed_name: str | None = None,
+        seed_name: str,
     ) -> None:
         """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
@@ -88,23 +84,19 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         new = QLoRALinear._become(layer, dense_class, config, name, seed_name)
         new.set_packed_weight(weight)
         new.out_features, new.in_features = new._shape
-        new.set_adapter(*methods.random_adapter(new.in_features, new.out_features, config, new.seed_name))
+        new.set_adapter(*methods.random_adapter(new.in_features, new.out_features, config, seed_name))
 
     @staticmethod
     def _become(
-        layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str | None
+        layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str
     ) -> "QLoRALinear":
         layer.__dict__.update(
             dense_class=dense_class,
             config=config,
             full_name=name,
-            seed_name=name if seed_name is None else seed_name,
+            seed_name=seed_name,
             scaling=config.scaling,
             lora_dropout=config.lora_dropout,
-            dense_weight=None,
-            input_rms=None,
-            loaded=False,
-            _fingerprint=None,
         )
         layer.__class__ = class_for(dense_class)
         assert isinstance(layer, QLoRALinear)
@@ -119,10 +111,9 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRALinear":
         """As in nn.Module; a cast between loading and conversion leaves the adapter in fp32."""
-        adapter = {key: p.data for key in ADAPTER if self.loaded and (p := self._parameters.get(key)) is not None}
+        values = [parameter.data for parameter in self.adapter_parameters()] if self.loaded else []
         super()._apply(fn, recurse)
-        for key, value in adapter.items():
-            parameter: nn.Parameter = getattr(self, key)
+        for parameter, value in zip(self.adapter_parameters(), values, strict=False):
             parameter.data = value.to(parameter.device)
         return self
 
@@ -149,8 +140,10 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
-        held: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
-        a, b, magnitude = held["lora_A"], held["lora_B"], held["lora_magnitude_vector"]
+        parameters: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
+        a = parameters["lora_A"]
+        b = parameters["lora_B"]
+        magnitude = parameters["lora_magnitude_vector"]
         try:
             if self._split is not None:
                 return split_linear(self, x, bias)
@@ -164,7 +157,9 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         if self._split is None and x.shape[-1:] != (self.in_features,):
             columns = f"{x.shape[-1]} columns" if x.ndim else "no dimension"
             return ValueError(f"{name}: x has {columns}, the layer takes {self.in_features}.")
-        return (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}")
+        if isinstance(error, TypeError):
+            return TypeError(f"{name}: {error}")
+        return ValueError(f"{name}: {error}")
 
     def compute(
         self,
@@ -177,12 +172,16 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         rank: int = 0,
     ) -> Tensor:
         """The same with the parameters of the layer, or with a part of them; ranks with other numbers drop others."""
-        dtype, given = self.compute_dtype(x), x.dtype
-        if given is not dtype:
+        input_dtype = x.dtype
+        dtype = self.compute_dtype(x)
+        if input_dtype is not dtype:
             x = cast_input(x, dtype)
-        p, seed = self.lora_dropout, None
+        p = self.lora_dropout
+        seed = None
         if self._qlora_disabled:
-            a, b, magnitude = x.new_empty(0, a.shape[1]), x.new_empty(b.shape[0], 0), None  # rank 0
+            a = x.new_empty(0, a.shape[1])  # rank 0
+            b = x.new_empty(b.shape[0], 0)
+            magnitude = None
         else:
             if not torch.compiler.is_compiling():
                 self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
@@ -196,7 +195,9 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         else:
             norm = self.row_norm(a, b, weight).clamp_min(TINY)
             y = dora_linear(x, weight, bias, a, b, magnitude, norm, self.scaling, p, seed)
-        return y if given is dtype or has_autocast(x.device.type) else y.to(given)
+        if input_dtype is dtype or has_autocast(x.device.type):
+            return y
+        return y.to(input_dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; refuses a dense weight, and the parts that a style of another kind registers."""
@@ -217,18 +218,11 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         save_base(self, destination, prefix)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        optional, missing = load_base(self, state_dict, prefix, missing_keys), list[str]()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        metadata, strict, missing_keys, *others = arguments
+        optional = load_base(self, state_dict, prefix, missing_keys)
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
 
 
@@ -237,19 +231,19 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
     """The 4-bit class for a dense class; that for a subclass of nn.Linear keeps its methods, a forward included."""
     if dense_class is nn.Linear:
         return QLoRALinear
-    kind, is_subclass = kind_of(dense_class), issubclass(dense_class, nn.Linear)
+    kind = kind_of(dense_class)
     members: dict[str, Any] = {"__module__": dense_class.__module__, "_transposed": kind.transposed}
     if kind.forward is not None:
         members["forward"] = kind.forward
     elif dense_class.forward is not nn.Linear.forward:
         members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
-    bases = (QLoRALinear, dense_class) if is_subclass else (QLoRALinear,)
+    bases = (QLoRALinear, dense_class) if issubclass(dense_class, nn.Linear) else (QLoRALinear,)
     return type(f"QLoRA{dense_class.__name__}", bases, members)
 
 
-_KINDS = (PackedLayer, LoRALayer, QLoRALinear)
-# Names that a layer has in 4 bits and nn.Linear lacks.
-MEMBERS = {name for kind in _KINDS for name in {*kind.__annotations__, *vars(kind)} if not hasattr(nn.Linear, name)}
+MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
+for kind in (PackedLayer, LoRALayer, QLoRALinear):
+    MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 
 
 def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:

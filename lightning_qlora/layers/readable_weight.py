@@ -21,35 +21,11 @@ READ_ONLY = (
     "name the layer in exclude_modules, so that it stays dense."
 )
 # What tells the properties of a tensor without its values.
+PROPERTIES = "dtype device shape ndim requires_grad is_cuda layout is_meta is_leaf grad_fn grad is_sparse is_nested"
 METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "requires_grad",
-        "is_cuda",
-        "layout",
-        "is_meta",
-        "is_leaf",
-        "grad_fn",
-        "grad",
-        "is_sparse",
-        "is_nested",
-        "is_quantized",
-    )
-} | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.element_size,
-    Tensor.__len__,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
+    *(getattr(Tensor, name).__get__ for name in (*PROPERTIES.split(), "is_quantized")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size),
+    *(Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel),
 }
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -147,7 +123,9 @@ class ReadableWeight(Readable):
         weight: ReadableWeight = Tensor._make_wrapper_subclass(
             cls, shape[::-1] if transposed else shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
-        weight._source, weight._transposed, weight._is_detached = source, transposed, detached
+        weight._source = source
+        weight._transposed = transposed
+        weight._is_detached = detached
         return weight
 
     def values(self) -> Tensor:

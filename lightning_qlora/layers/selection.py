@@ -39,7 +39,7 @@ class Rule(NamedTuple):
 CONVERT, TRAIN, SKIP = "4 bits and an adapter", "trains in full", "dense and frozen"
 WARN, REFUSE = "dense and frozen, with a warning", "an error"
 RULES = (
-    Rule("in 4 bits in the checkpoint that is loaded", CONVERT, CONVERT, lambda layer: layer.is_saved),
+    Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda layer: layer.saved_arguments is not None),
     Rule("in exclude_modules", SKIP, SKIP, lambda layer: layer.names.match_outer(layer.config.exclude_modules)),
     Rule("new: without pretrained values", TRAIN, None, lambda layer: layer.new),
     Rule("not in target_modules", SKIP, None, lambda layer: not layer.config.all_linear),
@@ -78,14 +78,10 @@ class Candidate:
         return isinstance(self.part, ExpertParameter) or is_linear(self.part)
 
     @property
-    def saved_name(self) -> str:
-        """The name of the layer in a checkpoint; of a stack, that of its first expert."""
-        return plain_name(expert_name(self.name, 0) if isinstance(self.part, ExpertParameter) else self.name)
-
-    @property
-    def is_saved(self) -> bool:
-        """Whether the checkpoint has it in 4 bits."""
-        return self.saved is not None and self.saved_name in self.saved
+    def saved_arguments(self) -> Mapping[str, Any] | None:
+        """Its own arguments in the checkpoint, or those of the first expert; None if it is not there in 4 bits."""
+        name = expert_name(self.name, 0) if isinstance(self.part, ExpertParameter) else self.name
+        return (self.saved or {}).get(plain_name(name))
 
     @property
     def can_train(self) -> bool:
@@ -111,9 +107,8 @@ class Candidate:
         return None if rows and columns else f"its {rows}x{columns} weight is empty"
 
     def to_convert(self) -> "ToConvert":
-        """What converts it."""
-        own_arguments = (self.saved or {}).get(self.saved_name, {})
-        return ToConvert(self.part, self.own_config.with_own(own_arguments), self.names.seed_name)
+        """The layer with its own arguments."""
+        return ToConvert(self.part, self.own_config.with_own(self.saved_arguments or {}), self.names.seed_name)
 
 
 class ToConvert(NamedTuple):

@@ -48,7 +48,8 @@ class Split(NamedTuple):
 
     def block_numbers(self, block_size: int, device: torch.device) -> Tensor:
         """The numbers, in the whole weight, of the blocks of this rank."""
-        out, blocks = self.shape[0], self.shape[1] // block_size
+        out = self.shape[0]
+        blocks = self.shape[1] // block_size
         per_row = blocks * self.mesh.size() if self.by_inputs else blocks
         first = self.rank * (blocks if self.by_inputs else out * blocks)
         rows = torch.arange(out, device=device)[:, None] * per_row
@@ -69,7 +70,9 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
     Raises:
         ValueError: If a block would belong to two ranks, or the adapter can't be split.
     """
-    (out, inputs), ranks, size = layer._shape, mesh.size(), layer.block_size
+    out, inputs = layer._shape
+    ranks = mesh.size()
+    size = layer.block_size
     if by_inputs and layer.lora_magnitude_vector is not None:
         raise ValueError(
             f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of whole "
@@ -81,45 +84,58 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             "Use 'loftq' or 'pissa', which need none."
         )
     step = size * ranks if by_inputs else size
-    if inputs % step or (not by_inputs and out % ranks):
-        what = f"{inputs} inputs, which must be a multiple of {step}" if inputs % step else f"{out} outputs"
+    what = ""
+    if inputs % step:
+        what = f"{inputs} inputs, which must be a multiple of {step}"
+    elif not by_inputs and out % ranks:
+        what = f"{out} outputs"
+    if what:
         raise ValueError(
             f"{layer.full_name}: can't be split over {ranks} ranks by {'in' if by_inputs else 'out'}puts in blocks of "
             f"{size}: it has {what}. Choose another number of ranks or block_size, name the layer in exclude_modules, "
             "or leave it out of the plan."
         )
-    layer._split = Split(mesh, by_inputs, (out, inputs // ranks) if by_inputs else (out // ranks, inputs))
+    shape = (out, inputs // ranks) if by_inputs else (out // ranks, inputs)
+    layer._split = Split(mesh, by_inputs, shape)
     to_parameters(layer)
-    for name, held in layer._parameters.items():
-        if held is None or isinstance(held, DTensor):
+    placements = BY_INPUTS if by_inputs else BY_OUTPUTS
+    for name, parameter in layer._parameters.items():
+        if parameter is None or isinstance(parameter, DTensor):
             continue
-        placement: Placement = (BY_INPUTS if by_inputs else BY_OUTPUTS).get(name, WHOLE)
+        placement: Placement = placements.get(name, WHOLE)
         # Without communication; `clone`: the memory of the whole is freed.
-        part = distribute_tensor(held.data, mesh, [placement], src_data_rank=None).to_local().clone()
+        part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None).to_local().clone()
         whole = DTensor.from_local(part, mesh, [placement], run_check=False)
-        layer.register_parameter(name, nn.Parameter(whole, requires_grad=held.requires_grad))
+        layer.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
 def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
     split: Split = layer._split
-    by_inputs, held = split.by_inputs, layer._parameters
-    if isinstance(held["lora_A"], DTensor) and not isinstance(x, DTensor):
+    parameters = layer._parameters
+    if isinstance(parameters["lora_A"], DTensor) and not isinstance(x, DTensor):
         raise RuntimeError(
             f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the layer "
             "itself, whose plan distributes the input, or leave the layer out of the plan."
         )
-    if by_inputs:
-        a, b = local(held["lora_A"]), _summed_gradient(held["lora_B"])
+    if split.by_inputs:
+        a = local(parameters["lora_A"])
+        b = _summed_gradient(parameters["lora_B"])
         bias = local(bias) if split.rank == 0 else None  # one rank adds it
+        rank = split.rank
+        placements = None
     else:
-        a, b, bias = _summed_gradient(held["lora_A"]), local(held["lora_B"]), local(bias)
-    own = x.to_local(grad_placements=None if by_inputs else [Partial()]) if isinstance(x, DTensor) else x
-    magnitude = local(held["lora_magnitude_vector"])
-    y: Tensor = layer.compute(own, _weight_of_rank(layer), bias, a, b, magnitude, split.rank if by_inputs else 0)
+        a = _summed_gradient(parameters["lora_A"])
+        b = local(parameters["lora_B"])
+        bias = local(bias)
+        rank = 0
+        placements = [Partial()]
+    magnitude = local(parameters["lora_magnitude_vector"])
+    own = x.to_local(grad_placements=placements) if isinstance(x, DTensor) else x
+    y: Tensor = layer.compute(own, _weight_of_rank(layer), bias, a, b, magnitude, rank)
     if not isinstance(x, DTensor):
         return y
-    return DTensor.from_local(y, split.mesh, [Partial() if by_inputs else Shard(y.dim() - 1)], run_check=False)
+    return DTensor.from_local(y, split.mesh, [Partial() if split.by_inputs else Shard(y.dim() - 1)], run_check=False)
 
 
 @torch.no_grad()
@@ -134,8 +150,8 @@ def _weight_of_rank(layer: Any) -> PackedBytes:
     return weight
 
 
-def _summed_gradient(held: Any) -> Any:
+def _summed_gradient(parameter: Any) -> Any:
     """A parameter that every rank has whole; its gradient is summed over the ranks."""
-    if not isinstance(held, DTensor):
-        return held
-    return held.redistribute(placements=[WHOLE]).to_local(grad_placements=[Partial()])
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.redistribute(placements=[WHOLE]).to_local(grad_placements=[Partial()])

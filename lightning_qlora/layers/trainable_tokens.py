@@ -197,20 +197,15 @@ def token_indices(module: nn.Module) -> dict[str, list[int]]:
 
 def merge_tokens(module: nn.Module) -> None:
     """Write the trained rows into the weights, and restore the class of each layer."""
-    layers = [part for part in module.modules() if isinstance(part, TrainableTokens)]
+    layers: list[Any] = [part for part in module.modules() if isinstance(part, TrainableTokens)]
     rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
     for layer in layers:
-        remove_tokens(layer)
+        vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
+        layer.__class__ = layer.dense_class
+        del layer._modules[TOKEN_ADAPTER]
     with torch.no_grad():
         for layer, (indices, values) in zip(layers, rows, strict=True):
             layer.weight[indices] = values
-
-
-def remove_tokens(layer: Any) -> None:
-    """Restore the class of a layer, in place, without its trained rows."""
-    vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
-    layer.__class__ = layer.dense_class
-    del layer._modules[TOKEN_ADAPTER]
 
 
 def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it():
         config_of = nn.Sequential(nn.Linear(64, 48))
         config_of[0].load_state_dict(layer.state_dict())
         convert(config_of, r=4, lora_dropout=0.0)
-        QLoRALinear.from_linear(layer, config_of[0].config, "0")
+        QLoRALinear.from_linear(layer, config_of[0].config, "0", None, "0")
         assert isinstance(layer, kind) and isinstance(layer, QLoRALinear)
         with torch.no_grad():
             layer.lora_B.normal_()

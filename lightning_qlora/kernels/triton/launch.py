@@ -188,9 +188,26 @@ def number_of_shares(tiles: int, programs: int, steps: int) -> int:
     return max(1, min(programs // tiles, steps // 4))
 
 
-def number_of_sums(shares: int, numel: int) -> int:
-    """The fp32 numbers that the shares of a result of `numel` elements need: none for one share."""
-    return 0 if shares == 1 else COUNTERS.value + shares * numel
+def shared_launch(
+    kernel: Any,
+    device: torch.device,
+    grid: tuple[int, int],
+    numbers: tuple[int, ...],
+    tile: Tile,
+    steps: int,
+    numel: int,
+    **constants: Any,
+) -> tuple[Launch, int]:
+    """A launch of a kernel that adds shares, and the number of fp32 numbers for `share_memory`.
+
+    Several programs share the `steps` of a loop, for each tile of `numel` elements of a result. Their number is the
+    third dimension of the grid and the last of the numbers.
+    """
+    tiles = grid[0] * grid[1]
+    shares = number_of_shares(tiles, tile["PROGRAMS"], steps)
+    constants |= {"SPLIT": shares > 1}
+    launch = Launch(kernel, device, (*grid, shares), (*numbers, shares), tile, fuse=True, **constants)
+    return launch, 0 if shares == 1 else COUNTERS.value + shares * tiles * numel
 
 
 def share_memory(sums: int, out: Tensor) -> Tensor:

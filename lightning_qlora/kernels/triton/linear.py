@@ -28,9 +28,8 @@ from lightning_qlora.kernels.triton.launch import (
     Tile,
     add_shares,
     find_tile,
-    number_of_shares,
-    number_of_sums,
     share_memory,
+    shared_launch,
 )
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_codes, load_scales, weight_arguments
@@ -154,21 +153,19 @@ def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None =
 def _matmul(
     device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, n_nested: int, bias: bool
 ) -> tuple[Launch, int]:
-    (n, k), run = shape, min(block_size, 64)
-    columns = -(-n // tile["N"])
-    rows = -(-m // tile["M"])
-    shares = number_of_shares(columns * rows, tile["PROGRAMS"], k // run)
-    launch = Launch(
+    n, k = shape
+    run = min(block_size, 64)
+    grid = -(-n // tile["N"]), -(-m // tile["M"])
+    return shared_launch(
         _matmul_kernel,
         device,
-        (columns, rows, shares),
-        (n_nested, m, n, k, shares),
+        grid,
+        (n_nested, m, n, k),
         tile,
-        fuse=True,
+        k // run,
+        tile["N"] * tile["M"],
         BLOCK_SIZE=block_size,
         DOUBLE_QUANT=n_nested >= 0,
         BIAS=bias,
         RUN=run,
-        SPLIT=shares > 1,
     )
-    return launch, number_of_sums(shares, columns * rows * tile["N"] * tile["M"])

@@ -30,9 +30,8 @@ from lightning_qlora.kernels.triton.launch import (
     Tile,
     add_shares,
     find_tile,
-    number_of_shares,
-    number_of_sums,
     share_memory,
+    shared_launch,
 )
 
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
@@ -302,7 +301,7 @@ def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor
     (m, k), r = x.shape, w.shape[0]
     tile = _tile("lora_down", x, m, r)
     if not tile:
-        return torch.addmm(_unread(x), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
+        return torch.addmm(x.new_empty(()), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
     mask, scale = dropout_arguments(p, seed, x.device)
     run, sums = _down(x.device, tile, m, k, r, w.stride(), seed is not None)
     out = x.new_empty(m, r)
@@ -316,19 +315,9 @@ def _down(
 ) -> tuple[Launch, int]:
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
-    shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-k // tile["K"]))
-    run = Launch(
-        _down_kernel,
-        device,
-        (*grid, shares),
-        (m, k, r, *stride, shares),
-        tile,
-        fuse=True,
-        DROPOUT=dropout,
-        SPLIT=shares > 1,
-        R=rank,
-    )
-    return run, number_of_sums(shares, grid[0] * grid[1] * tile["M"] * rank)
+    steps = -(-k // tile["K"])
+    numbers = (m, k, r, *stride)
+    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, tile["M"] * rank, DROPOUT=dropout, R=rank)
 
 
 def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -336,7 +325,7 @@ def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, s
     (m, n), r = out.shape, w.shape[1]
     tile = _tile("lora_up", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
-        torch.addmm(_unread(h), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
+        torch.addmm(h.new_empty(()), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
         return out if seed is None else dropout(out, p, seed, out=out)
     mask, scale = dropout_arguments(p, seed, h.device)
     run = _up(h.device, tile, m, n, r, w.stride(), seed is not None)
@@ -371,7 +360,7 @@ def lora_gradients(
     tile = _tile("lora_gradients", x, m, r)
     if not tile:
         grad_a.copy_(torch.mm(grad_xa.T, _dropped(x, p, seed)))
-        grad_b.copy_(torch.addmm(_unread(x), grad.T, xa, beta=0, alpha=s))
+        grad_b.copy_(torch.addmm(x.new_empty(()), grad.T, xa, beta=0, alpha=s))
         return
     mask, scale = dropout_arguments(p, seed, x.device)
     run, sums = _gradients(x.device, tile, m, k, n, r, grad_a.stride(), grad_b.stride(), seed is not None)
@@ -393,12 +382,11 @@ def _gradients(
 ) -> tuple[Launch, int]:
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
-    shares = number_of_shares(grid[0] * grid[1], tile["PROGRAMS"], -(-m // tile["M"]))
-    numbers = (m, k, n, r, *a_stride, b_stride[1], b_stride[0], shares)
-    run = Launch(
-        _gradients_kernel, device, (*grid, shares), numbers, tile, fuse=True, DROPOUT=dropout, SPLIT=shares > 1, R=rank
+    steps = -(-m // tile["M"])
+    numbers = (m, k, n, r, *a_stride, b_stride[1], b_stride[0])
+    return shared_launch(
+        _gradients_kernel, device, grid, numbers, tile, steps, rank * tile["N"], DROPOUT=dropout, R=rank
     )
-    return run, number_of_sums(shares, grid[0] * grid[1] * rank * tile["N"])
 
 
 def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
@@ -411,11 +399,6 @@ def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
 def rank_tile(r: int) -> int:
     """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
     return min(max(16, triton.next_power_of_2(r)), 64)
-
-
-def _unread(x: Tensor) -> Tensor:
-    """The first argument of `addmm` if beta is 0."""
-    return x.new_empty(())
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -60,8 +60,9 @@ def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
     r = config.r if config.initialization in ("default", "gaussian") else _checked_rank(weight, config)
     base = ops.quantize_unchecked(weight, config.quant_type, config.block_size, config.double_quant)
-    a, b = (weight.new_empty(shape, dtype=torch.float32) for shape in ((r, weight.shape[1]), (weight.shape[0], r)))
-    return Initialization(base, a, b)
+    lora_a = weight.new_empty(r, weight.shape[1], dtype=torch.float32)
+    lora_b = weight.new_empty(weight.shape[0], r, dtype=torch.float32)
+    return Initialization(base, lora_a, lora_b)
 
 
 def changes_base_weights(config: QLoRAConfig) -> bool:
@@ -74,13 +75,14 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
 
     "default": A is uniform in +-1 / sqrt(in). "gaussian": A is normal with standard deviation 1 / r.
     """
-    generator, r = torch.Generator("cpu").manual_seed(seed_of_layer(name)), config.r
-    lora_a = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed_of_layer(name))
+    lora_a = torch.empty(config.r, in_features, dtype=torch.float32, device="cpu")
     if config.initialization == "gaussian":
-        lora_a.normal_(std=1 / r, generator=generator)
+        lora_a.normal_(std=1 / config.r, generator=generator)
     else:
-        lora_a.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features), generator=generator)
-    return lora_a, torch.zeros(out_features, r, dtype=torch.float32, device="cpu")
+        bound = 1 / math.sqrt(in_features)
+        lora_a.uniform_(-bound, bound, generator=generator)
+    return lora_a, torch.zeros(out_features, config.r, dtype=torch.float32, device="cpu")
 
 
 def calibrated_adapter(
@@ -102,10 +104,11 @@ def calibrated_error(
     weight: Tensor, base: PackedWeight, input_rms: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
     """||(W - Q - s B A) diag(d)|| / ||W diag(d)||, fp32 []: how much of a layer's output its 4 bits still change."""
-    dense, size = weight.float(), input_rms.to(weight.device, torch.float32)
-    left = dense - base.dequantize(torch.float32) - scaling * (lora_b @ lora_a)
-    error: Tensor = (left * size).norm() / (dense * size).norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return error
+    dense = weight.float()
+    size = input_rms.to(weight.device, torch.float32)
+    error = dense - base.dequantize(torch.float32) - scaling * (lora_b @ lora_a)
+    share: Tensor = (error * size).norm() / (dense * size).norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return share
 
 
 def seed_of_layer(name: str) -> int:
@@ -115,7 +118,8 @@ def seed_of_layer(name: str) -> int:
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
-    dense, r = weight.float(), _checked_rank(weight, config)
+    dense = weight.float()
+    r = _checked_rank(weight, config)
     if config.pissa_iterations is None:
         factors = exact(dense, r)
     else:
@@ -129,7 +133,8 @@ def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
 
 def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAConfig, name: str) -> Initialization:
     """Repeat: Q = quantize(residual), s B A = SVD_r(W - Q), residual = W - s B A."""
-    dense, r = weight.float(), _checked_rank(weight, config)
+    dense = weight.float()
+    r = _checked_rank(weight, config)
     for _ in range(iterations):
         base = _quantize(residual, config)
         lora_a, lora_b = _split(exact(dense - base.dequantize(torch.float32), r), config, name)

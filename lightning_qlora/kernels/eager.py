@@ -37,6 +37,11 @@ def _library(x: Tensor) -> Library | None:
     return library if library is not None and x.dtype in library.types else None
 
 
+def _library_for_few_rows(x: Tensor, weight: PackedBytes) -> Library | None:
+    library = _library(x)
+    return library if library is not None and library.multiplies(len(x), weight, x.dtype) else None
+
+
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`."""
     library = _library(weight)
@@ -65,8 +70,8 @@ def linear_into(
     out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
 ) -> None:
     """See `reference.linear_into`."""
-    library = _library(x)
-    if library is not None and library.multiplies(len(x), weight, x.dtype):
+    library = _library_for_few_rows(x, weight)
+    if library is not None:
         library.lora_linear(out, x, weight, bias, lora_b, scaling, xa=xa)
         return
     if lora_b.numel():
@@ -82,8 +87,8 @@ def lora_linear(
     x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor | None:
     """`lora_project` without dropout and `linear_into` in one call of C for few rows; None if there is no such call."""
-    library = _library(x)
-    if library is None or not library.multiplies(len(x), weight, x.dtype):
+    library = _library_for_few_rows(x, weight)
+    if library is None:
         return None
     return library.lora_linear(x.new_empty(len(x), weight.shape[0]), x, weight, bias, lora_b, scaling, lora_a)
 

@@ -69,15 +69,7 @@ def fault(kernels: ModuleType, device: torch.device, op: str) -> str | None:
 def fault_in(
     arguments: tuple[Any, ...], kernels: ModuleType, device: torch.device, op: str, memory: list[Tensor]
 ) -> str | None:
-    """The same for one case.
-
-    Args:
-        arguments: One of `cases`.
-        kernels: The backend.
-        device: Where its tensors are.
-        op: One of OPS.
-        memory: Gets each tensor that the op can reach, with BORDER bytes before and after it, when it is allocated.
-    """
+    """The same for one of `cases`; `memory` gets each tensor that the op can reach, with its borders."""
     theirs = _copy(arguments, torch.device("cpu"), [])
     expected = getattr(reference, op)(*theirs)
     scratch.release()  # so that the op allocates its buffers again

@@ -202,18 +202,8 @@ class _Attached(torch.autograd.Function):
 
 
 CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
-ELEMENTWISE = {
-    *CASTS,
-    Tensor.tanh,
-    Tensor.mul,
-    Tensor.div,
-    Tensor.__mul__,
-    Tensor.__rmul__,
-    Tensor.__truediv__,
-    torch.tanh,
-    torch.mul,
-    torch.div,
-}
+PRODUCTS = {Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__, torch.mul, torch.div}
+ELEMENTWISE = {*CASTS, *PRODUCTS, Tensor.tanh, torch.tanh}
 SHAPES = {Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.contiguous, torch.reshape, torch.flatten}
 PLAIN_ARGUMENTS = (int, float, str, torch.dtype, torch.device)  # of casts and functions of each element
 

@@ -13,7 +13,7 @@ own. The forward pass of the next module around it reads casts as well: nn.Multi
 import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +43,10 @@ _thread: _Thread = _Thread()
 
 
 class FullPrecision(Derived):
-    """What `class_for` adds to the class of a module.
+    """What `class_for` adds to the class of a module."""
 
-    Attributes:
-        computes_in: Key of each parameter in fp32 -> the 16-bit type that it had, and computes in.
-        class_before: The class without this one.
-    """
-
-    computes_in: dict[str, torch.dtype]
-    class_before: type[nn.Module]
+    computes_in: dict[str, torch.dtype]  # key of each parameter in fp32 -> the 16-bit type that it had, and computes in
+    class_before: type[nn.Module]  # the class without this one
     _parameters: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
@@ -141,16 +136,6 @@ def _reading_forward(class_before: Any) -> Callable[..., Any]:
     return wraps(original)(forward)
 
 
-class _Trained(NamedTuple):
-    """A 16-bit parameter that trains in full."""
-
-    name: str
-    owner: Any
-    key: str
-    parameter: nn.Parameter
-    dtype: torch.dtype
-
-
 def train_in_full_precision(module: nn.Module) -> dict[str, int]:
     """Hold the 16-bit parameters that train in full in fp32, in place.
 
@@ -158,21 +143,28 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
         Name -> number of elements, of those that train in 16 bits still: of a LightningModule itself, whose code
         computes outside of a forward pass, of a ScriptModule, and those that hooks of torch.nn.utils read.
     """
-    trained = [
-        _Trained(join(name, key), owner, key, parameter, parameter.dtype)
+    trained: list[tuple[str, Any, str, nn.Parameter, torch.dtype]] = [
+        (name, owner, key, parameter, parameter.dtype)
         for name, owner in module.named_modules()
         for key, parameter in owner.named_parameters(recurse=False)
         if parameter.requires_grad and parameter.dtype in IN_16_BITS
     ]
     readers = _Readers(module)
-    owners = dict.fromkeys(each.owner for each in trained)
-    fixed = {owner for owner in owners if not readers.become(owner)}
-    kept = {id(each.parameter): each for each in trained if each.owner in fixed or is_sharded(each.parameter)}
-    for each in trained:
-        if id(each.parameter) not in kept:
-            each.owner.computes_in[each.key] = each.dtype
-            _cast(each.parameter, torch.float32)
-    return {each.name: each.parameter.numel() for each in kept.values()}
+    reads: dict[nn.Module, bool] = {}
+    in_16_bits: dict[int, str] = {}
+    for name, owner, key, parameter, _ in trained:
+        if owner not in reads:
+            reads[owner] = readers.become(owner)
+        if not reads[owner] or is_sharded(parameter):
+            in_16_bits[id(parameter)] = join(name, key)
+    sizes: dict[str, int] = {}
+    for _, owner, key, parameter, dtype in trained:
+        if id(parameter) in in_16_bits:
+            sizes[in_16_bits[id(parameter)]] = parameter.numel()
+        else:
+            owner.computes_in[key] = dtype
+            _cast(parameter, torch.float32)
+    return sizes
 
 
 class _Readers:

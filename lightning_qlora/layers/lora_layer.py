@@ -1,10 +1,9 @@
-"""LoRALayer: a 4-bit weight with a LoRA adapter (Hu et al. 2021), and DoRA's magnitudes (Liu et al. 2024).
+"""LoRALayer: a 4-bit weight with a LoRA adapter (Hu et al. 2021), and DoRA's magnitudes (`dora.py`).
 
-    LoRA    y = x W^T + s (drop(x) A^T) B^T
-    DoRA    y = m / ||W + s B A|| * (x W^T + s (drop(x) A^T) B^T)      equation 5; ||.|| is the norm of each row
+    y = x W^T + s (drop(x) A^T) B^T
 
-Dropout acts on the input of the adapter alone. `dora.py` computes DoRA. PEFT computes g x W^T, with
-g = m / ||W + s B A||, as x W^T + (g - 1) drop(x) W^T: equal on average, with a second product with W.
+Dropout acts on the input of the adapter alone. With DoRA, PEFT computes g x W^T as x W^T + (g - 1) drop(x) W^T: equal
+on average, with a second product with W.
 """
 
 import warnings
@@ -80,9 +79,8 @@ class LoRALayer(PackedLayer):
 
     def quantize_weight(self, weight: Tensor) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
-        config = self.config
         dense = self._as_stored(weight.detach()).to(self.packed.device)
-        self.set_packed_weight(ops.quantize(dense, config.quant_type, config.block_size, config.double_quant))
+        self.set_packed_weight(methods.quantize(dense, self.config))
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""

@@ -37,16 +37,11 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
 
     An `nn.Linear` becomes one in place (`from_linear`), so every reference to the layer stays valid. A layer of a
     subclass of nn.Linear becomes an instance of that subclass and of this class (`class_for`).
-
-    Attributes:
-        bias: Frozen, [out], or None. `PackedLayer` has the 4-bit weight, `LoRALayer` the adapter.
-        lora_dropout: Probability of dropping an input of the adapter in training.
-        loaded: Whether it was quantized while its model loaded, and is not yet part of a converted module.
-        dense_class: Class of the layer before conversion, and again after `merge`.
+    The bias is frozen. `PackedLayer` has the 4-bit weight, `LoRALayer` the adapter.
     """
 
-    lora_dropout: float
-    loaded: bool = False
+    lora_dropout: float  # probability of dropping an input of the adapter in training
+    loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
 
     @staticmethod
     def from_linear(

@@ -1,8 +1,4 @@
-"""Why a layer stays dense, and why a parameter trains in full.
-
-A layer stays dense because it can't be converted, its weight is too small, or target_modules would have to name it. A
-parameter trains in full if it has no pretrained value: it stands outside a model that was loaded, or its files lack it.
-"""
+"""Why a layer stays dense, and which parameters are new: outside of a model that was loaded, or not in its files."""
 
 import re
 from collections import defaultdict
@@ -58,22 +54,25 @@ class ModuleFacts:
                     self.name_of.setdefault(id(parameter), join(name, key))
         # bitsandbytes freezes what it quantizes, so there the rest of a model decides whether the user froze it.
         self.trains = any(parameter.requires_grad for parameter in module.parameters())
-        models = [model for model in module.modules() if is_transformers_model(model)]
-        frozen = [model for model in models if not any(parameter.requires_grad for parameter in model.parameters())]
-        self.frozen_models = {id(layer) for model in frozen for layer in model.modules()}
+        self.frozen_models: set[int] = set()
+        for model in _models(module):
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                self.frozen_models |= {id(layer) for layer in model.modules()}
         self.shared = {key for key, layers in owners.items() if len(layers) > 1}
         self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
-        loaded = [m for m in module.modules() if getattr(m, "is_loaded_in_4bit", False) or vars(m).get(LOADED)]
-        in_loaded = (layer for model in loaded for layer in model.modules())
-        self.left_dense = {id(part) for part in in_loaded if not (is_packed(part) or isinstance(part, QLoRALinear))}
+        self.left_dense: set[int] = set()
+        for model in module.modules():
+            if getattr(model, "is_loaded_in_4bit", False) or vars(model).get(LOADED):
+                dense = (part for part in model.modules() if not (is_packed(part) or isinstance(part, QLoRALinear)))
+                self.left_dense |= {id(part) for part in dense}
         self.modules = dict(module.named_modules())
 
     def is_frozen(self, layer: nn.Module, key: str = "weight") -> bool:
         """Whether the module froze the weight of a layer, while something else trains."""
         if is_packed(layer) or not self.trains:
             return self.trains and id(layer) in self.frozen_models
-        held: dict[str, Any] = layer._parameters
-        return not held["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
+        parameters: dict[str, Any] = layer._parameters
+        return not parameters["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
 
     def cannot_convert(self, layer: nn.Module | ExpertParameter) -> str | None:
         """Why a layer, or a parameter of experts, can't be converted, even if target_modules names it."""
@@ -89,9 +88,10 @@ class ModuleFacts:
     def _cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
         """Why a weight can't be quantized."""
         if weight.dtype not in FLOATS and not in_4_bits:
-            kind = str(weight.dtype).removeprefix("torch.")
-            what = "; load the model in configure_model or plugin.init(), where it is dequantized"
-            return f"its weight is {kind}{what if kind.startswith('float8') else ''}"
+            reason = f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+            if "float8" in reason:
+                reason += "; load the model in configure_model or plugin.init(), where it is dequantized"
+            return reason
         if id(weight) in self.shared:
             return f"its weight is tied to {self.name_of[id(weight)]}"
         return None
@@ -99,8 +99,8 @@ class ModuleFacts:
     def not_by_default(self, name: str, layer: nn.Module | ExpertParameter, config: QLoRAConfig) -> str | None:
         """Why a layer, or a parameter of experts, is converted only if target_modules names it."""
         if isinstance(layer, ExpertParameter):
-            held = layer.owner if layer.loaded is None else layer.loaded.layers[0]
-            return FROZEN if self.is_frozen(held, layer.key) else None
+            owner = layer.owner if layer.loaded is None else layer.loaded.layers[0]
+            return FROZEN if self.is_frozen(owner, layer.key) else None
         outer, _, last = name.rpartition(".")
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:
             return "output embedding; name it in target_modules to convert it"
@@ -153,16 +153,15 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
     for part in root.modules():
         _mark(part._parameters.get(key) for key in vars(part).get(MARKED, ()))
     new: dict[int, str] = {}
-    models = [part for part in root.modules() if is_transformers_model(part)]
     loaded = loaded_models(root)
     if loaded:
         kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
         inside = {id(parameter) for model in loaded for parameter in model.parameters()}
         new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in root.parameters() if id(p) not in inside}
-    for model in models:
+    for model in _models(root):
         for parameter in _head(model):
             new.setdefault(id(parameter), f"new: classification head of the {type(model).__name__}")
-        if any(_has_mark(parameter) for parameter in model.parameters()):
+        if _is_marked(model):
             for parameter in _without_mark(model):
                 new[id(parameter)] = "new: initialized when the model was loaded"
     frozen = {id(parameter) for parameter in root.parameters() if not parameter.requires_grad}
@@ -171,17 +170,16 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
 
 def loaded_models(root: nn.Module) -> list[nn.Module]:
     """The transformers models in a module that were loaded from weights, without those inside another one."""
-    models = [part for part in root.modules() if is_transformers_model(part)]
+    models = _models(root)
     inner = {id(part) for model in models for part in model.modules() if part is not model}
     outermost = [model for model in models if id(model) not in inner]
     # A copy of a loaded model has lost the marks of its tensors, but not its name.
-    return [m for m in outermost if any(map(_has_mark, m.parameters())) or getattr(m, "name_or_path", None)]
+    return [model for model in outermost if _is_marked(model) or getattr(model, "name_or_path", None)]
 
 
 def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
-    models = [model for model in root.modules() if is_transformers_model(model)]
-    loaded = {id(p) for model in models if any(map(_has_mark, model.parameters())) for p in model.parameters()}
+    loaded = {id(p) for model in _models(root) if _is_marked(model) for p in model.parameters()}
     _mark(parameter for parameter in parameters if id(parameter) in loaded)
 
 
@@ -214,5 +212,13 @@ def _without_mark(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from (parameter for parameter in own if not _has_mark(parameter))
 
 
+def _models(root: nn.Module) -> list[nn.Module]:
+    return [part for part in root.modules() if is_transformers_model(part)]
+
+
 def _has_mark(parameter: Tensor) -> bool:
     return bool(getattr(parameter, LOADED_TENSOR, False))
+
+
+def _is_marked(model: nn.Module) -> bool:
+    return any(map(_has_mark, model.parameters()))

@@ -1,11 +1,8 @@
 """One AdamW step over all tensors in one launch, with 32-bit or blockwise 8-bit state.
 
-    m = beta1 m + (1 - beta1) g                     v = beta2 v + (1 - beta2) g^2
-    p = p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-
 A LoRA model has hundreds of small tensors, so one launch per tensor would cost more than the arithmetic. The kernels
 get a table of addresses with one row per tensor, and every program finds its row by a binary search for its number.
-The same in torch, with a description of the 8-bit state and of its denominator: `kernels/reference.py`.
+The same in torch, with the formulas and a description of the 8-bit state: `kernels/reference.py`.
 """
 
 import math

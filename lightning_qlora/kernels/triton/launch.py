@@ -69,14 +69,9 @@ def find_tile(kernel: str, device: torch.device, size: int = 0) -> Tile:
 class Launch:
     """A kernel with its grid, sizes and constants; call it with the tensors.
 
-    Args:
-        kernel: A `triton.jit` kernel, whose parameters are tensors, numbers, unspecialized, constants, in this order.
-        device: Where the tensors are.
-        grid: Number of programs in each dimension.
-        numbers: Integers that Triton specializes for (sizes and strides).
-        tile: Constants and launch options from `tiles`; entries that are neither are ignored.
-        fuse: Whether a * b + c may be rounded once (FMA) and not twice.
-        constants: Further constants.
+    The parameters of a kernel are tensors, numbers, unspecialized, constants, in this order. Triton specializes for
+    `numbers` (sizes and strides). `tile` has constants and launch options; other entries are ignored. `fuse`: a * b + c
+    may be rounded once (FMA) and not twice.
     """
 
     def __init__(

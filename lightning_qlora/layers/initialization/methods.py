@@ -53,7 +53,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
         return _alternate(weight, weight, config.loftq_iterations, config, name)
     if config.initialization == "calibrated":
         _checked_rank(weight, config)  # an error at conversion, not at the first batch
-    return Initialization(_quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
+    return Initialization(quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
 
 
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
@@ -88,10 +88,9 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
 def calibrated_adapter(
     weight: Tensor, base: PackedWeight, input_rms: Tensor, config: QLoRAConfig, name: str
 ) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r], fp32, that best correct the quantization error for inputs of the given RMS.
+    """A [r, in] and B [out, r], fp32, that best correct the quantization error for inputs of the given RMS d.
 
-    Formula: the minimum over A and B of E ||(W - Q - s B A) x||^2, with E[x x^T] taken as diag(d^2). W is the float
-    weight [out, in], Q its 4-bit base, d the root mean square of each input channel, [in].
+    Formula: the minimum over A and B of E ||(W - Q - s B A) x||^2, with E[x x^T] taken as diag(d^2).
     """
     size = input_rms.to(weight.device, torch.float32)
     size = (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)
@@ -128,7 +127,7 @@ def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
     residual = dense - config.scaling * (lora_b @ lora_a)
     if config.loftq_iterations > 1:
         return _alternate(weight, residual, config.loftq_iterations - 1, config, name)
-    return Initialization(replace(_quantize(residual, config), dtype=weight.dtype), lora_a, lora_b)
+    return Initialization(replace(quantize(residual, config), dtype=weight.dtype), lora_a, lora_b)
 
 
 def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAConfig, name: str) -> Initialization:
@@ -136,7 +135,7 @@ def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAC
     dense = weight.float()
     r = _checked_rank(weight, config)
     for _ in range(iterations):
-        base = _quantize(residual, config)
+        base = quantize(residual, config)
         lora_a, lora_b = _split(exact(dense - base.dequantize(torch.float32), r), config, name)
         residual = dense - config.scaling * (lora_b @ lora_a)
     return Initialization(replace(base, dtype=weight.dtype), lora_a, lora_b)
@@ -152,7 +151,8 @@ def _split(factors: Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Te
     return torch.where(zero, random_a.to(v), (v * root).T), (u * root).contiguous()
 
 
-def _quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
+def quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
+    """The 4-bit weight that a config asks for."""
     return ops.quantize(weight, config.quant_type, config.block_size, config.double_quant)
 
 

@@ -84,8 +84,8 @@ def backend(device: torch.device) -> Backend:
     """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else the module `eager`."""
     if not has_kernels(device):
         return _EAGER
-    known = _backends.get(device)
-    return _make(device) if known is None else known
+    previous = _backends.get(device)
+    return _make(device) if previous is None else previous
 
 
 def has_kernels(device: torch.device) -> bool:

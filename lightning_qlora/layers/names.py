@@ -74,8 +74,8 @@ def expert_name(parameter: str, number: int) -> str:
 
 def parameter_and_number(name: str) -> tuple[str, int] | None:
     """The reverse of `expert_name`; None for a layer that is no expert."""
-    found = _EXPERT.fullmatch(name)
-    return None if found is None else (found[1], int(found[2]))
+    match = _EXPERT.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))
 
 
 def is_expert(name: str) -> bool:
@@ -145,7 +145,9 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
     gets the same adapter whether it is converted while its model loads or later.
     """
     names: dict[int, LayerNames] = {}
-    is_lightning, only_child, model = isinstance(root, classes(LightningModule)), only_child_of(root), None
+    is_lightning = isinstance(root, classes(LightningModule))
+    only_child = only_child_of(root)
+    model: str | None = None
     for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
         if model is None or not inside(name, model):
             model = name if is_transformers_model(part) else None
@@ -157,9 +159,9 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
             ]  # from the model that was loaded, which may be a part of another one now
         else:
             seed_name = plain_name(in_model or (only_child and in_child) or name)
-        found = names.setdefault(id(part), LayerNames([], seed_name))
+        names_of_part = names.setdefault(id(part), LayerNames([], seed_name))
         forms = [form for form in (name, in_child, in_model, seed_name) if form or not name]
-        found.forms.extend(dict.fromkeys(forms + [plain_name(form) for form in forms]))
+        names_of_part.forms.extend(dict.fromkeys(forms + [plain_name(form) for form in forms]))
     return names
 
 

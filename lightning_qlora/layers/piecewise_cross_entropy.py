@@ -99,14 +99,14 @@ def _losses_and_gradient(logits: Tensor, target: Tensor, ignore_index: int) -> t
     """
     z = logits.to(torch.float32, copy=True)
     z -= z.amax(dim=1, keepdim=True)
-    kept = (target != ignore_index).unsqueeze(1)
-    label = torch.where(kept, target.unsqueeze(1), 0)
+    counts = (target != ignore_index).unsqueeze(1)
+    label = torch.where(counts, target.unsqueeze(1), 0)
     of_label = z.gather(1, label)
     z.exp_()
     total = z.sum(dim=1, keepdim=True)
-    losses = kept * (total.log() - of_label)
-    z *= kept / total
-    z.scatter_add_(1, label, -kept.float())
+    losses = counts * (total.log() - of_label)
+    z *= counts / total
+    z.scatter_add_(1, label, -counts.float())
     return losses.squeeze(1), z
 
 

@@ -207,9 +207,9 @@ def _head(model: nn.Module) -> Iterator[nn.Parameter]:
 def _without_mark(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that were in no file; a layer that the files have in part, such as all but its bias, has none."""
     for part in model.modules():
-        own = [parameter for parameter in part._parameters.values() if parameter is not None]
-        if part._modules or not any(map(_has_mark, own)):
-            yield from (parameter for parameter in own if not _has_mark(parameter))
+        parameters = [parameter for parameter in part._parameters.values() if parameter is not None]
+        if part._modules or not any(map(_has_mark, parameters)):
+            yield from (parameter for parameter in parameters if not _has_mark(parameter))
 
 
 def _models(root: nn.Module) -> list[nn.Module]:

@@ -103,18 +103,18 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
 def _refuse_pattern(pattern: Pattern, value: Any, layers: Mapping[str, nn.Module], names: Iterable[str]) -> NoReturn:
     """Raise ValueError for a pattern that fits no module, with the name endings that there are."""
     if pattern.argument == "modules_to_save":
-        what = "modules"
+        parts = "modules"
         rule = "A list has names or such endings."
         fitting = [name for name, layer in layers.items() if name and next(layer.parameters(), None) is not None]
     else:
-        what = "linear layers"
+        parts = "linear layers"
         rule = "A list has such endings, a string is a regular expression for the full name."
         fitting = [name for name in names if name not in layers or is_linear(layers[name])]
     if pattern.argument == "target_modules":
         rule += " 'all-linear', alone or in a list, means all linear layers."
     endings = sorted({last_part(name) for name in fitting})
     raise ValueError(
-        f"{pattern.argument}={value!r}: no module of this model fits {pattern.text!r}. Its {what} end in {endings}. "
+        f"{pattern.argument}={value!r}: no module of this model fits {pattern.text!r}. Its {parts} end in {endings}. "
         f"{rule}"
     )
 
@@ -142,10 +142,10 @@ def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice:
 def foreign_adapter(module: nn.Module) -> str | None:
     """What a module is, if it is an adapter of another library; None if it is none."""
     kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
-    for what, file, base in (("layer", "tuners.tuners_utils", "BaseTunerLayer"), ("model", "peft_model", "PeftModel")):
+    for part, file, base in (("layer", "tuners.tuners_utils", "BaseTunerLayer"), ("model", "peft_model", "PeftModel")):
         peft = sys.modules.get(f"peft.{file}")
         if peft is not None and isinstance(module, getattr(peft, base)):
-            return f"{kind}, a {what} with a PEFT adapter"
+            return f"{kind}, a {part} with a PEFT adapter"
     names = {
         name.lower() for name in (*module._parameters.keys(), *module._modules.keys())
     }  # ScriptModules need keys()
@@ -167,8 +167,8 @@ def hand_written_adapters(root: nn.Module) -> list[str]:
             weight = layer._parameters.get("weight") if is_linear(layer) else None
             if weight is None or weight.requires_grad:
                 continue
-            own = {id(parameter) for parameter in layer.parameters()} if key else set()
-            beside = [p for p in module.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in own]
+            in_layer = {id(parameter) for parameter in layer.parameters()} if key else set()
+            beside = [p for p in module.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in in_layer]
             if len(beside) == 2 and _is_low_rank(layer, *beside):
                 names.append(join(name, key))
     return names

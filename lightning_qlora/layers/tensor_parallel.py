@@ -84,15 +84,15 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             "Use 'loftq' or 'pissa', which need none."
         )
     step = size * ranks if by_inputs else size
-    what = ""
+    sizes = ""
     if inputs % step:
-        what = f"{inputs} inputs, which must be a multiple of {step}"
+        sizes = f"{inputs} inputs, which must be a multiple of {step}"
     elif not by_inputs and out % ranks:
-        what = f"{out} outputs"
-    if what:
+        sizes = f"{out} outputs"
+    if sizes:
         raise ValueError(
             f"{layer.full_name}: can't be split over {ranks} ranks by {'in' if by_inputs else 'out'}puts in blocks of "
-            f"{size}: it has {what}. Choose another number of ranks or block_size, name the layer in exclude_modules, "
+            f"{size}: it has {sizes}. Choose another number of ranks or block_size, name the layer in exclude_modules, "
             "or leave it out of the plan."
         )
     shape = (out, inputs // ranks) if by_inputs else (out // ranks, inputs)
@@ -131,8 +131,8 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         rank = 0
         placements = [Partial()]
     magnitude = local(parameters["lora_magnitude_vector"])
-    own = x.to_local(grad_placements=placements) if isinstance(x, DTensor) else x
-    y: Tensor = layer.compute(own, _weight_of_rank(layer), bias, a, b, magnitude, rank)
+    x_of_rank = x.to_local(grad_placements=placements) if isinstance(x, DTensor) else x
+    y: Tensor = layer.compute(x_of_rank, _weight_of_rank(layer), bias, a, b, magnitude, rank)
     if not isinstance(x, DTensor):
         return y
     return DTensor.from_local(y, split.mesh, [Partial() if split.by_inputs else Shard(y.dim() - 1)], run_check=False)

@@ -215,13 +215,13 @@ def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:
     return gather(parameter.detach()).index_fill(0, owner.token_adapter.token_indices, 0)
 
 
-def select_tokens(module: nn.Module, given: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
+def select_tokens(module: nn.Module, tokens: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
     """Name of each layer whose rows train, tied ones included -> their indices; without those of earlier conversions.
 
     A key that fits no layer has no effect here, see `check_tokens`.
     """
     layers = dict(module.named_modules())
-    named = _named_layers(module, given, names)
+    named = _named_layers(module, tokens, names)
     by_weight: dict[int, list[int]] = {}
     for name, indices in named.items():
         weight = layers[name]._parameters.get("weight")
@@ -236,18 +236,18 @@ def select_tokens(module: nn.Module, given: TokenIndices | None, names: dict[int
 
 
 def check_tokens(
-    module: nn.Module, given: TokenIndices | None, names: dict[int, LayerNames], in_full: Mapping[str, Any]
+    module: nn.Module, tokens: TokenIndices | None, names: dict[int, LayerNames], in_full: Mapping[str, Any]
 ) -> None:
     """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
     layers = dict(module.named_modules())
-    named = _named_layers(module, given, names)
+    named = _named_layers(module, tokens, names)
     embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
-    what = f"{type(module).__name__} has {f'the embeddings {embeddings}' if embeddings else 'no nn.Embedding'}"
-    if isinstance(given, list) and not named:
-        raise ValueError(f"{ARGUMENT}: {what}, so a list does not say which. Pass {{name of the layer: {given[:9]}}}.")
-    for key in given if isinstance(given, dict) else ():
+    text = f"{type(module).__name__} has {f'the embeddings {embeddings}' if embeddings else 'no nn.Embedding'}"
+    if isinstance(tokens, list) and not named:
+        raise ValueError(f"{ARGUMENT}: {text}, so a list does not say which. Pass {{name of the layer: {tokens[:9]}}}.")
+    for key in tokens if isinstance(tokens, dict) else ():
         if not any(names[id(layer)].match([key]) for layer in layers.values()):
-            raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {what}.")
+            raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {text}.")
     by_weight: dict[int, list[int]] = {}
     for name, indices in named.items():
         weight = _checked_weight(name, layers[name], indices)
@@ -294,13 +294,13 @@ def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
     return weight
 
 
-def _named_layers(module: nn.Module, given: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
+def _named_layers(module: nn.Module, tokens: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
     """Name of each layer that the argument means -> the indices."""
-    if isinstance(given, list):
+    if isinstance(tokens, list):
         embeddings = _input_embeddings(module)
-        return {embeddings[0]: given} if len(embeddings) == 1 else {}
+        return {embeddings[0]: tokens} if len(embeddings) == 1 else {}
     named: dict[str, list[int]] = {}
-    for key, indices in (given or {}).items():
+    for key, indices in (tokens or {}).items():
         for name, layer in module.named_modules():
             if names[id(layer)].match([key]):
                 named.setdefault(name, indices)

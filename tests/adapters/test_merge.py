@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_merged_module_has_its_dense_layers_and_the_same_output(name):
     lit = converted(name)
-    before, classes = logits(lit.model), {n: type(m) for n, m in toy(name).named_modules()}
+    before = logits(lit.model)
+    classes = {n: type(m) for n, m in toy(name).named_modules()}
     assert merge(lit) is lit
     assert not any(isinstance(layer, QLoRALinear) for layer in lit.modules())
     assert {n: type(m) for n, m in lit.model.named_modules()} == classes
@@ -42,7 +43,8 @@ def test_with_dtype_all_parameters_have_it():
 def test_attributes_and_hooks_stay_and_the_module_can_be_converted_again():
     lit = converted("llama")
     layer = lit.model.model.layers[0].self_attn.q_proj
-    layer.mine, calls = 3, []
+    layer.mine = 3
+    calls = []
     layer.register_forward_hook(lambda *_: calls.append(1))
     merge(lit)
     logits(lit.model)
@@ -88,7 +90,8 @@ def test_the_same_name_gives_the_same_rounding():
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
 def test_the_default_device_has_no_effect(dtype):
-    expected, lit = merge(converted("llama"), dtype=dtype).state_dict(), converted("llama")
+    expected = merge(converted("llama"), dtype=dtype).state_dict()
+    lit = converted("llama")
     with elsewhere():
         merge(lit, dtype=dtype)
     assert all(torch.equal(value, expected[key]) for key, value in lit.state_dict().items())

@@ -256,25 +256,27 @@ def test_paged_optimizers(kind):
     check(run)
 
 
-def test_loraplus_groups_and_state_dicts(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loraplus_groups_and_state_dicts(use_dora, tmp_path):
     def run():
-        module = net()
-        module.load_state_dict(net().state_dict())
+        module = net(use_dora=use_dora)
+        module.load_state_dict(net(use_dora=use_dora).state_dict())
         save_adapter(module, tmp_path / "adapter")
         load_adapter(module, tmp_path / "adapter")
         return (
             [len(group["params"]) for group in loraplus_groups(module, lr=1e-3)],
             module,
-            net(adapter=str(tmp_path / "adapter")),
+            net(adapter=str(tmp_path / "adapter"), use_dora=use_dora),
         )
 
     check(run)
 
 
-def test_merge():
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_merge(dtype):
     def run():
         module = net(use_dora=True)
-        merge(module)
+        merge(module, dtype=dtype)
         return module
 
     check(run)

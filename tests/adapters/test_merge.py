@@ -6,7 +6,6 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.adapters.merge import round_stochastically
-from tests.conftest import elsewhere
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, logits, toy
 
 pytest.importorskip("transformers")
@@ -86,12 +85,3 @@ def test_the_same_name_gives_the_same_rounding():
     first, again, other = (round_stochastically(weight, torch.bfloat16, name) for name in ("a", "a", "b"))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert round_stochastically(weight, torch.float32, "a") is weight
-
-
-@pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_the_default_device_has_no_effect(dtype):
-    expected = merge(converted("llama"), dtype=dtype).state_dict()
-    lit = converted("llama")
-    with elsewhere():
-        merge(lit, dtype=dtype)
-    assert all(torch.equal(value, expected[key]) for key, value in lit.state_dict().items())

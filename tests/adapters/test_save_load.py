@@ -17,7 +17,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.peft_folder import read_adapter
-from tests.conftest import Classifier, elsewhere
+from tests.conftest import Classifier
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, ids, logits, perturb, toy
 
 peft = pytest.importorskip("peft")
@@ -500,19 +500,6 @@ def test_a_rank_or_alpha_of_one_layer_reaches_no_other_in_peft(tmp_path):
     convert(again, adapter=str(tmp_path))
     assert again.layers[0].r == 8 and again.layers[0].scaling == net.layers[0].scaling
     assert again.decoder["layers"][0].scaling == net.decoder["layers"][0].scaling
-
-
-@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}], ids=str)
-def test_the_default_device_has_no_effect(arguments, tmp_path):
-    lit = converted("llama", **arguments)
-    again = converted("llama", seed=1, **arguments)
-    third = Lit(toy("llama"))
-    with elsewhere():
-        save_adapter(lit, tmp_path)
-        load_adapter(again, tmp_path)
-        convert(third, adapter=str(tmp_path))
-    for module in (again, third):
-        assert torch.equal(logits(module.model), logits(lit.model))
 
 
 def test_a_module_with_one_layer_comes_back(tmp_path):

@@ -32,9 +32,12 @@ from lightning_qlora import PagedAdamW8bit, QLoRAPrecision
 STEPS = 6
 PROCESSES = {"one": 1, "ddp": 2, "fsdp2": 2, "fsdp4": 4, "hsdp": 4}
 NAMES = {
-    "one": "one device", "ddp": "DDP, 2 ranks", "fsdp2": "FSDP2, 2 ranks", "fsdp4": "FSDP2, 4 ranks",
+    "one": "one device",
+    "ddp": "DDP, 2 ranks",
+    "fsdp2": "FSDP2, 2 ranks",
+    "fsdp4": "FSDP2, 4 ranks",
     "hsdp": "HSDP, 2 x 2 ranks",
-}  # fmt: skip
+}
 OPTIMIZERS = {"32": torch.optim.AdamW, "8": PagedAdamW8bit}
 KINDS = [(checkpoint, bits) for checkpoint in ("adapter", "full") for bits in OPTIMIZERS]
 
@@ -44,15 +47,22 @@ class Model(pl.LightningModule):
 
     def __init__(self, name: str, bits: str) -> None:
         super().__init__()
-        self.name, self.bits, self.losses = name, bits, list[float]()
+        self.name = name
+        self.bits = bits
+        self.losses = list[float]()
         self.model: Any = None
 
     def configure_model(self) -> None:
         if self.model is None:
             config = LlamaConfig(
-                hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
-                num_key_value_heads=2, tie_word_embeddings=False,
-            )  # fmt: skip
+                hidden_size=256,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=128,
+                num_key_value_heads=2,
+                tie_word_embeddings=False,
+            )
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 self.model = LlamaForCausalLM(config)
@@ -84,11 +94,18 @@ def fit(name: str, kind: tuple[str, str], epochs: int, single: bool = False, pat
     if strategy is None:
         strategy = ModelParallelStrategy(PROCESSES[name], 1, save_distributed_checkpoint=not single)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=PROCESSES[name], strategy=strategy, max_epochs=epochs, logger=False,
-        plugins=QLoRAPrecision(r=16, lora_dropout=0.0, checkpoint=kind[0]), enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False,
+        accelerator="cpu",
+        devices=PROCESSES[name],
+        strategy=strategy,
+        max_epochs=epochs,
+        logger=False,
+        plugins=QLoRAPrecision(r=16, lora_dropout=0.0, checkpoint=kind[0]),
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,
-    )  # fmt: skip
+    )
     module = Model(name, kind[1])
     trainer.fit(module, ckpt_path=path)
     return trainer, module.losses

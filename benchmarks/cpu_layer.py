@@ -41,7 +41,8 @@ def weight_alone(shape: tuple[int, int], m: int, rounds: int) -> dict[str, dict[
     """Seconds of calls with m rows: ours, a dense layer's, bitsandbytes' where it is there."""
     dense = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16).requires_grad_(False)
     packed = quantize(dense.weight).to_bytes()
-    lora_a, lora_b = torch.empty(0, shape[1]), torch.empty(shape[0], 0)
+    lora_a = torch.empty(0, shape[1])
+    lora_b = torch.empty(shape[0], 0)
     made: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
         peers.OURS: lambda: lambda x: lora_linear(x, packed, None, lora_a, lora_b, 1.0),
         "dense": lambda: dense,
@@ -65,7 +66,8 @@ def _both_modes(
     made: dict[str, Callable[[], Callable[[Tensor], Tensor]]], shape: tuple[int, int], m: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
     """Each layer is made twice: bitsandbytes packs its weight anew in evaluation, and drops the gradient afterwards."""
-    x, grad = torch.randn(m, shape[1]).bfloat16(), torch.randn(m, shape[0]).bfloat16()
+    x = torch.randn(m, shape[1]).bfloat16()
+    grad = torch.randn(m, shape[0]).bfloat16()
     training = {name: _train(_mode(make(), True), x.clone().requires_grad_(), grad) for name, make in made.items()}
     evaluation = {name: _evaluate(_mode(make(), False), x) for name, make in made.items()}
     return {
@@ -99,7 +101,8 @@ class _LinearAndTwoProducts(nn.Module):
 
 def cost_of_a_call(dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     """Seconds of forward and backward at 64 x 64 with 64 rows, where the arithmetic costs next to nothing."""
-    size, r = 64, 8
+    size = 64
+    r = 8
     ours = peers.build(peers.OURS, nn.Sequential(nn.Linear(size, size, bias=False, dtype=dtype)), r)[0]  # type: ignore[index]
     grad = torch.randn(size, size, dtype=dtype)
     plain = _LinearAndTwoProducts(size, r, dtype)

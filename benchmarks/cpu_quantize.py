@@ -84,11 +84,14 @@ def main(arguments: list[str] | None = None) -> None:
     ours = measure.median_ms(seconds["lightning_qlora"])
     rows = [
         [
-            name, measure.spread(seconds[name]), f"{weight.numel() / measure.median_ms(seconds[name]) / 1e3:.0f}",
-            f"{measure.median_ms(seconds[name]) / ours:.1f}", f"{memory[name]:.0f}",
+            name,
+            measure.spread(seconds[name]),
+            f"{weight.numel() / measure.median_ms(seconds[name]) / 1e3:.0f}",
+            f"{measure.median_ms(seconds[name]) / ours:.1f}",
+            f"{memory[name]:.0f}",
         ]
         for name in present
-    ]  # fmt: skip
+    ]
     heads = [f"{options.size} x {options.size}, bf16", "ms (quartiles)", "million weights/s", "this / ours", "extra MB"]
     result = {"seconds": seconds, "extra_mb": memory, "size": options.size}
     measure.publish("cpu_quantize", result, measure.table(heads, rows), options.write)

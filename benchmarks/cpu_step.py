@@ -18,7 +18,9 @@ from benchmarks import measure, peers
 from benchmarks.processes import steps_in_turns
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408, "vocab_size": 8192}
-BATCH, LENGTH, WARMUP = 4, 512, 2
+BATCH = 4
+LENGTH = 512
+WARMUP = 2
 
 
 def work(variant: str, threads: int, r: int) -> None:
@@ -54,11 +56,15 @@ def report(found: dict[str, dict[str, Any]]) -> str:
     ours = measure.median_ms(seconds[peers.OURS])
     rows = [
         [
-            name, measure.spread(seconds[name]), f"{ours / measure.median_ms(seconds[name]):.2f}", f"{peak[name]:.0f}",
-            f"{peak[peers.OURS] / peak[name]:.2f}", f"{one['steps'][-1]['loss']:.3f}",
+            name,
+            measure.spread(seconds[name]),
+            f"{ours / measure.median_ms(seconds[name]):.2f}",
+            f"{peak[name]:.0f}",
+            f"{peak[peers.OURS] / peak[name]:.2f}",
+            f"{one['steps'][-1]['loss']:.3f}",
         ]
         for name, one in found.items()
-    ]  # fmt: skip
+    ]
     heads = ["variant", "step, ms (quartiles)", "ours / this", "peak RSS, MB", "ours / this", "last loss"]
     return measure.table(heads, rows)
 
@@ -76,9 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
         return work(options.variant, options.threads, options.r)
     torch.set_num_threads(options.threads)
     found = steps_in_turns(
-        "benchmarks.cpu_step", ["--threads", str(options.threads), "--r", str(options.r)], peers.installed(),
-        WARMUP + options.steps, options.threads,
-    )  # fmt: skip
+        "benchmarks.cpu_step",
+        ["--threads", str(options.threads), "--r", str(options.r)],
+        peers.installed(),
+        WARMUP + options.steps,
+        options.threads,
+    )
     measure.publish("cpu_step", {"variants": found}, report(found), options.write)
 
 

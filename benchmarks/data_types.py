@@ -96,7 +96,8 @@ def window_losses(model: PreTrainedModel, rows: Tensor) -> list[float]:
 
 def paired(values: list[list[int]], reference: list[list[int]]) -> tuple[float, float]:
     """Difference of the mean accuracies over tasks, and its standard error over the items."""
-    means, variances = [], []
+    means = []
+    variances = []
     for task, other in zip(values, reference, strict=True):
         differences = [a - b for a, b in zip(task, other, strict=True)]
         means.append(statistics.mean(differences))
@@ -106,9 +107,11 @@ def paired(values: list[list[int]], reference: list[list[int]]) -> tuple[float, 
 
 def tables(results: dict[str, Any]) -> str:
     """Accuracies, means and paired differences to bf16 in percent; below, the differences of each task."""
-    per_item, names = results["per_item"], list(results["per_item"])
+    per_item = results["per_item"]
+    names = list(results["per_item"])
     tasks = list(per_item[REFERENCE])
-    rows, details = [], []
+    rows = []
+    details = []
     for name in names:
         base, adapted = results["bits"][name]
         accuracies = [100 * statistics.mean(per_item[name][task]) for task in tasks]
@@ -152,15 +155,21 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from picture import GREY, INK, plt
 
     per_item = results["per_item"]
-    names, tasks = [name for name in per_item if name != REFERENCE], list(per_item[REFERENCE])
+    names = [name for name in per_item if name != REFERENCE]
+    tasks = list(per_item[REFERENCE])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for offset, chosen in enumerate([tasks, *([task] for task in tasks)]):
         pairs = [paired(*([per_item[n][t] for t in chosen] for n in (name, REFERENCE))) for name in names]
         left.errorbar(
-            [100 * mean for mean, _ in pairs], [at + 0.13 * (offset - len(tasks) / 2) for at in range(len(names))],
-            xerr=[100 * INTERVAL * error for _, error in pairs], fmt="o" if offset else "D", capsize=2,
-            color=None if offset else INK, alpha=0.5 if offset else 1, label=chosen[0] if offset else "mean",
-        )  # fmt: skip
+            [100 * mean for mean, _ in pairs],
+            [at + 0.13 * (offset - len(tasks) / 2) for at in range(len(names))],
+            xerr=[100 * INTERVAL * error for _, error in pairs],
+            fmt="o" if offset else "D",
+            capsize=2,
+            color=None if offset else INK,
+            alpha=0.5 if offset else 1,
+            label=chosen[0] if offset else "mean",
+        )
     left.axvline(0, color=GREY, linewidth=1)
     left.set(xlabel="accuracy minus that of bf16, points (95%)", yticks=range(len(names)), yticklabels=names)
     left.invert_yaxis()
@@ -221,7 +230,8 @@ class Results:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what --output does not have yet; return the values of the tasks, types and items that were asked for."""
-    tasks, tokenizer = read_tasks(options.data, options.limit), load_tokenizer(options.base)
+    tasks = read_tasks(options.data, options.limit)
+    tokenizer = load_tokenizer(options.base)
     tested = windows(options.text, options.windows, tokenizer)
     seen = windows(options.calibration, 8, tokenizer, odd=True)
     settings = {name: getattr(options, name) for name in ("base", "r")}

@@ -28,7 +28,9 @@ from benchmarks.processes import steps_in_turns
 from lightning_qlora import convert, estimate_memory
 from lightning_qlora.layers.deferred_head import defer_logits
 
-VOCABULARY, WIDTH, WARMUP = 49_152, 576, 1
+VOCABULARY = 49_152
+WIDTH = 576
+WARMUP = 1
 VARIANTS: dict[str, bool] = {"real logits": False, "deferred logits": True}
 R = 16
 WEIGHTS = ("4-bit weights", "other frozen weights", "trained weights")
@@ -43,7 +45,8 @@ def anonymous_mb() -> float:
 @contextmanager
 def peak_of(found: list[float]) -> Iterator[None]:
     """Append the peak of the memory within this, read every 2 ms."""
-    peak, running = [anonymous_mb()], threading.Event()
+    peak = [anonymous_mb()]
+    running = threading.Event()
 
     def watch() -> None:
         while not running.wait(0.002):
@@ -65,9 +68,16 @@ def whole_model(options: argparse.Namespace) -> tuple[Callable[[], float], float
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=WIDTH, num_hidden_layers=options.layers, intermediate_size=1536, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False, dtype=torch.bfloat16,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_hidden_layers=options.layers,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        use_cache=False,
+        dtype=torch.bfloat16,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     planned_mb = float("nan")
     made: nn.Module = model
@@ -119,7 +129,8 @@ def work(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     step, planned = (head_alone if options.head_only else whole_model)(options)
     gc.collect()
-    before, peaks = anonymous_mb(), list[float]()
+    before = anonymous_mb()
+    peaks = list[float]()
     print(json.dumps({"planned_mb": planned}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -56,40 +56,89 @@ from smollm2 import load_model, load_tokenizer
 DENSE = "lora"
 DENSE_INITS = ("pissa", "olora", "lora_ga")
 DEFAULTS: dict[str, Any] = {
-    "lr": 5e-4, "ratio": 1.0, "warmup": 0.0, "decay": "linear", "r": 16, "alpha": 16.0, "rslora": 0, "layers": "all",
-    "quant": "nf4", "block": 64, "dq": 1, "init": "default", "roundings": 2, "codes": 0, "span": 0,
-    "frozen": 0.0, "float": 0.0, "by": "per_byte", "bare": 0, "fresh": 0, "exclude": "",
-}  # fmt: skip
+    "lr": 5e-4,
+    "ratio": 1.0,
+    "warmup": 0.0,
+    "decay": "linear",
+    "r": 16,
+    "alpha": 16.0,
+    "rslora": 0,
+    "layers": "all",
+    "quant": "nf4",
+    "block": 64,
+    "dq": 1,
+    "init": "default",
+    "roundings": 2,
+    "codes": 0,
+    "span": 0,
+    "frozen": 0.0,
+    "float": 0.0,
+    "by": "per_byte",
+    "bare": 0,
+    "fresh": 0,
+    "exclude": "",
+}
 SETS = {
     "starts": [
-        *(f"{start}{more}" for more in ("", ",ratio=4", ",ratio=16,lr=1e-4", ",lr=1e-3", ",rslora=1", ",warmup=0.1")
-        for start in (DENSE, "calibrated")), "default", "loftq",
+        *(
+            f"{start}{more}"
+            for more in ("", ",ratio=4", ",ratio=16,lr=1e-4", ",lr=1e-3", ",rslora=1", ",warmup=0.1")
+            for start in (DENSE, "calibrated")
+        ),
+        "default",
+        "loftq",
     ],
     "dense": [f"{DENSE},ratio=4{more}" for more in ("", *(f",init={init}" for init in DENSE_INITS))],
     "candidates": ["default,ratio=4", "calibrated,ratio=4", *(f"{start},ratio=4" for start in STARTS)],
     "equal_bytes": [
         f"{DENSE},ratio=4",
-        *(f"calibrated,ratio=4{more}" for more in (
-            "", ",exclude=k_proj+v_proj", ",exclude=self_attn", ",r=24,alpha=24", ",frozen=8", ",float=8",
-            ",float=8,by=error", ",float=8,by=random", ",float=8,bare=1",
-        )),
+        *(
+            f"calibrated,ratio=4{more}"
+            for more in (
+                "",
+                ",exclude=k_proj+v_proj",
+                ",exclude=self_attn",
+                ",r=24,alpha=24",
+                ",frozen=8",
+                ",float=8",
+                ",float=8,by=error",
+                ",float=8,by=random",
+                ",float=8,bare=1",
+            )
+        ),
     ],
     "best_rates": [
-        f"{DENSE},ratio=4,lr=1e-3", "default,ratio=4,lr=1e-3",
-        *(f"calibrated,ratio=4,{more}" for more in (
-            "lr=1e-3", "frozen=8,fresh=1,lr=1e-3", "frozen=2,fresh=1,lr=1e-3", "codes=100000", "codes=100000,lr=1e-3",
-            "codes=10000,span=64,lr=1e-3", "codes=100000,frozen=8,fresh=1,lr=1e-3",
-        )),
+        f"{DENSE},ratio=4,lr=1e-3",
+        "default,ratio=4,lr=1e-3",
+        *(
+            f"calibrated,ratio=4,{more}"
+            for more in (
+                "lr=1e-3",
+                "frozen=8,fresh=1,lr=1e-3",
+                "frozen=2,fresh=1,lr=1e-3",
+                "codes=100000",
+                "codes=100000,lr=1e-3",
+                "codes=10000,span=64,lr=1e-3",
+                "codes=100000,frozen=8,fresh=1,lr=1e-3",
+            )
+        ),
     ],
     "reviews": [
-        f"{DENSE},ratio=4", *(f"default,ratio=4{more}" for more in ("", ",block=32", ",quant=fp4", ",quant=int4")),
-        "loftq,ratio=4", "pissa,ratio=4", "pissa,lr=1e-4,ratio=4",
+        f"{DENSE},ratio=4",
+        *(f"default,ratio=4{more}" for more in ("", ",block=32", ",quant=fp4", ",quant=int4")),
+        "loftq,ratio=4",
+        "pissa,ratio=4",
+        "pissa,lr=1e-4,ratio=4",
         *(f"calibrated,ratio=4{more}" for more in ("", ",r=24,alpha=24", ",frozen=8", ",codes=20000")),
     ],
     "ablations": [
-        DENSE, "default", "default,dq=0", "default,layers=attention", *(f"default,r={r}" for r in (4, 8, 32, 64)),
+        DENSE,
+        "default",
+        "default,dq=0",
+        "default,layers=attention",
+        *(f"default,r={r}" for r in (4, 8, 32, 64)),
     ],
-}  # fmt: skip
+}
 
 
 class Variant(NamedTuple):
@@ -127,7 +176,9 @@ class Module(LightningModule):
     def __init__(self, base: str | None, variant: Variant, steps: int, task: Task = TASKS["docstrings"]) -> None:
         super().__init__()
         self.model = task.load(base).train()
-        self.variant, self.steps, self.task = variant, steps, task
+        self.variant = variant
+        self.steps = steps
+        self.task = task
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
@@ -176,9 +227,12 @@ def dense_lora(model: Any, variant: Variant, data: Any, more: dict[str, Any] | N
     """16-bit LoRA of PEFT with one of its initializations; "lora_ga" gets the gradients of BATCHES batches."""
     init = variant.settings["init"]
     config = LoraConfig(
-        target_modules="all-linear", init_lora_weights=True if init == "default" else init,
-        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None, **variant.adapter(), **(more or {}),
-    )  # fmt: skip
+        target_modules="all-linear",
+        init_lora_weights=True if init == "default" else init,
+        lora_ga_config=LoraGAConfig() if init == "lora_ga" else None,
+        **variant.adapter(),
+        **(more or {}),
+    )
     if init == "lora_ga":
         data.setup("fit")
         batches = islice(data.train_dataloader(), BATCHES)
@@ -192,21 +246,26 @@ def dense_lora(model: Any, variant: Variant, data: Any, more: dict[str, Any] | N
 def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune once; return the held-out losses, and with --merge those of the merged model."""
     seed_everything(seed, verbose=False)
-    task, each = TASKS[options.task], variant.settings
+    task = TASKS[options.task]
+    each = variant.settings
     module = Module(base, variant, options.steps, task)
     data = task.data(options.base, batch_size=task.batch_size, held_out=options.held_out, seed=seed)
     itemsize = module.model.dtype.itemsize
     dense = sum(part.weight.numel() for part in module.model.base_model.modules() if isinstance(part, nn.Linear))
-    plugin, spend = None, SpendBytes(each, module.model, seed, Path(options.output))
+    plugin = None
+    spend = SpendBytes(each, module.model, seed, Path(options.output))
     if variant.start == DENSE:
         module.model = dense_lora(module.model, variant, data, task.peft)
     else:
         plugin = QLoRAPrecision(
             init_lora_weights="default" if variant.start in STARTS else variant.start,
             exclude_modules=each["exclude"].split("+") if each["exclude"] else None,
-            quant_type=each["quant"], block_size=each["block"], double_quant=bool(each["dq"]),
-            loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None, **variant.adapter(),
-        )  # fmt: skip
+            quant_type=each["quant"],
+            block_size=each["block"],
+            double_quant=bool(each["dq"]),
+            loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None,
+            **variant.adapter(),
+        )
     changes: list[Any] = (
         [CandidateStart(variant.start, task.load(base), task.labels)] if variant.start in STARTS else []
     )
@@ -215,10 +274,19 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
         changes.append(spend)
     losses = HeldOutLoss([round(part * options.steps) for part in options.points])
     trainer = Trainer(
-        plugins=plugin, callbacks=[losses, *changes], max_steps=options.steps, max_epochs=-1, gradient_clip_val=0.3,
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        limit_val_batches=0, enable_progress_bar=False,
-    )  # fmt: skip
+        plugins=plugin,
+        callbacks=[losses, *changes],
+        max_steps=options.steps,
+        max_epochs=-1,
+        gradient_clip_val=0.3,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+    )
     trainer.fit(module, data)
     layers = adapted_layers(module.model).values()
     dense -= sum(layer.in_features * layer.out_features for layer in layers)

@@ -16,18 +16,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import convert
 
-STEPS, RANK, LR = 3, 16, 2e-4
+STEPS = 3
+RANK = 16
+LR = 2e-4
 CONFIG = LlamaConfig(
-    vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=4,
+    num_attention_heads=8,
     num_key_value_heads=8,
-)  # fmt: skip
+)
 NAMES = [*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj"]
 
 
 def losses(model: nn.Module, ids: Tensor) -> str:
     """The loss before each step."""
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, found = torch.optim.AdamW(trained, lr=LR), []
+    optimizer = torch.optim.AdamW(trained, lr=LR)
+    found = []
     for _ in range(STEPS):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

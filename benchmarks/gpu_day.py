@@ -49,7 +49,10 @@ class Day:
 
     def __init__(self, budget: float, out: Path, commit: str, card: str, small: bool = False) -> None:
         self.end = time.monotonic() + budget
-        self.out, self.commit, self.card, self.small = out, commit, card, small
+        self.out = out
+        self.commit = commit
+        self.card = card
+        self.small = small
 
     def run(self, cells: Sequence[Cell]) -> Iterator[Record]:
         """Run the cells that fit in the budget; yields the record of each as soon as it ends."""
@@ -61,7 +64,8 @@ class Day:
                 yield self._run_cell(cell, left if self.small else min(cell.limit, left))
 
     def _run_cell(self, cell: Cell, limit: float) -> Record:
-        log, start = self.out / f"{cell.name}.log", time.monotonic()
+        log = self.out / f"{cell.name}.log"
+        start = time.monotonic()
         ended = (fork if self.small and self.card.startswith("CPU") else self._start)(cell, log, limit)
         output = log.read_text(errors="replace")
         rows = [json.loads(line[len(ROW) :]) for line in output.splitlines() if line.startswith(ROW)]
@@ -94,9 +98,14 @@ class Day:
         }
         with log.open("wb") as file:
             process = subprocess.Popen(
-                self.command(cell), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
-            )  # fmt: skip
+                self.command(cell),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=os.setpgrp,
+            )
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -170,7 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, cells: list[Cell]) -> int:
-    card, commit = card_name(), code_version()
+    card = card_name()
+    commit = code_version()
     if card is None and not options.small:
         print("There is no GPU here. --small tries every cell with tiny shapes on the CPU.", file=sys.stderr)
         return 1
@@ -187,7 +197,8 @@ def _run(options: argparse.Namespace, cells: list[Cell]) -> int:
         mine = [record for record in mine if record["commit"] == commit]
     if not options.small:
         install_tiles(mine)
-    day, left = Day(options.budget, out, commit, card, options.small), todo(cells, mine)
+    day = Day(options.budget, out, commit, card, options.small)
+    left = todo(cells, mine)
     if left and "check" in done(mine) and not options.small:
         check_kernels()
     failed = 0

@@ -91,7 +91,8 @@ def publish(name: str, result: dict[str, Any], markdown: str, write: bool) -> No
 
 def replace_block(name: str, text: str) -> None:
     """Replace the text between the marks of that name in docs/benchmarks.md."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    begin = f"<!-- {name} -->"
+    end = f"<!-- /{name} -->"
     page = PAGE.read_text()
     if begin not in page:
         raise ValueError(f"{PAGE} has no mark {begin}, so there is no place for this table.")

@@ -56,7 +56,8 @@ def read_tasks(folder: str | Path, limit: int | None = None) -> dict[str, list[I
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         raise ValueError(f"--data {folder}: has no TASK.jsonl. {FORM}")
-    tasks, wrong = {}, []
+    tasks = {}
+    wrong = []
     for file in files:
         items = []
         for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -82,7 +83,8 @@ def parse(line: str) -> Item:
         raise ValueError(f"is not JSON ({error})") from None
     if not isinstance(item, dict):
         raise ValueError(f"is not a JSON object: {line[:60]}")
-    choices, gold = item.get("choices"), item.get("gold")
+    choices = item.get("choices")
+    gold = item.get("gold")
     if not _texts(choices) or len(choices) < 2 or not all(choices):
         raise ValueError(f"choices={choices!r}: must be two or more texts, none of them empty")
     if ("context" in item) == ("contexts" in item):
@@ -112,7 +114,8 @@ def encode(item: Item, tokenizer: PreTrainedTokenizerBase, longest: int) -> Row:
     common = common_length(*whole)
     row = Row(whole[0][:common], list(range(common)), [0] * common, [], [])
     for choice, (ids, context) in enumerate(zip(whole, contexts, strict=True)):
-        scored, offset = common_length(ids, context), len(row.tokens) - common
+        scored = common_length(ids, context)
+        offset = len(row.tokens) - common
         row.sources.append([at if at < common else at + offset for at in range(scored - 1, len(ids) - 1)])
         row.targets.append(ids[scored:])
         row.tokens.extend(ids[common:])
@@ -129,7 +132,8 @@ def common_length(*lists: list[int]) -> int:
 @torch.inference_mode()
 def log_likelihoods(model: PreTrainedModel, rows: list[Row]) -> list[list[float]]:
     """For each row the log-likelihood of each choice, in nats."""
-    size, device = max(len(row.tokens) for row in rows), model.device
+    size = max(len(row.tokens) for row in rows)
+    device = model.device
 
     def stack(lists: list[list[int]], filler: int) -> Tensor:
         return torch.tensor([each + [filler] * (size - len(each)) for each in lists], device=device)
@@ -144,7 +148,8 @@ def log_likelihoods(model: PreTrainedModel, rows: list[Row]) -> list[list[float]
     ).last_hidden_state
     sources = torch.tensor([i * size + at for i, row in enumerate(rows) for each in row.sources for at in each])
     targets = torch.tensor([token for row in rows for each in row.targets for token in each])
-    head, flat = model.get_output_embeddings(), hidden.flatten(0, 1)
+    head = model.get_output_embeddings()
+    flat = hidden.flatten(0, 1)
     losses = [  # in pieces: the logits of a whole batch take more memory than the model
         F.cross_entropy(head(flat[at]).float(), token, reduction="none")
         for at, token in zip(sources.to(device).split(512), targets.to(device).split(512), strict=True)

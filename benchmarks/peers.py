@@ -66,7 +66,9 @@ class TorchaoLoRA(nn.Module):
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
 
         super().__init__()
-        self.linear, weight, group = linear_nf4, layer.weight.data, 256
+        self.linear = linear_nf4
+        weight = layer.weight.data
+        group = 256
         while (weight.numel() // 64) % group:
             group //= 2
         self.weight = nn.Parameter(to_nf4(weight, 64, group), requires_grad=False)

@@ -24,10 +24,16 @@ from benchmarks.measure import table
 HOST = 60e-6, 65e-6  # seconds of host time of a layer, forward and backward
 HASH = 21  # instructions per element for the dropout mask
 LLAMA_8B = 32 * [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-VOCABULARY, WIDTH, BLOCKS = 128256, 4096, 32
+VOCABULARY = 128256
+WIDTH = 4096
+BLOCKS = 32
 PASSES = 60  # over a hidden state, 16 bits: norms, rotary embedding, activation, residuals, forward and backward
-NOW, KEPT, PIECES, WAVES = "as it is", "kept", "pieces", "pieces, whole waves"
-PERSISTENT, TURNS = "persistent", "persistent, taking turns"
+NOW = "as it is"
+KEPT = "kept"
+PIECES = "pieces"
+WAVES = "pieces, whole waves"
+PERSISTENT = "persistent"
+TURNS = "persistent, taking turns"
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Card:
     def seconds(self, moved: float, instructions: float = 0, operations: float = 0) -> float:
         """Time of one launch."""
         slots = 4 * self.multiprocessors * self.clock
-        by_bytes, by_instructions = moved / (0.85 * self.bandwidth), instructions / 32 / slots
+        by_bytes = moved / (0.85 * self.bandwidth)
+        by_instructions = instructions / 32 / slots
         return max(2e-6, by_bytes, by_instructions, operations / (0.7 * self.operations))
 
     def decode(self, numel: int) -> float:
@@ -52,7 +59,8 @@ class Card:
 
     def product(self, m: int, n: int, k: int, design: str = NOW) -> float:
         """y += x W^T with its decoding, x [m, k] and W [n, k]; the product with dY is that with n and k exchanged."""
-        moved, operations = 2 * (m * k + 2 * m * n), 2 * m * n * k
+        moved = 2 * (m * k + 2 * m * n)
+        operations = 2 * m * n * k
         if design in (PERSISTENT, TURNS):
             inside = moved + 0.516 * n * k, 10 * n * k * ceil(m / 256)
             if design == PERSISTENT:
@@ -121,7 +129,8 @@ def kernels() -> str:
 
 def designs(tokens: tuple[int, ...] = (65, 128, 256, 512, 1024, 4096)) -> str:
     """Ways to decode on an H100: a product, and a step compared with a 16-bit base without adapters."""
-    card, rows = CARDS[-1], []
+    card = CARDS[-1]
+    rows = []
     for design in (NOW, PERSISTENT, TURNS, PIECES, WAVES):
         times = (card.product(m, 4096, 4096, design) for m in tokens)
         rows.append([f"decode and product, 4096 x 4096, us: {design}", *(f"{1e6 * each:.0f}" for each in times)])

@@ -22,8 +22,10 @@ def steps_in_turns(
         RuntimeError: If a variant ends early.
     """
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "BITSANDBYTES_NOWELCOME": "1", "PYTHONPATH": str(measure.ROOT),
-    }  # fmt: skip
+        "OMP_NUM_THREADS": str(threads),
+        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTHONPATH": str(measure.ROOT),
+    }
     command = [sys.executable, "-m", module, *arguments, "--variant"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     processes = {name: subprocess.Popen([*command, name], cwd=measure.ROOT, **pipes) for name in variants}

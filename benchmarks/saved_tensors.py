@@ -26,9 +26,12 @@ def decoder_layer(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], 
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
     config: Any = LlamaConfig(
-        hidden_size=options.hidden, intermediate_size=options.intermediate, num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads, num_hidden_layers=1,
-    )  # fmt: skip
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        num_hidden_layers=1,
+    )
     config._attn_implementation = "sdpa"
     layer = LlamaDecoderLayer(config, 0)
     for parameter in layer.parameters():
@@ -46,7 +49,9 @@ def saved_by_module(layer: nn.Module, run: Callable[[], Any]) -> list[tuple[str,
     for part in adapted_layers(layer).values():
         held += [part.packed, part.absmax, part.nested]
     own = {tensor.untyped_storage()._cdata for tensor in held}
-    stack, kept, found = [""], list[Tensor](), dict[str, list[tuple[int, bool, torch.dtype]]]()
+    stack = [""]
+    kept = list[Tensor]()
+    found = dict[str, list[tuple[int, bool, torch.dtype]]]()
     seen = set[int]()
 
     def pack(tensor: Tensor) -> Tensor:

@@ -70,8 +70,10 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 
 def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     """Name, perplexity, seconds of conversion and start."""
-    dense, tokenizer = load_model(options.base, torch.float32), load_tokenizer(options.base)
-    test, seen = windows(options.test, options.windows, tokenizer), windows(options.calibration, 8, tokenizer)
+    dense = load_model(options.base, torch.float32)
+    tokenizer = load_tokenizer(options.base)
+    test = windows(options.test, options.windows, tokenizer)
+    seen = windows(options.calibration, 8, tokenizer)
     yield "float", perplexity(dense, test), 0.0
     for name in options.starts:
         model = copy.deepcopy(dense).train()

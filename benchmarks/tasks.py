@@ -39,7 +39,10 @@ class Reviews(LightningDataModule):
 
     def __init__(self, base: str | None, batch_size: int, held_out: int, seed: int) -> None:
         super().__init__()
-        self.base, self.batch_size, self.held_out, self.seed = base or minilm(), batch_size, held_out, seed
+        self.base = base or minilm()
+        self.batch_size = batch_size
+        self.held_out = held_out
+        self.seed = seed
         self.train: list[dict[str, Any]] = []
         self.val: list[dict[str, Any]] = []
 
@@ -52,12 +55,13 @@ class Reviews(LightningDataModule):
                 [
                     {"input_ids": ids, "labels": label}
                     for ids, (_, label) in zip(
-                        tokenizer([text for text, _ in rows], truncation=True, max_length=LONGEST).input_ids, rows,
+                        tokenizer([text for text, _ in rows], truncation=True, max_length=LONGEST).input_ids,
+                        rows,
                         strict=True,
                     )
                 ]
                 for rows in (train, val[: self.held_out])
-            )  # fmt: skip
+            )
 
     def loader(self, rows: list[dict[str, Any]], size: int) -> DataLoader[dict[str, Tensor]]:
         batches = []
@@ -102,7 +106,9 @@ def perplexity_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[st
 
 @torch.no_grad()
 def loss_and_accuracy(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    loss, right, count = 0.0, 0, 0
+    loss = 0.0
+    right = 0
+    count = 0
     for batch in batches:
         out = model(**batch)
         loss += out.loss.item() * len(batch["labels"])
@@ -133,11 +139,15 @@ TASKS = {
     ),
 }
 TYPES: dict[str, dict[str, Any]] = {
-    "NF4": {"double_quant": False}, "NF4 + DQ": {}, "NF4 + DQ, blocks of 32": {"block_size": 32},
-    "NF4 + DQ, blocks of 128": {"block_size": 128}, "FP4 + DQ": {"quant_type": "fp4"},
-    "INT4 + DQ": {"quant_type": "int4"}, "NF4 + DQ, loftq x5": {"init_lora_weights": "loftq", "loftq_iter": 5},
+    "NF4": {"double_quant": False},
+    "NF4 + DQ": {},
+    "NF4 + DQ, blocks of 32": {"block_size": 32},
+    "NF4 + DQ, blocks of 128": {"block_size": 128},
+    "FP4 + DQ": {"quant_type": "fp4"},
+    "INT4 + DQ": {"quant_type": "int4"},
+    "NF4 + DQ, loftq x5": {"init_lora_weights": "loftq", "loftq_iter": 5},
     "NF4 + DQ, calibrated": {"init_lora_weights": "calibrated"},
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
@@ -152,12 +162,16 @@ def embeddings(model: Any, batches: Iterable[dict[str, Tensor]]) -> Tensor:
 
 
 def main() -> None:
-    data, dense = Reviews(minilm(), 32, 1376, 0), load_classifier()
+    data = Reviews(minilm(), 32, 1376, 0)
+    dense = load_classifier()
     data.setup("fit")
-    held_out, first = data.val_dataloader(), next(iter(data.train_dataloader()))
-    expected, rows = embeddings(dense.eval(), held_out), []
+    held_out = data.val_dataloader()
+    first = next(iter(data.train_dataloader()))
+    expected = embeddings(dense.eval(), held_out)
+    rows = []
     for name, arguments in TYPES.items():
-        model, given = copy.deepcopy(dense).train(), {"r": 16, "lora_alpha": 16.0, **arguments}
+        model = copy.deepcopy(dense).train()
+        given = {"r": 16, "lora_alpha": 16.0, **arguments}
         iterations = given.pop("loftq_iter", None)
         convert(model, **given, loftq_config={"loftq_iter": iterations} if iterations else None)
         calibration = calibration_of(model)

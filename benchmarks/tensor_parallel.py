@@ -26,9 +26,15 @@ from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 
 SIZES = {
-    "hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 512,
+    "intermediate_size": 1280,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 STEPS = 20
 
 

@@ -94,7 +94,8 @@ def _once(function: Function, device: torch.device) -> float:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
     function()
     end.record()

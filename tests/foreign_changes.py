@@ -23,9 +23,7 @@ STATE = {"data", "training"}  # a tensor's content and a module's mode: state, n
 NAMESPACES = {"__dict__", "_parameters", "_buffers", "_modules", "modules"}  # the last one: sys.modules
 MUTATE = {"pop", "update", "clear", "setdefault", "popitem", "__setitem__", "__delitem__"}
 SAME_ITEMS = {"values", "items", "get", "pop", "copy"}  # methods of a container
-SAME_ITEMS_AS_ARGUMENT = {
-    "next", "iter", "list", "tuple", "set", "sorted", "reversed", "zip", "enumerate", "deepcopy",
-}  # fmt: skip
+SAME_ITEMS_AS_ARGUMENT = {"next", "iter", "list", "tuple", "set", "sorted", "reversed", "zip", "enumerate", "deepcopy"}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSION = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
@@ -71,7 +69,9 @@ class Scope:
     """The names of a function (or file, class, comprehension), and what the text says of their values."""
 
     def __init__(self, package: Package, outer: "Scope | None" = None, of_class: bool = False) -> None:
-        self.package, self.outer, self.of_class = package, outer, of_class
+        self.package = package
+        self.outer = outer
+        self.of_class = of_class
         self.values: dict[str, list[ast.AST | bool | None]] = {}  # True: the package's own
         self.checked: dict[str, int] = {}  # name -> line from which on it was checked by isinstance
 

@@ -19,9 +19,18 @@ from tests.toys import ids
 # Loading and merging are worth a test where transformers converts the tensors of a folder; the others are slow tests.
 # Mixtures with dense layers beside their experts, which PEFT adapts as parameters.
 MIXTURES = [
-    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "hunyuan_v1_moe", "ernie4_5_moe",
-    "longcat_flash", "afmoe", "solar_open", "qwen3_next",
-]  # fmt: skip
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe",
+    "glm_moe_dsa",
+    "hunyuan_v1_moe",
+    "ernie4_5_moe",
+    "longcat_flash",
+    "afmoe",
+    "solar_open",
+    "qwen3_next",
+]
 DEFAULT = {
     "trains": MODELS,
     "recomputes": MODELS,
@@ -69,9 +78,20 @@ def test_folders_of_difficult_classes(kind, tmp_path):
 
 
 MOE = [
-    "qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "granitemoe", "llama4_text", "dbrx", "jetmoe",
-    "longcat_flash", "hunyuan_v1_moe", "nllb-moe", "switch_transformers",
-]  # fmt: skip
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "mixtral",
+    "olmoe",
+    "granitemoe",
+    "llama4_text",
+    "dbrx",
+    "jetmoe",
+    "longcat_flash",
+    "hunyuan_v1_moe",
+    "nllb-moe",
+    "switch_transformers",
+]
 
 
 @pytest.mark.parametrize("kind", MOE)
@@ -85,7 +105,8 @@ def test_experts_are_in_4_bits_and_routers_are_not(kind):
     experts = {name for name in matrices if "experts" in name} - routers
     assert routers and experts
     assert not routers & packed
-    total, quantized = sum(map(matrices.get, experts)), sum(map(matrices.get, experts & packed))
+    total = sum(map(matrices.get, experts))
+    quantized = sum(map(matrices.get, experts & packed))
     assert quantized / total >= 0.95
     dense = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)} - choice.convert.keys()
     assert {f"{name}.weight" for name in dense} <= routers
@@ -94,10 +115,16 @@ def test_experts_are_in_4_bits_and_routers_are_not(kind):
 def test_reformer_says_what_it_needs(tmp_path):
     """Its layers run inside an autograd function, which records nothing if its inputs need no gradient."""
     sizes = {
-        "hidden_size": 64, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 128,
-        "attn_layers": ["local"], "local_attn_chunk_length": 4, "axial_pos_embds": False, "vocab_size": 128,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "attention_head_size": 16,
+        "feed_forward_size": 128,
+        "attn_layers": ["local"],
+        "local_attn_chunk_length": 4,
+        "axial_pos_embds": False,
+        "vocab_size": 128,
         "is_decoder": True,
-    }  # fmt: skip
+    }
     model = transformers.ReformerModelWithLMHead(transformers.ReformerConfig(**sizes)).train()
     lit = Lit(model, {"input_ids": ids()})
     with pytest.raises(RuntimeError, match=r"loss needs no gradient.*enable_input_require_grads\(\).*model\.train\(\)"):

@@ -26,7 +26,8 @@ def test_one_round_is_enough_for_a_table():
 
 
 def test_candidates_take_turns():
-    called, cpu = [], torch.device("cpu")
+    called = []
+    cpu = torch.device("cpu")
     functions = {name: lambda name=name: called.append(name) for name in "ab"}
     assert {name: len(values) for name, values in times(functions, cpu, rounds=3).items()} == {"a": 3, "b": 3}
     assert called == [*"aabb", *"ab" * 3]  # two calls each to warm up
@@ -40,7 +41,8 @@ class Scripted(gpu_day.Day):
 
     def __init__(self, out, scripts, budget=60.0):
         super().__init__(budget, out, "abc", "a card")
-        self.scripts, self.started = scripts, []
+        self.scripts = scripts
+        self.started = []
 
     def command(self, cell):
         self.started.append(cell.name)
@@ -65,8 +67,11 @@ def test_a_crash_loses_one_cell_and_keeps_its_rows(tmp_path):
     day = Scripted(tmp_path, scripts)
     records = {record["cell"]: record for record in day.run([cell(name) for name in scripts])}
     assert {name: record["status"] for name, record in records.items()} == {
-        "good": "ok", "crash": "failed", "killed": "failed", "last": "ok",
-    }  # fmt: skip
+        "good": "ok",
+        "crash": "failed",
+        "killed": "failed",
+        "last": "ok",
+    }
     assert records["crash"]["rows"] == [{"figure": 2}]
     assert records["crash"]["last_lines"] == ["out of luck"]
     assert records["crash"]["reason"] == "ended with status 1"
@@ -78,7 +83,8 @@ def test_a_cell_that_takes_too_long_is_stopped_with_what_it_started(tmp_path):
     started = tmp_path / "started"
     child = f"import time; open({str(started)!r}, 'w').write(str(__import__('os').getpid())); time.sleep(60)"
     script = row(figure=1) + f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    day, begin = Scripted(tmp_path, {"slow": script}), time.monotonic()
+    day = Scripted(tmp_path, {"slow": script})
+    begin = time.monotonic()
     slow, after = day.run([cell("slow", limit=3), cell("after")])
     assert time.monotonic() - begin < 20
     assert (slow["status"], slow["reason"], slow["rows"]) == ("failed", "stopped after 3 s", [{"figure": 1}])
@@ -144,9 +150,14 @@ def record(name, *rows, **changes):
 
 def step_row(variant, tokens, seconds):
     return {
-        "variant": variant, "tokens": tokens, "seconds": seconds, "fastest": seconds, "slowest": seconds,
-        "peak_allocated_bytes": 9 * 10**9, "loss": 11.7,
-    }  # fmt: skip
+        "variant": variant,
+        "tokens": tokens,
+        "seconds": seconds,
+        "fastest": seconds,
+        "slowest": seconds,
+        "peak_allocated_bytes": 9 * 10**9,
+        "loss": 11.7,
+    }
 
 
 def test_the_page_holds_goals_and_figures():
@@ -210,8 +221,11 @@ def test_a_second_run_has_nothing_to_do_and_a_single_cell_runs_in_a_process_of_i
     assert len(results.read(folder)) == before
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_cells", "card", "--small"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert sum(line.startswith(ROW) for line in run.stdout.splitlines()) == 3
 
 
@@ -271,7 +285,8 @@ def test_what_a_decoder_layer_keeps_is_listed_by_module():
     sizes = argparse.Namespace(tokens=8, hidden=64, intermediate=128, heads=4, kv_heads=2, r=4)
     with FakeTensorMode():
         rows = {name: sizes for name, *sizes in saved_tensors.saved_by_module(*saved_tensors.decoder_layer(sizes))}
-    x, own = 8 * 64 * 2, 8 * 4 * 2 + 8
+    x = 8 * 64 * 2
+    own = 8 * 4 * 2 + 8
     assert rows["self_attn.q_proj"][:2] == [x + own, 0]
     assert rows["self_attn.k_proj"][:2] == rows["self_attn.v_proj"][:2] == [own, x]
     assert rows["mlp.down_proj"][:2] == [8 * 128 * 2 + own, 0]

@@ -62,7 +62,8 @@ def tokenizer(base):
 
 def answers(example, tokenizer):
     """The pieces of the labels, as text."""
-    pieces, before = [], conversations.IGNORE
+    pieces = []
+    before = conversations.IGNORE
     for label in example["labels"]:
         if label != conversations.IGNORE:
             pieces += [[]] if before == conversations.IGNORE else []
@@ -146,7 +147,8 @@ def test_packed_and_padded_losses_are_equal(base, tmp_path, attention):
     data.pack = False
     (padded,) = data.train_dataloader()
     assert packed["input_ids"].shape == (1, int(padded["attention_mask"].sum())) and not padded["attention_mask"].all()
-    one, other = module.loss(packed), module.loss(padded)
+    one = module.loss(packed)
+    other = module.loss(padded)
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
     without = module.loss({key: value for key, value in packed.items() if key != "position_ids"})[0]
     assert abs(without - other[0]) > 1e-2  # the check can fail: here documents see those before them
@@ -172,9 +174,16 @@ def test_a_step_is_the_mean_over_answer_tokens_however_they_are_divided(base, tm
         expected[name] -= 0.1 * parameter.grad
     module.zero_grad()
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_steps=1, accumulate_grad_batches=accumulate, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        max_steps=1,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
     trainer.fit(module, data)
     torch.testing.assert_close(dict(module.model.named_parameters()), expected, rtol=1e-4, atol=1e-5)
     assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == accumulate
@@ -210,7 +219,8 @@ def test_the_files_have_the_settings_of_the_paper(tmp_path, monkeypatch, size, d
     monkeypatch.chdir(tmp_path)
     files = [f"--config={EXAMPLES / 'chat' / name}" for name in ("paper.yaml", f"{size}.yaml")]
     run = finetune.main(files, run=False)
-    config, trainer = run.trainer.precision_plugin.config, run.trainer
+    config = run.trainer.precision_plugin.config
+    trainer = run.trainer
     assert (config.r, config.lora_alpha, config.lora_dropout, config.quant_type) == (64, 16, dropout, "nf4")
     assert config.double_quant and config.target_modules == "all-linear"
     assert (trainer.gradient_clip_val, trainer.max_steps) == (0.3, 1875)

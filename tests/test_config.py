@@ -121,7 +121,8 @@ def test_allowed_values_are_accepted():
 
 
 def test_the_signature_of_the_plugin_is_that_of_the_config():
-    config, plugin = inspect.signature(QLoRAConfig), inspect.signature(QLoRAPrecision)
+    config = inspect.signature(QLoRAConfig)
+    plugin = inspect.signature(QLoRAPrecision)
     assert list(plugin.parameters.values()) == list(config.parameters.values())
     assert list(plugin.parameters) == [field.name for field in dataclasses.fields(QLoRAConfig)]
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in plugin.parameters.values())

@@ -52,7 +52,8 @@ def alone(model, tokenizer, context, choice):
     whole, before = (tokenizer(text, add_special_tokens=False).input_ids for text in (context + choice, context))
     start = multiple_choice.common_length(whole, before)
     if not before:
-        whole, start = [tokenizer.bos_token_id, *whole], 1
+        whole = [tokenizer.bos_token_id, *whole]
+        start = 1
     logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
     return sum(logs[at - 1, whole[at]].item() for at in range(start, len(whole)))
 
@@ -121,7 +122,8 @@ def test_a_folder_without_tasks_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("start", ["default", "loftq"])
 def test_decoding_keeps_the_function(start):
-    model, tokens = toy("llama"), torch.arange(12)[None]
+    model = toy("llama")
+    tokens = torch.arange(12)[None]
     convert(model, r=8, init_lora_weights=start)
     size = data_types.bits(model)
     layers = [layer for layer in model.modules() if isinstance(layer, QLoRALinear)]
@@ -137,9 +139,11 @@ def test_decoding_keeps_the_function(start):
 
 
 def test_paired_differences():
-    ours, theirs = [[1, 1, 0, 1], [1, 0, 0]], [[1, 0, 0, 0], [1, 0, 1]]
+    ours = [[1, 1, 0, 1], [1, 0, 0]]
+    theirs = [[1, 0, 0, 0], [1, 0, 1]]
     mean, error = data_types.paired(ours, theirs)
-    first, second = [0, 1, 0, 1], [0, 0, -1]
+    first = [0, 1, 0, 1]
+    second = [0, 0, -1]
     assert mean == pytest.approx((0.5 - 1 / 3) / 2)
     parts = [statistics.stdev(each) / math.sqrt(len(each)) for each in (first, second)]
     assert error == pytest.approx(math.hypot(*parts) / 2)
@@ -147,16 +151,25 @@ def test_paired_differences():
 
 
 def test_a_stopped_run_continues(base, tmp_path, monkeypatch, capsys):
-    data, output = tmp_path / "data", tmp_path / "out"
+    data = tmp_path / "data"
+    output = tmp_path / "out"
     data.mkdir()
     for task in ("first", "second"):
         lines = [json.dumps({"contexts": item.contexts, "choices": item.choices, "gold": item.gold}) for item in ITEMS]
         (data / f"{task}.jsonl").write_text("\n".join(lines))
     arguments = [
-        f"--data={data}", f"--base={base}", f"--output={output}", "--windows=1", "--r=2", "--types", "INT4 + DQ",
-        "NF4 + DQ, calibrated", "--limit",
-    ]  # fmt: skip
-    calls, compute = [], data_types.correct
+        f"--data={data}",
+        f"--base={base}",
+        f"--output={output}",
+        "--windows=1",
+        "--r=2",
+        "--types",
+        "INT4 + DQ",
+        "NF4 + DQ, calibrated",
+        "--limit",
+    ]
+    calls = []
+    compute = data_types.correct
 
     def stop_at_the_fourth(model, tokenizer, items):
         calls.append(len(items))

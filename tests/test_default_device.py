@@ -99,7 +99,8 @@ def values(result):
 
 def same(a, b) -> bool:
     """Bit for bit."""
-    a, b = values(a), values(b)
+    a = values(a)
+    b = values(b)
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, dict):
@@ -147,11 +148,21 @@ def backward(module, x=None):
 
 
 ARGUMENTS = [
-    {}, {"quant_type": "fp4"}, {"quant_type": "int4", "double_quant": False}, {"use_dora": True}, {"use_rslora": True},
-    {"init_lora_weights": "gaussian"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "pissa"},
-    {"init_lora_weights": "pissa_niter_4"}, {"loftq_config": {"loftq_iter": 2}, "init_lora_weights": "loftq"},
-    {"gradient_checkpointing": True}, {"compute_dtype": "bf16"}, {"checkpoint": "full"}, {"modules_to_save": ["2"]},
-]  # fmt: skip
+    {},
+    {"quant_type": "fp4"},
+    {"quant_type": "int4", "double_quant": False},
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "loftq"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_4"},
+    {"loftq_config": {"loftq_iter": 2}, "init_lora_weights": "loftq"},
+    {"gradient_checkpointing": True},
+    {"compute_dtype": "bf16"},
+    {"checkpoint": "full"},
+    {"modules_to_save": ["2"]},
+]
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
@@ -184,7 +195,8 @@ def test_readable_weights():
 
 def test_a_step_within_a_checkpoint_of_torch_and_autocast():
     def run():
-        module, x = net(), inputs()
+        module = net()
+        x = inputs()
         with torch.autocast("cpu", torch.bfloat16):
             loss = checkpoint(module, x, use_reentrant=False).float().square().sum()
         loss.backward()
@@ -244,25 +256,27 @@ def test_paged_optimizers(kind):
     check(run)
 
 
-def test_loraplus_groups_and_state_dicts(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loraplus_groups_and_state_dicts(use_dora, tmp_path):
     def run():
-        module = net()
-        module.load_state_dict(net().state_dict())
+        module = net(use_dora=use_dora)
+        module.load_state_dict(net(use_dora=use_dora).state_dict())
         save_adapter(module, tmp_path / "adapter")
         load_adapter(module, tmp_path / "adapter")
         return (
             [len(group["params"]) for group in loraplus_groups(module, lr=1e-3)],
             module,
-            net(adapter=str(tmp_path / "adapter")),
+            net(adapter=str(tmp_path / "adapter"), use_dora=use_dora),
         )
 
     check(run)
 
 
-def test_merge():
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_merge(dtype):
     def run():
         module = net(use_dora=True)
-        merge(module)
+        merge(module, dtype=dtype)
         return module
 
     check(run)
@@ -304,7 +318,8 @@ def fit(trainer, module, path, **arguments):
     first.fit(lit, loader(), loader())
     first.save_checkpoint(path)
     metrics = first.validate(lit, loader(), verbose=False)
-    second, resumed = trainer(plugins=QLoRAPrecision(**{**SMALL, **arguments}), max_epochs=2), module()
+    second = trainer(plugins=QLoRAPrecision(**{**SMALL, **arguments}), max_epochs=2)
+    resumed = module()
     second.fit(resumed, loader(), ckpt_path=path)
     return lit, lit.losses, metrics, resumed, resumed.losses, first.predict(lit, loader())
 
@@ -312,11 +327,14 @@ def fit(trainer, module, path, **arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {}, {"use_dora": True}, {"checkpoint": "full"}, {"init_lora_weights": "calibrated"},
+        {},
+        {"use_dora": True},
+        {"checkpoint": "full"},
+        {"init_lora_weights": "calibrated"},
         {"gradient_checkpointing": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_trainer(arguments, trainer, tmp_path):
     check(lambda: fit(trainer, Classifier, tmp_path / "a.ckpt", **arguments), PackageElsewhere)
     check(lambda: load_from_checkpoint(Classifier, tmp_path / "a.ckpt"), PackageElsewhere)
@@ -355,7 +373,8 @@ class InConfigureModel(LightningModule):
 
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.model = folder, None
+        self.folder = folder
+        self.model = None
 
     def configure_model(self):
         import transformers
@@ -363,9 +382,9 @@ class InConfigureModel(LightningModule):
         if self.model is None:
             self.model = transformers.LlamaForCausalLM.from_pretrained(self.folder)
 
-    training_step, train_dataloader, configure_optimizers = (
-        Lit.training_step, Lit.train_dataloader, Lit.configure_optimizers,
-    )  # fmt: skip
+    training_step = Lit.training_step
+    train_dataloader = Lit.train_dataloader
+    configure_optimizers = Lit.configure_optimizers
 
 
 @pytest.mark.parametrize(
@@ -386,7 +405,8 @@ def test_configure_model(arguments, trainer, tmp_path):
 @TORCH_NAMES_DEVICES
 def test_a_whole_model_under_the_default_device():
     pytest.importorskip("transformers")
-    model, tokens = toy("llama"), ids()
+    model = toy("llama")
+    tokens = ids()
 
     def run():
         module = copy.deepcopy(model)
@@ -412,7 +432,9 @@ def calls_without_device(source: str) -> list[tuple[int, str]]:
 
     A factory that is not called at once (`make = torch.zeros`) is one too.
     """
-    tree, found, given = ast.parse(source), [], set()
+    tree = ast.parse(source)
+    found = []
+    given = set()
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and any(keyword.arg == "device" for keyword in node.keywords):
@@ -422,7 +444,9 @@ def calls_without_device(source: str) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name) or node in given:
             continue
-        owner, name, call = node.value.id, node.attr, parents[node]
+        owner = node.value.id
+        name = node.attr
+        call = parents[node]
         called = isinstance(call, ast.Call) and call.func is node
         if owner == "torch" and name in FACTORIES and not (name == "Generator" and (not called or call.args)):
             found.append((node.lineno, ast.unparse(call)))
@@ -446,10 +470,17 @@ def test_every_tensor_of_the_package_is_made_with_a_device():
 @pytest.mark.parametrize(
     "line",
     [
-        "torch.zeros(3)", "torch.tensor([1], dtype=torch.uint8)", "f(torch.arange(3))", "make = torch.ones",
-        "torch.Generator()", "nn.Linear(3, 3)", "from torch import zeros", "torch.as_tensor(x)", "torch.randperm(3)",
+        "torch.zeros(3)",
+        "torch.tensor([1], dtype=torch.uint8)",
+        "f(torch.arange(3))",
+        "make = torch.ones",
+        "torch.Generator()",
+        "nn.Linear(3, 3)",
+        "from torch import zeros",
+        "torch.as_tensor(x)",
+        "torch.randperm(3)",
     ],
-)  # fmt: skip
+)
 def test_a_tensor_without_a_device_is_found(line):
     assert len(calls_without_device(line)) == 1
 

@@ -15,9 +15,11 @@ FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text()
 def tree():
     """The paths in the list of files, in its order; a folder ends with a slash."""
     block = FILES.split("```\nlightning_qlora/\n")[1].split("```")[0]
-    parents, paths = [], []
+    parents = []
+    paths = []
     for line in block.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
         parents = [*parents[: depth - 1], name]
         paths.append("".join(parents))
     return paths

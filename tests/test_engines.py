@@ -37,7 +37,9 @@ CLI = "from transformers.cli.transformers import main; main()"
 def merged(tmp_path_factory):
     """A folder that `merge` made, and the answer of the module before it."""
     torch.manual_seed(0)
-    model, tokenizer, folder = load_model(dtype=torch.float32), load_tokenizer(), tmp_path_factory.mktemp("merged")
+    model = load_model(dtype=torch.float32)
+    tokenizer = load_tokenizer()
+    folder = tmp_path_factory.mktemp("merged")
     convert(model, r=8)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):

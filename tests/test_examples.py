@@ -81,7 +81,8 @@ class TestPairs:
         assert not recwarn.list
 
     def test_no_name_and_no_answer_is_in_both_splits(self, pairs):
-        names, answers = [pair.name for pair in pairs], [pair.answer.lower() for pair in pairs]
+        names = [pair.name for pair in pairs]
+        answers = [pair.answer.lower() for pair in pairs]
         assert len(set(answers)) == len(answers)
         for keys in (names, answers):
             train, held_out = (
@@ -130,7 +131,8 @@ class TestDataModule:
             assert (batch["labels"][row, size:] == -100).all()
 
     def test_the_same_seed_gives_the_same_batches(self, base, data):
-        again, other = docstring_qa.DocstringQA(base, 4, 16), docstring_qa.DocstringQA(base, 4, 16, seed=1)
+        again = docstring_qa.DocstringQA(base, 4, 16)
+        other = docstring_qa.DocstringQA(base, 4, 16, seed=1)
         again.setup("fit")
         other.setup("fit")
         first, second, third = (next(iter(d.train_dataloader()))["input_ids"] for d in (data, again, other))
@@ -227,9 +229,15 @@ def reviews(folder):
 
 def quiet_trainer(**arguments):
     return Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, **arguments,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **arguments,
+    )
 
 
 class TestScripts:

@@ -84,7 +84,8 @@ def test_lora_b_learns_at_ratio_times_the_rate(tiny_llm, data, start):
 
 
 def test_lora_ga_starts_with_the_outputs_of_the_model_and_directions_of_the_gradient(tiny_llm, data):
-    module, batch = Module(tiny_llm, Variant.parse("lora"), steps=10), next(iter(data.train_dataloader()))
+    module = Module(tiny_llm, Variant.parse("lora"), steps=10)
+    batch = next(iter(data.train_dataloader()))
     before = module.model(**batch).logits
     model = dense_lora(module.model, Variant.parse("lora,r=2,init=lora_ga"), data)
     torch.testing.assert_close(model(**batch).logits, before, rtol=2e-2, atol=2e-2)
@@ -140,7 +141,8 @@ def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, m
     assert all(f"`{name}`" in written for name in names)
     assert (tmp_path / "fine_tuning.png").read_bytes().startswith(b"\x89PNG")
 
-    calls, compute = [], fine_tuning.train
+    calls = []
+    compute = fine_tuning.train
     monkeypatch.setattr(
         fine_tuning, "train", lambda v, seed, *rest: calls.append((v.start, seed)) or compute(v, seed, *rest)
     )

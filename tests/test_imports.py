@@ -13,9 +13,21 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 
 # From the bottom up; a file imports only from entries before its own (and, in a folder, from its own folder).
 ORDER = [
-    "words", "checks", "lightning_copies", "config", "files", "quantization", "kernels", "layers", "optim",
-    "adapters", "huggingface", "training", "tools", "__init__",
-]  # fmt: skip
+    "words",
+    "checks",
+    "lightning_copies",
+    "config",
+    "files",
+    "quantization",
+    "kernels",
+    "layers",
+    "optim",
+    "adapters",
+    "huggingface",
+    "training",
+    "tools",
+    "__init__",
+]
 
 
 def folder_of(path: Path) -> str:

@@ -16,7 +16,8 @@ other_fabric = pytest.importorskip("lightning_fabric")
 
 
 def same_state(first, second):
-    first, second = first.state_dict(), second.state_dict()
+    first = first.state_dict()
+    second = second.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -46,9 +47,14 @@ def fit(package, root, ckpt_path=None, **arguments):
     torch.manual_seed(0)
     module = module_of(package)()
     trainer = package.Trainer(
-        **{"max_epochs": 2, "plugins": QLoRAPrecision(r=4), **arguments}, accelerator="cpu", devices=1,
-        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
-    )  # fmt: skip
+        **{"max_epochs": 2, "plugins": QLoRAPrecision(r=4), **arguments},
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+    )
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return module, trainer
 

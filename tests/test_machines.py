@@ -61,7 +61,8 @@ def workers(folder, name):
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes()
+            environment = (entry / "environ").read_bytes()
         except OSError:  # it ended
             continue
         if name in command and f"OF_THE_TEST={folder}".encode() in environment.split(b"\0"):
@@ -79,8 +80,9 @@ def test_torchrun_starts_all_workers_again(base, whole, tmp_path):
     options += ["--rdzv-endpoint", f"localhost:{next(PORTS)}", "--rdzv-id", "test"]
     agents = start(
         [[*TORCHRUN, *options, *example("machines.py", base, tmp_path)]] * 2,
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OF_THE_TEST=str(tmp_path),
-    )  # fmt: skip
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        OF_THE_TEST=str(tmp_path),
+    )
     wait_for_checkpoint(tmp_path, agents[0])
     killed = [pid for pid in workers(tmp_path, b"machines.py") if pid not in {agent.pid for agent in agents}][-1]
     os.kill(killed, signal.SIGKILL)
@@ -90,9 +92,15 @@ def test_torchrun_starts_all_workers_again(base, whole, tmp_path):
 
 def test_a_slurm_job_is_submitted_again(base, whole, tmp_path):
     variables = {
-        "SLURM_JOB_ID": "4631", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(next(PORTS)),
-    }  # fmt: skip
+        "SLURM_JOB_ID": "4631",
+        "SLURM_JOB_NAME": "test",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_PORT": str(next(PORTS)),
+    }
     command = [sys.executable, *example("machines.py", base, tmp_path)]
     ranks = start([command] * 2, **variables)
     wait_for_checkpoint(tmp_path, ranks[0])
@@ -108,8 +116,9 @@ def test_ray_starts_all_workers_again(base, whole, tmp_path):
     pytest.importorskip("ray.train")
     (driver,) = start(
         [[sys.executable, *example("machines_ray.py", base, tmp_path)]],
-        OF_THE_TEST=str(tmp_path), RAY_USAGE_STATS_ENABLED="0",
-    )  # fmt: skip
+        OF_THE_TEST=str(tmp_path),
+        RAY_USAGE_STATS_ENABLED="0",
+    )
     wait_for_checkpoint(tmp_path, driver)
     before = workers(tmp_path, b"RayTrainWorker")
     os.kill(before[-1], signal.SIGKILL)

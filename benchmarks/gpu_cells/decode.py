@@ -11,9 +11,13 @@ from benchmarks.timing import Function, seconds
 from lightning_qlora.kernels import ops
 
 SHAPES = {
-    "8B q, o": (4096, 4096), "8B k, v": (1024, 4096), "8B gate, up": (14336, 4096), "8B down": (4096, 14336),
-    "70B q, o": (8192, 8192), "70B gate, up": (28672, 8192),
-}  # fmt: skip
+    "8B q, o": (4096, 4096),
+    "8B k, v": (1024, 4096),
+    "8B gate, up": (14336, 4096),
+    "8B down": (4096, 14336),
+    "70B q, o": (8192, 8192),
+    "70B gate, up": (28672, 8192),
+}
 LAYERS_8B = ["8B q, o"] * 2 + ["8B k, v"] * 2 + ["8B gate, up"] * 2 + ["8B down"]
 
 

@@ -66,7 +66,8 @@ def _steps(model: nn.Module, tokens: torch.Tensor, rounds: int) -> Iterator[Row]
 
 def base_parameters(shape: dict[str, int]) -> int:
     """Number of parameters of a Llama without adapters and norms."""
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    hidden = shape["hidden_size"]
+    heads = shape["num_attention_heads"]
     key_value = hidden // heads * shape["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * shape["intermediate_size"]
     return shape["num_hidden_layers"] * layer + 2 * hidden * shape["vocab_size"]

@@ -82,7 +82,8 @@ def _kernels(function: Function, device: torch.device) -> tuple[Counter[str], Co
     with profile(activities=activities) as profiled:
         function()
         synchronize(device)
-    launched, spent = Counter[str](), Counter[str]()
+    launched = Counter[str]()
+    spent = Counter[str]()
     for event in profiled.key_averages():
         if event.device_type == DeviceType.CUDA and not event.key.startswith(("Memcpy", "Memset")):
             launched[event.key] += event.count

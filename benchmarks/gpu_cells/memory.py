@@ -38,10 +38,12 @@ def peaks(device: torch.device) -> Row:
         return {"allocated_bytes": 0, "reserved_bytes": 0, "device_bytes": 0, "device_bytes_by": "no GPU"}
     torch.cuda.synchronize(device)
     try:
-        used, by = torch.cuda.device_memory_used(device), "NVML"
+        used = torch.cuda.device_memory_used(device)
+        by = "NVML"
     except Exception:  # pynvml is not installed, or NVML does not answer in this container
         free, total = torch.cuda.mem_get_info(device)
-        used, by = total - free, "cudaMemGetInfo"
+        used = total - free
+        by = "cudaMemGetInfo"
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device),

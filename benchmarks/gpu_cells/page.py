@@ -9,7 +9,8 @@ from benchmarks.gpu_cells.results import Record, newest
 from benchmarks.measure import replace_block, table
 
 NOT_YET = "not measured yet"
-GB, GIB = 1e9, 2**30
+GB = 1e9
+GIB = 2**30
 Rows = dict[str, list[Row]]  # cell -> its rows
 
 
@@ -80,26 +81,36 @@ def _share_of_copy(rows: Rows) -> float | None:
 # Description, wanted value, how to compute the value, whether a value meets the goal.
 GOALS: tuple[tuple[str, str, Callable[[Rows], float | None], Callable[[float], bool]], ...] = (
     (
-        "training step of an 8B-shaped Llama, 4096 tokens: our time / time of PEFT on a bf16 base", "1.05 at most",
-        _ratio("step", peers.OURS, peers.DENSE, 4096), lambda value: value <= 1.05,
+        "training step of an 8B-shaped Llama, 4096 tokens: our time / time of PEFT on a bf16 base",
+        "1.05 at most",
+        _ratio("step", peers.OURS, peers.DENSE, 4096),
+        lambda value: value <= 1.05,
     ),
     (
-        "training step of an 8B-shaped Llama, 512 tokens: our time / time of PEFT on a bf16 base", "1.15 at most",
-        _ratio("step", peers.OURS, peers.DENSE, 512), lambda value: value <= 1.15,
+        "training step of an 8B-shaped Llama, 512 tokens: our time / time of PEFT on a bf16 base",
+        "1.15 at most",
+        _ratio("step", peers.OURS, peers.DENSE, 512),
+        lambda value: value <= 1.15,
     ),
     (
-        "training step of an 8B-shaped Llama, 4096 tokens: time of PEFT + bitsandbytes / our time", "1.3 at least",
-        _ratio("step_4bit", peers.BNB, peers.OURS, 4096), lambda value: value >= 1.3,
+        "training step of an 8B-shaped Llama, 4096 tokens: time of PEFT + bitsandbytes / our time",
+        "1.3 at least",
+        _ratio("step_4bit", peers.BNB, peers.OURS, 4096),
+        lambda value: value >= 1.3,
     ),
     (
-        "training step of a 65B-shaped Llama, 1 x 512 tokens: peak of the device memory in use, GB", "under 48",
-        _largest_gb, lambda value: value < 48,
+        "training step of a 65B-shaped Llama, 1 x 512 tokens: peak of the device memory in use, GB",
+        "under 48",
+        _largest_gb,
+        lambda value: value < 48,
     ),
     (
-        "decoding a 14336 x 4096 weight to bf16: share of the copy bandwidth", "0.85 at least",
-        _share_of_copy, lambda value: value >= 0.85,
+        "decoding a 14336 x 4096 weight to bf16: share of the copy bandwidth",
+        "0.85 at least",
+        _share_of_copy,
+        lambda value: value >= 0.85,
     ),
-)  # fmt: skip
+)
 
 
 def _card(rows: list[Row]) -> str:
@@ -159,11 +170,14 @@ def _step(rows: list[Row]) -> str:
         )
         lines.append(
             [
-                row["variant"], str(row["tokens"]),
+                row["variant"],
+                str(row["tokens"]),
                 f"{1e3 * row['seconds']:.0f} ({1e3 * row['fastest']:.0f} to {1e3 * row['slowest']:.0f})",
-                f"{ours / row['seconds']:.2f}", f"{row['peak_allocated_bytes'] / GB:.1f}", f"{row['loss']:.3f}",
+                f"{ours / row['seconds']:.2f}",
+                f"{row['peak_allocated_bytes'] / GB:.1f}",
+                f"{row['loss']:.3f}",
             ]
-        )  # fmt: skip
+        )
     return table(["variant", "tokens", "step, ms (range)", "ours / this", "peak, GB allocated", "loss"], lines)
 
 
@@ -208,10 +222,20 @@ def _sanitizer(rows: list[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "check": _check, "card": _card, "tests_training": _tests, "tests_kernels": _tests, "tests_optim": _tests,
-    "decode": _decode, "layer": _layer, "step": _step, "step_4bit": _step, "largest": _largest, "paging": _paging,
-    "launches": _launches, "sanitizer": _sanitizer,
-}  # fmt: skip
+    "check": _check,
+    "card": _card,
+    "tests_training": _tests,
+    "tests_kernels": _tests,
+    "tests_optim": _tests,
+    "decode": _decode,
+    "layer": _layer,
+    "step": _step,
+    "step_4bit": _step,
+    "largest": _largest,
+    "paging": _paging,
+    "launches": _launches,
+    "sanitizer": _sanitizer,
+}
 
 
 def _figure(value: float | None) -> str:

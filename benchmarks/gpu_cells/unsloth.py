@@ -34,11 +34,17 @@ def decode(packed: Tensor, state: Any) -> Tensor:
 
     stream = ctypes.c_void_p(torch.cuda.current_stream(packed.device).cuda_stream)
     absmax = _buffer(state.absmax.numel(), torch.float32, packed.device)
-    pointer, number = functional.get_ptr, ctypes.c_int
+    pointer = functional.get_ptr
+    number = ctypes.c_int
     lib.cdequantize_blockwise_fp32(
-        pointer(state.state2.code), pointer(state.absmax), pointer(state.state2.absmax), pointer(absmax),
-        number(state.state2.blocksize), number(absmax.numel()), stream,
-    )  # fmt: skip
+        pointer(state.state2.code),
+        pointer(state.absmax),
+        pointer(state.state2.absmax),
+        pointer(absmax),
+        number(state.state2.blocksize),
+        number(absmax.numel()),
+        stream,
+    )
     absmax += state.offset
     lib.cdequantize_blockwise_bf16_nf4(
         None, pointer(packed), pointer(absmax), pointer(weight), number(state.blocksize), number(weight.numel()), stream
@@ -59,8 +65,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, a, b), (packed, state, scaling) = ctx.saved_tensors, ctx.rest
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        a16 = a.to(x.dtype)
+        b16 = b.to(x.dtype)
         grad_xa = grad_rows @ b16
         grad_a = (grad_xa.T @ rows).mul_(scaling).to(a.dtype)
         grad_b = (grad_rows.T @ (rows @ a16.T)).mul_(scaling).to(b.dtype)
@@ -77,7 +85,9 @@ class UnslothLinear(nn.Module):
     def __init__(self, layer: nn.Linear, r: int, scaling: float) -> None:
         super().__init__()
         made = peers.bnb_linear(layer)
-        self.packed, self.state, self.scaling = made.weight.data, made.weight.quant_state, scaling
+        self.packed = made.weight.data
+        self.state = made.weight.quant_state
+        self.scaling = scaling
         device = self.packed.device
         self.lora_A = nn.Parameter(torch.randn(r, layer.in_features, device=device) * layer.in_features**-0.5)
         self.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, device=device))

@@ -100,14 +100,13 @@ class PagedAdamW8bit(Optimizer):
     ) -> None:
         check_bool("paged", paged)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        _check_numbers(defaults)
         super().__init__(_not_empty(type(self).__name__, params), defaults)
         if paged:
             Pager().attach(self)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_numbers(param_group)
+        _check_numbers(self.defaults | param_group)
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -223,10 +222,10 @@ def _not_empty(optimizer: str, params: Any) -> Any:
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:
-    """Check the numbers of the constructor, or of a parameter group; like torch's, they may be one-element tensors."""
+    """Check the numbers of a parameter group; like torch's, they may be one-element tensors."""
     for name in ("lr", "eps", "weight_decay"):
-        check_number(name, _plain(numbers.get(name, 0.0)), at_least=0)
-    betas = numbers.get("betas", (0.0, 0.0))
+        check_number(name, _plain(numbers[name]), at_least=0)
+    betas = numbers["betas"]
     if not isinstance(betas, list | tuple):
         raise TypeError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999).")
     if len(betas) != 2:

@@ -32,7 +32,6 @@ PACKAGES = {  # package -> the extra that installs it; "": it is always installe
     "peft": None,
     "bitsandbytes": None,
 }
-REQUIRED = ("torch", "lightning", "safetensors")
 
 
 def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
@@ -47,7 +46,7 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
                 hint = f" (extra {extra}: {install(extra)})"
             if name == "triton":
                 hint = " under this name; torch for CUDA and ROCm brings its own"
-            yield name, f"not installed{hint}", name not in REQUIRED
+            yield name, f"not installed{hint}", extra != ""
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     try:
         yield "C compiler", build.compiler(), True

@@ -57,11 +57,13 @@ def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config,
     """The process ends before each of its changes to the folder: a reader finds one of the two, or no config."""
     second = adapter(4)
     if same_config:
-        first, shared = adapter(3), peft_folder.peft_config(second)
+        first = adapter(3)
+        shared = peft_folder.peft_config(second)
         monkeypatch.setattr(peft_folder, "peft_config", lambda _: shared)
     else:
         first = adapter(3)
-    fork, outcomes = multiprocessing.get_context("fork"), []
+    fork = multiprocessing.get_context("fork")
+    outcomes = []
 
     def killed(step):
         count = 0
@@ -99,7 +101,8 @@ def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config,
 
 def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
     write_adapter(adapter(3), tmp_path)
-    expected, draw = read_adapter(tmp_path), random.Random(0)
+    expected = read_adapter(tmp_path)
+    draw = random.Random(0)
     refused = []
     good = (tmp_path / WEIGHTS_FILE).read_bytes()
     for _ in range(400):

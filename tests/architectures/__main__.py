@@ -46,10 +46,13 @@ def share(kind):
     with torch.device("meta"):
         model = auto.from_config(config)
     choice = select_layers(model, QLoRAConfig())
-    seen, reasons = set[int](), choice.skip | choice.train
+    seen = set[int]()
+    reasons = choice.skip | choice.train
     parts = [chosen.part for chosen in choice.convert.values()]
     packed = {id(p.weight if isinstance(p, torch.nn.Module) else p.owner._parameters[p.key]) for p in parts}
-    total, quantized, rest = 0, 0, Counter[str]()
+    total = 0
+    quantized = 0
+    rest = Counter[str]()
     for owner_name, owner in model.named_modules():
         for key, parameter in owner._parameters.items():
             if parameter is None or id(parameter) in seen:

@@ -15,18 +15,32 @@ from transformers.models.auto import modeling_auto
 from tests.architectures.models import ALL, DETR, MROPE, SIZES, configuration
 
 HEADS = [
-    "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "SEQUENCE_CLASSIFICATION",
-    "MASKED_LM", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION",
-]  # fmt: skip
+    "CAUSAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "CTC",
+    "SEQUENCE_CLASSIFICATION",
+    "MASKED_LM",
+    "IMAGE_CLASSIFICATION",
+    "OBJECT_DETECTION",
+]
 MORE_SIZES = {
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "linear_num_key_heads", "depth"], 2),
     **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
     **dict.fromkeys(["encoder_hidden_size", "decoder_hidden_size", "out_hidden_size", "projection_dim"], 64),
     "vocab_size_per_layer_input": 128,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1, "mlp_dim": 128,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "audio_hidden_size": 64,
-}  # fmt: skip
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "mlp_dim": 128,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "audio_hidden_size": 64,
+}
 DEPTH = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"]
 LARGEST = 100_000_000  # parameters of a model
 FULL_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -112,7 +126,9 @@ def _attempts(name) -> Iterator:
 
 def _smaller(config, sizes, extra):
     """A configuration, and those inside it, with these sizes where it has numbers."""
-    own, names, changes = vars(config), config.attribute_map, {}
+    own = vars(config)
+    names = config.attribute_map
+    changes = {}
     for size, value in sizes.items():
         if type(own.get(names.get(size, size))) is type(value):
             changes.setdefault(names.get(size, size), value)

@@ -7,20 +7,58 @@ from tests.toys import ids
 
 # Sizes by the names that configurations give them; a configuration takes those that it has.
 SIZES = {
-    "vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 32, "embedding_size": 64,
-    "intermediate_size": 128, "d_ff": 128, "d_inner": 128, "ffn_dim": 128, "hidden_dim": 128, "n_inner": 128,
-    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "ffn_hidden_size": 128,
-    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
-    "num_decoder_layers": 2, "num_attention_heads": 4, "num_heads": 4, "n_head": 4, "n_heads": 4,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16,
-    "num_kv_heads": 2, "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64,
-    "image_size": 32, "patch_size": 8, "rotary_dim": 8,
-}  # fmt: skip
+    "vocab_size": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "dim": 64,
+    "embed_dim": 32,
+    "embedding_size": 64,
+    "intermediate_size": 128,
+    "d_ff": 128,
+    "d_inner": 128,
+    "ffn_dim": 128,
+    "hidden_dim": 128,
+    "n_inner": 128,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "ffn_hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "d_kv": 16,
+    "num_kv_heads": 2,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "max_seq_len": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "rotary_dim": 8,
+}
 SPEECH = {
-    "conv_dim": (32, 32), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
-}  # fmt: skip
+    "conv_dim": (32, 32),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
 PART = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**PART, "image_size": 32, "patch_size": 8}
 TEXT = {**PART, "vocab_size": 128, "max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1}
@@ -45,16 +83,25 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size"
 MANY = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 DEEPSEEK = {
-    **MANY, **GROUPS, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
-    "v_head_dim": 16, "num_key_value_heads": 4,
-}  # fmt: skip
+    **MANY,
+    **GROUPS,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 INDEX = {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 4}
 MAMBA = {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 DETR = {
-    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
-    "backbone_config": {**RESNET, "out_features": ["stage2"]}, "num_queries": 4,
-}  # fmt: skip
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": {**RESNET, "out_features": ["stage2"]},
+    "num_queries": 4,
+}
 IMAGE_TOKENS = {"image_token_id": 5, "image_token_index": 5, "vision_feature_layer": -1, "mm_tokens_per_image": 16}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
 PATCHES = {"hidden_size": 64, "depth": 2, "num_heads": 4}
@@ -63,14 +110,17 @@ FOLDERS = {  # transformers renames or converts the tensors of these when it sav
     "llava": (
         "image tokens",
         {
-            **IMAGE_TOKENS, "text_config": {**DECODER, "model_type": "llama"},
+            **IMAGE_TOKENS,
+            "text_config": {**DECODER, "model_type": "llama"},
             "vision_config": {**VISION, "model_type": "clip_vision_model"},
         },
     ),
     "paligemma": (
         "image tokens",
         {
-            **IMAGE_TOKENS, "text_config": {**DECODER, "model_type": "gemma"}, "projection_dim": 64,
+            **IMAGE_TOKENS,
+            "text_config": {**DECODER, "model_type": "gemma"},
+            "projection_dim": 64,
             "vision_config": {**VISION, "model_type": "siglip_vision_model"},
         },
     ),
@@ -88,7 +138,7 @@ FOLDERS = {  # transformers renames or converts the tensors of these when it sav
     "nomic_bert": ("text", {}),
     "mixtral": ("text", EXPERTS),
     "deepseek_v3": ("text", DEEPSEEK),
-}  # fmt: skip
+}
 MORE = {
     "qwen3_moe": ("text", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "gpt_oss": ("text", EXPERTS),
@@ -106,9 +156,17 @@ MORE = {
     "longcat_flash": (
         "text",
         {
-            "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32,
-            "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-            "head_dim": 16, "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 32,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "head_dim": 16,
+            "num_key_value_heads": 4,
         },
     ),
     "hunyuan_v1_moe": ("text", {"num_experts": 4, "moe_topk": 2}),
@@ -124,8 +182,13 @@ MORE = {
     "qwen3_next": (
         "text",
         {
-            **MANY, "num_experts": 4, "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            **MANY,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 64,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
@@ -143,8 +206,14 @@ MORE = {
     "jamba": (
         "text",
         {
-            "num_experts": 2, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
-            "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_expand": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_expand": 1,
             "use_mamba_kernels": False,
         },
     ),
@@ -155,8 +224,15 @@ MORE = {
     "nemotron_h": (
         "text",
         {
-            **MANY, **GROUPS, "intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "head_dim": 16,
-            "layers_block_type": ["moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
+            **MANY,
+            **GROUPS,
+            "intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+            "head_dim": 16,
+            "layers_block_type": ["moe", "attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
             "n_groups": 1,
         },
     ),
@@ -166,9 +242,13 @@ MORE = {
     "gemma3n_text": (
         "text",
         {
-            "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0,
-            "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.9, 0.0],
-            "laurel_rank": 8, "intermediate_size": [128, 128],
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 128,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.9, 0.0],
+            "laurel_rank": 8,
+            "intermediate_size": [128, 128],
         },
     ),
     # In eval mode it changes its weights every `rescale_every` layers, and its cache between forward and backward.
@@ -179,8 +259,14 @@ MORE = {
     "segformer": (
         "image",
         {
-            "hidden_sizes": [32, 64], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3],
-            "strides": [4, 2], "num_attention_heads": [2, 4], "sr_ratios": [2, 1], "mlp_ratios": [4, 4],
+            "hidden_sizes": [32, 64],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "num_attention_heads": [2, 4],
+            "sr_ratios": [2, 1],
+            "mlp_ratios": [4, 4],
         },
     ),
     "siglip": ("text and image", {"text_config": TEXT, "vision_config": VISION}),
@@ -199,8 +285,14 @@ MORE = {
     "pvt": (
         "image",
         {
-            "hidden_sizes": [32, 64], "depths": [1, 1], "num_attention_heads": [2, 4], "num_encoder_blocks": 2,
-            "patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [4, 4], "sequence_reduction_ratios": [2, 1],
+            "hidden_sizes": [32, 64],
+            "depths": [1, 1],
+            "num_attention_heads": [2, 4],
+            "num_encoder_blocks": 2,
+            "patch_sizes": [4, 2],
+            "strides": [4, 2],
+            "mlp_ratios": [4, 4],
+            "sequence_reduction_ratios": [2, 1],
         },
     ),
     "recurrent_gemma": ("text", {"num_hidden_layers": 3, "lru_width": 64, "use_cache": False}),
@@ -209,31 +301,97 @@ MORE = {
     **dict.fromkeys(["bart", "blenderbot", "mbart", "mt5", "pegasus"], ("text to text", {})),
     **dict.fromkeys(
         [
-            "aimv2_vision_model", "beit", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit",
-            "dpt", "ijepa", "siglip_vision_model",
+            "aimv2_vision_model",
+            "beit",
+            "data2vec-vision",
+            "deit",
+            "dinov2",
+            "dinov2_with_registers",
+            "dinov3_vit",
+            "dpt",
+            "ijepa",
+            "siglip_vision_model",
         ],
         ("image", {}),
     ),
     **dict.fromkeys(
         [
-            "albert", "apertus", "arcee", "bert-generation", "big_bird", "biogpt", "bitnet", "bloom", "camembert",
-            "canine", "clip_text_model", "codegen", "cohere", "cohere2", "convbert", "ctrl", "data2vec-text",
-            "deberta", "deberta-v2", "diffllama", "distilbert", "dpr", "electra", "ernie", "ernie4_5", "esm",
-            "exaone4", "falcon_mamba", "fnet", "fsmt", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-            "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "helium", "hunyuan_v1_dense", "ibert",
-            "imagegpt", "layoutlm", "mistral", "mpnet", "mpt", "nemotron", "olmo", "olmo2", "phi", "phi3", "qwen2",
-            "qwen3", "roberta", "roformer", "seed_oss", "smollm3", "squeezebert", "stablelm", "starcoder2", "xglm",
-            "xlm-roberta", "xlnet",
+            "albert",
+            "apertus",
+            "arcee",
+            "bert-generation",
+            "big_bird",
+            "biogpt",
+            "bitnet",
+            "bloom",
+            "camembert",
+            "canine",
+            "clip_text_model",
+            "codegen",
+            "cohere",
+            "cohere2",
+            "convbert",
+            "ctrl",
+            "data2vec-text",
+            "deberta",
+            "deberta-v2",
+            "diffllama",
+            "distilbert",
+            "dpr",
+            "electra",
+            "ernie",
+            "ernie4_5",
+            "esm",
+            "exaone4",
+            "falcon_mamba",
+            "fnet",
+            "fsmt",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "glm",
+            "glm4",
+            "gpt_bigcode",
+            "gpt_neox",
+            "gpt_neox_japanese",
+            "gptj",
+            "granite",
+            "helium",
+            "hunyuan_v1_dense",
+            "ibert",
+            "imagegpt",
+            "layoutlm",
+            "mistral",
+            "mpnet",
+            "mpt",
+            "nemotron",
+            "olmo",
+            "olmo2",
+            "phi",
+            "phi3",
+            "qwen2",
+            "qwen3",
+            "roberta",
+            "roformer",
+            "seed_oss",
+            "smollm3",
+            "squeezebert",
+            "stablelm",
+            "starcoder2",
+            "xglm",
+            "xlm-roberta",
+            "xlnet",
         ],
         ("text", {}),
     ),
-}  # fmt: skip
+}
 ALL = MODELS | FOLDERS | MORE
 
 
 def configuration(kind):
     """A tiny configuration."""
-    sizes, config = ALL[kind][1], transformers.CONFIG_MAPPING[kind.partition(":")[0]]
+    sizes = ALL[kind][1]
+    config = transformers.CONFIG_MAPPING[kind.partition(":")[0]]
     other_names = config.attribute_map  # name -> that which the configuration uses
     has = {*config().to_dict(), *(name for name in other_names if other_names[name] not in {**SIZES, **sizes})}
     return config(**{name: value for name, value in SIZES.items() if name in has} | sizes)
@@ -251,7 +409,8 @@ def inputs_of(form):
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    text, images = {"input_ids": ids()}, {"pixel_values": normal(2, 3, 32, 32)}
+    text = {"input_ids": ids()}
+    images = {"pixel_values": normal(2, 3, 32, 32)}
     places = torch.cat([torch.full((2, 16), 5), ids() % 100 + 10], dim=1)  # a place for each of 16 patches
     return {
         "text": text,
@@ -260,9 +419,11 @@ def inputs_of(form):
         "text and image": {**text, **images},
         "image tokens": {"input_ids": places, **images, "token_type_ids": (places == 5).long()},
         "image patches": {
-            "input_ids": places[:, 12:], "pixel_values": normal(32, 1176),
-            "image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "mm_token_type_ids": (places[:, 12:] == 5).int(),
+            "input_ids": places[:, 12:],
+            "pixel_values": normal(32, 1176),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+            "mm_token_type_ids": (places[:, 12:] == 5).int(),
         },
         "speech": {"input_values": normal(2, 400)},
         "spectrogram": {"input_features": normal(2, 16, 32), "decoder_input_ids": ids(seed=1)},
-    }[form]  # fmt: skip
+    }[form]

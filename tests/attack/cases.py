@@ -25,14 +25,44 @@ from tests.toys import perturb
 JSON = (type(None), bool, int, float, str, list)
 
 VALUES = (
-    None, True, False, 0, 1, -1, 64, 3.5, math.nan, math.inf, 1e308, 10**30, "", "nf4", "auto", "x" * 500, "(", b"a",
-    "é\n", [], [""], ["a", 1], {}, {"a": 1}, {"(": 2}, {"a": -1}, {1: 2}, object(), torch.float32, ("a",), {"a"},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    64,
+    3.5,
+    math.nan,
+    math.inf,
+    1e308,
+    10**30,
+    "",
+    "nf4",
+    "auto",
+    "x" * 500,
+    "(",
+    b"a",
+    "é\n",
+    [],
+    [""],
+    ["a", 1],
+    {},
+    {"a": 1},
+    {"(": 2},
+    {"a": -1},
+    {1: 2},
+    object(),
+    torch.float32,
+    ("a",),
+    {"a"},
+)
 
 
 def arguments(seed: int, count: int, _: Path) -> Counter[str]:
     """Random values of random arguments: a config, or TypeError or ValueError that names the argument."""
-    draw, found = random.Random(seed), Counter[str]()
+    draw = random.Random(seed)
+    found = Counter[str]()
     names = list(QLoRAConfig.__dataclass_fields__)
     for _ in range(count):
         chosen = {name: draw.choice(VALUES) for name in draw.sample(names, draw.randint(1, 3))}
@@ -47,20 +77,28 @@ def arguments(seed: int, count: int, _: Path) -> Counter[str]:
 
 def layers(seed: int, count: int, _: Path) -> Counter[str]:
     """Layers of random shapes, types and arguments against y = x W^T + b + s x A^T B^T in fp64, with gradients."""
-    draw, found = random.Random(seed), Counter[str](wrong=0)
+    draw = random.Random(seed)
+    found = Counter[str](wrong=0)
     for number in range(count):
         torch.manual_seed(draw.randrange(1 << 30))
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
-        inputs, outputs, rows = draw.randint(1, 300), draw.randint(1, 200), draw.choice([1, 2, 7, 65, 130])
+        inputs = draw.randint(1, 300)
+        outputs = draw.randint(1, 200)
+        rows = draw.choice([1, 2, 7, 65, 130])
         layer = nn.Linear(inputs, outputs, bias=draw.random() < 0.5).to(dtype)
         module = nn.Sequential(layer)
         rank = draw.randint(1, 16)
         if rank * (inputs + outputs) >= inputs * outputs:
             continue  # trains in full
         report = convert(
-            module, r=rank, lora_dropout=0.0, quant_type=draw.choice(["nf4", "fp4", "int4"]),
-            block_size=draw.choice(BLOCK_SIZES), double_quant=draw.random() < 0.5, use_rslora=draw.random() < 0.5,
-        )  # fmt: skip
+            module,
+            r=rank,
+            lora_dropout=0.0,
+            quant_type=draw.choice(["nf4", "fp4", "int4"]),
+            block_size=draw.choice(BLOCK_SIZES),
+            double_quant=draw.random() < 0.5,
+            use_rslora=draw.random() < 0.5,
+        )
         if not report.converted:
             continue  # takes fewer bytes in 16 bits
         perturb(module, seed=number)
@@ -81,7 +119,8 @@ def layers(seed: int, count: int, _: Path) -> Counter[str]:
 
 def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
     """Random values in PEFT's two files, of any JSON and tensor type: an adapter, or an error of one line, soon."""
-    draw, found = random.Random(seed), Counter[str]()
+    draw = random.Random(seed)
+    found = Counter[str]()
     values = [value for value in VALUES if isinstance(value, JSON)]
     values += [
         10**400,
@@ -153,9 +192,11 @@ def tree(draw: random.Random, width: int, depth: int) -> nn.Module:
 
 def modules(seed: int, count: int, _: Path) -> Counter[str]:
     """Random modules: a state dict loads into a fresh one with the same outputs, and merging keeps outputs and keys."""
-    draw, found = random.Random(seed), Counter[str](wrong=0)
+    draw = random.Random(seed)
+    found = Counter[str](wrong=0)
     for number in range(count):
-        shape_seed, width = draw.randrange(1 << 30), draw.choice([48, 64, 96])
+        shape_seed = draw.randrange(1 << 30)
+        width = draw.choice([48, 64, 96])
         arguments = {"r": draw.randint(1, 8), "lora_dropout": 0.0, "checkpoint": draw.choice(["adapter", "full"])}
         arguments["use_dora"] = draw.random() < 0.3
 
@@ -163,7 +204,8 @@ def modules(seed: int, count: int, _: Path) -> Counter[str]:
             torch.manual_seed(shape_seed)
             return tree(random.Random(shape_seed), width, 2)
 
-        made, again = build(), build()
+        made = build()
+        again = build()
         names = set(made.state_dict())
         if not any(isinstance(part, nn.Linear) for part in made.modules()):
             continue
@@ -183,7 +225,8 @@ def modules(seed: int, count: int, _: Path) -> Counter[str]:
 
 def threads(seed: int, count: int, _: Path) -> Counter[str]:
     """Threads convert and run modules of their own at the same time, with the results of one after the other."""
-    draw, failures = random.Random(seed), list[str]()
+    draw = random.Random(seed)
+    failures = list[str]()
     seeds = [draw.randrange(1 << 30) for _ in range(count)]
 
     def result(number: int) -> torch.Tensor:

@@ -42,7 +42,8 @@ def train(folder: Path, checkpoint: str | None = None) -> Classifier:
 
 def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
     """A run is killed at a random moment: its checkpoints are whole, and resuming the last one is bit-equal."""
-    draw, found = random.Random(seed), Counter[str]()
+    draw = random.Random(seed)
+    found = Counter[str]()
     expected = train(folder / "whole").state_dict()
 
     def resume(place: Path) -> None:
@@ -73,7 +74,9 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
 
 def kills_in_saving(seed: int, count: int, folder: Path) -> Counter[str]:
     """A process ends at a random line of `save_adapter` over an older folder: one of the two is there, or no config."""
-    draw, found, place = random.Random(seed), Counter[str](), folder / "adapter"
+    draw = random.Random(seed)
+    found = Counter[str]()
+    place = folder / "adapter"
     write_adapter(adapter(1), place)
     most = lines_of(lambda: write_adapter(adapter(2), place))
     for number in range(count):
@@ -93,7 +96,9 @@ def kills_in_saving(seed: int, count: int, folder: Path) -> Counter[str]:
 
 def full_disks(seed: int, count: int, folder: Path) -> Counter[str]:
     """No file may become larger than a random size: the old adapter stays, and nothing else is left."""
-    draw, found, place = random.Random(seed), Counter[str](), folder / "adapter"
+    draw = random.Random(seed)
+    found = Counter[str]()
+    place = folder / "adapter"
     write_adapter(adapter(1), place)
     size = max(path.stat().st_size for path in place.iterdir())
 

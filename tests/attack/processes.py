@@ -49,7 +49,8 @@ def kill_later(work: Callable[[], object], ready: Callable[[], bool], share: flo
         ready: Whether the process has come so far.
         share: Of the time that this took: how long to wait after it.
     """
-    begin, pid = time.perf_counter(), start(work)
+    begin = time.perf_counter()
+    pid = start(work)
     while not ready() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.001)
     time.sleep(share * (time.perf_counter() - begin))

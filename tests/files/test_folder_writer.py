@@ -37,8 +37,10 @@ def test_files_are_replaced_and_others_stay(tmp_path):
             (partial / "config.json").write_text(number)
             (partial / "weights").write_text(number)
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-            "notes": "mine", "config.json": number, "weights": number,
-        }  # fmt: skip
+            "notes": "mine",
+            "config.json": number,
+            "weights": number,
+        }
 
 
 def test_permissions_are_those_of_any_new_folder(tmp_path):

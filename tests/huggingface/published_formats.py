@@ -78,20 +78,24 @@ def ct_int4(weight):
     groups = weight.float().unflatten(1, (-1, GROUP))
     scale = (groups.abs().amax(-1) / 7.5).bfloat16()
     values = (groups / scale.float()[..., None]).round().clamp(-8, 7)
-    packed, dense = eight_in_an_int32(values.flatten(1)), (values * scale.float()[..., None]).flatten(1)
+    packed = eight_in_an_int32(values.flatten(1))
+    dense = (values * scale.float()[..., None]).flatten(1)
     return {".weight_packed": packed, ".weight_scale": scale, ".weight_shape": torch.tensor(weight.shape)}, dense
 
 
 def ct_uint4(weight):
     groups = weight.float().unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    low = groups.amin(-1).clamp(max=0)
+    high = groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).bfloat16()
     zero = (-8 - low / scale.float()).round().clamp(-8, 7)
     values = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(-8, 7)
     parts = {
-        ".weight_packed": eight_in_an_int32(values.flatten(1)), ".weight_scale": scale,
-        ".weight_zero_point": eight_in_an_int32(zero.T).T, ".weight_shape": torch.tensor(weight.shape),
-    }  # fmt: skip
+        ".weight_packed": eight_in_an_int32(values.flatten(1)),
+        ".weight_scale": scale,
+        ".weight_zero_point": eight_in_an_int32(zero.T).T,
+        ".weight_shape": torch.tensor(weight.shape),
+    }
     return parts, ((values - zero[..., None]) * scale.float()[..., None]).flatten(1)
 
 
@@ -110,15 +114,23 @@ def _compressed(format, **weights):
     symmetric = {"symmetric": True, "dynamic": False, "observer": "minmax", **weights}
     group = {"targets": ["Linear"], "weights": symmetric, "input_activations": None, "output_activations": None}
     return {
-        "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
-        "config_groups": {"group_0": {**group, "format": format}}, "ignore": ["lm_head"],
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {**group, "format": format}},
+        "ignore": ["lm_head"],
+    }
 
 
 ENCODERS = {
-    "mxfp4": mxfp4, "fp8": fp8, "ct-fp8": ct_fp8, "ct-int8": ct_int8, "ct-int4": ct_int4, "ct-uint4": ct_uint4,
+    "mxfp4": mxfp4,
+    "fp8": fp8,
+    "ct-fp8": ct_fp8,
+    "ct-int8": ct_int8,
+    "ct-int4": ct_int4,
+    "ct-uint4": ct_uint4,
     "ct-nvfp4": ct_nvfp4,
-}  # fmt: skip
+}
 CONFIGS = {
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
@@ -129,10 +141,14 @@ CONFIGS = {
     ),
     "ct-int4": _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP),
     "ct-nvfp4": _compressed(
-        "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16,
+        "nvfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
         scale_dtype="torch.float8_e4m3fn",
     ),
-}  # fmt: skip
+}
 
 
 def encode(model, name, folder):
@@ -142,7 +158,8 @@ def encode(model, name, folder):
     """
     model.bfloat16().save_pretrained(folder)
     path = folder / "model.safetensors"
-    written, dense = {}, load_file(path)
+    written = {}
+    dense = load_file(path)
     for key, value in list(dense.items()):
         of_experts = "experts" in key and value.ndim == 3
         linear = key.endswith("_proj.weight") or (key.endswith("a_proj_with_mqa.weight"))
@@ -161,22 +178,39 @@ def encode(model, name, folder):
 
 
 LEAVES = {  # of a Llama and of an LFM2, in the names of llama.cpp
-    "embed_tokens": "token_embd", "norm": "output_norm", "embedding_norm": "token_embd_norm", "lm_head": "output",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.out_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm", "operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
-    "self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm", "feed_forward.w1": "ffn_gate",
-    "feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down", "conv.in_proj": "shortconv.in_proj",
-    "conv.out_proj": "shortconv.out_proj", "conv.conv": "shortconv.conv",
-}  # fmt: skip
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "embedding_norm": "token_embd_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.out_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.out_proj": "shortconv.out_proj",
+    "conv.conv": "shortconv.conv",
+}
 
 
 def encode_gguf(model, kind, path):
     """Write a Llama or LFM2 with llama.cpp's own encoder; the weights that the file stands for, by parameter."""
     import gguf
 
-    config, rotated = model.config, model.config.model_type == "llama"
+    config = model.config
+    rotated = model.config.model_type == "llama"
     kind = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(str(path), config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -197,7 +231,8 @@ def encode_gguf(model, kind, path):
     writer.add_token_merges(["t 0"])
     dense = {}
     for key, value in model.state_dict().items():
-        name, value = key.removeprefix("model.").removesuffix(".weight"), value.float()
+        name = key.removeprefix("model.").removesuffix(".weight")
+        value = value.float()
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         inner = name.partition("layers.")[2]

@@ -44,7 +44,8 @@ def test_two_ranks_have_the_bytes_and_losses_of_one_device(tmp_path):
     ]
     ranks = launch("tests.scripts.load_weights", tmp_path, 2, *map(json.dumps, arguments))[1]
     for place, given in enumerate(arguments):
-        alone, results = fit(tmp_path, 1, **given), [of_fits[place] for of_fits, _ in ranks]
+        alone = fit(tmp_path, 1, **given)
+        results = [of_fits[place] for of_fits, _ in ranks]
         for result in results:
             check_equal(result["start"], alone["start"])
         losses = torch.tensor([result["losses"] for result in results]).mean(0)
@@ -130,7 +131,8 @@ def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_witho
     with pytest.raises(RuntimeError, match=r"lightning_qlora\.load_weights\(module, FOLDER\), after fully_shard"):
         sharded_by_fabric(folder, fill=False)
     state = load_file(folder / "model.safetensors")
-    nan, small = state["2.weight"].clone(), state["0.weight"][:9].clone()
+    nan = state["2.weight"].clone()
+    small = state["0.weight"][:9].clone()
     nan[3, 3] = torch.nan
     for name, value, error in [
         ("2.weight", nan, r"^2: weight: holds NaN"),
@@ -149,7 +151,9 @@ class Loaded(Lit):
 
     def __init__(self, folder, then=lambda module: None, **arguments):
         super().__init__(None)
-        self.folder, self.then, self.arguments = folder, then, arguments
+        self.folder = folder
+        self.then = then
+        self.arguments = arguments
 
     def configure_model(self):
         self.model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, **self.arguments)
@@ -162,9 +166,12 @@ class Loaded(Lit):
 
 def fit(trainer, module, strategy="auto", **arguments):
     run = trainer(
-        strategy=strategy, plugins=QLoRAPrecision(**ARGUMENTS | arguments), enable_checkpointing=False, max_epochs=0,
+        strategy=strategy,
+        plugins=QLoRAPrecision(**ARGUMENTS | arguments),
+        enable_checkpointing=False,
+        max_epochs=0,
         use_distributed_sampler=False,
-    )  # fmt: skip
+    )
     run.fit(module)
     return module
 

@@ -19,7 +19,8 @@ from tests.architectures.checks import ARGUMENTS, load, loaded_and_converted, sa
 
 def test_a_fused_weight_is_read_as_the_parameters_of_the_model(tmp_path):
     saved("nomic_bert", tmp_path)
-    folder, stored = ModelFolder.open(tmp_path), WeightFolder(tmp_path)
+    folder = ModelFolder.open(tmp_path)
+    stored = WeightFolder(tmp_path)
     names = [f"layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
     fused = stored.tensors(["encoder.layers.0.attn.Wqkv.weight"])["encoder.layers.0.attn.Wqkv.weight"]
     assert torch.equal(torch.cat(list(folder.tensors(names).values())), fused)
@@ -38,7 +39,8 @@ def test_of_stacked_experts_one_is_read_at_a_time(tmp_path):
 
 def test_without_a_model_names_are_keys(tmp_path):
     saved("nomic_bert", tmp_path)
-    folder, stored = ModelFolder(tmp_path, None), WeightFolder(tmp_path)
+    folder = ModelFolder(tmp_path, None)
+    stored = WeightFolder(tmp_path)
     assert folder.entries == stored.entries and not folder.conversions
 
 
@@ -69,7 +71,8 @@ def test_an_adapter_for_the_float_base_is_computed_from_the_folder_by_the_same_n
     before = {name: layer.delta() for name, layer in adapted_layers(module).items()}
     perturb(module)
     save_adapter(module, tmp_path / "adapter", base="float", base_model=base)
-    found, adapter = adapted_layers(module), assign_parameters(read_adapter(tmp_path / "adapter"), module)
+    found = adapted_layers(module)
+    adapter = assign_parameters(read_adapter(tmp_path / "adapter"), module)
     assert found.keys() == adapter.layers.keys()
     for name, layer in adapter.layers.items():
         ours = adapter.scaling(name) * layer.lora_B @ layer.lora_A

@@ -17,7 +17,8 @@ class HuggingFace(pl.LightningModule):
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model = toy(kind).to(dtype).eval()
-        self.kind, self.losses = kind, []
+        self.kind = kind
+        self.losses = []
 
     def training_step(self, batch, batch_idx):
         loss = self.model(**batch).loss
@@ -42,7 +43,8 @@ def batches(kind: str) -> DataLoader:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_trains_validates_and_resumes(trainer, kind, dtype):
-    module, run = HuggingFace(kind, dtype), trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=12)
+    module = HuggingFace(kind, dtype)
+    run = trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=12)
     run.fit(module, batches(kind), batches(kind))
     assert sum(module.losses[-4:]) < 0.9 * sum(module.losses[:4])
     again = HuggingFace(kind, dtype)
@@ -69,7 +71,8 @@ def test_generation_uses_the_adapters_and_drops_nothing(trainer):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
 def test_logits_are_those_of_the_model_with_decoded_weights(kind):
     """The dense model, each converted weight replaced by its decoded value."""
-    model, dense = toy(kind).eval(), toy(kind).eval()
+    model = toy(kind).eval()
+    dense = toy(kind).eval()
     convert(model, r=4)
     with torch.no_grad():
         for name, layer in model.named_modules():
@@ -98,7 +101,8 @@ def test_gradients_flow_through_transformers_own_gradient_checkpointing():
         model(input_ids=ids, labels=ids).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    plain, recomputed = gradients(False), gradients(True)
+    plain = gradients(False)
+    recomputed = gradients(True)
     for name, grad in plain.items():
         torch.testing.assert_close(grad, recomputed[name])
 

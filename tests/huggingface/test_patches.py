@@ -41,7 +41,9 @@ def test_a_load_in_another_thread_is_not_quantized(folder):
 
 def test_contexts_that_overlap_in_two_threads_leave_nothing_behind(folder):
     """The first one to begin is the first one to end."""
-    both, first_left, found = threading.Barrier(2), threading.Event(), {}
+    both = threading.Barrier(2)
+    first_left = threading.Event()
+    found = {}
 
     def first():
         with QLoRAPrecision(r=4, target_modules=["q_proj"]).init():
@@ -98,7 +100,8 @@ def test_tasks_of_asyncio_do_not_share_a_context(folder):
         return found
 
     async def both():
-        entered, leave = asyncio.Event(), asyncio.Event()
+        entered = asyncio.Event()
+        leave = asyncio.Event()
         return await asyncio.gather(quantizing(entered, leave), plain(entered, leave))
 
     # A task, and a thread of asyncio's, that is started within the context is a part of it.
@@ -114,7 +117,8 @@ def test_a_copied_context_quantizes_where_it_runs(folder):
 
 
 def test_contexts_inside_each_other_and_errors_end_as_they_should(folder):
-    outer, inner = QLoRAPrecision(r=4), QLoRAPrecision(r=4, target_modules=["q_proj"])
+    outer = QLoRAPrecision(r=4)
+    inner = QLoRAPrecision(r=4, target_modules=["q_proj"])
     with outer.init():
         with inner.init():
             assert layers_of_loaded(folder) == 2

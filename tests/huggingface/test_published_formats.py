@@ -75,10 +75,13 @@ def dequantized(path, format):
 
 
 CASES = [
-    ("mxfp4", gpt_oss), ("fp8", llama), ("fp8", qwen3_moe), ("fp8", deepseek_v3),
+    ("mxfp4", gpt_oss),
+    ("fp8", llama),
+    ("fp8", qwen3_moe),
+    ("fp8", deepseek_v3),
     *((format, llama) for format in CONFIGS if format.startswith("ct-")),
     *((format, qwen3_moe) for format in CONFIGS if format.startswith("ct-") and format not in WRONG_IN_TRANSFORMERS),
-]  # fmt: skip
+]
 
 
 @needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
@@ -90,7 +93,8 @@ def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
     model = loaded(published)
     assert all(layer.loaded for layer in adapted_layers(model).values())
     assert all(stack.loaded for *_, stack in expert_stacks(model))
-    report, expected_report = convert(model, r=2), convert(expected, r=2)
+    report = convert(model, r=2)
+    expected_report = convert(expected, r=2)
     same_parameters(model, expected)
     assert report.converted == expected_report.converted and report.skipped == expected_report.skipped
     assert torch.equal(outputs(model).logits, outputs(expected).logits)
@@ -112,10 +116,12 @@ def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path)
     same_parameters(again, model)
     adapter = read_adapter(tmp_path / "adapter")
     for arguments in ({}, {"base": "float"}):
-        ours, theirs = tmp_path / f"ours {arguments}", tmp_path / f"theirs {arguments}"
+        ours = tmp_path / f"ours {arguments}"
+        theirs = tmp_path / f"theirs {arguments}"
         merge_folder(published, adapter, ours, **arguments)
         merge_folder(dense, adapter, theirs, **arguments)
-        a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+        a = load_file(ours / "model.safetensors")
+        b = load_file(theirs / "model.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
         assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
 
@@ -179,7 +185,8 @@ def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):
     parameters = {name.replace(".base_layer", ""): value for name, value in theirs.base_model.model.named_parameters()}
     for name, value in weights.items():
         parameters[name if name in parameters else f"{name}.weight"].data.copy_(value)
-    here, there = outputs(model.eval()).logits, outputs(theirs.eval()).logits
+    here = outputs(model.eval()).logits
+    there = outputs(theirs.eval()).logits
     with disable_adapter(model):
         effect = (here - outputs(model).logits).norm()
     assert (here - there).norm() < 0.08 * effect  # both compute in bf16, and PEFT rounds twice in a layer
@@ -205,7 +212,8 @@ def test_dense_experts_of_a_4_bit_folder_are_quantized_while_they_load(build, tm
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     model = loaded(tmp_path / "folder")
     assert list(expert_stacks(model)) and all(stack.loaded for *_, stack in expert_stacks(model))
-    report, expected_report = convert(model, r=2), convert(expected, r=2)
+    report = convert(model, r=2)
+    expected_report = convert(expected, r=2)
     same_parameters(model, expected)
     assert report.converted == expected_report.converted and report.skipped == expected_report.skipped
 
@@ -306,11 +314,18 @@ def large_llama():
 @pytest.mark.parametrize(
     ("format", "build"),
     [
-        (None, large_qwen3_moe), ("bitsandbytes", large_qwen3_moe), ("fp8", large_qwen3_moe),
-        ("ct-int4", large_qwen3_moe), ("ct-nvfp4", large_qwen3_moe), ("mxfp4", large_gpt_oss),
-        (None, large_llama), ("fp8", large_llama), ("ct-fp8", large_llama), ("ct-int4", large_llama),
+        (None, large_qwen3_moe),
+        ("bitsandbytes", large_qwen3_moe),
+        ("fp8", large_qwen3_moe),
+        ("ct-int4", large_qwen3_moe),
+        ("ct-nvfp4", large_qwen3_moe),
+        ("mxfp4", large_gpt_oss),
+        (None, large_llama),
+        ("fp8", large_llama),
+        ("ct-fp8", large_llama),
+        ("ct-int4", large_llama),
     ],
-)  # fmt: skip
+)
 def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
     """Peak of anonymous memory above the start, adapters of rank 8 included: at most 0.45 of the 16-bit size."""
     kind, config = build()

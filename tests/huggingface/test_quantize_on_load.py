@@ -47,15 +47,18 @@ class InConfigureModel(LightningModule):
 
     def __init__(self, kind, folder, **arguments):
         super().__init__()
-        self.kind, self.folder, self.arguments, self.model = kind, folder, arguments, None
+        self.kind = kind
+        self.folder = folder
+        self.arguments = arguments
+        self.model = None
 
     def configure_model(self):
         if self.model is None:
             self.model = self.kind.from_pretrained(self.folder, **self.arguments)
 
-    training_step, train_dataloader, configure_optimizers = (
-        Lit.training_step, Lit.train_dataloader, Lit.configure_optimizers,
-    )  # fmt: skip
+    training_step = Lit.training_step
+    train_dataloader = Lit.train_dataloader
+    configure_optimizers = Lit.configure_optimizers
 
     def predict_step(self, batch, batch_idx):
         return None
@@ -70,13 +73,15 @@ def packed(model):
 def same_bytes(a, b):
     assert a.keys() == b.keys() and a
     for name in a:
-        ours, theirs = a[name].bnb_state_dict(), b[name].bnb_state_dict()
+        ours = a[name].bnb_state_dict()
+        theirs = b[name].bnb_state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def same_modules(streamed, loaded):
     """Parameters and what they are for, equal to the bit."""
-    ours, theirs = dict(streamed.named_parameters()), dict(loaded.named_parameters())
+    ours = dict(streamed.named_parameters())
+    theirs = dict(loaded.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
         other = theirs[name]
@@ -86,8 +91,16 @@ def same_modules(streamed, loaded):
     for name, layer in layers.items():
         other = loaded.get_submodule(name)
         for word in (
-            "r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded",
-        ):  # fmt: skip
+            "r",
+            "scaling",
+            "lora_dropout",
+            "config",
+            "full_name",
+            "seed_name",
+            "quant_type",
+            "weight_dtype",
+            "loaded",
+        ):
             assert getattr(layer, word) == getattr(other, word), (name, word)
     kinds = {name: type(layer).__name__ for name, layer in loaded.named_modules() if name}
     assert kinds == {name: type(layer).__name__ for name, layer in streamed.named_modules() if name}
@@ -138,7 +151,8 @@ def test_plugin_init_and_a_head_beside_the_model(folder, trainer):
         def training_step(self, batch, batch_idx):
             return self.head(self.model(input_ids=ids()).last_hidden_state).square().mean()
 
-    path, plugin = folder("llama"), QLoRAPrecision(**ARGUMENTS)
+    path = folder("llama")
+    plugin = QLoRAPrecision(**ARGUMENTS)
     with plugin.init():
         lit = WithHead(path)
     assert len(packed(lit)) == 14
@@ -150,7 +164,8 @@ def test_plugin_init_and_a_head_beside_the_model(folder, trainer):
 
 
 def test_outside_of_the_context_nothing_changes(folder):
-    path, plugin = folder("llama"), QLoRAPrecision(**ARGUMENTS)
+    path = folder("llama")
+    plugin = QLoRAPrecision(**ARGUMENTS)
     with plugin.init():
         pass
     assert not packed(transformers.AutoModelForCausalLM.from_pretrained(path))
@@ -196,14 +211,16 @@ CHOICES = {
     "sketch": lambda name: {"init_lora_weights": "pissa_niter_2", "alpha_pattern": {Q[name]: 32}},
     "loftq": lambda name: {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_dora": True},
     "calibrated": lambda name: {"init_lora_weights": "calibrated", "exclude_modules": [Q[name]]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, choice, folder, trainer):
-    path, arguments = folder(name), {**ARGUMENTS, **CHOICES[choice](name)}
-    streamed, loaded = InConfigureModel(class_of(name), path), Lit(class_of(name).from_pretrained(path))
+    path = folder(name)
+    arguments = {**ARGUMENTS, **CHOICES[choice](name)}
+    streamed = InConfigureModel(class_of(name), path)
+    loaded = Lit(class_of(name).from_pretrained(path))
     plugin = QLoRAPrecision(**arguments)
     trainer(plugins=plugin).predict(streamed)
     report = convert(loaded, **arguments)
@@ -211,13 +228,15 @@ def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, 
     assert plugin.report.skipped == report.skipped and plugin.report.trained_in_full == report.trained_in_full
     model = class_of(name).from_pretrained(path)
     convert(model, **arguments)
-    ours, bare = dict(streamed.model.named_parameters()), dict(model.named_parameters())
+    ours = dict(streamed.model.named_parameters())
+    bare = dict(model.named_parameters())
     assert ours.keys() == bare.keys() and all(torch.equal(ours[key], bare[key]) for key in ours)
 
 
 @pytest.mark.parametrize("choice", ["default", "pissa", "loftq", "exclude a name", "save a block"])
 def test_nothing_is_read_from_a_file_twice(choice, folder):
-    path, arguments = folder("llama"), {**ARGUMENTS, **CHOICES[choice]("llama")}
+    path = folder("llama")
+    arguments = {**ARGUMENTS, **CHOICES[choice]("llama")}
     loaded = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
     plugin = QLoRAPrecision(**arguments)
     with plugin.init():
@@ -242,7 +261,8 @@ WITH_THE_ATTRIBUTE = {
 
 @pytest.mark.parametrize("choice", WITH_THE_ATTRIBUTE)
 def test_a_pattern_for_a_name_with_the_attribute_of_the_module_is_refused(choice, folder, trainer):
-    path, arguments = folder("llama"), {**ARGUMENTS, **WITH_THE_ATTRIBUTE[choice]}
+    path = folder("llama")
+    arguments = {**ARGUMENTS, **WITH_THE_ATTRIBUTE[choice]}
     argument = next(iter(WITH_THE_ATTRIBUTE[choice]))
     message = (
         rf"^{argument}: .* matches 'model\..*', the name in the InConfigureModel, and not '.*', the name in the Llama"
@@ -254,28 +274,33 @@ def test_a_pattern_for_a_name_with_the_attribute_of_the_module_is_refused(choice
     convert(loaded, **arguments)
     text = json.dumps(WITH_THE_ATTRIBUTE[choice]).replace(r"model\\.model", "model").replace("model.model", "model")
     convert(relative, **ARGUMENTS, **json.loads(text.replace("model.lm_head", "lm_head")))
-    ours, theirs = dict(loaded.named_parameters()), dict(relative.named_parameters())
+    ours = dict(loaded.named_parameters())
+    theirs = dict(relative.named_parameters())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 class TeacherAndStudent(LightningModule):
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.teacher, self.student = folder, None, None
+        self.folder = folder
+        self.teacher = None
+        self.student = None
 
     def configure_model(self):
         if self.teacher is None:
             self.teacher = transformers.LlamaForCausalLM.from_pretrained(self.folder)
             self.student = transformers.LlamaForCausalLM.from_pretrained(self.folder)
 
-    predict_step, predict_dataloader = InConfigureModel.predict_step, InConfigureModel.predict_dataloader
+    predict_step = InConfigureModel.predict_step
+    predict_dataloader = InConfigureModel.predict_dataloader
 
 
 def test_names_in_one_of_two_models(folder, trainer):
     """Both models have the same names in them; a name that tells them apart needs a model that was loaded before."""
     path = folder("llama")
     arguments = {**ARGUMENTS, "exclude_modules": [Q["llama"]], "init_lora_weights": "pissa"}
-    streamed, loaded = TeacherAndStudent(path), TeacherAndStudent(path)
+    streamed = TeacherAndStudent(path)
+    loaded = TeacherAndStudent(path)
     loaded.configure_model()
     trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
     convert(loaded, **arguments)
@@ -297,7 +322,8 @@ def test_an_adapter_for_one_of_two_models(folder, trainer, tmp_path):
     lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
     convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"])
     save_adapter(perturb(lit), tmp_path / "adapter")
-    streamed, loaded = TeacherAndStudent(path), TeacherAndStudent(path)
+    streamed = TeacherAndStudent(path)
+    loaded = TeacherAndStudent(path)
     loaded.configure_model()
     trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter"))).predict(streamed)
     convert(loaded, adapter=str(tmp_path / "adapter"))
@@ -338,7 +364,8 @@ def test_other_arguments_at_conversion_are_refused(other, message, folder):
 
 @pytest.mark.parametrize("start", ["default", "pissa", "loftq", "calibrated"])
 def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(start, folder):
-    path, arguments = folder("llama"), {**ARGUMENTS, "init_lora_weights": start, "use_dora": start == "default"}
+    path = folder("llama")
+    arguments = {**ARGUMENTS, "init_lora_weights": start, "use_dora": start == "default"}
     plugins = [QLoRAPrecision(**arguments) for _ in range(2)]
     modules = []
     for plugin in plugins:
@@ -373,7 +400,8 @@ def test_an_adapter_that_was_loaded_in_between_stays(folder, tmp_path):
 
 @pytest.mark.parametrize("choice", ["default", "exclude a name", "pissa", "calibrated"])
 def test_the_weights_of_a_state_dict_are_quantized_too(choice):
-    plain, arguments = toy("llama"), {**ARGUMENTS, **CHOICES[choice]("llama")}
+    plain = toy("llama")
+    arguments = {**ARGUMENTS, **CHOICES[choice]("llama")}
     plugin = QLoRAPrecision(**arguments)
     with plugin.init():
         state = plain.state_dict()
@@ -390,7 +418,8 @@ class Folded(LightningModule):
 
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.model = folder, None
+        self.folder = folder
+        self.model = None
 
     def configure_model(self):
         if self.model is None:
@@ -401,11 +430,13 @@ class Folded(LightningModule):
             )
             self.model = transformers.EncoderDecoderModel(config, parts[0], decoder)
 
-    predict_step, predict_dataloader = InConfigureModel.predict_step, InConfigureModel.predict_dataloader
+    predict_step = InConfigureModel.predict_step
+    predict_dataloader = InConfigureModel.predict_dataloader
 
 
 def test_a_model_made_of_loaded_models_keeps_what_they_were_loaded_with(folder, trainer):
-    lit, plugin = Folded(folder("bert")), QLoRAPrecision(**ARGUMENTS, target_modules=r"encoder\.layer\.0\..*query")
+    lit = Folded(folder("bert"))
+    plugin = QLoRAPrecision(**ARGUMENTS, target_modules=r"encoder\.layer\.0\..*query")
     trainer(plugins=plugin).predict(lit)
     assert plugin.report.converted == ["model.encoder.encoder.layer.0.attention.self.query"]
     assert lit.model.encoder.encoder.layer[0].attention.self.query.seed_name == "encoder.layer.0.attention.self.query"
@@ -445,7 +476,8 @@ def test_layers_of_another_size_start_anew_where_that_is_asked_for(folder, train
     assert isinstance(lit.model.classifier, QLoRALinear) and lit.model.classifier.weight.shape == (100, 64)
     loaded = Lit(kind.from_pretrained(path, num_labels=100, ignore_mismatched_sizes=True))
     convert(loaded, **arguments)
-    ours, theirs = packed(lit.model), packed(loaded.model)
+    ours = packed(lit.model)
+    theirs = packed(loaded.model)
     same_bytes(
         {n: x for n, x in ours.items() if n != "classifier"}, {n: theirs[n] for n in theirs if n != "classifier"}
     )
@@ -600,7 +632,8 @@ def test_layers_that_are_not_chosen_are_decoded(bnb_folder):
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_choices_for_bnb_folders(name, choice, bnb_folder, trainer):
-    path, arguments = bnb_folder(name), {**ARGUMENTS, **CHOICES[choice](name)}
+    path = bnb_folder(name)
+    arguments = {**ARGUMENTS, **CHOICES[choice](name)}
     streamed = InConfigureModel(class_of(name), path)
     loaded = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
     trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
@@ -698,9 +731,14 @@ def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
 def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     """Peak of anonymous memory above the start: at most 0.62 of the 16-bit size; 0.13 are the two embeddings."""
     config = transformers.LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=8000,
-        num_key_value_heads=12, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=8000,
+        num_key_value_heads=12,
+        tie_word_embeddings=False,
+    )
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(tmp_path, max_shard_size="60MB")
@@ -708,9 +746,13 @@ def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
     for r, share in ((8, 0.42), (64, 0.62)):
         run = subprocess.run(
-            [sys.executable, script, tmp_path, str(r)], check=True, capture_output=True, text=True,
-            cwd=script.parents[2], env={**os.environ, "PYTHONPATH": "."},
-        )  # fmt: skip
+            [sys.executable, script, tmp_path, str(r)],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=script.parents[2],
+            env={**os.environ, "PYTHONPATH": "."},
+        )
         layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
         assert int(layers) == 84
         assert float(peak) * 2**20 <= share * size, f"r={r}"
@@ -726,14 +768,16 @@ def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused
         def __init__(self, load=True):
             with torch.device("meta"):
                 super().__init__()
-            self.load, self.made = load, False
+            self.load = load
+            self.made = False
 
         def configure_model(self):
             if self.load and not self.made:
                 self.net.load_state_dict(load_file(tmp_path / "net.safetensors"), assign=True)
                 self.made = True
 
-    lit, expected = Later(), Classifier()
+    lit = Later()
+    expected = Classifier()
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit, loader())
     convert(expected, **ARGUMENTS)
     same_bytes(packed(lit), packed(expected))
@@ -768,7 +812,8 @@ def test_what_stayed_on_the_meta_device_is_named(missing, message, trainer):
 
 
 def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
-    plain, state = toy("llama"), toy("llama").state_dict()
+    plain = toy("llama")
+    state = toy("llama").state_dict()
     with torch.device("meta"):
         model = type(plain)(plain.config)
     model.load_state_dict(state, assign=True)

@@ -15,7 +15,8 @@ SCALING = 0.5
 
 def share(change: Tensor, expected: Tensor) -> float:
     """<change, expected> / |expected|^2."""
-    change, expected = change.double().flatten(), expected.double().flatten()
+    change = change.double().flatten()
+    expected = expected.double().flatten()
     return float(change @ expected / (expected @ expected))
 
 
@@ -33,7 +34,8 @@ def experts(backend, ends):
 
 def shares(layer, rows, inputs, outputs, dtype, bias=None, repeats=1):
     """The shares in y and dX of `layer(x, weight, bias, a, b, scaling, grad) -> y, dX`, over all repeats together."""
-    changes, expected = ([], []), ([], [])
+    changes = ([], [])
+    expected = ([], [])
     for seed in range(repeats):
         draw = torch.Generator().manual_seed(seed)
 
@@ -41,9 +43,11 @@ def shares(layer, rows, inputs, outputs, dtype, bias=None, repeats=1):
             return torch.randn(shape, generator=draw)
 
         weight = reference.quantize(0.02 * normal(outputs, inputs), "nf4", 64, True)
-        x, grad = normal(rows, inputs).to(dtype), normal(rows, outputs).to(dtype)
+        x = normal(rows, inputs).to(dtype)
+        grad = normal(rows, outputs).to(dtype)
         values = None if bias is None else (bias + 0.1 * normal(outputs)).to(dtype)
-        a, b = normal(8, inputs) / inputs**0.5, 2e-4 * normal(outputs, 8).sign()
+        a = normal(8, inputs) / inputs**0.5
+        b = 2e-4 * normal(outputs, 8).sign()
         before, after = (layer(x, weight, values, a, part, SCALING, grad) for part in (torch.zeros_like(b), b))
         for found, new, old in zip(changes, after, before, strict=True):
             found.append(new.double() - old.double())

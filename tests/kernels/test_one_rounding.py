@@ -71,15 +71,19 @@ def test_the_share_of_experts(dtype):
 @pytest.mark.parametrize("change", [1e-4, 1e-3])
 def test_the_share_of_a_change_of_doras_magnitudes(change, inputs, block_size, dtype):
     """Blocks within rows, blocks that are split at rows, and rows that consist of no blocks of 32."""
-    changes, expected = ([], []), ([], [])
+    changes = ([], [])
+    expected = ([], [])
     for seed in range(6 if dtype is torch.bfloat16 else 2):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(inputs, 1536, dtype=dtype))
         convert(net, r=8, lora_dropout=0.0, use_dora=True, block_size=block_size)
-        layer, x, grad = net[0], torch.randn(64, inputs).to(dtype).requires_grad_(), torch.randn(64, 1536).to(dtype)
+        layer = net[0]
+        x = torch.randn(64, inputs).to(dtype).requires_grad_()
+        grad = torch.randn(64, 1536).to(dtype)
         # Magnitudes that have trained: at the first step the largest weight of each block is near a number of bf16.
         layer.lora_magnitude_vector.data *= 1 + 0.02 * torch.randn(1536)
-        factors, results = change * torch.randn(1536).sign(), []
+        factors = change * torch.randn(1536).sign()
+        results = []
         for factor in (0.0, factors):
             with torch.no_grad():
                 kept = layer.lora_magnitude_vector.clone()

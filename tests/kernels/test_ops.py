@@ -62,7 +62,9 @@ def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
     weight, x, _, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"weight \[48, 128\] x must be \[\.\.\., 128\], .*got x \[2, 5, 64\]"):
         lora_linear(x[..., :64], weight, None, lora_a[:, :64], lora_b, 0.5)
-    wide, lora_a, wrong = torch.cat([x, x], -1), torch.cat([lora_a, lora_a], -1), weight._replace(shape=(48, 256))
+    wide = torch.cat([x, x], -1)
+    lora_a = torch.cat([lora_a, lora_a], -1)
+    wrong = weight._replace(shape=(48, 256))
     with pytest.raises(ValueError, match=r"has 6144 bytes of codes, 192 of scales and 8 of .*; got 3072"):
         torch.ops.lightning_qlora.lora_linear(wide, *wrong, None, lora_a, lora_b, None, 0.5, 0.0)
     with pytest.raises(ValueError, match="has 6144 bytes"):
@@ -80,9 +82,15 @@ def test_a_second_derivative_is_an_error(compiled):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 70), st.integers(1, 70), st.integers(1, 9), st.integers(1, 8), st.sampled_from(DTYPES),
-    st.sampled_from(["nf4", "fp4", "int4"]), st.sampled_from([32, 64, 4096]), st.booleans(),
-)  # fmt: skip
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.integers(1, 8),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["nf4", "fp4", "int4"]),
+    st.sampled_from([32, 64, 4096]),
+    st.booleans(),
+)
 def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, quant_type, block_size, double_quant):
     weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, quant_type, block_size, double_quant)
     y = lora_linear(x, weight, bias, lora_a, lora_b, 0.25)
@@ -125,8 +133,10 @@ def test_opcheck_passes_forward_and_backward(p):
     seed = torch.tensor([7]) if p else None
     forward = (x, *weight, bias, lora_a, lora_b, seed, 0.5, p)
     torch.library.opcheck(torch.ops.lightning_qlora.lora_linear, forward)
-    grad, xa = torch.randn(2, 5, 48), torch.randn(10, 4)
-    a, b = lora_a.detach(), lora_b.detach()
+    grad = torch.randn(2, 5, 48)
+    xa = torch.randn(10, 4)
+    a = lora_a.detach()
+    b = lora_b.detach()
     for needs_x in (True, False):
         backward = (grad, x.detach(), xa, *weight, a, b, seed, 0.5, p, needs_x)
         torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, backward)
@@ -251,7 +261,8 @@ def test_no_op_is_captured_in_a_cuda_graph():
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_last_layer(monkeypatch, p):
     """The tensors that its backward pass needs are saved before that product, and torch stops when it has them all."""
-    products, linear_into = [], ops.linear_into
+    products = []
+    linear_into = ops.linear_into
     monkeypatch.setattr(ops, "linear_into", lambda y, *others: products.append(y.shape[-1]) or linear_into(y, *others))
     first, x, _, *adapter = make(48, 36, lead=(3,))
     last, _, _, *last_adapter = make(40, 48)

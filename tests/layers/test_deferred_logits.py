@@ -14,7 +14,8 @@ from lightning_qlora.layers import piecewise_cross_entropy
 from lightning_qlora.layers.deferred_head import defer_logits
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 
-V, H = 97, 64
+V = 97
+H = 64
 HEADS = ("frozen", "bias", "trained", "4-bit")
 
 
@@ -196,7 +197,8 @@ def test_evaluation_and_compiled_code_get_real_logits():
 def test_a_copy_of_the_head_defers_too(copied, kind):
     head = made_head(kind)
     defer_logits(head)
-    again, hidden = copied(head), torch.randn(2, H, requires_grad=True)
+    again = copied(head)
+    hidden = torch.randn(2, H, requires_grad=True)
     assert type(again) is type(head) and isinstance(again(hidden), DeferredLogits)
     torch.testing.assert_close(again(hidden) + 0, head(hidden) + 0)
 
@@ -251,7 +253,8 @@ def test_what_is_written_to_the_logits_stays(write, in_checkpoint):
 
 
 def test_a_gradient_hook_on_the_logits_is_called_after_a_view_was_made():
-    head, grads = made_head("frozen"), []
+    head = made_head("frozen")
+    grads = []
     defer_logits(head)
     z = head(torch.randn(2, 3, H, requires_grad=True))
     flat = z.view(-1, V)
@@ -265,7 +268,8 @@ def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
     defer_logits(head)
     target = torch.randint(0, V, (2048,))
     x = torch.randn(2048, H, generator=torch.Generator().manual_seed(1))
-    ours, exact = x.half().requires_grad_(), x.half().float().requires_grad_()
+    ours = x.half().requires_grad_()
+    exact = x.half().float().requires_grad_()
     (F.cross_entropy(head(ours).float(), target) * 65536).backward()
     F.cross_entropy(F.linear(exact, head.weight.float()), target).backward()
     torch.testing.assert_close(ours.grad.float() / 65536, exact.grad, rtol=0.02, atol=0.02 * exact.grad.abs().max())
@@ -286,7 +290,8 @@ def test_logits_are_refused_after_the_weight_or_the_input_changed(change):
 def test_a_functional_call_never_uses_another_weight_than_the_given_one():
     head = made_head("trained")
     defer_logits(head)
-    hidden, other = torch.randn(4, H), torch.randn(V, H, requires_grad=True)
+    hidden = torch.randn(4, H)
+    other = torch.randn(V, H, requires_grad=True)
     assert torch.equal(torch.func.functional_call(head, {"weight": other}, (hidden,)), hidden @ other.T)
     z = torch.func.functional_call(head, {"weight": nn.Parameter(other)}, (hidden,))
     with pytest.raises(RuntimeError, match="can't be computed any more"):
@@ -296,7 +301,8 @@ def test_a_functional_call_never_uses_another_weight_than_the_given_one():
 
 
 def test_tracing_and_offloading_hooks_get_real_logits():
-    head, hidden = made_head("trained"), torch.randn(4, H)
+    head = made_head("trained")
+    hidden = torch.randn(4, H)
     defer_logits(head)
     traced = torch.jit.trace(head, hidden)
     assert torch.equal(traced(hidden), head(hidden) + 0)

@@ -72,8 +72,10 @@ def test_gradients_reach_the_input_and_no_adapter():
 def test_contexts_nest_overlap_and_end_with_an_exception():
     net, untouched = trained()
     x = torch.randn(5, 64)
-    own, base = net.eval()(x), untouched(x)
-    first, second = disable_adapter(net), disable_adapter(net)
+    own = net.eval()(x)
+    base = untouched(x)
+    first = disable_adapter(net)
+    second = disable_adapter(net)
     with pytest.raises(KeyError), disable_adapter(net), disable_adapter(net[0]):
         raise KeyError
     assert torch.equal(net(x), own)
@@ -90,7 +92,8 @@ def test_contexts_nest_overlap_and_end_with_an_exception():
 
 def test_the_context_is_that_of_the_module_in_every_thread():
     net, untouched = trained()
-    x, seen = torch.randn(5, 64), []
+    x = torch.randn(5, 64)
+    seen = []
     with disable_adapter(net):
         thread = threading.Thread(target=lambda: seen.append(net(x)))
         thread.start()
@@ -128,7 +131,8 @@ def test_logits_of_a_head_with_an_adapter():
     head, untouched = trained(nn.Linear(64, 512))
     defer_logits(head)
     head.lora_dropout = 0.0
-    hidden, labels = torch.randn(6, 64, requires_grad=True), torch.arange(6)
+    hidden = torch.randn(6, 64, requires_grad=True)
+    labels = torch.arange(6)
     with disable_adapter(head):
         base = head(hidden)
     torch.testing.assert_close(base, untouched(hidden))  # computed at once
@@ -146,7 +150,8 @@ def test_a_compiled_module_is_compiled_once_more_and_not_each_time():
         graphs.append(graph)
         return graph
 
-    compiled, x = torch.compile(net, backend=count), torch.randn(5, 64)
+    compiled = torch.compile(net, backend=count)
+    x = torch.randn(5, 64)
     own = net(x)
     for _ in range(3):
         torch.testing.assert_close(compiled(x), own)

@@ -60,10 +60,21 @@ def convnext():
 
 def whisper():
     config = transformers.WhisperConfig(
-        vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=16,
-        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_source_positions=16,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
     inputs = {"input_features": torch.randn(2, 80, 32), "labels": ids()}
     return transformers.WhisperForConditionalGeneration(config), ["conv1", "layer_norm"], inputs
 
@@ -84,11 +95,13 @@ def in_type(inputs, dtype):
 @pytest.mark.parametrize("make", [llama_classifier, llama, bert, vit, convnext, whisper, t5])
 def test_every_element_with_a_gradient_moves_in_three_steps(make, lr):
     model, modules, inputs = make()
-    model, inputs = model.bfloat16(), in_type(inputs, torch.bfloat16)
+    model = model.bfloat16()
+    inputs = in_type(inputs, torch.bfloat16)
     convert(model, **ARGUMENTS, modules_to_save=modules)
     before = {name: p.detach().clone() for name, p in in_full(model).items()}
     assert {p.dtype for p in before.values()} == {torch.float32}
-    optimizer, has_gradient = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-30), {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-30)
+    has_gradient = {}
     for _ in range(3):
         optimizer.zero_grad()
         model(**inputs).loss.backward()
@@ -129,7 +142,8 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.norm = nn.Embedding(8, 16, padding_idx=0), nn.LayerNorm(16)
+        self.embedding = nn.Embedding(8, 16, padding_idx=0)
+        self.norm = nn.LayerNorm(16)
         self.convolution = nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 3, padding=1))
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.recurrent = nn.GRU(16, 16, batch_first=True, bidirectional=True)
@@ -163,9 +177,11 @@ TOKENS = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
 
 @IN_16_BITS
 def test_outputs_and_gradients_are_those_of_the_model_in_16_bits(dtype):
-    ours, plain = tied(dtype), tied(dtype).to(dtype)
+    ours = tied(dtype)
+    plain = tied(dtype).to(dtype)
     assert {p.dtype for p in in_full(ours).values()} == {torch.float32}
-    y, expected = ours(TOKENS), plain(TOKENS)
+    y = ours(TOKENS)
+    expected = plain(TOKENS)
     assert y.dtype is dtype and torch.equal(y, expected)
     y.square().sum().backward()
     expected.square().sum().backward()
@@ -181,7 +197,8 @@ def test_the_module_still_works_with(how):
     model = tied()
     if how == "pickle":
         model.convolution = nn.Identity()  # torch pickles no parametrized module
-    expected, use = model(TOKENS), model
+    expected = model(TOKENS)
+    use = model
     if how == "deepcopy":
         use = copy.deepcopy(model)
     if how == "pickle":
@@ -261,7 +278,8 @@ PLUGIN = {"r": 4, "lora_dropout": 0.1, "modules_to_save": ["2"]}
 def test_a_run_with_the_trainer_resumes_bit_equal_and_comes_back_from_its_checkpoint(trainer):
     def fit(epochs, path=None):
         torch.manual_seed(1)
-        run, module = trainer(plugins=QLoRAPrecision(**PLUGIN), max_epochs=epochs), InBf16()
+        run = trainer(plugins=QLoRAPrecision(**PLUGIN), max_epochs=epochs)
+        module = InBf16()
         run.fit(module, loader(), ckpt_path=path)
         return run, module
 
@@ -279,14 +297,13 @@ def test_a_run_with_the_trainer_resumes_bit_equal_and_comes_back_from_its_checkp
 
 def test_all_loops_compute_the_same(trainer):
     """Autocast, which fp32 parts around a bf16 model need, is off."""
-    run, module = (
-        trainer(plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}), enable_checkpointing=False),
-        InBf16(),
-    )
+    run = trainer(plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}), enable_checkpointing=False)
+    module = InBf16()
     run.fit(module, loader())
     losses = {"trainer": module.losses}
     for loop in ("fabric", "plain"):
-        module, fabric = InBf16(), Fabric(accelerator="cpu", plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}))
+        module = InBf16()
+        fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}))
         if loop == "plain":
             convert(module, **PLUGIN | {"lora_dropout": 0.0})
         use = fabric.setup_module(module) if loop == "fabric" else module
@@ -312,7 +329,8 @@ def test_a_cast_after_conversion_is_named_at_the_first_step(trainer):
 
 def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):
     peft = pytest.importorskip("peft")
-    model, base = toy("llama").bfloat16(), toy("llama").bfloat16()
+    model = toy("llama").bfloat16()
+    base = toy("llama").bfloat16()
     convert(model, **ARGUMENTS, modules_to_save=["norm", "lm_head"])
     with torch.no_grad():
         for p in in_full(model).values():
@@ -334,7 +352,8 @@ def test_the_plan_counts_fp32():
     def parts(model):
         return estimate_memory(model, sequence_length=32, r=4, modules_to_save=["lm_head"]).parts
 
-    narrow, wide = parts(toy("llama").bfloat16()), parts(toy("llama"))
+    narrow = parts(toy("llama").bfloat16())
+    wide = parts(toy("llama"))
     for part in ("trained weights", "gradients", "optimizer state"):
         assert narrow[part] == wide[part]
     assert narrow["other frozen weights"] < wide["other frozen weights"]

@@ -16,16 +16,20 @@ class FusedGelu(nn.Module):
 
     def __init__(self, inputs, width):
         super().__init__()
-        self.inputs, self.width = inputs, width
-        self.weight, self.bias = nn.Parameter(torch.randn(inputs, width) / 8), nn.Parameter(torch.randn(width))
+        self.inputs = inputs
+        self.width = width
+        self.weight = nn.Parameter(torch.randn(inputs, width) / 8)
+        self.bias = nn.Parameter(torch.randn(width))
 
     def forward(self, hidden):
         return F.gelu(torch.addmm(self.bias, hidden, self.weight))
 
 
 def test_a_fused_layer_is_converted_trained_copied_and_merged_by_its_row_alone(monkeypatch):
-    net, x = nn.Sequential(FusedGelu(96, 64), nn.Linear(64, 32)), torch.randn(5, 96)
-    attributes, keys = set(vars(net[0])), list(net.state_dict())
+    net = nn.Sequential(FusedGelu(96, 64), nn.Linear(64, 32))
+    x = torch.randn(5, 96)
+    attributes = set(vars(net[0]))
+    keys = list(net.state_dict())
     assert not is_linear(net[0])
     row = LayerKind(True, ("width", "inputs"), lambda self, hidden: F.gelu(self.linear(hidden, self.bias)))
     monkeypatch.setitem(KINDS, f"{__name__}.FusedGelu", row)

@@ -56,18 +56,26 @@ def test_names_match_as_in_peft():
         (lambda: nn.ModuleDict({"a": toy("llama")}), "a.lm_head", ["lm_head"], "lm_head"),
         (lambda: Net(a=nn.ModuleDict({"b": toy("llama")})), "a.b.lm_head", ["b.lm_head", "lm_head"], "lm_head"),
         # T5 has an encoder and a decoder that are transformers models too: the outermost one counts
-        (lambda: Lit(toy("t5")), "model.encoder.block.0.layer.0.SelfAttention.q",
-         ["encoder.block.0.layer.0.SelfAttention.q"], "encoder.block.0.layer.0.SelfAttention.q"),
+        (
+            lambda: Lit(toy("t5")),
+            "model.encoder.block.0.layer.0.SelfAttention.q",
+            ["encoder.block.0.layer.0.SelfAttention.q"],
+            "encoder.block.0.layer.0.SelfAttention.q",
+        ),
         (lambda: Net(net=stack()), "net.1.0", ["1.0"], "1.0"),
         (lambda: Net(net=nn.Linear(64, 64)), "net", [], "net"),
         # two children may have layers of the same name, whose adapters are to differ
         (lambda: Net(a=stack(), b=stack()), "b.1.0", ["1.0"], "b.1.0"),
         (lambda: stack(), "1.0", [], "1.0"),
-        (lambda: Lit(torch.compile(toy("llama"))), "model._orig_mod.lm_head", ["_orig_mod.lm_head", "lm_head"],
-         "lm_head"),
+        (
+            lambda: Lit(torch.compile(toy("llama"))),
+            "model._orig_mod.lm_head",
+            ["_orig_mod.lm_head", "lm_head"],
+            "lm_head",
+        ),
         (lambda: Net(net=torch.compile(stack())), "net._orig_mod.1.0", ["net.1.0", "1.0"], "1.0"),
     ],
-)  # fmt: skip
+)
 def test_a_layer_has_a_name_in_each_module_around_it(root, name, forms, seed_name):
     found = names(root(), name)
     assert found.seed_name == seed_name
@@ -76,7 +84,9 @@ def test_a_layer_has_a_name_in_each_module_around_it(root, name, forms, seed_nam
 
 
 def test_a_model_gets_the_same_adapters_wherever_it_stands():
-    bare, lit, deeper = toy("llama"), Lit(toy("llama")), Net(a=nn.ModuleDict({"b": toy("llama")}), c=nn.Linear(64, 64))
+    bare = toy("llama")
+    lit = Lit(toy("llama"))
+    deeper = Net(a=nn.ModuleDict({"b": toy("llama")}), c=nn.Linear(64, 64))
     for module in (bare, lit, deeper):
         convert(module, r=4)
     for other in (lit, deeper):
@@ -86,7 +96,8 @@ def test_a_model_gets_the_same_adapters_wherever_it_stands():
 def test_children_with_equal_names_get_adapters_of_their_own():
     module = Net(a=stack(), b=stack())
     convert(module, r=4)
-    first, second = adapters(module.a), adapters(module.b)
+    first = adapters(module.a)
+    second = adapters(module.b)
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -99,7 +110,7 @@ def test_children_with_equal_names_get_adapters_of_their_own():
         {"exclude_modules": ["model.layers.0.mlp.up_proj", "model.lm_head"]},
         {"rank_pattern": {"^model.layers.1": 8}, "alpha_pattern": {"model.model.layers.0.mlp.up_proj": 32}},
     ],
-)  # fmt: skip
+)
 def test_a_pattern_matches_the_name_in_the_model_or_the_full_name(arguments):
     module = Lit(toy("llama"))
     if "rank_pattern" in arguments:
@@ -120,11 +131,15 @@ def test_an_anchored_pattern_reaches_no_other_part_of_a_bare_module():
     """The first part of a name is left out only where it is the attribute of a LightningModule."""
 
     def model():
-        return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(64, 64)]), "decoder": nn.ModuleDict(
-            {"layers": nn.ModuleList([nn.Linear(64, 64)])}
-        )})  # fmt: skip
+        return nn.ModuleDict(
+            {
+                "layers": nn.ModuleList([nn.Linear(64, 64)]),
+                "decoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(64, 64)])}),
+            }
+        )
 
-    bare, lit = model(), Net(net=model())
+    bare = model()
+    lit = Net(net=model())
     for module in (bare, lit):
         convert(module, r=4, rank_pattern={r"^layers\.0": 16}, alpha_pattern={r"^layers\.0": 2})
     for module in (bare, lit.net):

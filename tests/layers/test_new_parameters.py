@@ -194,10 +194,8 @@ def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_
 
 
 def test_new_layers_that_are_named_are_converted_and_a_checkpoint_keeps_all(bert, tmp_path):
-    module, trainer = (
-        WithNewParts(bert),
-        make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, target_modules=["query", "proj.0"])),
-    )
+    module = WithNewParts(bert)
+    trainer = make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, target_modules=["query", "proj.0"]))
     trainer.fit(module, [0] * 3)
     assert isinstance(module.proj[0], QLoRALinear) and type(module.proj[3]) is nn.Linear
     trainer.save_checkpoint(tmp_path / "c.ckpt")
@@ -222,7 +220,8 @@ def test_what_the_module_froze_stays_as_it_is_while_something_else_trains(frozen
     else:
         (module if frozen == "all" else module["teacher"]).requires_grad_(False)
     x = torch.randn(4, 64)
-    expected, was = module["teacher"](x), {n: p.requires_grad for n, p in module["teacher"].named_parameters()}
+    expected = module["teacher"](x)
+    was = {n: p.requires_grad for n, p in module["teacher"].named_parameters()}
     report = convert(module, r=2)
     if frozen == "all":
         assert report.converted == ["student.0", "teacher.0"] and report.frozen == []

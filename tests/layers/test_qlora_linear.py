@@ -189,9 +189,11 @@ def test_it_lives_through_copies_pickles_and_moves():
     torch.save(layer, buffer)
     buffer.seek(0)
     for again in (
-        copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False),
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
         layer.cpu().cpu().to("cpu"),
-    ):  # fmt: skip
+    ):
         assert torch.equal(again(x), expected)
         assert all(torch.equal(getattr(again, n), getattr(layer, n)) for n in ("packed", "absmax", "nested"))
 
@@ -225,7 +227,8 @@ def test_code_that_casts_parameters_of_one_dimension_to_fp32_changes_no_byte(dou
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_type_casts_the_adapter_and_no_byte(dtype):
     layer, _ = converted()
-    stored, expected = layer.packed_weight, layer.decode()
+    stored = layer.packed_weight
+    expected = layer.decode()
     layer.type(dtype)
     assert layer.packed.dtype == layer.absmax.dtype == layer.nested.dtype == torch.uint8
     assert {p.dtype for n, p in layer.named_parameters() if n in ("lora_A", "lora_B", "bias")} == {dtype}
@@ -264,7 +267,8 @@ def test_a_default_type_of_float64_changes_no_adapter():
 
 
 def test_adapters_start_like_pefts_and_alike_for_the_same_name():
-    one, other = converted()[0], converted()[0]
+    one = converted()[0]
+    other = converted()[0]
     assert torch.equal(one.lora_A, other.lora_A)
     assert one.lora_A.abs().max() <= 128**-0.5
     assert one.lora_A.std().item() == pytest.approx((2 * 128**-0.5) / 12**0.5, rel=0.1)
@@ -316,7 +320,8 @@ def test_evaluation_in_between_changes_no_gradient_and_no_byte():
         parameters = [p for p in model.parameters() if p.requires_grad]
         return torch.autograd.grad(model.train()(x).square().sum(), [x, *parameters])
 
-    before, state = gradients(), {name: value.clone() for name, value in model.state_dict().items()}
+    before = gradients()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         model.eval()(x)
     with torch.inference_mode():
@@ -347,7 +352,8 @@ def test_a_traced_module_computes_the_same():
 def test_derivatives_that_are_not_supported_raise_an_error_and_are_never_wrong():
     net = nn.Sequential(nn.Linear(64, 64))
     convert(net, r=4, lora_dropout=0.0)
-    x, func = torch.randn(3, 64), torch.func
+    x = torch.randn(3, 64)
+    func = torch.func
     adapter = {"0.lora_A": net[0].lora_A.detach()}
     for transformed in [
         lambda: func.jvp(net, (x,), (x,)),

@@ -18,9 +18,14 @@ def toy(kind, tied=False):
     torch.manual_seed(0)
     if kind == "llama":
         config = transformers.LlamaConfig(
-            **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=tied,
-        )  # fmt: skip
+            **small,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
         return transformers.LlamaForCausalLM(config)
     if kind == "gpt2":
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, n_embd=64, n_layer=2, n_head=4))
@@ -35,9 +40,17 @@ def toy(kind, tied=False):
         )
         return transformers.T5ForConditionalGeneration(config)
     config = transformers.Qwen3MoeConfig(
-        **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
-    )  # fmt: skip
+        **small,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+    )
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -104,7 +117,8 @@ def test_a_linear_router_is_known_by_its_experts():
     class Mixture(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gate, self.experts = nn.Linear(64, 32), nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+            self.gate = nn.Linear(64, 32)
+            self.experts = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
 
     report = convert(Mixture(), r=2)
     assert "router" in report.skipped["gate"]
@@ -162,7 +176,8 @@ def test_parametrized_layers_are_skipped_and_subclasses_are_converted():
 
 
 def test_a_layer_with_a_parametrized_bias_is_not_converted():
-    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
+    layer = nn.Linear(64, 64)
+    x = torch.randn(2, 64)
     nn.utils.parametrize.register_parametrization(layer, "bias", nn.Softplus())
     before = layer(x)
     report = convert(nn.Sequential(layer, nn.Linear(64, 64), nn.Linear(64, 64, bias=False)), r=2)
@@ -199,7 +214,8 @@ def test_names_that_match_nothing_are_refused_with_the_names_that_exist(argument
 
 
 def test_a_layer_with_a_forward_of_its_own_keeps_it_and_gets_it_back_by_merge():
-    layer, x = Scaled(64, 64), torch.randn(3, 64)
+    layer = Scaled(64, 64)
+    x = torch.randn(3, 64)
     convert(nn.Sequential(layer), r=2, lora_dropout=0.0)
     with torch.no_grad():
         layer.lora_B.normal_()
@@ -244,7 +260,8 @@ def _called(self, x):
 @pytest.mark.parametrize("name", ["__call__", "scaling", "decode", "delta", "r"])
 def test_a_subclass_with_a_member_that_4_bits_would_replace_is_skipped(name):
     kind = type("Odd", (nn.Linear,), {name: _called if name == "__call__" else 2})
-    model, x = nn.Sequential(nn.Linear(64, 64), kind(64, 64)), torch.randn(2, 64)
+    model = nn.Sequential(nn.Linear(64, 64), kind(64, 64))
+    x = torch.randn(2, 64)
     before = model[1](x)
     report = convert(model, r=2)
     assert report.converted == ["0"] and f"Odd has a {name} of its own" in report.skipped["1"]
@@ -285,8 +302,11 @@ def test_falcons_linear_layers_are_converted():
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
     report = convert(transformers.FalconForCausalLM(config), r=4)
     assert [name.rpartition(".")[2] for name in report.converted] == [
-        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
-    ]  # fmt: skip
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    ]
 
 
 class Shared(nn.Module):

@@ -25,9 +25,16 @@ def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # as in the script: the initial adapters depend on it
     toy("llama", attention_bias=True).save_pretrained(tmp_path / "llama")
     config = transformers.Qwen3MoeConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=64,
-        num_experts=4, num_experts_per_tok=2, head_dim=16, vocab_size=128,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        head_dim=16,
+        vocab_size=128,
+    )
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
     fit(tmp_path, 1, devices=1)[0].save_checkpoint(tmp_path / "one.ckpt")
     ranks = launch("tests.scripts.tensor_parallel_training", tmp_path)[1]
@@ -89,7 +96,7 @@ class Mesh:
         ((192, 96), True, {"use_dora": True}, r"^0: DoRA can't be split by inputs"),
         ((192, 96), False, {"init_lora_weights": "calibrated"}, r"^0: .*calibrated.* needs a batch before"),
     ],
-)  # fmt: skip
+)
 def test_a_layer_that_cannot_be_split_is_named_with_what_to_do(sizes, by_inputs, arguments, message):
     from lightning_qlora.layers.tensor_parallel import split
 

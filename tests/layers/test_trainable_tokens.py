@@ -128,7 +128,8 @@ class Reads(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.body = nn.Embedding(128, 64), nn.Linear(64, 64)
+        self.embed = nn.Embedding(128, 64)
+        self.body = nn.Linear(64, 64)
 
     def forward(self, tokens):
         weight = self.embed.weight
@@ -142,7 +143,8 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS)
     whole = merge(copy.deepcopy(perturb(model)))
     weight = whole.embed.weight.requires_grad_()
-    output, expected = model(ids()), whole(ids())
+    output = model(ids())
+    expected = whole(ids())
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
     output.square().mean().backward()
     (grad,) = torch.autograd.grad(expected.square().mean(), weight)
@@ -165,7 +167,8 @@ def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads):
     module = nn.Sequential(nn.Embedding(8, 64, padding_idx=2), nn.Linear(64, 64))
     convert(module, trainable_token_indices=[5, 2], r=4)
     loss(module).backward()
-    grad, whole = module[0].token_adapter.trainable_tokens_delta.grad, merge(module)
+    grad = module[0].token_adapter.trainable_tokens_delta.grad
+    whole = merge(module)
     whole[0].weight.requires_grad_()
     loss(whole).backward()
     torch.testing.assert_close(grad, whole[0].weight.grad[[5, 2]])
@@ -174,9 +177,14 @@ def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads):
 def test_an_embedding_that_scales_its_output_stays_as_it_was_in_bf16_and_can_be_copied_and_compiled():
     transformers = pytest.importorskip("transformers")
     config = transformers.Gemma3TextConfig(
-        vocab_size=128, hidden_size=72, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=72,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     model = transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).eval()
     embedded = model.get_input_embeddings()(ids())
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS)
@@ -195,7 +203,8 @@ def test_an_embedding_that_scales_its_output_stays_as_it_was_in_bf16_and_can_be_
 
 def test_a_checkpoint_goes_on_in_another_process_where_the_rows_of_new_tokens_have_other_random_values(tmp_path):
     tokens = [130, 128, 129]
-    first, second = converted(model=resized(1), tokens=tokens), converted(model=resized(2), tokens=tokens, scale=0)
+    first = converted(model=resized(1), tokens=tokens)
+    second = converted(model=resized(2), tokens=tokens, scale=0)
     assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
     state = first.state_dict()
     assert not any(key.endswith("embed_tokens.weight") for key in state)
@@ -215,7 +224,8 @@ def test_a_run_writes_them_to_its_checkpoint_and_its_optimizer_has_rows_only(tmp
     state = trainer.optimizers[0].state
     assert delta(lit.model) in state and lit.model.lm_head.weight not in state
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    saved, here = read_adapter_from_checkpoint(tmp_path / "last.ckpt"), get_adapter(lit)
+    saved = read_adapter_from_checkpoint(tmp_path / "last.ckpt")
+    here = get_adapter(lit)
     assert saved.tokens == here.tokens == {"model.embed_tokens": TOKENS}
     rows = saved.saved[KEY]
     assert saved.saved.keys() == here.saved.keys() == {KEY} and torch.equal(rows, delta(lit.model))
@@ -235,7 +245,8 @@ def test_new_tokens_are_merged_into_a_folder_as_in_memory(tied, tmp_path):
     save_adapter(model, tmp_path / "adapter")
     adapter = read_adapter(tmp_path / "adapter")
     merge_folder(tmp_path / "base", adapter, tmp_path / "merged")
-    loaded, merged = type(model).from_pretrained(tmp_path / "merged").state_dict(), merge(model).state_dict()
+    loaded = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    merged = merge(model).state_dict()
     assert loaded.keys() == merged.keys() and all(torch.equal(value, loaded[key]) for key, value in merged.items())
     assert type(model.get_input_embeddings()) is nn.Embedding and type(model.lm_head) is nn.Linear
     with pytest.raises(ValueError, match=r"has the 128 rows 0 to 127, and not 1(29|30). Call resize_token_embeddings"):
@@ -253,7 +264,7 @@ def test_new_tokens_are_merged_into_a_folder_as_in_memory(tied, tmp_path):
         ([1], {"modules_to_save": ["lm_head"]}, "'lm_head' trains in full .* or out of trainable_token_indices"),
         ({"embed_tokens": [1], "lm_head": [2]}, {}, r"'lm_head' was .*, or is tied to a layer, with the rows \[1\]"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(tokens, others, message):
     with pytest.raises(ValueError, match=message):
         convert(toy("llama", tie_word_embeddings=True), trainable_token_indices=tokens, r=4, **others)

@@ -76,7 +76,8 @@ class StandInPinnedPool(CountingAllocator, PinnedPool):
     def __init__(self, budget=2**40):
         Pool.__init__(self, CPU, "a stand-in")
         CountingAllocator.__init__(self, budget)
-        self._device, self._pinned = CPU, torch.utils.weak.WeakIdKeyDictionary()
+        self._device = CPU
+        self._pinned = torch.utils.weak.WeakIdKeyDictionary()
         self.on_device = self.most_on_device = 0
         self.to_device = []  # (target, values) of copies that no kernel has waited for
         self.to_host = {}  # address -> values of copies that the CPU has not waited for
@@ -120,7 +121,8 @@ class StandIn:
     """All pools of one kind that were opened, each with one budget in bytes."""
 
     def __init__(self, kind="managed", budget=2**40):
-        self.kind, self.budget = kind, budget
+        self.kind = kind
+        self.budget = budget
         self.pools = []
 
     def install(self, monkeypatch):

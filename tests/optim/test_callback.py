@@ -17,7 +17,8 @@ from tests.optim.stand_in import assert_all_paged
 
 @pytest.mark.parametrize("kind", [Regression, ManualRegression])
 def test_a_paged_run_equals_an_unpaged_one_and_leaves_nothing(stand_in, kind):
-    plain, paged = kind(), kind(placed=stand_in)
+    plain = kind()
+    paged = kind(placed=stand_in)
     fit(plain)
     fit(paged, callbacks=PagedOptimizer())
     assert torch.equal(parameters(plain), parameters(paged))
@@ -39,7 +40,8 @@ def test_resume_is_bit_equal(stand_in, tmp_path, make_optimizer):
 
 
 def test_a_paged_checkpoint_resumes_without_paging(stand_in, tmp_path):
-    straight, resumed = Regression(), Regression()
+    straight = Regression()
+    resumed = Regression()
     fit(straight)
     fit(Regression(), callbacks=PagedOptimizer(), epochs=1, save=tmp_path / "half.ckpt")
     fit(resumed, ckpt_path=tmp_path / "half.ckpt")
@@ -47,7 +49,8 @@ def test_a_paged_checkpoint_resumes_without_paging(stand_in, tmp_path):
 
 
 def test_several_fits_with_one_callback(stand_in):
-    plain, paged = Regression(), Regression(placed=stand_in)
+    plain = Regression()
+    paged = Regression(placed=stand_in)
     for _ in range(2):
         fit(plain, epochs=1)
     callback = PagedOptimizer()
@@ -59,7 +62,8 @@ def test_several_fits_with_one_callback(stand_in):
 
 def test_with_precision_plugin_and_clipping(stand_in):
     """bf16 autocast, gradient clipping and accumulation all go through the same closure."""
-    plain, paged = Regression(), Regression(placed=stand_in)
+    plain = Regression()
+    paged = Regression(placed=stand_in)
     options = {"precision": "bf16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 1}
     fit(plain, **options)
     fit(paged, callbacks=PagedOptimizer(), **options)

@@ -96,7 +96,8 @@ def test_triton_kernels_take_managed_tensors():
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}])
 def test_paged_equals_unpaged(pool, options):
-    plain, paged = on_gpu(), on_gpu()
+    plain = on_gpu()
+    paged = on_gpu()
     optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-2, **options) for net in (plain, paged)]
     pager = Pager()
     pager.attach(optimizers[1])
@@ -112,8 +113,10 @@ def test_paged_equals_unpaged(pool, options):
 
 
 def test_8bit_on_the_gpu_agrees_with_the_cpu(pool):
-    on_cpu, net = model(), on_gpu()
-    reference, optimizer = PagedAdamW8bit(on_cpu.parameters(), lr=1e-3), PagedAdamW8bit(net.parameters(), lr=1e-3)
+    on_cpu = model()
+    net = on_gpu()
+    reference = PagedAdamW8bit(on_cpu.parameters(), lr=1e-3)
+    optimizer = PagedAdamW8bit(net.parameters(), lr=1e-3)
     train(on_cpu, reference, 5)
     train_on_gpu(net, optimizer, 5)
     for left, right in zip(on_cpu.parameters(), net.parameters(), strict=True):

@@ -62,7 +62,8 @@ CASES = [(name, use_closure) for name in OPTIMIZERS for use_closure in (False, T
 
 @pytest.mark.parametrize(("name", "use_closure"), CASES)
 def test_paged_equals_unpaged(stand_in, name, use_closure):
-    plain, paged = model(), model()
+    plain = model()
+    paged = model()
     optimizers = [OPTIMIZERS[name](net.parameters()) for net in (plain, paged)]
     Pager().attach(optimizers[1])
     for net, optimizer in zip((plain, paged), optimizers, strict=True):
@@ -98,8 +99,10 @@ class Odd(torch.optim.Optimizer):
 
 
 def test_an_odd_optimizer_trains_and_resumes(stand_in):
-    plain, paged = model(), model()
-    reference, optimizer = Odd(plain.parameters()), Odd(paged.parameters())
+    plain = model()
+    paged = model()
+    reference = Odd(plain.parameters())
+    optimizer = Odd(paged.parameters())
     Pager().attach(optimizer)
     train(plain, reference, 20)
     train(paged, optimizer, 10)
@@ -170,7 +173,8 @@ READS = {
 
 @pytest.mark.parametrize("read", READS)
 def test_reading_pinned_state_waits_for_its_copies(pinned, read):
-    plain, paged = model(), model()
+    plain = model()
+    paged = model()
     reference, optimizer = (torch.optim.AdamW(net.parameters()) for net in (plain, paged))
     Pager().attach(optimizer)
     train(plain, reference, 3)
@@ -339,7 +343,8 @@ def test_loaded_state_may_be_a_part_of_a_larger_tensor(stand_in):
 def test_under_another_default_device_state_is_where_its_parameter_is(stand_in, kind):
     """Lightning calls configure_model and Fabric init_module within `with device:`; here it is "meta"."""
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
-    plain, paged = model(), model()
+    plain = model()
+    paged = model()
     reference = kind(plain.parameters(), lr=1e-2, **options)
     train(plain, reference, 3)
     with torch.device("meta"):

@@ -10,7 +10,8 @@ from lightning_qlora.optim.paged_state import PagedState, tensors_in
 
 class Recorder:
     def __init__(self, entries=()):
-        self.written, self.reads = [], 0
+        self.written = []
+        self.reads = 0
         self.state = PagedState(lambda param, value: self.written.append(value), self.read, dict(entries))
 
     def read(self):
@@ -81,7 +82,9 @@ def test_copies_are_plain(param, duplicate):
 
 
 def test_tensors_in_finds_them_and_skips_parameters(param):
-    a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    a = torch.zeros(1)
+    b = torch.zeros(2)
+    c = torch.zeros(3)
     found = list(tensors_in({"x": [a, (b, None, 3.0)], "y": {"z": c}, "p": param}))
     assert [id(t) for t in found] == [id(a), id(b), id(c)]
 
@@ -89,5 +92,6 @@ def test_tensors_in_finds_them_and_skips_parameters(param):
 def test_tensors_in_opens_tensor_subclasses():
     from torch.testing._internal.two_tensor import TwoTensor
 
-    a, b = torch.zeros(4), torch.ones(4)
+    a = torch.zeros(4)
+    b = torch.ones(4)
     assert [id(t) for t in tensors_in(TwoTensor(a, b))] == [id(a), id(b)]

@@ -13,7 +13,8 @@ from tests.optim.test_optimizer_pages import assert_equal_parameters, model, tra
 def test_attaching_twice_changes_nothing(stand_in):
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
-    first, second = Pager(), Pager()
+    first = Pager()
+    second = Pager()
     first.attach(optimizer)
     state = optimizer.state
     first.attach(optimizer)
@@ -25,7 +26,8 @@ def test_attaching_twice_changes_nothing(stand_in):
 
 
 def test_close_frees_every_page_and_keeps_the_values(stand_in):
-    plain, paged = model(), model()
+    plain = model()
+    paged = model()
     reference, optimizer = (torch.optim.AdamW(net.parameters()) for net in (plain, paged))
     pager = Pager()
     pager.attach(optimizer)

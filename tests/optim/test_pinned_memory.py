@@ -18,7 +18,8 @@ def pool():
 
 def test_a_tensor_moves_to_the_host_and_back(pool):
     tensor = torch.randn(30, 5)
-    values, on_device = tensor.clone(), tensor.data_ptr()
+    values = tensor.clone()
+    on_device = tensor.data_ptr()
     pool.move_in(tensor)
     assert tensor.data_ptr() == on_device, "in a step it stays on the device"
     pool.evict([tensor])
@@ -67,7 +68,8 @@ def test_small_tensors_share_a_segment_and_every_allocated_byte_is_counted(pool)
 
 
 def test_memory_is_freed_with_its_last_tensor(pool):
-    first, second = torch.zeros(100), torch.zeros(100)
+    first = torch.zeros(100)
+    second = torch.zeros(100)
     pool.move_in(first)
     pool.move_in(second)
     pool.evict([first])
@@ -114,7 +116,8 @@ class FakeStream:
     """A stream and its events: records who waits for whom."""
 
     def __init__(self, name, log):
-        self.name, self.log = name, log
+        self.name = name
+        self.log = log
 
     def wait_stream(self, other):
         self.log.append(f"{self.name} waits for {other.name}")
@@ -138,7 +141,8 @@ class FakeStream:
 @pytest.fixture
 def log(monkeypatch):
     """The calls of a real PinnedPool; "device memory" is on the CPU, nothing is page-locked."""
-    log, empty = [], torch.empty
+    log = []
+    empty = torch.empty
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("copies", log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("compute", log))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)

@@ -27,7 +27,8 @@ def pool():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool])
 def test_move_in_keeps_the_object_its_values_and_its_type(pool, dtype):
     tensor = torch.randint(0, 2, (33, 7)).to(dtype)
-    values, alias = tensor.clone(), tensor
+    values = tensor.clone()
+    alias = tensor
     pool.move_in(tensor)
     assert pool.owns(tensor)
     assert tensor is alias
@@ -60,7 +61,8 @@ def test_small_tensors_share_an_allocation_and_large_ones_get_their_own(pool):
 
 
 def test_memory_is_freed_with_its_last_tensor(pool):
-    first, second = torch.zeros(5000), torch.zeros(5000)
+    first = torch.zeros(5000)
+    second = torch.zeros(5000)
     pool.move_in(first)
     pool.move_in(second)
     view = second.view(50, 100)[3:]
@@ -160,7 +162,8 @@ def no_device(monkeypatch):
 
 def test_a_prefetch_goes_to_the_stream_of_its_own_device(monkeypatch, no_device):
     """Default streams of all devices have the address 0, which means that of the current device."""
-    entered, calls = [], []
+    entered = []
+    calls = []
     monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, calls))
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     ManagedPool(torch.device("cuda", 1))._prefetch_range(4096, 10)

@@ -88,9 +88,14 @@ def test_bytes_are_those_of_bitsandbytes(content, dtype, quant_type):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 90), st.integers(1, 300), st.sampled_from(BLOCK_SIZES), st.sampled_from(DTYPES),
-    st.sampled_from(["nf4", "fp4"]), st.integers(0, 2**30), st.sampled_from(CONTENTS),
-)  # fmt: skip
+    st.integers(1, 90),
+    st.integers(1, 300),
+    st.sampled_from(BLOCK_SIZES),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["nf4", "fp4"]),
+    st.integers(0, 2**30),
+    st.sampled_from(CONTENTS),
+)
 def test_bytes_are_those_of_bitsandbytes_for_any_shape(rows, columns, block_size, dtype, quant_type, seed, content):
     weight = content((rows, columns), torch.Generator().manual_seed(seed)).to(dtype)
     assert_same_bytes(weight, block_size, quant_type)
@@ -111,7 +116,8 @@ def test_bytes_of_large_matrices_are_those_of_bitsandbytes_on_one_thread(shape):
 @given(st.integers(1, 200_000), st.integers(0, 2**30))
 def test_the_mean_of_the_scales_does_not_depend_on_threads_and_is_torchs_on_one(numel, seed):
     values = torch.rand(numel, generator=torch.Generator().manual_seed(seed)) + 0.01
-    threads, means = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    means = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
@@ -141,7 +147,8 @@ def test_decoding_is_bit_equal_to_bitsandbytes(dtype, quant_type, double_quant):
 def test_decoding_is_bit_equal_to_a_decoder_written_element_by_element(quant_type):
     weight = torch.randn(13, 37)
     value = quantize(weight, quant_type, 32)
-    levels, nested = codebook(quant_type).levels, bnb.create_dynamic_map()
+    levels = codebook(quant_type).levels
+    nested = bnb.create_dynamic_map()
     expected = []
     for place in range(weight.numel()):
         byte = int(value.packed.view(-1)[place // 2])

@@ -43,9 +43,10 @@ def test_an_unknown_type_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "table", [*(lambda t=t: codebook.__wrapped__(t).levels for t in ("nf4", "fp4", "int4")), dynamic_map.__wrapped__],
+    "table",
+    [*(lambda t=t: codebook.__wrapped__(t).levels for t in ("nf4", "fp4", "int4")), dynamic_map.__wrapped__],
     ids=["nf4", "fp4", "int4", "dynamic"],
-)  # fmt: skip
+)
 def test_a_default_type_of_float64_changes_no_table(table):
     expected = table()
     torch.set_default_dtype(torch.float64)
@@ -57,7 +58,8 @@ def test_a_default_type_of_float64_changes_no_table(table):
 
 def test_tables_and_masks_do_not_follow_a_default_device():
     """Tables are kept for good, and a GPU's linspace may round otherwise; a seed on a GPU would be waited for."""
-    layer, x = nn.Linear(64, 32), torch.randn(3, 64)
+    layer = nn.Linear(64, 32)
+    x = torch.randn(3, 64)
     convert(layer, r=4, lora_dropout=0.5)
     expected = quantize(x)
     for table in (codebook, dynamic_map, code_of_place):

@@ -140,8 +140,10 @@ def test_ops_refuse_second_level_scales_of_another_number_or_type():
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
     value = quantize(torch.randn(96, 64), double_quant=double_quant)
-    held, x = value.to_bytes(), torch.randn(3, 64)
-    lora_a, lora_b = torch.randn(4, 64), torch.randn(96, 4)
+    held = value.to_bytes()
+    x = torch.randn(3, 64)
+    lora_a = torch.randn(4, 64)
+    lora_b = torch.randn(96, 4)
     expected = lora_linear(x, held, None, lora_a, lora_b, 1.0)
     for offset in range(1, 5):
         moved = [torch.cat([part.new_zeros(offset), part.reshape(-1)])[offset:] for part in held[:3]]

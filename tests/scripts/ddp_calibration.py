@@ -36,20 +36,35 @@ def main(root: str) -> None:
     results = {}
     for key, make in ((1, Classifier), (2, Classifier), ("called", Called)):
         pl.seed_everything(1, verbose=False)
-        module, plugin = make(dropout=0.1, seed=2), QLoRAPrecision(r=4, init_lora_weights="calibrated")
+        module = make(dropout=0.1, seed=2)
+        plugin = QLoRAPrecision(r=4, init_lora_weights="calibrated")
         run = make_trainer(
-            root, plugins=plugin, strategy="ddp", devices=2, max_steps=3, accumulate_grad_batches=2 if key == 2 else 1,
-            enable_checkpointing=False, limit_val_batches=0, use_distributed_sampler=False,
-        )  # fmt: skip
+            root,
+            plugins=plugin,
+            strategy="ddp",
+            devices=2,
+            max_steps=3,
+            accumulate_grad_batches=2 if key == 2 else 1,
+            enable_checkpointing=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
         mine = Subset(dataset(64), range(run.global_rank, 64, 2))  # the samples are dealt out in turn
         run.fit(module, DataLoader(mine, batch_size=4))
         results[key] = module.state_dict(), plugin.report.calibration.rows
     pl.seed_everything(1, verbose=False)
-    module, plugin = Experts(), QLoRAPrecision(r=4, init_lora_weights="calibrated")
+    module = Experts()
+    plugin = QLoRAPrecision(r=4, init_lora_weights="calibrated")
     run = make_trainer(
-        root, plugins=plugin, strategy="ddp_find_unused_parameters_true", devices=2, max_steps=3,
-        enable_checkpointing=False, limit_val_batches=0, use_distributed_sampler=False,
-    )  # fmt: skip
+        root,
+        plugins=plugin,
+        strategy="ddp_find_unused_parameters_true",
+        devices=2,
+        max_steps=3,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
     run.fit(module, DataLoader(mine, batch_size=4))
     results["experts"] = module.state_dict(), plugin.report.calibration.calibrated
     torch.save(results, Path(root) / f"rank{run.global_rank}.pt")

@@ -14,7 +14,8 @@ class Overflows(Classifier):
 
 
 def main(root: str) -> None:
-    module, precision = Overflows(), QLoRAPrecision(r=4, compute_dtype="fp16")
+    module = Overflows()
+    precision = QLoRAPrecision(r=4, compute_dtype="fp16")
     run = make_trainer(root, plugins=precision, strategy="ddp", devices=2, max_epochs=4, gradient_clip_val=1.0)
     run.fit(module, loader(64))
     scale = precision.state_dict()["loss_scale"]["scale"]

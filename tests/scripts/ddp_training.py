@@ -15,10 +15,14 @@ def fit(root: Path, epochs: int, ckpt: str | None = None) -> dict[str, object]:
     pl.seed_everything(1, verbose=False)
     module = Classifier(dropout=0.1, seed=2)
     run = make_trainer(
-        root, plugins=QLoRAPrecision(r=4, lora_dropout=0.2), strategy="ddp", devices=2,
-        max_epochs=epochs, use_distributed_sampler=True,
+        root,
+        plugins=QLoRAPrecision(r=4, lora_dropout=0.2),
+        strategy="ddp",
+        devices=2,
+        max_epochs=epochs,
+        use_distributed_sampler=True,
         logger=CSVLogger(root, name="log", version=0),
-    )  # fmt: skip
+    )
     if ckpt:
         torch.manual_seed(1000 + run.global_rank)
     run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt)
@@ -44,12 +48,17 @@ class Buffers(pl.Callback):
 
 
 def fit_with_another_start_on_each_rank(root: Path) -> dict[str, object]:
-    module, buffers = Classifier(seed=int(os.environ.get("LOCAL_RANK", 0))), Buffers()
+    module = Classifier(seed=int(os.environ.get("LOCAL_RANK", 0)))
+    buffers = Buffers()
     module.net.append(torch.nn.BatchNorm1d(8))
     run = make_trainer(
-        root, plugins=QLoRAPrecision(r=4, target_modules=["0", "4"]), strategy="ddp", devices=2, max_epochs=1,
+        root,
+        plugins=QLoRAPrecision(r=4, target_modules=["0", "4"]),
+        strategy="ddp",
+        devices=2,
+        max_epochs=1,
         callbacks=buffers,
-    )  # fmt: skip
+    )
     run.fit(module, loader(64, 4))
     held = {name: value.detach() for name, value in tensors(module).items() if name not in buffers.names}
     return {"tensors": held, "sent": buffers.names}  # DDP sends the buffers before a step, which changes them

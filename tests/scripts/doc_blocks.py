@@ -28,9 +28,11 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 HUB = (
-    "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B",
     "sentence-transformers/all-MiniLM-L6-v2",
-)  # fmt: skip
+)
 COMMIT = "0" * 40
 FENCE = re.compile(r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<kind>\w*)(?P<rest>.*)\n(?P<code>(?:.*\n)*?)```$", re.M)
 # What pages name and a test can't run: it installs, needs a network or a server, or takes minutes.

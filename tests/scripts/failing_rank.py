@@ -29,7 +29,8 @@ FAILING = 1  # the rank
 class Failing(Classifier):
     def __init__(self, failure, step):
         super().__init__(dropout=0.1)
-        self.failure, self.step = failure, step
+        self.failure = failure
+        self.step = step
 
     def configure_model(self):
         if self._device_mesh is not None:
@@ -66,9 +67,14 @@ def main(folder, strategy, failure, step, resume=""):
     saving = ModelCheckpoint(Path(folder) / "saved", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     plugin = QLoRAPrecision(r=4, lora_dropout=0.1)
     trainer = make_trainer(
-        folder, plugins=plugin, devices=2, strategy=parallel, callbacks=[saving], max_epochs=2,
+        folder,
+        plugins=plugin,
+        devices=2,
+        strategy=parallel,
+        callbacks=[saving],
+        max_epochs=2,
         use_distributed_sampler=False,
-    )  # fmt: skip
+    )
     module = Failing(failure, int(step))
     trainer.fit(module, Loader(trainer.global_rank, failure), ckpt_path=resume or None)
     adapters = {name: gather(p.detach()) for name, p in module.named_parameters() if p.requires_grad}

@@ -46,10 +46,15 @@ def with_trainer(root, devices, single_file, **arguments):
     def fit(module, epochs, ckpt=None):
         strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
         run = make_trainer(
-            root, plugins=QLoRAPrecision(**ARGUMENTS | arguments), strategy=strategy if devices > 1 else "auto",
-            devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
+            root,
+            plugins=QLoRAPrecision(**ARGUMENTS | arguments),
+            strategy=strategy if devices > 1 else "auto",
+            devices=devices,
+            max_epochs=epochs,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
             logger=CSVLogger(root, name="log", version=0),
-        )  # fmt: skip
+        )
         run.fit(module, loader(), ckpt_path=ckpt)
         return run
 
@@ -70,13 +75,17 @@ def with_trainer(root, devices, single_file, **arguments):
 
 def with_fabric(root, devices, single_file, policy="fp32", **arguments):
     strategy = FabricStrategy(
-        lambda net, mesh: shard(net, mesh["data_parallel"], policy), devices, 1,
+        lambda net, mesh: shard(net, mesh["data_parallel"], policy),
+        devices,
+        1,
         save_distributed_checkpoint=not single_file,
-    )  # fmt: skip
+    )
     fabric = Fabric(
-        accelerator="cpu", devices=devices, strategy=strategy if devices > 1 else "auto",
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy if devices > 1 else "auto",
         plugins=QLoRAPrecision(**ARGUMENTS | arguments),
-    )  # fmt: skip
+    )
     fabric.launch()
 
     def setup():
@@ -109,7 +118,8 @@ class Llama(pl.LightningModule):
     def __init__(self, folder, optimizer="AdamW", convert_first=False):
         super().__init__()
         self.save_hyperparameters()
-        self.model, self.losses = None, []
+        self.model = None
+        self.losses = []
 
     def configure_model(self):
         if self.model is None:
@@ -139,10 +149,16 @@ def with_llama(root, devices, single_file, folder, optimizer="AdamW", **argument
         strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
         module = Llama(folder, optimizer, convert_first="modules_to_save" in arguments)
         run = make_trainer(
-            root, plugins=QLoRAPrecision(**ARGUMENTS | arguments | more), strategy=strategy if devices > 1 else "auto",
-            devices=devices, max_epochs=epochs, use_distributed_sampler=False, enable_checkpointing=False,
-            accumulate_grad_batches=2, gradient_clip_val=1.0,
-        )  # fmt: skip
+            root,
+            plugins=QLoRAPrecision(**ARGUMENTS | arguments | more),
+            strategy=strategy if devices > 1 else "auto",
+            devices=devices,
+            max_epochs=epochs,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            accumulate_grad_batches=2,
+            gradient_clip_val=1.0,
+        )
         run.fit(module, ckpt_path=ckpt)
         return run, module
 

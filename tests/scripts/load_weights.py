@@ -24,11 +24,19 @@ MODELS = {
     "bert": lambda: transformers.BertModel(toy("bert").config),  # the head of a classifier is new
     "mixture": lambda: transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(
-            hidden_size=64, intermediate_size=96, moe_intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=128, head_dim=16,
+            hidden_size=64,
+            intermediate_size=96,
+            moe_intermediate_size=72,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=128,
+            head_dim=16,
         )
     ),
-}  # fmt: skip
+}
 
 
 def save_models(root):
@@ -42,7 +50,11 @@ class Lit(pl.LightningModule):
 
     def __init__(self, root, split=False):
         super().__init__()
-        self.root, self.split, self.models, self.losses, self.start = root, split, None, [], {}
+        self.root = root
+        self.split = split
+        self.models = None
+        self.losses = []
+        self.start = {}
 
     def configure_model(self):
         if self.models is not None:
@@ -82,10 +94,14 @@ def fit(root, devices, split=False, **arguments):
     pl.seed_everything(1, verbose=False)
     module = Lit(Path(root), split)
     run = make_trainer(
-        root, plugins=QLoRAPrecision(**ARGUMENTS | arguments), devices=devices, max_epochs=1,
-        strategy=ModelParallelStrategy(devices, 1) if devices > 1 else "auto", use_distributed_sampler=False,
+        root,
+        plugins=QLoRAPrecision(**ARGUMENTS | arguments),
+        devices=devices,
+        max_epochs=1,
+        strategy=ModelParallelStrategy(devices, 1) if devices > 1 else "auto",
+        use_distributed_sampler=False,
         enable_checkpointing=False,
-    )  # fmt: skip
+    )
     run.fit(module)
     return {"start": module.start, "losses": module.losses}
 

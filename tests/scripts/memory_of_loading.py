@@ -53,7 +53,8 @@ class Lit(LightningModule):
 class Watch(threading.Thread):
     def __init__(self):
         super().__init__(daemon=True)
-        self.stop, self.peak = False, 0.0
+        self.stop = False
+        self.peak = 0.0
 
     def run(self):
         self.base = anonymous_mb()
@@ -72,9 +73,15 @@ def import_what_loading_needs():
 
 def write_llama(folder):
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8,
-        vocab_size=8192, max_position_embeddings=128, dtype=torch.bfloat16,
-    )  # fmt: skip
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=8192,
+        max_position_embeddings=128,
+        dtype=torch.bfloat16,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
@@ -90,12 +97,17 @@ def main(folder: str, r: str, third: str = "1") -> None:
     lit = Lit(folder)
     strategy = ModelParallelStrategy(ranks, 1) if ranks > 1 else "auto"
     make_trainer(
-        folder, plugins=plugin, enable_checkpointing=False, strategy=strategy, devices=ranks,
+        folder,
+        plugins=plugin,
+        enable_checkpointing=False,
+        strategy=strategy,
+        devices=ranks,
         use_distributed_sampler=False,
-    ).predict(lit)  # fmt: skip
+    ).predict(lit)
     layers = sum(isinstance(layer, QLoRALinear) for layer in lit.modules())
     kept = sum(p.to_local().nbytes if ranks > 1 else p.nbytes for p in lit.parameters()) / 2**20
-    peak, end = watch.peak - watch.base, anonymous_mb() - watch.base
+    peak = watch.peak - watch.base
+    end = anonymous_mb() - watch.base
     line = f"{layers} layers, peak {peak:.1f} MB, end {end:.1f} MB, {kept:.1f} MB in parameters\n"
     os.write(1, line.encode())  # one write, so that the lines of two ranks do not mix
 

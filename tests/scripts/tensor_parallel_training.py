@@ -35,9 +35,11 @@ from tests.toys import ids, save_in_4_bits, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "block_size": 32}
 PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
-    "self_attn.o_proj": RowwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(),
+    "self_attn.o_proj": RowwiseParallel(),
+    "mlp.gate_proj": ColwiseParallel(),
+    "mlp.up_proj": ColwiseParallel(),
     "mlp.down_proj": RowwiseParallel(),
-}  # fmt: skip
+}
 
 
 class Llama(pl.LightningModule):
@@ -46,7 +48,8 @@ class Llama(pl.LightningModule):
     def __init__(self, folder):
         super().__init__()
         self.save_hyperparameters()
-        self.model, self.losses = None, []
+        self.model = None
+        self.losses = []
 
     def configure_model(self):
         if self.model is None:
@@ -75,7 +78,8 @@ def loss_of(model):
 
 def train(model, steps, clip=None):
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
     for step in range(steps):
         torch.manual_seed(step)
         loss = loss_of(model)
@@ -103,9 +107,14 @@ def check(one, split, losses, expected):
 def fit(root, epochs, ckpt=None, devices=2, single_file=False):
     strategy = ModelParallelStrategy(1, 2, save_distributed_checkpoint=not single_file) if devices > 1 else "auto"
     run = make_trainer(
-        root, plugins=QLoRAPrecision(**ARGUMENTS), strategy=strategy, devices=devices, max_epochs=epochs,
-        enable_checkpointing=False, gradient_clip_val=1.0,
-    )  # fmt: skip
+        root,
+        plugins=QLoRAPrecision(**ARGUMENTS),
+        strategy=strategy,
+        devices=devices,
+        max_epochs=epochs,
+        enable_checkpointing=False,
+        gradient_clip_val=1.0,
+    )
     module = Llama(str(root / "llama"))
     run.fit(module, ckpt_path=ckpt)
     return run, module
@@ -134,8 +143,10 @@ def with_trainer(root):
         of_ranks = straight.get_submodule("model." + name)
         assert torch.equal(layer.lora_B, gather(of_ranks.lora_B)) and torch.equal(layer.delta(), of_ranks.delta())
     load_adapter(straight, root / "one")
-    assert torch.equal(gather(adapted_layers(straight)["model.model.layers.0.mlp.down_proj"].lora_A.detach()),
-                       adapted_layers(one)["model.layers.0.mlp.down_proj"].lora_A)  # fmt: skip
+    assert torch.equal(
+        gather(adapted_layers(straight)["model.model.layers.0.mlp.down_proj"].lora_A.detach()),
+        adapted_layers(one)["model.layers.0.mlp.down_proj"].lora_A,
+    )
     return straight.losses
 
 
@@ -187,7 +198,8 @@ def with_one_rounding(mesh):
         torch.nn.init.normal_(net[0].bias, bias, 0.1)
         convert(net, **ARGUMENTS)
         x, grad = torch.randn(2, 1024, 512).to(dtype)
-        a, b = net[0].lora_A.detach().double(), 2e-4 * torch.randn(512, 4).sign()
+        a = net[0].lora_A.detach().double()
+        b = 2e-4 * torch.randn(512, 4).sign()
         parallelize_module(net, mesh, {"0": style})
         results = []
         for value in (torch.zeros_like(b), b):
@@ -207,7 +219,8 @@ def with_whole_parts(root, mesh):
         convert(one, **ARGUMENTS | arguments)
         split = copy.deepcopy(one)
         parallelize_module(split.model.layers[0], mesh, {name: PLAN[name] for name in PLAN if "attn" in name})
-        losses, expected = train(split, 4, clip=0.1), train(one, 4, clip=0.1)
+        losses = train(split, 4, clip=0.1)
+        expected = train(one, 4, clip=0.1)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         trained = ([p for p in model.parameters() if p.requires_grad] for model in (split, one))
         for ours, theirs in zip(*trained, strict=True):
@@ -261,16 +274,19 @@ def with_transformers(root):
     from transformers.distributed import DistributedConfig
 
     plan = DistributedConfig(tp_size=2, tp_plan="auto")
-    one, split = load(root / "llama"), load(root / "llama", distributed_config=plan)
+    one = load(root / "llama")
+    split = load(root / "llama", distributed_config=plan)
     check(one, split, train(split, 4), train(one, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT can load the folder
         save_adapter(split, root / "of_tp_plan")
     torch.distributed.barrier()
     torch.testing.assert_close(
-        load_file(root / "of_tp_plan/adapter_model.safetensors"), load_file(root / "adapter/adapter_model.safetensors"),
-        rtol=0, atol=0.1,
-    )  # fmt: skip
+        load_file(root / "of_tp_plan/adapter_model.safetensors"),
+        load_file(root / "adapter/adapter_model.safetensors"),
+        rtol=0,
+        atol=0.1,
+    )
     with torch.no_grad():  # transformers' path for inference
         torch.testing.assert_close(loss_of(split.eval()), loss_of(one.eval()), rtol=1e-5, atol=1e-6)
     if torch.distributed.get_rank() == 0:

@@ -19,8 +19,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint, merge
 
 QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 SERIES = np.random.default_rng(0).normal(size=(4, 60)).cumsum(1).astype(np.float32)
 
 
@@ -95,9 +99,15 @@ def forecasting(name: str) -> tuple[Any, dict[str, Any]]:
     )
     more = {"time_varying_known_reals": ["time"], "static_categoricals": ["series"]} if name != "NBeats" else {}
     data = pf.TimeSeriesDataSet(
-        frame, "time", "value", ["series"], max_encoder_length=16, max_prediction_length=4,
-        time_varying_unknown_reals=["value"], **more,
-    )  # fmt: skip
+        frame,
+        "time",
+        "value",
+        ["series"],
+        max_encoder_length=16,
+        max_prediction_length=4,
+        time_varying_unknown_reals=["value"],
+        **more,
+    )
     sizes = {"widths": [64, 64]} if name == "NBeats" else {"hidden_size": 32, "hidden_continuous_size": 16}
     module = getattr(pf, name).from_dataset(data, learning_rate=1e-3, log_interval=0, **sizes)
     loaders = [data.to_dataloader(train=train, batch_size=32, shuffle=False, num_workers=0) for train in (True, False)]
@@ -132,9 +142,16 @@ def gluonts_estimator(**trainer: Any) -> tuple[Any, Any]:
 
     data = ListDataset([{"start": pd.Period("2020-01-01", "D"), "target": row} for row in SERIES], freq="D")
     estimator = PatchTSTEstimator(
-        prediction_length=4, patch_len=8, context_length=16, d_model=32, nhead=2, dim_feedforward=64,
-        num_encoder_layers=1, num_batches_per_epoch=3, trainer_kwargs={**QUIET, "max_epochs": 1, **trainer},
-    )  # fmt: skip
+        prediction_length=4,
+        patch_len=8,
+        context_length=16,
+        d_model=32,
+        nhead=2,
+        dim_feedforward=64,
+        num_encoder_layers=1,
+        num_batches_per_epoch=3,
+        trainer_kwargs={**QUIET, "max_epochs": 1, **trainer},
+    )
     return estimator, data
 
 
@@ -210,9 +227,17 @@ def darts_model(**arguments: Any) -> tuple[Any, dict[str, Any]]:
 
     series = TimeSeries.from_values(SERIES[0])
     model = TFTModel(
-        input_chunk_length=16, output_chunk_length=4, hidden_size=32, n_epochs=1, add_relative_index=True,
-        random_state=0, batch_size=16, likelihood=None, loss_fn=nn.MSELoss(), **arguments,
-    )  # fmt: skip
+        input_chunk_length=16,
+        output_chunk_length=4,
+        hidden_size=32,
+        n_epochs=1,
+        add_relative_index=True,
+        random_state=0,
+        batch_size=16,
+        likelihood=None,
+        loss_fn=nn.MSELoss(),
+        **arguments,
+    )
     return model, {"series": series, "val_series": series}
 
 
@@ -256,14 +281,22 @@ def neuralforecast_model(**trainer: Any) -> tuple[Any, Any]:
     rows, columns = SERIES.shape
     frame = pd.DataFrame(
         {
-            "unique_id": np.repeat(list("abcd"), columns), "y": SERIES.ravel(),
+            "unique_id": np.repeat(list("abcd"), columns),
+            "y": SERIES.ravel(),
             "ds": np.tile(pd.date_range("2020-01-01", periods=columns), rows),
         }
-    )  # fmt: skip
+    )
     model = NHITS(
-        h=4, input_size=16, max_steps=3, mlp_units=3 * [[64, 64]], batch_size=4, windows_batch_size=16, random_seed=0,
-        **{k: v for k, v in QUIET.items() if k != "devices"}, **trainer,
-    )  # fmt: skip
+        h=4,
+        input_size=16,
+        max_steps=3,
+        mlp_units=3 * [[64, 64]],
+        batch_size=4,
+        windows_batch_size=16,
+        random_seed=0,
+        **{k: v for k, v in QUIET.items() if k != "devices"},
+        **trainer,
+    )
     return NeuralForecast(models=[model], freq="D"), frame
 
 
@@ -296,7 +329,8 @@ class Backbone(nn.Sequential):
 
 def images(classes: int = 4) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    pixels, labels = torch.randn(48, 3, 8, 8, generator=generator), torch.arange(48) % classes
+    pixels = torch.randn(48, 3, 8, 8, generator=generator)
+    labels = torch.arange(48) % classes
     return DataLoader(TensorDataset(pixels, labels), batch_size=16)
 
 
@@ -318,7 +352,8 @@ def own_lightly(folder: Path) -> None:
     class SimCLR(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone, self.head = Backbone(), SimCLRProjectionHead(32, 32, 16)
+            self.backbone = Backbone()
+            self.head = SimCLRProjectionHead(32, 32, 16)
 
         def forward(self, *views):
             return [self.head(self.backbone(view)) for view in views]
@@ -473,4 +508,5 @@ FORECASTING = {
     "TemporalFusionTransformer": PROJECTS["pytorch-forecasting TFT"],
     "NBeats": PROJECTS["pytorch-forecasting NBeats"],
 }
-DARTS, CHEMPROP = PROJECTS["darts TFT"], PROJECTS["chemprop MPNN"]
+DARTS = PROJECTS["darts TFT"]
+CHEMPROP = PROJECTS["chemprop MPNN"]

@@ -36,7 +36,8 @@ class Images(Dataset):
     """In place of MNIST (grey), CIFAR10 and CelebA."""
 
     def __init__(self, *_, transform=None, size=(28, 28), **__):
-        self.transform, self.size = transform, size
+        self.transform = transform
+        self.size = size
 
     def __len__(self):
         return 60_000

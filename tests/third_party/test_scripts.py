@@ -65,15 +65,22 @@ def test_fine_tuning_of_litgpt(tmp_path, name):
     model = tmp_path / "model"
     make(model)
     arguments = {
-        "data": "JSON", "data.json_path": model / "data.json", "data.val_split_fraction": 0.25, "train.epochs": 1,
-        "train.global_batch_size": 2, "train.micro_batch_size": 1, "train.max_seq_length": 32,
-        "eval.max_new_tokens": 2, "out_dir": tmp_path / "out",
-    }  # fmt: skip
+        "data": "JSON",
+        "data.json_path": model / "data.json",
+        "data.val_split_fraction": 0.25,
+        "train.epochs": 1,
+        "train.global_batch_size": 2,
+        "train.micro_batch_size": 1,
+        "train.max_seq_length": 32,
+        "eval.max_new_tokens": 2,
+        "out_dir": tmp_path / "out",
+    }
     check(run(tmp_path, "litgpt", name, model, *(f"--{key}={value}" for key, value in arguments.items())), name)
     if name == "finetune_full":
         from litgpt import GPT, Config
 
-        trained, base = torch.load(tmp_path / "out/final/lit_model.pth")["model"], torch.load(model / "lit_model.pth")
+        trained = torch.load(tmp_path / "out/final/lit_model.pth")["model"]
+        base = torch.load(model / "lit_model.pth")
         network = GPT(Config.from_file(model / "model_config.yaml"))
         network.load_state_dict(base)
         convert(network, r=4)

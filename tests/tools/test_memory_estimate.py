@@ -37,8 +37,9 @@ def test_the_estimate_is_the_memory_of_a_run(name, checkpointing):
     assert parts["4-bit weights"] + parts["other frozen weights"] + parts["trained weights"] == report.bytes_after
     assert estimate.dense_bytes == report.bytes_before
     assert (estimate.trainable_parameters, estimate.total_parameters) == (
-        report.trainable_parameters, report.total_parameters,
-    )  # fmt: skip
+        report.trainable_parameters,
+        report.total_parameters,
+    )
     trained = [p for p in lit.parameters() if p.requires_grad]
     lit.train()
     losses = []
@@ -99,7 +100,8 @@ def test_any_module_with_an_example_and_without():
 
 @pytest.mark.parametrize("start", ["loftq", "pissa", "calibrated", "gaussian"])
 def test_the_initialization_does_not_change_the_estimate(start):
-    model, example = nn.Sequential(nn.Linear(64, 64)), torch.zeros(4, 64)
+    model = nn.Sequential(nn.Linear(64, 64))
+    example = torch.zeros(4, 64)
     planned = estimate_memory(model, example=example, r=4, init_lora_weights=start)
     assert planned == estimate_memory(model, example=example, r=4)
 
@@ -115,9 +117,14 @@ def test_an_adapter_to_start_from_decides_on_the_layers(tmp_path):
 def test_a_model_of_70_billion_weights_is_not_allocated():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=4, num_attention_heads=64, num_key_value_heads=8,
-        vocab_size=32000, dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=4,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        dtype="bfloat16",
+    )
     estimate = estimate_memory(config, 1, 512, r=64)
     bits = 8 * estimate.parts["4-bit weights"] / (4 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672))
     assert bits == pytest.approx(4.127, abs=0.002)  # paper: 4 + 8 / 64 + 32 / (64 * 256)
@@ -209,9 +216,12 @@ def test_the_decode_buffer_is_what_a_step_allocates(dora):
 def measured(name):
     """[setting, planned, measured] of training steps in another process."""
     found = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.memory_of_training", name], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "tests.scripts.memory_of_training", name],
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
-    )  # fmt: skip
+    )
     return json.loads(found.stdout.splitlines()[-1])
 
 
@@ -233,9 +243,13 @@ def test_the_paper(size):
     transformers = pytest.importorskip("transformers")
     width, inner, depth, heads, gigabytes = LLAMAS[size]
     config = transformers.LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
-        vocab_size=32000, dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        vocab_size=32000,
+        dtype="bfloat16",
+    )
     estimate = estimate_memory(config, 1, 512, gradient_checkpointing=True)
     assert estimate.total / 1e9 == pytest.approx(gigabytes, rel=0.1)
     if size == "65B":
@@ -243,14 +257,20 @@ def test_the_paper(size):
 
 
 LLAMAS = {
-    "7B": (4096, 11008, 32, 32, 6.9), "13B": (5120, 13824, 40, 40, 11.3), "33B": (6656, 17920, 60, 52, 24.7),
+    "7B": (4096, 11008, 32, 32, 6.9),
+    "13B": (5120, 13824, 40, 40, 11.3),
+    "33B": (6656, 17920, 60, 52, 24.7),
     "65B": (8192, 22016, 80, 64, 45.0),
-}  # fmt: skip
+}
 SPECIAL = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MIXTURE = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_local_experts": 4,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -273,10 +293,14 @@ def test_mixtures_of_experts_are_counted(dtype):
 def test_a_mixture_whose_code_reads_the_routing_is_not_counted():
     transformers = pytest.importorskip("transformers", minversion="5")
     config = transformers.DbrxConfig(
-        d_model=64, n_heads=4, n_layers=1, max_seq_len=64, vocab_size=128,
+        d_model=64,
+        n_heads=4,
+        n_layers=1,
+        max_seq_len=64,
+        vocab_size=128,
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         ffn_config={"hidden_size": 64, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
-    )  # fmt: skip
+    )
     estimate = estimate_memory(config, 2, 16, **ARGUMENTS)
     assert not estimate.counted_activations and "unknown" in str(estimate)
 

@@ -28,9 +28,16 @@ from lightning_qlora.layers import piecewise_cross_entropy
 from lightning_qlora.layers.deferred_head import DeferredHead
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 
-V, H = 320, 64
-SMALL = {"hidden_size": H, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "vocab_size": V, "max_position_embeddings": 64}  # fmt: skip
+V = 320
+H = 64
+SMALL = {
+    "hidden_size": H,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": V,
+    "max_position_embeddings": 64,
+}
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 
@@ -159,7 +166,8 @@ def test_losses_and_gradients_are_those_of_real_logits_and_no_logits_are_made(na
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_that_are_read_are_the_real_ones(name):
-    module, expected = converted(name, deferred_logits=True), converted(name, deferred_logits=False)
+    module = converted(name, deferred_logits=True)
+    expected = converted(name, deferred_logits=False)
     arguments = {"decoder_input_ids": ids(2)} if name == "t5" else {}
     ours = logits_of(module, **arguments)
     assert isinstance(ours, DeferredLogits)
@@ -221,10 +229,15 @@ def with_a_backward_hook(module):
 
 
 STEPS = {
-    "label smoothing": smoothed, "KL to a teacher": distilled, "metric first": after_a_metric,
-    "masked in place": masked_in_place, "accumulated": accumulated, "backward hook": with_a_backward_hook,
-    "backward twice": backward_twice, "num_items_in_batch": with_the_number_of_tokens,
-}  # fmt: skip
+    "label smoothing": smoothed,
+    "KL to a teacher": distilled,
+    "metric first": after_a_metric,
+    "masked in place": masked_in_place,
+    "accumulated": accumulated,
+    "backward hook": with_a_backward_hook,
+    "backward twice": backward_twice,
+    "num_items_in_batch": with_the_number_of_tokens,
+}
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -250,11 +263,13 @@ def test_perplexity():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gradient_checkpointing": True}, {"modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        {"gradient_checkpointing": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
     ],
     ids=["checkpointing", "trained head", "4-bit head", "4-bit head, DoRA"],
-)  # fmt: skip
+)
 def test_arguments(arguments, no_logits):
     no_logits()
     both("llama", relative=1e-5, **arguments)
@@ -279,7 +294,8 @@ def test_a_compiled_model_computes_the_logits():
 
 
 def test_a_model_compiled_with_its_loss():
-    module, expected = converted("llama"), converted("llama", deferred_logits=False)
+    module = converted("llama")
+    expected = converted("llama", deferred_logits=False)
     loss = torch.compile(module, backend="aot_eager")(input_ids=ids(), labels=labels()).loss
     loss.backward()
     loss_of(expected).backward()
@@ -384,7 +400,8 @@ def test_merged_copied_and_pickled(packed):
 
 @pytest.mark.parametrize("setting", [False, True])
 def test_adapters_and_checkpoints_do_not_depend_on_it(setting, tmp_path):
-    module, other = converted("llama", deferred_logits=setting), converted("llama", deferred_logits=not setting)
+    module = converted("llama", deferred_logits=setting)
+    other = converted("llama", deferred_logits=not setting)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if "lora_" in name:
@@ -410,7 +427,9 @@ class Lit(pl.LightningModule):
     def __init__(self, name="llama"):
         super().__init__()
         self.save_hyperparameters()
-        self.model, self.losses, self.accuracies = model(name), [], []
+        self.model = model(name)
+        self.losses = []
+        self.accuracies = []
 
     def training_step(self, batch, _):
         outputs = self.model(input_ids=batch, labels=batch)
@@ -471,7 +490,8 @@ def one_rank():
 
 @pytest.mark.parametrize("arguments", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
 def test_ddp(one_rank, arguments):
-    module, expected = converted("plain"), converted("plain", deferred_logits=False)
+    module = converted("plain")
+    expected = converted("plain", deferred_logits=False)
     parallel = DistributedDataParallel(module, **arguments)
     logits = parallel(ids())
     assert isinstance(logits, DeferredLogits) is (not arguments)  # where DDP adds a node of its own, it copies them
@@ -498,7 +518,8 @@ def test_the_strategy_that_shards_is_in_the_report(trainer, monkeypatch):
             self.trainer.precision_plugin.convert_module(self.model)
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
-    module, plugin = Sharded(), QLoRAPrecision(**ARGUMENTS)
+    module = Sharded()
+    plugin = QLoRAPrecision(**ARGUMENTS)
     strategy = ModelParallelStrategy(1, 1)
     trainer(
         strategy=strategy,
@@ -517,7 +538,8 @@ def test_the_strategy_that_shards_is_in_the_report(trainer, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_planner_counts_both_ways(name, checkpointing):
     pytest.importorskip("transformers", minversion="5")
-    vocabulary, rows = 8192, 2 * 24
+    vocabulary = 8192
+    rows = 2 * 24
     config = model(name).config
     config.vocab_size = vocabulary
     config.dtype = "float32"

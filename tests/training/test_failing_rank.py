@@ -39,11 +39,13 @@ def run(folder, strategy, failure, step, resume="", end=2, launcher=TORCHRUN) ->
     outputs = [folder / f"output{rank}" for rank in range(2)]
     ranks = [
         subprocess.Popen(
-            command, env={**os.environ, **own, **dict.fromkeys(RANKS, str(rank))}, stdout=output.open("w"),
+            command,
+            env={**os.environ, **own, **dict.fromkeys(RANKS, str(rank))},
+            stdout=output.open("w"),
             stderr=subprocess.STDOUT,
         )
         for rank, output in enumerate(outputs)
-    ]  # fmt: skip
+    ]
     ends: dict[int, tuple[int, float]] = {}
     try:
         while len(ends) < end:

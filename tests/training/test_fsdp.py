@@ -39,9 +39,11 @@ ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 def fit(trainer, one_rank):
     def run(module, plugin=True, **arguments):
         new = trainer(
-            strategy=ModelParallelStrategy(1, 1), enable_checkpointing=False, use_distributed_sampler=False,
+            strategy=ModelParallelStrategy(1, 1),
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
             plugins=QLoRAPrecision(**ARGUMENTS | arguments) if plugin else None,
-        )  # fmt: skip
+        )
         new.fit(module, loader())
         return new
 
@@ -82,7 +84,8 @@ def test_a_block_in_a_checkpoint_wrapper_that_is_not_in_the_module_yet(fit):
             self.net[0] = block
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
-    module, plain = Wrapped(), Sharded()
+    module = Wrapped()
+    plain = Sharded()
     fit(module)
     fit(plain)
     assert module.losses == plain.losses
@@ -164,7 +167,8 @@ def test_parameters_gathered_by_an_evaluation_are_sharded_again_before_saving_an
 
 def test_adapters_are_disabled_in_shards(setup_module):
     fabric, net = setup_module(shard)
-    untouched, x = Classifier().net.eval(), torch.randn(2, 64)
+    untouched = Classifier().net.eval()
+    x = torch.randn(2, 64)
     convert(untouched, **ARGUMENTS)
     with torch.no_grad():
         for layer in adapted_layers(net).values():
@@ -204,7 +208,8 @@ def test_an_adapter_is_loaded_into_shards_and_one_of_another_rank_refused(setup_
 
 
 def test_a_dense_checkpoint_is_loaded_into_shards_with_dora(fit, tmp_path):
-    module, other = Sharded(), Classifier(seed=5)
+    module = Sharded()
+    other = Classifier(seed=5)
     fit(module, use_dora=True)
     module.load_state_dict(other.state_dict())
     convert(other, **ARGUMENTS, use_dora=True)
@@ -225,9 +230,12 @@ def test_a_run_goes_on_elsewhere_from_one_file(optimizer, trainer, one_rank, tmp
     def run(strategy, epochs, path=None):
         module = OfTrained(1024)
         new = trainer(
-            strategy=strategy, max_epochs=epochs, plugins=QLoRAPrecision(**ARGUMENTS), enable_checkpointing=False,
+            strategy=strategy,
+            max_epochs=epochs,
+            plugins=QLoRAPrecision(**ARGUMENTS),
+            enable_checkpointing=False,
             use_distributed_sampler=False,
-        )  # fmt: skip
+        )
         new.fit(module, DataLoader(dataset(width=1024), batch_size=8), ckpt_path=path)
         return new, module.losses
 

@@ -43,7 +43,8 @@ def plugin(**arguments):
 
 def wide_loader():
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(32, WIDTH, generator=generator), torch.randint(0, 8, (32,), generator=generator)
+    x = torch.randn(32, WIDTH, generator=generator)
+    y = torch.randint(0, 8, (32,), generator=generator)
     return DataLoader([*zip(x, y, strict=True)], batch_size=8, shuffle=True)
 
 
@@ -61,7 +62,8 @@ class Recorder(pl.Callback):
 
 @on_each_device
 def test_an_unchanged_module_trains(trainer, device):
-    module, spy = Classifier(), Recorder()
+    module = Classifier()
+    spy = Recorder()
     base = quantize(module.net[0].weight)
     trainer(plugins=plugin(r=4), max_epochs=15, accelerator=accelerator(device), callbacks=[spy]).fit(module, loader())
     assert falls(module.losses, 0.5)
@@ -104,7 +106,9 @@ class Tokens(pl.LightningModule):
 
     def __init__(self, make):
         super().__init__()
-        self.make, self.model, self.losses = make, None, []
+        self.make = make
+        self.model = None
+        self.losses = []
 
     def configure_model(self):
         if self.model is None:
@@ -131,7 +135,8 @@ def test_a_transformers_model_is_quantized_while_it_loads(trainer, device, tmp_p
     trainer(plugins=plugin(r=16), max_epochs=12, accelerator=accelerator(device)).fit(lit)
     assert falls(lit.losses, 0.93), lit.losses[-4:]
     convert(model, r=16)
-    expected, layers = adapted_layers(model), adapted_layers(lit.model)
+    expected = adapted_layers(model)
+    layers = adapted_layers(lit.model)
     assert expected.keys() == layers.keys() and expected
     for name, layer in expected.items():
         assert torch.equal(layer.packed.view(-1), layers[name].packed.cpu().view(-1)), name
@@ -160,14 +165,17 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
 
     def fit(name, epochs, seed, ckpt_path=None):
         pl.seed_everything(seed, verbose=False)
-        module, spy = Classifier(WIDTH, dropout=0.1), Recorder()
+        module = Classifier(WIDTH, dropout=0.1)
+        spy = Recorder()
         paged = kind != "plain"
         made = {"lr": 1e-3} if optimizer is torch.optim.AdamW else {"lr": 1e-3, "paged": paged}
         module.configure_optimizers = lambda: optimizer([p for p in module.parameters() if p.requires_grad], **made)
         run = trainer(
-            plugins=plugin(lora_dropout=0.3, paged_optimizer=paged), max_epochs=epochs,
-            accelerator=accelerator(device), callbacks=[spy, ModelCheckpoint(tmp_path / name, save_last=True)],
-        )  # fmt: skip
+            plugins=plugin(lora_dropout=0.3, paged_optimizer=paged),
+            max_epochs=epochs,
+            accelerator=accelerator(device),
+            callbacks=[spy, ModelCheckpoint(tmp_path / name, save_last=True)],
+        )
         run.fit(module, wide_loader(), ckpt_path=ckpt_path)
         assert spy.paging == kind
         return module
@@ -221,7 +229,8 @@ def test_fabric_trains_and_resumes_bit_equal(device, tmp_path):
 @pytest.mark.parametrize("kind", ["bf16 module", "fp16 module", "computed in bf16", "autocast bf16", "autocast fp16"])
 def test_16_bit_types_train(trainer, device, kind):
     dtype = torch.float16 if "fp16" in kind else torch.bfloat16
-    module, seen = Classifier(), []
+    module = Classifier()
+    seen = []
     module.net[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     if "module" in kind:
         module.to(dtype)
@@ -273,7 +282,8 @@ def test_compiled_layers_equal_eager_ones_and_draw_new_dropout_masks(device, opt
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin, fullgraph=True, **options)
     eager.eval(), twin.eval()
-    x, outputs = torch.randn(16, 64, device=device), {}
+    x = torch.randn(16, 64, device=device)
+    outputs = {}
     for name, net, parameters in (("eager", eager, eager.parameters()), ("compiled", compiled, twin.parameters())):
         optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=2.0)
         for _ in range(6):

@@ -18,7 +18,9 @@ ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 class Block(nn.Module):
     def __init__(self, width=64):
         super().__init__()
-        self.up, self.down, self.calls = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), 0
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.calls = 0
 
     def forward(self, x, *, scale=1.0):
         self.calls += 1
@@ -95,7 +97,8 @@ def test_a_converted_module_can_be_copied():
 
 
 def test_a_block_keeps_the_forward_method_that_was_put_in_its_place_and_is_wrapped_once():
-    module, calls = Plain(), []
+    module = Plain()
+    calls = []
     block = module.blocks[0]
     original = block.forward
     block.forward = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
@@ -116,7 +119,8 @@ def test_a_module_without_blocks_warns():
 def count_recomputed(monkeypatch):
     from lightning_qlora.training import gradient_checkpointing
 
-    calls, original = [], gradient_checkpointing.checkpoint
+    calls = []
+    original = gradient_checkpointing.checkpoint
     monkeypatch.setattr(gradient_checkpointing, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
@@ -153,10 +157,16 @@ def opt():
     torch.manual_seed(0)
     return transformers.OPTForCausalLM(
         transformers.OPTConfig(
-            hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128, dropout=0.5,
-            max_position_embeddings=64, word_embed_proj_dim=64,
+            hidden_size=64,
+            ffn_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=128,
+            dropout=0.5,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 class Recording(Lit):
@@ -166,7 +176,8 @@ class Recording(Lit):
 
 def test_transformers_keep_fewer_activations_and_can_generate_between_steps(trainer):
     pytest.importorskip("transformers")
-    kept, tokens = {}, {}
+    kept = {}
+    tokens = {}
 
     class Generating(Lit):
         def training_step(self, batch, batch_idx):

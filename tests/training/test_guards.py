@@ -64,7 +64,8 @@ def test_pruning_is_refused(trainer):
 
 def tunable():
     module = Classifier()
-    module.batch_size, module.lr = 1, 1e-2
+    module.batch_size = 1
+    module.lr = 1e-2
     module.train_dataloader = lambda: loader(batch_size=module.batch_size)
     module.val_dataloader = loader
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), module.lr)
@@ -87,7 +88,8 @@ def test_callbacks_that_measure_or_schedule_work(trainer, kind, tmp_path):
         pytest.importorskip("psutil")
     columns = {}
     for plugins in ({}, {"plugins": QLoRAPrecision(r=4)}):
-        module, logger = tunable(), CSVLogger(tmp_path, name=str(len(columns)))
+        module = tunable()
+        logger = CSVLogger(tmp_path, name=str(len(columns)))
         run = trainer(callbacks=[MEASURING[kind]()], logger=logger, log_every_n_steps=1, **plugins)
         run.fit(module)
         header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
@@ -98,7 +100,8 @@ def test_callbacks_that_measure_or_schedule_work(trainer, kind, tmp_path):
 
 @pytest.mark.parametrize("through", ["callback", "tuner"])
 def test_the_batch_size_finder_works_and_trains_the_adapters_from_their_initial_values(trainer, through):
-    module, plugin = tunable(), QLoRAPrecision(r=4)
+    module = tunable()
+    plugin = QLoRAPrecision(r=4)
     arguments = {"steps_per_trial": 1, "max_trials": 2}
     callbacks = [BatchSizeFinder(**arguments)] if through == "callback" else []
     run = trainer(plugins=plugin, callbacks=callbacks)
@@ -111,7 +114,9 @@ def test_the_batch_size_finder_works_and_trains_the_adapters_from_their_initial_
 
 @pytest.mark.parametrize("through", ["callback", "tuner"])
 def test_the_learning_rate_finder_works_and_restores_the_adapters(trainer, through):
-    module, rates, start = tunable(), [], {}
+    module = tunable()
+    rates = []
+    start = {}
     module.on_train_start = lambda: (rates.append(module.lr), start.update(copy.deepcopy(module.state_dict())))
     finder = LearningRateFinder(num_training_steps=30)
     run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[finder] if through == "callback" else [], max_steps=40)
@@ -196,7 +201,8 @@ def test_a_trainer_whose_callbacks_hold_other_modules_is_accepted(trainer):
         def __init__(self):
             self.metric = torch.nn.Linear(64, 64)
 
-    module, holder = Classifier(), Holder()
+    module = Classifier()
+    holder = Holder()
     trainer(plugins=QLoRAPrecision(r=4), callbacks=[holder]).fit(module, loader())
     assert isinstance(module.net[0], QLoRALinear)
     assert type(holder.metric) is torch.nn.Linear
@@ -287,7 +293,8 @@ def test_a_model_that_on_load_checkpoint_builds_again_is_converted_again(trainer
     fit.fit(module := BuildsAgain(), loader())
     fit.save_checkpoint(tmp_path / "x.ckpt")
     for run in ("fit", "validate"):
-        again, trainer_again = BuildsAgain(), trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
+        again = BuildsAgain()
+        trainer_again = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
         getattr(trainer_again, run)(again, loader(), ckpt_path=tmp_path / "x.ckpt")
         assert torch.equal(again.net[0].lora_B, module.net[0].lora_B) and module.net[0].lora_B.any()
     loaded = load_from_checkpoint(BuildsAgain, tmp_path / "x.ckpt")

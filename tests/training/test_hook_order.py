@@ -18,7 +18,8 @@ class Recorder(pl.Callback):
     """Records the order of hooks, and the state that `on_fit_start` sees."""
 
     def __init__(self):
-        self.calls, self.fits = [], 0
+        self.calls = []
+        self.fits = 0
 
     def on_load_checkpoint(self, *_):
         self.calls.append("callback.on_load_checkpoint")
@@ -61,7 +62,8 @@ def test_callbacks_and_module_hooks_come_in_lightnings_order(trainer, tmp_path, 
     plugins = {"plugins": QLoRAPrecision(r=4)} if with_plugin else {}
 
     def fit(epochs, ckpt_path=None):
-        recorder, module = Recorder(), Module()
+        recorder = Recorder()
+        module = Module()
         module.calls = recorder.calls
         run = trainer(callbacks=[recorder], max_epochs=epochs, **plugins)
         run.fit(module, loader(), ckpt_path=ckpt_path)
@@ -124,7 +126,8 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
     os.environ["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> '{tmp_path}/queued'")
     (tmp_path / "scontrol").chmod(0o755)
-    first, resumed = Signalled(dropout=0.1), Classifier(dropout=0.1)
+    first = Signalled(dropout=0.1)
+    resumed = Classifier(dropout=0.1)
     plugins = {"plugins": QLoRAPrecision(r=4, lora_dropout=0.1)} if with_plugin else {}
     trainer(**plugins).fit(first, ResumableLoader())
     assert (tmp_path / "queued").read_text() == "requeue 4711\n"

@@ -22,7 +22,8 @@ class Scaled(Classifier):
 
     def __init__(self, factor=1.0, **arguments):
         super().__init__(**arguments)
-        self.factor, self.gradients = factor, []
+        self.factor = factor
+        self.gradients = []
 
     def training_step(self, batch, batch_idx):
         return self.factor * super().training_step(batch, batch_idx)
@@ -131,7 +132,9 @@ def plain_loop(module, batches, scaler):
 @pytest.mark.parametrize("with_closure", [False, True])
 def test_fabric_equals_a_loop_with_gradscaler_also_where_steps_are_skipped(factor, with_closure):
     """A factor of 30 overflows at first, which clip_gradients takes for an error unless it is told not to."""
-    batches, plugged, plain = list(loader()) * 2, Scaled(factor), Scaled(factor)
+    batches = list(loader()) * 2
+    plugged = Scaled(factor)
+    plain = Scaled(factor)
     convert(plain, r=4, lora_dropout=0.0, compute_dtype="fp16")
     scaler = torch.amp.GradScaler("cpu")
     expected = plain_loop(plain.train(), batches, scaler)

@@ -54,7 +54,8 @@ def test_push_to_hub_uploads_the_adapter(monkeypatch):
     hub = pytest.importorskip("transformers.utils.hub")
     if not hasattr(hub, "hf_api"):
         pytest.skip("transformers 4 calls the hub in another way")
-    model, uploaded = toy("llama"), []
+    model = toy("llama")
+    uploaded = []
     convert(model, r=4)
     api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
     card = SimpleNamespace(save=lambda path: None)
@@ -118,7 +119,8 @@ def test_a_checkpoint_of_huggingfaces_trainer_has_the_adapter(tmp_path):
     transformers.Trainer(model, arguments, train_dataset=data).train()
     again = toy("llama")
     convert(again, adapter=str(tmp_path / "checkpoint-2"))
-    found, expected = again.model.layers[0].mlp.up_proj.lora_B, model.model.layers[0].mlp.up_proj.lora_B
+    found = again.model.layers[0].mlp.up_proj.lora_B
+    expected = model.model.layers[0].mlp.up_proj.lora_B
     assert expected.any() and torch.equal(found, expected)
 
 
@@ -131,7 +133,8 @@ class LitGPTLinear(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(64, 64)
-        self.lora_A, self.lora_B = nn.Parameter(torch.zeros(4, 64)), nn.Parameter(torch.zeros(64, 4))
+        self.lora_A = nn.Parameter(torch.zeros(4, 64))
+        self.lora_B = nn.Parameter(torch.zeros(64, 4))
 
 
 class TorchtuneLinear(nn.Module):
@@ -140,7 +143,8 @@ class TorchtuneLinear(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(64, 64))
-        self.lora_a, self.lora_b = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+        self.lora_a = nn.Linear(64, 4, bias=False)
+        self.lora_b = nn.Linear(4, 64, bias=False)
 
 
 class KohyaLinear(nn.Module):
@@ -149,7 +153,8 @@ class KohyaLinear(nn.Module):
     def __init__(self):
         super().__init__()
         self.org_module = nn.Linear(64, 64)
-        self.lora_down, self.lora_up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+        self.lora_down = nn.Linear(64, 4, bias=False)
+        self.lora_up = nn.Linear(4, 64, bias=False)
 
 
 class LitGPTAttention(nn.Module):
@@ -157,7 +162,8 @@ class LitGPTAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.proj, self.adapter_wte = nn.Linear(64, 64), nn.Embedding(10, 64)
+        self.proj = nn.Linear(64, 64)
+        self.adapter_wte = nn.Embedding(10, 64)
         self.gating_factor = nn.Parameter(torch.zeros(1, 1, 4, 1))
 
 
@@ -167,7 +173,8 @@ class LitGPTAdapterV2Linear(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(64, 64)
-        self.adapter_bias, self.adapter_scale = nn.Parameter(torch.zeros(64)), nn.Parameter(torch.ones(64))
+        self.adapter_bias = nn.Parameter(torch.zeros(64))
+        self.adapter_scale = nn.Parameter(torch.ones(64))
 
 
 @pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear, LitGPTAttention, LitGPTAdapterV2Linear])
@@ -239,7 +246,8 @@ def test_a_converted_model_in_a_peft_model_is_refused_before_it_trains(kind):
 
 
 def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_path, trainer):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path / "base")
 
     class Late(Lit):
@@ -286,12 +294,14 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer):
 
 
 def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
-    module, plugin = Classifier(), QLoRAPrecision(r=4)
+    module = Classifier()
+    plugin = QLoRAPrecision(r=4)
     run = trainer(plugins=plugin)
     run.fit(module, loader())
     save_adapter(module, tmp_path / "adapter")
     again = load_from_checkpoint(Classifier, run.checkpoint_callback.best_model_path)
-    from_folder, other = Classifier(), Classifier()
+    from_folder = Classifier()
+    other = Classifier()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*converted before")
         run.test(module, loader())
@@ -313,7 +323,8 @@ def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
 def test_an_adapter_checkpoint_in_a_dense_module_is_refused_by_strict_loading(way, trainer):
     run = trainer(plugins=QLoRAPrecision(r=4))
     run.fit(Classifier(), loader())
-    path, module = run.checkpoint_callback.best_model_path, Classifier()
+    path = run.checkpoint_callback.best_model_path
+    module = Classifier()
 
     def load():
         if way == "class":
@@ -397,7 +408,8 @@ def test_freezing_and_dense_modules_are_as_before():
 
 
 def test_torchscript_by_tracing_and_after_a_merge():
-    module, x = Classifier(), torch.randn(3, 64)
+    module = Classifier()
+    x = torch.randn(3, 64)
     convert(module, r=4)
     perturb(module).eval()
     traced = module.to_torchscript(method="trace", example_inputs=x)
@@ -417,7 +429,8 @@ class WithScripted(pl.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             inner = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-            self.before, self.after = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.before = nn.Linear(64, 64)
+            self.after = nn.Linear(64, 64)
         inner = torch.jit.script(inner) if how == "script" else torch.jit.trace(inner, torch.ones(4, 64))
         self.inner = nn.ModuleList([inner]) if in_list else inner
 
@@ -428,14 +441,17 @@ class WithScripted(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         return self(batch[0]).square().mean()
 
-    train_dataloader, configure_optimizers = Classifier.train_dataloader, Classifier.configure_optimizers
+    train_dataloader = Classifier.train_dataloader
+    configure_optimizers = Classifier.configure_optimizers
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
 @pytest.mark.parametrize("in_list", [False, True])
 def test_a_torchscript_module_stays_as_it_is(how, in_list, tmp_path):
-    module, plugin = WithScripted(how, in_list), QLoRAPrecision(r=4)
-    name, before = "inner.0" if in_list else "inner", copy.deepcopy(module.inner.state_dict())
+    module = WithScripted(how, in_list)
+    plugin = QLoRAPrecision(r=4)
+    name = "inner.0" if in_list else "inner"
+    before = copy.deepcopy(module.inner.state_dict())
     trainer = make_trainer(tmp_path, plugins=plugin)
     trainer.fit(module, loader())
     assert plugin.report.converted == ["before", "after"]
@@ -445,7 +461,8 @@ def test_a_torchscript_module_stays_as_it_is(how, in_list, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT loads the folder, too
         save_adapter(module, tmp_path / "adapter")
-    loaded, x = load_from_checkpoint(WithScripted, tmp_path / "x.ckpt"), torch.randn(3, 64)
+    loaded = load_from_checkpoint(WithScripted, tmp_path / "x.ckpt")
+    x = torch.randn(3, 64)
     expected = module.eval()(x)
     assert expected.requires_grad and torch.equal(loaded.eval()(x), expected)
     load_adapter(loaded, tmp_path / "adapter")
@@ -480,7 +497,8 @@ class Reads(nn.Module):
 def test_onnx_needs_a_merge(build, dynamo, tmp_path):
     if dynamo:
         pytest.importorskip("onnxscript")
-    module, x = build().eval(), torch.randn(3, 64)
+    module = build().eval()
+    x = torch.randn(3, 64)
     convert(module, r=4)
     with pytest.raises(Exception, match=r"4-bit layers can't be exported to ONNX. Merge first.*merge\(copy"):
         torch.onnx.export(module, (x,), tmp_path / "x.onnx", dynamo=dynamo)

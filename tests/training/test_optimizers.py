@@ -56,7 +56,8 @@ def optimizer_of(*modules):
 
 def test_a_weight_that_is_read_without_a_gradient_is_a_warning_and_unused_layers_are_printed_once(capsys):
     model, _ = stepped()
-    optimizer, found = optimizer_of(model), {}
+    optimizer = optimizer_of(model)
+    found = {}
     with pytest.warns(UserWarning, match=r"1 layers got no gradient.*lost.*exclude_modules"):
         audit_first_step(optimizer, model, found)
     printed = capsys.readouterr().out
@@ -86,7 +87,8 @@ def test_other_ranks_say_nothing(capsys, monkeypatch, recwarn):
 def test_nothing_is_said_before_a_backward_pass_or_where_all_train(capsys, recwarn):
     model, layers = stepped()
     model.zero_grad(set_to_none=True)
-    optimizer, found = optimizer_of(model), {}
+    optimizer = optimizer_of(model)
+    found = {}
     audit_first_step(optimizer, model, found)
     torch.stack([p.sum() for layer in layers.values() for p in layer.adapter_parameters()]).sum().backward()
     audit_first_step(optimizer, model, found)
@@ -94,7 +96,8 @@ def test_nothing_is_said_before_a_backward_pass_or_where_all_train(capsys, recwa
 
 
 def test_only_the_adapters_of_the_optimizer_that_steps_are_judged():
-    model, found = Model(), {}
+    model = Model()
+    found = {}
     convert(model, r=2, lora_dropout=0.0)
     model.read.lora_A.requires_grad_(False)
     model.read.lora_B.requires_grad_(False)
@@ -136,7 +139,8 @@ EXPECTED = {"model.lost": READ, "model.pooler": UNUSED, "model.never": UNUSED}
 @pytest.mark.filterwarnings("ignore:init_lora_weights='calibrated'")
 @pytest.mark.parametrize("arguments", [{}, {"init_lora_weights": "calibrated"}, {"use_dora": True}])
 def test_the_trainer_runs_it_once_and_the_report_has_the_names(arguments, trainer, capsys):
-    plugin, lit = QLoRAPrecision(r=2, **arguments), Lit()
+    plugin = QLoRAPrecision(r=2, **arguments)
+    lit = Lit()
     with pytest.warns(UserWarning, match=r"model\.lost"):
         trainer(plugins=plugin, max_epochs=2, accumulate_grad_batches=2).fit(lit)
     printed = capsys.readouterr().out
@@ -197,7 +201,8 @@ def test_a_loss_without_a_gradient_says_what_to_do(trainer):
 
         def __init__(self, ask_for_gradients):
             super().__init__()
-            self.embedding, self.layer = nn.Embedding(8, 64), nn.Linear(64, 64)
+            self.embedding = nn.Embedding(8, 64)
+            self.layer = nn.Linear(64, 64)
             if ask_for_gradients:  # as enable_input_require_grads
                 self.embedding.register_forward_hook(lambda _, __, y: y.requires_grad_())
 
@@ -227,7 +232,8 @@ def names_of(module, optimizer):
 
 def test_each_adapter_replaces_its_weight_in_the_same_group():
     module = Classifier()
-    first, second = module.net[0], module.net[4]
+    first = module.net[0]
+    second = module.net[4]
     optimizer = torch.optim.AdamW(
         [{"params": list(second.parameters()), "lr": 1.0}, {"params": [module.net[2].weight, first.weight], "lr": 2.0}]
     )
@@ -254,7 +260,8 @@ def test_names_of_named_parameters_are_replaced_too():
 
 
 def test_an_optimizer_of_two_modules_with_equal_names_gets_the_adapters_of_both():
-    module, other = Classifier(), Classifier()
+    module = Classifier()
+    other = Classifier()
     optimizer = torch.optim.AdamW([{"params": module.parameters()}, {"params": other.parameters()}])
     convert(module, r=4)
     convert(other, r=4)

@@ -23,7 +23,8 @@ def adapters(module):
 
 
 def test_an_unchanged_module_trains(trainer):
-    module, one_argument = Classifier(), plugin()
+    module = Classifier()
+    one_argument = plugin()
     base = [quantize(module.net[0].weight), quantize(module.net[4].weight)]
     trainer(plugins=one_argument, max_epochs=15).fit(module, loader(), loader())
     assert sum(module.losses[-4:]) < 0.5 * sum(module.losses[:4])
@@ -33,14 +34,16 @@ def test_an_unchanged_module_trains(trainer):
 
 
 def test_only_adapters_get_optimizer_state(trainer):
-    module, run = Classifier(), trainer(plugins=plugin())
+    module = Classifier()
+    run = trainer(plugins=plugin())
     run.fit(module, loader())
     with_state = {id(p) for p in run.optimizers[0].state}
     assert with_state == {id(p) for name, p in module.named_parameters() if "lora_" in name}
 
 
 def test_all_stages_give_the_same_loss(trainer):
-    module, run = Classifier(), trainer(plugins=plugin())
+    module = Classifier()
+    run = trainer(plugins=plugin())
     run.fit(module, loader())
     validated = run.validate(module, loader(), verbose=False)[0]["val_loss"]
     tested = run.test(module, loader(), verbose=False)[0]["test_loss"]
@@ -58,7 +61,8 @@ def test_a_stage_before_any_fit_converts_the_module(trainer, stage):
 
 
 def test_validation_then_fit_trains(trainer):
-    module, run = Classifier(), trainer(plugins=plugin())
+    module = Classifier()
+    run = trainer(plugins=plugin())
     before = run.validate(module, loader(), verbose=False)[0]["val_loss"]
     trainer(plugins=plugin(), max_epochs=5).fit(module, loader())
     assert trainer(plugins=plugin()).validate(module, loader(), verbose=False)[0]["val_loss"] < before
@@ -169,7 +173,8 @@ def test_manual_optimization_with_two_optimizers(trainer):
 
 def test_the_module_keeps_its_mode_and_adapters_use_dropout_only_in_training(trainer):
     """transformers loads models in eval mode, and Lightning does not change the mode."""
-    module, seen = Classifier(), []
+    module = Classifier()
+    seen = []
     module.net.eval()
 
     class Look(pl.Callback):
@@ -238,7 +243,8 @@ def test_a_checkpoint_of_a_cpu_run_does_not_initialize_a_gpu(monkeypatch):
 
 
 def test_test_best_and_a_checkpoint_in_a_new_process_state(trainer):
-    module, run = Classifier(), trainer(plugins=plugin(), max_epochs=2)
+    module = Classifier()
+    run = trainer(plugins=plugin(), max_epochs=2)
     run.fit(module, loader(), loader())
     expected = run.test(module, loader(), ckpt_path="best", verbose=False)
     path = run.checkpoint_callback.best_model_path
@@ -256,7 +262,8 @@ def test_weights_only_checkpoints_load(trainer, tmp_path):
 
 
 def test_a_full_checkpoint_contains_the_base(trainer):
-    module, run = Classifier(), trainer(plugins=plugin(checkpoint="full"))
+    module = Classifier()
+    run = trainer(plugins=plugin(checkpoint="full"))
     run.fit(module, loader())
     other = Classifier(seed=5)
     trainer(plugins=plugin(checkpoint="full")).test(
@@ -267,7 +274,8 @@ def test_a_full_checkpoint_contains_the_base(trainer):
 
 
 def test_a_dense_lightning_checkpoint_loads_quantized(trainer):
-    dense, run = Classifier(seed=3), trainer()
+    dense = Classifier(seed=3)
+    run = trainer()
     run.fit(dense, loader())
     path = run.checkpoint_callback.best_model_path
     module = Classifier()
@@ -291,7 +299,8 @@ def test_a_checkpoint_of_another_base_or_rank_is_refused(trainer):
 
 
 def test_a_trainer_without_the_plugin_does_not_convert(trainer, tmp_path):
-    module, run = Classifier(), trainer()
+    module = Classifier()
+    run = trainer()
     run.fit(module, loader())
     assert type(module.net[0]) is nn.Linear
     trainer(max_epochs=2).fit(Classifier(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
@@ -302,7 +311,8 @@ def test_bf16_modules_and_explicit_compute_types_train(trainer):
     module.forward = lambda x: module.net(x.bfloat16())
     trainer(plugins=plugin(), max_epochs=10).fit(module, loader())
     assert sum(module.losses[-4:]) < 0.8 * sum(module.losses[:4])
-    module, seen = Classifier(), []
+    module = Classifier()
+    seen = []
     module.net[1].register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     trainer(plugins=plugin(compute_dtype="bf16"), max_epochs=10).fit(module, loader())
     assert set(seen) == {torch.bfloat16}
@@ -327,7 +337,8 @@ def test_a_model_made_in_configure_model_trains(trainer):
             if self.net is None:
                 self.net = Classifier().net
 
-    module, run = Late(), trainer(plugins=plugin(), max_epochs=2)
+    module = Late()
+    run = trainer(plugins=plugin(), max_epochs=2)
     run.fit(module, loader())
     assert isinstance(module.net[0], QLoRALinear)
     trainer(plugins=plugin(), max_epochs=3).fit(Late(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
@@ -338,9 +349,15 @@ def test_a_vision_model_with_a_linear_head_trains(trainer):
         def __init__(self):
             super().__init__()
             self.net = nn.Sequential(
-                nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-                nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 8),
-            )  # fmt: skip
+                nn.Unflatten(1, (1, 8, 8)),
+                nn.Conv2d(1, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(144, 64),
+                nn.ReLU(),
+                nn.Linear(64, 8),
+            )
 
     module = Vision()
     mean = module.net[2].running_mean.clone()

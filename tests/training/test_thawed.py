@@ -19,7 +19,8 @@ class Unfreezes(Classifier):
 
     def __init__(self, epoch, unfreeze):
         super().__init__()
-        self.epoch, self.unfreeze_now = epoch, unfreeze
+        self.epoch = epoch
+        self.unfreeze_now = unfreeze
 
     def on_train_epoch_start(self):
         if self.current_epoch == self.epoch:

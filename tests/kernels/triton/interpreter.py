@@ -50,7 +50,8 @@ def start_in_fork(device: torch.device, ops: list[str]) -> tuple[Callable[[], ob
 
 def repair() -> None:
     """Install the repairs in this process."""
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def convert_float(data: np.ndarray, source: Any, goal: Any, rounding: Any) -> np.ndarray:
         if (source, goal) == (tl.float32, tl.bfloat16):
@@ -64,9 +65,10 @@ def repair() -> None:
             return dot(self, a, b, c, *options)
         factors = [
             _from_bf16(operand.data).view(np.float32).reshape(operand.data.shape)
-            if operand.dtype.scalar == tl.bfloat16 else operand.data
+            if operand.dtype.scalar == tl.bfloat16
+            else operand.data
             for operand in (a, b)
-        ]  # fmt: skip
+        ]
         return interpreter.TensorHandle(np.matmul(*factors) + c.data, c.dtype.scalar)
 
     interpreter._convert_float = convert_float

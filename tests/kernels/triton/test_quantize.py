@@ -57,5 +57,6 @@ def test_zeros_constants_ties_and_extremes(double_quant):
 
 def test_strided_weights_through_the_op_table():
     values = weight(48, 80).T
-    ours, theirs = ops.quantize(values).to_bytes(), reference.quantize(values, "nf4", 64, True)
+    ours = ops.quantize(values).to_bytes()
+    theirs = reference.quantize(values, "nf4", 64, True)
     assert_equal(ours._replace(packed=ours.packed.view(-1)), theirs)

@@ -16,7 +16,8 @@ def losses(p: float, steps: int = 10, dtype: torch.dtype = torch.float32, rows: 
     a = [(torch.randn(4, size[1], generator=draw) / 8).requires_grad_() for size in sizes]
     b = [(torch.randn(size[0], 4, generator=draw) / 8).requires_grad_() for size in sizes]
     optimizer = torch.optim.AdamW([*a, *b, *biases], lr=1e-2)
-    x, target = torch.randn(rows, 64, generator=draw).to(dtype), torch.randn(rows, 16, generator=draw)
+    x = torch.randn(rows, 64, generator=draw).to(dtype)
+    target = torch.randn(rows, 16, generator=draw)
     found = []
     for step in range(steps):
         hidden = x

@@ -21,12 +21,12 @@ READ_ONLY = (
     "name the layer in exclude_modules, so that it stays dense."
 )
 # What tells the properties of a tensor without its values.
-PROPERTIES = "dtype device shape ndim requires_grad is_cuda layout is_meta is_leaf grad_fn grad is_sparse is_nested"
-METADATA = {
-    *(getattr(Tensor, name).__get__ for name in (*PROPERTIES.split(), "is_quantized")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size),
-    *(Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel),
-}
+PROPERTIES = (
+    "dtype device shape ndim requires_grad is_cuda layout is_meta is_leaf grad_fn grad is_sparse is_nested is_quantized"
+)
+METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES.split()}
+METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
+METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel}
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 

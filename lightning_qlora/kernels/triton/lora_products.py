@@ -298,47 +298,46 @@ def _gradients_kernel(
 
 def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r] in x's type."""
-    (m, k), r = x.shape, w.shape[0]
+    m, k = x.shape
+    r = w.shape[0]
     tile = _tile("lora_down", x, m, r)
     if not tile:
         return torch.addmm(x.new_empty(()), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
     mask, scale = dropout_arguments(p, seed, x.device)
-    run, sums = _down(x.device, tile, m, k, r, w.stride(), seed is not None)
+    run, sums = _down(x.device, tile, (m, k, r, *w.stride()), seed is not None)
     out = x.new_empty(m, r)
     run((x.contiguous(), w, out, share_memory(sums, out)), (*mask, s * scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _down(
-    device: torch.device, tile: Tile, m: int, k: int, r: int, stride: tuple[int, ...], dropout: bool
-) -> tuple[Launch, int]:
+def _down(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool) -> tuple[Launch, int]:
+    m, k, r, *_ = numbers
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     steps = -(-k // tile["K"])
-    numbers = (m, k, r, *stride)
     return shared_launch(_down_kernel, device, grid, numbers, tile, steps, tile["M"] * rank, DROPOUT=dropout, R=rank)
 
 
 def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Write s h w^T, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
-    (m, n), r = out.shape, w.shape[1]
+    m, n = out.shape
+    r = w.shape[1]
     tile = _tile("lora_up", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
         torch.addmm(h.new_empty(()), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
         return out if seed is None else dropout(out, p, seed, out=out)
     mask, scale = dropout_arguments(p, seed, h.device)
-    run = _up(h.device, tile, m, n, r, w.stride(), seed is not None)
+    run = _up(h.device, tile, (m, n, r, *w.stride()[::-1]), seed is not None)
     run((h, w, out), (*mask, s * scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _up(device: torch.device, tile: Tile, m: int, n: int, r: int, stride: tuple[int, ...], dropout: bool) -> Launch:
+def _up(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool) -> Launch:
+    m, n, r, *_ = numbers
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
-    return Launch(
-        _up_kernel, device, grid, (m, n, r, stride[1], stride[0]), tile, fuse=True, DROPOUT=dropout, R=rank_tile(r)
-    )
+    return Launch(_up_kernel, device, grid, numbers, tile, fuse=True, DROPOUT=dropout, R=rank_tile(r))
 
 
 def lora_gradients(
@@ -356,34 +355,26 @@ def lora_gradients(
 
     grad_xa and xa are [m, r], x is [m, k], grad [m, n].
     """
-    (m, k), (n, r) = x.shape, grad_b.shape
+    m, k = x.shape
+    n, r = grad_b.shape
     tile = _tile("lora_gradients", x, m, r)
     if not tile:
         grad_a.copy_(torch.mm(grad_xa.T, _dropped(x, p, seed)))
         grad_b.copy_(torch.addmm(x.new_empty(()), grad.T, xa, beta=0, alpha=s))
         return
     mask, scale = dropout_arguments(p, seed, x.device)
-    run, sums = _gradients(x.device, tile, m, k, n, r, grad_a.stride(), grad_b.stride(), seed is not None)
+    numbers = (m, k, n, r, *grad_a.stride(), *grad_b.stride()[::-1])
+    run, sums = _gradients(x.device, tile, numbers, seed is not None)
     tensors = (grad_xa, x.contiguous(), grad_a, xa, grad.contiguous(), grad_b, share_memory(sums, xa))
     run(tensors, (*mask, scale, float(s)))  # `Launch` keeps the kernel, and Triton compiles another one for an int
 
 
 @lru_cache(MAX_LAUNCHES)
-def _gradients(
-    device: torch.device,
-    tile: Tile,
-    m: int,
-    k: int,
-    n: int,
-    r: int,
-    a_stride: tuple[int, ...],
-    b_stride: tuple[int, ...],
-    dropout: bool,
-) -> tuple[Launch, int]:
+def _gradients(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool) -> tuple[Launch, int]:
+    m, k, n, r, *_ = numbers
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
     steps = -(-m // tile["M"])
-    numbers = (m, k, n, r, *a_stride, b_stride[1], b_stride[0])
     return shared_launch(
         _gradients_kernel, device, grid, numbers, tile, steps, rank * tile["N"], DROPOUT=dropout, R=rank
     )

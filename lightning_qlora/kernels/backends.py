@@ -110,8 +110,8 @@ def describe(device: torch.device) -> str:
 def agree(device: torch.device | None = None) -> None:
     """Let an op fall back on all ranks if it does on one. All ranks must call it, as for wrapping a module in DDP.
 
-    Ranks of one host share a verdict; those of another host, or of another card, have their own. `device` is that of
-    this rank; None: the current GPU, or the CPU if this process does not use CUDA.
+    Another host, or another card, has its own verdict. `device` is that of this rank; None: the current GPU, or the CPU
+    if this process does not use CUDA.
     """
     if device is None:
         device = torch.device("cpu")

@@ -134,7 +134,6 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """See `reference.dropout`; `out` may be x, both contiguous."""
     library = _library(x)
     if library is None:
         return dropout_in_chunks(out, x, p, seed)

@@ -1,14 +1,8 @@
 """The op table: schema, shape function (fake) and argument checks of every op; `backends` chooses who computes it.
 
-    quantize                float weight -> 4-bit bytes
-    dequantize              4-bit bytes -> float weight
-    scales                  the fp32 scale of every block
-    lora_linear             y = x W^T + bias + s (drop(x) A^T) B^T with W in 4 bits, and drop(x) A^T for its backward
-    lora_linear_backward    the gradients of x, A and B
-    adamw_step, adamw8bit_step      one optimizer step over many tensors
-
-The first five are `torch.library` ops, so torch.compile sees each as one opaque node and `torch.library.opcheck` can
-test them. Call `quantize` and `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
+Quantizing, decoding, the scales, the layer and its gradients are `torch.library` ops, so torch.compile sees each as one
+opaque node and `torch.library.opcheck` can test them. The steps of AdamW are plain functions. Call `quantize` and
+`dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -20,7 +20,6 @@ from lightning_qlora.layers.trainable_tokens import TrainableTokens
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
 # times in_features, that is more than a tenth of a step for up to 12 layers, or for any number with checkpointing.
-# Vocabularies of language models have 8 to 80 times their width.
 LARGE = 4
 
 

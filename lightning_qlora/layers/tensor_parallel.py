@@ -7,9 +7,8 @@ The names are those of `ColwiseParallel` and `RowwiseParallel`, which count in W
 section 3). A plan of torch or transformers brings x to the layout that a layer needs, and sums y. Here the gradients of
 x and A (columns) or B (rows) are summed over the ranks.
 
-A rank's weight is an ordinary smaller one. Its scales are computed in fp32 for each call: the second-level scales stay
-whole on every rank, because each belongs to 256 blocks, which are no whole rows. Each rank draws its own dropout mask
-for its columns.
+The scales of a rank's weight are computed in fp32 for each call: the second-level scales stay whole on every rank,
+because each belongs to 256 blocks, which are no whole rows. Each rank draws its own dropout mask for its columns.
 """
 
 from typing import Any, NamedTuple

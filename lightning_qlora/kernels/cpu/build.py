@@ -1,9 +1,9 @@
 """Compile a C source with the system's compiler when it is first needed, as Triton and Inductor do.
 
-The library is cached under a name that hashes everything it depends on: source, compiler, flags and processor (several
-machines may share a home folder). The name ends with a hash of the file itself, because loading a truncated library,
-left by a full disk or a crash, kills the process. A library runs as this user, so the cache must be a folder that no
-other user can write to, and it is created as one. One process compiles, and the others wait for it.
+The library is cached under a name that hashes what it depends on: source, compiler, flags and processor (machines may
+share a home folder). The name ends with a hash of the file itself, because loading a truncated library, left by a full
+disk or a crash, kills the process. A library runs as this user, so no other user may be able to write to the cache. One
+process compiles, and the others wait for it.
 """
 
 import ctypes

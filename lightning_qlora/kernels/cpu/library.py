@@ -190,8 +190,7 @@ def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
 def _levels(quant_type: QuantType) -> tuple[int, int, list[Tensor]]:
     """Addresses of the 16 levels of a type and of the 256 levels of scales, and the tensors at these addresses.
 
-    The tensors are kept here because their own caches may drop them: if several threads make the first call at the same
-    time, `functools.cache` keeps only the last result.
+    Their own caches may drop the tensors: of several first calls at the same time, `functools.cache` keeps one result.
     """
     levels = codebook(quant_type).levels
     dynamic = dynamic_map()

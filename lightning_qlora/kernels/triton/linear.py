@@ -1,9 +1,8 @@
 """The 4-bit layer with its adapter, y = x W^T + bias + s (drop(x) A^T) B^T, and its gradients.
 
-The product of the adapter is written first and the large product is added to it (beta = 1), which rounds once, as
-`reference.py` demands, and saves a pass over y. The bias comes last, for few rows inside the product.
-W is decoded into one reused buffer per stream, and cuBLAS or hipBLASLt multiplies. For few rows of x, as in generation,
-W is decoded inside the product, read as 4 bits and never written. `tiles.json` says for how many rows.
+The order of the products is that of `eager.py`. W is decoded into one reused buffer per stream, and cuBLAS or hipBLASLt
+multiplies. For few rows of x, as in generation, W is decoded inside the product, which reads it as 4 bits, never writes
+it, and adds the bias. `tiles.json` says for how many rows.
 
     y^T[n, m] += bias[n] + sum over runs of k:  scale[n, run] * (sum over k in the run:  level[code[n, k]] * x[m, k])
 

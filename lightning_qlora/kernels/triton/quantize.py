@@ -9,7 +9,7 @@
 The bytes equal those of `quantization/blockwise.py`, where their layout stands. This needs exact division (div_rn), a
 reciprocal for whole blocks and a division for a short last one, and the grid of 65,536 points for the 8-bit codes. As
 in bitsandbytes, every product and sum is rounded to fp32 (no FMA: `fuse=False`, the default of `Launch`), and a decoded
-weight once more to the output type. The levels are an argument, so one kernel serves NF4, FP4 and INT4.
+weight once more to the output type.
 """
 
 from functools import cache, lru_cache

@@ -3,8 +3,6 @@
 The backward pass needs x, drop(x) A^T, A and B. They are saved before the large product: when activation checkpointing
 recomputes a block and the saved tensors are complete, torch stops the recomputation, which then skips the decoding and
 the product of the last layer.
-
-The gradients can't be differentiated again.
 """
 
 from typing import Any, cast

@@ -34,8 +34,8 @@ def scratch(
     On a GPU this is safe because each stream has its own buffer: a kernel that overwrites the buffer runs after all
     kernels that read it. The buffer is uninitialized, or with `zero` set to zero when it is allocated.
 
-    While a CUDA graph is captured, each call returns a new tensor from the memory of the graph. A buffer could be freed
-    before the graph is replayed, or contain the sums of another graph.
+    While a CUDA graph is captured, each call returns a new tensor from its memory: a buffer could be freed before the
+    graph is replayed, or contain the sums of another graph.
     """
     make = torch.zeros if zero else torch.empty
     if is_capturing(device):

@@ -85,8 +85,8 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
     """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary.
 
     These are what `get_output_embeddings` of a model in the module returns, layers with a name in OUTPUT_EMBEDDINGS,
-    and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows. Layers whose names
-    differ only in a number are repeated blocks, and not found by their shape.
+    and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
+    that of another one differ only in a number.
     """
     heads = {id(layer) for layer in get_output_embeddings(module)}
     in_models: set[int] = set()

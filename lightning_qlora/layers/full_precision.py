@@ -34,9 +34,7 @@ HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)  # they read parameters be
 
 
 class _Thread(threading.local):
-    """What runs in this thread."""
-
-    reader: nn.Module | None = None  # the module whose forward pass reads parameters
+    reader: nn.Module | None = None  # the module whose forward pass reads parameters in this thread
 
 
 _thread: _Thread = _Thread()

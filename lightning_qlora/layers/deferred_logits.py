@@ -177,8 +177,9 @@ class DeferredLogits(Readable):
             result = _cross_entropy(*args, **kwargs)
         else:
             logits = args[0] if args else None
-            defers = isinstance(logits, DeferredLogits) and not logits.is_computed
-            result = _deferred(func, logits, args[1:], kwargs) if defers else None
+            result = None
+            if isinstance(logits, DeferredLogits) and not logits.is_computed:
+                result = _deferred(func, logits, args[1:], kwargs)
         if result is not None:
             return result
         real = partial(_real, keep=writes(func))

@@ -389,7 +389,7 @@ def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
 
 def rank_tile(r: int) -> int:
     """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
-    return min(max(16, triton.next_power_of_2(r)), 64)
+    return min(max(16, int(triton.next_power_of_2(r))), 64)
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

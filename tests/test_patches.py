@@ -34,7 +34,7 @@ ALLOWED = {
     # Conversion of an output embedding, of an embedding with rows that train, and of a module whose expert parameters
     # become layers.
     "layers/deferred_head.py": {"head.__class__"},
-    "layers/trainable_tokens.py": {"layer.__class__", "layer._modules[TOKEN_ADAPTER]"},
+    "layers/trainable_tokens.py": {"layer.__class__"},
     "training/load_from_checkpoint.py": {"module.__class__"},  # an object of a class that it derived
     "layers/readable_weight.py": {"weight._is_param"},  # a tensor that it made
     # Conversion of a module whose parameters train in full; the gradient of one is cast with it.

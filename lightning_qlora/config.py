@@ -20,9 +20,9 @@ from lightning_qlora.checks import (
     check_patterns,
     check_string,
     check_token_indices,
+    refuse_unknown_arguments,
     shown,
 )
-from lightning_qlora.words import refuse_unknown_arguments
 
 C = TypeVar("C")
 P = ParamSpec("P")

@@ -109,7 +109,7 @@ class ResumableLoader:
         self.next = state["next"]
 
 
-def make_trainer(root, **arguments) -> pl.Trainer:
+def make_trainer(root, package=pl, **arguments) -> pl.Trainer:
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
@@ -119,7 +119,7 @@ def make_trainer(root, **arguments) -> pl.Trainer:
         "enable_model_summary": False,
         "default_root_dir": root,
     }
-    return pl.Trainer(**{**defaults, **arguments})
+    return package.Trainer(**{**defaults, **arguments})
 
 
 def elsewhere() -> torch.device:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
-from lightning_qlora import QLoRAPrecision, convert, estimate_memory, words
+from lightning_qlora import QLoRAPrecision, checks, convert, estimate_memory
 from lightning_qlora.config import EMPTY, QLoRAConfig
 from lightning_qlora.tools.cli import main
 
@@ -97,8 +97,8 @@ def test_a_torch_dtype_is_accepted_and_stored_as_our_word(dtype, word):
 
 def test_answers_name_arguments_that_exist():
     names = {field.name for field in dataclasses.fields(QLoRAConfig)}
-    assert not names & words.ARGUMENTS.keys()
-    for answer in words.ARGUMENTS.values():
+    assert not names & checks.ARGUMENTS.keys()
+    for answer in checks.ARGUMENTS.values():
         for used in re.findall(r"use (\w+)", answer):
             assert used in names | {"a"}, answer
 

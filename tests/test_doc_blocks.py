@@ -11,7 +11,7 @@ import pytest
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig
-from lightning_qlora.words import ARGUMENTS
+from lightning_qlora.checks import ARGUMENTS
 from tests.conftest import ROOT
 from tests.scripts.doc_blocks import blocks
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import PagedOptimizer, QLoRAPrecision, load_from_checkpoint, save_adapter
-from tests.conftest import loader
+from tests.conftest import loader, make_trainer
 
 other_pl = pytest.importorskip("pytorch_lightning")
 other_fabric = pytest.importorskip("lightning_fabric")
@@ -46,15 +46,8 @@ def module_of(package):
 def fit(package, root, ckpt_path=None, **arguments):
     torch.manual_seed(0)
     module = module_of(package)()
-    trainer = package.Trainer(
-        **{"max_epochs": 2, "plugins": QLoRAPrecision(r=4), **arguments},
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-    )
+    arguments = {"max_epochs": 2, "plugins": QLoRAPrecision(r=4), **arguments}
+    trainer = make_trainer(root, package, **arguments)
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return module, trainer
 

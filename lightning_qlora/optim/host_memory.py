@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from lightning_qlora.checks import install
 from lightning_qlora.optim.pool import ALIGNMENT, SEGMENT_BYTES, Pool
-from lightning_qlora.words import install
 
 
 class ManagedPool(Pool):

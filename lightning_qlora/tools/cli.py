@@ -18,9 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.checks import check_integer
+from lightning_qlora.checks import ARGUMENTS, check_integer, install
 from lightning_qlora.config import Base, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
-from lightning_qlora.words import ARGUMENTS, install
 
 if TYPE_CHECKING:
     from lightning_qlora.adapters.adapter import Adapter

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qlora.checks import install
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.kernels.verify import OPS, fault
 from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.training.convert import convert
 from lightning_qlora.training.report import size_text
-from lightning_qlora.words import install
 
 PACKAGES = {  # package -> the extra that installs it; "": it is always installed; None: this package does not need it
     "torch": "",

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
-from lightning_qlora.checks import check_choice, check_integer
+from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -27,7 +27,6 @@ from lightning_qlora.training.convert import convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.report import packed_layers, parameter_bytes, size_text
-from lightning_qlora.words import refuse_unknown_arguments
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.

@@ -729,7 +729,7 @@ def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
 
 
 def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
-    """Peak of anonymous memory above the start: at most 0.62 of the 16-bit size; 0.13 are the two embeddings."""
+    """Peak of anonymous memory above the start: at most 0.42 of the 16-bit size; 0.13 are the two embeddings."""
     config = transformers.LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,
@@ -744,18 +744,17 @@ def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     del model
     script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
-    for r, share in ((8, 0.42), (64, 0.62)):
-        run = subprocess.run(
-            [sys.executable, script, tmp_path, str(r)],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=script.parents[2],
-            env={**os.environ, "PYTHONPATH": "."},
-        )
-        layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
-        assert int(layers) == 84
-        assert float(peak) * 2**20 <= share * size, f"r={r}"
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, "8"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=script.parents[2],
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
+    assert int(layers) == 84
+    assert float(peak) * 2**20 <= 0.42 * size
 
 
 def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused(tmp_path, trainer):

@@ -5,14 +5,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.conftest import make_trainer
 from tests.optim.stand_in import assert_all_paged
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def data(samples=80):
@@ -81,8 +75,8 @@ def fit(module, callbacks=None, epochs=2, ckpt_path=None, save=None, **kwargs):
     callbacks = [] if callbacks is None else [callbacks]
     if save is not None:
         callbacks.append(ModelCheckpoint(save.parent, save.stem))
-    options = {**QUIET, "enable_checkpointing": save is not None, **kwargs}
-    trainer = L.Trainer(max_epochs=epochs, callbacks=callbacks, **options)
+    options = {"enable_checkpointing": save is not None, **kwargs}
+    trainer = make_trainer(None, max_epochs=epochs, callbacks=callbacks, **options)
     trainer.fit(module, data(), ckpt_path=ckpt_path)
 
 

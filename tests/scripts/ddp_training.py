@@ -1,39 +1,40 @@
-"""Run by test_ddp: trains under strategy="ddp" in two processes, three times, and writes each rank's results."""
+"""Run by test_ddp: trains under strategy="ddp" in two processes, several times, and writes each rank's results."""
 
 import os
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from lightning_qlora import QLoRAPrecision, save_adapter
-from tests.conftest import Classifier, loader, make_trainer, run_rank, tensors
+from tests.conftest import Classifier, dataset, loader, make_trainer, run_rank, tensors
+from tests.toys import Lit
+
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+def trainer(root: Path, plugin: QLoRAPrecision, **arguments) -> pl.Trainer:
+    return make_trainer(root, **{"plugins": plugin, "strategy": "ddp", "devices": 2, **arguments})
 
 
 def fit(root: Path, epochs: int, ckpt: str | None = None) -> dict[str, object]:
     pl.seed_everything(1, verbose=False)
     module = Classifier(dropout=0.1, seed=2)
-    run = make_trainer(
-        root,
-        plugins=QLoRAPrecision(r=4, lora_dropout=0.2),
-        strategy="ddp",
-        devices=2,
-        max_epochs=epochs,
-        use_distributed_sampler=True,
-        logger=CSVLogger(root, name="log", version=0),
-    )
+    plugin = QLoRAPrecision(r=4, lora_dropout=0.2)
+    run = trainer(root, plugin, max_epochs=epochs, logger=CSVLogger(root, name="log", version=0))
     if ckpt:
-        torch.manual_seed(1000 + run.global_rank)
+        torch.manual_seed(1000 + RANK)
     run.fit(module, loader(64, 4, shuffle=True), loader(16), ckpt_path=ckpt)
     save_adapter(module, root / "adapter")
-    tested = run.test(module, loader(16), verbose=False)
+    run.test(module, loader(16), verbose=False)
     return {
-        "rank": run.global_rank,
         "state": module.state_dict(),
         "losses": module.losses,
         "optimizer": run.optimizers[0].state_dict()["state"],
-        "tested": tested,
         "best": run.checkpoint_callback.best_model_path,
     }
 
@@ -48,27 +49,92 @@ class Buffers(pl.Callback):
 
 
 def fit_with_another_start_on_each_rank(root: Path) -> dict[str, object]:
-    module = Classifier(seed=int(os.environ.get("LOCAL_RANK", 0)))
+    module = Classifier(seed=RANK)
     buffers = Buffers()
-    module.net.append(torch.nn.BatchNorm1d(8))
-    run = make_trainer(
-        root,
-        plugins=QLoRAPrecision(r=4, target_modules=["0", "4"]),
-        strategy="ddp",
-        devices=2,
-        max_epochs=1,
-        callbacks=buffers,
-    )
-    run.fit(module, loader(64, 4))
-    held = {name: value.detach() for name, value in tensors(module).items() if name not in buffers.names}
-    return {"tensors": held, "sent": buffers.names}  # DDP sends the buffers before a step, which changes them
+    module.net.append(nn.BatchNorm1d(8))
+    trainer(root, QLoRAPrecision(r=4, target_modules=["0", "4"]), callbacks=buffers).fit(module, loader(64, 4))
+    weights = {name: value.detach() for name, value in tensors(module).items() if name not in buffers.names}
+    return {"tensors": weights, "sent": buffers.names}  # DDP sends the buffers before a step, which changes them
+
+
+class Loaded(Lit):
+    """Every rank loads a transformers folder in `configure_model`, in 4 bits."""
+
+    def __init__(self, folder: Path):
+        super().__init__(None)
+        self.folder = folder
+
+    def configure_model(self):
+        from transformers import AutoModelForCausalLM
+
+        if self.model is None:
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
+
+
+def fit_loaded(root: Path) -> dict[str, torch.Tensor]:
+    module = Loaded(root / "base")
+    trainer(root, QLoRAPrecision(r=4, modules_to_save=["norm"]), max_steps=2).fit(module)
+    return {name: value.detach().clone() for name, value in tensors(module).items()}
+
+
+class Overflows(Classifier):
+    """In fp16, the gradients of one rank overflow at first."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (30.0 if self.global_rank else 1.0)
+
+
+def fit_in_fp16(root: Path) -> dict[str, object]:
+    module = Overflows()
+    plugin = QLoRAPrecision(r=4, compute_dtype="fp16")
+    trainer(root, plugin, max_epochs=4, gradient_clip_val=1.0).fit(module, loader(64))
+    return {"state": module.state_dict(), "scale": plugin.state_dict()["loss_scale"]["scale"]}
+
+
+class Experts(Classifier):
+    """Every rank calls another expert in its first step."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.experts = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(self.experts[(self.global_rank + batch_idx) % 2](batch[0])), batch[1])
+
+
+class Called(Classifier):
+    """Calls its model before the first batch."""
+
+    def on_train_start(self):
+        self.net(torch.randn(8, 64) + self.global_rank)
+
+
+def fit_calibrated(root: Path, kind=Classifier, **arguments) -> tuple[dict[str, torch.Tensor], object]:
+    """The state, and the report of the calibration."""
+    pl.seed_everything(1, verbose=False)
+    module = kind(dropout=0.1, seed=2)
+    plugin = QLoRAPrecision(r=4, init_lora_weights="calibrated")
+    options = {"max_steps": 3, "enable_checkpointing": False, "use_distributed_sampler": False, **arguments}
+    samples = Subset(dataset(64), range(RANK, 64, 2))  # the samples are dealt out in turn
+    trainer(root, plugin, **options).fit(module, DataLoader(samples, batch_size=4))
+    return module.state_dict(), plugin.report.calibration
 
 
 def main(root: str) -> None:
-    results = {"straight": fit(Path(root, "straight"), 2), "first": fit(Path(root, "first"), 1)}
-    results["resumed"] = fit(Path(root, "resumed"), 2, results["first"]["best"])
-    results["started"] = fit_with_another_start_on_each_rank(Path(root, "started"))
-    torch.save(results, Path(root) / f"rank{results['straight']['rank']}.pt")
+    folder = Path(root)
+    results = {"loaded": fit_loaded(folder)} if (folder / "base").exists() else {}
+    results["straight"] = fit(folder / "straight", 2)
+    results["first"] = fit(folder / "first", 1)
+    results["resumed"] = fit(folder / "resumed", 2, results["first"]["best"])
+    results["started"] = fit_with_another_start_on_each_rank(folder / "started")
+    results["fp16"] = fit_in_fp16(folder / "fp16")
+    results["calibrated"] = fit_calibrated(folder)
+    results["accumulated"] = fit_calibrated(folder, accumulate_grad_batches=2)
+    results["called"] = fit_calibrated(folder, Called)
+    results["experts"] = fit_calibrated(folder, Experts, strategy="ddp_find_unused_parameters_true")
+    torch.save(results, folder / f"rank{RANK}.pt")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Lit(pl.LightningModule):
         return loss
 
     def train_dataloader(self):
-        return torch.utils.data.DataLoader(range(20))
+        return torch.utils.data.DataLoader(range(8))
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

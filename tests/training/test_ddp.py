@@ -1,19 +1,31 @@
 """strategy="ddp" on two CPU processes, started by Lightning's own launcher."""
 
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_qlora import convert
-from tests.conftest import launch, tensors
+from tests.conftest import dataset, launch, tensors
 from tests.toys import toy
 
+HAS_TRANSFORMERS = find_spec("transformers") is not None
 
-def reported(script: str, folder: Path, fits: int = 1) -> list[dict]:
-    stdout, results = launch(script, folder)
-    assert stdout.count("parameters train") == fits, "the report of each fit is printed once, by rank 0"
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    if HAS_TRANSFORMERS:
+        toy("llama").bfloat16().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each rank has of every fit of the script."""
+    stdout, results = launch("tests.scripts.ddp_training", folder)
+    assert stdout.count("parameters train") == len(results[0]), "the report of each fit is printed once, by rank 0"
     return results
 
 
@@ -21,14 +33,13 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
-    ranks = reported("tests.scripts.ddp_training", tmp_path, fits=4)
+def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(folder, ranks):
     straight, first, resumed, started = (
         [rank[name] for rank in ranks] for name in ("straight", "first", "resumed", "started")
     )
     assert same(straight[0]["state"], straight[1]["state"])
     assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
-    saved = load_file(tmp_path / "straight/adapter/adapter_model.safetensors")
+    saved = load_file(folder / "straight/adapter/adapter_model.safetensors")
     trained = [value for name, value in straight[0]["state"].items() if name.endswith("lora_B")]
     assert all(any(torch.equal(value, other) for other in saved.values()) for value in trained)
     assert straight[0]["losses"] != straight[1]["losses"], "each rank has its own share of the data"
@@ -45,12 +56,11 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(tmp_path):
     assert started[0]["sent"] == ["net.5.running_mean", "net.5.running_var", "net.5.num_batches_tracked"]
 
 
-def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
-    pytest.importorskip("transformers")
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs transformers")
+def test_every_rank_quantizes_what_it_loads_in_configure_model(ranks):
+    first, second = (rank["loaded"] for rank in ranks)
     model = toy("llama").bfloat16()
-    model.save_pretrained(tmp_path / "base")
     convert(model, r=4)
-    first, second = reported("tests.scripts.ddp_loading", tmp_path)
     assert same(first, second)
     norm = first["model.model.norm.weight"]
     assert norm.dtype is torch.float32 and (norm != 1).all()
@@ -58,3 +68,26 @@ def test_every_rank_quantizes_what_it_loads_in_configure_model(tmp_path):
     for name, value in tensors(model).items():
         if name.endswith((".packed", ".absmax", ".nested")):
             assert torch.equal(first[f"model.{name}"], value)
+
+
+def test_both_ranks_skip_a_step_in_fp16_if_one_overflows(ranks):
+    first, second = (rank["fp16"] for rank in ranks)
+    assert first["scale"] == second["scale"] < 65536
+    assert any(name.endswith("lora_B") and value.any() for name, value in first["state"].items())
+    assert same(first["state"], second["state"])
+
+
+@pytest.mark.parametrize(("fit", "rows"), [("calibrated", 8), ("accumulated", 16), ("called", 24), ("experts", 8)])
+def test_all_ranks_get_the_same_calibrated_adapters_from_the_inputs_of_all_ranks(fit, rows, ranks):
+    (state, report), (other, _) = (rank[fit] for rank in ranks)
+    assert same(state, other)
+    inputs = dataset(64).tensors[0][:rows]
+    if fit == "experts":  # each had the batch of one rank
+        assert {"experts.0", "experts.1"} <= set(report.calibrated)
+        for place in (0, 1):
+            expected = inputs[place::2].square().mean(0).sqrt()
+            torch.testing.assert_close(state[f"experts.{place}.input_rms"], expected)
+        return
+    assert report.rows == rows
+    if fit != "called":  # before the loop, on inputs of the ranks' own
+        torch.testing.assert_close(state["net.0.input_rms"], inputs.square().mean(0).sqrt())

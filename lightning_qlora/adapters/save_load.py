@@ -26,8 +26,9 @@ from lightning_qlora.adapters.base_model import (
     trained_in_full,
     trained_outside,
 )
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.adapters.finite import check_finite
-from lightning_qlora.adapters.module_state import conversion_of, float_buffers
+from lightning_qlora.adapters.module_state import float_buffers
 from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
 from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adapter
 from lightning_qlora.adapters.tied_weights import check_tie, tied_names

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.model_folder import ModelFolder

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers

@@ -4,7 +4,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
 DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
     "prefix": str,
     "trained_in_full": list,
     "layers": dict,
-    "seed_names": dict,
     "experts": dict,
     "tokens": dict,
 }
@@ -56,6 +57,44 @@ def conversion_of(module: nn.Module) -> Conversion | None:
 def forget_conversion(module: nn.Module) -> None:
     """Remove the record, so that the module can be converted again; converted layers stay."""
     vars(module).pop(CONVERSION, None)
+
+
+def check_no_layer_resized(root: nn.Module) -> None:
+    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
+
+    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
+    """
+    conversion = conversion_of(root)
+    if conversion is None:
+        return
+    layers = {plain_name(name): part for name, part in root.named_modules()}
+    for name, shape in conversion.layers.items():
+        layer = layers.get(name)
+        if layer is None or isinstance(layer, TrainableTokens):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.shape != shape:
+            raise RuntimeError(
+                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
+                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
+                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
+            )
+
+
+def shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
+    """`Conversion.layers` of a module."""
+    layers: dict[str, Any] = adapted_layers(root)
+    layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
+    return {plain_name(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
+
+
+def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
+    for name, part in module.named_modules():
+        for key, value in part.named_buffers(recurse=False):
+            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
+                yield join(name, key), value
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
 from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
-from lightning_qlora.layers.layer_state import INPUT_RMS
 from lightning_qlora.layers.names import last_part, named, owner_name, plain_name
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -33,16 +32,22 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     if not keys:
         raise ValueError(f"{path}: no adapter.")
     configs = {}
-    tensors = {}
-    input_rms = {}
+    layers = {}
     fingerprints = {}
     bases = {}
     for key in keys:
         name = plain_name(key).removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
-        tensors[name] = (state[f"{key}.lora_A"], state[f"{key}.lora_B"], state.get(f"{key}.{MAGNITUDE}"))
-        if f"{key}.{INPUT_RMS}" in state:
-            input_rms[name] = state[f"{key}.{INPUT_RMS}"]
+        initial = None
+        if f"{key}.initial_A" in state:
+            initial = state[f"{key}.initial_A"], state[f"{key}.initial_B"]
+        layers[name] = LayerAdapter(
+            lora_A=state[f"{key}.lora_A"],
+            lora_B=state[f"{key}.lora_B"],
+            alpha=configs[name].lora_alpha,
+            magnitude=state.get(f"{key}.{MAGNITUDE}"),
+            initial=initial,
+        )
         if key.removeprefix(root) in conversion.fingerprints:
             fingerprints[name] = conversion.fingerprints[key.removeprefix(root)]
         if f"{key}.weight.absmax" in state:
@@ -56,11 +61,10 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     return adapter_on_base(
         description,
         configs,
-        tensors,
-        input_rms,
-        fingerprints.get,
+        layers,
         saved=saved,
         bases=bases,
+        base_fingerprints=fingerprints,
         source=str(path),
     )
 

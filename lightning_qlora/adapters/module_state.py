@@ -3,24 +3,28 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
-from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, seed_name_of
+from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model
 from lightning_qlora.adapters.conversion import (
     CONVERSION,
     Conversion,
     SavedConversion,
+    check_no_layer_resized,
     conversion_of,
     entry_of,
+    float_buffers,
     read_conversion,
+    shapes_of_layers,
 )
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import reshard, shard_like
+from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import LOAD_THE_BASE, CheckpointMismatchError
@@ -28,8 +32,8 @@ from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.records import fingerprint_of, frozen_value, is_base, renew, unrecorded
-from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
+from lightning_qlora.layers.records import base_fingerprint, current_fingerprint, renew, unrecorded
+from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
 HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
 
@@ -44,7 +48,7 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     for _, conversion in _conversions(root):
         requests += conversion.given
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    conversion = Conversion(config, [*requests, given], _shapes_of_layers(root), buffers)
+    conversion = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     root._qlora_conversion = conversion  # type: ignore[assignment]
     for part in root.modules():
         if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
@@ -53,43 +57,6 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-
-
-def check_no_layer_resized(root: nn.Module) -> None:
-    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
-
-    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
-    """
-    conversion = conversion_of(root)
-    if conversion is None:
-        return
-    layers = {plain_name(name): part for name, part in root.named_modules()}
-    for name, shape in conversion.layers.items():
-        layer = layers.get(name)
-        if layer is None or isinstance(layer, TrainableTokens):
-            continue
-        weight = layer._parameters.get("weight")
-        if weight is not None and weight.shape != shape:
-            raise RuntimeError(
-                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
-                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
-                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
-            )
-
-
-def _shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
-    layers: dict[str, Any] = adapted_layers(root)
-    layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
-    return {plain_name(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
-
-
-def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
-    for name, part in module.named_modules():
-        for key, value in part.named_buffers(recurse=False):
-            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
-                yield join(name, key), value
 
 
 def saved_conversion(root: nn.Module) -> SavedConversion | None:
@@ -108,10 +75,9 @@ def _saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
             if not changes_base_weights(layer.config):
                 fingerprints[name] = layer.base_fingerprint()
         for name, owner, key, parameter in _dense_parameters(root):
-            if is_base(owner, key, parameter):
-                record = frozen_value(owner, key)
-                assert record is not None
-                fingerprints[name] = record.fingerprint
+            number = base_fingerprint(owner, key, parameter)
+            if number is not None:
+                fingerprints[name] = number
     return SavedConversion(config, describe_base(root, config), fingerprints)
 
 
@@ -199,7 +165,7 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
             owner, key, parameter = parameters[name]
             state_dict[prefix + name] = parameter.detach()
             if id(parameter) not in known:
-                known[id(parameter)] = fingerprint_of(owner, key, parameter)
+                known[id(parameter)] = current_fingerprint(owner, key, parameter)
             current = known[id(parameter)]
         else:
             unknown.append(name)
@@ -284,7 +250,6 @@ def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
     """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
     quantization = saved.base.get("quantization")
     for name, _, layer in _layers_of_base(root):
-        layer.seed_name = seed_name_of(saved.base, name)
         if required_base(quantization):
             # The arguments do not name the initialization of adapters that came from a folder.
             record_initialization(layer, quantization)
@@ -348,3 +313,26 @@ def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Par
             if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER)):
                 parameters.append((join(name, key), owner, key, parameter))
     return parameters
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
+
+    Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
+    """
+    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
+    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
+    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
+    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
+        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
+    if bad:
+        trainer = vars(module).get("_trainer")
+        step = ""
+        if trainer is not None:
+            step = f" after step {trainer.global_step}"
+        raise ValueError(
+            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
+            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
+            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
+            "in the batches."
+        )

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
-INPUT_RMS = "input_rms"  # key of the input sizes that a "calibrated" adapter was computed from
 LOAD_THE_BASE = (
     "Load the base model of the training, with its quantization arguments, and do not change it afterwards. If the "
     "module initializes it at random, set the same seed before it is built; a checkpoint that is saved with "
@@ -36,7 +35,7 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
     """
     lora_a = state_dict.get(prefix + "lora_A")
     if lora_a is not None:
-        for key in (prefix + key for key in ADAPTER if prefix + key in state_dict):
+        for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
             value = state_dict[key].contiguous()
             if not is_sharded(value) and not torch.isfinite(value).all():
                 raise ValueError(
@@ -50,8 +49,9 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
                 f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
                 f"rank {lora_a.shape[0]}."
             )
-        rms = state_dict.pop(prefix + INPUT_RMS, None)
-        layer.input_rms = None if rms is None else rms.contiguous()
+        for key in INITIAL:
+            value = state_dict.pop(prefix + key, None)
+            setattr(layer, key, None if value is None else value.contiguous())
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
         return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values

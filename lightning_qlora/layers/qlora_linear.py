@@ -21,8 +21,8 @@ from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
-from lightning_qlora.layers.layer_state import INPUT_RMS, load_base
-from lightning_qlora.layers.lora_layer import TINY, LoRALayer
+from lightning_qlora.layers.layer_state import load_base
+from lightning_qlora.layers.lora_layer import INITIAL, TINY, LoRALayer
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
@@ -214,8 +214,8 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in BASE:
             destination.pop(prefix + name, None)  # it is there if a strategy splits the weight
-        if self.input_rms is not None:
-            destination[prefix + INPUT_RMS] = self.input_rms
+        if self.initial is not None:
+            destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         metadata, strict, missing_keys, *others = arguments

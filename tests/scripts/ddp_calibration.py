@@ -32,6 +32,11 @@ class Called(Classifier):
         self.net(torch.randn(8, 64) + self.global_rank)
 
 
+def tensors(module, plugin):
+    sizes = plugin.report.calibration.input_rms
+    return {**module.state_dict(), **{f"{name}.input_rms": size for name, size in sizes.items()}}
+
+
 def main(root: str) -> None:
     results = {}
     for key, make in ((1, Classifier), (2, Classifier), ("called", Called)):
@@ -51,7 +56,7 @@ def main(root: str) -> None:
         )
         mine = Subset(dataset(64), range(run.global_rank, 64, 2))  # the samples are dealt out in turn
         run.fit(module, DataLoader(mine, batch_size=4))
-        results[key] = module.state_dict(), plugin.report.calibration.rows
+        results[key] = tensors(module, plugin), plugin.report.calibration.rows
     pl.seed_everything(1, verbose=False)
     module = Experts()
     plugin = QLoRAPrecision(r=4, init_lora_weights="calibrated")
@@ -66,7 +71,7 @@ def main(root: str) -> None:
         use_distributed_sampler=False,
     )
     run.fit(module, DataLoader(mine, batch_size=4))
-    results["experts"] = module.state_dict(), plugin.report.calibration.calibrated
+    results["experts"] = tensors(module, plugin), plugin.report.calibration.calibrated
     torch.save(results, Path(root) / f"rank{run.global_rank}.pt")
 
 

@@ -1,4 +1,7 @@
-"""State dicts of converted modules: what trains, fingerprints of the rest, and the arguments of the conversion."""
+"""State dicts of converted modules: what trains, and one entry that says what the rest was.
+
+The hooks of the outermost converted module write and read that entry. A part that is saved alone has its base with it.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -106,11 +109,9 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
 
-def _before_load(
-    root: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing_keys: list[str],
-    unexpected_keys: list[str], _: list[str],
-) -> None:  # fmt: skip
+def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """Check that a state fits the module, and complete it with the frozen parameters of the module."""
+    _, _, missing_keys, unexpected_keys, _ = arguments
     if not prefix and state_dict.get(CONVERSION) is not None:
         _convert_new_layers(root, state_dict)
     if state_dict.get(prefix + CONVERSION, "") is None:  # the hook of an outer module prepared this part
@@ -134,19 +135,25 @@ def _before_load(
         _keep_initialization(root, saved)
         unexpected_keys += [prefix + name for name in _check_base(root, saved, state_dict, prefix)]
         # A layer that is loaded alone took its weight before this hook.
-        keys = [join(name, "weight") for name in adapters if name and name not in saved.fingerprints]
-        missing_keys += [prefix + key for key in keys if prefix + key not in state_dict]
+        without_base = [prefix + join(name, "weight") for name in adapters if name and name not in saved.fingerprints]
+        missing_keys += [key for key in without_base if key not in state_dict]
     elif adapters:
         missing_keys.append(prefix + CONVERSION)
-    else:  # of the dense module: rows that train begin with its values
-        for name, part in _named_modules(root):
-            key = prefix + join(name, "weight")
-            if isinstance(part, TrainableTokens) and key in state_dict:
-                state_dict.setdefault(prefix + join(name, DELTA), state_dict[key][part.token_adapter.token_indices])
+    else:
+        _begin_with_rows_of_dense_module(root, state_dict, prefix)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         name = key_name(name)
         if prefix + name in state_dict:  # the whole parameter, also if the module has a shard
             state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
+
+
+def _begin_with_rows_of_dense_module(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let the rows that train begin with the values in a state of the dense module."""
+    for name, part in _named_modules(root):
+        key = prefix + join(name, "weight")
+        if isinstance(part, TrainableTokens) and key in state_dict:
+            rows = state_dict[key][part.token_adapter.token_indices]
+            state_dict.setdefault(prefix + join(name, DELTA), rows)
 
 
 def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, Any], prefix: str) -> list[str]:

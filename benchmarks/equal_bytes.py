@@ -58,9 +58,10 @@ class SpendBytes(Callback):
         assert calibration is not None
         calibration.initialize()
         budget = TRAINED * sum(sum(w.shape) for w in weights.values())
+        sizes = {name.removeprefix("model."): value for name, value in calibration.report.input_rms.items()}
         if each["float"]:
             errors = {name.removeprefix("model."): value for name, value in calibration.report.errors.items()}
-            for name in self.chosen(layers, weights, errors, each["float"] * budget):
+            for name in self.chosen(layers, weights, errors, sizes, each["float"] * budget):
                 self.keep(layers[name], weights[name])
                 self.extra += FROZEN * weights[name].numel() - layers[name].packed_weight.nbytes
         if each["fresh"]:
@@ -68,7 +69,7 @@ class SpendBytes(Callback):
                 begin_anew(layer)
         if each["frozen"]:
             for name, layer in layers.items():
-                self.correct(layer, weights[name], round(each["frozen"] * TRAINED / FROZEN))
+                self.correct(layer, weights[name], sizes[name], round(each["frozen"] * TRAINED / FROZEN))
             self.extra += each["frozen"] * budget
 
     def choose_codes(
@@ -86,14 +87,15 @@ class SpendBytes(Callback):
             layers[name].set_packed_weight(replace(layers[name].packed_weight, packed=packed))
 
     def chosen(
-        self, layers: dict[str, QLoRALinear], weights: dict[str, Tensor], errors: dict[str, float], budget: float
-    ) -> list[str]:
+        self, layers: dict[str, QLoRALinear], weights: dict[str, Tensor], errors: dict[str, float],
+        sizes: dict[str, Tensor], budget: float,
+    ) -> list[str]:  # fmt: skip
         """The first layers in the order of `by` that cost at most the budget."""
         cost = {name: max(1.0, self.cost(layers[name], weights[name])) for name in layers}
         keys = {
             "error": errors, "per_byte": {name: errors[name] / cost[name] for name in errors},
             "random": {name: Random(f"{self.seed} {name}").random() for name in layers},
-            "gain": {name: output_error(layers[name], weights[name]) / cost[name] for name in layers},
+            "gain": {name: output_error(layers[name], weights[name], sizes[name]) / cost[name] for name in layers},
         }[self.settings["by"]]  # fmt: skip
         spent, names = 0.0, []
         for name in sorted(layers, key=lambda name: -keys[name]):
@@ -114,11 +116,10 @@ class SpendBytes(Callback):
         for parameter in layer.adapter_parameters():
             parameter.requires_grad_(not self.settings["bare"])
 
-    def correct(self, layer: QLoRALinear, weight: Tensor, rank: int) -> None:
+    def correct(self, layer: QLoRALinear, weight: Tensor, input_rms: Tensor, rank: int) -> None:
         """Add the largest directions of the error that the adapter leaves, weighted by the inputs."""
-        assert layer.input_rms is not None
-        size = layer.input_rms / layer.input_rms.square().mean().sqrt()
-        u, sigma, v = exact(left(layer, weight), rank)
+        size = input_rms / input_rms.square().mean().sqrt()
+        u, sigma, v = exact(left(layer, weight, input_rms), rank)
         parts = (v / size.clamp_min(methods.MIN_INPUT_RMS).unsqueeze(1)).T, u * sigma
         layer.register_forward_hook(partial(add, tuple(part.bfloat16().to(layer.weight_dtype) for part in parts)))
 
@@ -129,18 +130,16 @@ def begin_anew(layer: QLoRALinear) -> None:
 
 
 @torch.no_grad()
-def left(layer: QLoRALinear, weight: Tensor) -> Tensor:
+def left(layer: QLoRALinear, weight: Tensor, input_rms: Tensor) -> Tensor:
     """(W - Q - s B A) diag(d), with d of mean square 1 and bounded below."""
-    assert layer.input_rms is not None
-    size = layer.input_rms / layer.input_rms.square().mean().sqrt()
+    size = input_rms / input_rms.square().mean().sqrt()
     error = weight - layer.packed_weight.dequantize(torch.float32) - layer.scaling * layer.lora_B @ layer.lora_A
     return error * size.clamp_min(methods.MIN_INPUT_RMS)
 
 
-def output_error(layer: QLoRALinear, weight: Tensor) -> float:
+def output_error(layer: QLoRALinear, weight: Tensor, input_rms: Tensor) -> float:
     """E ||(W - Q - s B A) x||^2 for inputs of the size d."""
-    assert layer.input_rms is not None
-    return float(left(layer, weight).square().sum() * layer.input_rms.square().mean())
+    return float(left(layer, weight, input_rms).square().sum() * input_rms.square().mean())
 
 
 def add(parts: tuple[Tensor, ...], layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ def after_training(module: Module, data: Any, base: str, options: argparse.Names
         if module.variant.start == DENSE:
             module.model = module.model.merge_and_unload()
         else:
-            save_adapter(module, folder, base="float", base_model=base)
+            save_adapter(module, folder, base="float")
             found["adapter on the 16-bit model"] = measure(PeftModel.from_pretrained(load_model(base), folder))
             merge(module)
     return found | {"merged, 16 bits": measure(module.model)}

@@ -1,5 +1,6 @@
 """Shared by all tests: quiet Lightning, one small module written as users write theirs, and its data."""
 
+import json
 import logging
 import os
 import re
@@ -31,6 +32,11 @@ PORTS = count(10_000 + os.getpid() * 50 % 20_000)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+
+
+def fingerprints(state):
+    """Name -> fingerprint of what a state dict of a converted module leaves out."""
+    return json.loads(bytes(state["_qlora_conversion"].tolist()))["fingerprints"]
 
 
 class Classifier(pl.LightningModule):

@@ -19,7 +19,7 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.adapters.module_state import CONFIG_KEY
+from lightning_qlora.adapters.conversion import CONVERSION
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
@@ -101,6 +101,11 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
     assert line.count("\n") == 1 and str(path) in line and "truncated" in line
 
 
+def with_entry(name, value):
+    """A change of the JSON of a conversion."""
+    return lambda text: json.dumps({**json.loads(text), name: value}).encode()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -108,28 +113,20 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
         (lambda text: b"[" + text[1:], ["is damaged", "Use another copy"]),
         (lambda text: b"[" * 100_000, ["is damaged", "Use another copy"]),
         (lambda text: b"[]", ["is damaged", "list"]),
-        (lambda text: json.dumps({**json.loads(text), "r": 0}).encode(), ["r=0: must be an integer >= 1"]),
-        (
-            lambda text: json.dumps({**json.loads(text), "quant_type": "nf5"}).encode(),
-            ["quant_type='nf5': must be one"],
-        ),
-        (lambda text: json.dumps({**json.loads(text), "base_model": 3}).encode(), ["is damaged", "int"]),
-        (
-            lambda text: json.dumps({**json.loads(text), "base_model": {"layers": {"a": {"r": 0}}}}).encode(),
-            ["r=0", "Use another copy"],
-        ),
-        (
-            lambda text: json.dumps({**json.loads(text), "of_2030": 1}).encode(),
-            ["of_2030", "a newer version"],
-        ),
+        (with_entry("config", {"r": 0}), ["r=0: must be an integer >= 1"]),
+        (with_entry("config", {"quant_type": "nf5"}), ["quant_type='nf5': must be one"]),
+        (with_entry("base", 3), ["is damaged", "int"]),
+        (with_entry("base", {"layers": {"a": {"r": 0}}}), ["r=0", "Use another copy"]),
+        (with_entry("config", {"of_2030": 1}), ["of_2030", "a newer version"]),
+        (with_entry("fingerprints", {"net.0": "x"}), ["is damaged", "Use another copy"]),
     ],
 )
 def test_damaged_arguments_of_the_conversion(change, words, changed):
     def damage(state):
-        state[CONFIG_KEY] = torch.tensor(list(change(bytes(state[CONFIG_KEY].tolist()))), dtype=torch.uint8)
+        state[CONVERSION] = torch.tensor(list(change(bytes(state[CONVERSION].tolist()))), dtype=torch.uint8)
 
     path = changed(damage)
-    refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONFIG_KEY, *words)
+    refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONVERSION, *words)
 
 
 def test_a_damaged_quant_state(changed):

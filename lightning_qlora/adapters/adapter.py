@@ -1,16 +1,18 @@
-"""Adapter: all adapters of a model as one value, with the names that PEFT uses."""
+"""Adapter: all adapters of a model as one value, with the names that PEFT uses; whether it breaks a tie of weights."""
 
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_qlora.layers.initialization.difference import InitializationRecord
-from lightning_qlora.layers.names import owner_name, parameter_name
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.names import owner_name, parameter_name, plain_name
+from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 BASE_LAYER = ".base_layer"  # of PEFT's wrapper in a wrapper
@@ -21,12 +23,16 @@ ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """The adapter of one layer: lora_A [r, in], lora_B [out, r], its alpha, and DoRA's magnitudes [out]."""
+    """The adapter of one layer: lora_A [r, in], lora_B [out, r], its alpha, and DoRA's magnitudes [out].
+
+    `initial` are the lora_A and lora_B that training began with, if they were computed from the weight and are known.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    initial: tuple[Tensor, Tensor] | None = None
 
     @property
     def r(self) -> int:
@@ -73,8 +79,8 @@ class Adapter:
         base_model: Folder or hub name of the base model, or None.
         quantization: `base_compatibility.quantization_of` of the training, if known.
         bases: Name of a layer -> its 4-bit weight, if it is stored with the adapters.
-        base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if the initialization changed it.
-        origin: The values that the initial adapters are computed from, if known.
+        base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if known; in folders, if the
+            initialization changed it.
         source: The file that the tensors came from, for messages.
     """
 
@@ -95,7 +101,6 @@ class Adapter:
     quantization: dict[str, Any] | None = None
     bases: dict[str, PackedWeight] = field(default_factory=dict)
     base_fingerprints: dict[str, int] = field(default_factory=dict)
-    origin: InitializationRecord | None = None
     source: str = "adapter_model.safetensors"
 
     def __post_init__(self) -> None:
@@ -168,3 +173,34 @@ def round_alpha(alpha: float) -> float | int:
     """An alpha that was computed from a scaling, without its rounding error; an int if it is a whole number."""
     rounded = round(alpha, 9)
     return int(rounded) if rounded == int(rounded) else rounded
+
+
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if not name.endswith(DELTA):
+            names.setdefault(id(parameter), []).append(plain_name(name))
+    return [group for group in names.values() if len(group) > 1]
+
+
+def is_one_weight(adapter: Adapter, tied: Sequence[str]) -> bool:
+    """Whether an adapter has no value for a tied weight, or the same value for all of its names."""
+    values = [adapter.saved[name] for name in tied if name in adapter.saved]
+    return not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values))
+
+
+def check_tie(adapter: Adapter, tied: Sequence[str]) -> None:
+    """Refuse an adapter with a value for some names of a tied weight only, or with different values.
+
+    PEFT trains a copy of a module in modules_to_save and leaves the weight that it was tied to unchanged, unless
+    `ensure_weight_tying` is set.
+    """
+    if is_one_weight(adapter, tied):
+        return
+    trained = next(name for name in tied if name in adapter.saved)
+    others = ", ".join(name for name in tied if name != trained)
+    raise CheckpointMismatchError(
+        f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
+        "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
+    )

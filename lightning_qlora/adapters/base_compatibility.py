@@ -8,17 +8,15 @@ Checkpoints and adapter folders store the dict that `quantization_of` returns. L
 layers (`record_initialization`), so that the module can be saved again.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_folder import float_weights, is_in_4_bits, load_base_model
+import torch
+
+from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
-from lightning_qlora.files.hub import resolve_model
-from lightning_qlora.layers.initialization.difference import recompute_initial, subtract_initial
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -127,57 +125,45 @@ def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | 
     layer.config = layer.config.with_initialization(method, quantization.get("loftq_config"))
 
 
-def convert_to_float_base(adapter: Adapter, base_model: str | os.PathLike[str] | None = None) -> Adapter:
+def convert_to_float_base(adapter: Adapter) -> Adapter:
     """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
 
-    An adapter that was initialized with B = 0 is returned unchanged. `base_model` is a folder of safetensors, or a hub
-    name, of the base that it was trained on; None: the one that the adapter names. FileNotFoundError, ValueError or
-    CheckpointMismatchError if there is no such base, it lacks a layer, or the difference can't be computed.
+    With the float weight W in place of the 4-bit base, the trained layer is (up to the part of the quantization error
+    that the initial values A0 and B0 did not correct)
+
+        W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]        an adapter of rank 2 r with the same s (as PEFT's for PiSSA)
+
+    An adapter that was initialized with B = 0 is returned unchanged. ValueError if the initial values are not known.
     """
     if required_base(adapter.quantization) is None:
         return adapter
-    origin = adapter.origin
-    if origin is None:
-        raise ValueError(
-            f"{adapter.source}: an adapter folder does not hold what the initial values were computed from. Export "
-            "from the Lightning checkpoint, or from the module."
-        )
-    is_calibrated = origin.config.initialization == "calibrated"
-    for name, layer in adapter.layers.items():
-        if is_calibrated and name not in origin.input_rms and bool(layer.lora_B.any()):
-            raise ValueError(
-                f"{adapter.source}: {name}: its initial values can't be computed, because its adapter came from a "
-                "folder, which does not hold the input sizes of the calibration. Export with base='float' from the "
-                "checkpoint, or the module, that the adapter was calibrated in."
-            )
     if adapter.use_dora:
         raise ValueError(
             f"{adapter.source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
             "adapter instead."
         )
-    source = base_model or adapter.base_model
-    if not source:
-        raise ValueError(
-            f"{adapter.source}: names no base model, whose weights the initial values are computed from. Pass "
-            "base_model=."
-        )
-    folder = resolve_model(os.fspath(source), download=base_model is not None)
-    if is_in_4_bits(folder):
-        raise CheckpointMismatchError(f"{folder}: is in 4 bits. Pass a base in 16 or 32 bits.")
-    layers = dict(adapter.layers)
-    for name, weight in float_weights(load_base_model(folder, adapter), adapter).items():
-        layer = layers[name]
-        # An adapter from a folder may have other ranks and scalings than the arguments of the conversion.
-        arguments = {"r": layer.r, "lora_alpha": layer.alpha, "use_rslora": adapter.use_rslora}
-        layer_origin = replace(origin, config=origin.config.with_own(arguments))
-        initial = recompute_initial(layer_origin, name, weight.contiguous(), adapter.bases.get(name))
-        lora_a, lora_b = subtract_initial(layer.lora_A, layer.lora_B, *initial)
-        ratio = len(lora_a) / layer.r
-        if adapter.use_rslora:
-            ratio **= 0.5
-        # The scaling, alpha / r or alpha / sqrt(r), stays the same.
-        layers[name] = replace(layer, lora_A=lora_a, lora_B=lora_b, alpha=layer.alpha * ratio)
-    return replace(adapter, layers=layers, quantization=None, bases={}, origin=None)
+    for name, layer in (adapter.layers | adapter.expert_adapters).items():
+        if layer.initial is None and bool(layer.lora_B.any()):
+            raise ValueError(
+                f"{adapter.source}: {name}: its initial values are not known, because an adapter folder does not hold "
+                "them. Export with base='float' from the checkpoint, or the module, in which it was initialized."
+            )
+    layers = {name: _difference(layer, adapter.use_rslora) for name, layer in adapter.layers.items()}
+    return replace(adapter, layers=layers, quantization=None, bases={}, base_fingerprints={})
+
+
+def _difference(layer: LayerAdapter, use_rslora: bool) -> LayerAdapter:
+    if layer.initial is None or not layer.initial[1].any():
+        return replace(layer, lora_A=layer.lora_A.float(), lora_B=layer.lora_B.float(), initial=None)
+    a0, b0 = layer.initial
+    ratio = (layer.r + len(a0)) / layer.r
+    if use_rslora:
+        ratio **= 0.5
+    return LayerAdapter(
+        lora_A=torch.cat([layer.lora_A.float(), a0.to(layer.lora_A.device).float()]),
+        lora_B=torch.cat([layer.lora_B.float(), -b0.to(layer.lora_B.device).float()], dim=1),
+        alpha=layer.alpha * ratio,  # the scaling, alpha / r or alpha / sqrt(r), stays the same
+    )
 
 
 def _bits_of(layer: QLoRALinear) -> dict[str, Any]:

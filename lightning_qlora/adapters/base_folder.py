@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.adapter import Adapter, is_one_weight, tied_names
 from lightning_qlora.adapters.peft_experts import check_sizes, refuse
-from lightning_qlora.adapters.tied_weights import is_one_weight, tied_names
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of

@@ -1,31 +1,29 @@
 """The base model inside a LightningModule: PEFT and vLLM would load that one, so its names are used for adapters."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.wrappers import _FabricModule
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter, round_alpha
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.experts import experts_of
-from lightning_qlora.layers.initialization.difference import InitializationRecord
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.names import (
     COMPILED,
     is_transformers_model,
-    join,
     last_part,
     name_endings,
     only_child_of,
-    parameter_and_number,
     plain_name,
 )
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.layers.records import is_base, own_parameters
+from lightning_qlora.layers.records import base_fingerprint, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
 
@@ -85,7 +83,6 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "quantization": quantization,
         "target_modules": target_modules_of(base),
         "trained_in_full": list(trained_in_full(module)),
-        "seed_names": {},
         "layers": {},
     }
     stacks = stacks_of(base)
@@ -95,8 +92,6 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     if tokens:
         description["tokens"] = tokens
     for name, layer in layers.items():
-        if layer.seed_name != _usual_seed_name(name):
-            description["seed_names"][name] = layer.seed_name
         arguments = _arguments_of_layer(layer.config, config)
         if arguments:
             description["layers"][name] = arguments
@@ -106,35 +101,26 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
 def adapter_on_base(
     description: Mapping[str, Any],
     configs: dict[str, QLoRAConfig],
-    tensors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
-    input_rms: dict[str, Tensor],
-    fingerprint_of: Callable[[str], int | None],
+    layers: dict[str, LayerAdapter],
     **others: Any,
 ) -> Adapter:
-    """An adapter from `describe_base`, and from what each layer has, by its name in the base model.
+    """An adapter from `describe_base`, and from arguments and adapter of each layer, by its name in the base model.
 
-    `tensors` are lora_A, lora_B and the magnitudes; `input_rms` and `fingerprint_of` as in `InitializationRecord`.
     ValueError if an adapter folder has no place for layers with these arguments.
     """
     check_one_folder(configs)
     first = next(iter(configs.values()))
     use_rslora = all(config.use_rslora for config in configs.values())
-    alphas = {name: config.lora_alpha for name, config in configs.items()}
     for name, config in configs.items():
         if config.use_rslora != use_rslora:  # the folder has one value: this alpha keeps the scaling of the layer
-            alphas[name] = round_alpha(config.scaling * config.r)
-    # Adapters from a folder may have another initialization than the arguments.
-    quantization = description["quantization"]
-    config = first.with_initialization(quantization["init_lora_weights"], quantization.get("loftq_config"))
-    seeds = {name: seed_name_of(description, name) for name in configs}
+            layers[name] = replace(layers[name], alpha=round_alpha(config.scaling * config.r))
     return Adapter(
-        layers={name: LayerAdapter(a, b, alphas[name], magnitude) for name, (a, b, magnitude) in tensors.items()},
+        layers=layers,
         experts={name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()},
         modules_to_save=sorted(description["trained_in_full"]),
         tokens=description.get("tokens", {}),
         use_rslora=use_rslora,
         lora_dropout=first.lora_dropout,
-        origin=InitializationRecord(config, seeds, input_rms, fingerprint_of),
         **{name: description[name] for name in OF_ADAPTER},
         **others,
     )
@@ -152,20 +138,6 @@ def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[
 def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
     """The arguments of a layer, by its name in the base model."""
     return config.with_own(description.get("layers", {}).get(name, {}))
-
-
-def seed_name_of(description: Mapping[str, Any], name: str) -> str:
-    """The name that the seed of the adapter of a layer, of this name in the base model, was made from."""
-    return str(description.get("seed_names", {}).get(name, _usual_seed_name(name)))
-
-
-def _usual_seed_name(name: str) -> str:
-    """The name that the seed of a layer's adapter is made from; for expert i of a parameter NAME it is NAME.i."""
-    expert = parameter_and_number(name)
-    if expert is None:
-        return name
-    parameter, number = expert
-    return join(parameter, str(number))
 
 
 def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
@@ -189,8 +161,9 @@ def _trained_modules(module: nn.Module) -> dict[str, nn.Module]:
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, QLoRALinear) or (isinstance(part, TokenAdapter) and name not in first_names):
             continue
-        if any(p.is_floating_point() and not is_base(part, key, p) for key, p in own_parameters(part).items()):
-            trained[plain_name(name)] = part
+        for key, parameter in own_parameters(part).items():
+            if parameter.is_floating_point() and base_fingerprint(part, key, parameter) is None:
+                trained[plain_name(name)] = part
     return trained
 
 

@@ -5,12 +5,11 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
-from lightning_qlora.adapters.module_state import CONFIG_KEY, read_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_entry
-from lightning_qlora.layers.layer_state import FINGERPRINT, INPUT_RMS
+from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, named, owner_name, plain_name
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -22,11 +21,10 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     objects other than tensors and plain values, as in `torch.load`. FileNotFoundError or ValueError if there is no such
     file, or it was not saved from a converted module.
     """
-    state, root = read_converted_state_dict(path, weights_only)
-    with named(path):
-        config, description = read_conversion(state, root)
-    if config is None or not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
-        raise ValueError(f"{path}: its {CONFIG_KEY!r} does not name the base model. Use another copy of it.")
+    state, root, conversion = _read_converted_state_dict(path, weights_only)
+    description = conversion.base
+    if not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
+        raise ValueError(f"{path}: its {CONVERSION!r} does not name the base model. Use another copy of it.")
     outer = plain_name(root)
     if description["prefix"]:
         outer += f"{description['prefix']}."
@@ -34,56 +32,63 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     if not keys:
         raise ValueError(f"{path}: no adapter.")
     configs = {}
-    tensors = {}
-    input_rms = {}
+    layers = {}
     fingerprints = {}
     bases = {}
     for key in keys:
         name = plain_name(key).removeprefix(outer)  # in the base model
-        configs[name] = config_of_layer(description, name, config)
-        tensors[name] = (state[f"{key}.lora_A"], state[f"{key}.lora_B"], state.get(f"{key}.{MAGNITUDE}"))
-        if f"{key}.{INPUT_RMS}" in state:
-            input_rms[name] = state[f"{key}.{INPUT_RMS}"]
-        if f"{key}.weight.{FINGERPRINT}" in state:
-            fingerprints[name] = fingerprint_of_entry(state[f"{key}.weight.{FINGERPRINT}"])
+        configs[name] = config_of_layer(description, name, conversion.config)
+        initial = None
+        if f"{key}.initial_A" in state:
+            initial = state[f"{key}.initial_A"], state[f"{key}.initial_B"]
+        layers[name] = LayerAdapter(
+            lora_A=state[f"{key}.lora_A"],
+            lora_B=state[f"{key}.lora_B"],
+            alpha=configs[name].lora_alpha,
+            magnitude=state.get(f"{key}.{MAGNITUDE}"),
+            initial=initial,
+        )
+        if key.removeprefix(root) in conversion.fingerprints:
+            fingerprints[name] = conversion.fingerprints[key.removeprefix(root)]
         if f"{key}.weight.absmax" in state:
             bases[name] = PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
     owners = {outer + owner for owner in description["trained_in_full"]}
     saved = {
         plain_name(key).removeprefix(outer): value
         for key, value in state.items()
-        if owner_name(plain_name(key)) in owners and not key.endswith("." + FINGERPRINT)
+        if owner_name(plain_name(key)) in owners
     }
     return adapter_on_base(
         description,
         configs,
-        tensors,
-        input_rms,
-        fingerprints.get,
+        layers,
         saved=saved,
         bases=bases,
+        base_fingerprints=fingerprints,
         source=str(path),
     )
 
 
-def fingerprint_of_base(state: dict[str, Tensor]) -> str | None:
-    """One number for all fingerprints in a state dict, in hexadecimal; None if it has none."""
-    keys = sorted(key for key in state if key.endswith("." + FINGERPRINT))
-    if not keys:
-        return None
-    return checksum(torch.tensor([fingerprint_of_entry(state[key]) for key in keys], device="cpu"))
+def fingerprint_of_base(path: str | os.PathLike[str], weights_only: bool = True) -> str | None:
+    """One number for all fingerprints in a checkpoint, in hexadecimal; None if it has none."""
+    _, _, conversion = _read_converted_state_dict(path, weights_only)
+    numbers = [number for _, number in sorted(conversion.fingerprints.items())]
+    return checksum(torch.tensor(numbers, device="cpu")) if numbers else None
 
 
-def read_converted_state_dict(path: str | os.PathLike[str], weights_only: bool = True) -> tuple[dict[str, Tensor], str]:
-    """The state dict of the converted module in a checkpoint, and the prefix of that module's keys in it.
-
-    Raises as `read_adapter_from_checkpoint`.
-    """
+def _read_converted_state_dict(
+    path: str | os.PathLike[str], weights_only: bool
+) -> tuple[dict[str, Tensor], str, SavedConversion]:
+    """The state dict of the converted module in a checkpoint, the prefix of that module's keys, and its conversion."""
     checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):
         # Fabric saves the module under a name that the user chooses.
         for state in (checkpoint, *(value for value in checkpoint.values() if isinstance(value, dict))):
             for key in state:
-                if last_part(str(key)) == CONFIG_KEY:
-                    return state, key[: -len(CONFIG_KEY)]
-    raise ValueError(f"{path}: holds no {CONFIG_KEY!r}: it was not saved from a converted module.")
+                if last_part(str(key)) == CONVERSION:
+                    prefix = key[: -len(CONVERSION)]
+                    with named(path):
+                        conversion = read_conversion(state, prefix)
+                    assert conversion is not None
+                    return state, prefix, conversion
+    raise ValueError(f"{path}: holds no {CONVERSION!r}: it was not saved from a converted module.")

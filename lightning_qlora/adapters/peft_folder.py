@@ -1,5 +1,7 @@
 """PEFT's adapter folder, written and read: `adapter_config.json` and `adapter_model.safetensors`.
 
+The metadata of the latter have two entries that PEFT ignores: what the base was, and checksums of all else in the file.
+
 Source of the format: peft/utils/save_and_load.py and peft/tuners/lora/config.py (0.17 to 0.21).
 """
 
@@ -25,15 +27,6 @@ from lightning_qlora.adapters.peft_experts import (
     stack_adapters,
     unstack_known,
 )
-from lightning_qlora.adapters.peft_metadata import (
-    CHECKSUMS_OF_FILE,
-    EXPERTS,
-    FINGERPRINTS,
-    QUANTIZATION,
-    check_file,
-    metadata_entry,
-    metadata_of,
-)
 from lightning_qlora.checks import (
     check_bool,
     check_choice,
@@ -48,11 +41,17 @@ from lightning_qlora.checks import (
 from lightning_qlora.config import MOST_ALPHA
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
+from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
 from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), fingerprints
+# of the 4-bit weights that the initialization changed, and `Adapter.experts`.
+BASE = "lightning_qlora"
+CHECKSUMS = "lightning_qlora_checksums"
+METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
     "lora_bias",
@@ -79,8 +78,18 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in peft_tensors(adapter).items()}
     config = peft_config(adapter)
     with atomic_files(Path(folder)) as partial:
-        write_safetensors(tensors, partial / WEIGHTS_FILE, metadata_of(adapter, tensors))
+        write_safetensors(tensors, partial / WEIGHTS_FILE, _metadata(adapter, tensors))
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _metadata(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, str]:
+    fingerprints = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
+    if (adapter.quantization or {}).get("base_changed"):
+        fingerprints = adapter.base_fingerprints | fingerprints
+    base = {"quantization": adapter.quantization, "fingerprints": fingerprints, "experts": adapter.experts}
+    metadata = {"format": "pt", BASE: json.dumps(base)}
+    metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)
+    return metadata
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -155,8 +164,42 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         return replace(_parse(config, tensors, metadata), source=str(weights_file))
 
 
+def _entry(metadata: dict[str, str], key: str) -> dict[str, Any] | None:
+    """An object that `_metadata` stored; None if the file does not have it."""
+    if key not in metadata:
+        return None
+    try:
+        entry = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata {key!r} is not valid JSON ({error}). Copy or save it again.") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"its metadata {key!r} is {str(entry)[:80]!r}, not an object. Copy or save it again.")
+    return entry
+
+
+def _check_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Raise ValueError, with the key, if a tensor is missing, or one or the metadata has another checksum."""
+    expected = _entry(metadata, CHECKSUMS)
+    if expected is None:
+        return
+    checksums = _checksums(tensors, {key: text for key, text in metadata.items() if key != CHECKSUMS})
+    for key in sorted(expected.keys() | checksums.keys(), key=lambda key: (key != METADATA_KEY, key)):
+        if expected.get(key) != checksums.get(key):
+            raise ValueError(
+                f"{key!r} is not what was saved (its checksum is {checksums.get(key)}, and was "
+                f"{expected.get(key)}). The file is damaged: copy it again, or save the adapter again."
+            )
+
+
+def _checksums(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    text = json.dumps(metadata, sort_keys=True)
+    checksums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    checksums[METADATA_KEY] = checksum(torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu"))
+    return checksums
+
+
 def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> Adapter:
-    check_file(tensors, metadata)
+    _check_file(tensors, metadata)
     adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
@@ -181,11 +224,15 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
     if not parts:
         raise ValueError("holds no lora_A and lora_B.")
     layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
-    quantization = metadata_entry(metadata, QUANTIZATION)
-    check_quantization(quantization, f"its metadata {QUANTIZATION!r}")
-    experts = _experts(metadata_entry(metadata, EXPERTS) or {}, layers)
+    base = _entry(metadata, BASE) or {}
+    for name, value in base.items():
+        if not isinstance(value, dict | None):
+            raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
+    quantization = base.get("quantization")
+    check_quantization(quantization, f"its metadata {BASE!r}")
+    experts = _experts(base.get("experts") or {}, layers)
     expert_adapters = {}
-    if CHECKSUMS_OF_FILE in metadata:  # ours, so `experts` has all of them
+    if CHECKSUMS in metadata:  # ours, so `experts` has all of them
         keys = {key_of(name, stack) for name, stack in experts.items()}
         expert_adapters = {name: layer for name, layer in layers.items() if name in keys}
     elif config.get("target_parameters"):
@@ -207,7 +254,7 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
         quantization=quantization,
-        base_fingerprints=metadata_entry(metadata, FINGERPRINTS) or {},
+        base_fingerprints=base.get("fingerprints") or {},
     )
 
 
@@ -269,7 +316,7 @@ def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter]) -> dict[str
     """The expert parameters that the metadata name."""
     experts = {}
     for name, value in entry.items():
-        error = ValueError(f"its metadata {EXPERTS!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
+        error = ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
         if not isinstance(value, list) or [type(part) for part in value] != [int, int, bool, bool, bool]:
             raise error
         stack = ExpertStack(*value)

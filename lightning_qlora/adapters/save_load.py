@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, LayerAdapter, check_tie, tied_names
 from lightning_qlora.adapters.base_compatibility import (
     check_required_base,
     convert_to_float_base,
@@ -26,11 +26,10 @@ from lightning_qlora.adapters.base_model import (
     trained_in_full,
     trained_outside,
 )
-from lightning_qlora.adapters.finite import check_finite
-from lightning_qlora.adapters.module_state import conversion_of, float_buffers
+from lightning_qlora.adapters.conversion import conversion_of, float_buffers
+from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
 from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adapter
-from lightning_qlora.adapters.tied_weights import check_tie, tied_names
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
@@ -38,7 +37,7 @@ from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import ADAPTER, cancel_calibration
+from lightning_qlora.layers.lora_layer import cancel_calibration
 from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
@@ -52,7 +51,6 @@ def save_adapter(
     module: nn.Module,
     folder: str | os.PathLike[str],
     base: Base = "quantized",
-    base_model: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write a module's adapters as `peft.PeftModel.from_pretrained(base_model, folder)` reads them.
 
@@ -66,7 +64,6 @@ def save_adapter(
         base: The base model that the adapter will be used with: in 4 bits ("quantized"), as in training, or in 16 or 32
             bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
             error: for "float" the initial values are subtracted, which doubles the rank.
-        base_model: Folder or hub name of the base model, for "float"; None: the one the transformers model came from.
 
     Raises:
         ValueError: If there is no adapter, it holds NaN or Inf, or PEFT's format has no place for what was trained.
@@ -75,7 +72,7 @@ def save_adapter(
     reshard(module)
     adapter = get_adapter(module)
     if base == "float":
-        adapter = convert_to_float_base(adapter, base_model)
+        adapter = convert_to_float_base(adapter)
     else:
         requirement = required_base(adapter.quantization)
         if requirement:
@@ -197,19 +194,24 @@ def get_adapter(module: nn.Module) -> Adapter:
     return adapter_on_base(
         describe_base(module, next(iter(layers.values())).config),
         {name: layer.config for name, layer in layers.items()},
-        {name: _adapter_tensors(layer) for name, layer in layers.items()},
-        {name: layer.input_rms for name, layer in layers.items() if layer.input_rms is not None},
-        lambda name: layers[name].base_fingerprint(),
+        {name: _adapter_of_layer(layer) for name, layer in layers.items()},
         saved=saved,
         bases=bases,
+        base_fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
         source=type(module).__name__,
     )
 
 
-def _adapter_tensors(layer: QLoRALinear) -> Any:
-    """Its lora_A, lora_B and magnitudes (or None), whole."""
-    parameters = [layer._parameters.get(key) for key in ADAPTER]
-    return tuple(None if p is None else gather(p).detach() for p in parameters)
+def _adapter_of_layer(layer: QLoRALinear) -> LayerAdapter:
+    """Its parameters, whole."""
+    magnitude = layer.lora_magnitude_vector
+    return LayerAdapter(
+        lora_A=gather(layer.lora_A).detach(),
+        lora_B=gather(layer.lora_B).detach(),
+        alpha=layer.config.lora_alpha,
+        magnitude=None if magnitude is None else gather(magnitude).detach(),
+        initial=layer.initial,
+    )
 
 
 def _check_converted(module: nn.Module, layers: Mapping[str, QLoRALinear]) -> None:
@@ -233,7 +235,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     check_required_base(adapter, layers)
     for name, layer in layers.items():
         layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
-        layer.input_rms = None
+        layer.set_initial(None, None)
         record_initialization(layer, adapter.quantization)
         loaded = adapter.layers.get(name)
         if loaded is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.model_folder import ModelFolder
@@ -105,6 +105,7 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
 
 def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
     """Set the tensors of a layer to this rank's part of the tensors of rank `source`."""
+    values = {}
     for key in (*BASE, *ADAPTER):
         tensors: dict[str, Any] = vars(layer) if key in vars(layer) else layer._parameters
         held = tensors[key]
@@ -117,6 +118,9 @@ def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: to
         if ranks > 1:
             dist.broadcast(value, source)
         tensors[key] = _with_data(held, value, device)
+        values[key] = value
+    if layer.initial is not None:
+        layer.set_initial(values["lora_A"], values["lora_B"])
     if made is not None and made.dense_weight is not None:
         layer.dense_weight = made.dense_weight  # the calibrated adapter is computed on this rank
 

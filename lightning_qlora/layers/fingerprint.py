@@ -29,24 +29,6 @@ def fingerprint(*tensors: Tensor) -> int:
     return total
 
 
-def fingerprint_entry(number: int) -> Tensor:
-    """A fingerprint as an entry of a state dict: int64 [4], 16 bits each.
-
-    So an average of whole state dicts, in float32 too, keeps it where all have the same base.
-    """
-    return torch.tensor([number >> shift & 0xFFFF for shift in (0, 16, 32, 48)], device="cpu")
-
-
-def fingerprint_of_entry(entry: Tensor) -> int:
-    """The fingerprint in an entry of a state dict, which may be loaded lazily (Lightning's `_lazy_load`)."""
-    if entry.shape != (4,):
-        raise ValueError(
-            f"{list(entry.shape)}: the fingerprint of a weight is int64 [4]. Use another copy of the file."
-        )
-    parts = entry.contiguous().double().round().tolist()
-    return sum(int(part) << shift for part, shift in zip(parts, (0, 16, 32, 48), strict=True))
-
-
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values: those on the meta device and those of FakeTensorMode have none."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)

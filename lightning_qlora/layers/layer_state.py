@@ -1,69 +1,41 @@
-"""What a state dict holds of one layer: its adapter, and its frozen base or the fingerprint of that."""
+"""What a layer takes from a state dict: its adapter, and a base if the state dict holds one."""
 
 from typing import Any
 
 import torch
 
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.fingerprint import fingerprint_entry, fingerprint_of_entry
-from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
-INPUT_RMS = "input_rms"  # key of the input sizes that a "calibrated" adapter was computed from
 LOAD_THE_BASE = (
     "Load the base model of the training, with its quantization arguments, and do not change it afterwards. If the "
     "module initializes it at random, set the same seed before it is built; a checkpoint that is saved with "
     "checkpoint='full' holds the base."
 )
-FINGERPRINT = "fingerprint"  # of a frozen parameter NAME a checkpoint holds NAME.fingerprint only
 
 
 class CheckpointMismatchError(RuntimeError):
     """A checkpoint or adapter belongs to another base model, or to layers of another shape or name."""
 
 
-def save_base(layer: LoRALayer, destination: dict[str, Any], prefix: str) -> None:
-    """Replace the bytes of the base by its fingerprint, or with checkpoint="full" by bitsandbytes' entries."""
-    for name in BASE:
-        destination.pop(prefix + name, None)  # it is there if a strategy splits the weight
-    if layer.input_rms is not None:
-        destination[prefix + INPUT_RMS] = layer.input_rms
-    # A base that depends on the last bits of an SVD can't be computed again on another machine.
-    if layer.config.checkpoint == "full" or methods.changes_base_weights(layer.config):
-        destination.update(layer.packed_weight.bnb_state_dict(prefix + "weight"))
-    else:
-        destination[f"{prefix}weight.{FINGERPRINT}"] = fingerprint_entry(layer.base_fingerprint())
-
-
-def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> set[str]:
-    """Check the base against its fingerprint, or replace it by a dense or 4-bit weight; the adapter is loaded later.
+def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[str]:
+    """Replace the base by the dense or 4-bit weight in a state, if it has one; check the adapter, which loads later.
 
     The entries of the base are removed from the state. Its values may be loaded lazily (Lightning's `_lazy_load`);
-    `contiguous()` loads them. `missing_keys` gets the key of the fingerprint if the state has an adapter, but neither
-    fingerprint nor weight.
+    `contiguous()` loads them.
 
     Returns:
         Names of the layer's parameters that the state may lack.
 
     Raises:
-        CheckpointMismatchError: If the state belongs to another base, or has an adapter of another rank.
+        CheckpointMismatchError: If the weight has another shape, or the adapter another rank.
         ValueError: If the adapter holds NaN or Inf.
     """
-    name = prefix.removesuffix(".") or "the layer itself"
-    saved = state_dict.pop(f"{prefix}weight.{FINGERPRINT}", None)
-    expected = None if saved is None else fingerprint_of_entry(saved)
-    if expected is not None and expected != layer.base_fingerprint():
-        raise CheckpointMismatchError(
-            f"{name}: the checkpoint was trained on another base weight (fingerprint {expected:x} there, "
-            f"{layer.base_fingerprint():x} here). {LOAD_THE_BASE}"
-        )
     lora_a = state_dict.get(prefix + "lora_A")
     if lora_a is not None:
-        if expected is None and prefix + "weight" not in state_dict:
-            missing_keys.append(f"{prefix}weight.{FINGERPRINT}")
-        for key in (prefix + key for key in ADAPTER if prefix + key in state_dict):
+        for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
             value = state_dict[key].contiguous()
             if not is_sharded(value) and not torch.isfinite(value).all():
                 raise ValueError(
@@ -71,13 +43,15 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, missing
                     "checkpoint."
                 )
         if lora_a.shape != layer.lora_A.shape:
+            name = prefix.removesuffix(".") or "the layer itself"
             raise CheckpointMismatchError(
                 f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
                 f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
                 f"rank {lora_a.shape[0]}."
             )
-        rms = state_dict.pop(prefix + INPUT_RMS, None)
-        layer.input_rms = None if rms is None else rms.contiguous()
+        for key in INITIAL:
+            value = state_dict.pop(prefix + key, None)
+            setattr(layer, key, None if value is None else value.contiguous())
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
         return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values

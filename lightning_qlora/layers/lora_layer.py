@@ -25,6 +25,7 @@ from lightning_qlora.layers.trainable_tokens import TokenAdapter
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
+INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
 TINY = torch.finfo(torch.float32).tiny
 DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter` a layer is in
 _lock = Lock()  # for the numbers of contexts
@@ -41,7 +42,8 @@ class LoRALayer(PackedLayer):
     full_name: str  # in the converted module
     seed_name: str  # in the model that holds the layer; the seed of the adapter is made from it
     dense_weight: Tensor | None = None  # "calibrated": the float weight [out, in], in host memory until inputs come
-    input_rms: Tensor | None = None  # "calibrated": the root mean square of each input, [in], that it used
+    initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
+    initial_B: Tensor | None = None
     _qlora_disabled: int = 0
     was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
     weight_was_read: bool = False
@@ -56,6 +58,8 @@ class LoRALayer(PackedLayer):
         if self.config.initialization == "calibrated":
             self.dense_weight = rows if rows.is_meta else rows.cpu()
         self.set_adapter(lora_a, lora_b)
+        if self.config.initialization in ("loftq", "pissa"):
+            self.set_initial(lora_a, lora_b)
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
@@ -65,6 +69,18 @@ class LoRALayer(PackedLayer):
             self.write("lora_magnitude_vector", self.row_norm(gather(self.lora_A), gather(self.lora_B)))
         else:
             self.register_parameter("lora_magnitude_vector", None)
+
+    def set_initial(self, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+        """Keep copies of the A and B that training begins with: an adapter for the 16-bit base is the difference."""
+        values = [v if v is None or v.is_meta else v.detach().to("cpu", copy=True) for v in (lora_a, lora_b)]
+        self.initial_A, self.initial_B = values
+
+    @property
+    def initial(self) -> tuple[Tensor, Tensor] | None:
+        """`initial_A` and `initial_B`; None if training began with B = 0, or from values of another module."""
+        if self.initial_A is None or self.initial_B is None:
+            return None
+        return self.initial_A, self.initial_B
 
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""

@@ -21,9 +21,9 @@ from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
-from lightning_qlora.layers.layer_state import load_base, save_base
-from lightning_qlora.layers.lora_layer import TINY, LoRALayer
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.layer_state import load_base
+from lightning_qlora.layers.lora_layer import INITIAL, TINY, LoRALayer
+from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
@@ -210,12 +210,16 @@ class QLoRALinear(Derived, LoRALayer, nn.Linear):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Without the base, which the hook of the converted module writes, or a fingerprint of it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_base(self, destination, prefix)
+        for name in BASE:
+            destination.pop(prefix + name, None)  # it is there if a strategy splits the weight
+        if self.initial is not None:
+            destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         metadata, strict, missing_keys, *others = arguments
-        optional = load_base(self, state_dict, prefix, missing_keys)
+        optional = load_base(self, state_dict, prefix)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]

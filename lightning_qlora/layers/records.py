@@ -90,12 +90,6 @@ def is_recorded(owner: nn.Module) -> bool:
     return known is not None and own_parameters(owner).keys() <= known.keys()
 
 
-def frozen_value(owner: nn.Module, key: str) -> Value | None:
-    """The value of a dense parameter that conversion froze; None if it did not."""
-    known: Record | None = vars(owner).get(RECORDS, {}).get(key)
-    return None if known is None else known.frozen
-
-
 class Frozen(NamedTuple):
     """A dense parameter that was frozen at the end of conversion."""
 
@@ -123,25 +117,35 @@ def frozen_parameters(module: nn.Module) -> list[Frozen]:
     ]
 
 
-def is_base(owner: nn.Module, key: str, parameter: Tensor) -> bool:
-    """Whether a parameter is frozen and has the value that conversion froze; only one that was written to is read."""
-    known = frozen_value(owner, key)
-    if known is None or parameter.requires_grad or parameter.shape != known.shape:
-        return False
-    now = Value.of(parameter, known.fingerprint)
-    moved = now.address != known.address and now.dtype is known.dtype and not is_sharded(parameter)
-    if now.version != known.version or moved:
-        if _fingerprint(owner, parameter) != known.fingerprint:
-            return False  # it was replaced, or trained for a while and frozen again
-        vars(owner)[RECORDS][key] = Record(vars(owner)[RECORDS][key].trained, now._replace(dtype=known.dtype))
-    return True
+def base_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int | None:
+    """The fingerprint of a frozen dense parameter with the value that conversion froze; None for any other.
+
+    Only a parameter that was written to is read.
+    """
+    frozen = _frozen(owner, key)
+    if frozen is None or parameter.requires_grad or parameter.shape != frozen.shape:
+        return None
+    value = Value.of(parameter, frozen.fingerprint)
+    moved = value.address != frozen.address and value.dtype is frozen.dtype and not is_sharded(parameter)
+    if value.version != frozen.version or moved:
+        if _fingerprint(owner, parameter) != frozen.fingerprint:
+            return None  # it was replaced, or trained for a while and frozen again
+        records = vars(owner)[RECORDS]
+        records[key] = records[key]._replace(frozen=value._replace(dtype=frozen.dtype))
+    return frozen.fingerprint
 
 
-def fingerprint_of(owner: nn.Module, key: str, parameter: Tensor) -> int:
+def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int:
     """The fingerprint of a parameter as it is now; after a cast: the fingerprint before it."""
-    known = frozen_value(owner, key)
-    cast = known is not None and known.dtype is not parameter.dtype and known.shape == parameter.shape
-    return known.fingerprint if known is not None and cast else _fingerprint(owner, parameter)
+    frozen = _frozen(owner, key)
+    if frozen is not None and frozen.dtype is not parameter.dtype and frozen.shape == parameter.shape:
+        return frozen.fingerprint
+    return _fingerprint(owner, parameter)
+
+
+def _frozen(owner: nn.Module, key: str) -> Value | None:
+    record: Record | None = vars(owner).get(RECORDS, {}).get(key)
+    return None if record is None else record.frozen
 
 
 def _fingerprint(owner: nn.Module, parameter: Tensor) -> int:

@@ -159,7 +159,7 @@ def merge_adapter(
         raise ValueError(f"{adapter}: names no base model. Pass it: --base-model FOLDER.")
     folder = resolve_model(source, download=base_model is not None)
     if base == "float":
-        values = convert_to_float_base(values, folder)
+        values = convert_to_float_base(values)
     merge_folder(folder, values, output, dtype, base, trust_remote_code)
     files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
     if json:
@@ -172,7 +172,6 @@ def export(
     checkpoint: str,
     output: str,
     base: Base = "quantized",
-    base_model: str | None = None,
     weights_only: bool = True,
 ) -> None:
     """Write the adapter of a Lightning checkpoint as a PEFT folder; say what it was trained on.
@@ -183,7 +182,6 @@ def export(
         base: The base model that the adapter will be used with: in 4 bits ("quantized"), as in training, or in 16 or 32
             bits ("float"). They differ only for adapters that were initialized from the weight or its quantization
             error: for "float" the initial values are subtracted, which doubles the rank.
-        base_model: Folder or hub name of the base model, for "float"; by default what the checkpoint names.
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
@@ -192,7 +190,7 @@ def export(
 
     adapter = _adapter(checkpoint, weights_only)
     if base == "float":
-        adapter = convert_to_float_base(adapter, base_model)
+        adapter = convert_to_float_base(adapter)
     else:
         requirement = required_base(adapter.quantization)
         if requirement:

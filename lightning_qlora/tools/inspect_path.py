@@ -8,11 +8,7 @@ from typing import Any
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
 from lightning_qlora.adapters.base_folder import published_format
-from lightning_qlora.adapters.from_checkpoint import (
-    fingerprint_of_base,
-    read_adapter_from_checkpoint,
-    read_converted_state_dict,
-)
+from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
@@ -27,14 +23,13 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     Raises FileNotFoundError or ValueError if it does not exist or is broken.
     """
     if is_shards(path) or os.path.isfile(path):
-        state, _ = read_converted_state_dict(path, weights_only)
         adapter = read_adapter_from_checkpoint(path, weights_only=weights_only)
         files = [path for path in Path(path).rglob("*") if path.is_file()] or [Path(path)]  # shards, or one file
         return [
             ("kind", "Lightning checkpoint of a converted module"),
             ("size of the checkpoint", size_text(sum(file.stat().st_size for file in files))),
             *_adapter_lines(adapter),
-            ("base fingerprint", fingerprint_of_base(state) or "none: the checkpoint contains the base"),
+            ("base fingerprint", fingerprint_of_base(path, weights_only) or "none: the checkpoint contains the base"),
         ]
     if os.path.isfile(os.path.join(path, CONFIG_FILE)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]

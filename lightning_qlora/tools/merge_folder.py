@@ -85,14 +85,14 @@ def merge_folder(
         warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
     layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
+    fingerprints = dict(adapter.base_fingerprints)
     for name, weight in adapter.bases.items():
         layers[name].set_packed_weight(weight)
-    if adapter.bases:
-        fingerprints = {name: layer.base_fingerprint() for name, layer in layers.items()}
-        adapter = replace(adapter, base_fingerprints=fingerprints)
-    if base == "quantized" and adapter.origin is not None:
+        fingerprints[name] = layers[name].base_fingerprint()
+    adapter = replace(adapter, base_fingerprints=fingerprints)
+    if base == "quantized" and (adapter.bases or not quantization.get("base_changed")):
         for name, layer in layers.items():
-            if adapter.origin.fingerprint_of(name) not in (None, layer.base_fingerprint()):
+            if fingerprints.get(name) not in (None, layer.base_fingerprint()):
                 raise CheckpointMismatchError(
                     f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the "
                     "base model of the training, or base='float' (--base float)."
@@ -106,11 +106,12 @@ def merge_folder(
 
 def _quantizes_as_in_training(weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig) -> bool:
     """Whether quantizing the first weight gives the bytes of the training; True if these are not known."""
-    if adapter.origin is None or adapter.bases:
-        return True
     name, weight = next(iter(weights.items()))
+    expected = adapter.base_fingerprints.get(name)
+    if expected is None or adapter.bases:
+        return True
     packed = quantize(weight, config.quant_type, config.block_size, config.double_quant)
-    return adapter.origin.fingerprint_of(name) in (None, fingerprint_of_weight(packed))
+    return expected == fingerprint_of_weight(packed)
 
 
 def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:

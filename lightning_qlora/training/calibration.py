@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -43,8 +43,8 @@ class Calibration:
         self.report = CalibrationReport(list(self._layers), sum(w.nbytes for w in weights if not w.is_meta))
         self._warned = False
         self._sums: dict[str, Tensor] = {}  # fp64 [in + 2]: squares of each input, number of finite rows, of all rows
-        # Name -> A, B, input rms: what a state dict from before the calibration needs, until a newer one is saved.
-        self._initial: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        # Name -> A, B: what a state dict from before the calibration needs, until a newer one is saved.
+        self._initial: dict[str, tuple[Tensor, Tensor]] = {}
         self._hooks = {
             name: layer.register_forward_pre_hook(partial(self._add_input, name), with_kwargs=True)
             for name, layer in self._layers.items()
@@ -117,6 +117,7 @@ class Calibration:
             layer.dense_weight = None
             self._warn(f"{name} was trained before its calibration, so its adapter is not changed")
             return
+        self.report.input_rms[name] = rms.cpu()
         error = initialize_from_inputs(layer, rms, rank)
         drop_gradients(layer)
         if error is None:
@@ -124,7 +125,8 @@ class Calibration:
             return
         self.report.errors[name] = error
         self.report.calibrated.append(name)
-        self._initial[name] = layer.lora_A.detach().cpu().clone(), layer.lora_B.detach().cpu().clone(), rms.cpu()
+        if layer.initial is not None:
+            self._initial[name] = layer.initial
 
     def _sums_of_all_ranks(self, layers: Mapping[str, QLoRALinear]) -> dict[str, Tensor]:
         sums = {}
@@ -155,14 +157,14 @@ class Calibration:
         for name, layer in self._layers.items():
             if not isinstance(layer, QLoRALinear):
                 continue
-            if layer.input_rms is not None or gather(layer.lora_B).any():
+            if layer.initial is not None or gather(layer.lora_B).any():
                 layer.dense_weight = None
                 self._initial.pop(name, None)
                 if name in self.report.waiting:
                     self._stop_waiting(name)
             elif name in self._initial:  # a state dict from before the calibration
-                lora_a, lora_b, layer.input_rms = self._initial[name]
-                layer.set_adapter(lora_a, lora_b)
+                layer.set_adapter(*self._initial[name])
+                layer.set_initial(*self._initial[name])
             elif name in self.report.calibrated:
                 self._warn(
                     "the loaded state dict was saved before the calibration, and the dense weights are freed: "
@@ -247,8 +249,10 @@ def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, rank: int = 0)
 
     Returns `methods.calibrated_error`; None if there is nothing to compute.
     """
-    dense, layer.dense_weight, layer.input_rms = layer.dense_weight, None, input_rms.cpu()
+    dense = layer.dense_weight
+    layer.dense_weight = None
     if dense is None or not input_rms.any():
+        layer.set_initial(gather(layer.lora_A), gather(layer.lora_B))
         return None
     base, device = layer.packed_weight, layer.packed.device  # of a sharded layer all ranks gather the base
     lora_a, lora_b = (torch.empty(part.shape, device=device) for part in (layer.lora_A, layer.lora_B))
@@ -263,6 +267,7 @@ def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, rank: int = 0)
         for value in (lora_a, lora_b, error):
             dist.broadcast(value, rank)
     layer.set_adapter(lora_a, lora_b)
+    layer.set_initial(lora_a, lora_b)
     return float(error)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.dtensor import of_all_ranks, world_size
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 

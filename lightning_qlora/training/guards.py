@@ -11,7 +11,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.adapters.finite import check_finite
+from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.names import inside, join, key_name, last_part, name_endings
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, config_entry, conversion_of, read_conversion, saved_layers
+from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, entry_of, read_conversion
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.names import last_part, named
@@ -62,16 +62,16 @@ def load_from_checkpoint(
 
     def convert(module: nn.Module, state: Mapping[str, Any]) -> None:
         with named(checkpoint_path):
-            config, description = read_conversion(state)
-            assert config is not None
-        convert_module(module, config, saved=saved_layers(state, description))
+            saved = read_conversion(state)
+        assert saved is not None
+        convert_module(module, saved.config, saved=saved.arguments_of_layers(state))
 
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
         module.__class__ = module_class
         if text is not None:
-            state = {CONFIG_KEY: config_entry(text), **state}
-        if CONFIG_KEY in state and conversion_of(module) is None:
+            state = {CONVERSION: entry_of(text), **state}
+        if CONVERSION in state and conversion_of(module) is None:
             convert(module, state)
         return module.load_state_dict(state, *args, **kwargs)
 
@@ -90,27 +90,27 @@ def load_from_checkpoint(
 
 
 def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:
-    """The arguments of the conversion if only the plugin's state holds them; None if the module's state does.
+    """The conversion if only the plugin's state holds it; None if the module's state does.
 
-    The plugin's has them too, for a module whose `on_save_checkpoint` keeps only what trains.
+    The plugin's has it too, for a module whose `on_save_checkpoint` keeps only what trains.
     """
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     state = checkpoint.get("state_dict", {})
     endings = Counter(last_part(str(key)) for key in state)
-    if endings[CONFIG_KEY]:
+    if endings[CONVERSION]:
         return None
     if not endings["lora_A"]:
         raise ValueError(
-            f"{str(path)!r} holds no {CONFIG_KEY!r} and no adapters: it was not saved from a converted module. Load "
+            f"{str(path)!r} holds no {CONVERSION!r} and no adapters: it was not saved from a converted module. Load "
             f"it with {name}.load_from_checkpoint."
         )
-    of_plugin = checkpoint.get(PLUGIN, {}).get(CONFIG_KEY)
+    of_plugin = checkpoint.get(PLUGIN, {}).get(CONVERSION)
     if not isinstance(of_plugin, str):
         raise ValueError(
-            f"{str(path)!r} holds the adapters of {endings['lora_A']} layers and no {CONFIG_KEY!r}, which has the "
+            f"{str(path)!r} holds the adapters of {endings['lora_A']} layers and no {CONVERSION!r}, which has the "
             "arguments of the conversion (r, lora_alpha, ...): on_save_checkpoint of the module, or other code, left "
             f"it out. Build the module, call lightning_qlora.convert(module, ...) with the arguments of the training, "
             'and module.load_state_dict(torch.load(PATH)["state_dict"], strict=False). To have it in the next '
-            f"checkpoint, keep the key {CONFIG_KEY!r} in on_save_checkpoint."
+            f"checkpoint, keep the key {CONVERSION!r} in on_save_checkpoint."
         )
     return of_plugin

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.packed_linear import to_parameters
@@ -208,24 +208,6 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     for number, (key, optimizer) in enumerate(optimizers.items()):
         load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
     return unclaimed
-
-
-@replaces("torch.distributed.checkpoint.state_dict:_get_fqns")
-def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Accept keys in the state dict of a converted module that are not names of its attributes, such as fingerprints.
-
-    Upstream: torch/distributed/checkpoint/state_dict.py, _get_fqns, follows the module's attributes to remove the
-    prefixes of wrappers from every key; a key that a state dict hook added raises AttributeError.
-    Supported ways tried: `_extra_state`, whose key upstream accepts; torch saves it only for classes that define
-    `get_extra_state`, and the root, which holds the configuration and a fingerprint, is the user's module.
-    Removed by: upstream keeping keys that name no attribute.
-    """
-    try:
-        return original(model, name, *args, **kwargs)
-    except AttributeError:
-        if not _is_converted(model):
-            raise
-        return {name}
 
 
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.module_state import CONFIG_KEY, conversion_text, forget_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion
+from lightning_qlora.adapters.module_state import saved_conversion
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -312,7 +313,7 @@ class QLoRAPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale.
 
-        And the arguments of the conversion, for a module whose `on_save_checkpoint` leaves them out.
+        And the conversion, for a module whose `on_save_checkpoint` leaves them out.
         """
         scale, root = self.loss_scale, self._root
         state = {
@@ -320,8 +321,8 @@ class QLoRAPrecision(Precision):
             "kernels": self._kernels(),
             "loss_scale": None if scale is None else scale.state_dict(),
         }
-        text = None if root is None else conversion_text(root)
-        return state if text is None else state | {CONFIG_KEY: text}
+        saved = None if root is None else saved_conversion(root)
+        return state if saved is None else state | {CONVERSION: saved.text()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

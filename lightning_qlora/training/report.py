@@ -32,6 +32,7 @@ class CalibrationReport:
         calibrated: Names of the layers whose adapter is initialized from their inputs.
         unseen: Names of the layers without an input in the first step, or with inputs of zeros alone; they keep the
             default initialization.
+        input_rms: Name -> root mean square of each input, fp32 [in].
         rows: Most rows (tokens) used for one layer, on all ranks.
         seconds: Time that the initialization took.
         errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
@@ -42,6 +43,7 @@ class CalibrationReport:
     host_bytes: int
     calibrated: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    input_rms: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
     seconds: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)

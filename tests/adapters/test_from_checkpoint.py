@@ -113,9 +113,9 @@ def test_weights_only_of_the_trainer_is_used(saved, trainer):
 @pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {"a": torch.ones(2)}, 3])
 def test_files_that_are_no_checkpoints(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x.pt: holds no 'qlora_config'"):
+    with pytest.raises(ValueError, match=r"x.pt: holds no '_qlora_conversion'"):
         read_adapter_from_checkpoint(tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x.pt' holds no 'qlora_config'"):
+    with pytest.raises(ValueError, match=r"x.pt' holds no '_qlora_conversion'"):
         load_from_checkpoint(Lit, tmp_path / "x.pt")
     (tmp_path / "y.pt").write_bytes(b"nothing")
     for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(Lit, path)):

@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
-from lightning_qlora.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
-from lightning_qlora.adapters.peft_metadata import CHECKSUMS_OF_FILE, EXPERTS, FINGERPRINTS, QUANTIZATION
+from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
-from tests.adapters.test_peft_metadata import adapter
+from tests.adapters.test_peft_folder import adapter
 from tests.toys import perturb
 
 JSON = (type(None), bool, int, float, str, list)
@@ -134,14 +133,14 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
         config = json.loads((folder / CONFIG_FILE).read_text())
-        del metadata[CHECKSUMS_OF_FILE]
+        del metadata[CHECKSUMS]
         which = number % 3
         if which == 0:
             config |= {name: draw.choice(values) for name in draw.sample([*config, "target_parameters"], 2)}
         elif which == 1:
-            keys = (QUANTIZATION, FINGERPRINTS, EXPERTS)
             inner = {draw.choice(["quant_type", "init_lora_weights", "layers.0.proj", "a"]): draw.choice(values)}
-            metadata |= {draw.choice(keys): json.dumps(draw.choice([*values, inner]))}
+            entry = {draw.choice(["quantization", "fingerprints", "experts"]): draw.choice([*values, inner])}
+            metadata[BASE] = json.dumps(draw.choice([*values, entry]))
         else:
             key = draw.choice(list(tensors))
             value = tensors[key].to(getattr(torch, draw.choice(names)))

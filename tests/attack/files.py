@@ -19,7 +19,7 @@ from lightning_qlora import QLoRAPrecision
 from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter, write_adapter
 from lightning_qlora.files.folder_writer import INCOMPLETE
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from tests.adapters.test_peft_metadata import adapter, number_of
+from tests.adapters.test_peft_folder import adapter, number_of
 from tests.attack.processes import exit_at_line, kill_later, lines_of, run
 from tests.conftest import Classifier, ResumableLoader, make_trainer
 

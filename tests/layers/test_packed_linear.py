@@ -50,10 +50,6 @@ def trained(module):
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def state_of(module):
-    return {key: value for key, value in module.state_dict().items() if key != "qlora_checksums"}
-
-
 def changed(module):
     """What trains, after all parameters were multiplied by 0.9."""
     return {name: 0.9 * value for name, value in trained(module).items()}
@@ -95,7 +91,7 @@ def by_subtraction(module):  # torch_ema
 
 
 def by_state_dict(module):
-    state = state_of(module)
+    state = module.state_dict()
     module.load_state_dict({k: 0.9 * v if v.is_floating_point() else v for k, v in state.items()})
 
 
@@ -213,7 +209,7 @@ def test_a_target_network_follows_a_trained_one():
 @pytest.mark.parametrize("checkpoint", ["adapter", "full"])
 def test_the_mean_of_whole_state_dicts_loads_and_another_base_is_refused(clients, checkpoint):
     modules = [converted(seed, checkpoint=checkpoint) for seed in range(clients)]
-    states = [state_of(module) for module in modules]
+    states = [module.state_dict() for module in modules]
     if checkpoint == "full":  # the bytes of the base are uint8, whose sum wraps in any federated average
         mean = {k: sum(s[k] for s in states) / clients if v.is_floating_point() else v for k, v in states[0].items()}
     else:
@@ -225,7 +221,7 @@ def test_the_mean_of_whole_state_dicts_loads_and_another_base_is_refused(clients
     if checkpoint == "adapter":
         other = copy.deepcopy(modules[1])
         other.inner.quantize_weight(torch.randn(48, 64))
-        mixed = {key: (states[1][key] + value) / 2 for key, value in state_of(other).items()}
+        mixed = {key: (states[1][key] + value) / 2 for key, value in other.state_dict().items()}
         with pytest.raises(RuntimeError, match="another base weight"):
             modules[1].load_state_dict(mixed)
 

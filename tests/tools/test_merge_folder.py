@@ -191,7 +191,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x.ckpt: not a checkpoint, or truncated"):
         read_adapter_from_checkpoint(tmp_path / "x.ckpt")
     torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "y.ckpt")
-    with pytest.raises(ValueError, match=r"y.ckpt: holds no 'qlora_config'"):
+    with pytest.raises(ValueError, match=r"y.ckpt: holds no '_qlora_conversion'"):
         read_adapter_from_checkpoint(tmp_path / "y.ckpt")
 
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from lightning_qlora import QLoRAPrecision, convert, merge, quantize
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.initialization import methods
+from lightning_qlora.training.calibration import calibration_of
 from tests.conftest import loader
 
 CALIBRATED = {
@@ -114,6 +115,10 @@ def dense_layers(module):
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def input_rms(module):
+    return calibration_of(module).report.input_rms
+
+
 def error_on(inputs, weight, layer):
     """||(W - Q - s B A) x||, which the calibration minimizes."""
     return torch.linalg.norm(inputs @ (weight - layer.decode() - layer.delta()).T).item()
@@ -131,7 +136,7 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs():
     inputs = x * net.sizes
     layer, weight = net.layers[0], dense.layers[0].weight.detach()
     rms = inputs.square().mean(0).sqrt()
-    torch.testing.assert_close(layer.input_rms, rms)
+    torch.testing.assert_close(report.calibration.input_rms["layers.0"], rms)
     lora_a, lora_b = methods.calibrated_adapter(weight, quantize(weight), rms, layer.config, "layers.0")
     torch.testing.assert_close(layer.lora_A.detach(), lora_a)
     torch.testing.assert_close(layer.lora_B.detach(), lora_b)
@@ -141,7 +146,7 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs():
     assert f"largest errors left: {worst} {errors[worst]:.1%}, " in str(report)
     with torch.no_grad():
         hidden = quantized.eval().layers[:2](inputs)
-    torch.testing.assert_close(net.layers[2].input_rms, hidden.square().mean(0).sqrt())
+    torch.testing.assert_close(report.calibration.input_rms["layers.2"], hidden.square().mean(0).sqrt())
     assert report.calibration.calibrated == ["layers.0", "layers.2"]
     assert (report.calibration.waiting, report.calibration.unseen, report.calibration.rows) == ([], [], 200)
 
@@ -260,7 +265,7 @@ def test_rows_that_are_not_finite_do_not_count():
         convert(net, **CALIBRATED)
     step(nets[0], x)
     step(nets[1], torch.cat([x, torch.full((2, 64), torch.nan)]))
-    assert torch.equal(nets[0].layers[0].input_rms, nets[1].layers[0].input_rms)
+    assert torch.equal(*(input_rms(net)["layers.0"] for net in nets))
 
 
 def test_a_rank_above_the_singular_values_is_refused_at_conversion():
@@ -320,7 +325,7 @@ def test_statistics_are_summed_over_the_batches_of_the_first_step(trainer):
     two, plugin, _ = fit(trainer, Plain(), data=loader(batch_size=8), max_steps=1, accumulate_grad_batches=2)
     assert plugin.report.calibration.rows == 16
     for name in dense_layers(one):
-        torch.testing.assert_close(two.get_submodule(name).input_rms, one.get_submodule(name).input_rms)
+        torch.testing.assert_close(input_rms(two)[name], input_rms(one)[name])
 
 
 def test_blocks_that_are_recomputed_count_like_others(trainer):
@@ -340,8 +345,8 @@ def test_blocks_that_are_recomputed_count_like_others(trainer):
         arguments = {**CALIBRATED, "target_modules": "all-linear", "gradient_checkpointing": recompute}
         convert(net, **arguments)
         step(net, x)
-    for name, layer in dense_layers(nets[0]).items():
-        torch.testing.assert_close(nets[1].get_submodule(name).input_rms, layer.input_rms)
+    for name in dense_layers(nets[0]):
+        torch.testing.assert_close(input_rms(nets[1])[name], input_rms(nets[0])[name])
 
 
 def test_validation_before_training_does_not_calibrate(trainer):
@@ -382,7 +387,7 @@ def test_a_checkpoint_saved_before_calibration_is_calibrated_after_loading(train
     second = convert(later, **CALIBRATED)
     later.load_state_dict(other.state_dict())
     assert second.calibration.waiting == []
-    assert torch.equal(later.net.layers[0].input_rms, other.net.layers[0].input_rms)
+    assert torch.equal(later.net.layers[0].initial_A, other.net.layers[0].initial_A)
 
 
 def test_dense_weights_loaded_before_calibration_are_used_by_it():
@@ -465,7 +470,7 @@ def test_a_learning_rate_finder_keeps_the_calibration(trainer):
     Tuner(runner).lr_find(module, loader(), num_training=3, update_attr=False)
     fresh, _, _ = fit(trainer, max_steps=1)
     for name, layer in dense_layers(fresh).items():
-        assert torch.equal(module.get_submodule(name).input_rms, layer.input_rms)
+        assert torch.equal(module.get_submodule(name).initial_A, layer.initial_A)
         assert module.get_submodule(name).lora_B.any()
     assert plugin.report.calibration.waiting == []
 
@@ -483,7 +488,7 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     with pytest.warns(UserWarning, match=r"saved before the calibration.*layers\.0 now has the default initialization"):
         net.load_state_dict(before)
     assert not net.layers[0].lora_B.any()
-    assert net.layers[0].input_rms is None
+    assert net.layers[0].initial_A is None
 
 
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
@@ -493,7 +498,7 @@ def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
     with pytest.warns(UserWarning, match=r"layers\.0 was trained before its calibration"):
         step(net, torch.randn(4, 64))
     assert (net.layers[0].lora_B == 1).all()
-    assert net.layers[2].input_rms is not None
+    assert net.layers[2].initial_A is not None
 
 
 def test_the_trainer_refuses_to_step_adapters_that_are_not_calibrated(trainer):
@@ -528,7 +533,7 @@ def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
         second.load_state_dict(first.state_dict())
     one, other = first.state_dict(), second.state_dict()
     assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items() if name != "qlora_config")
+    assert all(torch.equal(value, other[name]) for name, value in one.items() if name != "_qlora_conversion")
     assert get_adapter(second).quantization["init_lora_weights"] == saved
     x = torch.randn(4, 64)
     assert torch.equal(first(x), second(x))

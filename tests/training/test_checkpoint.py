@@ -69,7 +69,7 @@ def test_the_base_is_not_in_the_file_a_second_time(saved):
 
 
 def test_lightnings_own_loading_says_how(saved):
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*qlora_config"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*_qlora_conversion"):
         Template.load_from_checkpoint(saved[1])
     with pytest.raises(AttributeError, match=r"'in_features' of a Sequential: .*load_from_checkpoint"):
         _ = torch.load(saved[1], weights_only=True)["hyper_parameters"]["net"].in_features

@@ -86,8 +86,8 @@ def test_all_ranks_get_the_same_calibrated_adapters_from_the_inputs_of_all_ranks
         assert {"experts.0", "experts.1"} <= set(report.calibrated)
         for place in (0, 1):
             expected = inputs[place::2].square().mean(0).sqrt()
-            torch.testing.assert_close(state[f"experts.{place}.input_rms"], expected)
+            torch.testing.assert_close(report.input_rms[f"experts.{place}"], expected)
         return
     assert report.rows == rows
     if fit != "called":  # before the loop, on inputs of the ranks' own
-        torch.testing.assert_close(state["net.0.input_rms"], inputs.square().mean(0).sqrt())
+        torch.testing.assert_close(report.input_rms["net.0"], inputs.square().mean(0).sqrt())

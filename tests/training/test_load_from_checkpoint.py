@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, fingerprints, loader
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_blocks_in_a_checkpoint_wrapper_have_the_names_of_the_plain_module(saves
     module, run = Wrapped(saves), trainer(plugins=QLoRAPrecision(r=4), max_epochs=1)
     run.fit(module, loader())
     path = run.checkpoint_callback.best_model_path
-    assert "net.2.weight.fingerprint" in torch.load(path, weights_only=True)["state_dict"]
+    assert "net.2.weight" in fingerprints(torch.load(path, weights_only=True)["state_dict"])
     for wrapped in (False, True):
         again = load_from_checkpoint(Wrapped, path, wrapped=wrapped)
         assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
@@ -145,11 +145,11 @@ def test_a_checkpoint_that_the_module_filtered_is_loaded_by_what_the_plugin_save
     module, run = Filters(), trainer(plugins=QLoRAPrecision(r=4, lora_alpha=32, lora_dropout=0.0), max_epochs=2)
     run.fit(module, loader())
     path, weights_only = run.checkpoint_callback.best_model_path, tmp_path / "weights.ckpt"
-    assert "qlora_config" not in torch.load(path, weights_only=True)["state_dict"]
+    assert "_qlora_conversion" not in torch.load(path, weights_only=True)["state_dict"]
     x = torch.randn(3, 64)
     assert torch.equal(load_from_checkpoint(Filters, path).eval()(x), module.eval()(x))
     run.save_checkpoint(weights_only, weights_only=True)
-    with pytest.raises(ValueError, match=r"adapters of 2 layers and no 'qlora_config'.*on_save_checkpoint.*convert\("):
+    with pytest.raises(ValueError, match=r"of 2 layers and no '_qlora_conversion'.*on_save_checkpoint.*convert\("):
         load_from_checkpoint(Filters, weights_only)
     again = Filters()  # as the error says
     convert(again, r=4, lora_alpha=32, lora_dropout=0.0)

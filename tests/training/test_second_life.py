@@ -22,9 +22,9 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.base_model import OF_LAYER
-from lightning_qlora.adapters.module_state import conversion_of
+from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, fingerprints, loader
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 
@@ -175,7 +175,7 @@ def test_a_part_that_was_converted_alone_becomes_a_part_of_the_whole(tmp_path):
         report = convert(module, r=4)
     assert report.converted == ["net.0"]
     assert report.skipped == {"net.3": "as an earlier conversion left it"}
-    assert [key for key in module.state_dict() if key.endswith("qlora_config")] == ["qlora_config"]
+    assert [key for key in module.state_dict() if key.endswith("_qlora_conversion")] == ["_qlora_conversion"]
     save(trained(module), tmp_path / "c.ckpt")
     assert torch.equal(load_from_checkpoint(Built, tmp_path / "c.ckpt").eval()(X), module(X))
 
@@ -216,7 +216,7 @@ def test_the_state_dict_of_a_part_is_complete(tmp_path):
     convert(module, r=4)
     trained(module)
     state = copy.deepcopy(module.net.state_dict())
-    assert not [key for key in state if key.endswith("fingerprint")]
+    assert not fingerprints(state)
     other = Built()
     with torch.no_grad():
         other.net[3].weight.mul_(2)

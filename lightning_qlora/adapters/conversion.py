@@ -1,0 +1,166 @@
+"""What a conversion did, and what the base model was: an attribute of a converted module, one entry of its state dict.
+
+Both have the same name, so that torch.distributed.checkpoint, which follows keys as attributes, finds the entry.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.base_compatibility import check_quantization
+from lightning_qlora.checks import shown
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
+
+CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
+DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
+    "prefix": str,
+    "trained_in_full": list,
+    "layers": dict,
+    "experts": dict,
+    "tokens": dict,
+}
+PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
+
+
+@dataclass
+class Conversion:
+    """The conversion of a module.
+
+    Attributes:
+        config: The arguments that checkpoints hold; an adapter that was loaded changes them.
+        given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
+            are those of this conversion.
+        layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
+        buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
+        replaced: Whether the state dict that is being loaded holds a dense base.
+    """
+
+    config: QLoRAConfig
+    given: list[QLoRAConfig]
+    layers: dict[str, tuple[int, ...]]
+    buffers: dict[str, int]
+    replaced: bool = False
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion of a module; None if it is not converted, or only as a part of another module."""
+    return vars(module).get(CONVERSION)
+
+
+def forget_conversion(module: nn.Module) -> None:
+    """Remove the record, so that the module can be converted again; converted layers stay."""
+    vars(module).pop(CONVERSION, None)
+
+
+def check_no_layer_resized(root: nn.Module) -> None:
+    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
+
+    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
+    """
+    conversion = conversion_of(root)
+    if conversion is None:
+        return
+    layers = {plain_name(name): part for name, part in root.named_modules()}
+    for name, shape in conversion.layers.items():
+        layer = layers.get(name)
+        if layer is None or isinstance(layer, TrainableTokens):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.shape != shape:
+            raise RuntimeError(
+                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
+                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
+                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
+            )
+
+
+def shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
+    """`Conversion.layers` of a module."""
+    layers: dict[str, Any] = adapted_layers(root)
+    layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
+    return {plain_name(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
+
+
+def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
+    for name, part in module.named_modules():
+        for key, value in part.named_buffers(recurse=False):
+            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
+                yield join(name, key), value
+
+
+@dataclass(frozen=True)
+class SavedConversion:
+    """What a checkpoint says about the conversion and the base.
+
+    Attributes:
+        config: The arguments.
+        base: What `describe_base` returns.
+        fingerprints: Name of a 4-bit layer, or of another frozen parameter, that is not in the state dict -> its
+            fingerprint.
+    """
+
+    config: QLoRAConfig
+    base: dict[str, Any]
+    fingerprints: dict[str, int]
+
+    def text(self) -> str:
+        """It as JSON. Fingerprints are decimal digits: a mean over several bases is a text with other digits."""
+        config = asdict(self.config)
+        config["adapter"] = None  # a folder that is read once, at conversion
+        fingerprints = {name: f"{number:019}" for name, number in self.fingerprints.items()}
+        return json.dumps({"config": config, "base": self.base, "fingerprints": fingerprints})
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> "SavedConversion":
+        """The reverse; a damaged text may raise any error."""
+        content = json.loads(text)
+        config = QLoRAConfig(**content["config"])
+        base = {**content["base"]}
+        for name, expected in DESCRIPTION_TYPES.items():
+            if not isinstance(base.get(name, expected()), expected):
+                raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
+        check_quantization(base.get("quantization"), "quantization")
+        layers = base.get("layers", {}).values()
+        for arguments in {json.dumps(value): value for value in layers}.values():  # each once
+            QLoRAConfig(**arguments)
+        fingerprints = {name: int(digits) for name, digits in content["fingerprints"].items()}
+        return cls(config, base, fingerprints)
+
+    def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
+        prefix = self.base.get("prefix", "")
+        arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
+        keys = [plain_name(key) for key in state_dict]
+        names = [owner_name(key) for key in keys if last_part(key) == "lora_A"]
+        return {name: arguments.get(name, {}) for name in names}
+
+
+def entry_of(text: str) -> Tensor:
+    """The value of `CONVERSION` in a state dict: bytes of a text, in 32 bits, so that a sum over state dicts fits."""
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % PAGE)
+    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(torch.int32)
+
+
+def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> SavedConversion | None:
+    """The conversion in a state dict; None for that of a module that is not converted. ValueError if it is damaged."""
+    key = prefix + CONVERSION
+    if key not in state_dict:
+        return None
+    try:
+        # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
+        encoded = state_dict[key].contiguous().double().round().to(torch.uint8)
+        return SavedConversion.from_text(bytes(encoded.tolist()))
+    except Exception as error:  # a damaged value may raise any error
+        raise ValueError(
+            f"{key}: is damaged, or of a newer version of lightning-qlora ({error}). Use another copy, or that version."
+        ) from error

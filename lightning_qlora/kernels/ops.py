@@ -180,8 +180,9 @@ def lora_linear_op(
 @lora_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
-    (out_features, _), lora_a = rest[3], rest[7]
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(_rows(x).shape[0], lora_a.shape[0])
+    shape = rest[3]
+    lora_a = rest[7]
+    return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(_rows(x).shape[0], lora_a.shape[0])
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
@@ -210,7 +211,8 @@ def lora_linear_backward_op(
 
 @lora_linear_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_a, lora_b, needs_x = rest[7], rest[8], rest[-1]
+    lora_a, lora_b = rest[7:9]
+    needs_x = rest[-1]
     return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 

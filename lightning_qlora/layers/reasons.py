@@ -77,7 +77,9 @@ class ModuleFacts:
     def cannot_convert(self, layer: nn.Module | ExpertParameter) -> str | None:
         """Why a layer, or a parameter of experts, can't be converted, even if target_modules names it."""
         if isinstance(layer, ExpertParameter):
-            return None if layer.loaded is not None else self._cannot_quantize(layer.owner._parameters[layer.key])
+            if layer.loaded is not None:
+                return None
+            return self._cannot_quantize(layer.owner._parameters[layer.key])
         if isinstance(layer, QLoRALinear):
             return None
         for key in ("weight", "bias"):

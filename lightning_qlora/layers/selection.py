@@ -36,8 +36,11 @@ class Rule(NamedTuple):
     reason: "Callable[[Candidate], str | bool | None]"  # whether it applies: its reason, or True, for `when`
 
 
-CONVERT, TRAIN, SKIP = "4 bits and an adapter", "trains in full", "dense and frozen"
-WARN, REFUSE = "dense and frozen, with a warning", "an error"
+CONVERT = "4 bits and an adapter"
+TRAIN = "trains in full"
+SKIP = "dense and frozen"
+WARN = "dense and frozen, with a warning"
+REFUSE = "an error"
 RULES = (
     Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda layer: layer.saved_arguments is not None),
     Rule("in exclude_modules", SKIP, SKIP, lambda layer: layer.names.match_outer(layer.config.exclude_modules)),

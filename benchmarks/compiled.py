@@ -180,8 +180,8 @@ def _instructions(listing: str) -> tuple[list[str], int]:
 
 def _read_amd(assembly: str) -> Report:
     def figure(pattern: str) -> int:
-        found = re.search(pattern + r":\s+(\d+)", assembly)
-        return int(found[1]) if found else 0
+        match = re.search(pattern + r":\s+(\d+)", assembly)
+        return int(match[1]) if match else 0
 
     instructions = re.findall(r"^\t(?:[vs]|ds|global|buffer|flat|scratch)_\w+", assembly, re.MULTILINE)
     return Report(

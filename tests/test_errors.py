@@ -75,8 +75,8 @@ def adapter(files, tmp_path):
         text = (files / "adapter/adapter_config.json").read_text()
         content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
         (folder / "adapter_config.json").write_bytes(content)
-        held = load_file(files / "adapter/adapter_model.safetensors")
-        save_file({**held, **(tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = load_file(files / "adapter/adapter_model.safetensors")
+        save_file({**weights, **(tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         return folder
 
     return write

@@ -26,9 +26,13 @@ from lightning_qlora.kernels.triton import launch
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_LIMIT_AMD = 64
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int32: "i32",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
     torch.int64: "i64",
-}  # fmt: skip
+}
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg", "waves_per_eu"}
 
 
@@ -60,7 +64,8 @@ class Report:
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Within it no kernel runs: the launches, with the target's tiles, are listed instead."""
     launches: list[Launch] = []
-    run, real_target = triton.JITFunction.run, launch.target
+    run = triton.JITFunction.run
+    real_target = launch.target
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS & set(kwargs)}
@@ -79,7 +84,9 @@ def source(launch: Launch, target: str) -> ASTSource:
 
     On AMD also which tensors are smaller than 2 GiB: they are read with buffer instructions.
     """
-    signature, constants, hints = {}, {}, {}
+    signature = {}
+    constants = {}
+    hints = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if (
@@ -128,7 +135,8 @@ def _read_nvidia(compiled: Any, arch: int) -> Report:
         knobs.nvidia.ptxas_blackwell if arch >= 90 and hasattr(knobs.nvidia, "ptxas_blackwell") else knobs.nvidia.ptxas
     )
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx = Path(folder) / "kernel.ptx"
+        cubin = Path(folder) / "kernel.cubin"
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
         command = [
@@ -163,7 +171,10 @@ def _instructions(listing: str) -> tuple[list[str], int]:
     Code that waits for a barrier may stand behind the end of the kernel: a loop of at most four instructions, and
     directly after it a jump back to where the kernel goes on, which is no loop.
     """
-    names, labels, longest, waited = [], {}, 0, -1
+    names = []
+    labels = {}
+    longest = 0
+    waited = -1
     for line in listing.splitlines():
         if label := re.match(r"^(\.L_[\w.]+):", line.strip()):
             labels[label[1]] = len(names)
@@ -172,7 +183,8 @@ def _instructions(listing: str) -> tuple[list[str], int]:
             goal = re.search(r"\.L_[\w.]+", operands) if name.startswith("BRA") else None
             if goal and goal[0] in labels and len(names) != waited:
                 length = len(names) - labels[goal[0]]
-                longest, waited = max(longest, length), len(names) if length <= 4 else -1
+                longest = max(longest, length)
+                waited = len(names) if length <= 4 else -1
             if name not in ("NOP", "BRA", "EXIT"):
                 names.append(name)
     return names, longest
@@ -180,8 +192,8 @@ def _instructions(listing: str) -> tuple[list[str], int]:
 
 def _read_amd(assembly: str) -> Report:
     def figure(pattern: str) -> int:
-        found = re.search(pattern + r":\s+(\d+)", assembly)
-        return int(found[1]) if found else 0
+        match = re.search(pattern + r":\s+(\d+)", assembly)
+        return int(match[1]) if match else 0
 
     instructions = re.findall(r"^\t(?:[vs]|ds|global|buffer|flat|scratch)_\w+", assembly, re.MULTILINE)
     return Report(

@@ -81,9 +81,9 @@ def _mode(layer: Any, training: bool) -> Any:
 
 
 def _copy(dense: nn.Linear) -> nn.Linear:
-    made = nn.Linear(dense.in_features, dense.out_features, bias=False, dtype=dense.weight.dtype)
-    made.weight.data.copy_(dense.weight)
-    return made
+    linear = nn.Linear(dense.in_features, dense.out_features, bias=False, dtype=dense.weight.dtype)
+    linear.weight.data.copy_(dense.weight)
+    return linear
 
 
 class _LinearAndTwoProducts(nn.Module):

@@ -81,14 +81,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.variant:
         return work(options.variant, options.threads, options.r)
     torch.set_num_threads(options.threads)
-    found = steps_in_turns(
+    results = steps_in_turns(
         "benchmarks.cpu_step",
         ["--threads", str(options.threads), "--r", str(options.r)],
         peers.installed(),
         WARMUP + options.steps,
         options.threads,
     )
-    measure.publish("cpu_step", {"variants": found}, report(found), options.write)
+    measure.publish("cpu_step", {"variants": results}, report(results), options.write)
 
 
 if __name__ == "__main__":

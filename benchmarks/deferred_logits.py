@@ -80,23 +80,23 @@ def whole_model(options: argparse.Namespace) -> tuple[Callable[[], float], float
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     planned_mb = float("nan")
-    made: nn.Module = model
+    module: nn.Module = model
     if options.variant in VARIANTS:
         arguments = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.0, "deferred_logits": VARIANTS[options.variant]}
         planned = estimate_memory(model, options.batch, options.length, **arguments)
         planned_mb = (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6
         convert(model, **arguments)
     else:
-        made = peers.build(options.variant, model, R)
-    made.train()
-    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
+        module = peers.build(options.variant, model, R)
+    module.train()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
     ids = torch.randint(0, VOCABULARY, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, : options.length // 2] = -100
 
     def step() -> float:
-        loss = made(input_ids=ids, labels=labels).loss
+        loss = module(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -169,8 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     variants = [*VARIANTS]
     if not options.head_only and peers.BNB in peers.installed():
         variants.append(peers.BNB)
-    found = steps_in_turns("benchmarks.deferred_logits", given, variants, WARMUP + options.steps, options.threads)
-    print(f"`python -m benchmarks.deferred_logits {' '.join(given)}` on {measure.machine()}\n\n{report(found)}")
+    results = steps_in_turns("benchmarks.deferred_logits", given, variants, WARMUP + options.steps, options.threads)
+    print(f"`python -m benchmarks.deferred_logits {' '.join(given)}` on {measure.machine()}\n\n{report(results)}")
 
 
 if __name__ == "__main__":

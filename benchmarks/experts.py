@@ -37,10 +37,10 @@ def block(arguments: argparse.Namespace) -> nn.Module:
     )  # fmt: skip
     config._experts_implementation = "grouped_mm"
     torch.manual_seed(0)
-    made = Qwen3MoeSparseMoeBlock(config).to(torch.bfloat16)
-    for parameter in made.parameters():
+    block = Qwen3MoeSparseMoeBlock(config).to(torch.bfloat16)
+    for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return made
+    return block
 
 
 def build(name: str, arguments: argparse.Namespace) -> nn.Module:

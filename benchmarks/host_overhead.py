@@ -114,8 +114,8 @@ def measure(layers: nn.Module, x: Tensor, count: int = LAYERS) -> list[str]:
 
 def unchecked() -> Callable[[torch.device], Backend]:
     """In place of `backends.backend`: Triton's backend without the check, whose kernels would have to compute."""
-    made = Backend(torch.device("cpu"), kernels)
-    return lambda device: made
+    backend = Backend(torch.device("cpu"), kernels)
+    return lambda device: backend
 
 
 def ours(dropout: float, few_rows: bool = False) -> nn.Module:

@@ -215,14 +215,14 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(options.folder or temporary) / f"llama-{options.size}"
         if not folder.exists():
             write_shards(folder, options.size)
-        found = steps_in_turns(
+        results = steps_in_turns(
             "benchmarks.seven_billion",
             ["--folder", str(folder), "--threads", str(options.threads)],
             options.variants,
             1 + options.steps,
             options.threads,
         )
-    measure.publish("seven_billion", {"size": options.size, "variants": found}, report(found), options.write)
+    measure.publish("seven_billion", {"size": options.size, "variants": results}, report(results), options.write)
 
 
 if __name__ == "__main__":

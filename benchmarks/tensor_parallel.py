@@ -50,8 +50,8 @@ def plan(use_dora: bool) -> dict[str, Any]:
 
 def frozen_bytes(model: nn.Module) -> int:
     """Bytes of the 4-bit weights on this rank."""
-    held = [layer._parameters[name] for layer in adapted_layers(model).values() for name in BASE]
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in held if p is not None)
+    weights = [layer._parameters[name] for layer in adapted_layers(model).values() for name in BASE]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in weights if p is not None)
 
 
 def main() -> None:

@@ -97,7 +97,8 @@ class ResumableLoader:
     """A loader that knows where it is, as torchdata's StatefulDataLoader: Lightning repeats data from any other."""
 
     def __init__(self, samples=64, batch_size=8):
-        self.batches, self.next = list(loader(samples, batch_size)), 0
+        self.batches = list(loader(samples, batch_size))
+        self.next = 0
 
     def __len__(self):
         return len(self.batches)

@@ -39,7 +39,7 @@ def _short(expression: str) -> str:
 
 def errors_of(path: Path) -> list[tuple[str, str]]:
     """Type and message of every `raise` of a new error in a file, in its order."""
-    found = []
+    errors = []
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
             continue
@@ -50,8 +50,8 @@ def errors_of(path: Path) -> list[tuple[str, str]]:
             and kind != "SystemExit"
             and re.search(r"[a-z]{3}", re.sub(r"{.*?}", "", message))
         ):
-            found.append((node.lineno, kind, message))
-    return [(kind, message) for _, kind, message in sorted(found)]
+            errors.append((node.lineno, kind, message))
+    return [(kind, message) for _, kind, message in sorted(errors)]
 
 
 def page() -> str:

@@ -227,17 +227,17 @@ def _statements(function: ast.AST) -> Iterator[ast.AST]:
 
 def targets_of(node: ast.AST) -> Iterator[ast.AST]:
     """What a node sets or deletes, tuples taken apart."""
-    found: list[Any] = []
+    targets: list[Any] = []
     if isinstance(node, (ast.Assign, ast.Delete)):
-        found = [*node.targets]
+        targets = [*node.targets]
     elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension)):
-        found = [node.target]
+        targets = [node.target]
     elif isinstance(node, ast.withitem):
-        found = [node.optional_vars]
-    while found:
-        target = found.pop(0)
+        targets = [node.optional_vars]
+    while targets:
+        target = targets.pop(0)
         if isinstance(target, (ast.Tuple, ast.List)):
-            found += target.elts
+            targets += target.elts
         elif target is not None:
             yield target.value if isinstance(target, ast.Starred) else target
 

@@ -286,10 +286,10 @@ def test_what_a_decoder_layer_keeps_is_listed_by_module():
     with FakeTensorMode():
         rows = {name: sizes for name, *sizes in saved_tensors.saved_by_module(*saved_tensors.decoder_layer(sizes))}
     x = 8 * 64 * 2
-    own = 8 * 4 * 2 + 8
-    assert rows["self_attn.q_proj"][:2] == [x + own, 0]
-    assert rows["self_attn.k_proj"][:2] == rows["self_attn.v_proj"][:2] == [own, x]
-    assert rows["mlp.down_proj"][:2] == [8 * 128 * 2 + own, 0]
+    adapter = 8 * 4 * 2 + 8
+    assert rows["self_attn.q_proj"][:2] == [x + adapter, 0]
+    assert rows["self_attn.k_proj"][:2] == rows["self_attn.v_proj"][:2] == [adapter, x]
+    assert rows["mlp.down_proj"][:2] == [8 * 128 * 2 + adapter, 0]
 
 
 @pytest.mark.slow

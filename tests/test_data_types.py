@@ -75,9 +75,9 @@ class TestScores:
 
     def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed(self, tokenizer):
         rows = [multiple_choice.encode(item, tokenizer, 512) for item in ITEMS * 3]
-        found = list(multiple_choice.batches(rows, 60))
-        assert sorted(index for batch in found for index in batch) == list(range(12))
-        assert all(len(batch) * max(len(rows[i].tokens) for i in batch) <= 60 for batch in found)
+        batches = list(multiple_choice.batches(rows, 60))
+        assert sorted(index for batch in batches for index in batch) == list(range(12))
+        assert all(len(batch) * max(len(rows[i].tokens) for i in batch) <= 60 for batch in batches)
 
     def test_an_item_that_is_too_long_is_named(self, tokenizer):
         with pytest.raises(ValueError, match=r"more tokens than the model has positions \(5\): 'The sky is blue'"):
@@ -133,9 +133,9 @@ def test_decoding_keeps_the_function(start):
     assert size[1] - size[0] == pytest.approx(adapters if start == "loftq" else 0)
     with torch.no_grad():
         expected = model(tokens).logits
-        found = data_types.decode(model)(tokens).logits
+        logits = data_types.decode(model)(tokens).logits
     assert not any(isinstance(layer, QLoRALinear) for layer in model.modules())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_paired_differences():

@@ -118,8 +118,8 @@ def check(function, context=elsewhere):
     codebooks.codebook.cache_clear()
     codebooks.dynamic_map.cache_clear()
     with context() as mode:
-        found = function()
-    assert same(found, expected)
+        result = function()
+    assert same(result, expected)
     assert not getattr(mode, "asked", None)
 
 
@@ -212,11 +212,11 @@ def test_experts(transposed):
     def run():
         owner = nn.Module()
         owner.register_parameter("stack", nn.Parameter(stack.clone(), requires_grad=False))
-        made = QLoRAExperts.from_parameter(owner, "stack", QLoRAConfig(**SMALL), "stack", 3, transposed)
-        for layer in made.layers:
+        experts = QLoRAExperts.from_parameter(owner, "stack", QLoRAConfig(**SMALL), "stack", 3, transposed)
+        for layer in experts.layers:
             layer.lora_B.data.add_(0.01)
-        read = made.weight[1]
-        loss = made.effective_weight().square().sum() + read.sum()
+        read = experts.weight[1]
+        loss = experts.effective_weight().square().sum() + read.sum()
         loss.backward()
         return loss, owner
 
@@ -301,9 +301,9 @@ def test_estimate_memory():
 @TORCH_NAMES_DEVICES
 def test_doctor():
     def run():
-        found = list(doctor.examine())
-        assert all(good for _, _, good in found), found
-        return [text.partition(";")[0] for _, text, _ in found]  # the rest is seconds
+        checks = list(doctor.examine())
+        assert all(good for _, _, good in checks), checks
+        return [text.partition(";")[0] for _, text, _ in checks]  # the rest is seconds
 
     check(run)
 
@@ -433,14 +433,14 @@ def calls_without_device(source: str) -> list[tuple[int, str]]:
     A factory that is not called at once (`make = torch.zeros`) is one too.
     """
     tree = ast.parse(source)
-    found = []
+    calls = []
     given = set()
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and any(keyword.arg == "device" for keyword in node.keywords):
             given.add(node.func)
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            found += [(node.lineno, ast.unparse(node)) for name in node.names if name.name in FACTORIES]
+            calls += [(node.lineno, ast.unparse(node)) for name in node.names if name.name in FACTORIES]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name) or node in given:
             continue
@@ -449,10 +449,10 @@ def calls_without_device(source: str) -> list[tuple[int, str]]:
         call = parents[node]
         called = isinstance(call, ast.Call) and call.func is node
         if owner == "torch" and name in FACTORIES and not (name == "Generator" and (not called or call.args)):
-            found.append((node.lineno, ast.unparse(call)))
+            calls.append((node.lineno, ast.unparse(call)))
         if owner == "nn" and called and "device" in inspect.signature(getattr(nn, name)).parameters:
-            found.append((node.lineno, ast.unparse(call)))
-    return found
+            calls.append((node.lineno, ast.unparse(call)))
+    return calls
 
 
 def test_every_tensor_of_the_package_is_made_with_a_device():

@@ -75,8 +75,8 @@ def adapter(files, tmp_path):
         text = (files / "adapter/adapter_config.json").read_text()
         content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
         (folder / "adapter_config.json").write_bytes(content)
-        held = load_file(files / "adapter/adapter_model.safetensors")
-        save_file({**held, **(tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = load_file(files / "adapter/adapter_model.safetensors")
+        save_file({**weights, **(tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         return folder
 
     return write
@@ -175,9 +175,10 @@ KEY = "base_model.model.0.lora_A.weight"
         (None, {KEY: torch.ones(4, 64, dtype=torch.int64)}, [KEY, "is int64", "must be float16"]),
         (None, {KEY: torch.full((4, 64), float("inf"))}, [KEY, "holds NaN or Inf"]),
     ],
-)  # fmt: skip
+)
 def test_an_adapter_folder(config, tensors, words, adapter):
-    module, folder = Classifier(), adapter(config, tensors)
+    module = Classifier()
+    folder = adapter(config, tensors)
     convert(module, r=4)
     refused(lambda: load_adapter(module, folder), folder, *words)
 

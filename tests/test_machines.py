@@ -38,10 +38,11 @@ def example(script, base, folder):
 
 def start(commands, **environment):
     """Start the processes, each with its number as SLURM's rank."""
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     ranks = [dict.fromkeys(("SLURM_PROCID", "SLURM_NODEID"), str(rank)) for rank in range(len(commands))]
     return [
-        subprocess.Popen(command, cwd=ROOT, env={**own, **rank}) for command, rank in zip(commands, ranks, strict=True)
+        subprocess.Popen(command, cwd=ROOT, env={**variables, **rank})
+        for command, rank in zip(commands, ranks, strict=True)
     ]
 
 
@@ -58,7 +59,7 @@ def wait_for_checkpoint(folder, process):
 
 def workers(folder, name):
     """Processes of this run whose command line has the name, in the order in which they began."""
-    found = []
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()
@@ -66,8 +67,8 @@ def workers(folder, name):
         except OSError:  # it ended
             continue
         if name in command and f"OF_THE_TEST={folder}".encode() in environment.split(b"\0"):
-            found.append(int(entry.name))
-    return sorted(found)
+            pids.append(int(entry.name))
+    return sorted(pids)
 
 
 def assert_equal(found, expected):

@@ -50,8 +50,8 @@ NAMES = ("llama", "gpt2", "bert", "t5")
 
 def needs(package: str, least: str, reason: str):
     """A mark for tests of what older versions of a package can't do."""
-    found = tuple(int(part) for part in version(package).split(".")[:2])
-    return pytest.mark.skipif(found < tuple(map(int, least.split("."))), reason=f"{package} {least}: {reason}")
+    installed = tuple(int(part) for part in version(package).split(".")[:2])
+    return pytest.mark.skipif(installed < tuple(map(int, least.split("."))), reason=f"{package} {least}: {reason}")
 
 
 def toy(name: str, seed: int = 0, **changes):

@@ -36,13 +36,13 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the relevant packages, or "not installed"."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def properties(device: torch.device) -> Row:

@@ -16,10 +16,10 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
     for name in ("first", "again"):
         start = time.perf_counter()
         if device.type == "cuda":
-            found = verdict(device, repeat=True)
+            failures = verdict(device, repeat=True)
         else:  # no kernels: the eager backend
-            found = {op: fault(eager, device, op) for op in OPS}
+            failures = {op: fault(eager, device, op) for op in OPS}
         yield {"check": name, "seconds": time.perf_counter() - start}
-    for op, why in found.items():
+    for op, why in failures.items():
         if why:
             yield {"failure": f"{op}: {why}"}

@@ -21,14 +21,14 @@ def write_page(records: Sequence[Record]) -> None:
 
 def page(records: Sequence[Record]) -> str:
     """The whole generated block."""
-    found = newest(records)
-    rows: Rows = {name: record["rows"] for name, record in found.items()}
-    parts = ["`python -m benchmarks.gpu_day`" + _where(found), goals_text(records)]
+    latest = newest(records)
+    rows: Rows = {name: record["rows"] for name, record in latest.items()}
+    parts = ["`python -m benchmarks.gpu_day`" + _where(latest), goals_text(records)]
     for cell in CELLS:
         make = TABLES.get(cell.name)
         if make and rows.get(cell.name):
             parts.append(f"### {cell.about[0].upper()}{cell.about[1:]}\n\n{make(rows[cell.name])}")
-    failed = [f"`{name}`: {record['reason']}" for name, record in found.items() if record["status"] != "ok"]
+    failed = [f"`{name}`: {record['reason']}" for name, record in latest.items() if record["status"] != "ok"]
     if failed:
         parts.append("Cells that failed: " + "; ".join(failed) + ".")
     return "\n\n".join(parts)
@@ -56,8 +56,10 @@ def goals_text(records: Sequence[Record]) -> str:
 
 
 def _seconds(rows: Rows, cell: str, variant: str, tokens: int) -> float | None:
-    found = [row["seconds"] for row in rows.get(cell, []) if row["variant"] == variant and row.get("tokens") == tokens]
-    return found[-1] if found else None
+    seconds = [
+        row["seconds"] for row in rows.get(cell, []) if row["variant"] == variant and row.get("tokens") == tokens
+    ]
+    return seconds[-1] if seconds else None
 
 
 def _ratio(cell: str, above: str, below: str, tokens: int) -> Callable[[Rows], float | None]:
@@ -69,13 +71,13 @@ def _ratio(cell: str, above: str, below: str, tokens: int) -> Callable[[Rows], f
 
 
 def _largest_gb(rows: Rows) -> float | None:
-    found = [row["device_bytes"] for row in rows.get("largest", []) if "device_bytes" in row]
-    return max(found) / GB if found else None
+    peaks = [row["device_bytes"] for row in rows.get("largest", []) if "device_bytes" in row]
+    return max(peaks) / GB if peaks else None
 
 
 def _share_of_copy(rows: Rows) -> float | None:
-    found = [row["share_of_copy"] for row in rows.get("decode", []) if row.get("shape") == "8B gate, up"]
-    return found[-1] if found else None
+    shares = [row["share_of_copy"] for row in rows.get("decode", []) if row.get("shape") == "8B gate, up"]
+    return shares[-1] if shares else None
 
 
 # Description, wanted value, how to compute the value, whether a value meets the goal.

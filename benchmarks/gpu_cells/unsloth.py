@@ -17,10 +17,10 @@ _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    held = _buffers.get((device, dtype))
-    if held is None or held.numel() < numel:
-        held = _buffers[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return held[:numel]
+    buffer = _buffers.get((device, dtype))
+    if buffer is None or buffer.numel() < numel:
+        buffer = _buffers[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
+    return buffer[:numel]
 
 
 def decode(packed: Tensor, state: Any) -> Tensor:
@@ -84,14 +84,14 @@ class UnslothLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, r: int, scaling: float) -> None:
         super().__init__()
-        made = peers.bnb_linear(layer)
-        self.packed = made.weight.data
-        self.state = made.weight.quant_state
+        linear = peers.bnb_linear(layer)
+        self.packed = linear.weight.data
+        self.state = linear.weight.quant_state
         self.scaling = scaling
         device = self.packed.device
         self.lora_A = nn.Parameter(torch.randn(r, layer.in_features, device=device) * layer.in_features**-0.5)
         self.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, device=device))
-        self._check(made)
+        self._check(linear)
 
     def _check(self, made: Any) -> None:
         from bitsandbytes import functional

@@ -177,7 +177,8 @@ def trained_layer(dense, **arguments):
     net(torch.randn(32, 64))
     if "calibrated" in arguments.values():
         calibration_of(net).initialize()
-    layer, before = net[0], copy.deepcopy(net[0])
+    layer = net[0]
+    before = copy.deepcopy(net[0])
     with torch.no_grad():
         for parameter in layer.adapter_parameters():
             parameter += 0.05 * torch.randn_like(parameter)

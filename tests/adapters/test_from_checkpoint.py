@@ -102,7 +102,8 @@ def test_hyperparameters_that_are_not_plain_values(value, saved, capsys, tmp_pat
 @pytest.mark.skipif("weights_only" not in inspect.signature(Trainer.fit).parameters, reason="Lightning before 2.6")
 def test_weights_only_of_the_trainer_is_used(saved, trainer):
     checkpoint = saved(WithHyperparameters(Path("data")))
-    module, run = WithHyperparameters(Path("data")), trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=4)
+    module = WithHyperparameters(Path("data"))
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=4)
     for arguments in ({}, {"weights_only": False}, {}):  # and does so once
         expected = nullcontext() if arguments else pytest.raises(pickle.UnpicklingError, match="PosixPath")
         with expected:
@@ -134,7 +135,8 @@ def test_the_default_device_has_no_effect(arguments, saved, tmp_path):
     checkpoint = saved(lit := Llama(), **arguments)
     expected = read_adapter_from_checkpoint(checkpoint)
     with elsewhere():
-        adapter, module = read_adapter_from_checkpoint(checkpoint), load_from_checkpoint(Llama, checkpoint)
+        adapter = read_adapter_from_checkpoint(checkpoint)
+        module = load_from_checkpoint(Llama, checkpoint)
     assert torch.equal(logits(module.model), logits(lit.model))
     for name, layer in adapter.layers.items():
         assert torch.equal(layer.lora_A, expected.layers[name].lora_A)
@@ -151,7 +153,8 @@ class Heads(LightningModule):
     def training_step(self, batch, batch_idx):
         return self.decoder["head"](self.model["head"](torch.ones(2, 64))).square().mean()
 
-    train_dataloader, configure_optimizers = Lit.train_dataloader, Lit.configure_optimizers
+    train_dataloader = Lit.train_dataloader
+    configure_optimizers = Lit.configure_optimizers
 
 
 @pytest.mark.parametrize("pattern", ["model.head", r"^model\.head", "^head", "head"])

@@ -52,10 +52,10 @@ def shards(tmp_path):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_shards_come_back(weights_only, shards):
-    found = read_checkpoint(shards(), weights_only)
+    content = read_checkpoint(shards(), weights_only)
     for key, value in STATE["state_dict"].items():
-        assert torch.equal(found["state_dict"][key], value) and found["state_dict"][key].dtype == value.dtype
-    assert (found["groups"], found["epoch"]) == (STATE["groups"], 3)
+        assert torch.equal(content["state_dict"][key], value) and content["state_dict"][key].dtype == value.dtype
+    assert (content["groups"], content["epoch"]) == (STATE["groups"], 3)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -116,12 +116,12 @@ def test_a_planted_file_beside_an_adapter_or_a_model_is_not_read(kind, planted, 
 
 
 def test_code_in_a_checkpoint_from_the_network_is_not_run(monkeypatch):
-    held = io.BytesIO()
-    torch.save({"state_dict": {}, "hyper": Code()}, held)
+    file = io.BytesIO()
+    torch.save({"state_dict": {}, "hyper": Code()}, file)
 
     def download(url, map_location, weights_only):
-        held.seek(0)
-        return torch.load(held, map_location, weights_only=weights_only)
+        file.seek(0)
+        return torch.load(file, map_location, weights_only=weights_only)
 
     monkeypatch.setattr(cloud_io.torch.hub, "load_state_dict_from_url", download)
     with pytest.raises(ValueError, match="weights_only=False"):

@@ -62,9 +62,9 @@ def test_the_peak_is_the_part_of_a_rank_and_one_layer(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.scripts.memory_of_loading", str(tmp_path / "llama"), "16"]
     for ranks in (2, 4):
         done = subprocess.run([*command, str(ranks)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-        found = re.findall(r"peak ([\d.]+) MB, end [\d.]+ MB, ([\d.]+) MB in parameters", done.stdout)
-        assert len(found) == ranks, done.stderr[-3000:]
-        for peak, kept in found:
+        peaks = re.findall(r"peak ([\d.]+) MB, end [\d.]+ MB, ([\d.]+) MB in parameters", done.stdout)
+        assert len(peaks) == ranks, done.stderr[-3000:]
+        for peak, kept in peaks:
             assert float(peak) < float(kept) + 25 and float(kept) < 200 / ranks
 
 

@@ -43,28 +43,28 @@ def test_contexts_that_overlap_in_two_threads_leave_nothing_behind(folder):
     """The first one to begin is the first one to end."""
     both = threading.Barrier(2)
     first_left = threading.Event()
-    found = {}
+    arguments = {}
 
     def first():
         with QLoRAPrecision(r=4, target_modules=["q_proj"]).init():
             both.wait()
-            found["first"] = layers_of_loaded(folder)
-        found["after first"] = layers_of_loaded(folder)
+            arguments["first"] = layers_of_loaded(folder)
+        arguments["after first"] = layers_of_loaded(folder)
         first_left.set()
 
     def second():
         with QLoRAPrecision(r=4).init():
             both.wait()
             first_left.wait()
-            found["second"] = layers_of_loaded(folder)
-        found["after second"] = layers_of_loaded(folder)
+            arguments["second"] = layers_of_loaded(folder)
+        arguments["after second"] = layers_of_loaded(folder)
 
     threads = [threading.Thread(target=target) for target in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found == {"first": 2, "after first": 0, "second": 14, "after second": 0}
+    assert arguments == {"first": 2, "after first": 0, "second": 14, "after second": 0}
     assert layers_of_loaded(folder) == 0
 
 

@@ -553,8 +553,8 @@ def bnb_folder(folder, tmp_path):
 
 
 def tensors(folder):
-    found = WeightFolder(folder)
-    return found.tensors(list(found.entries))
+    weights = WeightFolder(folder)
+    return weights.tensors(list(weights.entries))
 
 
 def same_entries(model, folder):

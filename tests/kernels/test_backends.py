@@ -22,7 +22,8 @@ def kernels():
 
 
 def test_a_gpu_gets_the_kernels_after_one_trial_launch_and_one_check_and_a_cpu_the_eager_path(monkeypatch, kernels):
-    tried, checked = [], []
+    tried = []
+    checked = []
     monkeypatch.setattr(backends, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "check_launch", tried.append)
     monkeypatch.setattr(

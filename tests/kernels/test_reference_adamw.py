@@ -19,14 +19,16 @@ def float64_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, bounded
     """The formulas, written apart from the code under test."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+    m_hat = m / (1 - beta1**step)
+    v_hat = v / (1 - beta2**step)
     root = torch.maximum(v_hat.sqrt(), m_hat.abs()) if bounded else v_hat.sqrt()
     return p - lr * weight_decay * p - lr * m_hat / (root + eps), m, v
 
 
 def nearest_float64(x, levels):
     """The nearest level of each block of 256, its largest magnitude being one."""
-    out, scales = torch.empty_like(x), []
+    out = torch.empty_like(x)
+    scales = []
     for start in range(0, x.numel(), 256):
         block = x[start : start + 256]
         scale = block.abs().max()
@@ -40,8 +42,11 @@ def nearest_float64(x, levels):
 def test_32bit_step_agrees_with_float64(dtype):
     torch.manual_seed(0)
     p = torch.randn(100, 7).to(dtype)
-    m, v = torch.zeros(100, 7), torch.zeros(100, 7)
-    p64, m64, v64 = p.double(), m.double(), v.double()
+    m = torch.zeros(100, 7)
+    v = torch.zeros(100, 7)
+    p64 = p.double()
+    m64 = m.double()
+    v64 = v.double()
     for step in range(1, 6):
         g = torch.randn(100, 7).to(dtype)
         adamw_step([p], [g], [m], [v], AdamWStep(step, **SCALARS))
@@ -56,7 +61,8 @@ def test_32bit_step_agrees_with_torch():
     ours = torch.randn(64, 64)
     theirs = torch.nn.Parameter(ours.clone())
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    m, v = torch.zeros(64, 64), torch.zeros(64, 64)
+    m = torch.zeros(64, 64)
+    v = torch.zeros(64, 64)
     for step in range(1, 11):
         theirs.grad = torch.randn(64, 64)
         adamw_step([ours], [theirs.grad], [m], [v], AdamWStep(step, **SCALARS))
@@ -71,7 +77,9 @@ def test_8bit_step_agrees_with_a_float64_model(numel):
     blocks = math.ceil(numel / 256)
     state = [torch.zeros(numel, dtype=torch.uint8), torch.zeros(blocks)]
     state += [torch.zeros(numel, dtype=torch.uint8), torch.zeros(blocks)]
-    p64, m64, v64 = p.double(), torch.zeros(numel).double(), torch.zeros(numel).double()
+    p64 = p.double()
+    m64 = torch.zeros(numel).double()
+    v64 = torch.zeros(numel).double()
     for step in range(1, 6):
         g = torch.randn(numel)
         adamw8bit_step([p], [g], *[[s] for s in state], AdamWStep(step, **SCALARS))
@@ -86,7 +94,8 @@ def test_8bit_step_agrees_with_a_float64_model(numel):
         assert torch.allclose(state[3].double(), v_scales, rtol=1e-5)
         assert (p.double() - p64).abs().max() < 5e-3 * step
         assert (p.double() - p64).abs().median() < 1e-6
-        m64, v64 = dequantize_state(*state[:2], True).double(), dequantize_state(*state[2:], False).double()
+        m64 = dequantize_state(*state[:2], True).double()
+        v64 = dequantize_state(*state[2:], False).double()
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -94,14 +103,16 @@ def test_levels_survive_a_round_trip(signed):
     codes = torch.arange(256, dtype=torch.uint8).repeat(2)
     absmax = torch.tensor([3.0, 1e-5])
     values = dequantize_state(codes, absmax, signed)
-    again, scales = torch.empty_like(codes), torch.empty(2)
+    again = torch.empty_like(codes)
+    scales = torch.empty(2)
     quantize_state(values, again, scales, signed)
     assert torch.equal(again, codes)
     assert torch.allclose(scales, absmax)
 
 
 def test_zero_blocks_stay_zero():
-    codes, absmax = torch.zeros(512, dtype=torch.uint8), torch.zeros(2)
+    codes = torch.zeros(512, dtype=torch.uint8)
+    absmax = torch.zeros(2)
     assert not dequantize_state(codes, absmax, True).any()
     quantize_state(torch.zeros(512), codes, absmax, True)
     assert not dequantize_state(codes, absmax, True).any()
@@ -111,7 +122,8 @@ def test_codes_and_scales_are_those_of_bitsandbytes_map_and_rounding():
     """As its portable backend (backends/default/ops.py, quantize_blockwise); its C code for CPUs rounds on a grid."""
     functional = pytest.importorskip("bitsandbytes.functional")
     values = torch.randn(5000)
-    codes, absmax = torch.empty(5000, dtype=torch.uint8), torch.empty(20)
+    codes = torch.empty(5000, dtype=torch.uint8)
+    absmax = torch.empty(20)
     for signed in (True, False):
         quantize_state(values if signed else values.abs(), codes, absmax, signed)
         levels = functional.create_dynamic_map(signed=signed)

@@ -21,7 +21,9 @@ from tests.conftest import tensors
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner, self.norm, self.head = nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 8)
+        self.inner = nn.Linear(64, 48)
+        self.norm = nn.BatchNorm1d(48)
+        self.head = nn.Linear(48, 8)
 
     def forward(self, x):
         x = x.to(next(self.parameters()).dtype)  # as many modules do
@@ -108,16 +110,25 @@ def by_buffers_too(module):
 
 
 LOOPS = [
-    by_vector, by_data, by_assignment, by_foreach, by_copy, by_lerp, by_subtraction, by_state_dict, by_modules,
+    by_vector,
+    by_data,
+    by_assignment,
+    by_foreach,
+    by_copy,
+    by_lerp,
+    by_subtraction,
+    by_state_dict,
+    by_modules,
     by_buffers_too,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 @torch.no_grad()
 def test_arithmetic_over_all_parameters_changes_what_trains_and_no_byte(loop):
     module = converted()
-    bytes_before, expected = base(module), changed(module)
+    bytes_before = base(module)
+    expected = changed(module)
     loop(module)
     for name, value in trained(module).items():
         torch.testing.assert_close(value, expected[name])
@@ -191,7 +202,8 @@ def test_copies_pickles_and_transfers_keep_the_bytes():
 
 
 def test_a_target_network_follows_a_trained_one():
-    module, other = converted(), converted(seed=1)
+    module = converted()
+    other = converted(seed=1)
     target = copy.deepcopy(module).requires_grad_(False)
     target.load_state_dict(other.state_dict())
     torch.testing.assert_close(tensors(target), tensors(other), rtol=0, atol=0)
@@ -227,7 +239,8 @@ def test_the_mean_of_whole_state_dicts_loads_and_another_base_is_refused(clients
 
 
 def test_bytes_are_parameters_for_a_strategy_that_splits_them_and_state_dicts_stay_the_same():
-    module, split = converted(), converted()
+    module = converted()
+    split = converted()
     to_parameters(split)
     layer = adapted_layers(split)["inner"]
     assert all(isinstance(layer._parameters[name], nn.Parameter) for name in BASE)

@@ -19,7 +19,8 @@ class Reader(nn.Module):
 
     def __init__(self, read, width=64, out=48):
         super().__init__()
-        self.fc, self.read = nn.Linear(width, out), read
+        self.fc = nn.Linear(width, out)
+        self.read = read
 
     def forward(self, x):
         return self.read(self.fc, x)
@@ -124,10 +125,12 @@ def test_small_updates_arrive_in_a_16_bit_weight_that_is_read(read, size):
         module = nn.Sequential(nn.Linear(256, 256, bias=False, dtype=torch.bfloat16))
         module[0].weight.data.normal_(std=0.02)
         convert(module, r=8, lora_alpha=8, lora_dropout=0.0)
-        layer, eye = module[0], torch.eye(256, dtype=torch.float64)
+        layer = module[0]
+        eye = torch.eye(256, dtype=torch.float64)
         with torch.no_grad():
             layer.lora_B.copy_(torch.randn(256, 8).sign() * size)
-        added, before = layer.delta().double(), layer.decode().double()
+        added = layer.delta().double()
+        before = layer.decode().double()
         if read == "einsum":
             seen = torch.einsum("bi,oi->bo", eye, layer.weight.double()).T
         elif read == "cat":
@@ -193,7 +196,8 @@ def test_bf16_autocast_and_evaluation():
 
 def test_functional_call_reads_the_parameters_it_is_given():
     module, _ = readers(READS["einsum"])
-    x, zeros = torch.randn(5, 64), {"fc.lora_B": torch.zeros_like(module.fc.lora_B)}
+    x = torch.randn(5, 64)
+    zeros = {"fc.lora_B": torch.zeros_like(module.fc.lora_B)}
     torch.testing.assert_close(torch.func.functional_call(module, zeros, (x,)), x @ module.fc.decode().T)
 
 
@@ -219,9 +223,24 @@ def test_multi_head_attention_trains_the_adapters_it_only_reads():
         x = torch.randn(7, 2, 64, generator=torch.Generator().manual_seed(1))
         bias = torch.cat([q.bias, k.bias, v.bias])
         return F.multi_head_attention_forward(
-            x, x, x, 64, 4, torch.empty(0), bias, None, None, False, 0.0, weights[3], out.bias,
-            use_separate_proj_weight=True, q_proj_weight=weights[0], k_proj_weight=weights[1], v_proj_weight=weights[2],
-        )[0]  # fmt: skip
+            x,
+            x,
+            x,
+            64,
+            4,
+            torch.empty(0),
+            bias,
+            None,
+            None,
+            False,
+            0.0,
+            weights[3],
+            out.bias,
+            use_separate_proj_weight=True,
+            q_proj_weight=weights[0],
+            k_proj_weight=weights[1],
+            v_proj_weight=weights[2],
+        )[0]
 
     results = []
     for weights in ([layer.weight for layer in layers], [x.decode() + x.scaling * x.lora_B @ x.lora_A for x in layers]):
@@ -257,7 +276,8 @@ def encoder():
 @pytest.mark.parametrize("build", [attention, encoder])
 def test_torchs_attention_and_encoders_use_the_adapters_in_evaluation_and_train_them(build):
     torch.manual_seed(0)
-    module, x = build(), torch.randn(3, 5, 64)
+    module = build()
+    x = torch.randn(3, 5, 64)
     convert(module, r=4, lora_dropout=0.0)
     padding = torch.zeros(3, 5, dtype=torch.bool)
     padding[0, 3:] = True

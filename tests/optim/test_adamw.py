@@ -341,7 +341,8 @@ def test_what_is_no_number_is_refused(arguments, error):
 
 def test_numbers_may_be_tensors_and_betas_a_list(monkeypatch):
     """The kernels of a GPU get floats: Triton would take a tensor as an address."""
-    given, step = [], adamw.adamw_step
+    given = []
+    step = adamw.adamw_step
     monkeypatch.setattr(adamw, "adamw_step", lambda *args: given.append(args[-1]) or step(*args))
     param = torch.nn.Parameter(torch.ones(2))
     param.grad = torch.ones(2)

@@ -143,11 +143,11 @@ def test_fabric_pages_before_the_first_step(managed):
     module = fabric.setup_module(Regression())
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(module.parameters()))
     fabric.backward(module.net(torch.randn(4, 80)).sum())
-    made = []
+    counts = []
     zeros_like = torch.zeros_like
 
     def watched(*args, **kwargs):
-        made.append(sum(managed.owns(t) for s in optimizer.optimizer.state.values() for t in s.values()))
+        counts.append(sum(managed.owns(t) for s in optimizer.optimizer.state.values() for t in s.values()))
         return zeros_like(*args, **kwargs)
 
     torch.zeros_like = watched
@@ -155,7 +155,7 @@ def test_fabric_pages_before_the_first_step(managed):
         optimizer.step()
     finally:
         torch.zeros_like = zeros_like
-    assert made == [0, 1, 2, 2, 2, 3, 4, 4], "each tensor is paged before the next is made; biases are too small"
+    assert counts == [0, 1, 2, 2, 2, 3, 4, 4], "each tensor is paged before the next is made; biases are too small"
 
 
 def test_fabric_load_before_the_first_step_puts_no_state_on_the_device(pinned, tmp_path):

@@ -85,8 +85,8 @@ def test_tensors_in_finds_them_and_skips_parameters(param):
     a = torch.zeros(1)
     b = torch.zeros(2)
     c = torch.zeros(3)
-    found = list(tensors_in({"x": [a, (b, None, 3.0)], "y": {"z": c}, "p": param}))
-    assert [id(t) for t in found] == [id(a), id(b), id(c)]
+    tensors = list(tensors_in({"x": [a, (b, None, 3.0)], "y": {"z": c}, "p": param}))
+    assert [id(t) for t in tensors] == [id(a), id(b), id(c)]
 
 
 def test_tensors_in_opens_tensor_subclasses():

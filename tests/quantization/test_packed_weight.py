@@ -140,14 +140,14 @@ def test_ops_refuse_second_level_scales_of_another_number_or_type():
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
     value = quantize(torch.randn(96, 64), double_quant=double_quant)
-    held = value.to_bytes()
+    packed = value.to_bytes()
     x = torch.randn(3, 64)
     lora_a = torch.randn(4, 64)
     lora_b = torch.randn(96, 4)
-    expected = lora_linear(x, held, None, lora_a, lora_b, 1.0)
+    expected = lora_linear(x, packed, None, lora_a, lora_b, 1.0)
     for offset in range(1, 5):
-        moved = [torch.cat([part.new_zeros(offset), part.reshape(-1)])[offset:] for part in held[:3]]
-        askew = PackedBytes(*moved, *held[3:])
+        moved = [torch.cat([part.new_zeros(offset), part.reshape(-1)])[offset:] for part in packed[:3]]
+        askew = PackedBytes(*moved, *packed[3:])
         assert torch.equal(lora_linear(x, askew, None, lora_a, lora_b, 1.0), expected)
         assert torch.equal(PackedWeight.from_bytes(askew, torch.float32).dequantize(), value.dequantize())
         assert torch.equal(askew.dequantize_into(torch.empty(96 * 64)), value.dequantize().view(-1))

@@ -80,11 +80,11 @@ class Block:
 def blocks(page: Path) -> Iterator[Block]:
     """The code blocks of a page, in order."""
     text = page.read_text()
-    for found in FENCE.finditer(text):
-        title = re.search(r'title="([^"]+)"', found["rest"])
-        line = text.count("\n", 0, found.start("code")) + 1
+    for match in FENCE.finditer(text):
+        title = re.search(r'title="([^"]+)"', match["rest"])
+        line = text.count("\n", 0, match.start("code")) + 1
         name = title[1] if title else ""
-        yield Block(page.name, line, found["kind"], name, found["code"], run=not found["skip"])
+        yield Block(page.name, line, match["kind"], name, match["code"], run=not match["skip"])
 
 
 def make_hub(folder: Path) -> None:
@@ -147,10 +147,10 @@ def run_page(page: Path, files: list[Block], folder: Path) -> dict[str, object]:
     os.chdir(folder)
     write(files, folder)
     module = sys.modules["__main__"] = ModuleType("__main__")  # where classes of the page say that they are from
-    found = [block for block in blocks(page) if block.kind in ("python", "diff", "bash") and not block.title]
-    result: dict[str, object] = {"run": 0, "exempt": sum(not block.run for block in found), "error": ""}
+    code = [block for block in blocks(page) if block.kind in ("python", "diff", "bash") and not block.title]
+    result: dict[str, object] = {"run": 0, "exempt": sum(not block.run for block in code), "error": ""}
     start = time.perf_counter()
-    for block in found:
+    for block in code:
         if not block.run:
             continue
         try:

@@ -100,8 +100,8 @@ def check(one, split, losses, expected):
             if value is not None and value.requires_grad:
                 assert not any(p.is_partial() for p in other._parameters[key].placements)
                 torch.testing.assert_close(gather(other._parameters[key].detach()), value.detach(), rtol=0, atol=1e-4)
-        held = other._parameters["packed"]
-        assert held.to_local().numel() * 2 == held.numel()
+        packed = other._parameters["packed"]
+        assert packed.to_local().numel() * 2 == packed.numel()
 
 
 def fit(root, epochs, ckpt=None, devices=2, single_file=False):

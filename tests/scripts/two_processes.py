@@ -22,7 +22,8 @@ optimizer_pages.open_pool = stand_in.open_pool
 
 def ddp():
     options = {"strategy": "ddp", "devices": 2}
-    plain, paged = Regression(), Regression(placed=stand_in)
+    plain = Regression()
+    paged = Regression(placed=stand_in)
     fit(plain, **options)
     fit(paged, callbacks=PagedOptimizer(), **options)
     assert torch.equal(parameters(plain), parameters(paged))
@@ -93,7 +94,8 @@ def fsdp2_8bit():
     in_32bit.load_state_dict(resumed.state_dict())
     for param, state in resumed.state.items():
         if "exp_avg_codes" in state:
-            codes, scales = state["exp_avg_codes"].to_local(), state["exp_avg_absmax"].to_local()
+            codes = state["exp_avg_codes"].to_local()
+            scales = state["exp_avg_absmax"].to_local()
             loaded = in_32bit.state[param]["exp_avg"]
             assert loaded.placements == param.placements
             assert torch.equal(loaded.to_local(), dequantize_state(codes, scales, signed=True))

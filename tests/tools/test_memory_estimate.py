@@ -67,13 +67,13 @@ def test_checkpointing_needs_less_memory_and_more_tokens_need_more():
 
 def test_optimizers():
     module = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
-    found = {name: estimate_memory(module, optimizer=name, r=16).parts["optimizer state"] for name in STATES}
+    planned = {name: estimate_memory(module, optimizer=name, r=16).parts["optimizer state"] for name in STATES}
     convert(module, r=16)
     module(torch.randn(2, 512)).sum().backward()
     for name, make in STATES.items():
         optimizer = make([p for p in module.parameters() if p.requires_grad])
         optimizer.step()
-        assert found[name] == pytest.approx(state_bytes(optimizer), rel=0.02)
+        assert planned[name] == pytest.approx(state_bytes(optimizer), rel=0.02)
 
 
 STATES = {
@@ -209,20 +209,20 @@ def test_the_decode_buffer_is_what_a_step_allocates(dora):
     convert(module, **arguments)
     scratch.release()
     module(x).sum().backward()
-    held = {key: buffer.nbytes for key, buffer in scratch._thread.buffers.items() if key[-1] == "weight"}
-    assert estimate.parts["decode buffer"] == sum(held.values())
+    buffers = {key: buffer.nbytes for key, buffer in scratch._thread.buffers.items() if key[-1] == "weight"}
+    assert estimate.parts["decode buffer"] == sum(buffers.values())
 
 
 def measured(name):
     """[setting, planned, measured] of training steps in another process."""
-    found = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "tests.scripts.memory_of_training", name],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    return json.loads(found.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -64,7 +64,8 @@ def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path):
     convert(lit, **ARGUMENTS, modules_to_save=["norm", "lm_head"] if name == "llama" else ["ln_f"])
     perturb(lit)
     merge_folder(tmp_path / "base", get_adapter(lit), tmp_path / "out", dtype=dtype)
-    merged, expected = load(name, tmp_path / "out").state_dict(), merge(lit, dtype=dtype).model.state_dict()
+    merged = load(name, tmp_path / "out").state_dict()
+    expected = merge(lit, dtype=dtype).model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in merged.items())
 
 
@@ -113,7 +114,8 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         convert(model, **ARGUMENTS)
         perturb(model)
         merge_folder(folder, get_adapter(model), tmp_path / kind.__name__)
-        merged, expected = kind.from_pretrained(tmp_path / kind.__name__).state_dict(), merge(model).state_dict()
+        merged = kind.from_pretrained(tmp_path / kind.__name__).state_dict()
+        expected = merge(model).state_dict()
         assert merged.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in merged.items())
 
@@ -133,7 +135,8 @@ def test_a_base_that_was_trained_in_another_type(base, tmp_path):
     convert(lit, **ARGUMENTS)
     perturb(lit)
     merge_folder(folder, get_adapter(lit), tmp_path / "out")
-    merged, expected = load("llama", tmp_path / "out").state_dict(), merge(lit).model.state_dict()
+    merged = load("llama", tmp_path / "out").state_dict()
+    expected = merge(lit).model.state_dict()
     assert all(value.dtype is torch.bfloat16 and torch.equal(value, expected[key]) for key, value in merged.items())
 
 
@@ -339,7 +342,8 @@ def test_a_snapshot_of_a_hub_cache_consists_of_links(base, tmp_path):
 def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    asked, lit = [], converted("llama")
+    asked = []
+    lit = converted("llama")
 
     def download(name, local_files_only=False, **_):
         asked.append(local_files_only)

@@ -54,7 +54,8 @@ def test_a_model_made_in_configure_model_comes_back(trainer):
                     torch.manual_seed(0)
                     self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
 
-    module, run = Late(), trainer(plugins=QLoRAPrecision(r=4))
+    module = Late()
+    run = trainer(plugins=QLoRAPrecision(r=4))
     run.fit(module, loader())
     again = load_from_checkpoint(Late, run.checkpoint_callback.best_model_path)
     assert isinstance(again.net[0], QLoRALinear)
@@ -98,7 +99,8 @@ def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
             assert "x.net.0.lora_A" in torch.load(path, weights_only=True)["state_dict"]
             return super().load_from_checkpoint(path, *args, **kwargs)
 
-    module, run = Edits(), trainer(plugins=QLoRAPrecision(r=4))
+    module = Edits()
+    run = trainer(plugins=QLoRAPrecision(r=4))
     run.fit(module, loader())
     again = load_from_checkpoint(Edits, run.checkpoint_callback.best_model_path)
     assert torch.equal(again.eval()(x := torch.randn(3, 64)), module.eval()(x))
@@ -119,7 +121,8 @@ def test_blocks_in_a_checkpoint_wrapper_have_the_names_of_the_plain_module(saves
             if wrapped:
                 self.net[0], self.net[2] = checkpoint_wrapper(self.net[0]), checkpoint_wrapper(self.net[2])
 
-    module, run = Wrapped(saves), trainer(plugins=QLoRAPrecision(r=4), max_epochs=1)
+    module = Wrapped(saves)
+    run = trainer(plugins=QLoRAPrecision(r=4), max_epochs=1)
     run.fit(module, loader())
     path = run.checkpoint_callback.best_model_path
     assert "net.2.weight" in fingerprints(torch.load(path, weights_only=True)["state_dict"])
@@ -142,9 +145,11 @@ class Filters(Classifier):
 
 
 def test_a_checkpoint_that_the_module_filtered_is_loaded_by_what_the_plugin_saved(trainer, tmp_path):
-    module, run = Filters(), trainer(plugins=QLoRAPrecision(r=4, lora_alpha=32, lora_dropout=0.0), max_epochs=2)
+    module = Filters()
+    run = trainer(plugins=QLoRAPrecision(r=4, lora_alpha=32, lora_dropout=0.0), max_epochs=2)
     run.fit(module, loader())
-    path, weights_only = run.checkpoint_callback.best_model_path, tmp_path / "weights.ckpt"
+    path = run.checkpoint_callback.best_model_path
+    weights_only = tmp_path / "weights.ckpt"
     assert "_qlora_conversion" not in torch.load(path, weights_only=True)["state_dict"]
     x = torch.randn(3, 64)
     assert torch.equal(load_from_checkpoint(Filters, path).eval()(x), module.eval()(x))

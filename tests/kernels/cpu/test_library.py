@@ -68,7 +68,8 @@ def test_quantizing_and_decoding_give_the_bits_of_the_reference(library, dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_awkward_numbers_keep_their_bits(library, dtype):
     """Denormal numbers, huge ones, ties between levels, blocks that are all alike."""
-    tiny, huge = torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max / 8
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    huge = torch.finfo(dtype).max / 8
     levels = module.codebook("nf4").levels
     ties = torch.cat([(levels[:-1] + levels[1:]) / 2, torch.ones(1)]).repeat(8)
     rows = [torch.randn(128) * tiny, torch.randn(128).clamp(-4, 4) * huge, ties, torch.full((128,), -0.3)]
@@ -90,9 +91,13 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
         for block_size in (32, 64):
             weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, "nf4", block_size, True)
             for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS, 4)]:
-                x, a = torch.randn(m, shape[1]).to(dtype), torch.randn(r, shape[1]) * shape[1] ** -0.5
-                b, bias, y = torch.randn(shape[0], r), torch.randn(shape[0]), torch.empty(m, shape[0], dtype=dtype)
-                xa, expected = reference.lora_project(x, a, 0.0, None), torch.empty_like(y)
+                x = torch.randn(m, shape[1]).to(dtype)
+                a = torch.randn(r, shape[1]) * shape[1] ** -0.5
+                b = torch.randn(shape[0], r)
+                bias = torch.randn(shape[0])
+                y = torch.empty(m, shape[0], dtype=dtype)
+                xa = reference.lora_project(x, a, 0.0, None)
+                expected = torch.empty_like(y)
                 reference.linear_into(expected, x, xa, weight, bias, b, 0.5)
                 for adapter in ({"lora_a": a}, {"xa": xa}):
                     error = (library.lora_linear(y, x, weight, bias, b, 0.5, **adapter) - expected).abs().max()
@@ -102,7 +107,8 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.99])
 def test_the_dropout_mask_is_the_references_everywhere(library, dtype, p):
-    x, seed = torch.randn(37, 1000).to(dtype), torch.tensor([2**61 + 12345])
+    x = torch.randn(37, 1000).to(dtype)
+    seed = torch.tensor([2**61 + 12345])
     expected = reference.dropout(x, p, seed)
     for dropout_into in (library.dropout_into, eager.dropout_in_chunks):
         assert torch.equal(dropout_into(x.clone(), x, p, seed), expected)
@@ -118,9 +124,12 @@ def test_masks_of_neighbouring_seeds_and_rows_are_unlike():
 
 
 def test_any_number_of_threads_gives_the_same_bits(library):
-    weight, before = torch.randn(300, 1000).bfloat16(), torch.get_num_threads()
-    x, y = torch.randn(4, 1000).bfloat16(), torch.zeros(4, 300, dtype=torch.bfloat16)
-    a, b = torch.randn(8, 1000), torch.randn(300, 8)
+    weight = torch.randn(300, 1000).bfloat16()
+    before = torch.get_num_threads()
+    x = torch.randn(4, 1000).bfloat16()
+    y = torch.zeros(4, 300, dtype=torch.bfloat16)
+    a = torch.randn(8, 1000)
+    b = torch.randn(300, 8)
     multiplies = library.multiplies(4, library.quantize(weight, "nf4", 64, True), torch.bfloat16)
     results = []
     try:
@@ -168,7 +177,9 @@ def test_decoding_allocates_nothing():
 
 def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone():
     """As autograd's threads have them, which do not end."""
-    made, released, buffers = threading.Event(), threading.Event(), []
+    made = threading.Event()
+    released = threading.Event()
+    buffers = []
 
     def work():
         buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))))
@@ -238,7 +249,8 @@ def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
     except build.BuildError:
         pytest.skip("no C compiler")
     monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
-    made, failures = [], []
+    made = []
+    failures = []
 
     def start():
         try:
@@ -300,7 +312,8 @@ def test_the_copy_is_loaded_and_not_compiled_again(cache, monkeypatch):
 
 def builds(monkeypatch):
     """Counts the libraries that are compiled."""
-    made, built = [], build._build
+    made = []
+    built = build._build
     monkeypatch.setattr(build, "_build", lambda *arguments: made.append(built(*arguments)) or made[-1])
     return made
 

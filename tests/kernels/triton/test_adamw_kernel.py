@@ -24,7 +24,8 @@ def state8():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_32_bit_steps_equal_the_reference(dtype):
-    ours, theirs = draw(0, dtype), draw(0, dtype)
+    ours = draw(0, dtype)
+    theirs = draw(0, dtype)
     moments = [[torch.zeros(shape) for shape in SHAPES] for _ in range(4)]
     for step in range(1, 6):
         grads = draw(step, dtype)
@@ -47,14 +48,16 @@ def test_8_bit_steps_equal_a_float64_reference_in_every_code():
     m_codes, m_scales, v_codes, v_scales = state = state8()
     undecided = 0
     for step in range(1, 51):
-        grads, before = draw(step), [p.double() for p in ours]
+        grads = draw(step)
+        before = [p.double() for p in ours]
         m_before = [reference.dequantize_state(*each, True).double() for each in zip(m_codes, m_scales, strict=True)]
         v_before = [reference.dequantize_state(*each, False).double() for each in zip(v_codes, v_scales, strict=True)]
         adamw8bit_step(ours, grads, *state, AdamWStep(step, **SCALARS))
         for i, g in enumerate(grads):
             m = 0.9 * m_before[i] + 0.1 * g.double()
             v = 0.999 * v_before[i] + 0.001 * g.double() ** 2
-            m_hat, v_hat = m / (1 - 0.9**step), v / (1 - 0.999**step)
+            m_hat = m / (1 - 0.9**step)
+            v_hat = v / (1 - 0.999**step)
             moved = m_hat / (torch.maximum(v_hat.sqrt(), m_hat.abs()) + 1e-8)
             torch.testing.assert_close(ours[i].double(), before[i] * (1 - 1e-3) - 1e-2 * moved, rtol=1e-5, atol=1e-6)
             for codes, scales, value, signed in ((m_codes, m_scales, m, True), (v_codes, v_scales, v, False)):

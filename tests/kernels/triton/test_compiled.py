@@ -70,7 +70,8 @@ def test_programs_share_a_sum_except_on_amd_where_barriers_do_not_wait_for_memor
 
 def test_more_rows_than_a_grid_has_programs_for_are_multiplied_by_torch():
     m = MAX_GRID * launch.find_tile("lora_up", torch.device("cpu"), MAX_GRID)["M"] + 1
-    h, w = torch.ones(m, 1, dtype=torch.bfloat16), torch.ones(2, 1)
+    h = torch.ones(m, 1, dtype=torch.bfloat16)
+    w = torch.ones(2, 1)
     with recorded("sm_90") as launches:
         assert lora_up(h, w, torch.zeros(m, 2, dtype=torch.bfloat16)).sum(dtype=torch.int64) == 2 * m
         assert not launches

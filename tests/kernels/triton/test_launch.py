@@ -21,14 +21,17 @@ from lightning_qlora.kernels.triton.launch import Launch, Tile
 from lightning_qlora.kernels.triton.lora_products import _down_kernel, _up_kernel, lora_down, lora_gradients
 
 ROOT = Path(__file__).parents[3]
-X, W, OUT = torch.zeros(3, 64).bfloat16(), torch.zeros(64, 16), torch.zeros(3, 64).bfloat16()
+X = torch.zeros(3, 64).bfloat16()
+W = torch.zeros(64, 16)
+OUT = torch.zeros(3, 64).bfloat16()
 H = torch.zeros(3, 16).bfloat16()
 
 
 @pytest.fixture
 def driven(monkeypatch):
     """The calls of the driver: grid, stream, function, metadata of the kernel, and what follows."""
-    calls, handles = [], itertools.count(1)
+    calls = []
+    handles = itertools.count(1)
 
     class Recorder(Driver):
         class launcher_cls:
@@ -87,7 +90,8 @@ def test_other_types_and_unaligned_tensors_get_kernels_of_their_own(driven):
 
 def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(driven, monkeypatch):
     """Triton launches on the current device, on the stream that is current there."""
-    current, entered = [0], []
+    current = [0]
+    entered = []
 
     class Guard:
         def __init__(self, index):
@@ -117,7 +121,8 @@ def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(dri
 
 def test_an_integer_scaling_does_not_become_a_part_of_the_kernel(driven):
     """`layer.scaling = 0` and 1 set by a user between steps: the kernel that is kept takes every later value."""
-    grad_a, grad_b = torch.zeros(16, 64), torch.zeros(64, 16)
+    grad_a = torch.zeros(16, 64)
+    grad_b = torch.zeros(64, 16)
     for s in (1, 0, 0.25):
         lora_gradients(H, X, grad_a, H, X, grad_b, s)
     scalings = [arguments[-6] for arguments in driven]
@@ -127,7 +132,9 @@ def test_an_integer_scaling_does_not_become_a_part_of_the_kernel(driven):
 
 def test_the_compile_gate_builds_what_the_jit_builds(driven, monkeypatch):
     """One key in Triton's cache (up to 3.6): `benchmarks.tiles` measures what its other processes compiled."""
-    x, memory, by_jit = torch.zeros(5, 80).bfloat16(), torch.zeros(16 * 80 + 1), []
+    x = torch.zeros(5, 80).bfloat16()
+    memory = torch.zeros(16 * 80 + 1)
+    by_jit = []
 
     def compile_and_keep(made, *args, compile=triton.compiler.compile, **options):
         by_jit.append(made)
@@ -139,6 +146,7 @@ def test_the_compile_gate_builds_what_the_jit_builds(driven, monkeypatch):
         with recorded("sm_90") as launches:
             lora_down(x, w)
         lora_down(x, w)
-        ours, theirs = source(launches[0], "sm_90"), by_jit[-1]
+        ours = source(launches[0], "sm_90")
+        theirs = by_jit[-1]
         hints = {place: hint for place, hint in theirs.attrs.items() if place not in theirs.constants}  # Triton 3.9
         assert (ours.signature, ours.constants, ours.attrs) == (theirs.signature, theirs.constants, hints)

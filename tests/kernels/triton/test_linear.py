@@ -17,7 +17,9 @@ def layer(rows, columns, r, dtype, m, quant_type="nf4", block_size=64, double_qu
         return torch.randn(shape, generator=draw)
 
     weight = reference.quantize(normal(rows, columns) / columns**0.5, quant_type, block_size, double_quant)
-    x, grad, bias = normal(m, columns).to(dtype), normal(m, rows).to(dtype), normal(rows)
+    x = normal(m, columns).to(dtype)
+    grad = normal(m, rows).to(dtype)
+    bias = normal(rows)
     return weight, x, grad, bias, normal(r, columns) / columns**0.5, normal(rows, r) / r**0.5
 
 
@@ -31,7 +33,8 @@ def assert_near(ours, theirs, dtype):
 @pytest.mark.parametrize("p", [0.05, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 7, 2**63 - 1])
 def test_dropout_equals_the_reference_bit_for_bit(dtype, p, seed):
-    x, memory = torch.randn(1503).to(dtype), torch.full((1600,), 7.0, dtype=dtype)
+    x = torch.randn(1503).to(dtype)
+    memory = torch.full((1600,), 7.0, dtype=dtype)
     key = torch.tensor([seed])
     assert torch.equal(dropout(x, p, key, memory[:1503]), reference.dropout(x, p, key))
     assert (memory[1503:] == 7).all()

@@ -23,7 +23,8 @@ def draw(*shape, dtype=torch.float32):
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
     """A matrix of an adapter in both layouts: [r, n] as A, and the transpose of [n, r] as B."""
-    x, h = draw(m, n, dtype=dtype), draw(m, r, dtype=dtype)
+    x = draw(m, n, dtype=dtype)
+    h = draw(m, r, dtype=dtype)
     dropped = reference.dropout(x.double(), 0.3, seed)
     for w in (draw(r, n, dtype=adapter_dtype), draw(n, r, dtype=adapter_dtype).T):
         rounded = w.to(dtype).double()
@@ -40,8 +41,11 @@ def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
 def test_the_gradients(dtype, adapter_dtypes, seed, m, n, r):
     """More columns of A than of B, and fewer; matrices in both layouts, of different types."""
     out_features = 48 if r % 16 else 130
-    x, grad_xa, xa = draw(m, n, dtype=dtype), draw(m, r, dtype=dtype), draw(m, r, dtype=dtype).flip(0)
-    grad, dropped = draw(m, out_features, dtype=dtype), reference.dropout(x.double(), 0.3, seed)
+    x = draw(m, n, dtype=dtype)
+    grad_xa = draw(m, r, dtype=dtype)
+    xa = draw(m, r, dtype=dtype).flip(0)
+    grad = draw(m, out_features, dtype=dtype)
+    dropped = reference.dropout(x.double(), 0.3, seed)
     (of_a, of_b), (k, n) = adapter_dtypes, (n, out_features)
     for grad_a, grad_b in (
         (torch.full((r, k), 7.0, dtype=of_a), torch.full((n, r), 7.0, dtype=of_b)),
@@ -55,11 +59,14 @@ def test_the_gradients(dtype, adapter_dtypes, seed, m, n, r):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mask_is_that_of_the_reference_in_every_element(dtype):
     """Products with the identity, so that each output is one input."""
-    x, seed, eye = draw(64, 64, dtype=dtype).abs() + 1, torch.tensor([5]), torch.eye(64)
+    x = draw(64, 64, dtype=dtype).abs() + 1
+    seed = torch.tensor([5])
+    eye = torch.eye(64)
     expected = reference.dropout(x, 0.5, seed)
     assert torch.equal(lora_down(x, eye, 1.0, 0.5, seed), expected)
     assert torch.equal(lora_up(x, eye, torch.empty_like(x), 1.0, 0.5, seed), expected)
-    grad_a, grad_b = torch.empty(64, 64), torch.empty(64, 64)
+    grad_a = torch.empty(64, 64)
+    grad_b = torch.empty(64, 64)
     lora_gradients(eye.to(dtype), x, grad_a, eye.to(dtype), x, grad_b, 1.0, 0.5, seed)
     assert torch.equal(grad_a, expected.float())
     assert torch.equal(grad_b, x.float().T)  # the input of B is not dropped
@@ -67,14 +74,17 @@ def test_the_mask_is_that_of_the_reference_in_every_element(dtype):
 
 @pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
 def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatch):
-    x, h = draw(600, 64).bfloat16(), draw(600, 8).bfloat16()
-    wide, long = draw(4, 1600).bfloat16(), draw(8, 1600)
+    x = draw(600, 64).bfloat16()
+    h = draw(600, 8).bfloat16()
+    wide = draw(4, 1600).bfloat16()
+    long = draw(8, 1600)
     results = []
     for programs in (1, 64, 64):
         for kernel, size in (("lora_down", "K"), ("lora_gradients", "N")):
             tile = launch.Tile({"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4})
             monkeypatch.setitem(launch.TABLE, kernel, {"default": [tile]})
-        grad_a, grad_b = torch.empty(8, 64), torch.empty(64, 8)
+        grad_a = torch.empty(8, 64)
+        grad_b = torch.empty(64, 8)
         lora_gradients(h, x, grad_a, h, x, grad_b, 1.0, 0.3, seed)
         results.append((lora_down(wide, long, 1.0, 0.3, seed), grad_a, grad_b))
         assert not scratch(COUNTERS.value, torch.float32, x.device, "shares", zero=True).any()
@@ -94,5 +104,6 @@ def test_programs_are_shared_only_where_the_loop_is_long_enough():
 def test_a_card_without_tiles_computes_with_torch(monkeypatch, target):
     monkeypatch.setattr(launch, "target", lambda device: target)
     monkeypatch.setattr(Launch, "__call__", lambda *_: pytest.fail("a kernel ran"))
-    x, w = draw(5, 64, dtype=torch.float16), draw(8, 64)
+    x = draw(5, 64, dtype=torch.float16)
+    w = draw(8, 64)
     assert_near(lora_down(x, w, 0.5), 0.5 * x @ w.half().T, torch.float16)

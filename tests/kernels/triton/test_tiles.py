@@ -24,7 +24,8 @@ def test_candidates_and_what_runs_without_a_tile(kernel, monkeypatch):
         monkeypatch.setattr(search, name, value)
     monkeypatch.setattr(search, "seconds", run_once)
     monkeypatch.setattr(launch, "TABLE", dict(launch.TABLE))
-    used, find = [], launch.find_tile
+    used = []
+    find = launch.find_tile
     for name in ("quantize", "linear", "lora_products", "grouped"):
         module = import_module(f"lightning_qlora.kernels.triton.{name}")
         monkeypatch.setattr(module, "find_tile", lambda *key: used.append(find(*key)) or used[-1])

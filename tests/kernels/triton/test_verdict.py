@@ -256,7 +256,8 @@ def train(dtype=torch.bfloat16, rows=20):
     torch.manual_seed(3)
     draw = torch.Generator().manual_seed(0)
     weight = reference.quantize(torch.randn(64, 128, generator=draw) / 11, "nf4", 64, True)
-    a, b = (torch.randn(8, 128, generator=draw) / 11).requires_grad_(), torch.zeros(64, 8, requires_grad=True)
+    a = (torch.randn(8, 128, generator=draw) / 11).requires_grad_()
+    b = torch.zeros(64, 8, requires_grad=True)
     bias = torch.zeros(64).half().requires_grad_()
     optimizer = PagedAdamW8bit([a, b, bias], lr=1e-2)
     found = []
@@ -286,7 +287,8 @@ def test_a_variant_that_fails_in_mid_run_falls_back_without_a_change_of_the_run(
     monkeypatch.setattr(ops, "backend", lambda device: eager)
     expected = train()
     monkeypatch.setattr(ops, "backend", backends.backend)
-    run, calls = MODULE["launch"].Launch.__call__, []
+    run = MODULE["launch"].Launch.__call__
+    calls = []
 
     def fails_later(self, *arguments):
         calls.append(getattr(self._kernel, "__name__", ""))

@@ -46,7 +46,8 @@ def copy_adapter(ours, peft, noise=0.0):
     """Add noise to our adapter, so that nothing is zero, and copy it to PEFT's model."""
     generator = torch.Generator().manual_seed(1)
     for name in ("up", "down"):
-        mine, theirs = getattr(ours, name), getattr(peft.base_model.model, name)
+        mine = getattr(ours, name)
+        theirs = getattr(peft.base_model.model, name)
         with torch.no_grad():
             for parameter in mine.adapter_parameters():
                 parameter += noise * torch.randn(parameter.shape, generator=generator)
@@ -58,8 +59,10 @@ def copy_adapter(ours, peft, noise=0.0):
 
 def compare(ours, peft, gradients=True):
     x = torch.randn(3, 5, 96)
-    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = ours(mine), peft(theirs)
+    mine = x.clone().requires_grad_()
+    theirs = x.clone().requires_grad_()
+    y = ours(mine)
+    expected = peft(theirs)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     if not gradients:
         return
@@ -67,7 +70,8 @@ def compare(ours, peft, gradients=True):
     expected.square().mean().backward()
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
     for name in ("up", "down"):
-        layer, other = getattr(ours, name), getattr(peft.base_model.model, name)
+        layer = getattr(ours, name)
+        other = getattr(peft.base_model.model, name)
         torch.testing.assert_close(layer.lora_A.grad, other.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(layer.lora_B.grad, other.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-5)
         if layer.lora_magnitude_vector is not None:
@@ -102,7 +106,8 @@ def test_adapters_compute_what_pefts_do(arguments):
 
 def test_initial_magnitudes_are_pefts_and_do_not_change_the_output():
     net = Net()
-    ours, plain = converted(net, use_dora=True), converted(net)
+    ours = converted(net, use_dora=True)
+    plain = converted(net)
     for name, weight in decoded(ours).items():
         magnitude = getattr(ours, name).lora_magnitude_vector
         torch.testing.assert_close(magnitude.detach(), torch.linalg.norm(weight, dim=1))
@@ -131,7 +136,8 @@ def test_loftq_of_one_iteration_is_pefts():
     """PEFT's own loftq_init needs CUDA: this is its body, with bitsandbytes' quantization and its decomposition."""
     net = Net()
     ours = converted(net, init_lora_weights="loftq", double_quant=False)
-    base, factors = {}, {}
+    base = {}
+    factors = {}
     for name in ("up", "down"):
         weight = getattr(net, name).weight.detach()
         codes, state = bnb.functional.quantize_4bit(weight.reshape(1, -1), quant_type="nf4", compress_statistics=False)
@@ -152,7 +158,8 @@ def test_loftq_of_one_iteration_is_pefts():
 
 
 def test_loftq_fits_every_scaling_and_each_iteration_reduces_the_error():
-    net, x = Net(), torch.randn(64, 96)
+    net = Net()
+    x = torch.randn(64, 96)
     errors = []
     for iterations in (0, 1, 5):
         loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": iterations}} if iterations else {}
@@ -175,7 +182,8 @@ def test_pissa_is_pefts_with_a_quantized_residual(method):
     ours = converted(net, init_lora_weights=method, use_rslora=True)
     peft = peft_model(copy.deepcopy(net), init_lora_weights=method, use_rslora=True)
     for name in ("up", "down"):
-        layer, other = getattr(ours, name), getattr(peft.base_model.model, name)
+        layer = getattr(ours, name)
+        other = getattr(peft.base_model.model, name)
         theirs = other.get_delta_weight("default")
         assert abs(layer.delta().norm() / theirs.norm() - 1) < 0.03
         if method == "pissa":
@@ -190,7 +198,8 @@ def test_pissa_is_pefts_with_a_quantized_residual(method):
 
 
 def test_each_iteration_of_pissa_reduces_the_error_and_loftq_has_a_larger_one():
-    net, errors = Net(), {}
+    net = Net()
+    errors = {}
     for method, iterations in (("loftq", 5), ("pissa", 1), ("pissa", 2), ("pissa", 5), ("pissa_niter_16", 5)):
         ours = converted(net, init_lora_weights=method, loftq_config={"loftq_iter": iterations}, lora_alpha=R / 2)
         errors[method, iterations] = sum(
@@ -206,7 +215,8 @@ def test_the_base_is_the_quantized_weight(method):
     net = Net()
     ours = converted(net, init_lora_weights=method)
     for name in ("up", "down"):
-        plain, mine = quantize(getattr(net, name).weight), getattr(ours, name).packed_weight
+        plain = quantize(getattr(net, name).weight)
+        mine = getattr(ours, name).packed_weight
         assert torch.equal(mine.packed, plain.packed)
         assert torch.equal(mine.absmax, plain.absmax)
 
@@ -298,7 +308,8 @@ def test_a_checkpoint_holds_a_base_that_depends_on_the_machine(method):
     "arguments", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}, {"use_dora": True}]
 )
 def test_loading_a_dense_checkpoint_initializes_adapters_from_its_weights(arguments):
-    first, second = Net(), Net()
+    first = Net()
+    second = Net()
     ours = converted(first, **arguments)
     ours.load_state_dict(second.state_dict())
     x = torch.randn(2, 96)

@@ -112,14 +112,17 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
     from lightning_qlora.tools import doctor
 
     def version(name):
-        if name in ("rich", "triton"):
+        if name in ("jsonargparse", "triton"):
             raise doctor.PackageNotFoundError(name)
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [])
     found = {name: (what, good) for name, what, good in doctor.examine()}
-    assert found["rich"] == ('not installed (extra cli: pip install ".[cli]" in a clone of the repository)', True)
+    assert found["jsonargparse"] == (
+        'not installed (extra cli: pip install ".[cli]" in a clone of the repository)',
+        True,
+    )
     assert found["triton"][0].startswith("not installed") and found["triton"][1] and found["peft"] == ("1.0", True)
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     for package, extra in doctor.PACKAGES.items():

@@ -58,7 +58,8 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     read_weights(module, ModelFolder.open(folder) if is_transformers_model(module) else ModelFolder(folder, None))
     conversion = conversion_of(module)
-    if conversion is not None and (adapter := conversion.given[-1].adapter) is not None:
+    adapter = None if conversion is None else conversion.given[-1].adapter
+    if adapter is not None:
         set_adapter_of_module(module, read_adapter(adapter))
 
 
@@ -85,9 +86,11 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
 
 def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -> None:
     """Read the 4-bit layers, each rank one at a time. If the model is not sharded, each rank reads all of them."""
-    ranks, rank = 1, 0
+    ranks = 1
+    rank = 0
     if dist.is_initialized() and any(map(is_sharded, module.parameters())):
-        ranks, rank = dist.get_world_size(), dist.get_rank()
+        ranks = dist.get_world_size()
+        rank = dist.get_rank()
     layers = [(name, layer) for name, layer in adapted_layers(module).items() if layer.packed.is_meta]
     groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
     silent = True if rank else None  # None: also where stderr is no terminal

@@ -229,8 +229,8 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
     parameters = dict(module.named_parameters(remove_duplicate=False))
     in_full: dict[int, str] = {}  # id of a parameter -> why it trains in full
     for name, reason in choice.train.items():
-        for parameter in modules[name].parameters() if name in modules else [parameters[name]]:
-            in_full[id(parameter)] = reason
+        chosen = modules[name].parameters() if name in modules else [parameters[name]]
+        in_full |= {id(parameter): reason for parameter in chosen}
     name_of = {part: name for name, part in modules.items()}
     for owner, key, trained in new:
         weight = own_parameters(owner).get(key)

@@ -195,11 +195,10 @@ class QLoRAPrecision(Precision):
     @property
     def loss_scale(self) -> LossScale | None:
         """The scale of the loss if layers compute in fp16, made at its first use, on the device of the layers."""
-        if not self._computes_in_fp16:
-            return None
-        layer = next(self._layers(), None)
-        if self._loss_scale is None and layer is not None:
-            self._loss_scale = LossScale(layer.packed.device.type)
+        if self._computes_in_fp16 and self._loss_scale is None:
+            layer = next(self._layers(), None)
+            if layer is not None:
+                self._loss_scale = LossScale(layer.packed.device.type)
         return self._loss_scale
 
     @override

@@ -58,7 +58,8 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     read_weights(module, ModelFolder.open(folder) if is_transformers_model(module) else ModelFolder(folder, None))
     conversion = conversion_of(module)
-    if conversion is not None and (adapter := conversion.given[-1].adapter) is not None:
+    adapter = None if conversion is None else conversion.given[-1].adapter
+    if adapter is not None:
         set_adapter_of_module(module, read_adapter(adapter))
 
 
@@ -68,15 +69,16 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
     device = _device_of(module)
     _read_layers(module, folder, device)
     for places in _tensors_on_meta(module):
-        first, owner, own_key = places[0]
-        name = next((name for name, _, _ in places if name in folder.entries), None)
+        names = [name for name, _, _ in places]
+        name = next((name for name in names if name in folder.entries), None)
         if name is None:
             raise ValueError(
-                f"{first}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
+                f"{names[0]}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
                 "name. Load it, or build it outside of the meta device."
             )
-        held = owner[own_key]
-        value = _with_data(held, _read(folder, name, tuple(held.shape)), device)
+        _, tensors, key = places[0]
+        empty = tensors[key]
+        value = _with_data(empty, _read(folder, name, tuple(empty.shape)), device)
         for _, tensors, key in places:
             tensors[key] = value
     renew(module)
@@ -84,76 +86,83 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
 
 def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -> None:
     """Read the 4-bit layers, each rank one at a time. If the model is not sharded, each rank reads all of them."""
-    shared = dist.is_initialized() and any(map(is_sharded, module.parameters()))
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
+    ranks = 1
+    rank = 0
+    if dist.is_initialized() and any(map(is_sharded, module.parameters())):
+        ranks = dist.get_world_size()
+        rank = dist.get_rank()
     layers = [(name, layer) for name, layer in adapted_layers(module).items() if layer.packed.is_meta]
     groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
     silent = True if rank else None  # None: also where stderr is no terminal
     for group in tqdm(groups, "Quantizing", leave=False, delay=2, unit=f" x {ranks} layers", disable=silent):
-        made, error = None, None
+        own: QLoRALinear | None = None  # the layer that this rank reads
+        error = None
         try:
             if rank < len(group):
                 name, layer = group[rank]
-                made = _make(module, name, layer, folder, device)
+                own = _read_layer(module, name, layer, folder, device)
         except (OSError, ValueError) as raised:
             error = str(raised)
-        for raised_on in filter(None, of_all_ranks(error) if ranks > 1 else [error]):
-            raise ValueError(raised_on)  # on all ranks: the others would wait for the layer of the one that failed
+        errors = of_all_ranks(error) if ranks > 1 else [error]
+        for message in filter(None, errors):
+            raise ValueError(message)  # on all ranks: the others would wait for the layer of the one that failed
         for source, (_, layer) in enumerate(group):
-            _share(layer, made if source == rank else None, source, device, ranks)
+            _share(layer, own if source == rank else None, source, device, ranks)
 
 
-def _share(layer: QLoRALinear, made: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
-    """Set the tensors of a layer to this rank's part of the tensors of rank `source`."""
+def _share(layer: QLoRALinear, whole: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
+    """Set the tensors of a layer to this rank's part of those of `whole`, which rank `source` has."""
     values = {}
     for key in (*BASE, *ADAPTER):
         tensors: dict[str, Any] = vars(layer) if key in vars(layer) else layer._parameters
-        held = tensors[key]
-        if held is None:
+        empty = tensors[key]
+        if empty is None:
             continue
-        if made is None:
-            value = torch.empty(held.shape, dtype=held.dtype, device=device)
+        if whole is None:
+            value = torch.empty(empty.shape, dtype=empty.dtype, device=device)
         else:
-            value = getattr(made, key).data.contiguous()
+            value = getattr(whole, key).data.contiguous()
         if ranks > 1:
             dist.broadcast(value, source)
-        tensors[key] = _with_data(held, value, device)
+        tensors[key] = _with_data(empty, value, device)
         values[key] = value
     if layer.initial is not None:
         layer.set_initial(values["lora_A"], values["lora_B"])
-    if made is not None and made.dense_weight is not None:
-        layer.dense_weight = made.dense_weight  # the calibrated adapter is computed on this rank
+    if whole is not None and whole.dense_weight is not None:
+        layer.dense_weight = whole.dense_weight  # the calibrated adapter is computed on this rank
 
 
-def _make(module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder, device: torch.device) -> QLoRALinear:
+def _read_layer(
+    module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder, device: torch.device
+) -> QLoRALinear:
     """The layer that a single device makes from the float weight in the folder."""
-    made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     expert = parameter_and_number(name)
     if expert is None:
         rows = layer._as_stored(_read(folder, join(name, "weight"), tuple(layer.weight.shape)))
     else:
+        parameter, number = expert
         stack: Any = module.get_submodule(owner_name(name))
-        own = f"{expert[0]}.{expert[1]}"
-        if own in folder.entries:  # of a conversion by transformers
-            weight = _read(folder, own, stack.expert_shape)
+        if f"{parameter}.{number}" in folder.entries:  # of a conversion by transformers
+            weight = _read(folder, f"{parameter}.{number}", stack.expert_shape)
         else:
-            weight = _read(folder, expert[0], stack.weight_shape).view(len(stack), *stack.expert_shape)[expert[1]]
+            weight = _read(folder, parameter, stack.weight_shape).view(len(stack), *stack.expert_shape)[number]
         rows = weight.T if stack.transposed else weight
-    made._parameters["weight"] = nn.Parameter(rows.to(layer.weight_dtype), requires_grad=False)
+    linear: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear._parameters["weight"] = nn.Parameter(rows.to(layer.weight_dtype), requires_grad=False)
     with named(name):
-        QLoRALinear.from_linear(made, layer.config, name, device, layer.seed_name)
-    if made.dense_weight is not None:
-        made.dense_weight = rows  # mapped from the file until it is used
-    assert isinstance(made, QLoRALinear)
-    return made
+        QLoRALinear.from_linear(linear, layer.config, name, device, layer.seed_name)
+    if linear.dense_weight is not None:
+        linear.dense_weight = rows  # mapped from the file until it is used
+    assert isinstance(linear, QLoRALinear)
+    return linear
 
 
 def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of the folder, mapped from its file."""
     if name not in folder.entries or folder.is_packed(name):
-        what = "is in 4 bits already" if name in folder.entries else "is missing"
+        problem = "is in 4 bits already" if name in folder.entries else "is missing"
         raise ValueError(
-            f"{folder.folder}: {name!r} {what}. Use a folder with all weights of the model in 16 or 32 bits."
+            f"{folder.folder}: {name!r} {problem}. Use a folder with all weights of the model in 16 or 32 bits."
         )
     value = folder.tensors([name])[name]
     if tuple(value.shape) != shape:
@@ -163,33 +172,37 @@ def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
-def _with_data(held: Tensor, value: Tensor, device: torch.device) -> Tensor:
+def _with_data(empty: Tensor, value: Tensor, device: torch.device) -> Tensor:
     """The tensor with values that replaces a tensor on the meta device."""
-    part = local_part(value, held, device)
-    if not isinstance(held, nn.Parameter):
+    part = local_part(value, empty, device)
+    if not isinstance(empty, nn.Parameter):
         return part
-    made: Tensor = (nn.Parameter if is_sharded(held) else type(held))(part, requires_grad=held.requires_grad)
-    if hasattr(held, LOADED_TENSOR):
-        setattr(made, LOADED_TENSOR, True)
-    return made
+    kind = nn.Parameter if is_sharded(empty) else type(empty)
+    parameter: Tensor = kind(part, requires_grad=empty.requires_grad)
+    if hasattr(empty, LOADED_TENSOR):
+        setattr(parameter, LOADED_TENSOR, True)
+    return parameter
 
 
 def _tensors_on_meta(module: nn.Module) -> list[list[tuple[str, dict[str, Any], str]]]:
     """Name, dict and key of every tensor on the meta device, tied ones together; without 4-bit weights and adapters."""
-    found: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
+    places: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
     for name, owner in module.named_modules(remove_duplicate=False):
+        skipped = (*BASE, *ADAPTER) if isinstance(owner, PackedLayer) else ()
         for tensors in (owner._parameters, owner._buffers):
             for key, tensor in tensors.items():
-                of_layer = isinstance(owner, PackedLayer) and key in (*BASE, *ADAPTER)
-                if tensor is not None and tensor.is_meta and not of_layer:
-                    found.setdefault(id(tensor), []).append((join(name, key), tensors, key))
-    return list(found.values())
+                if tensor is not None and tensor.is_meta and key not in skipped:
+                    places.setdefault(id(tensor), []).append((join(name, key), tensors, key))
+    return list(places.values())
 
 
 def _device_of(module: nn.Module) -> torch.device:
     """The device of this rank in the mesh of the sharded parameters; the CPU without any."""
-    kind = next((p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor)), "cpu")
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
+            kind = parameter.device_mesh.device_type
+            return torch.device(kind, torch.get_device_module(kind).current_device())
+    return torch.device("cpu")
 
 
 def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
@@ -201,20 +214,21 @@ def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config
 def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     """Set the types and marks of the dense copy, `folder.model`, on the tensors of a model on the meta device."""
     dense: Any = folder.model
-    found = dict(named_tensors(dense))
+    loaded = dict(named_tensors(dense))
     for name, part in model.named_modules():
         if isinstance(part, PackedLayer):
             expert = parameter_and_number(name)
-            part.weight_dtype = dense.get_parameter(join(name, "weight") if expert is None else expert[0]).dtype
+            weight = join(name, "weight") if expert is None else expert[0]
+            part.weight_dtype = dense.get_parameter(weight).dtype
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
-        for key, held in part._parameters.items():
-            known = found.get(join(name, key))
-            if held is not None and known is not None and held.dtype is not known.dtype:
-                cast = torch.empty_like(held, dtype=known.dtype)
-                part._parameters[key] = nn.Parameter(cast, requires_grad=held.requires_grad)
+        for key, parameter in part._parameters.items():
+            same = loaded.get(join(name, key))
+            if parameter is not None and same is not None and parameter.dtype is not same.dtype:
+                cast = torch.empty_like(parameter, dtype=same.dtype)
+                part._parameters[key] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
         for key, tensor in (*part._parameters.items(), *part._buffers.items()):
-            known = found.get(join(name, key))  # None: of a 4-bit layer
-            if tensor is not None and (known is None or hasattr(known, LOADED_TENSOR)):
+            same = loaded.get(join(name, key))  # None: of a 4-bit layer
+            if tensor is not None and (same is None or hasattr(same, LOADED_TENSOR)):
                 setattr(tensor, LOADED_TENSOR, True)
 
 

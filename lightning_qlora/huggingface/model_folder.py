@@ -55,9 +55,15 @@ class Conversion:
         for pattern, keys in self.sources.items():
             for key in keys:
                 transform.add_tensor(self.first, key, pattern, tensors[key])
-        made = transform.convert(self.first, model=self.model, config=self.model.config)
-        parts = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-        return parts if self.expert is None else {f"{name}.{self.expert}": value[0] for name, value in parts.items()}
+        converted = transform.convert(self.first, model=self.model, config=self.model.config)
+        parameters = {}
+        for name, value in converted.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if self.expert is None:
+                parameters[name] = tensor
+            else:
+                parameters[f"{name}.{self.expert}"] = tensor[0]
+        return parameters
 
 
 class ModelFolder(WeightFolder):
@@ -76,17 +82,21 @@ class ModelFolder(WeightFolder):
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
         self.model = model
         self.stored = WeightFolder(folder)
-        self.folder, self.key_of, self.conversions = self.stored.folder, dict[str, str](), dict[str, Conversion]()
-        found = self._match(model)
-        converted = {key for conversion in found for key in conversion.keys}
-        if twice := self.stored.entries.keys() - set(self.key_of.values()) - converted:
+        self.folder = self.stored.folder
+        self.key_of: dict[str, str] = {}
+        self.conversions: dict[str, Conversion] = {}
+        conversions = self._match(model)
+        converted = {key for conversion in conversions for key in conversion.keys}
+        twice = self.stored.entries.keys() - set(self.key_of.values()) - converted
+        if twice:
             raise ValueError(f"{self.folder}: {min(twice)!r} and another tensor are the same parameter of the model.")
         self.entries = {name: self.stored.entries[key] for name, key in self.key_of.items()}
         self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
-        for conversion in found:
+        for conversion in conversions:
             key = conversion.keys[0]
             for name, value in conversion.convert(self._shapes(conversion)).items():
-                self.conversions[name], self.file_of[name] = conversion, self.stored.file_of[key]
+                self.conversions[name] = conversion
+                self.file_of[name] = self.stored.file_of[key]
                 self.entries[name] = TensorEntry(self.stored.entries[key].dtype, tuple(value.shape))
 
     @staticmethod
@@ -104,10 +114,14 @@ class ModelFolder(WeightFolder):
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
         """Read parameters to the CPU, by their names."""
         stored = self.stored.tensors([key for name in keys for key in self._stored_keys(name)])
-        of_name = {name: self.conversions.get(name) for name in keys}
-        return {
-            name: stored[self.key_of[name]] if c is None else c.convert(stored)[name] for name, c in of_name.items()
-        }
+        tensors = {}
+        for name in keys:
+            conversion = self.conversions.get(name)
+            if conversion is None:
+                tensors[name] = stored[self.key_of[name]]
+            else:
+                tensors[name] = conversion.convert(stored)[name]
+        return tensors
 
     def _stored_keys(self, name: str) -> list[str]:
         conversion = self.conversions.get(name)
@@ -127,7 +141,8 @@ class ModelFolder(WeightFolder):
         renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        parameters, made = model.state_dict(), dict[str, Conversion]()
+        parameters = model.state_dict()
+        conversions: dict[str, Conversion] = {}  # by the name of the first parameter
         known = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
         for key in sorted(self.stored.entries, key=loading.dot_natural_key):
             name, pattern = loading.rename_source_key(key, renamings, converters, *known)
@@ -136,9 +151,9 @@ class ModelFolder(WeightFolder):
             if pattern is None or name not in parameters:
                 self.key_of[name if name in parameters else key] = key
             else:
-                converted = made.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))
-                converted.sources.setdefault(pattern, []).append(key)
-        return [part for conversion in made.values() for part in self._parts(conversion, loading.MergeModulelist)]
+                conversion = conversions.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))
+                conversion.sources.setdefault(pattern, []).append(key)
+        return [part for each in conversions.values() for part in self._parts(each, loading.MergeModulelist)]
 
     def _parts(self, conversion: Conversion, merge_experts: type) -> list[Conversion]:
         """Split a conversion that stacks experts into one per expert, so that memory holds one expert at a time."""

@@ -49,8 +49,8 @@ def load_without_data(
     """Let a quantizer say what the files of a model have, where their values are read after the model is sharded.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel._load_pretrained_model, reads all values at once.
-    Supported ways tried: a state dict on the meta device, which from_pretrained accepts in place of a name only; an
-    HfQuantizer's operations, which get the values; device_map="meta", which leaves buffers and new heads without data.
+    Supported ways tried: an HfQuantizer's operations, which get the values; device_map="meta", which leaves buffers
+    and new heads without data.
     Removed by: from_pretrained returning a model whose values are read later.
     """
     quantizer = load_config.hf_quantizer
@@ -86,8 +86,7 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
     """Let `save_pretrained` of a converted model write its adapter, as that of a PeftModel does.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel.save_pretrained, writes the model's state dict; that of a
-    converted model has no base, so `from_pretrained` would initialize the model at random. HF Trainer, `push_to_hub`
-    and `on_save_checkpoint` of LightningModules call it.
+    converted model has no base, so `from_pretrained` would initialize the model at random.
     Supported ways tried: a quantizer that is not serializable is refused, but it also refuses to move and cast.
     Removed by: a hook of nn.Module or PreTrainedModel by which a model is saved.
     """

@@ -4,7 +4,6 @@ Code and objects of other libraries are changed in these files only. One functio
 the upstream file, the reason, the supported ways that were tried, and what would remove it.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import reduce, wraps
 from typing import Any, TypeVar
@@ -16,9 +15,8 @@ CHANGES: list[Any] = []  # module, name of a function in it, and what takes its 
 
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace the function or property `owner.name` by `replacement(original, *args)`; a second call does nothing."""
-    attribute = inspect.getattr_static(owner, name)
-    original: Any = attribute.fget if isinstance(attribute, property) else attribute
+    """Replace the function `owner.name` by `replacement(original, *args)`; a second call does nothing."""
+    original = getattr(owner, name)
     mark = f"_qlora_{replacement.__name__}"
     if hasattr(original, mark):
         return
@@ -28,11 +26,11 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         return replacement(original, *args, **kwargs)
 
     setattr(wrapper, mark, True)
-    setattr(owner, name, property(wrapper) if isinstance(attribute, property) else wrapper)
+    setattr(owner, name, wrapper)
 
 
 def replaces(*places: str) -> Callable[[Function], Function]:
-    """Decorate what takes the place of functions and properties of other packages; it gets the original one first.
+    """Decorate what takes the place of functions of other packages; it gets the original one first.
 
     A place is "module:function" or "module:Class.method". `make_changes` puts the change there.
     """
@@ -49,5 +47,5 @@ def make_changes(*packages: str) -> None:
     for module, name, replacement in CHANGES:
         *owners, last = name.split(".")
         if module.partition(".")[0] in packages:
-            for copy in modules(module):
-                wrap_once(reduce(getattr, owners, copy), last, replacement)
+            for loaded in modules(module):
+                wrap_once(reduce(getattr, owners, loaded), last, replacement)

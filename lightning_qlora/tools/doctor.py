@@ -27,7 +27,6 @@ PACKAGES = {  # package -> the extra that installs it; "": it is always installe
     "transformers": "hf",
     "jsonargparse": "cli",
     "docstring-parser": "cli",
-    "rich": "cli",
     "cuda-bindings": "paged",
     "peft": None,
     "bitsandbytes": None,

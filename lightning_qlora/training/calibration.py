@@ -69,7 +69,9 @@ class Calibration:
         if sums is None:
             sums = torch.zeros(layer.in_features + 2, dtype=torch.float64, device=x.device)
             self._sums[name] = sums
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32 if x.dtype is torch.float64 else None)
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.dtype is torch.float64:
+            rows = rows.float()
         sums[-1] += len(rows)
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
         if not torch.isfinite(squares).all():
@@ -249,20 +251,22 @@ def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, rank: int = 0)
 
     Returns `methods.calibrated_error`; None if there is nothing to compute.
     """
-    dense = layer.dense_weight
+    dense_weight = layer.dense_weight
     layer.dense_weight = None
-    if dense is None or not input_rms.any():
+    if dense_weight is None or not input_rms.any():
         layer.set_initial(gather(layer.lora_A), gather(layer.lora_B))
         return None
-    base, device = layer.packed_weight, layer.packed.device  # of a sharded layer all ranks gather the base
-    lora_a, lora_b = (torch.empty(part.shape, device=device) for part in (layer.lora_A, layer.lora_B))
+    base = layer.packed_weight  # of a sharded layer all ranks gather the base
+    device = layer.packed.device
+    lora_a = torch.empty(layer.lora_A.shape, device=device)
+    lora_b = torch.empty(layer.lora_B.shape, device=device)
     error = torch.empty((), device=device)
     if world_size() == 1 or dist.get_rank() == rank:
         with torch.autocast(device.type, enabled=False):
-            weight = dense.to(device, layer.weight_dtype)
+            weight = dense_weight.to(device, layer.weight_dtype)
             adapter = methods.calibrated_adapter(weight, base, input_rms, layer.config, layer.seed_name)
             error = methods.calibrated_error(weight, base, input_rms, *adapter, layer.scaling)
-        lora_a, lora_b = (part.contiguous() for part in adapter)
+        lora_a, lora_b = (matrix.contiguous() for matrix in adapter)
     if world_size() > 1:
         for value in (lora_a, lora_b, error):
             dist.broadcast(value, rank)
@@ -280,7 +284,8 @@ def drop_gradients(layer: QLoRALinear) -> None:
 def _root_mean_square(name: str, sums: Tensor) -> Tensor:
     """RMS of every input, fp32 [in]; zeros without an input, ValueError if every row has NaN or Inf."""
     result = (sums[:-2] / sums[-2].clamp_min(1)).sqrt().float()
-    if (sums[-1] and not sums[-2]) or not torch.isfinite(result).all():
+    no_finite_row = sums[-1] and not sums[-2]
+    if no_finite_row or not torch.isfinite(result).all():
         raise ValueError(
             f"{name}: NaN or Inf in all its inputs in the batches that init_lora_weights='calibrated' uses, so "
             "training would fail too. Check the data and compute_dtype (fp16 overflows)."
@@ -321,6 +326,7 @@ def _after_state_dict(root: nn.Module, *_: Any) -> None:
 
 
 def _after_load_state_dict(root: nn.Module, _: Any) -> None:
-    calibration, conversion = calibration_of(root), conversion_of(root)
+    calibration = calibration_of(root)
+    conversion = conversion_of(root)
     if calibration is not None and conversion is not None:
         calibration.after_load(conversion.config.initialization)

@@ -10,7 +10,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
@@ -34,19 +33,12 @@ from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
     LOAD_IN_CONFIGURE_MODEL,
-    check_any,
+    check_before_conversion,
     check_has_data,
     check_initialized,
-    check_loaded,
-    warn_of_16_bits,
+    warn_after_conversion,
     warn_of_fp16,
-    warn_of_hand_written_adapters,
-    warn_of_hooks,
-    warn_of_large_new_parts,
-    warn_of_names_in_vain,
     warn_of_other_arguments,
-    warn_of_two_configs,
-    warn_of_what_stayed,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import shard_bytes
@@ -100,8 +92,10 @@ def convert_module(
         evaluating: Whether the module will not train, so that layers which were added later stay as they are.
     """
     check_initialized(module)
-    start, bytes_before = time.perf_counter(), dense_bytes(module)
-    new, conversion = unrecorded(module), conversion_of(module)
+    start = time.perf_counter()
+    bytes_before = dense_bytes(module)
+    new = unrecorded(module)
+    conversion = conversion_of(module)
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
         return _report(module, Selection(), bytes_before, start, deferred_heads(module))
@@ -110,8 +104,9 @@ def convert_module(
     check_has_data(module, later=sharded or dist.is_initialized())
     kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
     given = config
-    adapter = read_adapter(config.adapter) if config.adapter else None
-    if adapter is not None:
+    adapter = None
+    if config.adapter:
+        adapter = read_adapter(config.adapter)
         config = config_of_adapter(module, adapter, config)
     if not kept:
         check_output_embeddings(module, config.deferred_logits)
@@ -120,27 +115,15 @@ def convert_module(
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
     by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
-    if not kept:
-        warn_of_hand_written_adapters(module)
-        check_any(choice, config)
-    check_loaded(module, choice)
-    warn_of_names_in_vain(choice)
-    warn_of_hooks(choice)
-    silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
-    chosen_layers = tqdm(choice.convert.items(), "Quantizing", leave=False, delay=2, unit=" layers", disable=silent)
-    for name, chosen in chosen_layers:
-        with named(name or type(chosen.part).__name__):
-            _convert(name, chosen, device)
-    for layer in module.modules():
-        if is_packed(layer):
-            decode_packed_layer(layer)
+    check_before_conversion(module, choice, config, first=not kept)
+    _quantize(module, choice, device)
     forget_quantizer(module)
     freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     in_16_bits = train_in_full_precision(module)
     if device is None or device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
-    record([*unrecorded(module), *new])  # what conversion made, and what it found
+    record([*unrecorded(module), *new])  # what conversion made, and what was there
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
@@ -149,19 +132,11 @@ def convert_module(
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
-    warn_of_what_stayed(module, choice)
-    warn_of_16_bits(in_16_bits)
-    if kept and choice.convert:
-        warn_of_two_configs(module)
-    elif kept and not config.rank_pattern and not config.alpha_pattern:
-        for name, layer in adapted_layers(module).items():
-            if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
-                break
     if config.initialization == "calibrated" and choice.convert:
         Calibration(module, sharded)
     report = _report(module, choice, bytes_before, start, deferred)
     report.by_size = by_size
-    warn_of_large_new_parts(module, choice, report)
+    warn_after_conversion(module, choice, config, report, in_16_bits, first=not kept)
     return report
 
 
@@ -191,31 +166,47 @@ def finish_sharded(module: nn.Module, config: QLoRAConfig) -> None:
         set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
 
 
+def _quantize(module: nn.Module, choice: Selection, device: torch.device | None) -> None:
+    """Convert the chosen layers one after another; other layers in 4 bits become dense."""
+    silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
+    layers = choice.convert.items()
+    for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
+        with named(name or type(chosen.part).__name__):
+            _convert(name, chosen, device)
+    for layer in module.modules():
+        if is_packed(layer):
+            decode_packed_layer(layer)
+
+
 def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
     part = chosen.part
+    loaded: dict[str, QLoRALinear] = {}
     if isinstance(part, ExpertParameter):
         weight: Any = part.owner._parameters.get(part.key)
-        experts = [] if part.loaded is None else part.loaded.layers
-        loaded = {expert_name(name, number): layer for number, layer in enumerate(experts)}
+        if part.loaded is not None:
+            loaded = {expert_name(name, number): layer for number, layer in enumerate(part.loaded.layers)}
     else:
         weight = part._parameters.get("weight")
-        loaded = {name: part} if isinstance(part, QLoRALinear) else {}
+        if isinstance(part, QLoRALinear):
+            loaded = {name: part}
+        elif weight is None:  # the parameters of another quantized format
+            raise ValueError(f"has no float weight to quantize, but {', '.join(part._parameters)}. {IN_INIT}")
     for full_name, layer in loaded.items():
         if not is_sharded(layer.packed):  # else by a plan, while the model was loaded
             _check_not_sharded(layer.lora_A)
         _adopt_loaded(layer, chosen.config, full_name)
     if not loaded:
-        if weight is None and not isinstance(part, ExpertParameter):  # the parameters of another quantized format
-            raise ValueError(f"has no float weight to quantize, but {', '.join(part._parameters)}. {IN_INIT}")
         _check_not_sharded(weight)
         chosen.convert(name, device)
 
 
 def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.config, layer.full_name, layer.loaded = config, name, False
+    layer.config = config
     layer.lora_dropout = config.lora_dropout
+    layer.full_name = name
+    layer.loaded = False
 
 
 def _check_not_sharded(weight: Any) -> None:
@@ -234,23 +225,25 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
     `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
     `kept` are the layers of an earlier conversion, which do not change.
     """
-    modules, named_parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
-    train = {
-        id(parameter): reason
-        for name, reason in choice.train.items()
-        for parameter in (modules[name].parameters() if name in modules else [named_parameters[name]])
-    }
+    modules = dict(module.named_modules())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    in_full: dict[int, str] = {}  # id of a parameter -> why it trains in full
+    for name, reason in choice.train.items():
+        chosen = modules[name].parameters() if name in modules else [parameters[name]]
+        in_full |= {id(parameter): reason for parameter in chosen}
     name_of = {part: name for name, part in modules.items()}
     for owner, key, trained in new:
-        parameter = own_parameters(owner).get(key)
-        if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
-            parameter.requires_grad_(id(parameter) in train)
-            name = join(name_of[owner], key) if owner._modules else name_of[owner]
-            known = is_linear(owner) or name in choice.skip or name in choice.tokens
-            if trained and not parameter.requires_grad and not known:
-                choice.stop[name] = None
-    trains = {id(p) for layer in {*adapted_layers(module).values()} - {*kept} for p in layer.adapter_parameters()}
-    trains |= {key for key, reason in train.items() if reason == IN_MODULES_TO_SAVE}
+        weight = own_parameters(owner).get(key)
+        if weight is None or not (weight.is_floating_point() or weight.is_complex()):
+            continue
+        weight.requires_grad_(id(weight) in in_full)
+        name = join(name_of[owner], key) if owner._modules else name_of[owner]
+        known = is_linear(owner) or name in choice.skip or name in choice.tokens
+        if trained and not weight.requires_grad and not known:
+            choice.stop[name] = None
+    trains = {key for key, reason in in_full.items() if reason == IN_MODULES_TO_SAVE}
+    for layer in {*adapted_layers(module).values()} - {*kept}:
+        trains |= {id(parameter) for parameter in layer.adapter_parameters()}
     for parameter in module.parameters():
         if id(parameter) in trains and parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -280,7 +273,8 @@ def _add_tokens(module: nn.Module, choice: Selection) -> None:
     """Let the chosen rows of frozen embeddings train."""
     tied: dict[int, list[str]] = {}
     for name in choice.tokens:
-        tied.setdefault(id(module.get_submodule(name)._parameters.get("weight")), []).append(name)
+        weight = module.get_submodule(name)._parameters.get("weight")
+        tied.setdefault(id(weight), []).append(name)
     for names in tied.values():
         train_tokens([module.get_submodule(name) for name in names], choice.tokens[names[0]])
 
@@ -290,12 +284,15 @@ def _report(
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
-    tensors = dict(module.named_parameters(remove_duplicate=False))
-    of_module = [name for name, why in choice.skip.items() if why == FROZEN]  # layers, and parameters of experts
-    frozen = [tensors[key] for name in of_module for key in (join(name, "weight"), name) if key in tensors]
-    layers, tokens = adapted_layers(module), token_adapters(module)
+    layers = adapted_layers(module)
+    tokens = token_adapters(module)
     adapters: list[Any] = [*layers.values(), *tokens.values()]
-    in_fp32 = [*full_precision_parameters(module)]
+    in_fp32 = list(full_precision_parameters(module))
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    frozen = []  # weights of layers, and parameters of experts, that the module itself froze
+    for name, reason in choice.skip.items():
+        if reason == FROZEN:
+            frozen += [tensors[key] for key in (join(name, "weight"), name) if key in tensors]
     calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),

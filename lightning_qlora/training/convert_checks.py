@@ -1,6 +1,5 @@
-"""What a module must be before it is converted, and what users are warned of afterwards."""
+"""What a module must be before it is converted, and what users are warned of."""
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -11,16 +10,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
+from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.names import expert_name, inside, join, named_tensors, owner_name
+from lightning_qlora.layers.names import expert_name, inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, computes_in_fp16
 from lightning_qlora.layers.reasons import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
-from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
+from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters, first_of
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 LOAD_IN_CONFIGURE_MODEL = (
@@ -33,9 +33,16 @@ COMPUTE_IT = (
     "from_pretrained(None, config=..., state_dict=...)."
 )
 AT_LOADING = (  # arguments that a layer which was quantized while its model loaded has used already
-    "quant_type", "block_size", "double_quant", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights",
+    "quant_type",
+    "block_size",
+    "double_quant",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
     "loftq_config",
-)  # fmt: skip
+)
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
@@ -54,75 +61,44 @@ def check_initialized(module: nn.Module) -> None:
 def check_has_data(module: nn.Module, later: bool = False, advice: str = LOAD_IT) -> None:
     """Refuse a module that was built on the meta device if a part of it was never loaded, or can't be `later`."""
     for name, tensor in named_tensors(module):
-        if tensor.is_meta:
-            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            owner, _, key = name.rpartition(".")
-            what = COMPUTE_IT if key in module.get_submodule(owner)._non_persistent_buffers_set else advice
-            if later and what is advice:
-                continue
-            raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {what}")
-
-
-def check_loaded(module: nn.Module, choice: Selection) -> None:
-    """Refuse other arguments than those that layers were quantized with while their model loaded."""
-    parameter_of = {
-        expert_name(name, number): name for name, _, _, stack in expert_stacks(module) for number in range(len(stack))
-    }
-    for name, layer in module.named_modules():
-        if not isinstance(layer, QLoRALinear) or not layer.loaded:
+        if not tensor.is_meta:
             continue
-        name = parameter_of.get(name, name)
-        chosen = choice.convert.get(name)
-        if chosen is None:
-            why = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
-            differing = [f"is to stay dense now: {why}"]
-        else:
-            differing = _differing(layer.config, chosen.config, AT_LOADING)
-        if differing:
+        is_computed = last_part(name) in module.get_submodule(owner_name(name))._non_persistent_buffers_set
+        if is_computed or not later:
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             raise ValueError(
-                f"{name}: was quantized while its model loaded ({', '.join(differing)}). Load and convert with the "
-                "same arguments (exclude_modules keeps layers dense from the start), or load the model outside of "
-                "configure_model and plugin.init()."
+                f"{name}: this {kind} is on the meta device, so it has no data. {COMPUTE_IT if is_computed else advice}"
             )
 
 
-def warn_of_hand_written_adapters(module: nn.Module) -> None:
-    """Warn of adapters that no library wrote: conversion freezes them, or adds a second one to the same layer."""
-    by_hand = hand_written_adapters(module)
-    if by_hand:
-        rank_zero_warn(
-            f"{len(by_hand)} frozen linear layers have adapters that were written by hand, two low-rank matrices "
-            f"beside them: {', '.join(by_hand[:3])}{', ...' if len(by_hand) > 3 else ''}. Conversion adds its own. "
-            "Leave out those of the module, and name the layers in target_modules if they stay frozen; or keep those: "
-            "name the layers in exclude_modules, and the modules with the matrices in modules_to_save.",
-            stacklevel=2,
-        )
+def check_before_conversion(module: nn.Module, choice: Selection, config: QLoRAConfig, first: bool) -> None:
+    """Refuse layers, or warn of them, before they are converted; `first`: no earlier conversion made layers."""
+    if first:
+        _warn_of_hand_written_adapters(module)
+        _check_any(choice, config)
+    _check_loaded(module, choice)
+    _warn_of_names_in_vain(choice)
+    _warn_of_hooks(choice)
 
 
-def check_any(choice: Selection, config: QLoRAConfig) -> None:
-    """Warn if no layer is to be converted; raise ValueError if nothing trains then, or all because of r."""
-    if choice.convert:
-        return
-    given = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
-    if not choice.train:
-        left = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
-        raise ValueError(given + (left or " The module has no linear layer (nn.Linear, Conv1D)."))
-    small = [name for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
-    if small:
-        raise ValueError(
-            f"{given} Adapters of this rank would not be smaller than the weights of the layers, so {len(small)} would "
-            f"train in full: {', '.join(small[:3])}{', ...' if len(small) > 3 else ''}. Set a smaller r, or name in "
-            "modules_to_save what is to train in full."
-        )
-    frozen = " target_modules converts frozen layers that it names." if FROZEN in choice.skip.values() else ""
-    warnings.warn(f"{given} The report has the reason for each.{frozen}", stacklevel=2)
-
-
-def warn_of_names_in_vain(choice: Selection) -> None:
-    """Warn of layers that target_modules names and that can't be converted, where it also names others."""
-    if choice.named_in_vain:
-        reasons = "; ".join(f"{name}: {why}" for name, why in choice.named_in_vain.items())
-        rank_zero_warn(f"target_modules names layers that stay dense and frozen. {reasons}.", stacklevel=2)
+def warn_after_conversion(
+    module: nn.Module,
+    choice: Selection,
+    config: QLoRAConfig,
+    report: ConversionReport,
+    in_16_bits: dict[str, int],
+    first: bool,
+) -> None:
+    """Warn of what a user may not expect of a converted module; `in_16_bits` are parameters that can't be in fp32."""
+    _warn_of_what_stayed(module, choice)
+    _warn_of_16_bits(in_16_bits)
+    if not first and choice.convert:
+        _warn_of_two_configs(module)
+    elif not first and not config.rank_pattern and not config.alpha_pattern:
+        for name, layer in adapted_layers(module).items():
+            if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
+                break
+    _warn_of_large_new_parts(module, choice, report)
 
 
 def warn_of_fp16(module: nn.Module) -> None:
@@ -132,35 +108,6 @@ def warn_of_fp16(module: nn.Module) -> None:
             "Layers compute in fp16, in which small gradients become 0. To train in a loop of your own, scale the loss "
             "with torch.amp.GradScaler; the Trainer and Fabric with QLoRAPrecision do it. Or use compute_dtype='bf16'.",
             stacklevel=3,
-        )
-
-
-def warn_of_16_bits(names: dict[str, int]) -> None:
-    """Warn of parameters that train in full in 16 bits, because they can't be held in fp32."""
-    if names:
-        rank_zero_warn(
-            f"{', '.join([*names][:5])}{', ...' if len(names) > 5 else ''}: {sum(names.values()):,} elements train in "
-            "16 bits, in which most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that "
-            "of 2e-4 is smaller than half of the last bit of every bf16 value above 0.1. They can't be held in fp32: "
-            "they are of a LightningModule itself, of a ScriptModule or of a sharded module, or a hook of "
-            "torch.nn.utils reads them. Put them in an nn.Module with a forward, use torch.nn.utils.parametrizations, "
-            "or build them in fp32.",
-            stacklevel=2,
-        )
-
-
-def warn_of_hooks(choice: Selection) -> None:
-    """Warn of hooks for the gradient of a weight that is replaced."""
-    parts: dict[str, Any] = {name: each.part for name, each in choice.convert.items()}
-    weights = {name: part._parameters.get("weight") for name, part in parts.items() if isinstance(part, nn.Module)}
-    kinds = "_backward_hooks", "_post_accumulate_grad_hooks"
-    hooked = [name for name, weight in weights.items() if any(getattr(weight, kind, None) for kind in kinds)]
-    if hooked:
-        warnings.warn(
-            f"The hooks of {len(hooked)} weights ({', '.join(hooked[:3])}{', ...' if len(hooked) > 3 else ''}) are "
-            "lost, because 4-bit weights get no gradient. Register hooks of lora_A and lora_B after conversion "
-            "(on_fit_start), or name a layer in modules_to_save to train its weight.",
-            stacklevel=2,
         )
 
 
@@ -181,7 +128,99 @@ def _differing(known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) ->
     return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]
 
 
-def warn_of_two_configs(module: nn.Module) -> None:
+def _check_loaded(module: nn.Module, choice: Selection) -> None:
+    """Refuse other arguments than those that layers were quantized with while their model loaded."""
+    parameter_of: dict[str, str] = {}  # name of an expert's layer -> name of the parameter
+    for name, _, _, stack in expert_stacks(module):
+        parameter_of |= {expert_name(name, number): name for number in range(len(stack))}
+    for layer_name, layer in module.named_modules():
+        if not isinstance(layer, QLoRALinear) or not layer.loaded:
+            continue
+        name = parameter_of.get(layer_name, layer_name)
+        chosen = choice.convert.get(name)
+        if chosen is None:
+            reason = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
+            differing = [f"is to stay dense now: {reason}"]
+        else:
+            differing = _differing(layer.config, chosen.config, AT_LOADING)
+        if differing:
+            raise ValueError(
+                f"{name}: was quantized while its model loaded ({', '.join(differing)}). Load and convert with the "
+                "same arguments (exclude_modules keeps layers dense from the start), or load the model outside of "
+                "configure_model and plugin.init()."
+            )
+
+
+def _warn_of_hand_written_adapters(module: nn.Module) -> None:
+    """Warn of adapters that no library wrote: conversion freezes them, or adds a second one to the same layer."""
+    by_hand = hand_written_adapters(module)
+    if by_hand:
+        rank_zero_warn(
+            f"{len(by_hand)} frozen linear layers have adapters that were written by hand, two low-rank matrices "
+            f"beside them: {first_of(by_hand, 3)}. Conversion adds its own. "
+            "Leave out those of the module, and name the layers in target_modules if they stay frozen; or keep those: "
+            "name the layers in exclude_modules, and the modules with the matrices in modules_to_save.",
+            stacklevel=2,
+        )
+
+
+def _check_any(choice: Selection, config: QLoRAConfig) -> None:
+    """Warn if no layer is to be converted; raise ValueError if nothing trains then, or all because of r."""
+    if choice.convert:
+        return
+    given = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
+    if not choice.train:
+        left = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
+        raise ValueError(given + (left or " The module has no linear layer (nn.Linear, Conv1D)."))
+    small = [name for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
+    if small:
+        raise ValueError(
+            f"{given} Adapters of this rank would not be smaller than the weights of the layers, so {len(small)} would "
+            f"train in full: {first_of(small, 3)}. Set a smaller r, or name in "
+            "modules_to_save what is to train in full."
+        )
+    frozen = " target_modules converts frozen layers that it names." if FROZEN in choice.skip.values() else ""
+    warnings.warn(f"{given} The report has the reason for each.{frozen}", stacklevel=2)
+
+
+def _warn_of_names_in_vain(choice: Selection) -> None:
+    """Warn of layers that target_modules names and that can't be converted, where it also names others."""
+    if choice.named_in_vain:
+        reasons = "; ".join(f"{name}: {why}" for name, why in choice.named_in_vain.items())
+        rank_zero_warn(f"target_modules names layers that stay dense and frozen. {reasons}.", stacklevel=2)
+
+
+def _warn_of_hooks(choice: Selection) -> None:
+    """Warn of hooks for the gradient of a weight that is replaced."""
+    hooked = []
+    for name, each in choice.convert.items():
+        weight: Any = each.part._parameters.get("weight") if isinstance(each.part, nn.Module) else None
+        if getattr(weight, "_backward_hooks", None) or getattr(weight, "_post_accumulate_grad_hooks", None):
+            hooked.append(name)
+    if hooked:
+        warnings.warn(
+            f"The hooks of {len(hooked)} weights ({first_of(hooked, 3)}) are "
+            "lost, because 4-bit weights get no gradient. Register hooks of lora_A and lora_B after conversion "
+            "(on_fit_start), or name a layer in modules_to_save to train its weight.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_16_bits(names: dict[str, int]) -> None:
+    """Warn of parameters that train in full in 16 bits, because they can't be held in fp32."""
+    if names:
+        rank_zero_warn(
+            f"{first_of(names, 5)}: {sum(names.values()):,} elements train in "
+            "16 bits, in which most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that "
+            "of 2e-4 is smaller than half of the last bit of every bf16 value above 0.1. They can't be held in fp32: "
+            "they are of a LightningModule itself, of a ScriptModule or of a sharded module, or a hook of "
+            "torch.nn.utils reads them. Put them in an nn.Module with a forward, use torch.nn.utils.parametrizations, "
+            "or build them in fp32.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_two_configs(module: nn.Module) -> None:
     """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
     try:
         check_one_folder({name: layer.config for name, layer in adapted_layers(module).items()})
@@ -189,48 +228,46 @@ def warn_of_two_configs(module: nn.Module) -> None:
         warnings.warn(f"save_adapter will refuse this module: {error}", stacklevel=2)
 
 
-def warn_of_large_new_parts(module: nn.Module, choice: Selection, report: ConversionReport) -> None:
+def _warn_of_large_new_parts(module: nn.Module, choice: Selection, report: ConversionReport) -> None:
     """Warn if more trains in full as new than in the adapters: it may have been loaded by hand, as no mark says."""
-    named = dict(module.named_parameters())
     new = [name for name, reason in choice.train.items() if reason.startswith(OUTSIDE)]
-    sizes = Counter[str]()
-    for name, parameter in named.items():
+    sizes = Counter[str]()  # by the first part of the name
+    for name, parameter in module.named_parameters():
         if any(inside(name, outer) for outer in new):
             sizes[name.partition(".")[0]] += parameter.numel()
     if sizes.total() <= report.adapter_parameters:
         return
     largest, size = sizes.most_common(1)[0]
-    linear = [name for name, layer in module.named_modules() if inside(name, largest) and is_linear(layer)]
-    by_hand = hand_written_adapters(module)
-    layers = [name for name in linear if name not in by_hand]
-    # The last part of a name, or the last two where that is a number.
-    endings = sorted({re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", name) for name in [*report.converted, *layers]})
+    reason = choice.train[next(name for name in new if inside(name, largest))].removeprefix("new: ")
     rank_zero_warn(
         f"{largest!r} trains in full ({size:,} parameters; adapters have {report.adapter_parameters:,}), because it is "
-        f"{choice.train[next(name for name in new if inside(name, largest))].removeprefix('new: ')}. If it was "
-        f"loaded from weights, {f'convert it too (target_modules={endings}), or ' if layers else ''}freeze it before "
+        f"{reason}. If it was loaded from weights, name its linear layers in target_modules too, or freeze it before "
         "conversion (requires_grad_(False)).",
         stacklevel=2,
     )
 
 
-def warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
+def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
     """Warn of frozen matrices that belong to no linear layer or embedding, if they are a large part of the weights."""
+    sizes = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, PackedLayer)):
+            continue
+        if is_linear(layer) and "weight" in layer._parameters:  # weight_norm stores others
+            continue
+        for key, parameter in layer._parameters.items():
+            full_name = join(name, key)
+            if parameter is None or parameter.ndim < 2 or parameter.requires_grad:
+                continue
+            if full_name not in choice.skip:
+                sizes[full_name] = parameter.numel()
     _, total, _ = count_parameters(module)
-    kept = {
-        full: parameter.numel()
-        for name, layer in module.named_modules()
-        if not isinstance(layer, (nn.Embedding, PackedLayer))
-        if not is_linear(layer) or "weight" not in layer._parameters  # weight_norm stores others
-        for key, parameter in layer._parameters.items()
-        if parameter is not None and parameter.ndim >= 2 and not parameter.requires_grad
-        if (full := join(name, key)) not in choice.skip
-    }
-    if sum(kept.values()) > UNEXPECTED_SHARE * total:
-        largest = sorted(kept, key=lambda name: -kept[name])[:5]
+    share = sum(sizes.values()) / max(total, 1)
+    if share > UNEXPECTED_SHARE:
+        largest = sorted(sizes, key=lambda name: -sizes[name])
         warnings.warn(
-            f"{100 * sum(kept.values()) / total:.0f}% of the weights are frozen and not in 4 bits, because they belong "
-            f"to layers that are not linear: {', '.join(largest)}{', ...' if len(kept) > 5 else ''}. Name a module "
+            f"{100 * share:.0f}% of the weights are frozen and not in 4 bits, because they belong "
+            f"to layers that are not linear: {first_of(largest, 5)}. Name a module "
             "in modules_to_save to train it.",
             stacklevel=2,
         )

@@ -6,7 +6,6 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -41,19 +40,14 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "frozen. Remove the callback; to prune, merge the adapters first (lightning_qlora.merge) and prune "
                 "the dense module."
             )
-        copy = _copy_held_by(callback, module)
-        if copy is not None:
+        attribute = _attribute_with_copy(callback, module)
+        if attribute is not None:
             raise RuntimeError(
-                f"{name} copied the module (its attribute {copy!r}) before it was converted, and averages or restores "
-                "full weights that the module no longer has. Call lightning_qlora.convert(module, ...) with the "
-                "arguments of the plugin before the Trainer's method, so that the copy has the adapters; or remove "
+                f"{name} copied the module (its attribute {attribute!r}) before it was converted, and averages or "
+                "restores full weights that the module no longer has. Call lightning_qlora.convert(module, ...) with "
+                "the arguments of the plugin before the Trainer's method, so that the copy has the adapters; or remove "
                 "the callback."
             )
-
-
-def shards_module(trainer: Trainer | None) -> bool:
-    """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
-    return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
 
 
 def check_fsdp_groups(module: nn.Module) -> None:
@@ -129,7 +123,7 @@ def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[
     return [name for name, layer in layers if layer.lora_A.requires_grad and layer not in present]
 
 
-def _copy_held_by(callback: Callback, module: nn.Module) -> str | None:
+def _attribute_with_copy(callback: Callback, module: nn.Module) -> str | None:
     """The attribute of a callback that holds a copy of a module without its adapters."""
     for name, value in vars(callback).items():
         copied = value.module if isinstance(value, AveragedModel) else value

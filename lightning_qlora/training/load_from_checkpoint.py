@@ -17,7 +17,7 @@ from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, entry
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.names import last_part, named
-from lightning_qlora.training.checkpoint import networks_of
+from lightning_qlora.training.checkpoint import check_networks
 from lightning_qlora.training.convert import convert_module
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -39,7 +39,7 @@ def load_from_checkpoint(
         map_location: As in `torch.load`; shards are loaded to host memory.
         weights_only: As in `torch.load`; False loads hyperparameters of any class, and can run code of the file.
         **hyperparameters: Arguments of the class that replace those in the checkpoint. A network among them must be
-            passed, since checkpoints don't hold it; with checkpoint="full" weights_only=False builds it anew.
+            passed, since checkpoints don't hold it.
 
     Returns:
         The module, on the device of the loaded adapters.
@@ -58,7 +58,7 @@ def load_from_checkpoint(
         checkpoint = read_checkpoint(checkpoint_path, weights_only)
     text = _text_of_plugin(checkpoint, checkpoint_path, module_class.__name__)
     with named(checkpoint_path):
-        networks = networks_of(checkpoint.get("hyper_parameters"), hyperparameters, not weights_only)
+        check_networks(checkpoint.get("hyper_parameters"), hyperparameters)
 
     def convert(module: nn.Module, state: Mapping[str, Any]) -> None:
         with named(checkpoint_path):
@@ -85,7 +85,7 @@ def load_from_checkpoint(
         del arguments["weights_only"]  # a class with a method of its own that decides this itself
     # A class of the same name, since Lightning has no hook between building a module and loading its state.
     loading: Any = type(module_class.__name__, (module_class,), {"load_state_dict": load_state_dict})
-    module: Module = loading.load_from_checkpoint(source, **arguments, **{**networks, **hyperparameters})
+    module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
     return module
 
 

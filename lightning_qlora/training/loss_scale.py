@@ -29,7 +29,9 @@ class LossScale:
     def __init__(self, device: str) -> None:
         self._scaler = torch.amp.GradScaler(device)
         self._unscaled = set[int]()  # optimizers, by id, since the last update
-        self._has_scaled = self._has_stepped = self._has_warned = False  # the first two: since the last update
+        self._has_scaled = False  # since the last update
+        self._has_stepped = False  # since the last update
+        self._has_warned = False
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return scale * loss."""
@@ -107,7 +109,8 @@ class LossScale:
             return
         self._scaler.update()
         self._unscaled.clear()
-        self._has_scaled = self._has_stepped = False
+        self._has_scaled = False
+        self._has_stepped = False
         if self._scaler.get_scale() < 1:
             self._warn(
                 "Gradients in fp16 are not finite although the loss scale is below 1, so steps are skipped: the model "

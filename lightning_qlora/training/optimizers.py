@@ -26,7 +26,7 @@ from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
-from lightning_qlora.training.report import groups
+from lightning_qlora.training.report import first_of, groups
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 UNUSED = "not used in the loss"
@@ -40,16 +40,20 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
     The optimizer and its groups stay the same objects, because schedulers refer to them. An optimizer that has state is
     not changed; `check_optimizer` refuses it.
     """
-    if optimizer.state or not any(hasattr(p, REPLACED) for group in optimizer.param_groups for p in group["params"]):
+    if optimizer.state or not any(hasattr(parameter, REPLACED) for parameter in parameters_of(optimizer)):
         return
     for group in optimizer.param_groups:
-        params = [_replacements(param) for param in group["params"]]
-        if "param_names" in group:  # the optimizer was created from named_parameters()
-            named = zip(group["param_names"], params, strict=True)
-            group["param_names"] = [
-                join(owner_name(name), key) if key else name for name, of_name in named for key in of_name
-            ]
-        group["params"][:] = [param for of_param in params for param in of_param.values()]
+        names = group.get("param_names")  # of an optimizer that was created from named_parameters()
+        new_names: list[str] = []
+        params: list[nn.Parameter] = []
+        for index, parameter in enumerate(group["params"]):
+            for ending, adapter in _replacements(parameter).items():
+                params.append(adapter)
+                if names is not None:
+                    new_names.append(join(owner_name(names[index]), ending) if ending else names[index])
+        group["params"][:] = params
+        if names is not None:
+            group["param_names"] = new_names
 
 
 def leave_out_bytes(optimizer: Optimizer) -> None:
@@ -59,8 +63,15 @@ def leave_out_bytes(optimizer: Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         kept = [index for index, param in enumerate(group["params"]) if param.is_floating_point()]
-        for key in group.keys() & {"params", "param_names"} if len(kept) < len(group["params"]) else ():
+        if len(kept) == len(group["params"]):
+            continue
+        for key in group.keys() & {"params", "param_names"}:
             group[key][:] = [group[key][index] for index in kept]
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters in all groups of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
@@ -73,18 +84,17 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
     prefix = ""
     if isinstance(layer, QLoRAExperts):
         prefix = layer.layers[0].full_name.split(".")[-2]
-    adapter = {
-        join(prefix, name): parameter
-        for name, parameter in layer.named_parameters()
-        if last_part(name) in (*ADAPTER, last_part(DELTA))
-    }
+    adapter = {}
+    for name, parameter in layer.named_parameters():
+        if last_part(name) in (*ADAPTER, last_part(DELTA)):
+            adapter[join(prefix, name)] = parameter
     return adapter or {"": param}  # no adapter: the layer was merged
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """RuntimeError for one of replaced, decoded or frozen weights."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    replaced = [getattr(p, REPLACED) for p in parameters if hasattr(p, REPLACED)]
+    parameters = parameters_of(optimizer)
+    replaced = [getattr(parameter, REPLACED) for parameter in parameters if hasattr(parameter, REPLACED)]
     if replaced:
         name = next((layer.full_name for part in replaced for layer in adapted_layers(part).values()), "merged since")
         raise RuntimeError(
@@ -110,16 +120,16 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:
     """Warn of layers whose adapters no optimizer holds: they get gradients, and do not train."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    in_optimizers = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
     layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
-    rest = [
-        n for n, la in layers.items() if any(p.requires_grad and id(p) not in held for p in la.adapter_parameters())
-    ]
+    rest = []
+    for name, layer in layers.items():
+        if any(p.requires_grad and id(p) not in in_optimizers for p in layer.adapter_parameters()):
+            rest.append(name)
     if optimizers and rest:
         rank_zero_warn(
             f"The adapters of {len(rest)} of {len(layers)} layers are in no optimizer, so they do not train: "
-            f"{', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}. Pass self.parameters() to the optimizer, or "
-            "name these layers in exclude_modules."
+            f"{first_of(rest, 5)}. Pass self.parameters() to the optimizer, or name these layers in exclude_modules."
         )
 
 
@@ -137,43 +147,43 @@ def check_loss(loss: Any) -> None:
 
 def adapters_without_gradient(layers: Mapping[str, QLoRALinear]) -> dict[str, str]:
     """Name of each layer whose adapter has no gradient, after a backward pass -> the reason."""
-    found = {}
+    reasons = {}
     for name, layer in layers.items():
-        trains = [p for p in layer.adapter_parameters() if p.requires_grad]
-        if trains and all(p.grad is None for p in trains):
+        trains = [parameter for parameter in layer.adapter_parameters() if parameter.requires_grad]
+        if trains and all(parameter.grad is None for parameter in trains):
             was_read = layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
-            found[name] = READ if was_read else UNUSED
-    return found
+            reasons[name] = READ if was_read else UNUSED
+    return reasons
 
 
-def audit_first_step(optimizer: Optimizer, module: nn.Module, found: dict[str, str]) -> None:
+def audit_first_step(optimizer: Optimizer, module: nn.Module, known: dict[str, str]) -> None:
     """Check once, after the first backward pass of an optimizer's parameters, that the adapters in it got a gradient.
 
     Weights that are read without a gradient are a warning, as are blocks that gradient checkpointing did not recompute;
     unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
-    `found` has the name -> reason of layers that are known to get no gradient; what is found is added to it.
+    `known` has the name -> reason of layers that get no gradient; new ones are added to it.
     """
     if optimizer in _audited:
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if all(p.grad is None for p in parameters):
+    parameters = parameters_of(optimizer)
+    if all(parameter.grad is None for parameter in parameters):
         return
     _audited.add(optimizer)
-    held = {id(p) for p in parameters}
-    layers = {
-        name: layer
-        for name, layer in adapted_layers(module).items()
-        if any(id(p) in held for p in layer.adapter_parameters())
-    }
-    new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in found}
-    found.update(new)
+    ids = set(map(id, parameters))
+    layers = {}
+    for name, layer in adapted_layers(module).items():
+        if any(id(parameter) in ids for parameter in layer.adapter_parameters()):
+            layers[name] = layer
+    new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in known}
+    known.update(new)
     _show(new, blocks_not_recomputed(module, layers.values()))
     _warn_of_lost_steps(optimizer, module)
 
 
 @rank_zero_only
-def _show(found: Mapping[str, str], not_recomputed: list[str]) -> None:
-    read = [name for name, reason in found.items() if reason == READ]
+def _show(reasons: Mapping[str, str], not_recomputed: list[str]) -> None:
+    read = [name for name, reason in reasons.items() if reason == READ]
+    unused = [name for name, reason in reasons.items() if reason == UNUSED]
     if read:
         warnings.warn(
             f"The adapters of {len(read)} layers got no gradient, so they do not train: {groups(read)}. The code "
@@ -181,7 +191,6 @@ def _show(found: Mapping[str, str], not_recomputed: list[str]) -> None:
             "layers in exclude_modules, or call them.",
             stacklevel=2,
         )
-    unused = [name for name, reason in found.items() if reason == UNUSED]
     if unused:
         message = f"QLoRA: {len(unused)} adapters got no gradient in the first step: {groups(unused)}."
         if world_size() > 1:
@@ -195,28 +204,23 @@ def _show(found: Mapping[str, str], not_recomputed: list[str]) -> None:
         )
 
 
-def lost_steps(optimizer: Optimizer, module: nn.Module) -> dict[str, float]:
-    """Name -> share of the elements that a step of Adam does not move, of each 16-bit parameter where some do not.
-
-    A step is about a learning rate: p + lr, rounded, is p.
-    """
-    if not isinstance(optimizer, ADAM):
-        return {}
-    names, shares = {id(p): name for name, p in module.named_parameters()}, {}
-    for each in optimizer.param_groups:
-        step = max(float(each["lr"]), float(each.get("initial_lr", 0)))  # at the end of a warmup
-        for parameter in each["params"]:
-            if parameter.dtype in IN_16_BITS and parameter.grad is not None and step > 0:
-                values = local(parameter.detach())
-                share = ((values.float() + step).to(values.dtype) == values).float().mean().item()
-                if share > 0:
-                    shares[names.get(id(parameter), "a parameter of another module")] = share
-    return shares
-
-
 @rank_zero_only
 def _warn_of_lost_steps(optimizer: Optimizer, module: nn.Module) -> None:
-    shares = lost_steps(optimizer, module)
+    """Warn of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
+    if not isinstance(optimizer, ADAM):
+        return
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    shares = {}  # name -> share of the elements that do not move
+    for group in optimizer.param_groups:
+        step = max(float(group["lr"]), float(group.get("initial_lr", 0)))  # at the end of a warmup
+        for parameter in group["params"]:
+            if parameter.dtype not in IN_16_BITS or parameter.grad is None or step <= 0:
+                continue
+            values = local(parameter.detach())
+            moved = (values.float() + step).to(values.dtype)
+            share = (moved == values).float().mean().item()
+            if share > 0:
+                shares[names.get(id(parameter), "a parameter of another module")] = share
     if shares:
         name, share = max(shares.items(), key=lambda pair: pair[1])
         warnings.warn(

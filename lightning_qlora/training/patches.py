@@ -1,8 +1,6 @@
 """Changes to code and objects of Lightning and torch that training needs, where they offer no hook.
 
-One function for each change, with the upstream file, the reason, the supported ways that were tried, and the upstream
-change that would remove it. None of them has an effect on a run without this package's plugin or layers. A change to
-Lightning is also made to its copies (`lightning_copies`).
+docs/patches.md says what each one changes, and why. None has an effect on a run without the plugin or our layers.
 """
 
 from collections.abc import Callable
@@ -57,9 +55,8 @@ def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
 def convert_before_checkpoint_is_restored(original: Any, trainer: Any) -> None:
     """Give the plugin the Trainer during `configure_model`, and convert the module right after it.
 
-    Upstream: lightning/pytorch/trainer/call.py, _call_configure_model. Next, Trainer._run restores the checkpoint (on
-    one device and under DDP), and later, in Strategy.setup, calls `convert_module`; but adapters can only be loaded
-    into a converted module. `module_init_context`, entered for `configure_model`, gets neither Trainer nor module.
+    Upstream: lightning/pytorch/trainer/call.py, _call_configure_model. Next, Trainer._run restores the checkpoint on
+    one device and under DDP, and only then, in Strategy.setup, calls `convert_module`.
     Supported ways tried: callbacks have no hook there; Strategy.restore_checkpoint_after_setup also delays callbacks
     and `on_load_checkpoint`.
     Removed by: a hook of Precision between `configure_model` and the restore.
@@ -72,8 +69,7 @@ def requeue_between_batches(trainer: Any) -> None:
     """Let the checkpoint of a SLURM job that is queued again be saved between two batches, by all ranks together.
 
     Upstream: lightning/pytorch/trainer/connectors/signal_connector.py, _SignalConnector._slurm_sigusr_handler_fn, saves
-    in the signal handler, at another place of a step on each rank: a rank waits for the random states of one that waits
-    for its gradients, and half of an optimizer step may be saved (pytorch-lightning issue 21406).
+    in the signal handler, at another place of a step on each rank (pytorch-lightning issue 21406).
     Supported ways tried: `SLURMEnvironment(auto_requeue=False)` and a handler, which every user would have to write.
     Removed by: pytorch-lightning pull request 21407, if all ranks then save after the same batch.
     """
@@ -140,8 +136,8 @@ def keep_frozen_while_distributed(original: Any, module: nn.Module, *args: Any, 
 def split_bytes_in_fabric(original: Any, strategy: Any, module: nn.Module) -> Any:
     """Let `fully_shard` in the `parallelize_fn` of Fabric's ModelParallelStrategy split the bytes of 4-bit layers.
 
-    Upstream: lightning/fabric/strategies/model_parallel.py, setup_module, calls `parallelize_fn` after Fabric converted
-    the module. `fully_shard` splits parameters alone, and Fabric's Precision does not know the strategy.
+    Upstream: lightning/fabric/strategies/model_parallel.py, setup_module. `fully_shard` splits parameters alone, and
+    Fabric's Precision does not know the strategy.
     Supported ways tried: a call in `parallelize_fn`, which every user would have to write.
     Removed by: Fabric telling its Precision plugin the strategy.
     """
@@ -152,9 +148,8 @@ def split_bytes_in_fabric(original: Any, strategy: Any, module: nn.Module) -> An
 def shard_bytes() -> None:
     """Let fully_shard of torch 2.11 and older shard 4-bit weights.
 
-    Upstream: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, FSDPParam: `_init_sharded_param` and
-    `to_sharded_post_forward` make a parameter that needs a gradient, which bytes can't have, before they freeze it, and
-    `init_dtype_attrs` casts bytes to the type of a MixedPrecisionPolicy (pytorch issues 177844 and 185239).
+    Upstream: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, FSDPParam, makes parameters that need a gradient,
+    which bytes can't have, and casts bytes to the type of a MixedPrecisionPolicy (pytorch issues 177844 and 185239).
     Supported ways tried: bytes stored as floats, as bitsandbytes does; FSDP2 changes some patterns (its issue 1945).
     Removed by: support for torch 2.11 ending.
     """
@@ -178,10 +173,9 @@ def shard_bytes() -> None:
 def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> Any:
     """Load a checkpoint in one file, and 8-bit optimizer state of any number of ranks, into a sharded module.
 
-    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, loads a file parameter by parameter, and
-    fails on the frozen ones. It takes the numbers in the optimizer's state for places among the parameters of the
-    module, but they are places in the optimizer, which may hold the trained ones alone. And
-    torch/distributed/checkpoint loads scales of 8-bit state only into as many as were saved.
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, fails on frozen parameters, and takes the
+    numbers in the optimizer's state for places among all parameters of the module. torch/distributed/checkpoint loads
+    scales of 8-bit state only into as many as were saved.
     Supported ways tried: `strict_loading=False` of the module; it would also accept missing adapters.
     Removed by: upstream calling `load_state_dict` of the module, and a hook of Optimizer for resharding its state.
     """
@@ -214,9 +208,8 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
 def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
     """Let checkpoints of a converted module hold finite adapters, and no second copy of the base in hyperparameters.
 
-    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, puts `module.hparams` into
-    the checkpoint, with every network that `save_hyperparameters` found, and pickles it. Its last call is
-    `on_save_checkpoint` of the module, which may remove adapters.
+    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, pickles `module.hparams`
+    with the networks in it, and calls `on_save_checkpoint` of the module last, which may remove adapters.
     Supported ways tried: Precision.on_save_checkpoint is called before the hyperparameters are there, and not for
     checkpoints of weights only.
     Removed by: a hook of Precision that gets the complete checkpoint.

@@ -12,6 +12,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -76,7 +77,8 @@ class QLoRAPrecision(Precision):
         self._module: weakref.ref[nn.Module] | None = None
         self._frozen: FrozenParameters | None = None  # from the first step on
         self._mode_before: dict[nn.Module, bool] = {}
-        self._evaluating = self._has_batches = False
+        self._evaluating = False
+        self._has_batches = False
         self._trains_fp32 = False  # parameters that compute in fp32
         self._computes_in_fp16 = False
         self._loss_scale: LossScale | None = None
@@ -93,10 +95,10 @@ class QLoRAPrecision(Precision):
     def module_init_context(self) -> Iterator[None]:
         """Within this (`configure_model`), transformers models are quantized while they load."""
         trainer = self._trainer
-        sharded = guards.shards_module(trainer)
-        with quantize_while_loading(self.config, sharded):
+        shards = _shards_module(trainer)
+        with quantize_while_loading(self.config, shards):
             yield
-        if trainer is not None and sharded:
+        if trainer is not None and shards:
             finish_sharded(trainer.lightning_module, self.config)
 
     @contextmanager
@@ -125,40 +127,50 @@ class QLoRAPrecision(Precision):
         `self.trainer.precision_plugin.convert_module(self.model)`. Of a part of the LightningModule, all of it is
         converted.
         """
-        given, trainer, device = module, _trainer_of(module) or self._trainer, None
+        trainer = _trainer_of(module) or self._trainer
+        root = module
         if self._trainer is not None and any(part is module for part in self._trainer.lightning_module.modules()):
-            module = self._trainer.lightning_module
+            root = self._trainer.lightning_module
+        device = None
         if trainer is not None:
             guards.check_trainer(trainer, trainer.lightning_module)
             device = trainer.strategy.root_device
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
-        converted_before = is_converted(module)
-        sharded = guards.shards_module(trainer)
-        report = convert_module(module, self.config, device, sharded, evaluating=self._evaluating)
-        if sharded:
-            to_parameters(module)
+        converted_before = is_converted(root)
+        shards = _shards_module(trainer)
+        report = convert_module(root, self.config, device, shards, evaluating=self._evaluating)
+        if shards:
+            to_parameters(root)
         else:
-            use_bytes_of_rank_0(module)
+            use_bytes_of_rank_0(root)
         agree(device)
         if not converted_before:
-            rank_zero_only(report.show)()
+            rank_zero_only(print)(report)
         if not converted_before or self.report is None:
             self.report = report
-        self._module, self._frozen = weakref.ref(module), None
-        in_16_bits = {id(p) for layer in self._layers() for p in layer.adapter_parameters()}
-        in_16_bits |= {id(p) for _, p, _ in full_precision_parameters(module)}
-        self._trains_fp32 = any(
-            p.requires_grad and p.dtype is torch.float32 and id(p) not in in_16_bits for p in module.parameters()
-        )
-        self._computes_in_fp16 |= computes_in_fp16(module)  # Fabric may convert several
+        self._module = weakref.ref(root)
+        self._frozen = None
+        self._trains_fp32 = self._trains_new_fp32_parts(root)
+        self._computes_in_fp16 |= computes_in_fp16(root)  # Fabric may convert several
         if trainer is not None:
-            guards.check_fsdp_groups(module)
+            guards.check_fsdp_groups(root)
             patches.requeue_between_batches(trainer)
-            # The adapters are in training mode also where transformers loads in eval mode, which Lightning keeps.
-            for layer in () if self._evaluating else self._layers():
-                self._mode_before.setdefault(layer, layer.training)
-                layer.training = True
-        return given
+            if not self._evaluating:
+                self._use_training_mode()
+        return module
+
+    def _trains_new_fp32_parts(self, root: nn.Module) -> bool:
+        """Whether parameters train in fp32 that are neither adapters nor computed in 16 bits."""
+        in_16_bits = {id(parameter) for layer in self._layers() for parameter in layer.adapter_parameters()}
+        in_16_bits |= {id(parameter) for _, parameter, _ in full_precision_parameters(root)}
+        trained = (parameter for parameter in root.parameters() if parameter.requires_grad)
+        return any(parameter.dtype is torch.float32 and id(parameter) not in in_16_bits for parameter in trained)
+
+    def _use_training_mode(self) -> None:
+        """Let the adapters be in training mode: transformers loads in eval mode, which Lightning keeps."""
+        for layer in self._layers():
+            self._mode_before.setdefault(layer, layer.training)
+            layer.training = True
 
     def convert_again(self, module: nn.Module) -> None:
         """Convert layers that replaced converted ones; see `module_state._convert_new_layers`."""
@@ -176,15 +188,18 @@ class QLoRAPrecision(Precision):
         return None if self._module is None else self._module()
 
     def _layers(self) -> Iterator[QLoRALinear]:
-        module = self._root
-        return (part for part in (() if module is None else module.modules()) if isinstance(part, QLoRALinear))
+        root = self._root
+        if root is not None:
+            yield from (part for part in root.modules() if isinstance(part, QLoRALinear))
 
     @property
     def loss_scale(self) -> LossScale | None:
         """The scale of the loss if layers compute in fp16, made at its first use, on the device of the layers."""
-        if self._loss_scale is None and self._computes_in_fp16 and (layer := next(self._layers(), None)) is not None:
-            self._loss_scale = LossScale(layer.packed.device.type)
-        return self._loss_scale if self._computes_in_fp16 else None
+        if self._computes_in_fp16 and self._loss_scale is None:
+            layer = next(self._layers(), None)
+            if layer is not None:
+                self._loss_scale = LossScale(layer.packed.device.type)
+        return self._loss_scale
 
     @override
     def convert_input(self, data: Any) -> Any:
@@ -205,7 +220,9 @@ class QLoRAPrecision(Precision):
         if layer is None or (layer.weight_dtype is not torch.float32 and not self._trains_fp32):
             return nullcontext()
         dtype = layer.compute_dtype(layer.packed)
-        return nullcontext() if dtype is torch.float32 else torch.autocast(layer.packed.device.type, dtype)
+        if dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(layer.packed.device.type, dtype)
 
     @override
     def connect(
@@ -247,7 +264,8 @@ class QLoRAPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        if (scale := self.loss_scale) is not None:
+        scale = self.loss_scale
+        if scale is not None:
             tensor = scale.scale(tensor)
         _precision_class(model).backward(self, tensor, model, *args, **kwargs)
 
@@ -266,9 +284,10 @@ class QLoRAPrecision(Precision):
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if model is None:
             self.on_setup_optimizer(optimizer)
-        if (scale := self.loss_scale) is not None:
-            hooks = self._before_step if model is None else partial(self._after_closure, model)  # type: ignore[arg-type]
-            return scale.step(optimizer, closure, partial(hooks, optimizer), **kwargs)
+        scale = self.loss_scale
+        if scale is not None:
+            before_step = self._before_step if model is None else partial(self._after_closure, model)  # type: ignore[arg-type]
+            return scale.step(optimizer, closure, partial(before_step, optimizer), **kwargs)
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         if closure is None:
@@ -291,7 +310,8 @@ class QLoRAPrecision(Precision):
     @override
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the loss scale; Fabric calls this before it clips them."""
-        if (scale := self.loss_scale) is not None:
+        scale = self.loss_scale
+        if scale is not None:
             scale.unscale(optimizer)
 
     @override
@@ -315,28 +335,33 @@ class QLoRAPrecision(Precision):
 
         And the conversion, for a module whose `on_save_checkpoint` leaves them out.
         """
-        scale, root = self.loss_scale, self._root
+        scale = self.loss_scale
         state = {
             "random_state": gather_torch_rng_states(),
             "kernels": self._kernels(),
             "loss_scale": None if scale is None else scale.state_dict(),
         }
+        root = self._root
         saved = None if root is None else saved_conversion(root)
-        return state if saved is None else state | {CONVERSION: saved.text()}
+        if saved is not None:
+            state[CONVERSION] = saved.text()
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the random generators, so that a resumed run draws the same dropout masks, and the loss scale."""
-        saved, here = state_dict.get("kernels"), self._kernels()
         if self._evaluating:
             return
+        saved = state_dict.get("kernels")
+        here = self._kernels()
         if None not in (saved, here) and saved != here:
             rank_zero_warn(
                 f"The checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
                 "state, but its results differ from those of an uninterrupted run in their last bits."
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
-        if (scale := self.loss_scale) is not None and state_dict["loss_scale"] is not None:
+        scale = self.loss_scale
+        if scale is not None and state_dict["loss_scale"] is not None:
             scale.load_state_dict(state_dict["loss_scale"])
 
     @override
@@ -353,6 +378,11 @@ class QLoRAPrecision(Precision):
 def _trainer_of(module: nn.Module | None) -> Trainer | None:
     """The Trainer a module is attached to; None in Fabric."""
     return module._trainer if isinstance(module, classes(LightningModule)) else None
+
+
+def _shards_module(trainer: Trainer | None) -> bool:
+    """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
+    return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
 
 
 def _precision_class(module: nn.Module | None) -> type[Any]:

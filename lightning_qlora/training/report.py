@@ -1,6 +1,5 @@
 """ConversionReport: the status of every layer after conversion; CalibrationReport: that of calibrated adapters."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +12,6 @@ from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 
-OTHERS = 13  # characters of a line of the table that are no name and no status
 ROOT = "(the module itself)"
 WORST = 5  # layers that the report of a calibration names
 BY_SIZE = (
@@ -129,27 +127,31 @@ class ConversionReport:
             groups.setdefault((group(name), status), []).append(name or ROOT)
 
         experts = Counter(owner_name(name) for name in self.converted if is_expert(name))
-        for name in [*experts, *(name for name in self.converted if not is_expert(name))]:
-            count = experts[name]
-            rows, columns = self.shapes[f"{name}.0" if count else name]
-            what = f"{count} experts of {rows}x{columns}" if count else f"{rows}x{columns}"
-            add(parameter_name(name) if count else name, f"4-bit + adapter, {what}")
-        for kept, verb in ((self.trained_in_full, "trains in full"), (self.skipped, "skipped")):
-            for name, reason in kept.items():
-                add(name, f"{verb}: {reason}")
+        for name, count in experts.items():
+            rows, columns = self.shapes[f"{name}.0"]
+            add(parameter_name(name), f"4-bit + adapter, {count} experts of {rows}x{columns}")
+        for name in self.converted:
+            if not is_expert(name):
+                rows, columns = self.shapes[name]
+                add(name, f"4-bit + adapter, {rows}x{columns}")
+        for name, reason in self.trained_in_full.items():
+            add(name, f"trains in full: {reason}")
+        for name, reason in self.skipped.items():
+            add(name, f"skipped: {reason}")
         for name, count in self.trained_rows.items():
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
             add(name, "frozen by conversion")
-        return [(n[0] if len(n) == 1 else name, status, str(len(n))) for (name, status), n in groups.items()]
+        return [(names[0] if len(names) == 1 else key[0], key[1], str(len(names))) for key, names in groups.items()]
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        first = f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"
         in_full = self.trainable_parameters - self.adapter_parameters
-        lines = [f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"]
         if in_full > 0:
-            lines[0] += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
+            first += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
+        lines = [first]
         if self.full_precision_bytes:
             lines.append(
                 f"what trains in full is held in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
@@ -166,10 +168,12 @@ class ConversionReport:
         )
         for name, count in self.deferred_logits.items():
             how = f"deferred, saves {size_text(count)} for each 1,000 tokens" if count else "not deferred (sharded)"
-            lines.append(f"logits of {name or 'the module itself'}: {how}")
+            lines.append(f"logits of {name or ROOT}: {how}")
         if self.by_size:
             lines.append(BY_SIZE)
-        return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
+        if self.calibration is not None:
+            lines.append(str(self.calibration))
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return (
@@ -178,34 +182,17 @@ class ConversionReport:
         )
 
     def _repr_html_(self) -> str:
-        """The table of `show`, for notebooks."""
-        cells = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows())
-        head = "<tr><th>layer</th><th>status</th><th>layers</th></tr>"
-        return f"<table>{head}{''.join(cells)}</table><pre>{escape(self.summary())}</pre>"
+        """A table for notebooks."""
+        table = "<tr><th>layer</th><th>status</th><th>layers</th></tr>"
+        for row in self.rows():
+            table += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        return f"<table>{table}</table><pre>{escape(self.summary())}</pre>"
 
     def __str__(self) -> str:
-        lines = [f"{name}  x{count}  {status}" for name, status, count in self.rows()]
+        rows = self.rows()
+        width = max((len(name) for name, _, _ in rows), default=0)
+        lines = [f"{name:{width}}  x{count:3} {status}" for name, status, count in rows]
         return "\n".join(["QLoRA", *lines, self.summary()])
-
-    def show(self) -> None:
-        """Print a table if rich is installed, else plain lines."""
-        try:
-            from rich.console import Console
-            from rich.table import Column, Table
-        except ImportError:
-            print(self)
-            return
-        console, rows = Console(), self.rows()
-        names, width = [name for name, *_ in rows], console.width - 38  # of the other columns
-        shared = owner_name(os.path.commonprefix(names)) if any(len(name) > width for name in names) else ""  # noqa: RUF071
-        head = Column(f"layer of {shared}" if shared else "layer", no_wrap=True)
-        table = Table(head, Column("status", overflow="fold"), "no.", title="QLoRA", title_justify="left")
-        labels = [break_at_dots(name.removeprefix(f"{shared}."), width) for name in names]
-        longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
-        for label, (_, status, count) in zip(labels, rows, strict=True):
-            table.add_row(label, break_words(status, console.width - longest - OTHERS), count)
-        console.print(table)
-        console.print(self.summary(), markup=False, highlight=False, soft_wrap=True)
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int, int]:
@@ -214,8 +201,9 @@ def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     stored = {id(getattr(layer, name)) for layer in layers for name in BASE}
     parameters = [parameter for parameter in module.parameters() if id(parameter) not in stored]
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    dense = sum(parameter.numel() for parameter in parameters)
     packed = sum(layer.weight_bytes.numel for layer in layers)
-    return trainable, sum(parameter.numel() for parameter in parameters) + packed, parameter_bytes(module)
+    return trainable, dense + packed, parameter_bytes(module)
 
 
 def packed_layers(module: nn.Module) -> list[PackedLayer]:
@@ -227,7 +215,9 @@ def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and 4-bit weights."""
     tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
     for layer in packed_layers(module):
-        tensors |= {id(layer.packed): layer.packed, id(layer.absmax): layer.absmax, id(layer.nested): layer.nested}
+        for name in BASE:
+            tensor = getattr(layer, name)
+            tensors[id(tensor)] = tensor
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -250,19 +240,10 @@ def groups(names: Iterable[str]) -> str:
     return ", ".join(f"{name} (x{count})" if count > 1 else name for name, count in counts.items())
 
 
-def break_at_dots(name: str, width: int) -> str:
-    """A name in lines of at most `width` characters that end in a dot, as far as its parts allow it."""
-    lines = [""]
-    for part in re.findall(r"[^.]*\.|[^.]+$", name):
-        if lines[-1] and len(lines[-1] + part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
-
-
-def break_words(text: str, width: int) -> str:
-    """A text whose words, names in it included, are broken as `break_at_dots` does."""
-    return " ".join(break_at_dots(word, width) for word in text.split(" "))
+def first_of(names: Iterable[str], count: int) -> str:
+    """The first names, and dots if there are more."""
+    every = list(names)
+    return ", ".join(every[:count]) + (", ..." if len(every) > count else "")
 
 
 def size_text(count: float, base: int = 1000) -> str:

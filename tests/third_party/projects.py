@@ -502,7 +502,7 @@ PROJECTS: dict[str, Project] = {
     ),
     "lightly": Project("lightly", lightly, own_lightly, "pytorch_lightning", lambda module: {"model": Backbone()}),
     "chemprop MPNN": Project("chemprop", chemprop, own_chemprop),
-    "lightning-hydra-template": Project("torchmetrics", hydra, own_hydra),
+    "lightning-hydra-template": Project("torchmetrics", hydra, own_hydra, load=lambda module: {"net": Net()}),
 }
 FORECASTING = {
     "TemporalFusionTransformer": PROJECTS["pytorch-forecasting TFT"],

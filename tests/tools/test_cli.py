@@ -112,14 +112,17 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
     from lightning_qlora.tools import doctor
 
     def version(name):
-        if name in ("rich", "triton"):
+        if name in ("jsonargparse", "triton"):
             raise doctor.PackageNotFoundError(name)
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [])
     checks = {name: (what, good) for name, what, good in doctor.examine()}
-    assert checks["rich"] == ('not installed (extra cli: pip install ".[cli]" in a clone of the repository)', True)
+    assert checks["jsonargparse"] == (
+        'not installed (extra cli: pip install ".[cli]" in a clone of the repository)',
+        True,
+    )
     assert checks["triton"][0].startswith("not installed") and checks["triton"][1] and checks["peft"] == ("1.0", True)
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     for package, extra in doctor.PACKAGES.items():

@@ -4,9 +4,8 @@ The record is an attribute of the module that holds the parameter, so it stays v
 module. A parameter without a record has not been part of a conversion.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -94,27 +93,18 @@ class Frozen(NamedTuple):
     """A dense parameter that was frozen at the end of conversion."""
 
     name: str
-    owner: "ref[nn.Module]"  # not kept alive
-    key: str
+    owner: nn.Module
+    parameter: nn.Parameter
     trained: bool  # before conversion
 
-    @property
-    def parameter(self) -> nn.Parameter | None:
-        """The parameter, as its owner holds it now."""
-        owner = self.owner()
-        if owner is None or self.key not in owner._parameters:  # a ScriptModule has no dict
-            return None
-        return owner._parameters[self.key]
 
-
-def frozen_parameters(module: nn.Module) -> list[Frozen]:
+def frozen_parameters(module: nn.Module) -> Iterator[Frozen]:
     """The dense parameters of a module that were frozen at the end of its conversion; tied ones several times."""
-    return [
-        Frozen(join(name, key), ref(part), key, known.trained)
-        for name, part in module.named_modules()
-        for key, known in vars(part).get(RECORDS, {}).items()
-        if known.frozen is not None
-    ]
+    for name, part in module.named_modules():
+        parameters = own_parameters(part)
+        for key, known in vars(part).get(RECORDS, {}).items():
+            if known.frozen is not None and key in parameters:
+                yield Frozen(join(name, key), part, parameters[key], known.trained)
 
 
 def base_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int | None:

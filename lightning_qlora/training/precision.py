@@ -44,7 +44,7 @@ from lightning_qlora.training.optimizers import (
     warn_of_adapters_in_no_optimizer,
 )
 from lightning_qlora.training.report import ConversionReport
-from lightning_qlora.training.thawed import FrozenParameters
+from lightning_qlora.training.thawed import warn_of_thawed
 
 
 class QLoRAPrecision(Precision):
@@ -75,7 +75,7 @@ class QLoRAPrecision(Precision):
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
         self._module: weakref.ref[nn.Module] | None = None
-        self._frozen: FrozenParameters | None = None  # from the first step on
+        self._trained: set[int] = set()  # ids of the parameters that took a step
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
         self._has_batches = False
@@ -88,7 +88,7 @@ class QLoRAPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_frozen": None}
+        return {**vars(self), "_module": None, "_trained": set()}
 
     @override
     @contextmanager
@@ -149,7 +149,7 @@ class QLoRAPrecision(Precision):
         if not converted_before or self.report is None:
             self.report = report
         self._module = weakref.ref(root)
-        self._frozen = None
+        self._trained = set()
         self._trains_fp32 = self._trains_new_fp32_parts(root)
         self._computes_in_fp16 |= computes_in_fp16(root)  # Fabric may convert several
         if trainer is not None:
@@ -242,9 +242,7 @@ class QLoRAPrecision(Precision):
         module = self._root
         if module is not None and self.report is not None:
             audit_first_step(optimizer, module, self.report.unused)
-            if self._frozen is None:
-                self._frozen = FrozenParameters(module)
-            self._frozen.warn_of_thawed(optimizer)
+            warn_of_thawed(module, optimizer, self._trained)
 
     def on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.

@@ -16,52 +16,47 @@ from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.records import Frozen, frozen_parameters
 from lightning_qlora.training.report import group, size_text
 
-
-class FrozenParameters:
-    """The dense parameters of a converted module that are frozen, until they train again."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._frozen = frozen_parameters(module)
-
-    def warn_of_thawed(self, optimizer: Optimizer) -> None:
-        """Warn of those that an optimizer trains in its next step, each once."""
-        trainable = [known for known in self._frozen if (p := known.parameter) is not None and p.requires_grad]
-        if not trainable:
-            return
-        in_optimizer = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        thawed = [known for known in trainable if id(known.parameter) in in_optimizer]
-        self._frozen = [known for known in self._frozen if known not in thawed]
-        layers = [known for known in thawed if not known.trained and _is_dense_layer(known.owner())]
-        rest = [known for known in thawed if known not in layers]
-        if layers:
-            names = sorted({owner_name(known.name) for known in layers})
-            rank_zero_warn(
-                f"{_sizes(layers)} of layers that the module froze before conversion train from now on: "
-                f"{_groups(names)}. Conversion left these layers dense, so they train in full. To train them in 4 bits "
-                f"with adapters, name them in target_modules, or unfreeze them before conversion. {PREVENT}"
-            )
-        if rest:
-            names = [known.name for known in rest]
-            rank_zero_warn(
-                f"{_sizes(rest)} that were frozen by conversion train from now on, in full: {_groups(names)}. "
-                "Checkpoints hold them too. If this is meant, name their modules in modules_to_save, so that they "
-                f"train from the start. {PREVENT}"
-            )
-
-
 PREVENT = (
     "If it is not meant, set requires_grad only of the parameters that had it after conversion, for example of those "
     "with 'lora_' in their names."
 )
 
 
-def _is_dense_layer(owner: nn.Module | None) -> bool:
-    return owner is not None and is_linear(owner) and not isinstance(owner, PackedLayer)
+def warn_of_thawed(module: nn.Module, optimizer: Optimizer, known: set[int]) -> None:
+    """Warn of frozen parameters that an optimizer trains in its next step.
+
+    `known` are the ids of the parameters that trained before; it gets those of this step, so each is named once.
+    """
+    in_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    new = {id(parameter) for parameter in in_optimizer if parameter.requires_grad} - known
+    if not new:
+        return
+    known |= new
+    thawed = [each for each in frozen_parameters(module) if id(each.parameter) in new]
+    layers = [each for each in thawed if not each.trained and _is_dense_layer(each.owner)]
+    rest = [each for each in thawed if each.trained or not _is_dense_layer(each.owner)]
+    if layers:
+        names = sorted({owner_name(each.name) for each in layers})
+        rank_zero_warn(
+            f"{_sizes(layers)} of layers that the module froze before conversion train from now on: "
+            f"{_groups(names)}. Conversion left these layers dense, so they train in full. To train them in 4 bits "
+            f"with adapters, name them in target_modules, or unfreeze them before conversion. {PREVENT}"
+        )
+    if rest:
+        rank_zero_warn(
+            f"{_sizes(rest)} that were frozen by conversion train from now on, in full: "
+            f"{_groups(each.name for each in rest)}. Checkpoints hold them too. If this is meant, name their modules "
+            f"in modules_to_save, so that they train from the start. {PREVENT}"
+        )
+
+
+def _is_dense_layer(owner: nn.Module) -> bool:
+    return is_linear(owner) and not isinstance(owner, PackedLayer)
 
 
 def _sizes(parameters: Collection[Frozen]) -> str:
-    tensors = {id(known.parameter): known.parameter for known in parameters}
-    size = size_text(sum(tensor.nbytes for tensor in tensors.values() if tensor is not None))
+    tensors = {id(each.parameter): each.parameter for each in parameters}
+    size = size_text(sum(tensor.nbytes for tensor in tensors.values()))
     return f"{len(tensors)} parameters ({size})"
 
 

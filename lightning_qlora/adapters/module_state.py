@@ -38,8 +38,6 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import base_fingerprint, current_fingerprint, renew, unrecorded
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
-HOOKED = "_qlora_hooked"  # attribute of a module that has the hooks of this file
-
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
@@ -54,8 +52,7 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     conversion = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     root._qlora_conversion = conversion  # type: ignore[assignment]
     for part in root.modules():
-        if HOOKED not in vars(part) and (part is root or adapted_layers(part)):
-            vars(part)[HOOKED] = True
+        if _after_state_dict not in part._state_dict_hooks.values() and (part is root or adapted_layers(part)):
             # Module-level functions: a module with these hooks can be copied and pickled.
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -35,7 +35,6 @@ from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import cancel_calibration
 from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
@@ -190,13 +189,11 @@ def get_adapter(module: nn.Module) -> Adapter:
     saved: dict[str, Tensor] = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
-    bases = {name: layer.packed_weight for name, layer in layers.items() if changes_base_weights(layer.config)}
     return adapter_on_base(
         describe_base(module, next(iter(layers.values())).config),
         {name: layer.config for name, layer in layers.items()},
         {name: _adapter_of_layer(layer) for name, layer in layers.items()},
         saved=saved,
-        bases=bases,
         base_fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
         source=type(module).__name__,
     )
@@ -254,8 +251,8 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     cancel_calibration(module)
     for part in module.modules():
         conversion = conversion_of(part)
-        if conversion is not None:  # checkpoints hold it
-            conversion.config = replace(conversion.config, **_arguments(part, adapter, layers))
+        if conversion is not None:  # checkpoints name what differs from r and lora_alpha, layer by layer
+            conversion.config = replace(conversion.config, rank_pattern={}, alpha_pattern={})
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
@@ -271,7 +268,11 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     owners = {owner_name(key) for key in adapter.saved}
     return replace(
         config.with_initialization("default"),
-        **_arguments(module, adapter, {}),
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        rank_pattern=exact(adapter.rank_pattern, prefix),
+        alpha_pattern=exact(adapter.alpha_pattern, prefix),
+        use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         target_modules="|".join(re.escape(names[name]) for name in targets),
         exclude_modules=[],
@@ -279,29 +280,6 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
         trainable_token_indices={names.get(name, name): indices for name, indices in adapter.tokens.items()} or None,
         adapter=None,
     )
-
-
-def _arguments(module: nn.Module, adapter: Adapter, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
-    """Ranks and scalings of an adapter, and of layers without one, as arguments of a QLoRAConfig."""
-    prefix, _ = find_base_model(module)
-    r = adapter.r
-    alpha = adapter.alpha
-    ranks = adapter.rank_pattern
-    alphas = adapter.alpha_pattern
-    for name, layer in layers.items():
-        if name in adapter.layers:
-            continue
-        if layer.r != r:
-            ranks[name] = layer.r
-        if layer.config.lora_alpha != alpha:
-            alphas[name] = layer.config.lora_alpha
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "use_rslora": adapter.use_rslora,
-        "rank_pattern": exact(ranks, prefix),
-        "alpha_pattern": exact(alphas, prefix),
-    }
 
 
 def _layers_by_plain_name(base: nn.Module) -> dict[str, QLoRALinear]:

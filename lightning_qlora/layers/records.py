@@ -57,27 +57,27 @@ def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
 
 def unrecorded(module: nn.Module) -> list[Unrecorded]:
     """The float parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
-    found = []
+    result = []
     for part in module.modules():
-        held: dict[str, Any] = own_parameters(part)
+        parameters: dict[str, Any] = own_parameters(part)
         if isinstance(part, QLoRALinear):
-            held = {"weight": part.lora_A, "bias": part.bias} if part.loaded else {}
-        known = vars(part).get(RECORDS, {})
-        found += [
-            Unrecorded(part, key, p.requires_grad) for key, p in held.items() if p is not None and key not in known
-        ]
-    return found
+            parameters = {"weight": part.lora_A, "bias": part.bias} if part.loaded else {}
+        for key, parameter in parameters.items():
+            if parameter is not None and key not in _records(part):
+                result.append(Unrecorded(part, key, parameter.requires_grad))
+    return result
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:
     """Record the parameters after conversion decided which of them are frozen."""
-    read: dict[int, Value] = {}  # tied parameters are read once
+    values: dict[int, Value] = {}  # tied parameters are read once
     for owner, key, trained in parameters:
-        parameter, frozen = own_parameters(owner).get(key), None
+        parameter = own_parameters(owner).get(key)
+        frozen = None
         if parameter is not None and not parameter.requires_grad:
-            if id(parameter) not in read:
-                read[id(parameter)] = Value.of(parameter, _fingerprint(owner, parameter))
-            frozen = read[id(parameter)]
+            if id(parameter) not in values:
+                values[id(parameter)] = Value.of(parameter, _fingerprint(owner, parameter))
+            frozen = values[id(parameter)]
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, frozen)
 
 
@@ -85,8 +85,7 @@ def is_recorded(owner: nn.Module) -> bool:
     """Whether a conversion has seen all parameters that a module holds itself, one at least, or made them."""
     if isinstance(owner, QLoRALinear):
         return not owner.loaded
-    known = vars(owner).get(RECORDS)
-    return known is not None and own_parameters(owner).keys() <= known.keys()
+    return RECORDS in vars(owner) and own_parameters(owner).keys() <= _records(owner).keys()
 
 
 class Frozen(NamedTuple):
@@ -102,9 +101,9 @@ def frozen_parameters(module: nn.Module) -> Iterator[Frozen]:
     """The dense parameters of a module that were frozen at the end of its conversion; tied ones several times."""
     for name, part in module.named_modules():
         parameters = own_parameters(part)
-        for key, known in vars(part).get(RECORDS, {}).items():
-            if known.frozen is not None and key in parameters:
-                yield Frozen(join(name, key), part, parameters[key], known.trained)
+        for key, (trained, frozen) in _records(part).items():
+            if frozen is not None and key in parameters:
+                yield Frozen(join(name, key), part, parameters[key], trained)
 
 
 def base_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int | None:
@@ -120,7 +119,7 @@ def base_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int | Non
     if value.version != frozen.version or moved:
         if _fingerprint(owner, parameter) != frozen.fingerprint:
             return None  # it was replaced, or trained for a while and frozen again
-        records = vars(owner)[RECORDS]
+        records = _records(owner)
         records[key] = records[key]._replace(frozen=value._replace(dtype=frozen.dtype))
     return frozen.fingerprint
 
@@ -133,28 +132,34 @@ def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int:
     return _fingerprint(owner, parameter)
 
 
-def _frozen(owner: nn.Module, key: str) -> Value | None:
-    record: Record | None = vars(owner).get(RECORDS, {}).get(key)
-    return None if record is None else record.frozen
-
-
-def _fingerprint(owner: nn.Module, parameter: Tensor) -> int:
-    return fingerprint(without_tokens(owner, parameter))
-
-
 def renew(module: nn.Module) -> None:
     """Record the present values of the frozen parameters as those of the base."""
     record(
-        Unrecorded(part, key, known.trained)
+        Unrecorded(part, key, trained)
         for part in module.modules()
-        for key, known in vars(part).get(RECORDS, {}).items()
-        if known.frozen is not None
+        for key, (trained, frozen) in _records(part).items()
+        if frozen is not None
     )
 
 
 def undo(module: nn.Module) -> None:
     """Let each parameter require a gradient if it did before conversion, and remove all records."""
     for part in module.modules():
-        for key, known in vars(part).pop(RECORDS, {}).items():
-            if (parameter := own_parameters(part).get(key)) is not None:
-                parameter.requires_grad_(known.trained)
+        parameters = own_parameters(part)
+        for key, (trained, _) in vars(part).pop(RECORDS, {}).items():
+            if key in parameters:
+                parameters[key].requires_grad_(trained)
+
+
+def _records(owner: nn.Module) -> dict[str, Record]:
+    records: dict[str, Record] = vars(owner).get(RECORDS, {})
+    return records
+
+
+def _frozen(owner: nn.Module, key: str) -> Value | None:
+    record = _records(owner).get(key)
+    return None if record is None else record.frozen
+
+
+def _fingerprint(owner: nn.Module, parameter: Tensor) -> int:
+    return fingerprint(without_tokens(owner, parameter))

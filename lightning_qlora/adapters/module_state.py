@@ -300,7 +300,7 @@ def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
 
 def _is_outermost(root: nn.Module, prefix: str) -> bool:
     """Whether a state dict with this prefix is that of the whole module, or of a part that is saved alone."""
-    return not _is_merged(root) and (conversion_of(root) is not None or not prefix)
+    return (conversion_of(root) is not None or not prefix) and not _is_merged(root)
 
 
 def _is_merged(root: nn.Module) -> bool:

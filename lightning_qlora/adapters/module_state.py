@@ -160,7 +160,7 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
     """
     layers = dict(_named_layers(root))
     parameters = {name: (owner, key, parameter) for name, owner, key, parameter in _dense_parameters(root)}
-    known: dict[int, int] = {}  # tied parameters are read once
+    numbers: dict[int, int] = {}  # tied parameters are read once
     unknown = []
     for name, expected in saved.fingerprints.items():
         if name in layers:
@@ -168,9 +168,9 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
         elif name in parameters:
             owner, key, parameter = parameters[name]
             state_dict[prefix + name] = parameter.detach()
-            if id(parameter) not in known:
-                known[id(parameter)] = current_fingerprint(owner, key, parameter)
-            current = known[id(parameter)]
+            if id(parameter) not in numbers:
+                numbers[id(parameter)] = current_fingerprint(owner, key, parameter)
+            current = numbers[id(parameter)]
         else:
             unknown.append(name)
             continue

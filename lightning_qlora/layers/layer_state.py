@@ -65,7 +65,8 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
         return False
     names = [name for name in state_dict if name == key or name.startswith(key + ".")]
     entries = {name: state_dict.pop(name).contiguous() for name in names}
-    weight, packed = entries[key], None
+    weight = entries[key]
+    packed = None
     if not weight.is_floating_point() or f"{key}.absmax" in entries:
         packed = PackedWeight.from_bnb_state_dict(entries, key)
     shape = tuple(layer._as_stored(weight).shape) if packed is None else packed.shape

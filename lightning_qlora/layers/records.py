@@ -29,10 +29,10 @@ class Value(NamedTuple):
     fingerprint: int
 
     @staticmethod
-    def of(parameter: Tensor, known: int) -> "Value":
+    def of(parameter: Tensor, number: int) -> "Value":
         """The value of a parameter whose fingerprint is known."""
         address = parameter.data_ptr() if has_values(parameter) and not is_sharded(parameter) else 0
-        return Value(parameter._version, parameter.dtype, parameter.shape, address, known)
+        return Value(parameter._version, parameter.dtype, parameter.shape, address, number)
 
 
 class Record(NamedTuple):

@@ -22,16 +22,16 @@ PREVENT = (
 )
 
 
-def warn_of_thawed(module: nn.Module, optimizer: Optimizer, known: set[int]) -> None:
+def warn_of_thawed(module: nn.Module, optimizer: Optimizer, trained: set[int]) -> None:
     """Warn of frozen parameters that an optimizer trains in its next step.
 
-    `known` are the ids of the parameters that trained before; it gets those of this step, so each is named once.
+    `trained` are the ids of the parameters that trained before; it gets those of this step, so each is named once.
     """
     in_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    new = {id(parameter) for parameter in in_optimizer if parameter.requires_grad} - known
+    new = {id(parameter) for parameter in in_optimizer if parameter.requires_grad} - trained
     if not new:
         return
-    known |= new
+    trained |= new
     thawed = [each for each in frozen_parameters(module) if id(each.parameter) in new]
     layers = [each for each in thawed if not each.trained and _is_dense_layer(each.owner)]
     rest = [each for each in thawed if each.trained or not _is_dense_layer(each.owner)]

@@ -9,9 +9,9 @@ from lightning.fabric.utilities.load import _lazy_load
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from lightning_qlora import CheckpointMismatchError, QLoRALinear, convert, merge
+from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, merge, save_adapter
 from lightning_qlora.layers.fingerprint import fingerprint
-from tests.conftest import elsewhere, fingerprints
+from tests.conftest import Classifier, elsewhere, fingerprints, loader
 
 
 def mlp(scale=1.0):
@@ -357,3 +357,25 @@ def test_an_extra_parameter_trains_if_its_layer_is_in_modules_to_save():
     model = nn.Sequential(Counting(64), nn.Linear(64, 64))
     convert(model, r=4, modules_to_save=["0"])
     assert type(model[0]) is Counting and model[0].gate.requires_grad
+
+
+@pytest.mark.parametrize("save", ["checkpoint", "save_adapter", "merge"])
+def test_adapters_with_nan_are_not_written_and_the_layer_and_step_are_named(trainer, tmp_path, save):
+    module = Classifier()
+    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2, enable_checkpointing=False)
+    fit.fit(module, loader())
+    steps = {
+        "checkpoint": lambda: fit.save_checkpoint(tmp_path / "x.ckpt"),
+        "save_adapter": lambda: save_adapter(module, tmp_path / "folder"),
+        "merge": lambda: merge(module),
+    }
+    if save != "merge":
+        steps[save]()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in files]
+    with torch.no_grad():
+        module.net[0].lora_B[3, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"net\.0: its adapter holds NaN or Inf after step 2, as those of 1 of 2"):
+        steps[save]()
+    assert [path.read_bytes() for path in files] == before
+    assert torch.isnan(module.net[0].lora_B).any()

@@ -7,7 +7,7 @@ Each strategy trains a small Llama for STEPS steps on the same global batches an
 parameters and with 8-bit AdamW, as adapters and with the 4-bit base, in shards and in one file. Each strategy loads
 every one of these and trains STEPS steps more. A cell has the largest relative difference of the losses of these steps,
 over both contents and both kinds of file, from those of one device that was not interrupted, or the error. Shards are
-loaded by the strategies that write them.
+loaded by the strategies that write them, with 8-bit state by the same one.
 """
 
 import json
@@ -128,8 +128,8 @@ def save_all(name: str, folder: Path) -> Iterator[tuple[str, Any]]:
 def load_all(name: str, folder: Path) -> Iterator[tuple[str, Any]]:
     """Load each checkpoint and train on: its name, and the losses or the error."""
     for path in sorted(path for path in folder.iterdir() if path.suffix != ".json"):
-        _, file, *kind = path.name.split("-")
-        if file not in files_of(name):
+        saved, file, *kind = path.name.split("-")
+        if file not in files_of(name) or (file == "shards" and kind[1] == "8" and saved != name):
             continue
         try:
             yield path.name, fit(name, (kind[0], kind[1]), 2, path=path)[1]

@@ -4,7 +4,7 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,18 +50,16 @@ def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def read_checkpoint(
-    path: str | os.PathLike[str], weights_only: bool = True, keys: Collection[str] | None = None
-) -> Any:
+def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
     `weights_only` as in torch.load: refuse objects that are neither tensors nor plain values, and run no code of the
-    files, also not of the index of shards. `keys`: read only these values of shards. Raises FileNotFoundError if there
-    is no checkpoint, and ValueError if it is broken, or contains objects that weights_only refuses.
+    files, also not of the index of shards. Raises FileNotFoundError if there is no checkpoint, and ValueError if it is
+    broken, or contains objects that weights_only refuses.
     """
     if is_shards(path):
         with one_line_errors(path):
-            return _read_shards(Path(path), weights_only, keys)
+            return _read_shards(Path(path), weights_only)
     if not os.path.isfile(path):
         kind = "no such file"
         if _has_file(path, OTHER_FILES):
@@ -73,7 +71,7 @@ def read_checkpoint(
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
-def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None) -> dict[str, Any]:
+def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     """Lightning's _load_distributed_checkpoint (lightning/fabric/utilities/load.py), with `weights_only`."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -99,18 +97,11 @@ def _read_shards(folder: Path, weights_only: bool, keys: Collection[str] | None)
     state: dict[str, Any] = {}
     index = read_index(folder / SHARDS_INDEX, weights_only)
     try:
-        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(keys), no_dist=True)  # type: ignore[no-untyped-call]
+        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)  # type: ignore[no-untyped-call]
     except CheckpointException as error:  # a BaseException, whose text is a traceback
         raise next(iter(error.failures.values()))[0] from error
     state |= torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)
     return state
-
-
-def names_in_shards(folder: str | os.PathLike[str], weights_only: bool = True) -> Collection[str]:
-    """Names of the values in the shards of a folder."""
-    with one_line_errors(folder):
-        names: Collection[str] = read_index(Path(folder) / SHARDS_INDEX, weights_only).state_dict_metadata
-    return names
 
 
 def read_index(path: Path, weights_only: bool = True) -> Any:

@@ -45,7 +45,7 @@ class LoRALayer(PackedLayer):
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
     initial_B: Tensor | None = None
     _qlora_disabled: int = 0
-    was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight; for `audit`
+    was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight
     weight_was_read: bool = False
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 

@@ -6,7 +6,7 @@
 
 A function of torch that gets it is called with a plain tensor, computed for this call, whose gradient autograd knows. A
 read that is not one of the products above keeps the dense weight for the backward pass, as any weight is kept. An
-`autograd.Function` of other code, which torch calls without asking, gets the values without a gradient; `audit` warns.
+`autograd.Function` of other code, which torch calls without asking, gets the values without a gradient (a warning).
 """
 
 from types import SimpleNamespace

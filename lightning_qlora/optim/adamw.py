@@ -144,8 +144,8 @@ class PagedAdamW8bit(Optimizer):
                 if is_sharded(state[f"{MOMENTS[0]}_codes"]):
                     raise ValueError(
                         f"8-bit optimizer state was saved in {saved_shards} shards, and the parameter has "
-                        f"{shard_count(param)}: each shard has blocks of its own. Load the state as a whole: with "
-                        "QLoRAPrecision, a Trainer or a Fabric does."
+                        f"{shard_count(param)}: each shard has blocks of its own. Save it in one file: "
+                        "ModelParallelStrategy(save_distributed_checkpoint=False)."
                     )
                 state = quantize_like(_new_state(param), state, param)
             for key, value in split_like(param, state).items():

@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.files.lightning_checkpoint import is_shards, names_in_shards, read_checkpoint
-from lightning_qlora.layers.names import last_part
+from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.patches import replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -31,7 +30,6 @@ from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
-from lightning_qlora.optim.state_8bit import is_8bit
 from lightning_qlora.training.checkpoint import leave_out_networks
 from lightning_qlora.training.guards import check_checkpoint
 
@@ -171,37 +169,27 @@ def shard_bytes() -> None:
 
 @replaces(*(f"lightning.{package}.strategies.model_parallel:_load_checkpoint" for package in ("fabric", "pytorch")))
 def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> Any:
-    """Load a checkpoint in one file, and 8-bit optimizer state of any number of ranks, into a sharded module.
+    """Load a checkpoint in one file into a sharded module, and its optimizer state by the places in the optimizer.
 
     Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, fails on frozen parameters, and takes the
-    numbers in the optimizer's state for places among all parameters of the module. torch/distributed/checkpoint loads
-    scales of 8-bit state only into as many as were saved.
+    numbers in the optimizer's state for places among all parameters of the module.
     Supported ways tried: `strict_loading=False` of the module; it would also accept missing adapters.
-    Removed by: upstream calling `load_state_dict` of the module, and a hook of Optimizer for resharding its state.
+    Removed by: upstream calling `load_state_dict` of the module, and numbering the parameters of the optimizer.
     """
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
-    optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
-    weights_only = kwargs.get("weights_only") is not False
-    in_shards = is_shards(path)
-    in_8_bits = in_shards and any(is_8bit({last_part(name): 0}) for name in names_in_shards(path, weights_only))
-    if not any(map(_is_converted, modules.values())) or (in_shards and not in_8_bits):
+    if is_shards(path) or not any(map(_is_converted, modules.values())):
         return original(path, state, strict, *args, **kwargs)
-    saved = read_checkpoint(path, weights_only, optimizers if in_shards else None)
-    if in_shards:
-        rest = {key: value for key, value in state.items() if key not in optimizers}
-        unclaimed = original(path, rest, strict, *args, **kwargs)
-        state.update(rest)
-    else:
-        for key, module in modules.items():
-            module.load_state_dict(saved.pop(key), strict=strict)
-        others = state.keys() - modules.keys() - optimizers.keys()
-        _validate_keys_for_strict_loading(others, saved, strict)
-        _move_state_into(saved, state, others)
-        unclaimed = saved
+    saved = read_checkpoint(path, kwargs.get("weights_only") is not False)
+    for key, module in modules.items():
+        module.load_state_dict(saved.pop(key), strict=strict)
+    optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
     of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
     for number, (key, optimizer) in enumerate(optimizers.items()):
         load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
-    return unclaimed
+    others = state.keys() - modules.keys() - optimizers.keys()
+    _validate_keys_for_strict_loading(others, saved, strict)
+    _move_state_into(saved, state, others)
+    return saved
 
 
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")

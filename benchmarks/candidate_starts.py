@@ -177,8 +177,8 @@ def preserved(of: Layer) -> tuple[Tensor, Tensor]:
     half, size = of.r // 2, of.input_size
     kept_a, kept_b = of.split(exact(of.weight * size, half))
     rest, packed = of.weight - of.layer.scaling * kept_b @ (kept_a / size), of.layer.packed_weight
-    of.layer.set_packed_weight(
-        ops.quantize(rest, packed.quant_type, packed.block_size, packed.nested_absmax is not None)
+    of.layer.set_packed_weights(
+        [ops.quantize(rest, packed.quant_type, packed.block_size, packed.nested_absmax is not None)]
     )
     error_a, error_b = of.split(exact((rest - of.layer.packed_weight.dequantize(torch.float32)) * size, of.r - half))
     return torch.cat([kept_a, error_a]) / size, torch.cat([kept_b, error_b], 1)
@@ -198,7 +198,7 @@ def full(of: Layer) -> tuple[Tensor, Tensor]:
 
 def feedback(of: Layer) -> tuple[Tensor, Tensor]:
     packed = of.layer.packed_weight
-    of.layer.set_packed_weight(round_with_feedback(of.weight, packed, of.power(1.0)))
+    of.layer.set_packed_weights([round_with_feedback(of.weight, packed, of.power(1.0))])
     return full(of)
 
 

@@ -30,6 +30,7 @@ from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.lora_products import dropout, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
+from lightning_qlora.quantization.packed_weight import stack_bytes
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 SHORT = ("sm_80", "sm_90")
@@ -215,10 +216,11 @@ def _grouped(
     weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
     x = torch.zeros(rows * experts, 128 if backward and kernel == 0 else 512, dtype=dtype)
     h, out = torch.zeros(len(x), 64, dtype=dtype), torch.zeros(len(x), 512 if backward else 128, dtype=dtype)
-    ends, a, b = torch.full((experts,), len(x), dtype=torch.int32), torch.zeros(64, 512), torch.zeros(128, 64)
+    ends, stack = torch.full((experts,), len(x), dtype=torch.int32), stack_bytes([weight] * experts)
+    a, b = torch.zeros(experts, 64, 512), torch.zeros(experts, 128, 64)
 
     def call() -> None:
-        group = Group(x, ends, [weight] * experts, [a] * experts, [b] * experts)
+        group = Group(x, ends, stack, a, b)
         if kernel == 0:
             group.product(x, h, out, 1.0, p, seed, backward)
         elif kernel == 1:

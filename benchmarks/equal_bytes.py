@@ -84,7 +84,7 @@ class SpendBytes(Callback):
                 {name: feedback(layers[name], weights[name], moments[name], span).packed for name in layers}, file
             )
         for name, packed in torch.load(file).items():
-            layers[name].set_packed_weight(replace(layers[name].packed_weight, packed=packed))
+            layers[name].set_packed_weights([replace(layers[name].packed_weight, packed=packed)])
 
     def chosen(
         self, layers: dict[str, QLoRALinear], weights: dict[str, Tensor], errors: dict[str, float],

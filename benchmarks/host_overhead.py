@@ -27,7 +27,7 @@ from lightning_qlora.kernels import eager, grouped_linear, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.backends import Backend
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.layers import routed_experts
+from lightning_qlora.layers import experts as stacks
 
 SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
 HEADS = "launches forward", "us forward", "launches backward", "us backward"
@@ -137,7 +137,7 @@ def experts(number: int) -> nn.Module:
     convert(block, r=RANK, lora_dropout=0.0)
     for module in (ops, grouped_linear):
         vars(module)["backend"] = unchecked()
-    vars(routed_experts)["INTERPRETED"] = True
+    vars(stacks)["INTERPRETED"] = True
     return block.train()
 
 

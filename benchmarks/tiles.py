@@ -28,6 +28,7 @@ from lightning_qlora.kernels.triton.launch import Tile
 from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize_into
+from lightning_qlora.quantization.packed_weight import stack_bytes
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 EXPERTS, EXPERT_SHAPES = 64, ((1536, 2048), (2048, 768))  # the shapes of Qwen3-30B-A3B, which has 128 experts
@@ -91,18 +92,20 @@ def _calls_of_experts(rows: int, shape: tuple[int, int], device: torch.device) -
     n, k = shape
     x, grad = (torch.randn(EXPERTS * rows, size, device=device, dtype=torch.bfloat16) for size in (k, n))
     ends = torch.arange(rows, len(x) + 1, rows, device=device, dtype=torch.int32)
-    weights = [ops.quantize(torch.randn(n, k, device=device)).to_bytes() for _ in range(EXPERTS)]
-    lora_a, lora_b = ([torch.randn(size, device=device) for _ in range(EXPERTS)] for size in ((RANK, k), (n, RANK)))
+    weight = stack_bytes([ops.quantize(torch.randn(n, k, device=device)).to_bytes() for _ in range(EXPERTS)])
+    lora_a, lora_b = (torch.randn(EXPERTS, *size, device=device) for size in ((RANK, k), (n, RANK)))
 
     def together() -> None:
-        _, xa = kernels.grouped_linear(x, ends, weights, lora_a, lora_b, 0.5, 0.0, None)
-        kernels.grouped_linear_backward(grad, x, xa, ends, weights, lora_a, lora_b, 0.5, 0.0, None, True)
+        _, xa = kernels.grouped_linear(x, ends, weight, lora_a, lora_b, 0.5, 0.0, None)
+        kernels.grouped_linear_backward(grad, x, xa, ends, weight, lora_a, lora_b, 0.5, 0.0, None, True)
 
     def one_by_one() -> None:
-        for part, of_part, weight, a, b in zip(x.split(rows), grad.split(rows), weights, lora_a, lora_b, strict=True):
+        for part, of_part, matrix, a, b in zip(
+            x.split(rows), grad.split(rows), weight.unbind(), lora_a, lora_b, strict=True
+        ):
             xa = kernels.lora_project(part, a, 0.0, None)
-            kernels.linear_into(part.new_empty(rows, n), part, xa, weight, None, b, 0.5)
-            kernels.linear_backward(of_part, part, xa, weight, a, b, 0.5, 0.0, None, True)
+            kernels.linear_into(part.new_empty(rows, n), part, xa, matrix, None, b, 0.5)
+            kernels.linear_backward(of_part, part, xa, matrix, a, b, 0.5, 0.0, None, True)
 
     return [together, one_by_one]
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.packed_linear import PackedLayer
 
 ROOT = Path(__file__).parent.parent
 # Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
@@ -88,8 +88,9 @@ def loader(samples: int = 32, batch_size: int = 8, shuffle: bool = False) -> Dat
 def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters, buffers, and the bytes of 4-bit layers, wherever these are held."""
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, layer in adapted_layers(module).items():
-        held |= {f"{name}.{key}": getattr(layer, key) for key in ("packed", "absmax", "nested")}
+    for name, layer in module.named_modules():
+        if isinstance(layer, PackedLayer):
+            held |= {f"{name}.{key}": getattr(layer, key) for key in ("packed", "absmax", "nested")}
     return held
 
 

@@ -22,7 +22,7 @@ MECHANISM = ("wrap_once", "replaces", "make_changes")  # what patches are made w
 ALLOWED = {
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one.
     "layers/qlora_linear.py": {
-        "layer._parameters.pop('weight')", "layer._parameters.pop('weight', None)", "layer.__dict__.update(",
+        "layer._parameters.pop('weight')", "layer._parameters.pop('weight', None)",
         "layer.__class__", "layer.in_features", "layer.out_features",
     },
     "layers/kinds.py": {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_qlora import convert
+from lightning_qlora.kernels import ops
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -143,6 +144,18 @@ def perturb(module, scale: float = 0.05, seed: int = 0):
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
     return module
+
+
+def delta(layer):
+    """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32, in the shape of the dense weight."""
+    parts = []
+    for matrix in layer.matrices():
+        added = layer.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
+        if matrix.magnitude is not None:
+            base = ops.dequantize(matrix.weight, torch.float32)
+            added = layer.dora_scale(matrix)[:, None] * (base + added) - base
+        parts.append(added)
+    return layer.as_dense(parts).detach()
 
 
 def converted(name: str, seed: int = 0, **arguments) -> Lit:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.experts import OURS, build
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import Function, call_seconds, seconds
-from lightning_qlora.layers import routed_experts
+from lightning_qlora.layers import experts
 from lightning_qlora.layers.lora_layer import ADAPTER
 
 QWEN3_30B = {"hidden": 2048, "width": 768, "experts": 128, "active": 8}
@@ -45,13 +45,13 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
 
 @contextmanager
 def _variant(together: bool) -> Iterator[None]:
-    original = routed_experts._grouped
+    original = vars(experts)["can_group"]
     if not together:
-        routed_experts._grouped = lambda *_: None
+        vars(experts)["can_group"] = lambda *_: False
     try:
         yield
     finally:
-        routed_experts._grouped = original
+        vars(experts)["can_group"] = original
 
 
 def _step(block: nn.Module, x: Tensor, together: bool) -> Function:

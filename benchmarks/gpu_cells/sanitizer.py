@@ -14,6 +14,7 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.reference import AdamWStep
+from lightning_qlora.quantization.packed_weight import stack_bytes
 
 SHAPES = ((3, 5), (128, 64), (257, 192))  # [out, in]
 
@@ -51,9 +52,10 @@ def run_kernels(device: torch.device) -> None:
                 x = torch.randn(rows, shape[1], device=device, dtype=dtype, requires_grad=True)
                 seed = torch.tensor([2**40 + 3]) if p else None
                 lora_linear(x, weight.to_bytes(), None, a, b, 0.5, p, seed).sum().backward()
-            if can_group(x, [weight.to_bytes()] * 3, [a] * 3, [b] * 3):
+            stack = stack_bytes([weight.to_bytes()] * 3), torch.stack([a] * 3), torch.stack([b] * 3)
+            if can_group(x, *stack):
                 ends = torch.tensor([20, 20, 31], dtype=torch.int32, device=device)
-                grouped_linear(x, ends, [weight.to_bytes()] * 3, [a] * 3, [b] * 3, 0.5, p, seed).sum().backward()
+                grouped_linear(x, ends, *stack, 0.5, p, seed).sum().backward()
     scalars = AdamWStep(1, 1e-3, 0.9, 0.999, 1e-8, 0.01)
     sizes = (5, 4096, 70_001)
     params, grads = ([torch.randn(size, device=device) for size in sizes] for _ in range(2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import owner_name, parameter_name, plain_name
+from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -25,7 +25,8 @@ ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class LayerAdapter:
     """The adapter of one layer: lora_A [r, in], lora_B [out, r], its alpha, and DoRA's magnitudes [out].
 
-    `initial` are the lora_A and lora_B that training began with, if they were computed from the weight and are known.
+    That of a stack of experts is [experts, r, in], [experts, out, r] and [experts, out]. `initial` are the lora_A and
+    lora_B that training began with, if they were computed from the weight and are known.
     """
 
     lora_A: Tensor
@@ -37,7 +38,7 @@ class LayerAdapter:
     @property
     def r(self) -> int:
         """Rank."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
 
 class ExpertStack(NamedTuple):
@@ -63,8 +64,8 @@ class Adapter:
     """The adapters of a model; names are those in the base model.
 
     Attributes:
-        layers: Name of a layer -> its adapter. Expert i of a parameter NAME is `NAME_experts.i`.
-        experts: Name of a parameter of experts -> how PEFT writes the adapters of these.
+        layers: Name of a layer, or of a parameter of experts -> its adapter.
+        experts: Name of a parameter of experts -> how PEFT writes its adapter.
         expert_adapters: Name in a folder -> adapter of `target_parameters`; see `peft_experts.assign_parameters`.
         peft_config: Content of that folder's adapter_config.json.
         as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
@@ -78,7 +79,7 @@ class Adapter:
         task_type: PEFT's task type, or None.
         base_model: Folder or hub name of the base model, or None.
         quantization: `base_compatibility.quantization_of` of the training, if known.
-        bases: Name of a layer -> its 4-bit weight, if it is stored with the adapters.
+        bases: Name of a layer -> the 4-bit weight of each of its matrices, if it is stored with the adapters.
         base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if known; in folders, if the
             initialization changed it.
         source: The file that the tensors came from, for messages.
@@ -99,7 +100,7 @@ class Adapter:
     task_type: str | None = None
     base_model: str | None = None
     quantization: dict[str, Any] | None = None
-    bases: dict[str, PackedWeight] = field(default_factory=dict)
+    bases: dict[str, list[PackedWeight]] = field(default_factory=dict)
     base_fingerprints: dict[str, int] = field(default_factory=dict)
     source: str = "adapter_model.safetensors"
 
@@ -135,21 +136,14 @@ class Adapter:
         alphas = {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
         return {self.name_in_peft(name): alpha for name, alpha in alphas.items() if alpha != usual}
 
-    def expert_parameter(self, name: str) -> str | None:
-        """Name of the parameter that a layer is an expert of; None for other layers."""
-        parameter = parameter_name(owner_name(name))
-        return parameter if parameter in self.experts else None
-
     @property
     def targets(self) -> set[str]:
         """Names of the model's modules and expert parameters that have an adapter here."""
-        return {self.expert_parameter(name) or name for name in self.layers} | set(map(outermost, self.expert_adapters))
+        return {*self.layers, *map(outermost, self.expert_adapters)}
 
     def name_in_peft(self, name: str) -> str:
         """Name of the layer, or of the parameter, that PEFT adapts."""
-        if name in self.as_parameters:
-            return f"{name}.weight"
-        return self.expert_parameter(name) or name
+        return f"{name}.weight" if name in self.as_parameters else name
 
     @property
     def target_parameters(self) -> list[str]:

@@ -19,7 +19,7 @@ from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
 from lightning_qlora.layers.initialization.methods import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.lora_layer import LoRALayer
 
 BITS = ("quant_type", "block_size", "double_quant")
 
@@ -45,7 +45,7 @@ def check_quantization(quantization: Any, source: str) -> None:
         raise ValueError(f"{source}: {error}. The file is damaged: use another copy.") from error
 
 
-def quantization_of_layer(layer: QLoRALinear) -> dict[str, Any]:
+def quantization_of_layer(layer: LoRALayer) -> dict[str, Any]:
     """The same for a layer, with the type of its weight, which may have been loaded in 4 bits."""
     return quantization_of(layer.config) | _bits_of(layer)
 
@@ -95,7 +95,7 @@ def trained_on(quantization: Mapping[str, Any] | None) -> str:
     )
 
 
-def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> None:
+def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> None:
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
     quantization = adapter.quantization or {}
     for name, layer in layers.items():
@@ -117,7 +117,7 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, QLoRALinear]) -> 
             )
 
 
-def record_initialization(layer: QLoRALinear, quantization: Mapping[str, Any] | None) -> None:
+def record_initialization(layer: LoRALayer, quantization: Mapping[str, Any] | None) -> None:
     """Store in a layer how its loaded adapter was initialized, for when it is saved again."""
     if quantization is None:
         quantization = {}
@@ -156,17 +156,17 @@ def _difference(layer: LayerAdapter, use_rslora: bool) -> LayerAdapter:
     if layer.initial is None or not layer.initial[1].any():
         return replace(layer, lora_A=layer.lora_A.float(), lora_B=layer.lora_B.float(), initial=None)
     a0, b0 = layer.initial
-    ratio = (layer.r + len(a0)) / layer.r
+    ratio = (layer.r + a0.shape[-2]) / layer.r
     if use_rslora:
         ratio **= 0.5
     return LayerAdapter(
-        lora_A=torch.cat([layer.lora_A.float(), a0.to(layer.lora_A.device).float()]),
-        lora_B=torch.cat([layer.lora_B.float(), -b0.to(layer.lora_B.device).float()], dim=1),
+        lora_A=torch.cat([layer.lora_A.float(), a0.to(layer.lora_A.device).float()], dim=-2),
+        lora_B=torch.cat([layer.lora_B.float(), -b0.to(layer.lora_B.device).float()], dim=-1),
         alpha=layer.alpha * ratio,  # the scaling, alpha / r or alpha / sqrt(r), stays the same
     )
 
 
-def _bits_of(layer: QLoRALinear) -> dict[str, Any]:
+def _bits_of(layer: LoRALayer) -> dict[str, Any]:
     return {
         "quant_type": layer.quant_type,
         "block_size": layer.block_size,

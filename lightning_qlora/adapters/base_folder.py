@@ -16,7 +16,7 @@ from lightning_qlora.adapters.peft_experts import check_sizes, refuse
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import last_part, plain_name
+from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.reasons import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
 
@@ -180,31 +180,30 @@ def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Itera
 
 
 def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """Layer of an adapter -> its weight [out, in] in a model that is not converted: views of its parameters.
+    """Layer of an adapter -> its weight in a model that is not converted: views of its parameters.
 
-    Each expert of a parameter has a name, as in `Adapter.layers`. CheckpointMismatchError if the model has no such
-    layer, or one of another shape.
+    It is [out, in], of a stack [experts, out, in]. CheckpointMismatchError if the model has no such layer, or one of
+    another shape.
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
     for name in adapter.layers:
         key = f"{name}.lora_A.weight"
-        stacked = adapter.expert_parameter(name)
-        parameter = parameters.get(stacked or f"{name}.weight")
+        stack = adapter.experts.get(name)
+        parameter = parameters.get(f"{name}.weight" if stack is None else name)
         if parameter is None:
             refuse(adapter, key, model, "has no such layer")
         weight = parameter.detach()
-        if stacked is None:
+        if stack is None:
             transposed = kind_of(type(modules[name])).transposed
         else:
-            stack = adapter.experts[stacked]
             transposed = stack.transposed
             if len(weight) % stack.number or (weight.ndim == 3 and len(weight) != stack.number):
                 refuse(adapter, key, model, f"has shape {list(weight.shape)} there, not {stack.number} experts")
-            weight = weight.view(stack.number, -1, weight.shape[-1])[int(last_part(name))]
+            weight = weight.view(stack.number, -1, weight.shape[-1])
         if transposed:
-            weight = weight.T
-        check_sizes(adapter, name, model, *weight.shape)
+            weight = weight.mT
+        check_sizes(adapter, name, model, *weight.shape[-2:])
         weights[name] = weight
     return weights

@@ -12,8 +12,8 @@ from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter,
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.initialization.methods import changes_base_weights
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     COMPILED,
     is_transformers_model,
@@ -22,7 +22,7 @@ from lightning_qlora.layers.names import (
     only_child_of,
     plain_name,
 )
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import base_fingerprint, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
@@ -70,8 +70,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
     """Entries of a checkpoint, beside `config`, from which a PEFT folder can be written without the module."""
     prefix, base = find_base_model(module)
-    modules = [(plain_name(name), layer) for name, layer in base.named_modules(remove_duplicate=False)]
-    layers = {name: layer for name, layer in modules if isinstance(layer, QLoRALinear)}
+    layers = {plain_name(name): layer for name, layer in adapted_layers(base, remove_duplicate=False).items()}
     quantization = None
     if layers:
         quantization = quantization_of_layer(next(iter(layers.values())))
@@ -79,7 +78,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "prefix": plain_name(prefix),
         "task_type": _task_type(base),
         "base_model": _name_of(base),
-        "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
+        "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
         "quantization": quantization,
         "target_modules": target_modules_of(base),
         "trained_in_full": list(trained_in_full(module)),
@@ -159,7 +158,7 @@ def _trained_modules(module: nn.Module) -> dict[str, nn.Module]:
     first_names = dict(module.named_modules())
     trained = {}
     for name, part in module.named_modules(remove_duplicate=False):
-        if isinstance(part, QLoRALinear) or (isinstance(part, TokenAdapter) and name not in first_names):
+        if isinstance(part, LoRALayer) or (isinstance(part, TokenAdapter) and name not in first_names):
             continue
         for key, parameter in own_parameters(part).items():
             if parameter.is_floating_point() and base_fingerprint(part, key, parameter) is None:
@@ -187,9 +186,8 @@ def _task_type(base: nn.Module) -> str | None:
 
 def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | list[str]:
     """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
-    experts = experts_of(base)
     modules = [plain_name(name) for name, _ in base.named_modules()]
-    names = [plain_name(name) for name, layer in adapted_layers(base).items() if layer not in experts]
+    names = [plain_name(name) for name, layer in adapted_layers(base).items() if not layer.is_stack]
     layers = [name for name in names if name not in without]
     for endings in ({last_part(name) for name in layers}, set(layers)):
         matches = {name for name in modules if not endings.isdisjoint(name_endings(name))}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
+from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, plain_name
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
@@ -139,9 +139,13 @@ class SavedConversion:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
         arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
-        keys = [plain_name(key) for key in state_dict]
-        names = [owner_name(key) for key in keys if last_part(key) == "lora_A"]
+        names = [layer_name(plain_name(key), state_dict[key]) for key in state_dict if last_part(key) == "lora_A"]
         return {name: arguments.get(name, {}) for name in names}
+
+
+def layer_name(key: str, lora_a: Any) -> str:
+    """The name of the layer whose lora_A has this key in a state dict; of a stack that of its parameter."""
+    return parameter_name(owner_name(key)) if len(lora_a.shape) == 3 else owner_name(key)
 
 
 def entry_of(text: str) -> Tensor:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
-from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, layer_name, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
+from lightning_qlora.layers.layer_state import read_base
 from lightning_qlora.layers.names import last_part, named, owner_name, plain_name
-from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
 def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Adapter:
@@ -36,13 +36,14 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     fingerprints = {}
     bases = {}
     for key in keys:
-        name = plain_name(key).removeprefix(outer)  # in the base model
+        lora_a = state[f"{key}.lora_A"]
+        name = layer_name(plain_name(f"{key}.lora_A"), lora_a).removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
         initial = None
         if f"{key}.initial_A" in state:
             initial = state[f"{key}.initial_A"], state[f"{key}.initial_B"]
         layers[name] = LayerAdapter(
-            lora_A=state[f"{key}.lora_A"],
+            lora_A=lora_a,
             lora_B=state[f"{key}.lora_B"],
             alpha=configs[name].lora_alpha,
             magnitude=state.get(f"{key}.{MAGNITUDE}"),
@@ -50,8 +51,9 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         )
         if key.removeprefix(root) in conversion.fingerprints:
             fingerprints[name] = conversion.fingerprints[key.removeprefix(root)]
-        if f"{key}.weight.absmax" in state:
-            bases[name] = PackedWeight.from_bnb_state_dict(state, f"{key}.weight")
+        weights = read_base(state, f"{key}.weight")
+        if weights:
+            bases[name] = weights
     owners = {outer + owner for owner in description["trained_in_full"]}
     saved = {
         plain_name(key).removeprefix(outer): value

@@ -14,13 +14,13 @@ from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
 from lightning_qlora.layers.deferred_head import compute_logits
-from lightning_qlora.layers.dtensor import gather, is_sharded, reshard
-from lightning_qlora.layers.experts import expert_stacks, experts_of
+from lightning_qlora.layers.dtensor import is_sharded, reshard
+from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
-from lightning_qlora.layers.lora_layer import TINY, cancel_calibration
+from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer, cancel_calibration
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.packed_linear import to_dense
-from lightning_qlora.layers.qlora_linear import DTYPES, QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.reasons import mark_as_loaded
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
@@ -62,23 +62,22 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     reshard(module)
     stacks = list(expert_stacks(module))
     prefix, base = find_base_model(module)
-    names = {layer: plain_name(name) for name, layer in base.named_modules()}
+    names = {layer: plain_name(name) for name, layer in adapted_layers(base).items()}
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
-    def merged(layer: QLoRALinear) -> Tensor:
+    def merged(layer: LoRALayer) -> Tensor:
         weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
         return merged_weight(layer, weight_dtype, names[layer], weights.pop(names[layer], None))
 
-    experts = experts_of(module)
     parameters = []
     for layer in layers.values():
-        if layer not in experts:
+        if not layer.is_stack:
             to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
             parameters.append(layer.weight)
     for _, owner, key, stack in stacks:
-        stack.restore(owner, key, stack.stack(merged))
+        stack.restore(owner, key, merged(stack))
         parameters.append(owner.get_parameter(key))
     compute_logits(module)
     _round_full_precision(module, prefix, dtype)
@@ -102,18 +101,24 @@ def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> 
     undo_full_precision(module)
 
 
-def merged_weight(layer: QLoRALinear, dtype: torch.dtype, name: str, weight: Tensor | None = None) -> Tensor:
+def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tensor | None = None) -> Tensor:
     """W + s B A, with DoRA m (W + s B A) / ||W + s B A||, in `dtype` and in the shape of the dense layer.
 
-    W: `weight`, [out, in]; None: the 4-bit weight, decoded to its type.
+    W: `weight`, [out, in] or for a stack [experts, out, in]; None: the 4-bit weight, decoded to its type.
     """
-    if weight is None:
-        weight = ops.dequantize(layer.whole_bytes, layer.weight_dtype)
-    total = weight.contiguous().float() + layer.scaling * (gather(layer.lora_B).float() @ gather(layer.lora_A).float())
-    if layer.lora_magnitude_vector is not None:
-        scale = gather(layer.lora_magnitude_vector).float() / total.norm(dim=1).clamp_min(TINY)
-        total *= scale[:, None]
-    return layer._as_stored(round_stochastically(total, dtype, name)).contiguous()
+    merged = []
+    for matrix in layer.matrices():
+        if weight is None:
+            dense = ops.dequantize(matrix.weight, layer.weight_dtype)
+        else:
+            dense = weight[matrix.number] if layer.is_stack else weight
+        total = dense.contiguous().float() + layer.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
+        if matrix.magnitude is not None:
+            scale = matrix.magnitude.float() / total.norm(dim=1).clamp_min(TINY)
+            total *= scale[:, None]
+        rounded_name = f"{name}.{matrix.number}" if layer.is_stack else name
+        merged.append(round_stochastically(total, dtype, rounded_name))
+    return layer.as_dense(merged).contiguous()
 
 
 def round_stochastically(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -30,11 +30,11 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization.methods import changes_base_weights
-from lightning_qlora.layers.layer_state import LOAD_THE_BASE, CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.layer_state import LOAD_THE_BASE, CheckpointMismatchError, base_entries, has_base
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import base_fingerprint, current_fingerprint, renew, unrecorded
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
@@ -96,7 +96,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         state_dict.pop(prefix + name, None)
     for name, layer in _named_layers(root):
         if name not in saved.fingerprints:
-            entries = layer.packed_weight.bnb_state_dict(prefix + join(name, "weight"))  # all ranks gather it
+            entries = base_entries(layer, prefix + join(name, "weight"))  # all ranks gather it
             if conversion is None:  # may be written to
                 entries = {key: value.clone() for key, value in entries.items()}
             state_dict.update(entries)
@@ -133,7 +133,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
         unexpected_keys += [prefix + name for name in _check_base(root, saved, state_dict, prefix)]
         # A layer that is loaded alone took its weight before this hook.
         without_base = [prefix + join(name, "weight") for name in adapters if name and name not in saved.fingerprints]
-        missing_keys += [key for key in without_base if key not in state_dict]
+        missing_keys += [key for key in without_base if not has_base(state_dict, key)]
     elif adapters:
         missing_keys.append(prefix + CONVERSION)
     else:
@@ -189,7 +189,7 @@ def _convert_new_layers(root: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """
     conversion = conversion_of(root)
     adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
-    if conversion is None or adapters <= {key_name(name) for name in adapted_layers(root)}:
+    if conversion is None or adapters <= {name for name, layer in _named_modules(root) if isinstance(layer, LoRALayer)}:
         return
     trainer: Any = vars(root).get("_trainer")
     convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
@@ -273,7 +273,7 @@ def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
         conversion.config = config
 
 
-def _layers_of_base(root: nn.Module) -> list[tuple[str, str, QLoRALinear]]:
+def _layers_of_base(root: nn.Module) -> list[tuple[str, str, LoRALayer]]:
     """Name in the base model, name in the module, and layer."""
     prefix, base = find_base_model(root)
     layers = adapted_layers(base).items()
@@ -285,9 +285,9 @@ def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(key_name(name), part) for name, part in root.named_modules(remove_duplicate=False)]
 
 
-def _named_layers(root: nn.Module) -> list[tuple[str, QLoRALinear]]:
+def _named_layers(root: nn.Module) -> list[tuple[str, LoRALayer]]:
     """4-bit layers under each of their names in state dicts: a shared layer has several."""
-    return [(name, part) for name, part in _named_modules(root) if isinstance(part, QLoRALinear)]
+    return [(name, part) for name, part in _named_modules(root) if isinstance(part, LoRALayer)]
 
 
 def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
@@ -310,11 +310,11 @@ def _is_merged(root: nn.Module) -> bool:
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Name, owner, key and value of the parameters that QLoRALinear does not save, under each of their names."""
+    """Name, owner, key and value of the parameters that layers do not save, under each of their names."""
     parameters = []
     for name, owner in _named_modules(root):
         for key, parameter in owner._parameters.items():
-            if parameter is not None and not (isinstance(owner, QLoRALinear) and key in (*BASE, *ADAPTER)):
+            if parameter is not None and not (isinstance(owner, LoRALayer) and key in (*BASE, *ADAPTER)):
                 parameters.append((join(name, key), owner, key, parameter))
     return parameters
 

@@ -11,7 +11,6 @@ Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tune
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
@@ -19,7 +18,7 @@ from lightning_qlora.config import first_match
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import expert_name, owner_name, plain_name, stack_name
+from lightning_qlora.layers.names import owner_name, plain_name, stack_name
 
 DEFAULT_ALPHA = 8  # PEFT's
 
@@ -37,13 +36,11 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
 
 def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     """PEFT's name and matrices for the experts of one parameter; ValueError if PEFT has no such adapter."""
-    stack = adapter.experts[name]
-    parts = [adapter.layers[expert_name(name, i)] for i in range(stack.number)]
+    stack, layer = adapter.experts[name], adapter.layers[name]
     for has_no_place, reason in (
         (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
         (adapter.use_dora, "PEFT has no DoRA for expert parameters, nor beside them"),
         (adapter.fan_in_fan_out, "PEFT has no expert parameters beside transformers' Conv1D"),
-        (len({(part.r, part.alpha) for part in parts}) > 1, "PEFT has one rank and one alpha for all experts"),
         ("." not in name, "PEFT can't wrap a parameter of the model itself"),
     ):
         if has_no_place:
@@ -51,26 +48,24 @@ def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
                 f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. Use a Lightning "
                 "checkpoint, or merge the adapters."
             )
-    pairs = [_in_order(stack, part.lora_A, part.lora_B) for part in parts]
-    lora_a = torch.cat([a for a, _ in pairs])
-    lora_b = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
-    return key_of(name, stack), LayerAdapter(lora_a, lora_b, parts[0].alpha)
+    a, b = _in_order(stack, layer.lora_A, layer.lora_B)
+    return key_of(name, stack), LayerAdapter(a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), layer.alpha)
 
 
-def unstack_adapters(adapter: Adapter, name: str, stack: ExpertStack) -> dict[str, LayerAdapter]:
-    """Name of each expert of a parameter -> its adapter, from PEFT's matrices."""
+def unstack_adapters(adapter: Adapter, name: str, stack: ExpertStack) -> LayerAdapter:
+    """The adapter of the experts of a parameter, from PEFT's matrices."""
     stacked = adapter.expert_adapters[key_of(name, stack)]
     alpha = alpha_of_name(adapter.peft_config, name)
     r = stacked.r // stack.number
     a = stacked.lora_A.view(stack.number, r, -1)
-    b = stacked.lora_B.view(-1, r, stack.number)
-    return {expert_name(name, i): LayerAdapter(*_in_order(stack, a[i], b[..., i]), alpha) for i in range(stack.number)}
+    b = stacked.lora_B.view(-1, r, stack.number).permute(2, 0, 1)
+    return LayerAdapter(*_in_order(stack, a, b), alpha)
 
 
 def _in_order(stack: ExpertStack, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    # lora_A and lora_B of one expert, from PEFT's form or to it
+    # lora_A and lora_B of all experts, from PEFT's order or to it
     if stack.swapped_by_peft:
-        return b.T, a.T
+        return b.mT, a.mT
     return a, b
 
 
@@ -78,10 +73,8 @@ def unstack_known(adapter: Adapter) -> Adapter:
     """The adapter with all experts in `layers`, if its folder describes them, as ours do."""
     if not adapter.experts or not adapter.expert_adapters:
         return adapter
-    layers = dict(adapter.layers)
-    for name, stack in adapter.experts.items():
-        layers |= unstack_adapters(adapter, name, stack)
-    return replace(adapter, layers=layers, expert_adapters={})
+    experts = {name: unstack_adapters(adapter, name, stack) for name, stack in adapter.experts.items()}
+    return replace(adapter, layers=adapter.layers | experts, expert_adapters={})
 
 
 def key_of(name: str, stack: ExpertStack) -> str:
@@ -116,7 +109,7 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
             stack = _stack(module, key, wrappers)
             _check_shape(adapter, key_of(name, stack), stack, base, _shape(module, key))
             experts[name] = stack
-            layers |= unstack_adapters(adapter, name, stack)
+            layers[name] = unstack_adapters(adapter, name, stack)
     return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
 
 
@@ -136,7 +129,8 @@ def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     experts = owner._modules.get(stack_name(key))
     if not isinstance(experts, QLoRAExperts):
         return ExpertStack(_shape(owner, key)[0], wrappers, is_transposed, swapped_by_peft=False, flat=False)
-    return ExpertStack(len(experts), wrappers, experts.transposed, experts.transposed != is_transposed, experts.flat)
+    transposed = experts._transposed
+    return ExpertStack(len(experts), wrappers, transposed, transposed != is_transposed, experts.flat)
 
 
 def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
@@ -167,7 +161,7 @@ def _check_shape(adapter: Adapter, key: str, stack: ExpertStack, base: nn.Module
 def check_sizes(adapter: Adapter, name: str, base: nn.Module, outputs: int, inputs: int) -> None:
     """Refuse the adapter of a layer if it is for other numbers of outputs and inputs than these of the layer."""
     layer = adapter.layers[name]
-    sizes = (layer.lora_B.shape[0], layer.lora_A.shape[1])
+    sizes = (layer.lora_B.shape[-2], layer.lora_A.shape[-1])
     if sizes != (outputs, inputs):
         difference = (
             f"has a layer of {inputs} inputs and {outputs} outputs there, the adapter is for {sizes[1]} and {sizes[0]}"

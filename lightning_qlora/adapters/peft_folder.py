@@ -41,7 +41,7 @@ from lightning_qlora.checks import (
 from lightning_qlora.config import MOST_ALPHA
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
-from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weight
+from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weights
 from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
@@ -83,7 +83,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
 
 def _metadata(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, str]:
-    fingerprints = {name: fingerprint_of_weight(weight) for name, weight in adapter.bases.items()}
+    fingerprints = {name: fingerprint_of_weights(weights) for name, weights in adapter.bases.items()}
     if (adapter.quantization or {}).get("base_changed"):
         fingerprints = adapter.base_fingerprints | fingerprints
     base = {"quantization": adapter.quantization, "fingerprints": fingerprints, "experts": adapter.experts}
@@ -129,7 +129,7 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
             "adapter into the model (load_adapter) and save it from there."
         )
     tensors = {PREFIX + name: value for name, value in adapter.saved.items()}
-    layers = {name: layer for name, layer in adapter.layers.items() if adapter.expert_parameter(name) is None}
+    layers = {name: layer for name, layer in adapter.layers.items() if name not in adapter.experts}
     layers |= dict(stack_adapters(adapter, name) for name in adapter.experts)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A

@@ -33,10 +33,9 @@ from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adap
 from lightning_qlora.checks import check_choice, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
-from lightning_qlora.layers.experts import experts_of
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import cancel_calibration
+from lightning_qlora.layers.lora_layer import LoRALayer, cancel_calibration
 from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
@@ -115,7 +114,8 @@ def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     With DoRA, which PEFT does not have for parameters, the adapter is returned unchanged, with a warning.
     """
     parameters = [*(name for name, _ in base.named_parameters()), *adapter.experts]
-    names = [name for name in adapter.layers if last_part(name) in TAKEN_FOR_EXPERTS]
+    others = (name for name in adapter.layers if name not in adapter.experts)
+    names = [name for name in others if last_part(name) in TAKEN_FOR_EXPERTS]
     if not names or not any(name.endswith("experts.gate_up_proj") for name in parameters):
         return adapter
     if adapter.use_dora:
@@ -132,10 +132,9 @@ def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
 
 def layers_that_are_only_read(base: nn.Module) -> list[str]:
     """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
-    experts = experts_of(base)
     names = []
     for name, layer in adapted_layers(base).items():
-        if type(layer).forward is not QLoRALinear.forward or layer in experts:
+        if type(layer).forward is not QLoRALinear.forward:
             continue
         if layer.weight_was_called or (layer.weight_was_read and not layer.was_called):
             names.append(name)
@@ -199,7 +198,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     )
 
 
-def _adapter_of_layer(layer: QLoRALinear) -> LayerAdapter:
+def _adapter_of_layer(layer: LoRALayer) -> LayerAdapter:
     """Its parameters, whole."""
     magnitude = layer.lora_magnitude_vector
     return LayerAdapter(
@@ -211,7 +210,7 @@ def _adapter_of_layer(layer: QLoRALinear) -> LayerAdapter:
     )
 
 
-def _check_converted(module: nn.Module, layers: Mapping[str, QLoRALinear]) -> None:
+def _check_converted(module: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     if not layers:
         raise ValueError(
             f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
@@ -261,7 +260,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     adapter = assign_parameters(adapter, base)
     inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
     names = {plain_name(name): join(prefix, name) for name in inner}
-    targets = list(dict.fromkeys(adapter.expert_parameter(name) or name for name in adapter.layers))
+    targets = list(adapter.layers)
     missing = [name for name in targets if name not in names]
     if missing:
         refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
@@ -282,7 +281,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     )
 
 
-def _layers_by_plain_name(base: nn.Module) -> dict[str, QLoRALinear]:
+def _layers_by_plain_name(base: nn.Module) -> dict[str, LoRALayer]:
     return {plain_name(name): layer for name, layer in adapted_layers(base).items()}
 
 
@@ -311,7 +310,7 @@ def _check_endings(names: list[str], base: nn.Module) -> None:
             )
 
 
-def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapter) -> None:
+def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter) -> None:
     for name, loaded in adapter.layers.items():
         key = f"{name}.lora_A.weight"
         layer = layers.get(name)
@@ -320,7 +319,7 @@ def _check_fits(base: nn.Module, layers: dict[str, QLoRALinear], adapter: Adapte
         check_sizes(adapter, name, base, layer.out_features, layer.in_features)
         if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
-                f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.lora_A.shape[0]}, and the sharded layer keeps "
+                f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.r}, and the sharded layer keeps "
                 f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
             )
         if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):

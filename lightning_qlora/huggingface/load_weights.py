@@ -11,7 +11,7 @@ of a dense copy of the model on the meta device. Its types, and its marks of wha
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,17 +26,17 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
-from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import (
     is_transformers_model,
     join,
     named,
     named_tensors,
-    owner_name,
-    parameter_and_number,
+    parameter_name,
 )
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.reasons import LOADED_TENSOR
 from lightning_qlora.layers.records import renew
 
@@ -95,12 +95,12 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
     groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
     silent = True if rank else None  # None: also where stderr is no terminal
     for group in tqdm(groups, "Quantizing", leave=False, delay=2, unit=f" x {ranks} layers", disable=silent):
-        own: QLoRALinear | None = None  # the layer that this rank reads
+        own: LoRALayer | None = None  # the layer that this rank reads
         error = None
         try:
             if rank < len(group):
                 name, layer = group[rank]
-                own = _read_layer(module, name, layer, folder, device)
+                own = _read_layer(name, layer, folder, device)
         except (OSError, ValueError) as raised:
             error = str(raised)
         errors = of_all_ranks(error) if ranks > 1 else [error]
@@ -110,7 +110,7 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
             _share(layer, own if source == rank else None, source, device, ranks)
 
 
-def _share(layer: QLoRALinear, whole: QLoRALinear | None, source: int, device: torch.device, ranks: int) -> None:
+def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch.device, ranks: int) -> None:
     """Set the tensors of a layer to this rank's part of those of `whole`, which rank `source` has."""
     values = {}
     for key in (*BASE, *ADAPTER):
@@ -132,29 +132,27 @@ def _share(layer: QLoRALinear, whole: QLoRALinear | None, source: int, device: t
         layer.dense_weight = whole.dense_weight  # the calibrated adapter is computed on this rank
 
 
-def _read_layer(
-    module: nn.Module, name: str, layer: QLoRALinear, folder: ModelFolder, device: torch.device
-) -> QLoRALinear:
+def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.device) -> LoRALayer:
     """The layer that a single device makes from the float weight in the folder."""
-    expert = parameter_and_number(name)
-    if expert is None:
-        rows = layer._as_stored(_read(folder, join(name, "weight"), tuple(layer.weight.shape)))
-    else:
-        parameter, number = expert
-        stack: Any = module.get_submodule(owner_name(name))
-        if f"{parameter}.{number}" in folder.entries:  # of a conversion by transformers
-            weight = _read(folder, f"{parameter}.{number}", stack.expert_shape)
-        else:
-            weight = _read(folder, parameter, stack.weight_shape).view(len(stack), *stack.expert_shape)[number]
-        rows = weight.T if stack.transposed else weight
-    linear: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear._parameters["weight"] = nn.Parameter(rows.to(layer.weight_dtype), requires_grad=False)
+    new = LoRALayer()
+    new.is_stack = layer.is_stack
+    new._transposed = layer._transposed
+    new.set_arguments(layer.config, name, layer.seed_name)
+    weights: Any = (weight.to(layer.weight_dtype) for weight in _read_matrices(name, layer, folder))
     with named(name):
-        QLoRALinear.from_linear(linear, layer.config, name, device, layer.seed_name)
-    if linear.dense_weight is not None:
-        linear.dense_weight = rows  # mapped from the file until it is used
-    assert isinstance(linear, QLoRALinear)
-    return linear
+        new.initialize(weights if layer.is_stack else next(weights), device)
+    return new
+
+
+def _read_matrices(name: str, layer: LoRALayer, folder: ModelFolder) -> Iterator[Tensor]:
+    """The weight of a layer, or of each expert, in the layout of the dense parameter."""
+    if not isinstance(layer, QLoRAExperts):
+        yield _read(folder, join(name, "weight"), layer.weight_shape)
+    elif f"{name}.0" in folder.entries:  # of a conversion by transformers
+        for number in range(len(layer)):
+            yield _read(folder, f"{name}.{number}", layer.expert_shape)
+    else:
+        yield from _read(folder, name, layer.weight_shape).view(len(layer), *layer.expert_shape)
 
 
 def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -217,8 +215,7 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     loaded = dict(named_tensors(dense))
     for name, part in model.named_modules():
         if isinstance(part, PackedLayer):
-            expert = parameter_and_number(name)
-            weight = join(name, "weight") if expert is None else expert[0]
+            weight = parameter_name(name) if part.is_stack else join(name, "weight")
             part.weight_dtype = dense.get_parameter(weight).dtype
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
         for key, parameter in part._parameters.items():

@@ -17,7 +17,8 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
-from lightning_qlora.layers.names import last_part, owner_name
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
@@ -55,21 +56,17 @@ class _Operation(ConversionOps):
         return self.dense(key, empty)
 
     @staticmethod
-    def quantized(layers: dict[str, nn.Module], key: str, missing_keys: set[str] | None) -> dict[str, Tensor]:
-        """The parameters, by name, of the layers that one parameter became; transformers sets them again."""
+    def quantized(layer: LoRALayer, key: str, missing_keys: set[str] | None) -> dict[str, Tensor]:
+        """The parameters, by name, of the layer that the parameter `key` became; transformers sets them again."""
         if missing_keys is not None:
             missing_keys.discard(key)
-        made: dict[str, Tensor] = {}
-        for prefix, layer in layers.items():
-            assert isinstance(layer, QLoRALinear)
-            layer.loaded = True
-            bias = layer._parameters.get("bias")
-            # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
-            layer._is_hf_initialized = bias is None  # type: ignore[assignment]
-            own = layer.named_parameters(prefix, recurse=False)
-            # Of a distributed parameter, transformers takes the part of this rank.
-            made |= {name: local(p) for name, p in own if p is not bias}
-        return made
+        layer.loaded = True
+        bias = layer._parameters.get("bias")
+        # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
+        layer._is_hf_initialized = bias is None  # type: ignore[assignment]
+        parameters = layer.named_parameters(stack_name(key) if layer.is_stack else owner_name(key), recurse=False)
+        # Of a distributed parameter, transformers takes the part of this rank.
+        return {full_name: local(p) for full_name, p in parameters if p is not bias}
 
 
 class Quantize(_Operation):
@@ -114,13 +111,13 @@ class Quantize(_Operation):
         dense_class = type(owner)
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
-            layers = chosen.convert(name, weights=experts)
+            layer = chosen.convert(name, weights=experts)
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
             owner.__class__, owner._parameters[inner] = dense_class, place
             return self.refuse(source, key, part, f"{name}: {error}")
-        return self.quantized(layers, key, missing_keys)
+        return self.quantized(layer, key, missing_keys)
 
 
 LOAD_WHOLE = (
@@ -251,7 +248,8 @@ class LoadPacked(_Operation):
         weight = replace(weight, dtype=place.dtype)
         if chosen is not None:
             QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
-            return self.quantized({name: layer}, key, missing_keys)
+            assert isinstance(layer, QLoRALinear)
+            return self.quantized(layer, key, missing_keys)
         if is_linear(layer):
             return {key: decode_as_stored(layer, weight)}
         return {key: weight.dequantize(place.dtype)}

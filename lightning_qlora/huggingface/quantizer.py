@@ -45,7 +45,7 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.qlora_linear import QLoRALinear, check_packed_initialization
+from lightning_qlora.layers.qlora_linear import check_packed_initialization
 from lightning_qlora.layers.reasons import LOADED, keep_marks
 from lightning_qlora.layers.selection import ToConvert, select_layers
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
@@ -321,7 +321,5 @@ def _convert_without_data(
         exists = f"{key}.0" in folder.entries if entry is None else entry.shape == shapes[key]
         if exists:
             name = key if isinstance(each.part, ExpertParameter) else owner_name(key)
-            for layer in each.convert(name).values():
-                assert isinstance(layer, QLoRALinear)
-                layer.loaded = True
+            each.convert(name).loaded = True
     to_parameters(model)

@@ -10,7 +10,6 @@ probability proportional to d, and its mean arrives.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,23 +125,24 @@ def _adapter_gradients(
 def grouped_linear(
     x: Tensor,
     ends: Tensor,
-    weights: Sequence[PackedBytes],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
+    weight: PackedBytes,
+    lora_a: Tensor,
+    lora_b: Tensor,
     scaling: float,
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The layers of several experts: rows ends[e - 1] to ends[e] of X go through layer e; Y, and drop(X) A^T.
 
-    Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], lists by expert.
+    Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], W [experts, out, in],
+    A [experts, r, in], B [experts, out, r].
     """
-    y = x.new_zeros(len(x), weights[0].shape[0])
-    xa = x.new_zeros(len(x), len(lora_a[0]))
+    y = x.new_zeros(len(x), weight.shape[1])
+    xa = x.new_zeros(len(x), lora_a.shape[1])
     dropped = dropout(x, p, seed)
-    for rows, weight, a, b in zip(_groups(ends), weights, lora_a, lora_b, strict=True):
+    for rows, matrix, a, b in zip(_groups(ends), weight.unbind(), lora_a, lora_b, strict=True):
         xa[rows] = lora_project(dropped[rows], a, 0.0, None)
-        linear_into(y[rows], x[rows], xa[rows], weight, None, b, scaling)
+        linear_into(y[rows], x[rows], xa[rows], matrix, None, b, scaling)
     return y, xa
 
 
@@ -151,28 +151,27 @@ def grouped_linear_backward(
     x: Tensor,
     xa: Tensor,
     ends: Tensor,
-    weights: Sequence[PackedBytes],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
+    weight: PackedBytes,
+    lora_a: Tensor,
+    lora_b: Tensor,
     scaling: float,
     p: float,
     seed: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of X, of every A [experts, r, in] and of every B [experts, out, r]; see `linear_backward`."""
+    """The gradients of X, A and B; see `linear_backward`."""
     total = torch.zeros_like(x, dtype=torch.float32)
     dropped = dropout(x, p, seed)
-    grads_a: list[Tensor] = []
-    grads_b: list[Tensor] = []
-    for rows, a, b in zip(_groups(ends), lora_a, lora_b, strict=True):
-        grad_xa, grad_a, grad_b = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, b, scaling)
-        grads_a.append(grad_a)
-        grads_b.append(grad_b)
+    grad_a = torch.empty_like(lora_a)
+    grad_b = torch.empty_like(lora_b)
+    for e, rows in enumerate(_groups(ends)):
+        a, b = lora_a[e], lora_b[e]
+        grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, b, scaling)
         total[rows] = _product(grad_xa, a.to(grad.dtype))
     total = dropout(total, p, seed)  # its mask depends on the index among all rows
-    for rows, weight in zip(_groups(ends), weights, strict=True):
-        total[rows] += _product(grad[rows], dequantize(weight, grad.dtype))
-    return total.to(grad.dtype) if needs_x else None, torch.stack(grads_a), torch.stack(grads_b)
+    for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
+        total[rows] += _product(grad[rows], dequantize(matrix, grad.dtype))
+    return total.to(grad.dtype) if needs_x else None, grad_a, grad_b
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

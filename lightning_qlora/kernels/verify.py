@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
-from lightning_qlora.quantization.packed_weight import PackedBytes
+from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
 OPS = (
     "quantize",
@@ -75,7 +75,7 @@ def fault_in(
     scratch.release()  # so that the op allocates its buffers again
     try:
         ours = _copy(arguments, device, memory)
-        if op.startswith("grouped") and not _can_group(kernels, ours):
+        if op.startswith("grouped") and not kernels.can_group(ours[0], *_stack(ours)):
             return None  # a card without tiles for the product (Turing) runs experts one by one
         with _Framed(memory):
             result = getattr(kernels, op)(*ours)
@@ -125,10 +125,11 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
                 yield params, grads, [*map(codes, m)], scales, [*map(codes, v)], scales, STEP
     elif op.startswith("grouped"):
         for (counts, *shape, p), dtype in _in_types(EXPERTS):
-            weights, a, b = map(list, zip(*(layer(*shape) for _ in counts), strict=True))
+            weights, a, b = zip(*(layer(*shape) for _ in counts), strict=True)
+            stack = stack_bytes(weights), torch.stack(a), torch.stack(b)
             x = normal(sum(counts) + 2, shape[1], dtype=dtype)
             grad = normal(sum(counts) + 2, shape[0], dtype=dtype)
-            rest = torch.tensor(counts, device="cpu").cumsum(0).int(), weights, a, b, 0.7, p, seed(p)
+            rest = torch.tensor(counts, device="cpu").cumsum(0).int(), *stack, 0.7, p, seed(p)
             if op == "grouped_linear":
                 yield x, *rest
             else:
@@ -149,10 +150,10 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
             }[op]
 
 
-def _can_group(kernels: ModuleType, arguments: tuple[Any, ...]) -> bool:
-    """Whether the backend computes these experts together; their layers are the lists of the arguments."""
-    weights, lora_a, lora_b = (argument for argument in arguments if isinstance(argument, list))
-    return bool(kernels.can_group(arguments[0], weights, [*lora_a, *lora_b]))
+def _stack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The weight, A and B of the experts among the arguments of an op."""
+    weight = next(i for i, argument in enumerate(arguments) if isinstance(argument, PackedBytes))
+    return arguments[weight : weight + 3]
 
 
 def _in_types(cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype]]:

@@ -33,7 +33,7 @@ class ExpertParameter(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Shape of one expert, [out, in]."""
         if self.loaded is not None:
-            return self.loaded.layers[0]._shape
+            return self.loaded.out_features, self.loaded.in_features
         stack: Any = self.owner._parameters[self.key]
         rows, columns = stack.numel() // self.experts // stack.shape[-1], stack.shape[-1]
         return (columns, rows) if self.transposed else (rows, columns)
@@ -46,7 +46,7 @@ def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
     is that number; or flat, [experts * width, in], where two attributes are these numbers (DBRX).
     """
     found = [
-        ExpertParameter(owner, parameter_name(key), len(part), part.transposed)
+        ExpertParameter(owner, parameter_name(key), len(part), part._transposed)
         for key, part in owner._modules.items()
         if isinstance(part, QLoRAExperts) and part.loaded
     ]

@@ -1,141 +1,93 @@
-"""Experts in 4 bits: a stack of expert weights, one 3-D parameter, becomes a list of QLoRALinear layers.
+"""Experts in 4 bits: a stack of expert weights, one 3-D parameter, becomes one layer.
 
     mlp.gate_up_proj                nn.Parameter [experts, out, in] -> QLoRAExperts `mlp.gate_up_proj_experts`
-    mlp.gate_up_proj_experts.3      the QLoRALinear of one expert, [out, in]
-    mlp.gate_up_proj[3]             its readable weight: `F.linear` on it runs the fused op of that layer
+    mlp.gate_up_proj[3]             the readable weight of one expert: `F.linear` on it runs the fused op
     torch.bmm(x, mlp.gate_up_proj)  the fused op of each expert, for [experts, in, out]
-    mlp.forward(...)                of transformers' experts: each expert that tokens reached runs once, on its tokens
+    mlp.forward(...)                of transformers' experts: all experts, on rows sorted by expert
 
 Each expert is quantized separately and has its own adapter. Only the experts that tokens reached are decoded, one at a
-time, into the buffer that all layers share. The whole stack is decoded only if code reads it in a way that is not in
-this list. The module that held the parameter becomes an instance of a subclass of its class.
+time, into the buffer that all layers share; on a GPU one launch decodes inside the product. The whole stack is decoded
+only if code reads it in a way that is not in this list. The module that held the parameter becomes an instance of a
+subclass of its class.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.kernels.backends import INTERPRETED
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.kinds import Derived, derives
-from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import expert_name, join, parameter_name, stack_name
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
+from lightning_qlora.layers.layer_state import SavedLayer
+from lightning_qlora.layers.lora_layer import Matrix, cast_input
+from lightning_qlora.layers.names import join, parameter_name, stack_name
+from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
-from lightning_qlora.layers.routed_experts import is_routed, routed_forward
+from lightning_qlora.layers.routed_experts import is_routed, one_by_one, routed_forward
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 
 
-class ReadableStack(Readable):
-    """What code gets when it reads a stack of experts: W + s B A of each, with gradients for every A and B."""
+class QLoRAExperts(SavedLayer):
+    """The experts of one parameter, in 4 bits, each with an adapter.
 
-    _experts: Any  # a QLoRAExperts
+    `packed`, `absmax` and `nested` have a row for each expert; lora_A is [experts, r, in], lora_B [experts, out, r].
+    """
 
-    @staticmethod
-    def __new__(cls, experts: Any, shape: tuple[int, ...] | None = None, detached: bool = False) -> "ReadableStack":
-        """A tensor with the shape, type and device of the parameter, and no memory."""
-        first = experts.layers[0]
-        trains = torch.is_grad_enabled() and not (detached or first._qlora_disabled)
-        stack: ReadableStack = Tensor._make_wrapper_subclass(
-            cls, shape or experts.weight_shape, dtype=first.weight_dtype, device=first.packed.device,
-            requires_grad=trains and any(parameter.requires_grad for parameter in first.adapter_parameters()),
-        )  # fmt: skip
-        stack._experts, stack._is_detached = experts, detached
-        return stack
+    is_stack = True
 
-    def values(self) -> Tensor:
-        """The effective weights."""
-        weight: Tensor = self._experts.effective_weight().view(self.shape)
-        return weight
-
-    def of_layer(self, layer: QLoRALinear) -> Tensor:
-        """The weight of one expert."""
-        weight = readable_weight(layer, self._experts.transposed)
-        return weight.detach() if self._is_detached else weight
-
-    def detach(self) -> "ReadableStack":
-        """The same without a gradient."""
-        return ReadableStack(self._experts, tuple(self.shape), detached=True)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        stack: Any = args[0] if args else None
-        if isinstance(stack, ReadableStack):
-            experts = stack._experts
-            count, (rows, columns) = len(experts.layers), experts.expert_shape
-            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return stack.of_layer(experts.layers[int(args[1])])
-            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
-                weights = [stack.of_layer(layer) for layer in experts.layers]
-                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
-            if func in (Tensor.view, Tensor.reshape) and experts.flat:
-                shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
-                if shape in ((-1, rows, columns), (count, rows, columns)):
-                    return ReadableStack(experts, (count, rows, columns), stack._is_detached)
-        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts.transposed:
-            return torch.stack([layer(x) for layer, x in zip(args[1]._experts.layers, stack.unbind(), strict=True)])
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _is_number(index: Any) -> bool:
-    if isinstance(index, Tensor):
-        return index.ndim == 0 and not index.dtype.is_floating_point and index.dtype is not torch.bool
-    return isinstance(index, int)
-
-
-class QLoRAExperts(nn.ModuleList):
-    """The experts of one parameter, in 4 bits, each with an adapter."""
-
-    transposed: bool  # one expert of the parameter was [in, out]
-    flat: bool  # the parameter was [experts * width, in] (DBRX)
+    def __init__(self, transposed: bool, flat: bool) -> None:
+        super().__init__()
+        self._transposed = transposed  # one expert of the parameter was [in, out]
+        self.flat = flat  # the parameter was [experts * width, in] (DBRX)
 
     @staticmethod
     def from_parameter(
         owner: nn.Module, key: str, config: QLoRAConfig, name: str, experts: int, transposed: bool,
         device: torch.device | None = None, seed_name: str | None = None, weights: Iterable[Tensor] | None = None,
     ) -> "QLoRAExperts":  # fmt: skip
-        """Replace the parameter `key` of a module by 4-bit layers with adapters, in place.
+        """Replace the parameter `key` of a module by a 4-bit layer with adapters, in place.
 
         The parameter is [experts, out, in], [experts, in, out] (`transposed`) or [experts * width, in]. Its full name
-        is `name`, that of expert i `name_experts.i`. The experts are quantized on `device`, None: where the parameter
-        is. Seeds are made from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` yields the
-        weight of each expert in the layout of the parameter.
+        is `name`. The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made
+        from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` yields the weight of each
+        expert in the layout of the parameter.
         """
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
-        stack: Tensor = owner._parameters[key]  # type: ignore[assignment]
-        made = QLoRAExperts()
-        setattr(stack, REPLACED, made)  # for an optimizer that was created before conversion
-        made.flat, made.transposed = stack.ndim == 2, transposed
-        weights = stack.detach().view(experts, -1, stack.shape[-1]) if weights is None else weights
-        for number, weight in enumerate(weights):
-            rows = (weight.T if transposed else weight).contiguous()
-            layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
-            layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-            seed = f"{name if seed_name is None else seed_name}.{number}"
-            QLoRALinear.from_linear(layer, config, expert_name(name, number), device, seed)
-            made.append(layer)
-        made.train(owner.training)
+        parameter: Any = owner._parameters[key]
+        stack = QLoRAExperts(transposed, flat=parameter.ndim == 2)
+        setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
+        stack.set_arguments(config, name, name if seed_name is None else seed_name)
+        if weights is None:
+            weights = parameter.detach().view(experts, -1, parameter.shape[-1]).unbind()
+        stack.initialize(weights, device)
+        stack.train(owner.training)
         del owner._parameters[key]  # last: while `weights` yields, transformers reads its type
-        owner.register_module(stack_name(key), made)
+        owner.register_module(stack_name(key), stack)
         _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
         owner.__class__ = class_with_experts(type(owner))
-        return made
+        return stack
+
+    def __len__(self) -> int:
+        return self._shape[0]
 
     @property
-    def layers(self) -> list[QLoRALinear]:
-        """The experts."""
-        return cast(list[QLoRALinear], list(self._modules.values()))
+    def out_features(self) -> int:  # type: ignore[override]
+        """Outputs of one expert."""
+        return self._shape[1]
 
     @property
-    def loaded(self) -> bool:
-        """Whether it was quantized while its model loaded; see `QLoRALinear`."""
-        return self.layers[0].loaded
+    def in_features(self) -> int:  # type: ignore[override]
+        """Inputs of one expert."""
+        return self._shape[2]
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The stack for code that reads it; see the top of this file."""
         return ReadableStack(self)
 
@@ -143,34 +95,141 @@ class QLoRAExperts(nn.ModuleList):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
         rows, columns = self.expert_shape
-        return (len(self) * rows, columns) if self.flat else (len(self), rows, columns)
+        return (len(self) * rows, columns) if self.flat else super().weight_shape
 
     @property
-    def expert_shape(self) -> tuple[int, int]:
+    def expert_shape(self) -> tuple[int, ...]:
         """Shape of one expert in the parameter."""
-        rows, columns = self.layers[0]._shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def stack(self, of_layer: Callable[[QLoRALinear], Tensor]) -> Tensor:
-        """A tensor of the parameter's shape from one [out, in] of every expert."""
-        parts = [of_layer(layer) for layer in self.layers]
-        return torch.stack([part.T if self.transposed else part for part in parts]).view(self.weight_shape)
+        return super().weight_shape[1:]
 
     def effective_weight(self) -> Tensor:
         """W + s B A of all experts, in the parameter's shape; differentiable in the adapters."""
-        return self.stack(QLoRALinear.effective_weight)
+        return self._as_stored(super().effective_weight()).reshape(self.weight_shape)
 
-    def decode(self) -> Tensor:
-        """W of all experts, in the parameter's shape."""
-        return self.stack(QLoRALinear.decode)
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows ends[e - 1] to ends[e] of x [rows, in] through expert e, [rows, out]; rows from the last end give zeros.
 
-    def restore(self, owner: nn.Module, key: str, stack: Tensor) -> None:
-        """Replace these layers by a dense, frozen parameter, in place. After the last, the owner has its old class."""
+        `ends` is int32 [experts]. On a GPU the host does not wait for it.
+        """
+        has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
+        alone = torch.compiler.is_compiling() or not has_kernel
+        if alone or not can_group(x, self.weight_bytes, self.lora_A, self.lora_B):
+            return one_by_one(x, ends, self.matrices(), partial(self.compute, bias=None), self.out_features)
+        adapter: tuple[Tensor, Tensor, float] = self.lora_A, self.lora_B, self.scaling
+        if self._qlora_disabled:
+            adapter = self.lora_A.detach(), self.lora_B.detach(), 0.0
+        else:
+            self.__dict__["was_called"] = True
+        rows = cast_input(x, self.compute_dtype(x))
+        dropout = self.lora_dropout, self.dropout_seed()
+        y = grouped_linear(rows, ends, self.weight_bytes, *adapter, *dropout)
+        return y if has_autocast(x.device.type) else y.to(x.dtype)
+
+    def restore(self, owner: nn.Module, key: str, parameter: Tensor) -> None:
+        """Replace this layer by a dense, frozen parameter, in place. After the last, the owner has its old class."""
         del owner._modules[stack_name(key)]
-        owner.register_parameter(key, nn.Parameter(stack, requires_grad=False))
+        owner.register_parameter(key, nn.Parameter(parameter, requires_grad=False))
         _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
         if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
             owner.__class__ = type(owner).dense_class  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        """The line `print(model)` shows."""
+        return f"experts={len(self)}, {super().extra_repr()}"
+
+
+class Expert(NamedTuple):
+    """One expert of a stack, as the source of a readable weight."""
+
+    stack: QLoRAExperts
+    matrix: Matrix
+
+    def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+        """Shape [out, in], type and device of the weight."""
+        shape, dtype, device = self.stack.weight_metadata()
+        return shape[1:], dtype, device
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return self.stack.adapter_parameters()
+
+    @property
+    def _qlora_disabled(self) -> int:
+        return self.stack._qlora_disabled
+
+    def effective_weight(self) -> Tensor:
+        """W + s B A."""
+        return self.stack.effective_matrix(self.matrix)
+
+    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `F.linear(x, weight, bias)` computes."""
+        return self.stack.compute(x, self.matrix, bias)
+
+
+class ReadableStack(Readable):
+    """What code gets when it reads a stack of experts: W + s B A of each, with gradients for every A and B."""
+
+    _experts: QLoRAExperts
+
+    @staticmethod
+    def __new__(
+        cls, experts: QLoRAExperts, shape: tuple[int, ...] | None = None, detached: bool = False
+    ) -> "ReadableStack":
+        """A tensor with the shape, type and device of the parameter, and no memory."""
+        _, dtype, device = experts.weight_metadata()
+        trains = torch.is_grad_enabled() and not (detached or experts._qlora_disabled)
+        requires_grad = trains and any(parameter.requires_grad for parameter in experts.adapter_parameters())
+        stack: ReadableStack = Tensor._make_wrapper_subclass(
+            cls, shape or experts.weight_shape, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+        stack._experts, stack._is_detached = experts, detached
+        return stack
+
+    def values(self) -> Tensor:
+        """The effective weights."""
+        return self._experts.effective_weight().view(self.shape)
+
+    def detach(self) -> "ReadableStack":
+        """The same without a gradient."""
+        return ReadableStack(self._experts, tuple(self.shape), detached=True)
+
+    def _weight(self, matrix: Matrix) -> Tensor:
+        weight = readable_weight(Expert(self._experts, matrix), self._experts._transposed)
+        return weight.detach() if self._is_detached else weight
+
+    def __getattr__(self, name: str) -> Any:
+        """Expert `name`: torch.distributed.checkpoint follows the keys of a state dict, `weight.3.absmax`."""
+        if name.isdigit():
+            return self[int(name)]
+        raise AttributeError(name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        stack: Any = args[0] if args else None
+        if isinstance(stack, ReadableStack):
+            experts = stack._experts
+            count, (rows, columns) = len(experts), experts.expert_shape
+            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
+                return stack._weight(experts.matrices()[int(args[1])])
+            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
+                weights = [stack._weight(matrix) for matrix in experts.matrices()]
+                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
+            if func in (Tensor.view, Tensor.reshape) and experts.flat:
+                shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
+                if shape in ((-1, rows, columns), (count, rows, columns)):
+                    return ReadableStack(experts, (count, rows, columns), stack._is_detached)
+        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts._transposed:
+            x, experts = args[0], args[1]._experts
+            ends = torch.arange(1, len(experts) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+            return experts(x.flatten(0, 1), ends).view(len(experts), -1, experts.out_features)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _is_number(index: Any) -> bool:
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and not index.dtype.is_floating_point and index.dtype is not torch.bool
+    return isinstance(index, int)
 
 
 def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
@@ -188,17 +247,11 @@ class _WithExperts(Derived):
         return stack.weight if isinstance(stack, QLoRAExperts) else super().__getattr__(name)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As in nn.Module; a dense parameter in the state becomes the weights of the experts."""
+        """As in nn.Module; a dense parameter in the state becomes the weight of the stack."""
         for name, stack in self.__dict__["_modules"].items():
             key = prefix + parameter_name(name)
             if isinstance(stack, QLoRAExperts) and key in state_dict:
-                dense = state_dict.pop(key).contiguous()
-                if tuple(dense.shape) != stack.weight_shape:
-                    raise CheckpointMismatchError(
-                        f"{key}: has shape {list(dense.shape)} in the checkpoint, {list(stack.weight_shape)} here."
-                    )
-                for number, weight in enumerate(dense.view(len(stack), *stack.expert_shape)):
-                    state_dict[f"{prefix}{name}.{number}.weight"] = weight.T if stack.transposed else weight
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
@@ -220,8 +273,3 @@ def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoR
             if isinstance(part, QLoRAExperts):
                 key = parameter_name(key)
                 yield join(name, key), owner, key, part
-
-
-def experts_of(module: nn.Module) -> set[nn.Module]:
-    """The layers of all stacks in a module."""
-    return {layer for *_, stack in expert_stacks(module) for layer in stack.layers}

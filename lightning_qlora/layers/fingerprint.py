@@ -1,12 +1,14 @@
 """A 63-bit fingerprint of tensors: files store it to recognize the base model, and to detect damaged values."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.dtensor import gather, own_rows
-from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.quantization.packed_weight import PackedWeight, stack_bytes
 
 _PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
 _ODD_1, _ODD_2 = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
@@ -63,9 +65,9 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
     return sums
 
 
-def fingerprint_of_weight(weight: PackedWeight) -> int:
-    """The fingerprint of a layer with this 4-bit weight."""
-    return fingerprint(*weight.to_bytes()[:3])
+def fingerprint_of_weights(weights: Sequence[PackedWeight]) -> int:
+    """The fingerprint of a layer whose matrices are these 4-bit weights."""
+    return fingerprint(*stack_bytes([weight.to_bytes() for weight in weights])[:3])
 
 
 def checksum(tensor: Tensor) -> str:

@@ -1,11 +1,14 @@
 """What a layer takes from a state dict: its adapter, and a base if the state dict holds one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
+from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -18,6 +21,48 @@ LOAD_THE_BASE = (
 
 class CheckpointMismatchError(RuntimeError):
     """A checkpoint or adapter belongs to another base model, or to layers of another shape or name."""
+
+
+class SavedLayer(LoRALayer):
+    """A LoRALayer with its entries in state dicts."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Without the base, which the hook of the converted module writes, or a fingerprint of it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in BASE:
+            destination.pop(prefix + name, None)  # it is there if a strategy splits the weight
+        if self.initial is not None:
+            destination.update({prefix + name: getattr(self, name) for name in INITIAL})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        metadata, strict, missing_keys, *others = arguments
+        optional = load_base(self, state_dict, prefix)
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
+
+
+def base_entries(layer: LoRALayer, key: str) -> dict[str, Tensor]:
+    """The 4-bit base in a state dict of checkpoint="full": bitsandbytes' entries, of a stack `key.i` for expert i."""
+    entries: dict[str, Tensor] = {}
+    for number, weight in enumerate(layer.packed_weights):
+        entries |= weight.bnb_state_dict(f"{key}.{number}" if layer.is_stack else key)
+    return entries
+
+
+def has_base(state_dict: Mapping[str, Any], key: str) -> bool:
+    """Whether a state dict has the base of a layer, dense or in 4 bits."""
+    return key in state_dict or f"{key}.0" in state_dict
+
+
+def read_base(state_dict: Mapping[str, Any], key: str) -> list[PackedWeight]:
+    """The 4-bit weights in such entries; none if there are none."""
+    if f"{key}.absmax" in state_dict:
+        return [PackedWeight.from_bnb_state_dict(state_dict, key)]
+    weights: list[PackedWeight] = []
+    while f"{key}.{len(weights)}" in state_dict:
+        weights.append(PackedWeight.from_bnb_state_dict(state_dict, f"{key}.{len(weights)}"))
+    return weights
 
 
 def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[str]:
@@ -45,9 +90,9 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
         if lora_a.shape != layer.lora_A.shape:
             name = prefix.removesuffix(".") or "the layer itself"
             raise CheckpointMismatchError(
-                f"{name}: the checkpoint's adapter has rank {lora_a.shape[0]} for {lora_a.shape[1]} inputs, this "
+                f"{name}: the checkpoint's adapter has rank {lora_a.shape[-2]} for {lora_a.shape[-1]} inputs, this "
                 f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
-                f"rank {lora_a.shape[0]}."
+                f"rank {lora_a.shape[-2]}."
             )
         for key in INITIAL:
             value = state_dict.pop(prefix + key, None)
@@ -61,26 +106,26 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
 def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
     """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none."""
     key = prefix + "weight"
-    if key not in state_dict:
+    if not has_base(state_dict, key):
         return False
     names = [name for name in state_dict if name == key or name.startswith(key + ".")]
     entries = {name: state_dict.pop(name).contiguous() for name in names}
-    weight = entries[key]
-    packed = None
-    if not weight.is_floating_point() or f"{key}.absmax" in entries:
-        packed = PackedWeight.from_bnb_state_dict(entries, key)
-    shape = tuple(layer._as_stored(weight).shape) if packed is None else packed.shape
-    if shape != layer._shape:
+    packed = read_base(entries, key)
+    shape, expected = entries[names[0]].shape, layer.weight_shape
+    if packed:
+        shape, expected = packed[0].shape, layer._shape[-2:]
+    if tuple(shape) != expected:
+        name = parameter_name(prefix.removesuffix(".")) if layer.is_stack else key
         raise CheckpointMismatchError(
-            f"{key}: has shape {list(shape)} in the checkpoint, {list(layer._shape)} here. Build the model of the "
+            f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
             "training."
         )
     # A "calibrated" adapter depends on the weight only until the inputs were measured.
     from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
-    if packed is not None:
-        layer.set_packed_weight(packed.to(layer.packed.device))
+    if packed:
+        layer.set_packed_weights([weight.to(layer.packed.device) for weight in packed])
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.dense_weight is not None):
-        layer.initialize(weight, layer.packed.device)
+        layer.initialize(entries[key], layer.packed.device)
     else:
-        layer.quantize_weight(weight)
+        layer.quantize_weight(entries[key])
     return True

@@ -3,13 +3,16 @@
     y = x W^T + s (drop(x) A^T) B^T
 
 Dropout acts on the input of the adapter alone. With DoRA, PEFT computes g x W^T as x W^T + (g - 1) drop(x) W^T: equal
-on average, with a second product with W.
+on average, with a second product with W. A `QLoRALinear` has one matrix W with its adapter, a `QLoRAExperts` one for
+each expert.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
+from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -29,18 +34,37 @@ INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were
 TINY = torch.finfo(torch.float32).tiny
 DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter` a layer is in
 _lock = Lock()  # for the numbers of contexts
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Matrix(NamedTuple):
+    """A 4-bit weight [out, in] with its adapter."""
+
+    weight: PackedBytes
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor | None = None
+    number: int = 0  # in a stack
 
 
 class LoRALayer(PackedLayer):
-    """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows."""
+    """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
 
+    The tensors of a stack have a first dimension for the experts.
+    """
+
+    if TYPE_CHECKING:  # else they were names that a class of the user's layers must not have
+        in_features: int
+        out_features: int
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
     lora_B: nn.Parameter  # [out, r], fp32
     lora_magnitude_vector: nn.Parameter | None  # [out], fp32, with DoRA
+    lora_dropout: float  # probability of dropping an input of the adapter in training
     scaling: float  # the factor s
     config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
     full_name: str  # in the converted module
     seed_name: str  # in the model that holds the layer; the seed of the adapter is made from it
+    loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
     dense_weight: Tensor | None = None  # "calibrated": the float weight [out, in], in host memory until inputs come
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
     initial_B: Tensor | None = None
@@ -49,24 +73,49 @@ class LoRALayer(PackedLayer):
     weight_was_read: bool = False
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
-    def initialize(self, weight: Tensor, device: torch.device | None = None) -> None:
-        """Quantize a float weight and initialize the adapter; both are computed on `device`."""
-        rows = self._as_stored(weight.detach())
-        values = rows if rows.is_meta else rows.to(device or rows.device)  # on meta: `load_weights` reads them later
-        base, lora_a, lora_b = methods.initialize(values, self.config, self.seed_name)
-        self.set_packed_weight(base)
-        if self.config.initialization == "calibrated":
-            self.dense_weight = rows if rows.is_meta else rows.cpu()
-        self.set_adapter(lora_a, lora_b)
+    def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
+        """Set the arguments of a layer that has no weight yet."""
+        self.config = config
+        self.full_name = name
+        self.seed_name = seed_name
+        self.scaling = config.scaling
+        self.lora_dropout = config.lora_dropout
+
+    def initialize(self, weight: Tensor | Iterable[Tensor], device: torch.device | None = None) -> None:
+        """Quantize a float weight and initialize the adapter; both are computed on `device`.
+
+        The weight of a stack has the shape of the parameter, or yields the weight of each expert.
+        """
+        weights = []
+        bases = []
+        adapters = []
+        for number, dense in enumerate(self.split_matrices(weight)):
+            rows = self._as_stored(dense.detach())
+            values = rows if rows.is_meta else rows.to(device or rows.device)  # on meta: read later
+            base, *initial = methods.initialize(values, self.config, self.seed_name_of(number))
+            bases.append(base)
+            adapters.append(initial)
+            if self.config.initialization == "calibrated":
+                weights.append(rows if rows.is_meta else rows.cpu())
+        self.set_packed_weights(bases)
+        if weights:
+            self.dense_weight = self.join_matrices(weights)
+        adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
+        self.set_adapter(*adapter)
         if self.config.initialization in ("loftq", "pissa"):
-            self.set_initial(lora_a, lora_b)
+            self.set_initial(*adapter)
+
+    def seed_name_of(self, number: int) -> str:
+        """The name that the seed of a matrix is made from."""
+        return f"{self.seed_name}.{number}" if self.is_stack else self.seed_name
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
         self.write("lora_A", lora_a)
         self.write("lora_B", lora_b)
         if self.config.use_dora:
-            self.write("lora_magnitude_vector", self.row_norm(gather(self.lora_A), gather(self.lora_B)))
+            norms = [self.row_norm(matrix) for matrix in self.matrices()]
+            self.write("lora_magnitude_vector", self.join_matrices(norms))
         else:
             self.register_parameter("lora_magnitude_vector", None)
 
@@ -82,6 +131,13 @@ class LoRALayer(PackedLayer):
             return None
         return self.initial_A, self.initial_B
 
+    def matrices(self) -> list[Matrix]:
+        """Each matrix with its adapter; of a sharded layer they are gathered, so all ranks must ask for them."""
+        weights = self.whole_bytes.unbind()
+        adapter = [None if p is None else gather(p) for p in map(self._parameters.get, ADAPTER)]
+        parts = [[None] * len(weights) if p is None else self.split_matrices(p) for p in adapter]
+        return [Matrix(*matrix) for matrix in zip(weights, *parts, range(len(weights)), strict=True)]
+
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""
         parameter = self._parameters.get(name)
@@ -95,8 +151,8 @@ class LoRALayer(PackedLayer):
 
     def quantize_weight(self, weight: Tensor) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
-        dense = self._as_stored(weight.detach()).to(self.packed.device)
-        self.set_packed_weight(methods.quantize(dense, self.config))
+        rows = [self._as_stored(dense.detach()).to(self.packed.device) for dense in self.split_matrices(weight)]
+        self.set_packed_weights([methods.quantize(matrix, self.config) for matrix in rows])
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""
@@ -105,58 +161,138 @@ class LoRALayer(PackedLayer):
     @property
     def r(self) -> int:
         """Rank of the adapter."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
-    def delta(self) -> Tensor:
-        """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32, in the shape of the dense weight."""
-        added = self._product(gather(self.lora_A).detach(), gather(self.lora_B).detach())
-        if self.lora_magnitude_vector is not None:
-            base = ops.dequantize(self.whole_bytes, torch.float32)
-            added = self.dora_scale().detach().unsqueeze(1) * (base + added) - base
-        return self._as_stored(added)
-
-    def _product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        return self.scaling * (lora_b.float() @ lora_a.float())
+    def _product(self, matrix: Matrix) -> Tensor:
+        return self.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
 
     def effective_weight(self) -> Tensor:
         """W + s B A, with DoRA g (W + s B A), [out, in], differentiable in the adapter.
 
         It is in the weight's type, rounded stochastically (`rounding`), each time in the same way.
         """
-        base = ops.dequantize(self.whole_bytes, self.weight_dtype)
+        return self.join_matrices([self.effective_matrix(matrix) for matrix in self.matrices()])
+
+    def effective_matrix(self, matrix: Matrix) -> Tensor:
+        """`effective_weight` of one matrix."""
+        base = ops.dequantize(matrix.weight, self.weight_dtype)
         if self._qlora_disabled:
             return base
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):
-            total = base.float() + self._product(gather(self.lora_A), gather(self.lora_B))
-        if self.lora_magnitude_vector is not None:
-            total = self.dora_scale().unsqueeze(1) * total
+            total = base.float() + self._product(matrix)
+        if matrix.magnitude is not None:
+            total = self.dora_scale(matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
 
     @torch.no_grad()
-    def row_norm(self, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes | None = None) -> Tensor:
-        """||W + s B A|| of every row, [out], fp32, computed without that matrix; `weight`: some rows of W, None: all.
+    def row_norm(self, matrix: Matrix) -> Tensor:
+        """||W + s B A|| of every row, [out], fp32, computed without that matrix; W may be some of the rows.
 
         Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is
         the bracket.
         """
-        weight = self.whole_bytes if weight is None else weight
-        a = lora_a.float()
-        b = lora_b.float()
+        weight = matrix.weight
+        a = matrix.lora_a.float()
+        b = matrix.lora_b.float()
         s = self.scaling
-        squares = self._base_squares
+        squares = self._base_squares.get(matrix.number)
         if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
             squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
-            self._base_squares = squares
+            self._base_squares[matrix.number] = squares
         bracket = lora_linear(a, weight, None, a, b, s / 2)  # [r, out]
         return (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
 
-    def dora_scale(self) -> Tensor:
+    def dora_scale(self, matrix: Matrix) -> Tensor:
         """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
-        assert self.lora_magnitude_vector is not None
-        norm = self.row_norm(gather(self.lora_A), gather(self.lora_B))
-        return gather(self.lora_magnitude_vector) / norm.clamp_min(TINY)
+        assert matrix.magnitude is not None
+        return matrix.magnitude / self.row_norm(matrix).clamp_min(TINY)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
+        device = x.device.type
+        if has_autocast(device):
+            return torch.get_autocast_dtype(device)
+        if self.config.compute_dtype != "auto":
+            return DTYPES[self.config.compute_dtype]
+        if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
+            return torch.bfloat16
+        return torch.float32 if self.weight_dtype is torch.float64 else self.weight_dtype
+
+    def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
+        """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
+        input_dtype = x.dtype
+        dtype = self.compute_dtype(x)
+        if input_dtype is not dtype:
+            x = cast_input(x, dtype)
+        weight, a, b, magnitude, _ = matrix
+        seed = self.dropout_seed(rank)
+        if self._qlora_disabled:
+            a = x.new_empty(0, a.shape[1])  # rank 0
+            b = x.new_empty(b.shape[0], 0)
+            magnitude = None
+        elif not torch.compiler.is_compiling():
+            self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+        if magnitude is None:
+            y = lora_linear(x, weight, bias, a, b, self.scaling, self.lora_dropout, seed)
+        else:
+            norm = self.row_norm(matrix).clamp_min(TINY)
+            y = dora_linear(x, weight, bias, a, b, magnitude, norm, self.scaling, self.lora_dropout, seed)
+        if input_dtype is dtype or has_autocast(x.device.type):
+            return y
+        return y.to(input_dtype)
+
+    def dropout_seed(self, rank: int = 0) -> Tensor | None:
+        """A seed for the dropout of one call; None: no dropout.
+
+        Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
+        """
+        if self._qlora_disabled or not (self.lora_dropout and self.training):
+            return None
+        seed = torch.randint(1 << 62, (1,), device="cpu")
+        if rank:
+            seed ^= rank << 32
+        return seed
+
+    def extra_repr(self) -> str:
+        """The line `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.quant_type}, "
+            f"block_size={self.block_size}, r={self.r}, scaling={self.scaling:g}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
+        """As in nn.Module; a cast between loading and conversion leaves the adapter in fp32."""
+        values = [parameter.data for parameter in self.adapter_parameters()] if self.loaded else []
+        super()._apply(fn, recurse)
+        for parameter, value in zip(self.adapter_parameters(), values, strict=False):
+            parameter.data = value.to(parameter.device)
+        return self
+
+
+def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the type that a layer computes in; TypeError for integers, to which the result would be rounded."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
+        )
+    return x.to(dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
+def _has_bf16(device: str) -> bool:
+    """Whether the card computes in bf16. A Turing card (T4) emulates it, slower than fp32, so fp32 models stay in fp32.
+
+    They do not get fp16, which would use its tensor cores: fp16 training diverges in one of five runs according to the
+    authors of QLoRA. `compute_dtype="fp16"` chooses it.
+    """
+    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
+
+
+@cache
+def _cuda_has_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def cancel_calibration(module: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Names of modules, parameters and experts: taken apart, put together, and matched by patterns.
 
 A layer has several names: in the module that is converted, and in the model that holds it, as in PEFT. Where a
-parameter NAME holds the weights of all experts, conversion makes it the module NAME_experts, and expert i of it is the
-layer NAME_experts.i. No other file knows this.
+parameter NAME holds the weights of all experts, conversion makes it the module NAME_experts; the name of that layer is
+NAME. No other file knows this.
 """
 
 import re
@@ -22,7 +22,6 @@ from lightning_qlora.lightning_copies import classes
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
 _EXPERTS = "_experts"
-_EXPERT = re.compile(r"(.*)_experts\.(\d+)", re.DOTALL)
 
 
 def join(*parts: str) -> str:
@@ -65,22 +64,6 @@ def stack_name(parameter: str) -> str:
 def parameter_name(stack: str) -> str:
     """The reverse of `stack_name`."""
     return stack.removesuffix(_EXPERTS)
-
-
-def expert_name(parameter: str, number: int) -> str:
-    """The name of an expert's layer."""
-    return f"{parameter}{_EXPERTS}.{number}"
-
-
-def parameter_and_number(name: str) -> tuple[str, int] | None:
-    """The reverse of `expert_name`; None for a layer that is no expert."""
-    match = _EXPERT.fullmatch(name)
-    return None if match is None else (match[1], int(match[2]))
-
-
-def is_expert(name: str) -> bool:
-    """Whether a layer of this name is an expert of a parameter."""
-    return parameter_and_number(name) is not None
 
 
 def matches(name: str, patterns: str | list[str]) -> bool:

@@ -6,7 +6,7 @@ calculate with bytes; and DDP sends buffers in every step. Where a strategy spli
 parameters (`to_parameters`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,42 +18,41 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import gather, is_sharded, of_all_ranks, shard_like, world_size
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
 
 
 class PackedLayer(nn.Module):
-    """Stores a 4-bit weight [out, in] in uint8 tensors."""
+    """Stores a 4-bit weight [out, in], or a stack of them [experts, out, in], in uint8 tensors."""
 
     weight: Tensor  # for code that reads it
-    packed: Tensor  # the three parts of `PackedBytes`, [n, 1] or with one row an output
+    packed: Tensor  # the three parts of `PackedBytes`: [n, 1] or with one row an output; of a stack one row an expert
     absmax: Tensor
     nested: Tensor
     quant_type: QuantType
     block_size: int
     weight_dtype: torch.dtype  # of the float weight, which it decodes to
     dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
-    _shape: tuple[int, int]
+    _shape: tuple[int, ...]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
+    is_stack = False  # whether it has several matrices
     _fingerprint: int | None  # computed at the first use
-    _base_squares: Tensor | None  # DoRA: sums of squares of the rows, computed at the first use
+    _base_squares: dict[int, Tensor]  # DoRA: number of a matrix -> sums of squares of its rows, from their first use
     _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
 
-    def set_packed_weight(self, weight: PackedWeight) -> None:
-        """Replace the 4-bit weight; the bytes are stored as they are."""
-        stored = weight.to_bytes()
+    def set_packed_weights(self, weights: Sequence[PackedWeight]) -> None:
+        """Replace the 4-bit weight of each matrix; the bytes are stored as they are."""
+        matrices = [weight.to_bytes() for weight in weights]
+        stored = stack_bytes(matrices) if self.is_stack else _in_rows(*matrices)
         self._shape = stored.shape
         self.quant_type = stored.quant_type
         self.block_size = stored.block_size
-        self.weight_dtype = weight.dtype
+        self.weight_dtype = weights[0].dtype
         self._fingerprint = None
-        self._base_squares = None
+        self._base_squares = {}
         for name in BASE:
-            data: Tensor = getattr(stored, name).reshape(-1, 1)
-            # One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs.
-            if name != "nested" and data.numel() % stored.shape[0] == 0 and stored.shape[1] % stored.block_size == 0:
-                data = data.view(stored.shape[0], -1)
+            data: Tensor = getattr(stored, name)
             parameter = self._parameters.get(name)
             if parameter is None:
                 self.__dict__[name] = data
@@ -67,7 +66,7 @@ class PackedLayer(nn.Module):
         """The 4-bit weight in the form that the ops take."""
         return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
 
-    def weight_metadata(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+    def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """Shape [out, in], type and device of the weight that it decodes to."""
         return self._shape, self.weight_dtype, self.packed.device
 
@@ -79,17 +78,49 @@ class PackedLayer(nn.Module):
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 
     @property
+    def packed_weights(self) -> list[PackedWeight]:
+        """The 4-bit weight of each matrix, [out, in]; of a sharded layer they are gathered too."""
+        return [PackedWeight.from_bytes(weight, self.weight_dtype) for weight in self.whole_bytes.unbind()]
+
+    @property
     def packed_weight(self) -> PackedWeight:
-        """The 4-bit weight, [out, in]; of a sharded layer it is gathered too."""
-        return PackedWeight.from_bytes(self.whole_bytes, self.weight_dtype)
+        """The 4-bit weight of a layer with one matrix."""
+        (weight,) = self.packed_weights
+        return weight
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        *experts, rows, columns = self._shape
+        return (*experts, columns, rows) if self._transposed else self._shape
 
     def decode(self) -> Tensor:
         """The base weight in its original type and shape."""
-        return self._as_stored(ops.dequantize(self.whole_bytes, self.weight_dtype))
+        matrices = [ops.dequantize(weight, self.weight_dtype) for weight in self.whole_bytes.unbind()]
+        return self.as_dense(matrices)
+
+    def as_dense(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Matrices [out, in] in the shape of the dense weight."""
+        return self._as_stored(self.join_matrices(matrices)).reshape(self.weight_shape)
+
+    def join_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The values of the one matrix; of a stack, those of its matrices in one tensor."""
+        return torch.stack([*matrices]) if self.is_stack else matrices[0]
+
+    def split_matrices(self, values: Any) -> Iterable[Tensor]:
+        """The reverse, also of values in the shape of the dense weight, or that are split already.
+
+        Autograd stacks the gradients of `unbind` once; those of indexing would be as many tensors of the whole size.
+        """
+        if not self.is_stack:
+            return [values]
+        if isinstance(values, Tensor) and values.shape == self.weight_shape:
+            values = values.view(self._shape[0], -1, values.shape[-1])
+        return values.unbind() if isinstance(values, Tensor) else values
 
     def _as_stored(self, weight: Tensor) -> Tensor:
         """A weight [out, in] in the shape that the dense layer has, or the reverse."""
-        return weight.T if self._transposed else weight
+        return weight.mT if self._transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         def keep_bytes(tensor: Tensor) -> Tensor:
@@ -119,6 +150,14 @@ class PackedLayer(nn.Module):
         return self._fingerprint
 
 
+def _in_rows(weight: PackedBytes) -> PackedBytes:
+    """One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs; else [n, 1]."""
+    packed, absmax, nested = (tensor.reshape(-1, 1) for tensor in weight[:3])
+    if weight.shape[1] % weight.block_size == 0:
+        packed, absmax = (tensor.view(weight.shape[0], -1) for tensor in (packed, absmax))
+    return weight._replace(packed=packed, absmax=absmax, nested=nested)
+
+
 def to_parameters(module: nn.Module) -> None:
     """Hold the bytes of all 4-bit layers of a module in frozen uint8 parameters, which `fully_shard` splits over ranks.
 
@@ -144,9 +183,9 @@ def use_bytes_of_rank_0(module: nn.Module) -> None:
     of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
     for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
         if len(set(fingerprints)) > 1:
-            weight = [layer.packed_weight]
-            dist.broadcast_object_list(weight, 0)
-            layer.set_packed_weight(weight[0].to(layer.packed.device))
+            weights = layer.packed_weights
+            dist.broadcast_object_list(weights, 0)
+            layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
 
 
 def to_dense(layer: PackedLayer, weight: nn.Parameter) -> None:

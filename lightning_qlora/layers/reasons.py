@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.expert_selection import ExpertParameter, is_router
 from lightning_qlora.layers.kinds import is_packed
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import is_transformers_model, join
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
 from lightning_qlora.quantization.packed_weight import FLOATS
@@ -63,7 +64,7 @@ class ModuleFacts:
         self.left_dense: set[int] = set()
         for model in module.modules():
             if getattr(model, "is_loaded_in_4bit", False) or vars(model).get(LOADED):
-                dense = (part for part in model.modules() if not (is_packed(part) or isinstance(part, QLoRALinear)))
+                dense = (part for part in model.modules() if not (is_packed(part) or isinstance(part, LoRALayer)))
                 self.left_dense |= {id(part) for part in dense}
         self.modules = dict(module.named_modules())
 
@@ -72,7 +73,7 @@ class ModuleFacts:
         if is_packed(layer) or not self.trains:
             return self.trains and id(layer) in self.frozen_models
         parameters: dict[str, Any] = layer._parameters
-        return not parameters["lora_A" if isinstance(layer, QLoRALinear) else key].requires_grad
+        return not parameters["lora_A" if isinstance(layer, LoRALayer) else key].requires_grad
 
     def cannot_convert(self, layer: nn.Module | ExpertParameter) -> str | None:
         """Why a layer, or a parameter of experts, can't be converted, even if target_modules names it."""
@@ -101,7 +102,7 @@ class ModuleFacts:
     def not_by_default(self, name: str, layer: nn.Module | ExpertParameter, config: QLoRAConfig) -> str | None:
         """Why a layer, or a parameter of experts, is converted only if target_modules names it."""
         if isinstance(layer, ExpertParameter):
-            owner = layer.owner if layer.loaded is None else layer.loaded.layers[0]
+            owner = layer.owner if layer.loaded is None else layer.loaded
             return FROZEN if self.is_frozen(owner, layer.key) else None
         outer, _, last = name.rpartition(".")
         if id(layer) in self.output_embeddings or last in OUTPUT_EMBEDDINGS:

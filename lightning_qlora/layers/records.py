@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import fingerprint, has_values
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
-from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import without_tokens
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
@@ -60,8 +60,8 @@ def unrecorded(module: nn.Module) -> list[Unrecorded]:
     result = []
     for part in module.modules():
         parameters: dict[str, Any] = own_parameters(part)
-        if isinstance(part, QLoRALinear):
-            parameters = {"weight": part.lora_A, "bias": part.bias} if part.loaded else {}
+        if isinstance(part, LoRALayer):
+            parameters = {"weight": part.lora_A, "bias": part._parameters.get("bias")} if part.loaded else {}
         for key, parameter in parameters.items():
             if parameter is not None and key not in _records(part):
                 result.append(Unrecorded(part, key, parameter.requires_grad))
@@ -83,7 +83,7 @@ def record(parameters: Iterable[Unrecorded]) -> None:
 
 def is_recorded(owner: nn.Module) -> bool:
     """Whether a conversion has seen all parameters that a module holds itself, one at least, or made them."""
-    if isinstance(owner, QLoRALinear):
+    if isinstance(owner, LoRALayer):
         return not owner.loaded
     return RECORDS in vars(owner) and own_parameters(owner).keys() <= _records(owner).keys()
 

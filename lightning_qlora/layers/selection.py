@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
-from lightning_qlora.layers.experts import QLoRAExperts, experts_of
+from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
-from lightning_qlora.layers.names import LayerNames, expert_name, inside, join, names_of_modules, plain_name
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, plain_name
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.reasons import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.records import is_recorded
@@ -82,9 +83,8 @@ class Candidate:
 
     @property
     def saved_arguments(self) -> Mapping[str, Any] | None:
-        """Its own arguments in the checkpoint, or those of the first expert; None if it is not there in 4 bits."""
-        name = expert_name(self.name, 0) if isinstance(self.part, ExpertParameter) else self.name
-        return (self.saved or {}).get(plain_name(name))
+        """Its own arguments in the checkpoint; None if it is not there in 4 bits."""
+        return (self.saved or {}).get(plain_name(self.name))
 
     @property
     def can_train(self) -> bool:
@@ -123,19 +123,19 @@ class ToConvert(NamedTuple):
 
     def convert(
         self, name: str, device: torch.device | None = None, weights: Iterable[Tensor] | None = None
-    ) -> dict[str, nn.Module]:
-        """Convert it, in place: name -> 4-bit layer. For the other arguments see `QLoRAExperts.from_parameter`."""
+    ) -> LoRALayer:
+        """Convert it, in place, to a 4-bit layer. For the other arguments see `QLoRAExperts.from_parameter`."""
         part, config, seed_name = self
         if isinstance(part, ExpertParameter):
             owner, key, count, transposed = part
-            stack = QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
-            return {expert_name(name, number): layer for number, layer in enumerate(stack.layers)}
+            return QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
         if is_packed(part):
             setattr(part.weight, REPLACED, part)  # for an optimizer that was created before conversion
             QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
         else:
             QLoRALinear.from_linear(part, config, name, device, seed_name)
-        return {name: part}
+        assert isinstance(part, QLoRALinear)
+        return part
 
 
 @dataclass
@@ -182,7 +182,6 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     choice = Selection(names=names_of_modules(module))
     facts = ModuleFacts(module)
     new = new_parameters(module)
-    experts = experts_of(module)
     parts = dict(module.named_modules())
     whole = [name for name, part in parts.items() if choice.names[id(part)].match(config.modules_to_save)]
     choice.train.update(dict.fromkeys(whole, IN_MODULES_TO_SAVE))
@@ -214,7 +213,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
         if part._modules and not names.match_outer(config.exclude_modules):
             choice.train.update({join(name, key): reason for key, reason in new_here.items()})
         reason = None if part._modules else next(iter(new_here.values()), None)
-        if not (is_converted(part) or part in experts):  # experts: selected with the module that held the parameter
+        if not (is_converted(part) or isinstance(part, QLoRAExperts)):  # a stack: selected with the module around it
             choice.decide(Candidate(name, part, names, reason, config, saved, facts))
     return choice
 
@@ -227,4 +226,4 @@ def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
 
 def is_converted(layer: nn.Module) -> bool:
     """Whether a layer is in 4 bits in a converted module."""
-    return isinstance(layer, QLoRALinear) and not layer.loaded
+    return isinstance(layer, LoRALayer) and not layer.loaded

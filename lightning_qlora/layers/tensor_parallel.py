@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import local
-from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
 from lightning_qlora.layers.packed_linear import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -129,9 +129,9 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = local(bias)
         rank = 0
         placements = [Partial()]
-    magnitude = local(parameters["lora_magnitude_vector"])
+    matrix = Matrix(_weight_of_rank(layer), a, b, local(parameters["lora_magnitude_vector"]))
     x_of_rank = x.to_local(grad_placements=placements) if isinstance(x, DTensor) else x
-    y: Tensor = layer.compute(x_of_rank, _weight_of_rank(layer), bias, a, b, magnitude, rank)
+    y: Tensor = layer.compute(x_of_rank, matrix, bias, rank)
     if not isinstance(x, DTensor):
         return y
     return DTensor.from_local(y, split.mesh, [Partial() if split.by_inputs else Shard(y.dim() - 1)], run_check=False)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, cast, get_args
@@ -21,19 +21,29 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be
 
 
 class PackedBytes(NamedTuple):
-    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change."""
+    """A 4-bit weight as three uint8 tensors, whose bytes no `module.to(dtype)` and no FSDP policy can change.
+
+    Of a stack of experts, shape is [experts, out_features, in_features], and each tensor has a row for each expert.
+    """
 
     packed: Tensor  # two codes per byte, ceil(n / 2) bytes in any shape
     absmax: Tensor  # the 8-bit code of each block's scale, or the bytes of fp32 scales without double quantization
     nested: Tensor  # with double quantization, the bytes of the fp32 second-level scales and, last, of the offset
-    shape: tuple[int, int]  # [out_features, in_features], n = out_features * in_features
+    shape: tuple[int, ...]  # [out_features, in_features], n = out_features * in_features
     quant_type: QuantType
     block_size: int  # weights that share one scale
 
     @property
     def numel(self) -> int:
         """Number of weights."""
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
+
+    def unbind(self) -> "list[PackedBytes]":
+        """The matrices of a stack, as views; a matrix alone."""
+        if len(self.shape) == 2:
+            return [self]
+        matrices = zip(self.packed.unbind(), self.absmax.unbind(), self.nested.unbind(), strict=True)
+        return [PackedBytes(*tensors, self.shape[1:], self.quant_type, self.block_size) for tensors in matrices]
 
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""
@@ -48,10 +58,22 @@ class PackedBytes(NamedTuple):
         return blockwise.dequantize_4bit(out, self.packed.reshape(-1), self.scales(), levels, self.block_size)
 
 
+def stack_bytes(weights: Sequence[PackedBytes]) -> PackedBytes:
+    """The stack of some matrices; the reverse of `PackedBytes.unbind`."""
+    first = weights[0]
+    packed, absmax, nested = (
+        torch.stack([tensor.flatten() for tensor in tensors])
+        for tensors in zip(*(weight[:3] for weight in weights), strict=True)
+    )
+    return PackedBytes(packed, absmax, nested, (len(weights), *first.shape), first.quant_type, first.block_size)
+
+
 def check_bytes(weight: PackedBytes) -> None:
     """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
     tensors = (weight.packed, weight.absmax, weight.nested)
-    sizes = _sizes(weight.shape, weight.block_size, weight.nested.numel() > 0)
+    *experts, rows, columns = weight.shape
+    count = math.prod(experts)
+    sizes = [count * size for size in _sizes(rows * columns, weight.block_size, weight.nested.numel() > 0)]
     for tensor, size in zip(tensors, sizes, strict=True):
         if tensor.numel() != size or tensor.dtype is not torch.uint8:
             raise ValueError(
@@ -62,10 +84,9 @@ def check_bytes(weight: PackedBytes) -> None:
 
 
 @cache
-def _sizes(shape: tuple[int, int], block_size: int, double_quant: bool) -> tuple[int, int, int]:
+def _sizes(numel: int, block_size: int, double_quant: bool) -> tuple[int, int, int]:
     """Bytes of the three tensors of a weight."""
     check_choice("block_size", block_size, BLOCK_SIZES)
-    numel = shape[0] * shape[1]
     blocks = -(-numel // block_size)
     if not double_quant:
         return (numel + 1) // 2, 4 * blocks, 0

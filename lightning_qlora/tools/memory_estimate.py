@@ -4,6 +4,7 @@ The module is copied to tensors without data (torch's FakeTensorMode) and conver
 activations and temporary tensors are counted, not guessed.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -18,8 +19,8 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
@@ -210,11 +211,11 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
     """Bytes of the decode buffers: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        dtypes = {QLoRALinear.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}
+        dtypes = {LoRALayer.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}
         if layer.config.use_dora:
             dtypes.add(torch.float32)  # for the norm of the rows
         for dtype in dtypes:
-            largest[dtype] = max(largest.get(dtype, 0), layer.weight_bytes.numel)
+            largest[dtype] = max(largest.get(dtype, 0), math.prod(layer._shape[-2:]))
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())
 
 

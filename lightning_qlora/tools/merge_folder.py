@@ -23,7 +23,7 @@ from lightning_qlora.files.folder_writer import atomic_folder, check_free
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.fingerprint import fingerprint_of_weight
+from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named, plain_name
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -86,8 +86,8 @@ def merge_folder(
         convert_module(model, config)
     layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
     fingerprints = dict(adapter.base_fingerprints)
-    for name, weight in adapter.bases.items():
-        layers[name].set_packed_weight(weight)
+    for name, bases in adapter.bases.items():
+        layers[name].set_packed_weights(bases)
         fingerprints[name] = layers[name].base_fingerprint()
     adapter = replace(adapter, base_fingerprints=fingerprints)
     if base == "quantized" and (adapter.bases or not quantization.get("base_changed")):
@@ -110,8 +110,9 @@ def _quantizes_as_in_training(weights: dict[str, Tensor], adapter: Adapter, conf
     expected = adapter.base_fingerprints.get(name)
     if expected is None or adapter.bases:
         return True
-    packed = quantize(weight, config.quant_type, config.block_size, config.double_quant)
-    return expected == fingerprint_of_weight(packed)
+    form = config.quant_type, config.block_size, config.double_quant
+    packed = [quantize(matrix, *form) for matrix in (weight if weight.ndim == 3 else [weight])]
+    return expected == fingerprint_of_weights(packed)
 
 
 def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:

@@ -24,7 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
 from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.routed_experts import rows_of_experts
 from lightning_qlora.training.report import CalibrationReport
 
 
@@ -42,7 +44,7 @@ class Calibration:
         weights: list[Any] = [layer.dense_weight for layer in self._layers.values()]
         self.report = CalibrationReport(list(self._layers), sum(w.nbytes for w in weights if not w.is_meta))
         self._warned = False
-        self._sums: dict[str, Tensor] = {}  # fp64 [in + 2]: squares of each input, number of finite rows, of all rows
+        self._sums: dict[str, Tensor] = {}  # of each matrix: squares of each input, number of finite rows, of all rows
         # Name -> A, B: what a state dict from before the calibration needs, until a newer one is saved.
         self._initial: dict[str, tuple[Tensor, Tensor]] = {}
         self._hooks = {
@@ -60,25 +62,25 @@ class Calibration:
         if self.report.waiting:
             _start(self)
 
-    def _add_input(self, name: str, layer: QLoRALinear, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def _add_input(self, name: str, layer: LoRALayer, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """Add the rows of one input to the sums of a layer. A row with NaN or Inf (masked padding) does not count."""
-        x = (*args, *kwargs.values())[0].detach()
+        inputs = [*args, *kwargs.values()]
+        x = inputs[0].detach()
         if not (layer.training and torch.is_grad_enabled() and x.is_floating_point()):
             return
-        sums = self._sums.get(name)
-        if sums is None:
-            sums = torch.zeros(layer.in_features + 2, dtype=torch.float64, device=x.device)
-            self._sums[name] = sums
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.dtype is torch.float64:
-            rows = rows.float()
-        sums[-1] += len(rows)
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
-        if not torch.isfinite(squares).all():
-            rows = rows[torch.isfinite(rows).all(dim=1)]
+        if name not in self._sums:
+            self._sums[name] = _no_sums(layer, x.device)
+        rows_of_matrices = rows_of_experts(x, inputs[1])[:-1] if layer.is_stack else [x.reshape(-1, x.shape[-1])]
+        for sums, rows in zip(self._sums[name], rows_of_matrices, strict=True):
+            if rows.dtype is torch.float64:
+                rows = rows.float()
+            sums[-1] += len(rows)
             squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
-        sums[:-2] += squares
-        sums[-2] += len(rows)
+            if not torch.isfinite(squares).all():
+                rows = rows[torch.isfinite(rows).all(dim=1)]
+                squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+            sums[:-2] += squares
+            sums[-2] += len(rows)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Initialize the adapters that an optimizer holds, after the backward passes of its first step."""
@@ -88,12 +90,12 @@ class Calibration:
             self.initialize(layers)
 
     @torch.no_grad()
-    def initialize(self, layers: Mapping[str, QLoRALinear] | None = None) -> None:
+    def initialize(self, layers: Mapping[str, LoRALayer] | None = None) -> None:
         """Initialize waiting layers (None: all) from the inputs that they had so far; without any input do nothing."""
         start = perf_counter()
         layers = self._waiting_layers() if layers is None else layers
         sums = self._sums_of_all_ranks(layers)
-        if not any(total[-1] for total in sums.values()):
+        if not any(total[:, -1].any() for total in sums.values()):
             if any(layer.lora_B.grad is not None for layer in layers.values()):
                 first = next(iter(layers))
                 raise RuntimeError(
@@ -104,7 +106,7 @@ class Calibration:
         rms = {name: _root_mean_square(name, total) for name, total in sums.items()}  # an error changes no adapter
         for name, rank in _ranks_with_weights(layers).items():
             self._initialize(name, rms[name], rank)
-        rows = max(int(total[-2]) for total in sums.values())
+        rows = max(int(total[:, -2].max()) for total in sums.values())
         self.report.rows = max(self.report.rows, rows)
         self.report.seconds += perf_counter() - start
         if self.report.waiting:
@@ -119,27 +121,29 @@ class Calibration:
             layer.dense_weight = None
             self._warn(f"{name} was trained before its calibration, so its adapter is not changed")
             return
-        self.report.input_rms[name] = rms.cpu()
-        error = initialize_from_inputs(layer, rms, rank)
+        self.report.input_rms[name] = layer.join_matrices(rms.cpu().unbind())
+        errors = initialize_from_inputs(layer, rms, rank)
         drop_gradients(layer)
-        if error is None:
+        seen = [error for error in errors if error is not None]
+        if not seen:
             self.report.unseen.append(name)
             return
-        self.report.errors[name] = error
+        self.report.unseen += [f"{name}.{number}" for number, error in enumerate(errors) if error is None]
+        self.report.errors[name] = max(seen)
         self.report.calibrated.append(name)
         if layer.initial is not None:
             self._initial[name] = layer.initial
 
-    def _sums_of_all_ranks(self, layers: Mapping[str, QLoRALinear]) -> dict[str, Tensor]:
+    def _sums_of_all_ranks(self, layers: Mapping[str, LoRALayer]) -> dict[str, Tensor]:
         sums = {}
         for name, layer in layers.items():
-            zeros = torch.zeros(layer.in_features + 2, dtype=torch.float64, device=layer.packed.device)
-            sums[name] = self._sums.get(name, zeros).to(layer.packed.device)
+            known = self._sums.get(name)
+            sums[name] = (_no_sums(layer, layer.packed.device) if known is None else known).to(layer.packed.device)
         if world_size() > 1:
-            flat = torch.cat([*sums.values()])
+            flat = torch.cat([total.flatten() for total in sums.values()])
             dist.all_reduce(flat)
-            sizes = [len(total) for total in sums.values()]
-            sums = dict(zip(sums, torch.split(flat, sizes), strict=True))
+            parts = torch.split(flat, [total.numel() for total in sums.values()])
+            sums = {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
         return sums
 
     def cancel(self) -> None:
@@ -148,7 +152,7 @@ class Calibration:
             self._stop_waiting(name)
         self._initial.clear()
         for layer in self._layers.values():
-            if isinstance(layer, QLoRALinear):  # not merged
+            if isinstance(layer, LoRALayer):  # not merged
                 layer.dense_weight = None
         _end(self)
 
@@ -157,7 +161,7 @@ class Calibration:
         if initialization != "calibrated":
             self.cancel()
         for name, layer in self._layers.items():
-            if not isinstance(layer, QLoRALinear):
+            if not isinstance(layer, LoRALayer):
                 continue
             if layer.initial is not None or gather(layer.lora_B).any():
                 layer.dense_weight = None
@@ -180,10 +184,10 @@ class Calibration:
         self._sums.pop(name, None)
         self._hooks.pop(name).remove()
 
-    def _waiting_layers(self) -> dict[str, QLoRALinear]:
+    def _waiting_layers(self) -> dict[str, LoRALayer]:
         """Name -> layer that waits; without merged layers."""
         waiting = {name: self._layers[name] for name in self.report.waiting}
-        return {name: layer for name, layer in waiting.items() if isinstance(layer, QLoRALinear)}
+        return {name: layer for name, layer in waiting.items() if isinstance(layer, LoRALayer)}
 
     def _warn(self, what: str) -> None:
         if not self._warned:
@@ -246,46 +250,57 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
 
 
 @torch.no_grad()
-def initialize_from_inputs(layer: QLoRALinear, input_rms: Tensor, rank: int = 0) -> float | None:
-    """Initialize a waiting layer from the RMS of its inputs [in]: computed on one rank, then broadcast.
+def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -> list[float | None]:
+    """Initialize a waiting layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
 
-    Returns `methods.calibrated_error`; None if there is nothing to compute.
+    Returns `methods.calibrated_error` of each matrix; None if there is nothing to compute.
     """
     dense_weight = layer.dense_weight
     layer.dense_weight = None
-    if dense_weight is None or not input_rms.any():
-        layer.set_initial(gather(layer.lora_A), gather(layer.lora_B))
-        return None
-    base = layer.packed_weight  # of a sharded layer all ranks gather the base
-    device = layer.packed.device
-    lora_a = torch.empty(layer.lora_A.shape, device=device)
-    lora_b = torch.empty(layer.lora_B.shape, device=device)
-    error = torch.empty((), device=device)
-    if world_size() == 1 or dist.get_rank() == rank:
-        with torch.autocast(device.type, enabled=False):
-            weight = dense_weight.to(device, layer.weight_dtype)
-            adapter = methods.calibrated_adapter(weight, base, input_rms, layer.config, layer.seed_name)
-            error = methods.calibrated_error(weight, base, input_rms, *adapter, layer.scaling)
-        lora_a, lora_b = (matrix.contiguous() for matrix in adapter)
-    if world_size() > 1:
-        for value in (lora_a, lora_b, error):
-            dist.broadcast(value, rank)
-    layer.set_adapter(lora_a, lora_b)
+    errors: list[float | None] = [None] * len(input_rms)
+    adapters = [[matrix.lora_a, matrix.lora_b] for matrix in layer.matrices()]
+    if dense_weight is not None:
+        bases = layer.packed_weights  # of a sharded layer all ranks gather the base
+        device = layer.packed.device
+        for number, weight in enumerate(layer.split_matrices(dense_weight)):
+            if not input_rms[number].any():
+                continue
+            values = [torch.empty(part.shape, device=device) for part in adapters[number]]
+            values.append(torch.empty((), device=device))
+            if world_size() == 1 or dist.get_rank() == rank:
+                with torch.autocast(device.type, enabled=False):
+                    known = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
+                    adapter = methods.calibrated_adapter(*known, layer.config, layer.seed_name_of(number))
+                    error = methods.calibrated_error(*known, *adapter, layer.scaling)
+                values = [part.contiguous() for part in (*adapter, error)]
+            if world_size() > 1:
+                for value in values:
+                    dist.broadcast(value, rank)
+            *adapters[number], error = values
+            errors[number] = float(error)
+    lora_a, lora_b = (layer.join_matrices(parts) for parts in zip(*adapters, strict=True))
+    if any(error is not None for error in errors):
+        layer.set_adapter(lora_a, lora_b)
     layer.set_initial(lora_a, lora_b)
-    return float(error)
+    return errors
 
 
-def drop_gradients(layer: QLoRALinear) -> None:
+def drop_gradients(layer: LoRALayer) -> None:
     """Let the step of an optimizer skip the adapter of a layer."""
     for parameter in layer.adapter_parameters():
         parameter.grad = None
 
 
+def _no_sums(layer: LoRALayer, device: torch.device) -> Tensor:
+    """The sums of a layer without inputs, fp64 [matrices, in + 2]; see `Calibration`."""
+    return torch.zeros(len(layer.matrices()), layer.in_features + 2, dtype=torch.float64, device=device)
+
+
 def _root_mean_square(name: str, sums: Tensor) -> Tensor:
-    """RMS of every input, fp32 [in]; zeros without an input, ValueError if every row has NaN or Inf."""
-    result = (sums[:-2] / sums[-2].clamp_min(1)).sqrt().float()
-    no_finite_row = sums[-1] and not sums[-2]
-    if no_finite_row or not torch.isfinite(result).all():
+    """RMS of every input, fp32 [matrices, in]; zeros without an input, ValueError if every row has NaN or Inf."""
+    result = (sums[:, :-2] / sums[:, -2:-1].clamp_min(1)).sqrt().float()
+    no_finite_row = (sums[:, -1] > 0) & (sums[:, -2] == 0)
+    if no_finite_row.any() or not torch.isfinite(result).all():
         raise ValueError(
             f"{name}: NaN or Inf in all its inputs in the batches that init_lora_weights='calibrated' uses, so "
             "training would fail too. Check the data and compute_dtype (fp16 overflows)."
@@ -293,7 +308,7 @@ def _root_mean_square(name: str, sums: Tensor) -> Tensor:
     return result
 
 
-def _keep_weights_of_this_rank(layers: Collection[QLoRALinear]) -> None:
+def _keep_weights_of_this_rank(layers: Collection[LoRALayer]) -> None:
     """Sharded layers: each rank keeps the float weights of its share of the layers, and computes their adapters."""
     weights: list[Any] = [layer.dense_weight for layer in layers]
     if any(weight.is_meta for weight in weights):
@@ -303,7 +318,7 @@ def _keep_weights_of_this_rank(layers: Collection[QLoRALinear]) -> None:
             layer.dense_weight = weights[place].to("meta")
 
 
-def _ranks_with_weights(layers: Mapping[str, QLoRALinear]) -> dict[str, int]:
+def _ranks_with_weights(layers: Mapping[str, LoRALayer]) -> dict[str, int]:
     """Name -> rank that computes the adapter: one that has the float weight, so that the ranks share the work."""
     weights = {name: layer.dense_weight for name, layer in layers.items()}  # on meta where another rank has it
     names_of_ranks = of_all_ranks([name for name, w in weights.items() if w is not None and not w.is_meta])

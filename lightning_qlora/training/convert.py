@@ -22,9 +22,10 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
 from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
-from lightning_qlora.layers.names import expert_name, join, named
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.patches import make_changes
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, SavedLayers, Selection, ToConvert, select_layers
@@ -181,27 +182,24 @@ def _quantize(module: nn.Module, choice: Selection, device: torch.device | None)
 def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
     part = chosen.part
-    loaded: dict[str, QLoRALinear] = {}
     if isinstance(part, ExpertParameter):
         weight: Any = part.owner._parameters.get(part.key)
-        if part.loaded is not None:
-            loaded = {expert_name(name, number): layer for number, layer in enumerate(part.loaded.layers)}
+        loaded: LoRALayer | None = part.loaded
     else:
         weight = part._parameters.get("weight")
-        if isinstance(part, QLoRALinear):
-            loaded = {name: part}
-        elif weight is None:  # the parameters of another quantized format
+        loaded = part if isinstance(part, LoRALayer) else None
+        if weight is None and loaded is None:  # the parameters of another quantized format
             raise ValueError(f"has no float weight to quantize, but {', '.join(part._parameters)}. {IN_INIT}")
-    for full_name, layer in loaded.items():
-        if not is_sharded(layer.packed):  # else by a plan, while the model was loaded
-            _check_not_sharded(layer.lora_A)
-        _adopt_loaded(layer, chosen.config, full_name)
-    if not loaded:
+    if loaded is not None:
+        if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
+            _check_not_sharded(loaded.lora_A)
+        _adopt_loaded(loaded, chosen.config, name)
+    else:
         _check_not_sharded(weight)
         chosen.convert(name, device)
 
 
-def _adopt_loaded(layer: QLoRALinear, config: QLoRAConfig, name: str) -> None:
+def _adopt_loaded(layer: LoRALayer, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
     layer.config = config
     layer.lora_dropout = config.lora_dropout
@@ -219,7 +217,7 @@ def _check_not_sharded(weight: Any) -> None:
         )
 
 
-def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[QLoRALinear]) -> None:
+def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[LoRALayer]) -> None:
     """Let only the adapters, and the modules that were chosen to train in full, train; sets `choice.stop`.
 
     `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
@@ -303,7 +301,7 @@ def _report(
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
-        shapes={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+        shapes={name: layer._shape for name, layer in layers.items()},
         frozen=list(choice.stop),
         adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
         trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},

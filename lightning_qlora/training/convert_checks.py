@@ -12,11 +12,10 @@ from torch.nn.parameter import is_lazy
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.names import expert_name, inside, join, last_part, named_tensors, owner_name
+from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, computes_in_fp16
+from lightning_qlora.layers.qlora_linear import adapted_layers, computes_in_fp16
 from lightning_qlora.layers.reasons import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
@@ -130,13 +129,9 @@ def _differing(known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) ->
 
 def _check_loaded(module: nn.Module, choice: Selection) -> None:
     """Refuse other arguments than those that layers were quantized with while their model loaded."""
-    parameter_of: dict[str, str] = {}  # name of an expert's layer -> name of the parameter
-    for name, _, _, stack in expert_stacks(module):
-        parameter_of |= {expert_name(name, number): name for number in range(len(stack))}
-    for layer_name, layer in module.named_modules():
-        if not isinstance(layer, QLoRALinear) or not layer.loaded:
+    for name, layer in adapted_layers(module).items():
+        if not layer.loaded:
             continue
-        name = parameter_of.get(layer_name, layer_name)
         chosen = choice.convert.get(name)
         if chosen is None:
             reason = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"

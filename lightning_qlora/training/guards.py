@@ -12,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.layers.dtensor import of_all_ranks
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, key_name, last_part, name_endings
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 
 
@@ -117,7 +118,7 @@ def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[
     present = set()
     for name, layer in module.named_modules(remove_duplicate=False):
         key = join(key_name(name), "lora_A")
-        if isinstance(layer, QLoRALinear) and (key in endings or not keys.isdisjoint(name_endings(key))):
+        if isinstance(layer, LoRALayer) and (key in endings or not keys.isdisjoint(name_endings(key))):
             present.add(layer)
     layers = adapted_layers(module).items()
     return [name for name, layer in layers if layer.lora_A.requires_grad and layer not in present]

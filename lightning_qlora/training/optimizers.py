@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from lightning_qlora.layers.dtensor import local, world_size
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.full_precision import IN_16_BITS
-from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import join, last_part, owner_name
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear, adapted_layers
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
+from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
@@ -83,7 +83,7 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
         return {"": param}
     prefix = ""
     if isinstance(layer, QLoRAExperts):
-        prefix = layer.layers[0].full_name.split(".")[-2]
+        prefix = stack_name(last_part(layer.full_name))
     adapter = {}
     for name, parameter in layer.named_parameters():
         if last_part(name) in (*ADAPTER, last_part(DELTA)):
@@ -145,7 +145,7 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def adapters_without_gradient(layers: Mapping[str, QLoRALinear]) -> dict[str, str]:
+def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]:
     """Name of each layer whose adapter has no gradient, after a backward pass -> the reason."""
     reasons = {}
     for name, layer in layers.items():

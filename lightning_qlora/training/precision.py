@@ -26,9 +26,10 @@ from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.full_precision import full_precision_parameters
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_rank_0
 from lightning_qlora.layers.patches import make_changes
-from lightning_qlora.layers.qlora_linear import QLoRALinear, computes_in_fp16
+from lightning_qlora.layers.qlora_linear import computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
@@ -187,10 +188,10 @@ class QLoRAPrecision(Precision):
         """The module that was converted last; it is not kept alive."""
         return None if self._module is None else self._module()
 
-    def _layers(self) -> Iterator[QLoRALinear]:
+    def _layers(self) -> Iterator[LoRALayer]:
         root = self._root
         if root is not None:
-            yield from (part for part in root.modules() if isinstance(part, QLoRALinear))
+            yield from (part for part in root.modules() if isinstance(part, LoRALayer))
 
     @property
     def loss_scale(self) -> LossScale | None:

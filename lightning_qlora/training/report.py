@@ -9,7 +9,6 @@ from html import escape
 from torch import Tensor, nn
 
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import is_expert, owner_name, parameter_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 
 ROOT = "(the module itself)"
@@ -74,7 +73,7 @@ class ConversionReport:
     """The status of every layer after conversion, and the numbers of parameters and bytes.
 
     Attributes:
-        converted: Names of the layers that are 4-bit with an adapter; `NAME_experts.i` for an expert of a parameter.
+        converted: Names of the layers that are 4-bit with an adapter, and of the parameters of experts.
         trained_in_full: Name -> reason, of modules that train without 4 bits and without an adapter.
         skipped: Name -> reason, of linear layers that are not converted and frozen.
         trainable_parameters: Number of parameters that train.
@@ -82,7 +81,7 @@ class ConversionReport:
         bytes_before: Bytes of the parameters before conversion.
         bytes_after: Bytes of the parameters now, adapters included.
         seconds: Time of the conversion.
-        shapes: Name -> (out_features, in_features) of the converted layers.
+        shapes: Name -> (out_features, in_features) of the converted layers; of experts, their number comes first.
         frozen: Names of modules and parameters that conversion froze, without the linear layers.
         adapter_parameters: Number of parameters of all adapters, and of the rows that train.
         trained_rows: Name of an embedding -> how many of its rows train; tied ones by the first name.
@@ -106,7 +105,7 @@ class ConversionReport:
     bytes_before: int
     bytes_after: int
     seconds: float
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
     trained_rows: dict[str, int] = field(default_factory=dict)
@@ -126,14 +125,10 @@ class ConversionReport:
         def add(name: str, status: str) -> None:
             groups.setdefault((group(name), status), []).append(name or ROOT)
 
-        experts = Counter(owner_name(name) for name in self.converted if is_expert(name))
-        for name, count in experts.items():
-            rows, columns = self.shapes[f"{name}.0"]
-            add(parameter_name(name), f"4-bit + adapter, {count} experts of {rows}x{columns}")
-        for name in self.converted:
-            if not is_expert(name):
-                rows, columns = self.shapes[name]
-                add(name, f"4-bit + adapter, {rows}x{columns}")
+        for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
+            *experts, rows, columns = self.shapes[name]
+            prefix = "".join(f"{number} experts of " for number in experts)
+            add(name, f"4-bit + adapter, {prefix}{rows}x{columns}")
         for name, reason in self.trained_in_full.items():
             add(name, f"trains in full: {reason}")
         for name, reason in self.skipped.items():

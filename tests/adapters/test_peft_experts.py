@@ -68,9 +68,9 @@ def decoded_base(build, model):
     """The dense model with the decoded 4-bit weights, without adapters."""
     dense, weights = toys.made(build).eval(), {}
     for name, _, _, stack in expert_stacks(model):
-        weights[name] = stack.stack(lambda layer: layer.decode()).detach()
+        weights[name] = stack.decode()
     for name, layer in adapted_layers(model).items():
-        if "proj_experts." not in name and "weight_experts." not in name:
+        if name not in weights:
             weights[f"{name}.weight"] = layer.decode()
     _, unexpected = dense.load_state_dict(weights, strict=False)
     assert weights and not unexpected
@@ -157,22 +157,18 @@ def test_what_is_written_of_experts(tmp_path):
     ]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_"
-    layer = model.model.layers[1].mlp.experts.gate_up_proj_experts[3]
-    assert torch.equal(tensors[f"{key}A.weight"][6:], layer.lora_A)  # rank 2: rows 6 and 7 are expert 3
-    assert torch.equal(tensors[f"{key}B.weight"][:, 3::4], layer.lora_B)  # 4 experts: columns 3 and 7
+    stack = model.model.layers[1].mlp.experts.gate_up_proj_experts
+    assert torch.equal(tensors[f"{key}A.weight"][6:], stack.lora_A[3])  # rank 2: rows 6 and 7 are expert 3
+    assert torch.equal(tensors[f"{key}B.weight"][:, 3::4], stack.lora_B[3])  # 4 experts: columns 3 and 7
 
 
 def test_what_peft_has_no_place_for_is_refused_and_nothing_is_written(tmp_path):
     flat = toys.made(toys.dbrx)
     toys.convert_stacks(flat)
-    ranks = converted(toys.qwen3_moe)
-    layer = ranks.model.layers[0].mlp.experts.down_proj_experts[1]
-    layer.set_adapter(layer.lora_A.detach()[:1], layer.lora_B.detach()[:, :1])
     dora = toys.made(toys.qwen3_moe)
     convert(dora, r=2, use_dora=True)
     for model, name, why in (
         (flat, "transformer.blocks.0.ffn.experts.mlp.w2", "one matrix"),
-        (ranks, "model.layers.0.mlp.experts.down_proj", "one rank"),
         (dora, "model.layers.0.mlp.experts.", "no DoRA"),
     ):
         with pytest.raises(ValueError, match=f"{name}.*no place in a PEFT folder.*{why}"):

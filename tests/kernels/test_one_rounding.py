@@ -91,7 +91,7 @@ def test_the_share_of_a_change_of_doras_magnitudes(change, inputs, block_size, d
             y = layer(x)
             results.append((y.detach().double(), torch.autograd.grad(y, x, grad)[0].double()))
             layer.lora_magnitude_vector.data.copy_(kept)
-        moved = (layer.dora_scale().detach() * factors)[:, None].double() * layer.decode().double()
+        moved = (layer.dora_scale(layer.matrices()[0]).detach() * factors)[:, None].double() * layer.decode().double()
         for found, new, old in zip(changes, *reversed(results), strict=True):
             found.append(new - old)
         expected[0].append(x.detach().double() @ moved.T)

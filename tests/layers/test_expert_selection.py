@@ -27,7 +27,7 @@ def test_all_linear_converts_experts_of_every_layout(build):
     convert(model, r=2)
     assert set(stacks_of(model)) == expected and expected
     for name, _, _, stack in expert_stacks(model):
-        assert stack.weight_shape == layouts[name] and stack.layers[0].r == 2
+        assert stack.weight_shape == layouts[name] and stack.r == 2
     assert not any(type(part).__name__.endswith("Router") and isinstance(part, QLoRALinear) for part in model.modules())
 
 
@@ -36,7 +36,7 @@ def test_the_layout_of_one_expert_follows_the_width_of_the_model():
     for name in ("qwen3_moe", "gpt_oss", "llama4", "dbrx"):
         model = made(MODELS[name])
         convert(model, r=2)
-        transposed |= {f"{name}.{key}": stack.transposed for _, _, key, stack in expert_stacks(model)}
+        transposed |= {f"{name}.{key}": stack._transposed for _, _, key, stack in expert_stacks(model)}
     assert transposed == {
         "qwen3_moe.gate_up_proj": False, "qwen3_moe.down_proj": False, "gpt_oss.gate_up_proj": True,
         "gpt_oss.down_proj": True, "llama4.gate_up_proj": True, "llama4.down_proj": True, "dbrx.w1": False,
@@ -130,7 +130,7 @@ def test_exclude_rank_and_modules_to_save():
     )  # fmt: skip
     assert stacks_of(model) == ["model.layers.0.mlp.experts.gate_up_proj"]
     assert report.skipped["model.layers.0.mlp.experts.down_proj"] == "in exclude_modules"
-    assert next(iter(expert_stacks(model)))[3].layers[5].r == 4
+    assert next(iter(expert_stacks(model)))[3].r == 4
     assert model.model.layers[1].mlp.experts.down_proj.requires_grad
     assert not model.model.layers[0].mlp.experts.down_proj.requires_grad
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRAConfig, QLoRALinear
+from lightning_qlora import QLoRAConfig
 from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -81,14 +81,14 @@ def convert_stacks(model):
                 transposed = getattr(owner, "is_transposed", "Llama4" in type(owner).__name__)
                 dense[f"{name}.{key}"] = parameter
                 QLoRAExperts.from_parameter(owner, key, CONFIG, f"{name}.{key}", count, transposed)
-    for layer in layers_of(model):
+    for stack in stacks_of(model):
         with torch.no_grad():
-            layer.lora_B.normal_(std=0.05)
+            stack.lora_B.normal_(std=0.05)
     return dense
 
 
-def layers_of(model):
-    return [layer for layer in model.modules() if isinstance(layer, QLoRALinear)]
+def stacks_of(model):
+    return [stack for *_, stack in expert_stacks(model)]
 
 
 def outputs(model):
@@ -101,7 +101,7 @@ def test_outputs_and_gradients_are_those_of_dense_experts(build):
     model = made(build)
     reference = copy.deepcopy(model)
     dense = convert_stacks(model)
-    assert dense and not any(parameter.ndim == 3 for parameter in model.parameters() if parameter.dtype != torch.uint8)
+    assert dense and dense.keys().isdisjoint(dict(model.named_parameters()))
     loss = outputs(model).loss
     loss.backward()
     for name, owner, key, stack in expert_stacks(model):
@@ -116,18 +116,16 @@ def test_outputs_and_gradients_are_those_of_dense_experts(build):
     reached = 0
     for name, _, key, stack in expert_stacks(model):
         grads = reference.get_submodule(name.rpartition(".")[0])._parameters[key].grad
-        grads = grads.view(len(stack), -1, grads.shape[-1])
-        for layer, grad in zip(stack.layers, grads, strict=True):
-            grad = grad.T if stack.transposed else grad
-            if layer.lora_A.grad is None:
-                assert not grad.any()
-                continue
-            reached += 1
-            expected_a, expected_b = layer.scaling * layer.lora_B.T @ grad, layer.scaling * grad @ layer.lora_A.T
+        grads = stack._as_stored(grads.view(len(stack), -1, grads.shape[-1]))
+        for number, grad in enumerate(grads):
+            lora_a, lora_b = stack.lora_A[number], stack.lora_B[number]
+            grad_a, grad_b = stack.lora_A.grad[number], stack.lora_B.grad[number]
+            reached += bool(grad.any())
+            expected_a, expected_b = stack.scaling * lora_b.T @ grad, stack.scaling * grad @ lora_a.T
             scale = max(expected_a.abs().max().item(), 1e-6)
-            torch.testing.assert_close(layer.lora_A.grad, expected_a, rtol=1e-3, atol=1e-4 * scale)
+            torch.testing.assert_close(grad_a, expected_a, rtol=1e-3, atol=1e-4 * scale)
             torch.testing.assert_close(
-                layer.lora_B.grad, expected_b, rtol=1e-3, atol=1e-4 * max(expected_b.abs().max().item(), 1e-6)
+                grad_b, expected_b, rtol=1e-3, atol=1e-4 * max(expected_b.abs().max().item(), 1e-6)
             )
     assert reached > len(dense)
 
@@ -137,11 +135,27 @@ def test_only_the_experts_that_tokens_reached_are_decoded_and_never_the_stack(mo
     convert_stacks(model)
     monkeypatch.setattr(QLoRAExperts, "effective_weight", lambda self: pytest.fail("the stack was decoded"))
     called = []
-    for layer in layers_of(model):
-        layer.register_forward_hook(lambda layer, *_: called.append(layer.full_name))
+    compute = QLoRAExperts.compute
+
+    def count(stack, x, matrix, bias):
+        called.append((stack, matrix.number))
+        return compute(stack, x, matrix, bias)
+
+    monkeypatch.setattr(QLoRAExperts, "compute", count)
     ids = torch.tensor([[5]])
     model(input_ids=ids)
     assert len(called) == len(set(called)) == 2 * 2 * 2  # layers, experts of the one token, stacks
+
+
+def test_a_parameter_becomes_one_module_with_one_gradient_for_all_experts():
+    model = made(lambda: qwen3_moe(num_experts=16))
+    before = len(list(model.modules()))
+    convert_stacks(model)
+    assert len(list(model.modules())) == before + 4  # two layers of two parameters
+    outputs(model).loss.backward()
+    stack = model.model.layers[0].mlp.experts.down_proj_experts
+    assert [name for name, _ in stack.named_parameters()] == ["lora_A", "lora_B"]
+    assert stack.lora_A.grad.shape == (16, 2, 32) and stack.lora_B.grad.shape == (16, 64, 2)
 
 
 def test_experts_of_older_versions_of_transformers():
@@ -172,7 +186,7 @@ def test_a_restored_stack_is_the_parameter_it_was():
     for name, owner, key, stack in list(expert_stacks(model)):
         stack.restore(owner, key, stack.effective_weight().detach())
         assert owner._parameters[key].shape == dense[name].shape
-    assert type(model.model.layers[0].mlp.experts) is kind and not layers_of(model)
+    assert type(model.model.layers[0].mlp.experts) is kind and not stacks_of(model)
     torch.testing.assert_close(outputs(model).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -183,7 +197,7 @@ def test_the_stack_can_be_read_but_not_written():
     assert owner.gate_up_proj.dtype is torch.float32 and len(owner.gate_up_proj) == 6
     total = owner.gate_up_proj.sum()
     total.backward()
-    assert all(layer.lora_B.grad is not None for layer in owner.gate_up_proj_experts)
+    assert owner.gate_up_proj_experts.lora_B.grad.flatten(1).any(dim=1).all()
     one, index = owner.gate_up_proj[2], torch.tensor(2)
     torch.testing.assert_close(one + 0, owner.gate_up_proj[index] + 0)
     torch.testing.assert_close(torch.stack([w + 0 for w in owner.gate_up_proj]), owner.gate_up_proj + 0)

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
 from lightning_qlora.layers.initialization.methods import random_adapter
-from lightning_qlora.layers.qlora_linear import _cuda_has_bf16, _has_bf16
+from lightning_qlora.layers.lora_layer import _cuda_has_bf16, _has_bf16
+from tests.toys import delta
 
 
 def converted(layer=None, **arguments):
@@ -54,7 +55,7 @@ def test_the_adapter_is_added_with_its_scale():
     x = torch.randn(5, 128)
     weight = quantize(dense.weight).dequantize() + 0.5 * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer.eval()(x), nn.functional.linear(x, weight, dense.bias), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.decode() + layer.delta(), weight.detach())
+    torch.testing.assert_close(layer.decode() + delta(layer), weight.detach())
 
 
 def test_names_shapes_and_types_of_the_parameters():
@@ -305,7 +306,7 @@ def test_conv1d_keeps_its_transposed_weight():
     x = torch.randn(2, 5, 128)
     torch.testing.assert_close(layer(x), x @ expected + dense.bias)
     randomize(layer).eval()
-    torch.testing.assert_close(layer(x), x @ (expected + layer.delta()) + dense.bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), x @ (expected + delta(layer)) + dense.bias, rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_in_between_changes_no_gradient_and_no_byte():
@@ -384,9 +385,9 @@ def test_dora_takes_one_dense_copy_of_a_weight_for_its_rows():
                 made.append(result)
             return result
 
-    layer._base_squares = None
+    layer._base_squares = {}
     with Watch():
-        layer.row_norm(layer.lora_A, layer.lora_B)
+        layer.row_norm(layer.matrices()[0])
     assert len({each.data_ptr() for each in made}) == 1
 
 

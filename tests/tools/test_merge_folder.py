@@ -23,7 +23,7 @@ from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import elsewhere
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
 
@@ -99,7 +99,7 @@ def test_on_the_float_base_and_in_another_type(base, tmp_path):
     lit, (model, folder) = converted("llama"), base("llama")
     merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="bf16", base="float")
     key = "model.layers.0.self_attn.q_proj"
-    expected = (model.get_submodule(key).weight + lit.model.get_submodule(key).delta()).detach()
+    expected = (model.get_submodule(key).weight + delta(lit.model.get_submodule(key))).detach()
     merged = load("llama", tmp_path / "out")
     assert torch.equal(merged.get_submodule(key).weight, round_stochastically(expected, torch.bfloat16, key))
     assert merged.config.dtype == torch.bfloat16

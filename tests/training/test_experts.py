@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_qlora import (
-    QLoRALinear,
     QLoRAPrecision,
     convert,
     estimate_memory,
@@ -17,12 +16,13 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.merge import merged_weight
+from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.calibration import calibration_of
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
+from tests.toys import delta
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -80,7 +80,7 @@ def test_the_trainer_trains_experts_in_4_bits(tmp_path):
     assert len(stacks) == 4 and module.losses[-1] < module.losses[0]
     names = [name for name, _ in module.named_parameters() if ".experts." in name]
     assert all("_experts." in name for name in names)
-    assert any(layer.lora_B.any() for stack in stacks for layer in stack.layers)
+    assert any(stack.lora_B.any() for stack in stacks)
     report = run.precision_plugin.report
     rows = {(name, status): count for name, status, count in report.rows()}
     assert rows["model.model.layers.*.mlp.experts.gate_up_proj", "4-bit + adapter, 4 experts of 64x64"] == "2"
@@ -105,8 +105,8 @@ def test_load_from_checkpoint_gives_the_trained_module(tmp_path, checkpoint):
     module, run = fit(tmp_path, checkpoint=checkpoint)
     run.save_checkpoint(tmp_path / "x.ckpt")
     keys = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    assert f"{ROUTED}.gate_up_proj_experts.3.lora_A" in keys
-    assert (f"{ROUTED}.gate_up_proj_experts.3.weight" in keys) is (checkpoint == "full")
+    assert keys[f"{ROUTED}.gate_up_proj_experts.lora_A"].shape == (4, 2, 64)
+    assert (f"{ROUTED}.gate_up_proj_experts.weight.3" in keys) is (checkpoint == "full")
     again = load_from_checkpoint(Lit, tmp_path / "x.ckpt")
     assert same(trained(again), trained(module))
     assert torch.equal(outputs(again.model.eval()).logits, outputs(module.model.eval()).logits)
@@ -131,18 +131,16 @@ def test_merged_experts_are_the_parameter_with_the_adapters(build):
     model = made(build)
     kinds, shapes = [type(m) for m in model.modules()], {n: p.shape for n, p in model.named_parameters()}
     convert(model, r=2, lora_dropout=0.0)
-    for layer in model.modules():
-        if isinstance(layer, QLoRALinear):
-            nn.init.normal_(layer.lora_B, std=0.05)
+    for layer in adapted_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.05)
     expected, logits = {}, outputs(model).logits
     for name, _, _, stack in expert_stacks(model):
-        expected[name] = [merged_weight(layer, torch.float32, "any") for layer in stack.layers], stack.transposed
+        expected[name] = stack.decode() + delta(stack)
     merge(model)
     assert [type(m) for m in model.modules()] == kinds
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
-    for name, (weights, transposed) in expected.items():
-        parts = torch.stack([weight.T if transposed else weight for weight in weights])
-        assert torch.equal(model.get_parameter(name), parts.view(shapes[name]))
+    for name, weights in expected.items():
+        torch.testing.assert_close(model.get_parameter(name), weights, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(outputs(model).logits, logits, rtol=1e-4, atol=1e-4)
 
 
@@ -150,10 +148,10 @@ def test_a_merge_to_16_bits_rounds_every_expert_as_a_layer_of_its_name():
     model = made(qwen3_moe).to(torch.bfloat16)
     convert(model, r=2)
     name, _, _, stack = next(iter(expert_stacks(model)))
-    nn.init.normal_(stack.layers[2].lora_B, std=0.05)
-    expected = merged_weight(stack.layers[2], torch.bfloat16, f"{name}_experts.2")
+    nn.init.normal_(stack.lora_B, std=0.05)
+    exact = (stack.decode().float() + delta(stack))[2]
     merge(model)
-    assert torch.equal(model.get_parameter(name)[2], expected)
+    assert torch.equal(model.get_parameter(name)[2], round_stochastically(exact, torch.bfloat16, f"{name}.2"))
 
 
 def test_a_second_conversion_changes_nothing():
@@ -167,18 +165,19 @@ def test_a_second_conversion_changes_nothing():
 def test_an_optimizer_made_before_conversion_gets_the_adapters_of_experts(tmp_path):
     module, run = fit(tmp_path, module=Lit(early=True))
     held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
-    adapters = [p for *_, stack in expert_stacks(module) for layer in stack.layers for p in layer.adapter_parameters()]
+    adapters = [p for *_, stack in expert_stacks(module) for p in stack.adapter_parameters()]
     assert adapters and all(id(p) in held for p in adapters)
     names = run.optimizers[0].param_groups[0]["param_names"]
-    assert f"{ROUTED}.down_proj_experts.1.lora_B" in names
+    assert f"{ROUTED}.down_proj_experts.lora_B" in names
 
 
 def test_a_calibrated_start_covers_the_experts_that_tokens_reached(tmp_path):
     module, run = fit(tmp_path, epochs=1, init_lora_weights="calibrated", lora_dropout=0.0)
     calibration = run.precision_plugin.report.calibration
-    layers = {name for name, layer in module.named_modules() if isinstance(layer, QLoRALinear)}
-    assert not calibration.waiting and {*calibration.calibrated, *calibration.unseen} == layers
-    assert any("_experts." in name for name in calibration.calibrated)
+    assert not calibration.waiting and {*calibration.calibrated} == {*adapted_layers(module)}
+    for name, *_ in expert_stacks(module):
+        for number in range(4):
+            assert calibration.input_rms[name][number].any() == (f"{name}.{number}" not in calibration.unseen)
 
 
 def test_experts_without_tokens_keep_the_default_start():
@@ -186,9 +185,10 @@ def test_experts_without_tokens_keep_the_default_start():
     report = convert(model, r=2, init_lora_weights="calibrated")
     model(input_ids=torch.tensor([[5, 6]]))
     calibration_of(model).initialize()
-    unseen = report.calibration.unseen
-    assert unseen and all("_experts." in name for name in unseen)
-    assert not model.get_submodule(unseen[0]).lora_B.any()
+    name, _, _, stack = next(iter(expert_stacks(model)))
+    unseen = [number for number in range(32) if f"{name}.{number}" in report.calibration.unseen]
+    assert 0 < len(unseen) < 32 and not stack.lora_B[unseen].any()
+    assert stack.lora_B.flatten(1).any(dim=1).sum() == 32 - len(unseen)
 
 
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])

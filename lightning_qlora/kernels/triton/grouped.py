@@ -4,12 +4,10 @@
 
 The rows are sorted by expert, and `ends` is on the device, so the host needs not know how many rows an expert has. The
 grid is as large as it can be needed for any ends; each program finds its expert from them. W is decoded inside, tile by
-tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. As in
-`adamw_kernel.py`, the kernels read the addresses of the experts' tensors from a table. The same in torch:
+tile, so an expert with many rows is decoded several times, and nothing of W's size is allocated. The same in torch:
 `reference.grouped_linear`.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,8 +20,6 @@ from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, fi
 from lightning_qlora.kernels.triton.lora_products import dropout_arguments, is_kept, rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.quantization.packed_weight import PackedBytes
-
-PACKED, ABSMAX, NESTED, LORA_A, LORA_B = (tl.constexpr(row) for row in range(5))  # rows of the table of addresses
 
 
 @triton.jit
@@ -44,24 +40,20 @@ def _find_rows(ends, experts, tile, EXPERTS: tl.constexpr, M: tl.constexpr):
     )
 
 
-@triton.jit
-def _address(table, experts, row: tl.constexpr, expert, like):
-    """The address of an expert's tensor in a row of the table, a pointer to the type that `like` points to."""
-    address = tl.load(table + row * experts + expert).to(tl.pointer_type(like.dtype.element_ty))
-    return tl.multiple_of(address, 16)
-
-
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _product_kernel(
-    table, ends, levels8, levels, x, h, lora, byte, out, n_nested, experts, n, k, r, low, high, least_kept, s,
+    packed, absmax, nested, levels8, levels, lora, ends, x, h, out, n_nested, experts, n, k, r, low, high, least_kept,
+    s,
     BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, DROPOUT: tl.constexpr,
     EXPERTS: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes x W^T + s h B^T for M rows and N outputs, or backward x W + s drop(h A) for RUN inputs."""
     expert, first, end = _find_rows(ends, experts, tl.program_id(0), EXPERTS, M)
     if expert < experts:
-        packed, absmax = _address(table, experts, PACKED, expert, byte), _address(table, experts, ABSMAX, expert, byte)
-        nested = _address(table, experts, NESTED, expert, byte)
+        number = expert.to(tl.int64)
+        packed = tl.multiple_of(packed + number * n * (k // 2), 16)
+        absmax += number * tl.cdiv(n * k, BLOCK_SIZE) * (1 if DOUBLE_QUANT else 4)
+        nested += number * (n_nested + 1) * 4
         values = tl.load(levels + tl.arange(0, 16))
         row = first + tl.arange(0, M)
         inside = row < end
@@ -86,7 +78,7 @@ def _product_kernel(
         # The adapter: B [n, r], or backward A [r, k] as [k, r].
         width = k if BACKWARD else n
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        matrix = _address(table, experts, LORA_A if BACKWARD else LORA_B, expert, lora)
+        matrix = lora + number * r * width
         place = row.to(tl.int64)[:, None] * width + column[None, :]
         added = tl.zeros((M, COLUMNS), tl.float32)
         for begin in tl.range(0, r, R):
@@ -104,14 +96,14 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _project_kernel(
-    table, ends, x, lora, out, experts, k, r, rank_stride, stride, low, high, least_kept, s,
+    lora, ends, x, out, experts, k, r, rank_stride, stride, low, high, least_kept, s,
     BACKWARD: tl.constexpr, DROPOUT: tl.constexpr, EXPERTS: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
     """A program computes s drop(x) A^T, or backward s x B, for M rows and R ranks."""
     expert, first, end = _find_rows(ends, experts, tl.program_id(0), EXPERTS, M)
     if expert < experts:
-        matrix = _address(table, experts, LORA_B if BACKWARD else LORA_A, expert, lora)
+        matrix = lora + expert.to(tl.int64) * r * k
         row, rank = first + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
         total = tl.zeros((M, R), tl.float32)
         for begin in tl.range(0, k, K):
@@ -151,28 +143,27 @@ def _gradients_kernel(
     tl.store(at, (total * s).to(out.dtype.element_ty), mask=(rank < r)[:, None] & (column < n)[None, :])
 
 
-def can_group(x: Tensor, weights: Sequence[PackedBytes], adapters: Sequence[Tensor]) -> bool:
+def can_group(x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether the kernels can compute these experts: whole runs, contiguous, at addresses that are a multiple of 16."""
-    width, block_size = weights[0].shape[1], weights[0].block_size
-    held = [*(tensor for weight in weights for tensor in weight[:3]), *adapters]
+    run = min(weight.block_size, 64)
+    tensors = (*weight[:3], lora_a, lora_b)
     return (
         bool(find_tile("grouped", x.device))
-        and width % min(block_size, 64) == 0
-        and all(tensor.data_ptr() % 16 == 0 and tensor.is_contiguous() for tensor in held)
+        and weight.shape[-1] % run == 0
+        and all(tensor.data_ptr() % 16 == 0 and tensor.is_contiguous() for tensor in tensors)
     )
 
 
 class Group:
     """What the launches for one call have in common."""
 
-    def __init__(
-        self, x: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
-        lora_b: Sequence[Tensor],
-    ) -> None:  # fmt: skip
-        self.ends, self.device, self.experts, self.lora = ends, x.device, len(weights), lora_a[0]
-        self.weight, self.r = weights[0], lora_a[0].shape[0]
-        rows = *zip(*(weight[:3] for weight in weights), strict=True), lora_a, lora_b
-        self.table = _table(tuple(tuple(map(Tensor.data_ptr, row)) for row in rows), x.device)
+    def __init__(self, x: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) -> None:
+        self.ends = ends
+        self.device = x.device
+        self.weight = weight
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.experts, self.r, _ = lora_a.shape
         self.tile = find_tile("grouped", x.device, len(x) // self.experts)
         self.tiles = len(x) // self.tile["M"] + min(len(x), self.experts)  # of M rows: no more, whatever the ends are
 
@@ -180,8 +171,10 @@ class Group:
         self, x: Tensor, h: Tensor, out: Tensor, s: float, p: float, seed: Tensor | None, backward: bool
     ) -> Tensor:
         """Write the product with W and the adapter's second one to `out`; see the kernel."""
-        weight, (n, k), run = self.weight, self.weight.shape, min(self.weight.block_size, 64)
-        n_nested = weight.nested.numel() // 4 - 1
+        weight = self.weight
+        _, n, k = weight.shape
+        run = min(weight.block_size, 64)
+        n_nested = weight.nested.shape[1] // 4 - 1
         mask, scale = dropout_arguments(p, seed, self.device)
         tables = tables_of_levels(weight.quant_type, self.device)
         columns = k // run if backward else -(-n // self.tile["N"])
@@ -190,7 +183,8 @@ class Group:
             BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
             EXPERTS=triton.next_power_of_2(self.experts), RUN=run, R=rank_tile(self.r),
         )  # fmt: skip
-        run_product((self.table, self.ends, *tables, x, h, self.lora, weight.packed, out), (*mask, s * scale))
+        lora = self.lora_a if backward else self.lora_b
+        run_product((*weight[:3], *tables, lora, self.ends, x, h, out), (*mask, s * scale))
         return out
 
     def project(self, x: Tensor, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
@@ -202,7 +196,7 @@ class Group:
             (self.experts, k, self.r, *((1, self.r) if backward else (k, 1))), self.tile, BACKWARD=backward,
             DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), R=rank,
         )  # fmt: skip
-        run((self.table, self.ends, x, self.lora, out), (*mask, s * scale))
+        run((self.lora_b if backward else self.lora_a, self.ends, x, out), (*mask, s * scale))
         return out
 
     def gradients(self, h: Tensor, x: Tensor, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
@@ -210,7 +204,7 @@ class Group:
         n, rank = x.shape[1], rank_tile(self.r)
         mask, scale = dropout_arguments(p, seed, self.device)
         shape = (self.experts, n, self.r) if transposed else (self.experts, self.r, n)
-        out = torch.empty(shape, dtype=self.lora.dtype, device=self.device)
+        out = torch.empty(shape, dtype=self.lora_a.dtype, device=self.device)
         run = _launch(
             _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
             (n, self.r, *((1, self.r) if transposed else (n, 1))), self.tile, DROPOUT=seed is not None, R=rank,
@@ -227,34 +221,28 @@ def _launch(
     return Launch(kernel, device, grid, numbers, tile, **constants)
 
 
-@lru_cache(maxsize=1024)
-def _table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The table on the device, int64 [5, experts]; cached, because the host waits for the copy."""
-    return torch.tensor(addresses, device=device)
-
-
 def grouped_linear(
-    x: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    scaling: float, p: float, seed: Tensor | None,
+    x: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `reference.grouped_linear`."""
-    y = x.new_zeros(len(x), weights[0].shape[0])
+    y = x.new_zeros(len(x), weight.shape[1])
     if not len(x):
-        return y, x.new_zeros(0, lora_a[0].shape[0])
-    group = Group(x, ends, weights, lora_a, lora_b)
+        return y, x.new_zeros(0, lora_a.shape[1])
+    group = Group(x, ends, weight, lora_a, lora_b)
     xa = group.project(x, 1.0, p, seed, backward=False)
     return group.product(x, xa, y, scaling, 0.0, None, backward=False), xa
 
 
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weights: Sequence[PackedBytes], lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor], scaling: float, p: float, seed: Tensor | None, needs_x: bool,
+    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor,
+    scaling: float, p: float, seed: Tensor | None, needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """See `reference.grouped_linear_backward`."""
     grad_x = torch.zeros_like(x) if needs_x else None
     if not len(x):
-        return grad_x, *(of[0].new_zeros(len(of), *of[0].shape) for of in (lora_a, lora_b))  # type: ignore[return-value]
-    group = Group(x, ends, weights, lora_a, lora_b)
+        return grad_x, torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+    group = Group(x, ends, weight, lora_a, lora_b)
     grad_xa = group.project(grad, scaling, 0.0, None, backward=True)
     grad_a = group.gradients(grad_xa, x, 1.0, p, seed, transposed=False)
     grad_b = group.gradients(xa, grad, scaling, 0.0, None, transposed=True)

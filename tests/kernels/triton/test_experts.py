@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from lightning_qlora import QLoRALinear, convert, disable_adapter
-from lightning_qlora.layers import routed_experts
-from lightning_qlora.layers.routed_experts import expert_group
+from lightning_qlora import convert, disable_adapter
+from lightning_qlora.layers import experts
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.layers.test_experts import gpt_oss, made, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -25,9 +25,8 @@ def model_of(build, dtype=torch.float32, **arguments):
                 torch.nn.init.normal_(parameter)
     convert(model, r=2, lora_alpha=4, **{"lora_dropout": 0.0, **arguments})
     owner = model.model.layers[0].mlp.experts.to(dtype)
-    for layer in owner.modules():
-        if isinstance(layer, QLoRALinear):
-            torch.nn.init.normal_(layer.lora_B.data, std=0.05)
+    for layer in adapted_layers(owner).values():
+        torch.nn.init.normal_(layer.lora_B.data, std=0.05)
     return owner
 
 
@@ -41,11 +40,11 @@ def inputs(owner, dtype):
 def results(owner, dtype, monkeypatch, together):
     """Output, and gradients of the inputs and of every adapter."""
     called = []
-    grouped = routed_experts.grouped_linear
+    grouped = experts.grouped_linear
     with monkeypatch.context() as patch:
-        patch.setattr(routed_experts, "grouped_linear", lambda *a: called.append(1) or grouped(*a))
+        patch.setattr(experts, "grouped_linear", lambda *a: called.append(1) or grouped(*a))
         if not together:
-            patch.setattr(routed_experts, "_grouped", lambda *_: None)
+            patch.setattr(experts, "can_group", lambda *_: False)
         x, index, weights = inputs(owner, dtype)
         y = owner(x, index, weights)
         y.backward(torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(dtype))
@@ -63,10 +62,8 @@ def test_outputs_and_gradients_are_those_of_expert_by_expert(build, dtype, monke
     tolerance = 2e-4 if dtype is torch.float32 else 4e-2
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        expected = torch.zeros_like(value) if theirs[name] is None else theirs[name]
-        assert (value - expected).abs().max() <= tolerance * max(expected.abs().max().item(), 1e-3), name
-    unreached = [name for name in ours if theirs[name] is None]
-    assert any("_experts.1." in name for name in unreached)
+        assert (value - theirs[name]).abs().max() <= tolerance * max(theirs[name].abs().max().item(), 1e-3), name
+    assert not ours["down_proj_experts.lora_B"][1].any()
 
 
 def test_dropout_is_on_in_training_and_drawn_again_by_a_recomputation(monkeypatch):
@@ -89,59 +86,31 @@ def test_dropout_is_on_in_training_and_drawn_again_by_a_recomputation(monkeypatc
 def test_disabled_adapters(monkeypatch):
     owner = model_of(qwen3_moe, torch.bfloat16, lora_dropout=0.5).train()
     untouched = copy.deepcopy(owner).eval()
-    for layer in untouched.modules():
-        if isinstance(layer, QLoRALinear):
-            torch.nn.init.zeros_(layer.lora_B)
+    for layer in adapted_layers(untouched).values():
+        torch.nn.init.zeros_(layer.lora_B)
     with disable_adapter(owner):
         ours = results(owner, torch.bfloat16, monkeypatch, together=True)
     theirs = results(untouched, torch.bfloat16, monkeypatch, together=True)
     assert all(torch.equal(ours[name], theirs[name]) for name in ("y", "x", "weights"))
     assert all(value is None for name, value in ours.items() if "lora" in name)
-    with disable_adapter(owner.down_proj_experts[1]):  # one expert alone: expert by expert
-        results(owner, torch.bfloat16, monkeypatch, together=False)
 
 
-def test_tensors_that_were_replaced_are_checked_again(monkeypatch):
-    owner = model_of(qwen3_moe)
-    stack, x = owner.down_proj_experts, torch.randn(1, 64)
-    group = expert_group(stack, x)
-    assert group is not None and expert_group(stack, x) is group
-    expected = results(owner, torch.float32, monkeypatch, together=True)["y"]
-    layer = stack[1]
-    layer.lora_A.data = layer.lora_A.data.clone()
-    assert expert_group(stack, x) is not group
-    layer.register_parameter("lora_A", torch.nn.Parameter(torch.zeros_like(layer.lora_A)))
-    assert expert_group(stack, x).lora_a[1] is layer.lora_A
-    layer.lora_A.data = torch.zeros(64, 2).T
-    assert expert_group(stack, x) is None
-    layer.write("lora_A", torch.zeros(3, 64))
-    layer.write("lora_B", torch.zeros(64, 3))
-    assert expert_group(stack, x) is None
-    layer.write("lora_A", torch.zeros(2, 64))
-    layer.write("lora_B", torch.zeros(64, 2))
-    assert torch.equal(results(owner, torch.float32, monkeypatch, together=True)["y"], expected)  # expert 1 has no rows
-    layer.packed.data = layer.packed.data[:-1]
-    with pytest.raises(ValueError, match="4-bit weight"):
-        expert_group(stack, x)
+def test_experts_that_the_kernels_do_not_compute_run_one_by_one(monkeypatch):
+    x, index, weights = inputs(model_of(qwen3_moe), torch.float32)
+    called = []
+    grouped = experts.grouped_linear
+    monkeypatch.setattr(experts, "grouped_linear", lambda *a: called.append(1) or grouped(*a))
 
-
-def test_layers_that_are_not_plain_run_expert_by_expert(monkeypatch):
-    x = torch.randn(1, 64)
-
-    def stacks(owner):
-        keys = ("gate_up_proj", "down_proj")
-        return {key: owner._modules.get(f"{key}_experts") or getattr(owner, key) for key in keys}
+    def launches(owner):
+        called.clear()
+        owner(x, index, weights)
+        return len(called)
 
     owner = model_of(qwen3_moe)
-    assert routed_experts._grouped(stacks(owner), x)
-    hook = owner.down_proj_experts[2].register_forward_pre_hook(lambda *_: None)  # as a calibration does
-    assert routed_experts._grouped(stacks(owner), x) is None
-    hook.remove()
-    assert routed_experts._grouped(stacks(copy.deepcopy(owner)), x)
-    owner.gate_up_proj_experts[0].scaling = 9.0
-    assert routed_experts._grouped(stacks(owner), x) is None
-    assert routed_experts._grouped(stacks(model_of(qwen3_moe, use_dora=True)), x) is None
-    excluded = model_of(qwen3_moe, exclude_modules=["experts.down_proj"])
-    assert routed_experts._grouped(stacks(excluded), x) is None
-    monkeypatch.setattr(routed_experts, "INTERPRETED", False)
-    assert routed_experts._grouped(stacks(model_of(qwen3_moe)), x) is None
+    assert launches(owner) == launches(copy.deepcopy(owner)) == 2
+    owner.down_proj_experts.lora_A.data = owner.down_proj_experts.lora_A.data.mT.contiguous().mT
+    assert launches(owner) == 1
+    assert launches(model_of(qwen3_moe, use_dora=True)) == 0
+    assert launches(model_of(qwen3_moe, exclude_modules=["experts.down_proj"])) == 1
+    monkeypatch.setattr(experts, "INTERPRETED", False)
+    assert launches(model_of(qwen3_moe)) == 0

@@ -10,26 +10,27 @@ from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.triton import grouped
+from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.kernels.triton.test_linear import DTYPES, assert_near
 
 UNEVEN = [0, 3, 17, 0, 70, 1, 0]  # rows of each expert: none at the ends and in the middle, more than a tile
 
 
 def experts(counts, n, k, r, dtype, quant_type="nf4", block_size=64, double_quant=True, beyond=0):
-    """x, dY, ends, weights, A, B; `beyond` rows belong to no expert."""
+    """x, dY, ends, W, A, B; `beyond` rows belong to no expert."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=draw)
 
     weights = [reference.quantize(normal(n, k) / k**0.5, quant_type, block_size, double_quant) for _ in counts]
-    lora_a, lora_b = [normal(r, k) / k**0.5 for _ in counts], [normal(n, r) / r**0.5 for _ in counts]
+    lora_a, lora_b = normal(len(counts), r, k) / k**0.5, normal(len(counts), n, r) / r**0.5
     rows, ends = sum(counts) + beyond, torch.tensor(counts).cumsum(0).int()
-    return normal(rows, k).to(dtype), normal(rows, n).to(dtype), ends, weights, lora_a, lora_b
+    return normal(rows, k).to(dtype), normal(rows, n).to(dtype), ends, stack_bytes(weights), lora_a, lora_b
 
 
-def check(x, grad, ends, weights, lora_a, lora_b, p=0.0):
-    choices = (ends, weights, lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None)
+def check(x, grad, ends, weight, lora_a, lora_b, p=0.0):
+    choices = (ends, weight, lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None)
     y, xa = kernels.grouped_linear(x, *choices)
     expected, expected_xa = reference.grouped_linear(x, *choices)
     assert_near(y, expected, x.dtype)
@@ -68,15 +69,18 @@ def test_many_rows_of_one_expert(r):
 
 def test_the_groups_take_the_rows_of_their_layers():
     """Outputs and gradients, through autograd, of one layer after another: not of our own reference."""
-    x, grad, ends, weights, lora_a, lora_b = experts(UNEVEN, 70, 128, 4, torch.float32)
-    leaves = [x, *lora_a, *lora_b]
+    x, grad, ends, weight, lora_a, lora_b = experts(UNEVEN, 70, 128, 4, torch.float32)
+    leaves = [x, lora_a, lora_b]
     for leaf in leaves:
         leaf.requires_grad_()
-    y = grouped_linear(x, ends, weights, lora_a, lora_b, 0.7)
+    y = grouped_linear(x, ends, weight, lora_a, lora_b, 0.7)
     ours = torch.autograd.grad(y, leaves, grad)
     parts = x.split(UNEVEN)
     expected = torch.cat(
-        [lora_linear(part, w, None, a, b, 0.7) for part, w, a, b in zip(parts, weights, lora_a, lora_b, strict=True)]
+        [
+            lora_linear(part, w, None, a, b, 0.7)
+            for part, w, a, b in zip(parts, weight.unbind(), lora_a, lora_b, strict=True)
+        ]
     )
     theirs = torch.autograd.grad(expected, leaves, grad)
     assert_near(y, expected, torch.float32)
@@ -101,7 +105,6 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch):
     for name in ("new_empty", "new_zeros"):
         make = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *a, make=make, **k: made.append(make(*a, **k)) or made[-1])
-    monkeypatch.setattr(grouped, "_table", grouped._table.__wrapped__)
     _, xa = kernels.grouped_linear(x, *choices, 0.7, 0.0, None)
     kernels.grouped_linear_backward(grad, x, xa, *choices, 0.7, 0.0, None, True)
     floats = [tensor.numel() for tensor in made if tensor.is_floating_point()]  # the interpreter copies arguments
@@ -109,18 +112,18 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch):
 
 
 def test_what_it_leaves_to_one_layer_after_another(monkeypatch):
-    x, _, _, weights, a, b = experts([2, 3], 64, 128, 4, torch.bfloat16)
-    assert can_group(x, weights, a, b)
-    other = experts([2, 3], 64, 128, 4, torch.bfloat16, "fp4")[3]
-    assert not can_group(x, [weights[0], other[0]], a, b)
-    assert not can_group(x, weights, [a[0], a[1][:2]], [b[0], b[1][:, :2].contiguous()])
-    assert not can_group(x, weights, a, [b[0], torch.randn(4, 64).T])
-    shifted = torch.zeros(a[1].numel() + 1)[1:].view(a[1].shape)
-    assert not can_group(x, weights, [a[0], shifted], b)
-    ragged, _, _, ragged_weights, ragged_a, ragged_b = experts([2, 3], 64, 100, 4, torch.bfloat16)
-    assert not can_group(ragged, ragged_weights, ragged_a, ragged_b)
+    x, _, _, weight, a, b = experts([2, 3], 64, 128, 4, torch.bfloat16)
+    assert can_group(x, weight, a, b)
+    assert not can_group(x, weight, a, b.mT.contiguous().mT)
+    assert not can_group(x, weight, a.bfloat16(), b)
+    shifted = torch.zeros(a.numel() + 1)[1:].view(a.shape)
+    assert not can_group(x, weight, shifted, b)
+    ragged, _, _, ragged_weight, ragged_a, ragged_b = experts([2, 3], 64, 100, 4, torch.bfloat16)
+    assert not can_group(ragged, ragged_weight, ragged_a, ragged_b)
+    with pytest.raises(ValueError, match="4-bit weight"):
+        can_group(x, weight._replace(packed=weight.packed[:, :-1]), a, b)
     monkeypatch.setattr(grouped, "find_tile", lambda *_: {})  # as on Turing
-    assert not can_group(x, weights, a, b)
+    assert not can_group(x, weight, a, b)
 
 
 def test_a_wrong_width_is_refused():

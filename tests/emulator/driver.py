@@ -1,7 +1,7 @@
 """A driver for Triton that executes launches on the CPU: `with emulated("sm_80"): kernel[grid](...)`.
 
 Everything before the driver is what runs on a machine with a card: Triton's JIT with its hints, its cache, its compiler
-and the launches of `kernels/triton/launch.py`. The last stage, ptxas, is left out.
+and the launches of `kernels/triton/launch.py`. For NVIDIA the last stage, ptxas, is left out.
 """
 
 import struct
@@ -24,8 +24,8 @@ from tests.emulator import accesses, arithmetic, tensor_cores, warps  # noqa: F4
 from tests.emulator.machine import run
 from tests.emulator.program import Program
 
-SHARED = 227 * 1024  # of a block, at most
-PROGRAMS: dict[bytes, Program] = {}
+SHARED = {"cuda": 227 * 1024, "hip": 64 * 1024}  # of a block, at most
+PROGRAMS: dict[bytes, Any] = {}
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Emulation:
     """What ran.
 
     Attributes:
-        target: "sm_80", "sm_90", ...
+        target: "sm_80", "sm_90", ... or "gfx942", "gfx1100", ...
         reachable: Gives the tensors that kernels reach without getting them as arguments, through tables of addresses.
         change: Changes the code before it runs, to see that a bug in it is noticed.
         executed: Instructions of each kernel, one for all threads that execute it at the same time.
@@ -49,19 +49,20 @@ class Emulation:
 def emulated(target: str) -> Iterator[Emulation]:
     """Within it, launches of Triton kernels with CPU tensors are compiled for the target and executed.
 
-    A kernel that does what it must not do raises `memory.Fault`, an instruction that is not known
-    `machine.UnknownInstruction`.
+    `torch.version.hip` says which company the card is from. A kernel that does what it must not do raises
+    `memory.Fault`, an instruction that is not known `machine.UnknownInstruction`.
     """
     emulation = Emulation(target)
-    before = driver._active, launch.target, knobs.runtime.add_stages_inspection_hook
+    before = driver._active, launch.target, knobs.runtime.add_stages_inspection_hook, torch.version.hip
     driver.set_active(EmulatedDriver(emulation))
     launch.target = lambda device: target
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
+    torch.version.hip = "emulated" if _target(target).backend == "hip" else None
     _forget_launches()
     try:
         yield emulation
     finally:
-        driver._active, launch.target, knobs.runtime.add_stages_inspection_hook = before
+        driver._active, launch.target, knobs.runtime.add_stages_inspection_hook, torch.version.hip = before
         _forget_launches()
 
 
@@ -69,7 +70,8 @@ def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
     """Triton's hook: with arguments it may change the stages, without any it gives a key for the cache, twice."""
     if not stages:
         return "emulator", "emulator"
-    stages[1]["cubin"] = lambda source, metadata: source.encode()
+    if "cubin" in stages[1]:
+        stages[1]["cubin"] = lambda source, metadata: source.encode()
     return None
 
 
@@ -82,7 +84,9 @@ def _forget_launches() -> None:
 
 
 def _target(name: str) -> GPUTarget:
-    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
 class Launcher:
@@ -96,22 +100,31 @@ class Launcher:
         _launch(driver.active.emulation, self._source, self._metadata, (x, y, z), code, arguments)
 
 
+class Utilities:
+    """Of a driver. The code is its own handle."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def load_binary(self, name: str, code: bytes, *_: Any) -> tuple[int, bytes, int, int, int]:
+        return 1, code, 32, 0, 1024
+
+    def unload_module(self, *_: Any) -> None:
+        pass
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        shared, lanes = SHARED[self._target.backend], self._target.warp_size
+        return {"max_shared_mem": shared, "multiprocessor_count": 4, "warpSize": lanes, "max_num_regs": 65536}
+
+
 class EmulatedDriver:
     """What Triton asks of a driver."""
 
     launcher_cls = Launcher
 
-    class utils:
-        """The code is its own handle."""
-
-        load_binary = staticmethod(lambda name, code, *_: (1, code, 32, 0, 1024))
-        unload_module = staticmethod(lambda *_: None)
-        get_device_properties = staticmethod(
-            lambda _: {"max_shared_mem": SHARED, "multiprocessor_count": 4, "warpSize": 32, "max_num_regs": 65536}
-        )
-
     def __init__(self, emulation: Emulation) -> None:
         self.emulation = emulation
+        self.utils = Utilities(_target(emulation.target))
         # A number for each target: Triton keeps the kernels of a device.
         self._number = 1000 + int.from_bytes(emulation.target.encode(), "big")
 
@@ -144,25 +157,38 @@ def _launch(
     tensors = [value for _, value in given if isinstance(value, Tensor)] + emulation.reachable()
     ranges = [extent(tensor) for tensor in tensors if tensor.numel()]
     threads = metadata.num_warps * metadata.warp_size
-    if code not in PROGRAMS:
-        PROGRAMS[code] = Program(code.decode())
-    values = [*(_bits(kind, value) for kind, value in given), 0, 0]  # the last two: no scratch memory
-    executed = run(PROGRAMS[code], grid, threads, metadata.shared, values, ranges)
+    values = [*(_bytes(kind, value) for kind, value in given), bytes(8), bytes(8)]  # the last two: no scratch memory
+    execute = _execute_ptx if _target(emulation.target).backend == "cuda" else _execute_amd
+    executed = execute(emulation.target, code, grid, threads, metadata.shared, values, ranges)
     emulation.executed[source.name] = emulation.executed.get(source.name, 0) + executed
 
 
-def _bits(kind: str, value: Any) -> int:
-    """An argument as the bits of a parameter."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    if value is None:
-        return 0
+def _execute_ptx(target: str, code: bytes, grid: Any, threads: int, shared: int, values: Any, ranges: Any) -> int:
+    if code not in PROGRAMS:
+        PROGRAMS[code] = Program(code.decode())
+    values = [int.from_bytes(value, "little") for value in values]
+    return run(PROGRAMS[code], grid, threads, shared, values, ranges)
+
+
+def _execute_amd(target: str, code: bytes, grid: Any, threads: int, shared: int, values: Any, ranges: Any) -> int:
+    # They need tinygrad; two of them enter their instructions.
+    machine, *_ = (import_module(f"tests.emulator.amd.{name}") for name in ("machine", "accesses", "lanes"))
+    if code not in PROGRAMS:
+        PROGRAMS[code] = machine.Program(code, target)
+    return machine.run(PROGRAMS[code], grid, threads, shared, values, ranges)
+
+
+def _bytes(kind: str, value: Any) -> bytes:
+    """An argument as the bytes of a parameter. An address of 0 is none."""
+    if kind.startswith("*"):
+        return (value.data_ptr() if isinstance(value, Tensor) else value or 0).to_bytes(8, "little")
     if kind in ("fp32", "fp64"):
-        return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
+        return struct.pack("<f" if kind == "fp32" else "<d", value)
     if kind in ("fp16", "bf16"):
         dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-        return int(torch.tensor(value, dtype=dtype).view(torch.int16).item()) & 0xFFFF
-    return int(value) & (1 << 64) - 1
+        return torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
+    size = max(int(kind[1:]) // 8, 1)
+    return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

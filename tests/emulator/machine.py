@@ -24,7 +24,7 @@ INSTRUCTIONS: dict[str, Execute] = {}
 
 
 class UnknownInstruction(Exception):
-    """The interpreter does not know this PTX."""
+    """An instruction is not known, or what is around it."""
 
 
 def instruction(*names: str) -> Callable[[Execute], Execute]:

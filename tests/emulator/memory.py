@@ -129,8 +129,12 @@ class GlobalMemory:
                 continue
             if store.block == block and store.epoch == actors.epochs[thread]:
                 raise Fault(f"race: warp {warp} loads what warp {store.warp} stored, with no barrier")
+            if store.block == block and store.waited not in range(int(actors.epochs[thread])):
+                raise Fault(f"race: warp {warp} loads what warp {store.warp} stored and has not waited for")
             if store.block != block and not (store.published and number < self._acquired.get(block, 0)):
-                why = "nothing orders the two" if store.waited is not None else "its warp has not waited for the store"
+                why = "acquired" if store.published else "released"
+                why = f"nothing orders the two: it was not {why}"
+                why = "its warp has not waited for the store" if store.waited is None else why
                 raise Fault(f"race: block {block} loads what block {store.block} stored, and {why}")
 
     def _raise_outside(self, kind: str, at: np.ndarray, size: int) -> None:

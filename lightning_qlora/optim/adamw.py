@@ -246,7 +246,7 @@ def _new_state(param: Tensor) -> dict[str, Tensor]:
     state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     if param.numel() < MIN_NUMEL or not shard_count(param):
         return {**state, **{moment: torch.zeros_like(param, dtype=torch.float32) for moment in MOMENTS}}
-    if shard_count(param) > 1:
+    if is_sharded(param):  # also in one shard: distributed checkpoints load what the new state has
         state["shards"] = torch.tensor(shard_count(param), device="cpu")
     for moment in MOMENTS:
         state[f"{moment}_codes"] = torch.zeros_like(param, dtype=torch.uint8)

@@ -26,11 +26,13 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, dataset, loader
+from tests.files.test_lightning_checkpoint import save_shards
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -245,6 +247,36 @@ def test_a_run_goes_on_elsewhere_from_one_file(optimizer, trainer, one_rank, tmp
     assert run("auto", 2, tmp_path / "of_shards")[1] == pytest.approx(expected, rel=1e-6)
     run("auto", 1)[0].save_checkpoint(tmp_path / "of_one")
     assert run(ModelParallelStrategy(1, 1), 2, tmp_path / "of_one")[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_8_bit_state_in_shards_of_another_number_of_ranks_is_refused(trainer, one_rank, tmp_path):
+    """Blocks of 8-bit state are those of the shards. Where the shapes are equal, torch would load it."""
+
+    class In8Bits(Sharded):
+        def configure_optimizers(self):
+            return PagedAdamW8bit([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def run(epochs, path=None):
+        new = trainer(
+            strategy=ModelParallelStrategy(1, 1),
+            max_epochs=epochs,
+            plugins=QLoRAPrecision(**ARGUMENTS),
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )
+        new.fit(In8Bits(1024), DataLoader(dataset(width=1024), batch_size=8), ckpt_path=path)
+        return new
+
+    run(1).save_checkpoint(tmp_path / "one.ckpt")
+    run(2, tmp_path / "one.ckpt")
+    saved = read_checkpoint(tmp_path / "one.ckpt", weights_only=False)
+    values = {key: saved.pop(key) for key in ("state_dict", "optimizer_0")}
+    for state in values["optimizer_0"]["state"].values():
+        if "shards" in state:
+            state["shards"].fill_(2)
+    save_shards(tmp_path / "two.ckpt", values, saved)
+    with pytest.raises(ValueError, match=r"saved in 2 shards, .* has 1: .*save_distributed_checkpoint=False"):
+        run(2, tmp_path / "two.ckpt")
 
 
 def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.initialization.methods import MIN_INPUT_RMS, Factors, calibrated_adapter, exact
+from lightning_qlora.layers.initialization import MIN_INPUT_RMS, Factors, calibrated_adapter, exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.quantization.codebooks import codebook
 from lightning_qlora.quantization.packed_weight import PackedWeight

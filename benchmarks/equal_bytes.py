@@ -28,8 +28,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from benchmarks.candidate_starts import DAMPING, round_with_feedback
-from lightning_qlora.layers.initialization import methods
-from lightning_qlora.layers.initialization.methods import exact
+from lightning_qlora.layers import initialization
+from lightning_qlora.layers.initialization import exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training.calibration import calibration_of
 
@@ -120,13 +120,15 @@ class SpendBytes(Callback):
         """Add the largest directions of the error that the adapter leaves, weighted by the inputs."""
         size = input_rms / input_rms.square().mean().sqrt()
         u, sigma, v = exact(left(layer, weight, input_rms), rank)
-        parts = (v / size.clamp_min(methods.MIN_INPUT_RMS).unsqueeze(1)).T, u * sigma
+        parts = (v / size.clamp_min(initialization.MIN_INPUT_RMS).unsqueeze(1)).T, u * sigma
         layer.register_forward_hook(partial(add, tuple(part.bfloat16().to(layer.weight_dtype) for part in parts)))
 
 
 def begin_anew(layer: QLoRALinear) -> None:
     """Give a layer the adapter of "default"."""
-    layer.set_adapter(*methods.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name))
+    layer.set_adapter(
+        *initialization.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name)
+    )
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def left(layer: QLoRALinear, weight: Tensor, input_rms: Tensor) -> Tensor:
     """(W - Q - s B A) diag(d), with d of mean square 1 and bounded below."""
     size = input_rms / input_rms.square().mean().sqrt()
     error = weight - layer.packed_weight.dequantize(torch.float32) - layer.scaling * layer.lora_B @ layer.lora_A
-    return error * size.clamp_min(methods.MIN_INPUT_RMS)
+    return error * size.clamp_min(initialization.MIN_INPUT_RMS)
 
 
 def output_error(layer: QLoRALinear, weight: Tensor, input_rms: Tensor) -> float:

@@ -17,7 +17,7 @@ import torch
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
-from lightning_qlora.layers.initialization.methods import changes_base_weights
+from lightning_qlora.layers.initialization import changes_base_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 

@@ -12,7 +12,7 @@ from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter,
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.initialization.methods import changes_base_weights
+from lightning_qlora.layers.initialization import changes_base_weights
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     COMPILED,

@@ -29,7 +29,7 @@ from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.initialization.methods import changes_base_weights
+from lightning_qlora.layers.initialization import changes_base_weights
 from lightning_qlora.layers.layer_state import LOAD_THE_BASE, CheckpointMismatchError, base_entries, has_base
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name

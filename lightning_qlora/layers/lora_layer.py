@@ -22,9 +22,9 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
+from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
-from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.trainable_tokens import TokenAdapter
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -92,7 +92,7 @@ class LoRALayer(PackedLayer):
         for number, dense in enumerate(self.split_matrices(weight)):
             rows = self._as_stored(dense.detach())
             values = rows if rows.is_meta else rows.to(device or rows.device)  # on meta: read later
-            base, *initial = methods.initialize(values, self.config, self.seed_name_of(number))
+            base, *initial = initialization.initialize(values, self.config, self.seed_name_of(number))
             bases.append(base)
             adapters.append(initial)
             if self.config.initialization == "calibrated":
@@ -152,7 +152,7 @@ class LoRALayer(PackedLayer):
     def quantize_weight(self, weight: Tensor) -> None:
         """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
         rows = [self._as_stored(dense.detach()).to(self.packed.device) for dense in self.split_matrices(weight)]
-        self.set_packed_weights([methods.quantize(matrix, self.config) for matrix in rows])
+        self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""

@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_qlora.adapters.conversion import conversion_of
+from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
-from lightning_qlora.layers.initialization import methods
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.routed_experts import rows_of_experts
@@ -253,7 +253,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
 def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -> list[float | None]:
     """Initialize a waiting layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
 
-    Returns `methods.calibrated_error` of each matrix; None if there is nothing to compute.
+    Returns `initialization.calibrated_error` of each matrix; None if there is nothing to compute.
     """
     dense_weight = layer.dense_weight
     layer.dense_weight = None
@@ -270,8 +270,8 @@ def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -
             if world_size() == 1 or dist.get_rank() == rank:
                 with torch.autocast(device.type, enabled=False):
                     known = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
-                    adapter = methods.calibrated_adapter(*known, layer.config, layer.seed_name_of(number))
-                    error = methods.calibrated_error(*known, *adapter, layer.scaling)
+                    adapter = initialization.calibrated_adapter(*known, layer.config, layer.seed_name_of(number))
+                    error = initialization.calibrated_error(*known, *adapter, layer.scaling)
                 values = [part.contiguous() for part in (*adapter, error)]
             if world_size() > 1:
                 for value in values:

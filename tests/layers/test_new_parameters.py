@@ -177,7 +177,9 @@ NEW = {"scale", "proj.0", "proj.2", "proj.3", "conv"}
 @pytest.mark.parametrize("copied", [False, True])
 def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_path):
     module = WithNewParts(bert, copied)
-    with pytest.warns(UserWarning, match=r"'proj' trains in full.*adapters have.*name its linear layers in target_modules"):
+    with pytest.warns(
+        UserWarning, match=r"'proj' trains in full.*adapters have.*name its linear layers in target_modules"
+    ):
         report = convert(module, r=2)
     assert report.trained_in_full == dict.fromkeys(report.trained_in_full, "new: outside of the loaded BertModel")
     assert set(report.trained_in_full) == NEW

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
-from lightning_qlora.layers.initialization.methods import random_adapter
+from lightning_qlora.layers.initialization import random_adapter
 from lightning_qlora.layers.lora_layer import _cuda_has_bf16, _has_bf16
 from tests.toys import delta
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lightning_qlora import QLoRAPrecision, convert, merge, quantize
 from lightning_qlora.adapters.save_load import get_adapter
-from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers import initialization
 from lightning_qlora.training.calibration import calibration_of
 from tests.conftest import loader
 from tests.toys import delta
@@ -138,7 +138,7 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs():
     layer, weight = net.layers[0], dense.layers[0].weight.detach()
     rms = inputs.square().mean(0).sqrt()
     torch.testing.assert_close(report.calibration.input_rms["layers.0"], rms)
-    lora_a, lora_b = methods.calibrated_adapter(weight, quantize(weight), rms, layer.config, "layers.0")
+    lora_a, lora_b = initialization.calibrated_adapter(weight, quantize(weight), rms, layer.config, "layers.0")
     torch.testing.assert_close(layer.lora_A.detach(), lora_a)
     torch.testing.assert_close(layer.lora_B.detach(), lora_b)
     left, errors = (weight - layer.decode() - delta(layer)) * rms, report.calibration.errors

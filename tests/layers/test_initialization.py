@@ -11,7 +11,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert, quantize
-from lightning_qlora.layers.initialization import methods
+from lightning_qlora.layers import initialization
 from tests.conftest import elsewhere
 from tests.toys import delta
 
@@ -322,7 +322,10 @@ def test_exact_and_sketched_factors_are_those_of_an_svd():
         u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
         sigma = 0.8 ** torch.arange(40)
         best = (u[:, :R] * sigma[:R]) @ v[:R]
-        for factors in (methods.exact((u * sigma) @ v, R), methods.sketched((u * sigma) @ v, R, 30, seed=0)):
+        for factors in (
+            initialization.exact((u * sigma) @ v, R),
+            initialization.sketched((u * sigma) @ v, R, 30, seed=0),
+        ):
             torch.testing.assert_close(factors[1], sigma[:R], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-5)
 
@@ -346,7 +349,9 @@ def test_the_default_device_has_no_effect(arguments):
     def values(net):
         rms = torch.full((96,), 0.5, device="cpu")
         yield from converted(net, **arguments).parameters()
-        yield from methods.calibrated_adapter(net.up.weight, quantize(net.up.weight), rms, QLoRAConfig(r=R), "up")
+        yield from initialization.calibrated_adapter(
+            net.up.weight, quantize(net.up.weight), rms, QLoRAConfig(r=R), "up"
+        )
 
     net = Net()
     expected = list(values(net))

@@ -250,8 +250,15 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     cancel_calibration(module)
     for part in module.modules():
         conversion = conversion_of(part)
-        if conversion is not None:  # checkpoints name what differs from r and lora_alpha, layer by layer
-            conversion.config = replace(conversion.config, rank_pattern={}, alpha_pattern={})
+        if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
+            conversion.config = replace(
+                conversion.config,
+                r=adapter.r,
+                lora_alpha=adapter.alpha,
+                use_rslora=adapter.use_rslora,
+                rank_pattern={},
+                alpha_pattern={},
+            )
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:

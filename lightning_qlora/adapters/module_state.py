@@ -1,10 +1,12 @@
 """State dicts of converted modules: what trains, and one entry that says what the rest was.
 
-The hooks of the outermost converted module write and read that entry. A part that is saved alone has its base with it.
+The hooks of the outermost module that has them write and read that entry. Where this is a part of a converted module,
+saved alone or in a module that is not converted, it has its base with it.
 """
 
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -32,11 +34,14 @@ from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.initialization import changes_base_weights
 from lightning_qlora.layers.layer_state import LOAD_THE_BASE, CheckpointMismatchError, base_entries, has_base
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name
+from lightning_qlora.layers.names import CHECKPOINTED, join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import base_fingerprint, current_fingerprint, renew, unrecorded
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
+
+PREPARED = torch.empty(0, device="cpu")  # in place of a part's entry: the hook of an outer module prepared the part
+_saving = threading.local()  # `modules`: ids of the outermost modules whose state dicts are being made
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
@@ -46,17 +51,25 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were passed.
     """
     requests = []
-    for _, conversion in _conversions(root):
-        requests += conversion.given
+    for part in root.modules():
+        earlier = conversion_of(part)
+        if earlier is not None:
+            requests += earlier.given
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
     conversion = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     root._qlora_conversion = conversion  # type: ignore[assignment]
     for part in root.modules():
-        if _after_state_dict not in part._state_dict_hooks.values() and (part is root or adapted_layers(part)):
+        is_part = CHECKPOINTED not in part._modules and adapted_layers(part)  # state dicts name no checkpoint_wrapper
+        if not _has_hooks(part) and (part is root or is_part):
             # Module-level functions: a module with these hooks can be copied and pickled.
+            part.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]
             part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return _after_state_dict in module._state_dict_hooks.values()
 
 
 def saved_conversion(root: nn.Module) -> SavedConversion | None:
@@ -81,13 +94,23 @@ def _saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
     return SavedConversion(config, describe_base(root, config), fingerprints)
 
 
+def _before_state_dict(root: nn.Module, prefix: str, _: Any) -> None:
+    """Remember a module if it is the outermost one; a state dict may be made while that of another module is."""
+    modules: list[int] = vars(_saving).setdefault("modules", [])
+    if not modules or not prefix:
+        modules.append(id(root))
+
+
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, write other 4-bit weights in bitsandbytes' format, and add the conversion."""
+    is_outermost = _saving.modules[-1:] == [id(root)]
+    if is_outermost:
+        _saving.modules.pop()
     check_no_layer_resized(root)
-    if not _is_outermost(root, prefix):
+    if not is_outermost or _is_merged(root):
         return
     conversion = conversion_of(root)
-    if conversion is None:  # a part that is saved alone
+    if conversion is None:  # a part, alone or in a module that is not converted
         config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
     else:
         config = conversion.config
@@ -100,9 +123,6 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
             if conversion is None:  # may be written to
                 entries = {key: value.clone() for key, value in entries.items()}
             state_dict.update(entries)
-    for name, _conversion in _conversions(root):
-        if name:  # a part that was converted alone: the entry of the root covers it
-            state_dict.pop(f"{prefix}{name}.{CONVERSION}", None)
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
 
@@ -111,10 +131,10 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     _, _, missing_keys, unexpected_keys, _ = arguments
     if not prefix and state_dict.get(CONVERSION) is not None:
         _convert_new_layers(root, state_dict)
-    if state_dict.get(prefix + CONVERSION, "") is None:  # the hook of an outer module prepared this part
+    if state_dict.get(prefix + CONVERSION) is PREPARED:
         del state_dict[prefix + CONVERSION]
         return
-    if not _is_outermost(root, prefix):
+    if _is_merged(root):
         return
     reshard(root)
     adapters = _layers_with_adapter(state_dict, prefix)
@@ -124,9 +144,9 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     conversion = conversion_of(root)
     if conversion is not None:
         conversion.replaced = saved is None or not saved.fingerprints
-    for name, _conversion in _conversions(root):
-        if name:  # tells the hook of a part that was converted alone that this call prepares it
-            state_dict[f"{prefix}{name}.{CONVERSION}"] = None
+    for name, part in _named_modules(root):
+        if name and _has_hooks(part):
+            state_dict[f"{prefix}{name}.{CONVERSION}"] = PREPARED
     if saved is not None:
         _check_same_function(root, saved)
         _keep_initialization(root, saved)
@@ -288,19 +308,6 @@ def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
 def _named_layers(root: nn.Module) -> list[tuple[str, LoRALayer]]:
     """4-bit layers under each of their names in state dicts: a shared layer has several."""
     return [(name, part) for name, part in _named_modules(root) if isinstance(part, LoRALayer)]
-
-
-def _conversions(root: nn.Module) -> Iterator[tuple[str, Conversion]]:
-    """Name and conversion of a module and of its parts, under each of their names."""
-    for name, part in _named_modules(root):
-        conversion = conversion_of(part)
-        if conversion is not None:
-            yield name, conversion
-
-
-def _is_outermost(root: nn.Module, prefix: str) -> bool:
-    """Whether a state dict with this prefix is that of the whole module, or of a part that is saved alone."""
-    return (conversion_of(root) is not None or not prefix) and not _is_merged(root)
 
 
 def _is_merged(root: nn.Module) -> bool:

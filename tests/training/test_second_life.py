@@ -236,6 +236,25 @@ def test_the_state_dict_of_a_part_is_complete(tmp_path):
     assert torch.equal(target.net[0](X), module.net[0](X))
 
 
+def test_the_state_dict_of_a_module_around_a_part_is_complete():
+    module, other = Built(), Built()
+    with torch.no_grad():
+        other.net[3].weight.mul_(2)
+    for built in (module, other):
+        convert(built, r=4)
+    around = nn.ModuleDict({"policy": trained(module).net})
+    target = nn.ModuleDict({"policy": other.net})
+    state = around.state_dict()
+    assert [key for key in state if key.endswith("_qlora_conversion")] == ["policy._qlora_conversion"]
+    target.load_state_dict(state)
+    assert torch.equal(other.eval()(X), module(X))
+    del state["policy._qlora_conversion"]
+    for key in [key for key in state if ".3.weight" in key]:
+        del state[key]
+    with pytest.raises(RuntimeError, match=r"Missing key.*policy\._qlora_conversion"):
+        target.load_state_dict(state)
+
+
 ARGUMENTS = {
     "r": [2, 4], "lora_alpha": [4, 16], "use_rslora": [False, True], "quant_type": ["nf4", "fp4", "int4"],
     "block_size": [32, 64], "double_quant": [False, True], "use_dora": [False, True],

@@ -19,6 +19,11 @@ CORRECTIONS = (
         "m_base = c_grp * UOp.const(16, dtypes.int) + UOp.const((out_reg // 4) * 4 + out_reg % 4, dtypes.int)",
         "m_base = c_grp * UOp.const(4, dtypes.int) + UOp.const((out_reg // 4) * 8 + out_reg % 4, dtypes.int)",
     ),
+    # MFMA of XF32 (TF32): its factors were taken for two of 16 bits. They are not rounded here.
+    (
+        "is_i8, is_f32_src = 'I8' in op_name, src_type == 'F32'",
+        "is_i8, is_f32_src = 'I8' in op_name, src_type in ('F32', 'XF32')",
+    ),
     # WMMA whose C is a constant, such as 0: its code was taken for the number of a vector register.
     (
         "src2_r = (src2_r >= 256).where(src2_r - _c(256), src2_r)",

@@ -41,7 +41,16 @@ from lightning_qlora.layers.records import base_fingerprint, current_fingerprint
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
 PREPARED = torch.empty(0, device="cpu")  # in place of a part's entry: the hook of an outer module prepared the part
-_saving = threading.local()  # `modules`: ids of the outermost modules whose state dicts are being made
+
+
+class _Saving(threading.local):
+    """The ids of the outermost modules whose state dicts a thread makes."""
+
+    def __init__(self) -> None:
+        self.modules: list[int] = []
+
+
+_saving = _Saving()
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
@@ -96,16 +105,17 @@ def _saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
 
 def _before_state_dict(root: nn.Module, prefix: str, _: Any) -> None:
     """Remember a module if it is the outermost one; a state dict may be made while that of another module is."""
-    modules: list[int] = vars(_saving).setdefault("modules", [])
-    if not modules or not prefix:
-        modules.append(id(root))
+    outermost: list[int] = _saving.modules
+    if not outermost or not prefix:
+        outermost.append(id(root))
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, write other 4-bit weights in bitsandbytes' format, and add the conversion."""
-    is_outermost = _saving.modules[-1:] == [id(root)]
+    outermost: list[int] = _saving.modules
+    is_outermost = outermost[-1:] == [id(root)]
     if is_outermost:
-        _saving.modules.pop()
+        outermost.pop()
     check_no_layer_resized(root)
     if not is_outermost or _is_merged(root):
         return

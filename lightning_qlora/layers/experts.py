@@ -12,7 +12,6 @@ subclass of its class.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from lightning_qlora.layers.lora_layer import Matrix, cast_input
 from lightning_qlora.layers.names import join, parameter_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
-from lightning_qlora.layers.routed_experts import is_routed, one_by_one, routed_forward
+from lightning_qlora.layers.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 
@@ -114,7 +113,9 @@ class QLoRAExperts(SavedLayer):
         has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
         alone = torch.compiler.is_compiling() or not has_kernel
         if alone or not can_group(x, self.weight_bytes, self.lora_A, self.lora_B):
-            return one_by_one(x, ends, self.matrices(), partial(self.compute, bias=None), self.out_features)
+            numbers, parts = rows_of_experts(x, ends)
+            experts = zip(parts, self.matrices(numbers), strict=True)
+            return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
         adapter: tuple[Tensor, Tensor, float] = self.lora_A, self.lora_B, self.scaling
         if self._qlora_disabled:
             adapter = self.lora_A.detach(), self.lora_B.detach(), 0.0
@@ -211,7 +212,7 @@ class ReadableStack(Readable):
             experts = stack._experts
             count, (rows, columns) = len(experts), experts.expert_shape
             if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return stack._weight(experts.matrices()[int(args[1])])
+                return stack._weight(*experts.matrices([range(count)[int(args[1])]]))
             if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
                 weights = [stack._weight(matrix) for matrix in experts.matrices()]
                 return iter(weights) if func is Tensor.__iter__ else tuple(weights)

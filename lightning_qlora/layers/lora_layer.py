@@ -8,7 +8,7 @@ each expert.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
@@ -131,12 +131,16 @@ class LoRALayer(PackedLayer):
             return None
         return self.initial_A, self.initial_B
 
-    def matrices(self) -> list[Matrix]:
-        """Each matrix with its adapter; of a sharded layer they are gathered, so all ranks must ask for them."""
-        weights = self.whole_bytes.unbind()
-        adapter = [None if p is None else gather(p) for p in map(self._parameters.get, ADAPTER)]
-        parts = [[None] * len(weights) if p is None else self.split_matrices(p) for p in adapter]
-        return [Matrix(*matrix) for matrix in zip(weights, *parts, range(len(weights)), strict=True)]
+    def matrices(self, numbers: Sequence[int] | None = None) -> list[Matrix]:
+        """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""
+        weight = self.whole_bytes
+        adapter = [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
+        matrices = []
+        for number in range(len(adapter[0])) if numbers is None else numbers:
+            lora_a, lora_b, *magnitude = (values[number] for values in adapter)
+            own_weight = weight.expert(number) if self.is_stack else weight
+            matrices.append(Matrix(own_weight, lora_a, lora_b, magnitude[0] if magnitude else None, number))
+        return matrices
 
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""

@@ -6,7 +6,7 @@ calculate with bytes; and DDP sends buffers in every step. Where a strategy spli
 parameters (`to_parameters`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class PackedLayer(nn.Module):
         """The values of the one matrix; of a stack, those of its matrices in one tensor."""
         return torch.stack([*matrices]) if self.is_stack else matrices[0]
 
-    def split_matrices(self, values: Any) -> Iterable[Tensor]:
+    def split_matrices(self, values: Any) -> Sequence[Tensor]:
         """The reverse, also of values in the shape of the dense weight, or that are split already.
 
         Autograd stacks the gradients of `unbind` once; those of indexing would be as many tensors of the whole size.

@@ -1,15 +1,13 @@
 """The forward pass of transformers' experts, on rows of tokens sorted by expert."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.names import stack_name
-
-Expert = TypeVar("Expert")
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -22,10 +20,9 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     ids, order = top_k_index.reshape(-1).sort(stable=True)
     experts = len(self.down_proj)
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
-    known = ids.clamp(max=experts - 1)
-    hidden = _product(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // k], ends, known)
+    hidden = _product(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // k], ends, ids)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    outputs = _product(self, "down_proj", hidden, ends, known)
+    outputs = _product(self, "down_proj", hidden, ends, ids)
     if getattr(self, "has_post_expert_norm", False):  # transformers before 5.20 does not have this flag
         outputs = self.post_expert_norm(outputs)
     weighted = outputs * (top_k_weights.reshape(-1)[order] * (ids < experts))[:, None]
@@ -37,32 +34,31 @@ def _product(owner: Any, key: str, x: Tensor, ends: Tensor, ids: Tensor) -> Tens
     """The rows of x times the weights of their experts: a `QLoRAExperts`, or a parameter that stayed dense."""
     stack = owner._modules.get(stack_name(key))
     y: Tensor = _dense_product(owner, getattr(owner, key), x, ends) if stack is None else stack(x, ends)
-    return y + getattr(owner, f"{key}_bias")[ids] if owner.has_bias else y
+    return y + getattr(owner, f"{key}_bias")[ids.clamp(max=len(ends) - 1)] if owner.has_bias else y
 
 
-def _dense_product(owner: Any, weights: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
-        return rows @ weight if owner.is_transposed else nn.functional.linear(rows, weight)
+def _dense_product(owner: Any, stack: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    numbers, parts = rows_of_experts(x, ends)
+    weights = (stack.mT if owner.is_transposed else stack).unbind()
+    outputs = [nn.functional.linear(rows, weights[number]) for number, rows in zip(numbers, parts, strict=True)]
+    return join_rows(outputs, x, len(weights[0]))
 
-    return one_by_one(x, ends, weights.unbind(), product, weights.shape[2 if owner.is_transposed else 1])
 
-
-def rows_of_experts(x: Tensor, ends: Tensor) -> Sequence[Tensor]:
-    """The rows of each expert, and last those from the last end on; the host waits for their numbers."""
-    counts = [len(x)] + [0] * (len(ends) - 1)
+def rows_of_experts(x: Tensor, ends: Tensor) -> tuple[list[int], Sequence[Tensor]]:
+    """The experts that rows end at, and their rows; the host waits for the numbers of rows."""
+    counts = [len(x)]
     if not isinstance(ends, FakeTensor):  # without data, as the memory planner runs models, one expert gets all
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.split(x, [*counts, len(x) - sum(counts)])
+    numbers = [number for number, count in enumerate(counts) if count]
+    sizes = [counts[number] for number in numbers]
+    return numbers, torch.split(x[: sum(sizes)], sizes)
 
 
-def one_by_one(
-    x: Tensor, ends: Tensor, experts: Sequence[Expert], product: Callable[[Tensor, Expert], Tensor], width: int
-) -> Tensor:
-    """`product(rows, expert)` of each expert that rows end at, [rows of x, width]; zeros from the last end on."""
-    *parts, rest = rows_of_experts(x, ends)
-    outputs = [product(rows, expert) for rows, expert in zip(parts, experts, strict=True) if len(rows)]
-    if len(rest) or not outputs:
-        outputs.append(rest.new_zeros(len(rest), width))
+def join_rows(outputs: list[Tensor], x: Tensor, width: int) -> Tensor:
+    """The outputs of all rows of x, [rows, width]: zeros from the last end on."""
+    rest = len(x) - sum(map(len, outputs))
+    if rest or not outputs:
+        outputs.append(x.new_zeros(rest, width))
     return torch.cat(outputs)
 
 

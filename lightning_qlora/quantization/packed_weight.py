@@ -39,11 +39,13 @@ class PackedBytes(NamedTuple):
         return math.prod(self.shape)
 
     def unbind(self) -> "list[PackedBytes]":
-        """The matrices of a stack, as views; a matrix alone."""
-        if len(self.shape) == 2:
-            return [self]
-        matrices = zip(self.packed.unbind(), self.absmax.unbind(), self.nested.unbind(), strict=True)
-        return [PackedBytes(*tensors, self.shape[1:], self.quant_type, self.block_size) for tensors in matrices]
+        """The matrices of a stack; a matrix alone."""
+        return [self] if len(self.shape) == 2 else [self.expert(number) for number in range(self.shape[0])]
+
+    def expert(self, number: int) -> "PackedBytes":
+        """One matrix of a stack, as views."""
+        packed, absmax, nested = (tensor[number] for tensor in self[:3])
+        return PackedBytes(packed, absmax, nested, self.shape[1:], self.quant_type, self.block_size)
 
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""
@@ -71,9 +73,7 @@ def stack_bytes(weights: Sequence[PackedBytes]) -> PackedBytes:
 def check_bytes(weight: PackedBytes) -> None:
     """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
     tensors = (weight.packed, weight.absmax, weight.nested)
-    *experts, rows, columns = weight.shape
-    count = math.prod(experts)
-    sizes = [count * size for size in _sizes(rows * columns, weight.block_size, weight.nested.numel() > 0)]
+    sizes = _sizes(weight.shape, weight.block_size, weight.nested.numel() > 0)
     for tensor, size in zip(tensors, sizes, strict=True):
         if tensor.numel() != size or tensor.dtype is not torch.uint8:
             raise ValueError(
@@ -84,13 +84,17 @@ def check_bytes(weight: PackedBytes) -> None:
 
 
 @cache
-def _sizes(numel: int, block_size: int, double_quant: bool) -> tuple[int, int, int]:
+def _sizes(shape: tuple[int, ...], block_size: int, double_quant: bool) -> tuple[int, int, int]:
     """Bytes of the three tensors of a weight."""
     check_choice("block_size", block_size, BLOCK_SIZES)
-    blocks = -(-numel // block_size)
+    *experts, rows, columns = shape
+    count = math.prod(experts)
+    codes = (rows * columns + 1) // 2
+    blocks = -(-rows * columns // block_size)
     if not double_quant:
-        return (numel + 1) // 2, 4 * blocks, 0
-    return (numel + 1) // 2, blocks, 4 * (-(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1)
+        return count * codes, count * 4 * blocks, 0
+    nested = -(-blocks // blockwise.NESTED_BLOCK_SIZE) + 1
+    return count * codes, count * blocks, count * 4 * nested
 
 
 def aligned(data: Tensor) -> Tensor:

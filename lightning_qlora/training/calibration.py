@@ -70,8 +70,9 @@ class Calibration:
             return
         if name not in self._sums:
             self._sums[name] = _no_sums(layer, x.device)
-        rows_of_matrices = rows_of_experts(x, inputs[1])[:-1] if layer.is_stack else [x.reshape(-1, x.shape[-1])]
-        for sums, rows in zip(self._sums[name], rows_of_matrices, strict=True):
+        numbers, parts = rows_of_experts(x, inputs[1]) if layer.is_stack else ([0], [x.reshape(-1, x.shape[-1])])
+        for number, rows in zip(numbers, parts, strict=True):
+            sums = self._sums[name][number]
             if rows.dtype is torch.float64:
                 rows = rows.float()
             sums[-1] += len(rows)

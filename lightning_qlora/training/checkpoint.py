@@ -19,17 +19,20 @@ from lightning_qlora.layers.dtensor import of_all_ranks, world_size
 
 def gather_torch_rng_states() -> list[dict[str, Any]]:
     """State of torch's generators on every rank, in rank order; all ranks must call it, as for saving a checkpoint."""
-    own: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a CPU run would take memory of a GPU
-        own["cuda"] = torch.cuda.get_rng_state()
-    return of_all_ranks(own)
+        state["cuda"] = torch.cuda.get_rng_state()
+    return of_all_ranks(state)
 
 
 def set_torch_rng_state_of_rank(states: list[dict[str, Any]]) -> None:
     """Restore torch's generators on this rank; states that were saved with another world size are ignored."""
     if len(states) != world_size():
         return
-    state = states[dist.get_rank() if world_size() > 1 else 0]
+    rank = 0
+    if len(states) > 1:
+        rank = dist.get_rank()
+    state = states[rank]
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -63,10 +66,10 @@ def leave_out_networks(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Replace the networks among a checkpoint's hyperparameters that share parameters with a converted module."""
     if conversion_of(module) is None:
         return
-    own = {id(parameter) for parameter in module.parameters()}
+    converted = {id(parameter) for parameter in module.parameters()}
 
     def left_out(value: Any) -> Any:
-        if isinstance(value, nn.Module) and not own.isdisjoint(map(id, value.parameters())):
+        if isinstance(value, nn.Module) and not converted.isdisjoint(map(id, value.parameters())):
             return LeftOut(type(value).__name__)
         return value
 
@@ -77,8 +80,9 @@ def leave_out_networks(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 def check_networks(hyperparameters: Any, given: Mapping[str, Any]) -> None:
     """ValueError for a network that was left out of a checkpoint's hyperparameters and is not given."""
-    saved = hyperparameters if isinstance(hyperparameters, dict) else {}
-    for key, value in saved.items():
+    if not isinstance(hyperparameters, dict):
+        return
+    for key, value in hyperparameters.items():
         if isinstance(value, LeftOut) and key not in given:
             raise ValueError(
                 f"the hyperparameter {key!r} was a {value.kind}, and checkpoints of a converted module do not hold "

@@ -148,7 +148,7 @@ def is_converted(module: nn.Module) -> bool:
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
     """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
-    if config.adapter is not None and config.adapter not in [known.adapter for known in conversion.given]:
+    if config.adapter is not None and config.adapter not in [each.adapter for each in conversion.given]:
         set_adapter_of_module(module, read_adapter(config.adapter))
     if config not in (conversion.config, *conversion.given):
         names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
@@ -169,7 +169,7 @@ def finish_sharded(module: nn.Module, config: QLoRAConfig) -> None:
 
 def _quantize(module: nn.Module, choice: Selection, device: torch.device | None) -> None:
     """Convert the chosen layers one after another; other layers in 4 bits become dense."""
-    silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: also where stderr is no terminal
+    silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
     layers = choice.convert.items()
     for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(name or type(chosen.part).__name__):
@@ -187,8 +187,10 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
         loaded: LoRALayer | None = part.loaded
     else:
         weight = part._parameters.get("weight")
-        loaded = part if isinstance(part, LoRALayer) else None
-        if weight is None and loaded is None:  # the parameters of another quantized format
+        loaded = None
+        if isinstance(part, LoRALayer):
+            loaded = part
+        elif weight is None:  # the parameters of another quantized format
             raise ValueError(f"has no float weight to quantize, but {', '.join(part._parameters)}. {IN_INIT}")
     if loaded is not None:
         if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
@@ -227,17 +229,21 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
     parameters = dict(module.named_parameters(remove_duplicate=False))
     in_full: dict[int, str] = {}  # id of a parameter -> why it trains in full
     for name, reason in choice.train.items():
-        chosen = modules[name].parameters() if name in modules else [parameters[name]]
-        in_full |= {id(parameter): reason for parameter in chosen}
+        if name in modules:
+            in_full |= dict.fromkeys(map(id, modules[name].parameters()), reason)
+        else:
+            in_full[id(parameters[name])] = reason
     name_of = {part: name for name, part in modules.items()}
     for owner, key, trained in new:
         weight = own_parameters(owner).get(key)
         if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue
         weight.requires_grad_(id(weight) in in_full)
-        name = join(name_of[owner], key) if owner._modules else name_of[owner]
-        known = is_linear(owner) or name in choice.skip or name in choice.tokens
-        if trained and not weight.requires_grad and not known:
+        name = name_of[owner]
+        if owner._modules:
+            name = join(name, key)
+        is_listed = is_linear(owner) or name in choice.skip or name in choice.tokens
+        if trained and not weight.requires_grad and not is_listed:
             choice.stop[name] = None
     trains = {key for key, reason in in_full.items() if reason == IN_MODULES_TO_SAVE}
     for layer in {*adapted_layers(module).values()} - {*kept}:

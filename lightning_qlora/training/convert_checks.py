@@ -63,11 +63,12 @@ def check_has_data(module: nn.Module, later: bool = False, advice: str = LOAD_IT
         if not tensor.is_meta:
             continue
         is_computed = last_part(name) in module.get_submodule(owner_name(name))._non_persistent_buffers_set
-        if is_computed or not later:
-            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            raise ValueError(
-                f"{name}: this {kind} is on the meta device, so it has no data. {COMPUTE_IT if is_computed else advice}"
-            )
+        if is_computed:
+            advice = COMPUTE_IT
+        elif later:
+            continue
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {advice}")
 
 
 def check_before_conversion(module: nn.Module, choice: Selection, config: QLoRAConfig, first: bool) -> None:
@@ -110,9 +111,9 @@ def warn_of_fp16(module: nn.Module) -> None:
         )
 
 
-def warn_of_other_arguments(name: str, known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> bool:
+def warn_of_other_arguments(name: str, previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> bool:
     """Warn of arguments that differ from those of an earlier conversion, which is not done again; whether some do."""
-    other = _differing(known, config, names)
+    other = _differing(previous, config, names)
     if other:
         warnings.warn(
             f"{name}: was converted before, with {', '.join(other)}, and stays so. To convert with other arguments, "
@@ -122,8 +123,8 @@ def warn_of_other_arguments(name: str, known: QLoRAConfig, config: QLoRAConfig, 
     return bool(other)
 
 
-def _differing(known: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
-    pairs = ((name, getattr(known, name), getattr(config, name)) for name in names)
+def _differing(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
+    pairs = ((name, getattr(previous, name), getattr(config, name)) for name in names)
     return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]
 
 
@@ -163,19 +164,21 @@ def _check_any(choice: Selection, config: QLoRAConfig) -> None:
     """Warn if no layer is to be converted; raise ValueError if nothing trains then, or all because of r."""
     if choice.convert:
         return
-    given = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
+    message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
     if not choice.train:
-        left = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
-        raise ValueError(given + (left or " The module has no linear layer (nn.Linear, Conv1D)."))
+        reasons = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
+        raise ValueError(message + (reasons or " The module has no linear layer (nn.Linear, Conv1D)."))
     small = [name for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
     if small:
         raise ValueError(
-            f"{given} Adapters of this rank would not be smaller than the weights of the layers, so {len(small)} would "
-            f"train in full: {first_of(small, 3)}. Set a smaller r, or name in "
-            "modules_to_save what is to train in full."
+            f"{message} Adapters of this rank would not be smaller than the weights of the layers, so {len(small)} "
+            f"would train in full: {first_of(small, 3)}. Set a smaller r, or name in modules_to_save what is to train "
+            "in full."
         )
-    frozen = " target_modules converts frozen layers that it names." if FROZEN in choice.skip.values() else ""
-    warnings.warn(f"{given} The report has the reason for each.{frozen}", stacklevel=2)
+    message += " The report has the reason for each."
+    if FROZEN in choice.skip.values():
+        message += " target_modules converts frozen layers that it names."
+    warnings.warn(message, stacklevel=2)
 
 
 def _warn_of_names_in_vain(choice: Selection) -> None:
@@ -189,7 +192,9 @@ def _warn_of_hooks(choice: Selection) -> None:
     """Warn of hooks for the gradient of a weight that is replaced."""
     hooked = []
     for name, each in choice.convert.items():
-        weight: Any = each.part._parameters.get("weight") if isinstance(each.part, nn.Module) else None
+        if not isinstance(each.part, nn.Module):
+            continue
+        weight: Any = each.part._parameters.get("weight")
         if getattr(weight, "_backward_hooks", None) or getattr(weight, "_post_accumulate_grad_hooks", None):
             hooked.append(name)
     if hooked:

@@ -74,12 +74,12 @@ def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
     """Names of the blocks that hold one of these layers, where no block of the group ran with gradients."""
-    wanted = {id(layer) for layer in layers}
+    ids = {id(layer) for layer in layers}
     ran: dict[str, bool] = {}
     names: dict[str, list[str]] = {}
     for name, block in module.named_modules():
         recomputed = _recomputed(block)
-        if recomputed is not None and any(id(part) in wanted for part in block.modules()):
+        if recomputed is not None and any(id(part) in ids for part in block.modules()):
             ran[group(name)] = ran.get(group(name), False) or recomputed.ran
             names.setdefault(group(name), []).append(name)
     return [name for key, of_group in names.items() if not ran[key] for name in of_group]

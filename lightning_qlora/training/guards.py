@@ -16,6 +16,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, key_name, last_part, name_endings
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.training.report import first_of
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -85,11 +86,13 @@ def check_equal_batches(trainer: Trainer) -> None:
 def check_state_dict(module: nn.Module) -> None:
     """RuntimeError for a module whose state dict, and so every checkpoint, would lack adapters."""
     layers = adapted_layers(module)
-    missing = _missing_adapters(module, module.state_dict()) if layers else []
+    if not layers:
+        return
+    missing = _missing_adapters(module, module.state_dict())
     if missing:
         raise RuntimeError(
             f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), so no checkpoint would hold what they "
+            f"({first_of(missing, 3)}), so no checkpoint would hold what they "
             "learn. Frozen weights are in no checkpoint of a converted module: remove the override or the hook that "
             "leaves them out, or let it keep what ends in lora_A and lora_B."
         )
@@ -101,9 +104,8 @@ def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(
-            f"The checkpoint lacks the adapters of {len(missing)} layers ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}), because code of the module or a callback removed them "
-            "(on_save_checkpoint). It can't restore what they learned.",
+            f"The checkpoint lacks the adapters of {len(missing)} layers ({first_of(missing, 3)}), because code of the "
+            "module or a callback removed them (on_save_checkpoint). It can't restore what they learned.",
             stacklevel=2,
         )
 

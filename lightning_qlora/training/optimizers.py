@@ -50,7 +50,10 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
             for ending, adapter in _replacements(parameter).items():
                 params.append(adapter)
                 if names is not None:
-                    new_names.append(join(owner_name(names[index]), ending) if ending else names[index])
+                    name = names[index]
+                    if ending:
+                        name = join(owner_name(name), ending)
+                    new_names.append(name)
         group["params"][:] = params
         if names is not None:
             group["param_names"] = new_names

@@ -183,9 +183,14 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     for key, module in modules.items():
         module.load_state_dict(saved.pop(key), strict=strict)
     optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
-    of_trainer = saved.get("optimizer_states") if kwargs.get("optimizer_states_from_list") else None
+    of_trainer = None
+    if kwargs.get("optimizer_states_from_list"):
+        of_trainer = saved.get("optimizer_states")
     for number, (key, optimizer) in enumerate(optimizers.items()):
-        load_whole_state(optimizer, saved.pop(key) if of_trainer is None else of_trainer[number])
+        if of_trainer is None:
+            load_whole_state(optimizer, saved.pop(key))
+        else:
+            load_whole_state(optimizer, of_trainer[number])
     others = state.keys() - modules.keys() - optimizers.keys()
     _validate_keys_for_strict_loading(others, saved, strict)
     _move_state_into(saved, state, others)

@@ -181,7 +181,9 @@ class QLoRAPrecision(Precision):
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
         layer = next(self._layers(), None)
-        return None if layer is None else describe(layer.packed.device)
+        if layer is None:
+            return None
+        return describe(layer.packed.device)
 
     @property
     def _root(self) -> nn.Module | None:
@@ -285,7 +287,9 @@ class QLoRAPrecision(Precision):
             self.on_setup_optimizer(optimizer)
         scale = self.loss_scale
         if scale is not None:
-            before_step = self._before_step if model is None else partial(self._after_closure, model)  # type: ignore[arg-type]
+            before_step: Any = self._before_step
+            if model is not None:
+                before_step = partial(self._after_closure, model)  # type: ignore[arg-type]
             return scale.step(optimizer, closure, partial(before_step, optimizer), **kwargs)
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
@@ -335,15 +339,18 @@ class QLoRAPrecision(Precision):
         And the conversion, for a module whose `on_save_checkpoint` leaves them out.
         """
         scale = self.loss_scale
-        state = {
+        state: dict[str, Any] = {
             "random_state": gather_torch_rng_states(),
             "kernels": self._kernels(),
-            "loss_scale": None if scale is None else scale.state_dict(),
+            "loss_scale": None,
         }
+        if scale is not None:
+            state["loss_scale"] = scale.state_dict()
         root = self._root
-        saved = None if root is None else saved_conversion(root)
-        if saved is not None:
-            state[CONVERSION] = saved.text()
+        if root is not None:
+            saved = saved_conversion(root)
+            if saved is not None:
+                state[CONVERSION] = saved.text()
         return state
 
     @override

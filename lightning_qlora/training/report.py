@@ -64,7 +64,7 @@ class CalibrationReport:
             f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s",
             f"{self.host_bytes:,} bytes of dense weights were kept until then",
         ]
-        parts += [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
+        parts += [f"{title}: {', '.join(names)}" for title, names in lists.items() if names]
         return "; ".join(parts)
 
 
@@ -137,7 +137,12 @@ class ConversionReport:
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
             add(name, "frozen by conversion")
-        return [(names[0] if len(names) == 1 else key[0], key[1], str(len(names))) for key, names in groups.items()]
+        table = []
+        for (name, status), names in groups.items():
+            if len(names) == 1:
+                name = names[0]
+            table.append((name, status, str(len(names))))
+        return table
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""
@@ -162,7 +167,9 @@ class ConversionReport:
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
         )
         for name, count in self.deferred_logits.items():
-            how = f"deferred, saves {size_text(count)} for each 1,000 tokens" if count else "not deferred (sharded)"
+            how = "not deferred (sharded)"
+            if count:
+                how = f"deferred, saves {size_text(count)} for each 1,000 tokens"
             lines.append(f"logits of {name or ROOT}: {how}")
         if self.by_size:
             lines.append(BY_SIZE)
@@ -219,9 +226,9 @@ def parameter_bytes(module: nn.Module) -> int:
 def dense_bytes(module: nn.Module) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
     layers = packed_layers(module)
-    known = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
+    of_layers = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in known)
+    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in of_layers)
 
 
 def group(name: str) -> str:
@@ -231,18 +238,27 @@ def group(name: str) -> str:
 
 def groups(names: Iterable[str]) -> str:
     """Names that differ by numbers alone as one."""
-    counts = Counter(map(group, names))
-    return ", ".join(f"{name} (x{count})" if count > 1 else name for name, count in counts.items())
+    texts = []
+    for name, count in Counter(map(group, names)).items():
+        if count > 1:
+            name += f" (x{count})"
+        texts.append(name)
+    return ", ".join(texts)
 
 
 def first_of(names: Iterable[str], count: int) -> str:
     """The first names, and dots if there are more."""
     every = list(names)
-    return ", ".join(every[:count]) + (", ..." if len(every) > count else "")
+    text = ", ".join(every[:count])
+    if len(every) > count:
+        text += ", ..."
+    return text
 
 
 def size_text(count: float, base: int = 1000) -> str:
     """A number of bytes with a unit: 1.5 MB, or with base=1024 1.5 MiB."""
-    units = ("bytes", "kB", "MB", "GB") if base == 1000 else ("bytes", "KiB", "MiB", "GiB")
+    units = ("bytes", "kB", "MB", "GB")
+    if base == 1024:
+        units = ("bytes", "KiB", "MiB", "GiB")
     power = sum(count >= base**number for number in (1, 2, 3))
     return f"{count / base**power:.4g} {units[power]}"

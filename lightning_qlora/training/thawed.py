@@ -14,7 +14,7 @@ from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.records import Frozen, frozen_parameters
-from lightning_qlora.training.report import group, size_text
+from lightning_qlora.training.report import first_of, group, size_text
 
 PREVENT = (
     "If it is not meant, set requires_grad only of the parameters that had it after conversion, for example of those "
@@ -61,5 +61,4 @@ def _sizes(parameters: Collection[Frozen]) -> str:
 
 
 def _groups(names: Iterable[str]) -> str:
-    groups = list(dict.fromkeys(map(group, names)))
-    return ", ".join(groups[:5]) + (", ..." if len(groups) > 5 else "")
+    return first_of(dict.fromkeys(map(group, names)), 5)

@@ -111,7 +111,10 @@ def read_index(path: Path, weights_only: bool = True) -> Any:
     for a shard outside of its folder.
     """
     with path.open("rb") as file:
-        index = _IndexUnpickler(file).load() if weights_only else pickle.load(file)
+        if weights_only:
+            index = _IndexUnpickler(file).load()
+        else:
+            index = pickle.load(file)
     for place in index.storage_data.values():
         if Path(place.relative_path).name != place.relative_path or place.relative_path == "..":
             raise ValueError(f"{path}: names the shard {place.relative_path!r}, which is not a file of this folder.")

@@ -56,11 +56,15 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError, ValueError: If the folder lacks a tensor, or has it in another shape or with NaN or Inf.
     """
-    read_weights(module, ModelFolder.open(folder) if is_transformers_model(module) else ModelFolder(folder, None))
+    if is_transformers_model(module):
+        read_weights(module, ModelFolder.open(folder))
+    else:
+        read_weights(module, ModelFolder(folder, None))
     conversion = conversion_of(module)
-    adapter = None if conversion is None else conversion.given[-1].adapter
-    if adapter is not None:
-        set_adapter_of_module(module, read_adapter(adapter))
+    if conversion is not None:
+        adapter = conversion.given[-1].adapter
+        if adapter is not None:
+            set_adapter_of_module(module, read_adapter(adapter))
 
 
 @torch.no_grad()
@@ -93,28 +97,32 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
         rank = dist.get_rank()
     layers = [(name, layer) for name, layer in adapted_layers(module).items() if layer.packed.is_meta]
     groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
-    silent = True if rank else None  # None: also where stderr is no terminal
+    silent = rank > 0 or None  # None: also where stderr is no terminal
     for group in tqdm(groups, "Quantizing", leave=False, delay=2, unit=f" x {ranks} layers", disable=silent):
-        own: LoRALayer | None = None  # the layer that this rank reads
+        whole: LoRALayer | None = None  # the layer that this rank reads
         error = None
         try:
             if rank < len(group):
                 name, layer = group[rank]
-                own = _read_layer(name, layer, folder, device)
+                whole = _read_layer(name, layer, folder, device)
         except (OSError, ValueError) as raised:
             error = str(raised)
-        errors = of_all_ranks(error) if ranks > 1 else [error]
+        errors = [error]
+        if ranks > 1:
+            errors = of_all_ranks(error)
         for message in filter(None, errors):
             raise ValueError(message)  # on all ranks: the others would wait for the layer of the one that failed
         for source, (_, layer) in enumerate(group):
-            _share(layer, own if source == rank else None, source, device, ranks)
+            _share(layer, whole if source == rank else None, source, device, ranks)
 
 
 def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch.device, ranks: int) -> None:
     """Set the tensors of a layer to this rank's part of those of `whole`, which rank `source` has."""
     values = {}
     for key in (*BASE, *ADAPTER):
-        tensors: dict[str, Any] = vars(layer) if key in vars(layer) else layer._parameters
+        tensors: dict[str, Any] = layer._parameters
+        if key in vars(layer):
+            tensors = vars(layer)
         empty = tensors[key]
         if empty is None:
             continue
@@ -140,7 +148,10 @@ def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.
     new.set_arguments(layer.config, name, layer.seed_name)
     weights: Any = (weight.to(layer.weight_dtype) for weight in _read_matrices(name, layer, folder))
     with named(name):
-        new.initialize(weights if layer.is_stack else next(weights), device)
+        if layer.is_stack:
+            new.initialize(weights, device)
+        else:
+            new.initialize(next(weights), device)
     return new
 
 
@@ -186,7 +197,9 @@ def _tensors_on_meta(module: nn.Module) -> list[list[tuple[str, dict[str, Any], 
     """Name, dict and key of every tensor on the meta device, tied ones together; without 4-bit weights and adapters."""
     places: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
     for name, owner in module.named_modules(remove_duplicate=False):
-        skipped = (*BASE, *ADAPTER) if isinstance(owner, PackedLayer) else ()
+        skipped: tuple[str, ...] = ()
+        if isinstance(owner, PackedLayer):
+            skipped = (*BASE, *ADAPTER)
         for tensors in (owner._parameters, owner._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta and key not in skipped:
@@ -215,7 +228,9 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     loaded = dict(named_tensors(dense))
     for name, part in model.named_modules():
         if isinstance(part, PackedLayer):
-            weight = parameter_name(name) if part.is_stack else join(name, "weight")
+            weight = join(name, "weight")
+            if part.is_stack:
+                weight = parameter_name(name)
             part.weight_dtype = dense.get_parameter(weight).dtype
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
         for key, parameter in part._parameters.items():

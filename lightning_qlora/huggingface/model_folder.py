@@ -58,12 +58,19 @@ class Conversion:
         converted = transform.convert(self.first, model=self.model, config=self.model.config)
         parameters = {}
         for name, value in converted.items():
-            tensor = value[0] if isinstance(value, list) else value
+            tensor = single_tensor(value)
             if self.expert is None:
                 parameters[name] = tensor
             else:
                 parameters[f"{name}.{self.expert}"] = tensor[0]
         return parameters
+
+
+def single_tensor(value: Any) -> Tensor:
+    """A tensor that transformers may pass in a list of one."""
+    if isinstance(value, list):
+        value = value[0]
+    return value  # type: ignore[no-any-return]
 
 
 class ModelFolder(WeightFolder):
@@ -125,7 +132,9 @@ class ModelFolder(WeightFolder):
 
     def _stored_keys(self, name: str) -> list[str]:
         conversion = self.conversions.get(name)
-        return [self.key_of[name]] if conversion is None else conversion.keys
+        if conversion is None:
+            return [self.key_of[name]]
+        return conversion.keys
 
     def where(self, name: str) -> str:
         """File and keys of a parameter, for messages."""
@@ -143,13 +152,15 @@ class ModelFolder(WeightFolder):
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         parameters = model.state_dict()
         conversions: dict[str, Conversion] = {}  # by the name of the first parameter
-        known = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
+        arguments = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
         for key in sorted(self.stored.entries, key=loading.dot_natural_key):
-            name, pattern = loading.rename_source_key(key, renamings, converters, *known)
+            name, pattern = loading.rename_source_key(key, renamings, converters, *arguments)
             if name not in parameters and key in parameters:
-                name, pattern = loading.rename_source_key(key, [], [], *known)
-            if pattern is None or name not in parameters:
-                self.key_of[name if name in parameters else key] = key
+                name, pattern = loading.rename_source_key(key, [], [], *arguments)
+            if name not in parameters:
+                self.key_of[key] = key
+            elif pattern is None:
+                self.key_of[name] = key
             else:
                 conversion = conversions.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))
                 conversion.sources.setdefault(pattern, []).append(key)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
+from lightning_qlora.huggingface.model_folder import single_tensor
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
@@ -50,7 +51,9 @@ class _Operation(ConversionOps):
 
         `shape`: that of the weight, if it is wrong; transformers then refuses the load, or initializes the layer.
         """
-        errors = self.hf_quantizer.errors if shape is None else self.hf_quantizer.loading.mismatches
+        errors = self.hf_quantizer.errors
+        if shape is not None:
+            errors = self.hf_quantizer.loading.mismatches
         errors.append(self.hf_quantizer.error(source, message))
         empty = torch.zeros((), dtype=place.dtype, device="cpu").expand(shape or place.shape)  # takes no memory
         return self.dense(key, empty)
@@ -64,7 +67,10 @@ class _Operation(ConversionOps):
         bias = layer._parameters.get("bias")
         # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
         layer._is_hf_initialized = bias is None  # type: ignore[assignment]
-        parameters = layer.named_parameters(stack_name(key) if layer.is_stack else owner_name(key), recurse=False)
+        name = owner_name(key)
+        if layer.is_stack:
+            name = stack_name(key)
+        parameters = layer.named_parameters(name, recurse=False)
         # Of a distributed parameter, transformers takes the part of this rank.
         return {full_name: local(p) for full_name, p in parameters if p is not bias}
 
@@ -77,15 +83,17 @@ class Quantize(_Operation):
         self, input_dict: dict[str, Any], source_patterns: list[str], model: Any, missing_keys: Any = None, **_: Any
     ) -> dict[str, Any]:
         """See ConversionOps. There are several weights if transformers split a tensor of the files."""
-        made: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for key, value in input_dict.items():
-            weight: Tensor = value[0] if isinstance(value, list) else value
+            weight = single_tensor(value)
             if self.hf_quantizer.param_needs_quantization(model, key):
-                known = source_patterns[0] in self.hf_quantizer.file_of  # else it is a pattern
-                made |= self.quantize(key, weight, source_patterns[0] if known else key, model, missing_keys)
+                source = source_patterns[0]
+                if source not in self.hf_quantizer.file_of:  # it is a pattern
+                    source = key
+                tensors |= self.quantize(key, weight, source, model, missing_keys)
             else:
-                made[key] = weight
-        return made
+                tensors[key] = weight
+        return tensors
 
     def quantize(
         self, key: str, weight: Tensor, source: str, model: nn.Module, missing_keys: set[str] | None,
@@ -95,7 +103,8 @@ class Quantize(_Operation):
 
         `experts`: the weight of each expert as transformers would stack it; then the values of `weight` are not used.
         """
-        place, chosen = model.get_parameter(key), self.hf_quantizer.chosen[key]
+        place = model.get_parameter(key)
+        chosen = self.hf_quantizer.chosen[key]
         part = local(place)
         if isinstance(place, DTensor) and weight.shape == part.shape:
             if message := _not_splittable(place, chosen):
@@ -105,9 +114,12 @@ class Quantize(_Operation):
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         owner: Any = chosen.part
-        inner, name = "weight", key.removesuffix(".weight")
+        inner = "weight"
+        name = key.removesuffix(".weight")
         if isinstance(owner, ExpertParameter):
-            owner, inner, name = owner.owner, owner.key, key
+            inner = owner.key
+            owner = owner.owner
+            name = key
         dense_class = type(owner)
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
@@ -115,7 +127,8 @@ class Quantize(_Operation):
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
-            owner.__class__, owner._parameters[inner] = dense_class, place
+            owner.__class__ = dense_class
+            owner._parameters[inner] = place
             return self.refuse(source, key, part, f"{name}: {error}")
         return self.quantized(layer, key, missing_keys)
 
@@ -132,7 +145,9 @@ def _not_splittable(place: DTensor, chosen: ToConvert) -> str | None:
         return SPLIT_EXPERTS
     if place.device_mesh.ndim > 1:
         return LOAD_WHOLE
-    return None if type(place.placements[0]) is Shard else unknown_style("a plan for fused layers")
+    if type(place.placements[0]) is not Shard:
+        return unknown_style("a plan for fused layers")
+    return None
 
 
 class Nothing(ConversionOps):
@@ -194,8 +209,7 @@ class Compose(ConversionOps):
     def _one(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> Tensor:
         """The one tensor that operations make of others."""
         (value,) = self._run(tensors, arguments).values()
-        weight: Tensor = value[0] if isinstance(value, list) else value
-        return weight
+        return single_tensor(value)
 
 
 def _keeps_experts_apart(operation: ConversionOps) -> bool:
@@ -211,16 +225,16 @@ def _keeps_experts_apart(operation: ConversionOps) -> bool:
 
 def _of_expert(tensors: dict[str, Any], number: int, experts: int) -> dict[str, Any] | None:
     """The tensors of one expert; None if `tensors` has something else than lists or stacks of `experts` entries."""
-    found = {}
+    parts_of = {}
     for pattern, value in tensors.items():
         parts = value if isinstance(value, list) else [value]
         if len(parts) == experts:
-            found[pattern] = [parts[number]]
+            parts_of[pattern] = [parts[number]]
         elif len(parts) == 1 and parts[0].ndim and len(parts[0]) == experts:
-            found[pattern] = [parts[0][number : number + 1]]
+            parts_of[pattern] = [parts[0][number : number + 1]]
         else:
             return None
-    return found
+    return parts_of
 
 
 class LoadPacked(_Operation):
@@ -231,19 +245,25 @@ class LoadPacked(_Operation):
         self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, missing_keys: Any = None, **_: Any
     ) -> dict[str, Any]:
         """See ConversionOps; is also called for each weight that is not in 4 bits."""
-        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        key, name = full_layer_name, owner_name(full_layer_name)
-        layer, chosen = model.get_submodule(name), self.hf_quantizer.chosen.get(key)
+        state = {key: single_tensor(value) for key, value in input_dict.items()}
+        key = full_layer_name
+        name = owner_name(key)
+        layer = model.get_submodule(name)
+        chosen = self.hf_quantizer.chosen.get(key)
         place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
         if set(state) == {"weight"}:
-            next_quantized = chosen is not None and not isinstance(getattr(chosen, "part", None), nn.Module)
             value = state["weight"].to(place.dtype)
-            return {key: value} if next_quantized else self.dense(key, value)
+            if chosen is not None and not isinstance(getattr(chosen, "part", None), nn.Module):
+                return {key: value}  # quantized next
+            return self.dense(key, value)
         try:
             weight = PackedWeight.from_bnb_state_dict(state)
         except ValueError as error:
             return self.refuse(key, key, place, f"{name}.{error}")
-        if weight.shape != (place.shape[::-1] if kind_of(type(layer)).transposed else place.shape):
+        shape = place.shape
+        if kind_of(type(layer)).transposed:
+            shape = shape[::-1]
+        if weight.shape != shape:
             return self.refuse(key, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         weight = replace(weight, dtype=place.dtype)
         if chosen is not None:

@@ -93,22 +93,22 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
     adapted = adapted_layers(model)
     if not adapted:
         return original(model, *args, **kwargs)
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    state = given.get("state_dict")
+    arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    state = arguments.get("state_dict")
     if state is not None and not any(last_part(str(key)).startswith("lora_") for key in state):
         return original(model, *args, **kwargs)  # the user chose what is written
-    what = f"{type(model).__name__}.save_pretrained"
+    method = f"{type(model).__name__}.save_pretrained"
     if any(is_sharded(layer.lora_A) for layer in adapted.values()):
         raise ValueError(
-            f"{what}: the layers are sharded, and one rank alone can't save them. Call "
+            f"{method}: the layers are sharded, and one rank alone can't save them. Call "
             "lightning_qlora.save_adapter(model, FOLDER) on all ranks; it writes a PEFT folder."
         )
-    if given.get("push_to_hub"):
-        raise ValueError(f"{what}: push_to_hub=True is not supported. Call model.push_to_hub(NAME).")
-    if given.get("is_main_process", True):
-        save_adapter(model, given["save_directory"])
+    if arguments.get("push_to_hub"):
+        raise ValueError(f"{method}: push_to_hub=True is not supported. Call model.push_to_hub(NAME).")
+    if arguments.get("is_main_process", True):
+        save_adapter(model, arguments["save_directory"])
         warnings.warn(
-            f"{what} wrote the adapter as a PEFT folder, because the base is in 4 bits. lightning_qlora.merge(model) "
+            f"{method} wrote the adapter as a PEFT folder, because the base is in 4 bits. lightning_qlora.merge(model) "
             "makes dense layers, which save_pretrained writes.",
             stacklevel=3,
         )

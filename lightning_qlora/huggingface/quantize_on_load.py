@@ -91,7 +91,9 @@ def _quantizer_for(
     try:
         quantizer, model_config, device_map = ask(None)
     except ImportError as error:
-        raise ImportError(str(error) if can_dequantize else reason) from error
+        if can_dequantize:
+            reason = str(error)
+        raise ImportError(reason) from error
     dequantizes = getattr(getattr(quantizer, "quantization_config", None), "dequantize", False)
     if quantizer is not None and not dequantizes:
         warnings.warn(reason, stacklevel=2)

@@ -79,7 +79,9 @@ class Loading:
         self.on_meta: list[tuple[nn.Module, ModelFolder, list[Version]]] = []
         self.mismatches: list[ValueError] = []
         # The adapter to start from, until the first model that has its layers gets it.
-        self._adapter = adapter if config.adapter is None else read_adapter(config.adapter)
+        self._adapter = adapter
+        if config.adapter is not None:
+            self._adapter = read_adapter(config.adapter)
         self._starts_from_adapter = self._adapter is not None
 
     def config_for(self, model: nn.Module) -> QLoRAConfig | None:
@@ -153,8 +155,9 @@ class QLoRAQuantizer(HfQuantizer):
         """The layers and stacks of experts to convert, by the names of their parameters."""
         chosen = {}
         for name, each in select_layers(model, config).convert.items():
-            is_stack = isinstance(each.part, ExpertParameter)
-            chosen[name if is_stack else join(name, "weight")] = each
+            if not isinstance(each.part, ExpertParameter):
+                name = join(name, "weight")
+            chosen[name] = each
         keys: Any = getattr(model, "all_tied_weights_keys", {})
         for key in (*keys, *keys.values()):  # will be tied when they are loaded
             chosen.pop(join(owner_name(key), "weight"), None)
@@ -172,8 +175,10 @@ class QLoRAQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """transformers' conversions of the files, each followed by ours."""
-        conversions = super().update_weight_conversions(weight_conversions, *model)  # type: ignore
-        return conversions if self.folder is not None else self.followed_by_ours(conversions)
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)  # type: ignore
+        if self.folder is None:
+            conversions = self.followed_by_ours(conversions)
+        return conversions
 
     def followed_by_ours(self, conversions: list[Any]) -> list[Any]:
         """Copies of conversions that also make the 4-bit layers; others, which only rename tensors, as they are."""
@@ -182,13 +187,15 @@ class QLoRAQuantizer(HfQuantizer):
         if self.pre_quantized:  # tensors that their conversions do not make; "$": patterns match the end
             names = sorted({last_part(key) for key in self.chosen})
             conversions = conversions + [WeightConverter(f"{name}$", name, [Nothing()]) for name in names]
-        return [self._copy(each) if hasattr(each, "operations") else each for each in conversions]
+        return list(map(self._copy, conversions))
 
     def _copy(self, conversion: Any) -> Any:
         """A conversion with ours behind it. A model is saved by the conversions that loaded it, which stay as they are.
 
         transformers adds `quantization_operation` itself where the files are dense.
         """
+        if not hasattr(conversion, "operations"):
+            return conversion  # it only renames
         copied = copy.copy(conversion)
         copied.operations = [Compose(self, conversion.operations)]
         copied.quantization_operation = Quantize(self) if self.pre_quantized else None
@@ -198,12 +205,12 @@ class QLoRAQuantizer(HfQuantizer):
     def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
         """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
         assert self.folder is not None
-        found = find_without_data(self.folder, load, load_config)
+        result = find_without_data(self.folder, load, load_config)
         mark_as_found(model, self.folder)
-        for name, shape, expected in found[0].mismatched_keys:
+        for name, shape, expected in result[0].mismatched_keys:
             key = self.folder.key_of.get(name, name)
             self.loading.mismatches.append(self.error(key, wrong_shape(key, shape, expected)))
-        return found
+        return result
 
     # ---------------------------------------------------------------- the model after its weights were read
 
@@ -230,13 +237,16 @@ class QLoRAQuantizer(HfQuantizer):
         for name, tensor in named_tensors(model):
             expected = self._shapes.get(name, tensor.shape)
             if tensor.shape != expected:
-                known = self.loading.mismatches  # these name the files of converted weights too
-                raise known[0] if known else self.error(name, wrong_shape(name, tensor.shape, expected))
+                for error in self.loading.mismatches:  # these name the files of converted weights too
+                    raise error
+                raise self.error(name, wrong_shape(name, tensor.shape, expected))
 
     def error(self, key: str, message: str) -> ValueError:
         """An error that names the file of a key."""
         path = self.file_of.get(key)
-        return ValueError(message if path is None else f"{path}: {message}")
+        if path is not None:
+            message = f"{path}: {message}"
+        return ValueError(message)
 
     # ---------------------------------------------------------------- what transformers asks of every quantizer
 
@@ -251,7 +261,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes of a weight, for transformers' reservation of GPU memory."""
-        return 0.5 if self.param_needs_quantization(model, param_name) else param.element_size()
+        if self.param_needs_quantization(model, param_name):
+            return 0.5
+        return param.element_size()
 
 
 class PackedQuantizer(QLoRAQuantizer):
@@ -318,7 +330,10 @@ def _convert_without_data(
     """Convert the chosen layers that the files have, on the meta device."""
     for key, each in chosen.items():
         entry = folder.entries.get(key)
-        exists = f"{key}.0" in folder.entries if entry is None else entry.shape == shapes[key]
+        if entry is None:
+            exists = f"{key}.0" in folder.entries
+        else:
+            exists = entry.shape == shapes[key]
         if exists:
             name = key if isinstance(each.part, ExpertParameter) else owner_name(key)
             each.convert(name).loaded = True

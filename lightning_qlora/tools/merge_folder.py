@@ -111,7 +111,8 @@ def _quantizes_as_in_training(weights: dict[str, Tensor], adapter: Adapter, conf
     if expected is None or adapter.bases:
         return True
     form = config.quant_type, config.block_size, config.double_quant
-    packed = [quantize(matrix, *form) for matrix in (weight if weight.ndim == 3 else [weight])]
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    packed = [quantize(matrix, *form) for matrix in matrices]
     return expected == fingerprint_of_weights(packed)
 
 

@@ -67,7 +67,9 @@ class Backend:
         if any(op.startswith("grouped") for op in failures):
             self.can_group = eager.can_group
         scratch.release()  # of a kernel that failed, the counters of shared sums may be wrong
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Triton's interpreter"
+        name = "Triton's interpreter"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
         warnings.warn(
             f"{name} ({self.device}): plain torch computes {', '.join(failures)}, because the Triton kernels fail. The "
             f"results are right, and slower. {'; '.join(f'{op}: {why}' for op, why in failures.items())}. "
@@ -85,7 +87,9 @@ def backend(device: torch.device) -> Backend:
     if not has_kernels(device):
         return _EAGER
     previous = _backends.get(device)
-    return _make(device) if previous is None else previous
+    if previous is None:
+        return _make(device)
+    return previous
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -95,15 +99,20 @@ def has_kernels(device: torch.device) -> bool:
 
 def failures(device: torch.device, repeat: bool = False) -> dict[str, str]:
     """The ops whose kernels are not used on a device, each with what they do wrong; `repeat` checks all again now."""
-    checked = _make(device, repeat) if repeat and has_kernels(device) else backend(device)
-    return getattr(checked, "failures", {})
+    if repeat and has_kernels(device):
+        kernels = _make(device, repeat)
+    else:
+        kernels = backend(device)
+    return getattr(kernels, "failures", {})
 
 
 def describe(device: torch.device) -> str:
     """What computes on a device, as a text for users: results of another one differ in their last bits."""
     kernels = backend(device)
     if kernels is _EAGER:
-        return eager.path() if device.type == "cpu" else "plain torch"
+        if device.type == "cpu":
+            return eager.path()
+        return "plain torch"
     return ", ".join(["Triton kernels", *(f"{op} in plain torch" for op in OPS if op in kernels.failures)])
 
 

@@ -28,18 +28,26 @@ def path() -> str:
     library = compiled_library()
     if library is not None:
         return f"C kernels, {library.form}"
-    return f"plain torch ({OFF} is set)" if is_off() else "plain torch (the C kernels could not be compiled)"
+    if is_off():
+        return f"plain torch ({OFF} is set)"
+    return "plain torch (the C kernels could not be compiled)"
 
 
 def _library(x: Tensor) -> Library | None:
     """The C kernels, if they exist and support the device and dtype of x."""
-    library = compiled_library() if x.device.type == "cpu" else None
-    return library if library is not None and x.dtype in library.types else None
+    if x.device.type != "cpu":
+        return None
+    library = compiled_library()
+    if library is None or x.dtype not in library.types:
+        return None
+    return library
 
 
 def _library_for_few_rows(x: Tensor, weight: PackedBytes) -> Library | None:
     library = _library(x)
-    return library if library is not None and library.multiplies(len(x), weight, x.dtype) else None
+    if library is None or not library.multiplies(len(x), weight, x.dtype):
+        return None
+    return library
 
 
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
@@ -58,7 +66,9 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     """See `PackedBytes.dequantize_into`."""
     library = _library(out)
-    return weight.dequantize_into(out) if library is None else library.dequantize_into(out, weight)
+    if library is None:
+        return weight.dequantize_into(out)
+    return library.dequantize_into(out, weight)
 
 
 def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:

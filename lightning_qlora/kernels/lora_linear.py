@@ -92,7 +92,10 @@ class _LoraLinear(torch.autograd.Function):
         weight, scaling, p, seed, bias_dtype = ctx.choices
         needs_x, needs_bias, *_ = ctx.needs_input_grad
         grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
-        return grads[0], grad_bias(grad, bias_dtype) if needs_bias else None, grads[1], grads[2], None
+        of_bias = None
+        if needs_bias:
+            of_bias = grad_bias(grad, bias_dtype)
+        return grads[0], of_bias, grads[1], grads[2], None
 
 
 def refuse_second_derivative() -> None:
@@ -122,7 +125,9 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
         grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
     )
-    of_bias = grad_bias(grad, bias_dtype) if needs_bias else None
+    of_bias = None
+    if needs_bias:
+        of_bias = grad_bias(grad, bias_dtype)
     return grad_x if needs_x else None, *[None] * 6, of_bias, grad_a, grad_b, *[None] * 3
 
 

@@ -46,10 +46,10 @@ def quantize(
     check_choice("block_size", block_size, BLOCK_SIZES)
     check_bool("double_quant", double_quant)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
-        raise TypeError(
-            f"weight: a tensor of type float32, bfloat16 or float16 can be quantized, not "
-            f"{weight.dtype if isinstance(weight, Tensor) else type(weight).__name__}."
-        )
+        kind: Any = type(weight).__name__
+        if isinstance(weight, Tensor):
+            kind = weight.dtype
+        raise TypeError(f"weight: a tensor of type float32, bfloat16 or float16 can be quantized, not {kind}.")
     if weight.is_meta:
         raise ValueError("weight: is on the meta device, so there is no data to quantize; load the weights first.")
     if not weight.numel():
@@ -65,7 +65,10 @@ def quantize(
 
 def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:
     """The same without checks, also for a weight that has no values."""
-    rows = weight.detach().reshape(-1, weight.shape[-1] if weight.ndim else 1)
+    columns = 1
+    if weight.ndim:
+        columns = weight.shape[-1]
+    rows = weight.detach().reshape(-1, columns)
     packed, absmax, nested = torch.ops.lightning_qlora.quantize(rows, quant_type, block_size, double_quant)
     as_rows = PackedBytes(packed, absmax, nested, (rows.shape[0], rows.shape[1]), quant_type, block_size)
     return replace(PackedWeight.from_bytes(as_rows, weight.dtype), shape=tuple(weight.shape))
@@ -150,7 +153,10 @@ def _scales(absmax: Tensor, nested: Tensor, numbers: Tensor | None) -> Tensor:
 
 @_scales.register_fake
 def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
-    return absmax.new_empty(absmax.numel() // (1 if nested.numel() else 4), dtype=torch.float32)
+    blocks = absmax.numel()
+    if not nested.numel():  # the bytes of fp32 scales
+        blocks //= 4
+    return absmax.new_empty(blocks, dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
@@ -206,7 +212,9 @@ def lora_linear_backward_op(
     """The gradients of x (empty if it is not needed), A and B."""
     weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
     grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
-    return x.new_empty(0) if grad_x is None else grad_x, grad_a, grad_b
+    if grad_x is None:
+        grad_x = x.new_empty(0)
+    return grad_x, grad_a, grad_b
 
 
 @lora_linear_backward_op.register_fake
@@ -284,8 +292,9 @@ def has_autocast(device: str) -> bool:
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Kernels write x's type by address, so autocast must not give torch's products another type."""
     device = x.device.type
-    changes_type = has_autocast(device) and torch.get_autocast_dtype(device) is not x.dtype
-    return torch.autocast(device, enabled=False) if changes_type else _NO_CHANGE
+    if has_autocast(device) and torch.get_autocast_dtype(device) is not x.dtype:
+        return torch.autocast(device, enabled=False)
+    return _NO_CHANGE
 
 
 def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:

@@ -87,7 +87,9 @@ def linear_into(
 ) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
     y = _product(x, dequantize(weight, x.dtype).T) + scaling * _product(xa, lora_b.to(x.dtype).T)
-    out.copy_(y if bias is None else y + bias)
+    if bias is not None:
+        y = y + bias
+    out.copy_(y)
 
 
 def linear_backward(
@@ -165,13 +167,17 @@ def grouped_linear_backward(
     grad_a = torch.empty_like(lora_a)
     grad_b = torch.empty_like(lora_b)
     for e, rows in enumerate(_groups(ends)):
-        a, b = lora_a[e], lora_b[e]
-        grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, b, scaling)
+        a = lora_a[e]
+        of_expert = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, lora_b[e], scaling)
+        grad_xa, grad_a[e], grad_b[e] = of_expert
         total[rows] = _product(grad_xa, a.to(grad.dtype))
     total = dropout(total, p, seed)  # its mask depends on the index among all rows
     for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
         total[rows] += _product(grad[rows], dequantize(matrix, grad.dtype))
-    return total.to(grad.dtype) if needs_x else None, grad_a, grad_b
+    grad_x = None
+    if needs_x:
+        grad_x = total.to(grad.dtype)
+    return grad_x, grad_a, grad_b
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

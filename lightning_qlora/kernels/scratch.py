@@ -40,8 +40,9 @@ def scratch(
     make = torch.zeros if zero else torch.empty
     if is_capturing(device):
         return make(numel, dtype=dtype, device=device)
-    # As Triton reads it: `torch.cuda.current_stream` makes an object each time.
-    stream = int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+    stream = 0
+    if device.type == "cuda":  # as Triton reads it: `torch.cuda.current_stream` makes an object each time
+        stream = int(torch._C._cuda_getCurrentRawStream(device.index))
     key = (device, stream, dtype, purpose)
     buffer = _thread.buffers.get(key)
     if buffer is None or buffer.numel() < numel:

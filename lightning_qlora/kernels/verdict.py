@@ -63,7 +63,9 @@ def setup(device: torch.device) -> dict[str, str]:
     facts = {name: import_module(name).__version__ for name in ("lightning_qlora", "torch", "triton")}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        architecture = card.gcnArchName if torch.version.hip else f"{card.major}.{card.minor}"
+        architecture = f"{card.major}.{card.minor}"
+        if torch.version.hip:
+            architecture = card.gcnArchName
         drivers = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
         facts["card"] = f"{card.name}, {architecture}"
         facts["toolkit"] = str(torch.version.cuda or torch.version.hip)
@@ -79,12 +81,16 @@ def setup(device: torch.device) -> dict[str, str]:
 def _read(file: Path) -> Verdict | None:
     """The verdict in a file; None if there is none, it is damaged, or another user could have written it."""
     try:
-        faults: Any = None if objection(file) else json.loads(file.read_text())["ops"]
+        if objection(file):
+            return None
+        faults: Any = json.loads(file.read_text())["ops"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(faults, dict) or list(faults) != list(OPS):
         return None
-    return faults if all(why is None or isinstance(why, str) for why in faults.values()) else None
+    if not all(why is None or isinstance(why, str) for why in faults.values()):
+        return None
+    return faults
 
 
 def examine(device: torch.device) -> Verdict:

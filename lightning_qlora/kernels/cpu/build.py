@@ -108,7 +108,9 @@ def _build(source: Path, program: str, flags: tuple[str, ...], folder: Path, nam
         _run([program, *flags, "-c", str(source), "-o", str(machine_code)])
         # Linked without -fopenmp: the OpenMP functions are then those of the library that torch has loaded, so the
         # process has one thread pool and not two.
-        lookup = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+        lookup = []
+        if platform.system() == "Darwin":
+            lookup = ["-undefined", "dynamic_lookup"]
         _run([program, "-shared", str(machine_code), *lookup, "-o", str(shared)])
         shared.chmod(0o700)  # whatever the umask is
         library = folder / f"{name}-{_hash(shared)}.so"

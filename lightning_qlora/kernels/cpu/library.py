@@ -54,7 +54,9 @@ class Library:
                 function.argtypes = [ARGUMENTS[letter] for letter in letters]
                 function.restype = None
         loaded.form.restype = ctypes.c_char_p
-        self.form = loaded.form().decode() + ("" if loaded.has_threads() else ", one thread")
+        self.form = loaded.form().decode()
+        if not loaded.has_threads():
+            self.form += ", one thread"
         self._bf16 = "bf16" in self.form
         self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
         self._loaded = loaded
@@ -93,12 +95,16 @@ class Library:
         lora_b = _fp32(lora_b)
         m, width = x.shape
         r = lora_b.shape[1]
-        lora_a = None if lora_a is None else _fp32(lora_a)
-        xa = None if xa is None else xa.contiguous()
+        if lora_a is not None:
+            lora_a = _fp32(lora_a)
+        if xa is not None:
+            xa = xa.contiguous()
         workspace = scratch(m * (2 * (width + STEP) + r + STEP), torch.float32, x.device, "rows")
         bias_type = 0
         if bias is not None:
-            bias = (bias if bias.dtype in self.types else bias.float()).contiguous()
+            if bias.dtype not in self.types:
+                bias = bias.float()
+            bias = bias.contiguous()
             bias_type = TYPES[bias.dtype]
         self._loaded.lora_linear(
             ctypes.byref(struct),

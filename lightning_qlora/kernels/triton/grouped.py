@@ -177,37 +177,55 @@ class Group:
         n_nested = weight.nested.shape[1] // 4 - 1
         mask, scale = dropout_arguments(p, seed, self.device)
         tables = tables_of_levels(weight.quant_type, self.device)
-        columns = k // run if backward else -(-n // self.tile["N"])
+        if backward:
+            columns = k // run
+            lora = self.lora_a
+        else:
+            columns = -(-n // self.tile["N"])
+            lora = self.lora_b
         run_product = _launch(
             _product_kernel, self.device, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), self.tile,
             BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
             EXPERTS=triton.next_power_of_2(self.experts), RUN=run, R=rank_tile(self.r),
         )  # fmt: skip
-        lora = self.lora_a if backward else self.lora_b
         run_product((*weight[:3], *tables, lora, self.ends, x, h, out), (*mask, s * scale))
         return out
 
     def project(self, x: Tensor, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
         """s drop(x) A^T, or backward s x B: [rows, r]."""
-        k, out, rank = x.shape[1], x.new_zeros(len(x), self.r), rank_tile(self.r)
+        k = x.shape[1]
+        out = x.new_zeros(len(x), self.r)
+        rank = rank_tile(self.r)
+        if backward:
+            lora = self.lora_b
+            strides = (1, self.r)
+        else:
+            lora = self.lora_a
+            strides = (k, 1)
         mask, scale = dropout_arguments(p, seed, self.device)
         run = _launch(
             _project_kernel, self.device, (self.tiles, -(-self.r // rank), 1),
-            (self.experts, k, self.r, *((1, self.r) if backward else (k, 1))), self.tile, BACKWARD=backward,
+            (self.experts, k, self.r, *strides), self.tile, BACKWARD=backward,
             DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), R=rank,
         )  # fmt: skip
-        run((self.lora_b if backward else self.lora_a, self.ends, x, out), (*mask, s * scale))
+        run((lora, self.ends, x, out), (*mask, s * scale))
         return out
 
     def gradients(self, h: Tensor, x: Tensor, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
         """s h^T drop(x) of every expert: [experts, r, columns of x], or [experts, columns of x, r] if transposed."""
-        n, rank = x.shape[1], rank_tile(self.r)
+        n = x.shape[1]
+        rank = rank_tile(self.r)
         mask, scale = dropout_arguments(p, seed, self.device)
-        shape = (self.experts, n, self.r) if transposed else (self.experts, self.r, n)
+        if transposed:
+            shape = (self.experts, n, self.r)
+            strides = (1, self.r)
+        else:
+            shape = (self.experts, self.r, n)
+            strides = (n, 1)
         out = torch.empty(shape, dtype=self.lora_a.dtype, device=self.device)
         run = _launch(
             _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
-            (n, self.r, *((1, self.r) if transposed else (n, 1))), self.tile, DROPOUT=seed is not None, R=rank,
+            (n, self.r, *strides), self.tile, DROPOUT=seed is not None, R=rank,
         )  # fmt: skip
         run((self.ends, h, x, out), (*mask, s * scale))
         return out

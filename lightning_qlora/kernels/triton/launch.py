@@ -202,9 +202,14 @@ def shared_launch(
     shares = number_of_shares(tiles, tile["PROGRAMS"], steps)
     constants |= {"SPLIT": shares > 1}
     launch = Launch(kernel, device, (*grid, shares), (*numbers, shares), tile, fuse=True, **constants)
-    return launch, 0 if shares == 1 else COUNTERS.value + shares * tiles * numel
+    sums = 0
+    if shares != 1:
+        sums = COUNTERS.value + shares * tiles * numel
+    return launch, sums
 
 
 def share_memory(sums: int, out: Tensor) -> Tensor:
     """The counters, which are zero before and after a launch, and the sums; `out` if there are none."""
-    return scratch(sums, torch.float32, out.device, "shares", zero=True) if sums else out
+    if not sums:
+        return out
+    return scratch(sums, torch.float32, out.device, "shares", zero=True)

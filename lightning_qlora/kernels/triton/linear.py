@@ -144,7 +144,10 @@ def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None =
     tensors, n_nested = weight_arguments(weight)
     tile = find_tile("matmul", x.device, x.shape[0])
     run, sums = _matmul(x.device, tile, x.shape[0], weight.shape, weight.block_size, n_nested, bias is not None)
-    run((*tensors, x.contiguous(), y if bias is None else bias.contiguous(), y, share_memory(sums, y)))
+    addend = y
+    if bias is not None:
+        addend = bias.contiguous()
+    run((*tensors, x.contiguous(), addend, y, share_memory(sums, y)))
     return y
 
 

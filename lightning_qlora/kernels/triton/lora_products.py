@@ -326,7 +326,9 @@ def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, s
     tile = _tile("lora_up", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
         torch.addmm(h.new_empty(()), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
-        return out if seed is None else dropout(out, p, seed, out=out)
+        if seed is None:
+            return out
+        return dropout(out, p, seed, out=out)
     mask, scale = dropout_arguments(p, seed, h.device)
     run = _up(h.device, tile, (m, n, r, *w.stride()[::-1]), seed is not None)
     run((h, w, out), (*mask, s * scale))

@@ -104,9 +104,11 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
         WHOLE=n % block_size == 0,
     )
     launch((flat, packed, absmax, book.bounds, book.order))
-    scales, nested = absmax, absmax.new_empty(0)
     if double_quant:
         scales, nested = _nest(absmax)
+    else:
+        scales = absmax
+        nested = absmax.new_empty(0)
     shape = (weight.shape[0], weight.shape[1])
     return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
 

@@ -191,7 +191,10 @@ def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     for name in adapter.layers:
         key = f"{name}.lora_A.weight"
         stack = adapter.experts.get(name)
-        parameter = parameters.get(f"{name}.weight" if stack is None else name)
+        weight_name = name
+        if stack is None:
+            weight_name = f"{name}.weight"
+        parameter = parameters.get(weight_name)
         if parameter is None:
             refuse(adapter, key, model, "has no such layer")
         weight = parameter.detach()

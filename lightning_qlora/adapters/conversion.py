@@ -145,7 +145,10 @@ class SavedConversion:
 
 def layer_name(key: str, lora_a: Any) -> str:
     """The name of the layer whose lora_A has this key in a state dict; of a stack that of its parameter."""
-    return parameter_name(owner_name(key)) if len(lora_a.shape) == 3 else owner_name(key)
+    name = owner_name(key)
+    if len(lora_a.shape) == 3:
+        name = parameter_name(name)
+    return name
 
 
 def entry_of(text: str) -> Tensor:

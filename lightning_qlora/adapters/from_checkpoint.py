@@ -75,7 +75,9 @@ def fingerprint_of_base(path: str | os.PathLike[str], weights_only: bool = True)
     """One number for all fingerprints in a checkpoint, in hexadecimal; None if it has none."""
     _, _, conversion = _read_converted_state_dict(path, weights_only)
     numbers = [number for _, number in sorted(conversion.fingerprints.items())]
-    return checksum(torch.tensor(numbers, device="cpu")) if numbers else None
+    if not numbers:
+        return None
+    return checksum(torch.tensor(numbers, device="cpu"))
 
 
 def _read_converted_state_dict(

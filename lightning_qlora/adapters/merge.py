@@ -110,13 +110,17 @@ def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tenso
     for matrix in layer.matrices():
         if weight is None:
             dense = ops.dequantize(matrix.weight, layer.weight_dtype)
+        elif layer.is_stack:
+            dense = weight[matrix.number]
         else:
-            dense = weight[matrix.number] if layer.is_stack else weight
+            dense = weight
         total = dense.contiguous().float() + layer.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
         if matrix.magnitude is not None:
             scale = matrix.magnitude.float() / total.norm(dim=1).clamp_min(TINY)
             total *= scale[:, None]
-        rounded_name = f"{name}.{matrix.number}" if layer.is_stack else name
+        rounded_name = name
+        if layer.is_stack:
+            rounded_name = f"{name}.{matrix.number}"
         merged.append(round_stochastically(total, dtype, rounded_name))
     return layer.as_dense(merged).contiguous()
 

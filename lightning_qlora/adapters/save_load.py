@@ -200,12 +200,14 @@ def get_adapter(module: nn.Module) -> Adapter:
 
 def _adapter_of_layer(layer: LoRALayer) -> LayerAdapter:
     """Its parameters, whole."""
-    magnitude = layer.lora_magnitude_vector
+    magnitude: Tensor | None = layer.lora_magnitude_vector
+    if magnitude is not None:
+        magnitude = gather(magnitude).detach()
     return LayerAdapter(
         lora_A=gather(layer.lora_A).detach(),
         lora_B=gather(layer.lora_B).detach(),
         alpha=layer.config.lora_alpha,
-        magnitude=None if magnitude is None else gather(magnitude).detach(),
+        magnitude=magnitude,
         initial=layer.initial,
     )
 
@@ -233,16 +235,16 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
         layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
         layer.set_initial(None, None)
         record_initialization(layer, adapter.quantization)
-        loaded = adapter.layers.get(name)
-        if loaded is None:
+        saved = adapter.layers.get(name)
+        if saved is None:
             layer.lora_B.data.zero_()
             continue
-        values = {"lora_A": loaded.lora_A, "lora_B": loaded.lora_B, MAGNITUDE: loaded.magnitude}
+        values = {"lora_A": saved.lora_A, "lora_B": saved.lora_B, MAGNITUDE: saved.magnitude}
         for key, value in values.items():
             if value is not None:
                 layer.write(key, value.to(layer.lora_A.dtype).contiguous())
         layer.scaling = adapter.scaling(name)
-        layer.config = replace(layer.config, r=loaded.r, lora_alpha=loaded.alpha)
+        layer.config = replace(layer.config, r=saved.r, lora_alpha=saved.alpha)
     tensors = _tensors_by_plain_name(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
@@ -318,18 +320,18 @@ def _check_endings(names: list[str], base: nn.Module) -> None:
 
 
 def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter) -> None:
-    for name, loaded in adapter.layers.items():
+    for name, saved in adapter.layers.items():
         key = f"{name}.lora_A.weight"
         layer = layers.get(name)
         if layer is None:
             refuse(adapter, key, base, "has no layer with an adapter there")
         check_sizes(adapter, name, base, layer.out_features, layer.in_features)
-        if is_sharded(layer.lora_A) and loaded.lora_A.shape != layer.lora_A.shape:
+        if is_sharded(layer.lora_A) and saved.lora_A.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
-                f"{adapter.source}: key '{PREFIX}{key}' has rank {loaded.r}, and the sharded layer keeps "
+                f"{adapter.source}: key '{PREFIX}{key}' has rank {saved.r}, and the sharded layer keeps "
                 f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
             )
-        if (loaded.magnitude is None) != (layer.lora_magnitude_vector is None):
+        if (saved.magnitude is None) != (layer.lora_magnitude_vector is None):
             dora = layer.lora_magnitude_vector is not None
             refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
     indices = token_indices(base)

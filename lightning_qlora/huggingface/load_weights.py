@@ -225,7 +225,7 @@ def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config
 def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     """Set the types and marks of the dense copy, `folder.model`, on the tensors of a model on the meta device."""
     dense: Any = folder.model
-    loaded = dict(named_tensors(dense))
+    sources = dict(named_tensors(dense))
     for name, part in model.named_modules():
         if isinstance(part, PackedLayer):
             weight = join(name, "weight")
@@ -234,12 +234,12 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
             part.weight_dtype = dense.get_parameter(weight).dtype
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
         for key, parameter in part._parameters.items():
-            same = loaded.get(join(name, key))
+            same = sources.get(join(name, key))
             if parameter is not None and same is not None and parameter.dtype is not same.dtype:
                 cast = torch.empty_like(parameter, dtype=same.dtype)
                 part._parameters[key] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
         for key, tensor in (*part._parameters.items(), *part._buffers.items()):
-            same = loaded.get(join(name, key))  # None: of a 4-bit layer
+            same = sources.get(join(name, key))  # None: of a 4-bit layer
             if tensor is not None and (same is None or hasattr(same, LOADED_TENSOR)):
                 setattr(tensor, LOADED_TENSOR, True)
 

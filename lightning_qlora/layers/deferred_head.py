@@ -38,7 +38,9 @@ class DeferredHead(Derived):
             logits: Tensor = head.plain_forward(input)
             return logits
         device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        dtype = input.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return DeferredLogits(input, Source(input, head), dtype).attached()
 
 
@@ -107,7 +109,9 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
-    kind: Any = layer.dense_class if isinstance(layer, TrainableTokens) else type(layer)
+    kind: Any = type(layer)
+    if isinstance(layer, TrainableTokens):
+        kind = layer.dense_class
     kind = getattr(kind, "class_before", kind)
     return kind in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_packed(layer)
 

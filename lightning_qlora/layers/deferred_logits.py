@@ -151,7 +151,9 @@ class DeferredLogits(Readable):
         """The gradients of `parameters()` from that of the logits."""
         again = torch.is_grad_enabled()  # with `create_graph=True`
         with torch.enable_grad():
-            hidden = self.hidden if again and self.hidden.requires_grad else self.hidden.detach().requires_grad_()
+            hidden = self.hidden
+            if not again or not hidden.requires_grad:
+                hidden = hidden.detach().requires_grad_()
             inputs = [hidden, *self.source.trained]
             return torch.autograd.grad(self.compute(hidden), inputs, grad, create_graph=again, allow_unused=True)
 
@@ -198,8 +200,9 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = [None] * ctx.count if grad is None else ctx.logits.gradients(grad)
-        return None, *gradients
+        if grad is None:
+            return None, *[None] * ctx.count
+        return None, *ctx.logits.gradients(grad)
 
 
 CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
@@ -216,7 +219,10 @@ def _real(value: Any, keep: bool = False) -> Any:
 def _deferred(func: Any, logits: DeferredLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The result of a function that needs no real logits; None for any other."""
     if func is Tensor.__getitem__:
-        return _getitem(logits, args[0] if isinstance(args[0], tuple) else (args[0],))
+        index = args[0]
+        if not isinstance(index, tuple):
+            index = (index,)
+        return _getitem(logits, index)
 
     def function(real: Tensor) -> Tensor:
         return func(real, *args, **kwargs)  # type: ignore[no-any-return]
@@ -231,8 +237,9 @@ def _deferred(func: Any, logits: DeferredLogits, args: tuple[Any, ...], kwargs: 
     if func in ELEMENTWISE and len(arguments) < 2 and all(type(value) in PLAIN_ARGUMENTS for value in arguments):
         result = function(torch.empty(0, dtype=logits.dtype, device=logits.device))
         if result.device == logits.device and result.is_floating_point():
-            unchanged = func in CASTS and result.dtype is logits.dtype
-            return logits if unchanged else logits.elementwise(function, result.dtype)
+            if func in CASTS and result.dtype is logits.dtype:
+                return logits
+            return logits.elementwise(function, result.dtype)
     return None
 
 

@@ -36,7 +36,9 @@ def dora_linear(
     scaled = scale_rows(weight, factor)
     if scaled is None:
         y = lora_linear(x.float(), weight, None, lora_a, lora_b, scaling, p, seed) * (magnitude / norm)
-        return (y if bias is None else y + bias).to(x.dtype)
+        if bias is not None:
+            y = y + bias
+        return y.to(x.dtype)
     y = lora_linear(x, scaled, None, lora_a, factor[:, None] * lora_b, scaling, p, seed)
     return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
 
@@ -62,16 +64,22 @@ class _WithMagnitude(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, magnitude: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, magnitude)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype = None
         if bias is None:
             return y.clone()  # code after the layer may write to it
+        ctx.bias_dtype = bias.dtype
         return (y + bias).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         refuse_second_derivative()
         y, magnitude = ctx.saved_tensors
-        product = grad * (y.float() if y.dtype is torch.float16 else y)  # in fp16 small products are zero
+        if y.dtype is torch.float16:  # in fp16 small products are zero
+            y = y.float()
+        product = grad * y
         total = product.reshape(-1, len(magnitude)).sum(0, dtype=torch.float32)
         grad_magnitude = torch.where(magnitude == 0, 0, total / magnitude).to(magnitude.dtype)
-        return grad, grad_magnitude, grad_bias(grad, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        of_bias = None
+        if ctx.needs_input_grad[2]:
+            of_bias = grad_bias(grad, ctx.bias_dtype)
+        return grad, grad_magnitude, of_bias

@@ -13,7 +13,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 def world_size() -> int:
     """Number of ranks; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def of_all_ranks(value: Any) -> list[Any]:

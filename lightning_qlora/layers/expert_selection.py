@@ -35,8 +35,11 @@ class ExpertParameter(NamedTuple):
         if self.loaded is not None:
             return self.loaded.out_features, self.loaded.in_features
         stack: Any = self.owner._parameters[self.key]
-        rows, columns = stack.numel() // self.experts // stack.shape[-1], stack.shape[-1]
-        return (columns, rows) if self.transposed else (rows, columns)
+        columns = stack.shape[-1]
+        rows = stack.numel() // self.experts // columns
+        if self.transposed:
+            return columns, rows
+        return rows, columns
 
 
 def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
@@ -45,23 +48,27 @@ def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
     A stack is [experts, out, in] or [experts, in, out], where an attribute of the module whose name contains "experts"
     is that number; or flat, [experts * width, in], where two attributes are these numbers (DBRX).
     """
-    found = [
+    stacks = [
         ExpertParameter(owner, parameter_name(key), len(part), part._transposed)
         for key, part in owner._modules.items()
         if isinstance(part, QLoRAExperts) and part.loaded
     ]
+    if isinstance(owner, nn.Linear):
+        return stacks
     for key, parameter in owner._parameters.items():
-        count = None if parameter is None or isinstance(owner, nn.Linear) else _number_of_experts(owner, parameter)
-        if parameter is not None and count is not None:
-            found.append(ExpertParameter(owner, key, count, _is_transposed(owner, key, parameter, count)))
-    return found
+        if parameter is None:
+            continue
+        count = _number_of_experts(owner, parameter)
+        if count is not None:
+            stacks.append(ExpertParameter(owner, key, count, _is_transposed(owner, key, parameter, count)))
+    return stacks
 
 
 def _number_of_experts(owner: nn.Module, parameter: Tensor) -> int | None:
     numbers = {key: value for key, value in vars(owner).items() if type(value) is int and value > 0}
     if parameter.ndim == 3:
-        known = {value for key, value in numbers.items() if "experts" in key and "per_tok" not in key}
-        return parameter.shape[0] if parameter.shape[0] in known else None
+        experts = {value for key, value in numbers.items() if "experts" in key and "per_tok" not in key}
+        return parameter.shape[0] if parameter.shape[0] in experts else None
     if parameter.ndim == 2:
         widths = {value for key, value in numbers.items() if key.endswith(("_size", "_dim")) and value > 1}
         counts = [numbers[key] for key in COUNTS if key in numbers]
@@ -80,10 +87,13 @@ def _is_transposed(owner: Any, key: str, parameter: Tensor, experts: int) -> boo
     pairs = {key: (parameter.numel() // experts // parameter.shape[-1], parameter.shape[-1])}
     if pairs[key][0] == pairs[key][1]:  # then the other stacks of the module decide
         pairs = {k: (p.shape[1], p.shape[2]) for k, p in owner._parameters.items() if p is not None and p.ndim == 3}
-    return any(
-        rows != columns and hidden == (columns if any(word in name for word in DOWN) else rows)
-        for name, (rows, columns) in pairs.items()
-    )
+    for name, (rows, columns) in pairs.items():
+        inputs = rows
+        if any(word in name for word in DOWN):
+            inputs = columns
+        if rows != columns and hidden == inputs:
+            return True
+    return False
 
 
 def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:

@@ -11,7 +11,8 @@ from lightning_qlora.layers.dtensor import gather, own_rows
 from lightning_qlora.quantization.packed_weight import PackedWeight, stack_bytes
 
 _PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
-_ODD_1, _ODD_2 = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
+_ODD_1 = 0x1E3779B97F4A7C15
+_ODD_2 = 0x3F58476D1CE4E5B9
 
 
 def fingerprint(*tensors: Tensor) -> int:
@@ -38,20 +39,28 @@ def has_values(tensor: Tensor) -> bool:
 
 def _sums_of_pieces(tensor: Tensor) -> list[int]:
     """The sum of each `_PIECE` words. Of a sharded tensor every rank adds up its rows, and the sums are added."""
-    per_word = 2 if tensor.is_floating_point() else 8 // tensor.element_size()
-    size, group = _PIECE * per_word, None
+    if tensor.is_floating_point():
+        dtype = torch.float32
+        per_word = 2
+    else:
+        dtype = tensor.dtype
+        per_word = 8 // tensor.element_size()
+    size = _PIECE * per_word
+    group = None
     if (rows := own_rows(tensor)) is not None and tensor.stride(0) % per_word == 0:
         part, first, group = rows
         flat = part.reshape(-1)
     else:
-        flat, first = gather(tensor).reshape(-1), 0
+        first = 0
+        flat = gather(tensor).reshape(-1)
     sums = [0] * -(-tensor.numel() // size)
     for number in range(first // size, -(-(first + flat.numel()) // size)):
-        begin, end = max(number * size, first), min((number + 1) * size, first + flat.numel())
+        begin = max(number * size, first)
+        end = min((number + 1) * size, first + flat.numel())
         piece = flat[begin - first : end - first]
         if piece.numel() % per_word:
             piece = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
-        words = piece.to(torch.float32 if piece.is_floating_point() else None, copy=True).view(torch.int64)
+        words = piece.to(dtype, copy=True).view(torch.int64)
         place = 1 + begin // per_word
         words ^= torch.arange(place, place + words.numel(), device=words.device).mul_(_ODD_1)
         words ^= words >> 29

@@ -56,7 +56,9 @@ class FullPrecision(Derived):
             return value.to(dtype)
         reader: Any = _thread.reader
         # FSDP2 reads its shards here in the forward pass of another module; tensor parallelism computes with DTensors.
-        reads = reader is self if is_sharded(value) else reader is not None
+        reads = reader is not None
+        if is_sharded(value):
+            reads = reader is self
         return value.to(dtype) if reads else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -177,7 +179,9 @@ class _Readers:
     def become(self, owner: nn.Module) -> bool:
         """Let a module, and the next ones around it with a forward pass, read casts; whether its parameters can be."""
         around = [part for part in self._around(owner) if _can_read(part)]
-        reads = _can_read(owner) if _has_forward(owner) else bool(around)
+        reads = bool(around)
+        if _has_forward(owner):
+            reads = _can_read(owner)
         is_hooked = any(isinstance(hook, HOOKS) for hook in owner._forward_pre_hooks.values())
         if not reads or is_hooked:
             return False

@@ -58,7 +58,9 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
 
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
-    r = config.r if config.initialization in ("default", "gaussian") else _checked_rank(weight, config)
+    r = config.r
+    if config.initialization not in ("default", "gaussian"):
+        r = _checked_rank(weight, config)
     base = ops.quantize_unchecked(weight, config.quant_type, config.block_size, config.double_quant)
     lora_a = weight.new_empty(r, weight.shape[1], dtype=torch.float32)
     lora_b = weight.new_empty(weight.shape[0], r, dtype=torch.float32)

@@ -93,7 +93,9 @@ def decode_packed_layer(layer: nn.Module) -> None:
 def decode_as_stored(layer: nn.Module, weight: PackedWeight) -> Tensor:
     """A 4-bit weight as the float weight of a dense layer."""
     rows = weight.dequantize(weight.dtype)
-    return rows.T.contiguous() if kind_of(type(layer)).transposed else rows
+    if kind_of(type(layer)).transposed:
+        return rows.T.contiguous()
+    return rows
 
 
 # Class that a function with the decorator `derives` returned -> that function, and the recipe of the class before.
@@ -106,7 +108,9 @@ class Derived:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         recipe = RECIPES.get(type(self))
-        return reduced if recipe is None else (_new, (recipe,), *reduced[2:])
+        if recipe is None:
+            return reduced
+        return _new, (recipe,), *reduced[2:]
 
 
 def derives(derive: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:

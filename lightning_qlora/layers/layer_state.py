@@ -46,7 +46,10 @@ def base_entries(layer: LoRALayer, key: str) -> dict[str, Tensor]:
     """The 4-bit base in a state dict of checkpoint="full": bitsandbytes' entries, of a stack `key.i` for expert i."""
     entries: dict[str, Tensor] = {}
     for number, weight in enumerate(layer.packed_weights):
-        entries |= weight.bnb_state_dict(f"{key}.{number}" if layer.is_stack else key)
+        name = key
+        if layer.is_stack:
+            name = f"{key}.{number}"
+        entries |= weight.bnb_state_dict(name)
     return entries
 
 
@@ -96,7 +99,9 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
             )
         for key in INITIAL:
             value = state_dict.pop(prefix + key, None)
-            setattr(layer, key, None if value is None else value.contiguous())
+            if value is not None:
+                value = value.contiguous()
+            setattr(layer, key, value)
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
         return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
@@ -111,11 +116,16 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     names = [name for name in state_dict if name == key or name.startswith(key + ".")]
     entries = {name: state_dict.pop(name).contiguous() for name in names}
     packed = read_base(entries, key)
-    shape, expected = entries[names[0]].shape, layer.weight_shape
     if packed:
-        shape, expected = packed[0].shape, layer._shape[-2:]
+        shape = packed[0].shape
+        expected = layer._shape[-2:]
+    else:
+        shape = entries[names[0]].shape
+        expected = layer.weight_shape
     if tuple(shape) != expected:
-        name = parameter_name(prefix.removesuffix(".")) if layer.is_stack else key
+        name = key
+        if layer.is_stack:
+            name = parameter_name(prefix.removesuffix("."))
         raise CheckpointMismatchError(
             f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
             "training."

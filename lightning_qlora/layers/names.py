@@ -134,12 +134,15 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
     for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
         if model is None or not inside(name, model):
             model = name if is_transformers_model(part) else None
-        in_child = name.partition(".")[2] if is_lightning else ""
-        in_model = "" if model is None else name[len(model) :].lstrip(".")
+        in_child = ""
+        if is_lightning:
+            in_child = name.partition(".")[2]
+        in_model = ""
+        if model is not None:
+            in_model = name[len(model) :].lstrip(".")
         if isinstance(part, PackedLayer):
-            seed_name = vars(part)[
-                "seed_name"
-            ]  # from the model that was loaded, which may be a part of another one now
+            # From the model that was loaded, which may be a part of another one now.
+            seed_name = vars(part)["seed_name"]
         else:
             seed_name = plain_name(in_model or (only_child and in_child) or name)
         names_of_part = names.setdefault(id(part), LayerNames([], seed_name))
@@ -153,4 +156,6 @@ def only_child_of(module: nn.Module) -> str | None:
     if not isinstance(module, classes(LightningModule)) or module._parameters:
         return None
     holders = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
-    return holders[0] if len(holders) == 1 and not is_linear(module.get_submodule(holders[0])) else None
+    if len(holders) != 1 or is_linear(module.get_submodule(holders[0])):
+        return None
+    return holders[0]

@@ -47,5 +47,5 @@ def make_changes(*packages: str) -> None:
     for module, name, replacement in CHANGES:
         *owners, last = name.split(".")
         if module.partition(".")[0] in packages:
-            for loaded in modules(module):
-                wrap_once(reduce(getattr, owners, loaded), last, replacement)
+            for each in modules(module):
+                wrap_once(reduce(getattr, owners, each), last, replacement)

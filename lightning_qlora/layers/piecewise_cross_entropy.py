@@ -42,7 +42,10 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
         if reduction == "mean":
             ctx.count = (target != ignore_index).sum()
             loss = loss / ctx.count  # NaN without a row that counts, as in torch
-        return loss.to(torch.float32 if torch.is_autocast_enabled(target.device.type) else logits.dtype)
+        dtype = logits.dtype
+        if torch.is_autocast_enabled(target.device.type):
+            dtype = torch.float32
+        return loss.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +79,9 @@ def _loss_and_gradients(
             losses[rows], grad = _losses_and_gradient(values.detach(), target[rows], ignore_index)
         if not needed:
             continue
-        inputs = [*([piece] if needs_hidden else []), *trained]
+        inputs = trained
+        if needs_hidden:
+            inputs = [piece, *trained]
         grads = list(torch.autograd.grad(values, inputs, grad.to(values.dtype)))
         del values, grad  # before the next piece is computed
         if of_hidden is not None:

@@ -147,7 +147,9 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
         members["forward"] = kind.forward
     elif dense_class.forward is not nn.Linear.forward:
         members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
-    bases = (QLoRALinear, dense_class) if issubclass(dense_class, nn.Linear) else (QLoRALinear,)
+    bases: tuple[type, ...] = (QLoRALinear,)
+    if issubclass(dense_class, nn.Linear):
+        bases = (QLoRALinear, dense_class)
     return type(f"QLoRA{dense_class.__name__}", bases, members)
 
 
@@ -158,9 +160,13 @@ for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
 
 def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
     """Name -> converted layer, in the order of the module; a stack of experts by the name of its parameter."""
-    modules = module.named_modules(remove_duplicate=remove_duplicate)
-    layers = ((name, part) for name, part in modules if isinstance(part, LoRALayer))
-    return {parameter_name(name) if layer.is_stack else name: layer for name, layer in layers}
+    layers = {}
+    for name, part in module.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(part, LoRALayer):
+            if part.is_stack:
+                name = parameter_name(name)
+            layers[name] = part
+    return layers
 
 
 def computes_in_fp16(module: nn.Module) -> bool:

@@ -51,8 +51,10 @@ class Readable(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        written = [*args[:1], kwargs.get("out")] if writes(func) else [kwargs.get("out")]
-        if any(isinstance(value, Readable) for value in tree_leaves(written)):
+        outputs = [kwargs.get("out")]
+        if writes(func):
+            outputs += args[:1]
+        if any(isinstance(value, Readable) for value in tree_leaves(outputs)):
             raise RuntimeError(f"{getattr(func, '__name__', func)}: {READ_ONLY}")
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
@@ -95,7 +97,9 @@ def plain(value: Any) -> Any:
     if not isinstance(value, Readable):
         return value
     values = value.values()
-    return values.detach() if value._is_detached else values
+    if value._is_detached:
+        return values.detach()
+    return values
 
 
 def writes(func: Any) -> bool:
@@ -125,8 +129,10 @@ class ReadableWeight(Readable):
         shape, dtype, device = source.weight_metadata()
         trains = torch.is_grad_enabled() and not (detached or source._qlora_disabled)
         requires_grad = trains and any(parameter.requires_grad for parameter in source.adapter_parameters())
+        if transposed:
+            shape = shape[::-1]
         weight: ReadableWeight = Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if transposed else shape, dtype=dtype, device=device, requires_grad=requires_grad
+            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
         weight._source = source
         weight._transposed = transposed

@@ -72,8 +72,10 @@ class ModuleFacts:
         """Whether the module froze the weight of a layer, while something else trains."""
         if is_packed(layer) or not self.trains:
             return self.trains and id(layer) in self.frozen_models
+        if isinstance(layer, LoRALayer):
+            key = "lora_A"
         parameters: dict[str, Any] = layer._parameters
-        return not parameters["lora_A" if isinstance(layer, LoRALayer) else key].requires_grad
+        return not parameters[key].requires_grad
 
     def cannot_convert(self, layer: nn.Module | ExpertParameter) -> str | None:
         """Why a layer, or a parameter of experts, can't be converted, even if target_modules names it."""
@@ -133,7 +135,9 @@ def shape_of(layer: nn.Module | ExpertParameter) -> tuple[int, int]:
     if isinstance(layer, ExpertParameter):
         return layer.shape
     weight: Any = layer.weight
-    rows, columns = weight.quant_state.shape if is_packed(layer) else weight.shape
+    if is_packed(layer):
+        weight = weight.quant_state
+    rows, columns = weight.shape
     return rows, columns
 
 
@@ -156,10 +160,10 @@ def new_parameters(root: nn.Module) -> dict[int, str]:
     for part in root.modules():
         _mark(part._parameters.get(key) for key in vars(part).get(MARKED, ()))
     new: dict[int, str] = {}
-    loaded = loaded_models(root)
-    if loaded:
-        kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in loaded))
-        inside = {id(parameter) for model in loaded for parameter in model.parameters()}
+    models = loaded_models(root)
+    if models:
+        kinds = " and ".join(dict.fromkeys(type(model).__name__ for model in models))
+        inside = {id(parameter) for model in models for parameter in model.parameters()}
         new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in root.parameters() if id(p) not in inside}
     for model in _models(root):
         for parameter in _head(model):
@@ -182,8 +186,8 @@ def loaded_models(root: nn.Module) -> list[nn.Module]:
 
 def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
-    loaded = {id(p) for model in _models(root) if _is_marked(model) for p in model.parameters()}
-    _mark(parameter for parameter in parameters if id(parameter) in loaded)
+    ids = {id(p) for model in _models(root) if _is_marked(model) for p in model.parameters()}
+    _mark(parameter for parameter in parameters if id(parameter) in ids)
 
 
 def keep_marks(model: nn.Module) -> None:
@@ -203,7 +207,10 @@ def _head(model: nn.Module) -> Iterator[nn.Parameter]:
     if CLASSIFIERS.search(type(model).__name__):
         base = getattr(model, str(model.base_model_prefix), None)
         for name, child in model.named_children():
-            if child is not base if isinstance(base, nn.Module) else name in HEADS:
+            is_head = name in HEADS
+            if isinstance(base, nn.Module):
+                is_head = child is not base
+            if is_head:
                 yield from child.parameters()
 
 

@@ -31,7 +31,9 @@ class Value(NamedTuple):
     @staticmethod
     def of(parameter: Tensor, number: int) -> "Value":
         """The value of a parameter whose fingerprint is known."""
-        address = parameter.data_ptr() if has_values(parameter) and not is_sharded(parameter) else 0
+        address = 0
+        if has_values(parameter) and not is_sharded(parameter):
+            address = parameter.data_ptr()
         return Value(parameter._version, parameter.dtype, parameter.shape, address, number)
 
 
@@ -61,7 +63,9 @@ def unrecorded(module: nn.Module) -> list[Unrecorded]:
     for part in module.modules():
         parameters: dict[str, Any] = own_parameters(part)
         if isinstance(part, LoRALayer):
-            parameters = {"weight": part.lora_A, "bias": part._parameters.get("bias")} if part.loaded else {}
+            parameters = {}
+            if part.loaded:
+                parameters = {"weight": part.lora_A, "bias": part._parameters.get("bias")}
         for key, parameter in parameters.items():
             if parameter is not None and key not in _records(part):
                 result.append(Unrecorded(part, key, parameter.requires_grad))

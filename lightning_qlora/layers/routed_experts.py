@@ -20,8 +20,13 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     ids, order = top_k_index.reshape(-1).sort(stable=True)
     experts = len(self.down_proj)
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
-    hidden = _product(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // k], ends, ids)
-    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    if self.has_gate:
+        key = "gate_up_proj"
+        activate = self._apply_gate
+    else:
+        key = "up_proj"
+        activate = self.act_fn
+    hidden = activate(_product(self, key, hidden_states[order // k], ends, ids))
     outputs = _product(self, "down_proj", hidden, ends, ids)
     if getattr(self, "has_post_expert_norm", False):  # transformers before 5.20 does not have this flag
         outputs = self.post_expert_norm(outputs)
@@ -33,8 +38,13 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 def _product(owner: Any, key: str, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
     """The rows of x times the weights of their experts: a `QLoRAExperts`, or a parameter that stayed dense."""
     stack = owner._modules.get(stack_name(key))
-    y: Tensor = _dense_product(owner, getattr(owner, key), x, ends) if stack is None else stack(x, ends)
-    return y + getattr(owner, f"{key}_bias")[ids.clamp(max=len(ends) - 1)] if owner.has_bias else y
+    if stack is None:
+        y = _dense_product(owner, getattr(owner, key), x, ends)
+    else:
+        y = stack(x, ends)
+    if owner.has_bias:
+        y = y + getattr(owner, f"{key}_bias")[ids.clamp(max=len(ends) - 1)]
+    return y
 
 
 def _dense_product(owner: Any, stack: Tensor, x: Tensor, ends: Tensor) -> Tensor:

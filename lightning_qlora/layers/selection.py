@@ -212,7 +212,9 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
         new_here = {key: new[id(p)] for key, p in part._parameters.items() if id(p) in new}
         if part._modules and not names.match_outer(config.exclude_modules):
             choice.train.update({join(name, key): reason for key, reason in new_here.items()})
-        reason = None if part._modules else next(iter(new_here.values()), None)
+        reason = None
+        if not part._modules:
+            reason = next(iter(new_here.values()), None)
         if not (is_converted(part) or isinstance(part, QLoRAExperts)):  # a stack: selected with the module around it
             choice.decide(Candidate(name, part, names, reason, config, saved, facts))
     return choice
@@ -220,8 +222,8 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
     """The names of a stack of experts: its own, and for patterns those of the module that holds it."""
-    own = [join(form, stack.key) for form in names.forms]
-    return LayerNames(own + names.forms, join(names.seed_name, stack.key))
+    forms = [join(form, stack.key) for form in names.forms]
+    return LayerNames(forms + names.forms, join(names.seed_name, stack.key))
 
 
 def is_converted(layer: nn.Module) -> bool:

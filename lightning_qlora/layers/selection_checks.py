@@ -41,14 +41,18 @@ class Pattern(NamedTuple):
 def patterns_of(config: QLoRAConfig) -> Iterator[Pattern]:
     """The patterns of all arguments for layers."""
     for argument in ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = config.named_targets if argument == "target_modules" else getattr(config, argument)
+        value = getattr(config, argument)
+        if argument == "target_modules":
+            value = config.named_targets
         match = matches_outer if argument == "exclude_modules" else matches
         if isinstance(value, str):
             yield Pattern(argument, value, partial(match, patterns=value))
             continue
         for text in value:
-            is_ending = not isinstance(value, dict)
-            yield Pattern(argument, text, partial(match, patterns=[text]) if is_ending else partial(fits, pattern=text))
+            if isinstance(value, dict):
+                yield Pattern(argument, text, partial(fits, pattern=text))
+            else:
+                yield Pattern(argument, text, partial(match, patterns=[text]))
 
 
 def check_selection(module: nn.Module, config: QLoRAConfig, choice: Selection, of_checkpoint: bool) -> None:
@@ -164,10 +168,14 @@ def hand_written_adapters(root: nn.Module) -> list[str]:
         if isinstance(module, (LoRALayer, torch.jit.ScriptModule)):
             continue
         for key, layer in [("", module), *module.named_children()]:
-            weight = layer._parameters.get("weight") if is_linear(layer) else None
+            if not is_linear(layer):
+                continue
+            weight = layer._parameters.get("weight")
             if weight is None or weight.requires_grad:
                 continue
-            in_layer = {id(parameter) for parameter in layer.parameters()} if key else set()
+            in_layer = set()
+            if key:
+                in_layer = {id(parameter) for parameter in layer.parameters()}
             beside = [p for p in module.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in in_layer]
             if len(beside) == 2 and _is_low_rank(layer, *beside):
                 names.append(join(name, key))

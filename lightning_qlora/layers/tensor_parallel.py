@@ -49,8 +49,12 @@ class Split(NamedTuple):
         """The numbers, in the whole weight, of the blocks of this rank."""
         out = self.shape[0]
         blocks = self.shape[1] // block_size
-        per_row = blocks * self.mesh.size() if self.by_inputs else blocks
-        first = self.rank * (blocks if self.by_inputs else out * blocks)
+        if self.by_inputs:
+            per_row = blocks * self.mesh.size()
+            first = self.rank * blocks
+        else:
+            per_row = blocks
+            first = self.rank * out * blocks
         rows = torch.arange(out, device=device)[:, None] * per_row
         return (first + rows + torch.arange(blocks, device=device)).view(-1)
 
@@ -82,7 +86,11 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             f"{layer.full_name}: init_lora_weights='calibrated' needs a batch before the layer is split over ranks. "
             "Use 'loftq' or 'pissa', which need none."
         )
-    step = size * ranks if by_inputs else size
+    side = "outputs"
+    step = size
+    if by_inputs:
+        side = "inputs"
+        step *= ranks
     sizes = ""
     if inputs % step:
         sizes = f"{inputs} inputs, which must be a multiple of {step}"
@@ -90,14 +98,18 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         sizes = f"{out} outputs"
     if sizes:
         raise ValueError(
-            f"{layer.full_name}: can't be split over {ranks} ranks by {'in' if by_inputs else 'out'}puts in blocks of "
+            f"{layer.full_name}: can't be split over {ranks} ranks by {side} in blocks of "
             f"{size}: it has {sizes}. Choose another number of ranks or block_size, name the layer in exclude_modules, "
             "or leave it out of the plan."
         )
-    shape = (out, inputs // ranks) if by_inputs else (out // ranks, inputs)
+    if by_inputs:
+        shape = (out, inputs // ranks)
+        placements = BY_INPUTS
+    else:
+        shape = (out // ranks, inputs)
+        placements = BY_OUTPUTS
     layer._split = Split(mesh, by_inputs, shape)
     to_parameters(layer)
-    placements = BY_INPUTS if by_inputs else BY_OUTPUTS
     for name, parameter in layer._parameters.items():
         if parameter is None or isinstance(parameter, DTensor):
             continue
@@ -130,11 +142,13 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         rank = 0
         placements = [Partial()]
     matrix = Matrix(_weight_of_rank(layer), a, b, local(parameters["lora_magnitude_vector"]))
-    x_of_rank = x.to_local(grad_placements=placements) if isinstance(x, DTensor) else x
-    y: Tensor = layer.compute(x_of_rank, matrix, bias, rank)
     if not isinstance(x, DTensor):
-        return y
-    return DTensor.from_local(y, split.mesh, [Partial() if split.by_inputs else Shard(y.dim() - 1)], run_check=False)
+        return layer.compute(x, matrix, bias, rank)  # type: ignore[no-any-return]
+    y: Tensor = layer.compute(x.to_local(grad_placements=placements), matrix, bias, rank)
+    placement: Placement = Shard(y.dim() - 1)
+    if split.by_inputs:
+        placement = Partial()
+    return DTensor.from_local(y, split.mesh, [placement], run_check=False)
 
 
 @torch.no_grad()

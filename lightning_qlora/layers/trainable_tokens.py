@@ -70,7 +70,9 @@ class TrainableTokens(Derived):
     def weight(self) -> Tensor:
         """E, read-only; see `readable_weight.py`. If the weight is sharded, W alone, because FSDP2 reads it."""
         weight: Tensor = self.base().weight
-        return weight if is_sharded(weight) else readable_parameter(self)
+        if is_sharded(weight):
+            return weight
+        return readable_parameter(self)
 
     def weight_metadata(self) -> tuple[Any, torch.dtype, torch.device]:
         """Shape, type and device of the weight."""
@@ -80,8 +82,9 @@ class TrainableTokens(Derived):
     def register_parameter(self, name: str, param: Any) -> None:
         """As in nn.Module. If `param` is the `weight` of another such layer, its parameter is shared (tied weights)."""
         source = getattr(param, "_source", None)
-        shared = source._parameters.get(name, param) if isinstance(source, TrainableTokens) else param
-        super().register_parameter(name, shared)  # type: ignore[misc]
+        if isinstance(source, TrainableTokens):
+            param = source._parameters.get(name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     @property
     def _qlora_disabled(self) -> int:
@@ -111,7 +114,9 @@ class TrainableTokens(Derived):
     def effective_weight(self) -> Tensor:
         """E."""
         weight: Tensor = self.base().weight
-        return weight if self._qlora_disabled else weight.index_copy(0, self.token_adapter.token_indices, self.rows())
+        if self._qlora_disabled:
+            return weight
+        return weight.index_copy(0, self.token_adapter.token_indices, self.rows())
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What `F.linear(x, layer.weight, bias)` computes."""
@@ -119,7 +124,9 @@ class TrainableTokens(Derived):
         if self._qlora_disabled:
             return y
         indices = self.token_adapter.token_indices
-        return y.index_copy(-1, indices, F.linear(x, self.rows(), bias if bias is None else bias[indices]))
+        if bias is not None:
+            bias = bias[indices]
+        return y.index_copy(-1, indices, F.linear(x, self.rows(), bias))
 
 
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[override]
@@ -154,7 +161,9 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):  # type: ignore[overrid
         if self._qlora_disabled:
             return logits
         indices = self.token_adapter.token_indices
-        bias = self.bias if self.bias is None else self.bias[indices]
+        bias: Tensor | None = self.bias
+        if bias is not None:
+            bias = bias[indices]
         return logits.index_copy_(-1, indices, self._call_with_rows(input, {"bias": bias}, out_features=len(indices)))
 
 
@@ -221,9 +230,9 @@ def select_tokens(module: nn.Module, tokens: TokenIndices | None, names: dict[in
     A key that fits no layer has no effect here, see `check_tokens`.
     """
     layers = dict(module.named_modules())
-    named = _named_layers(module, tokens, names)
+    by_name = _named_layers(module, tokens, names)
     by_weight: dict[int, list[int]] = {}
-    for name, indices in named.items():
+    for name, indices in by_name.items():
         weight = layers[name]._parameters.get("weight")
         if weight is not None:
             by_weight.setdefault(id(weight), indices)
@@ -232,7 +241,9 @@ def select_tokens(module: nn.Module, tokens: TokenIndices | None, names: dict[in
         for name, key, weight in _parameters_of(module)
         if key == "weight" and id(weight) in by_weight
     }
-    return {name: indices for name, indices in (tied | named).items() if not isinstance(layers[name], TrainableTokens)}
+    return {
+        name: indices for name, indices in (tied | by_name).items() if not isinstance(layers[name], TrainableTokens)
+    }
 
 
 def check_tokens(
@@ -240,16 +251,19 @@ def check_tokens(
 ) -> None:
     """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
     layers = dict(module.named_modules())
-    named = _named_layers(module, tokens, names)
+    by_name = _named_layers(module, tokens, names)
     embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
-    text = f"{type(module).__name__} has {f'the embeddings {embeddings}' if embeddings else 'no nn.Embedding'}"
-    if isinstance(tokens, list) and not named:
+    text = f"{type(module).__name__} has no nn.Embedding"
+    if embeddings:
+        text = f"{type(module).__name__} has the embeddings {embeddings}"
+    if isinstance(tokens, list) and not by_name:
         raise ValueError(f"{ARGUMENT}: {text}, so a list does not say which. Pass {{name of the layer: {tokens[:9]}}}.")
-    for key in tokens if isinstance(tokens, dict) else ():
-        if not any(names[id(layer)].match([key]) for layer in layers.values()):
-            raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {text}.")
+    if isinstance(tokens, dict):
+        for key in tokens:
+            if not any(names[id(layer)].match([key]) for layer in layers.values()):
+                raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {text}.")
     by_weight: dict[int, list[int]] = {}
-    for name, indices in named.items():
+    for name, indices in by_name.items():
         weight = _checked_weight(name, layers[name], indices)
         previous = by_weight.setdefault(id(weight), indices)
         layer = layers[name]
@@ -282,7 +296,9 @@ def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
     in_4_bits = isinstance(layer, PackedLayer) or is_packed(layer)
     is_float = weight is not None and weight.is_floating_point()
     if weight is None or in_4_bits or not is_float or not isinstance(layer, (nn.Embedding, nn.Linear)):
-        kind = f"{type(layer).__name__}{' in 4 bits' if in_4_bits else ''}"
+        kind = type(layer).__name__
+        if in_4_bits:
+            kind += " in 4 bits"
         raise ValueError(f"{ARGUMENT}: {name!r} is a {kind}: only rows of nn.Embedding and nn.Linear can train.")
     if weight.is_meta:
         raise ValueError(f"{ARGUMENT}: {name!r} has no values yet. Load the module before it is converted.")
@@ -298,13 +314,15 @@ def _named_layers(module: nn.Module, tokens: TokenIndices | None, names: dict[in
     """Name of each layer that the argument means -> the indices."""
     if isinstance(tokens, list):
         embeddings = _input_embeddings(module)
-        return {embeddings[0]: tokens} if len(embeddings) == 1 else {}
-    named: dict[str, list[int]] = {}
+        if len(embeddings) != 1:
+            return {}
+        return {embeddings[0]: tokens}
+    by_name: dict[str, list[int]] = {}
     for key, indices in (tokens or {}).items():
         for name, layer in module.named_modules():
             if names[id(layer)].match([key]):
-                named.setdefault(name, indices)
-    return named
+                by_name.setdefault(name, indices)
+    return by_name
 
 
 def _input_embeddings(module: nn.Module) -> list[str]:

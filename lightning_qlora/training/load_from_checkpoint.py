@@ -94,7 +94,8 @@ def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:
 
     The plugin's has it too, for a module whose `on_save_checkpoint` keeps only what trains.
     """
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
     state = checkpoint.get("state_dict", {})
     endings = Counter(last_part(str(key)) for key in state)
     if endings[CONVERSION]:

@@ -159,12 +159,12 @@ def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]
     return reasons
 
 
-def audit_first_step(optimizer: Optimizer, module: nn.Module, known: dict[str, str]) -> None:
+def audit_first_step(optimizer: Optimizer, module: nn.Module, reasons: dict[str, str]) -> None:
     """Check once, after the first backward pass of an optimizer's parameters, that the adapters in it got a gradient.
 
     Weights that are read without a gradient are a warning, as are blocks that gradient checkpointing did not recompute;
     unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
-    `known` has the name -> reason of layers that get no gradient; new ones are added to it.
+    `reasons` has the name -> reason of layers that get no gradient; new ones are added to it.
     """
     if optimizer in _audited:
         return
@@ -177,8 +177,8 @@ def audit_first_step(optimizer: Optimizer, module: nn.Module, known: dict[str, s
     for name, layer in adapted_layers(module).items():
         if any(id(parameter) in ids for parameter in layer.adapter_parameters()):
             layers[name] = layer
-    new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in known}
-    known.update(new)
+    new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in reasons}
+    reasons.update(new)
     _show(new, blocks_not_recomputed(module, layers.values()))
     _warn_of_lost_steps(optimizer, module)
 

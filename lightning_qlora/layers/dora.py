@@ -74,9 +74,10 @@ class _WithMagnitude(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         refuse_second_derivative()
         y, magnitude = ctx.saved_tensors
-        if y.dtype is torch.float16:  # in fp16 small products are zero
-            y = y.float()
-        product = grad * y
+        if y.dtype is torch.float16:
+            product = grad * y.float()  # in fp16 small products are zero
+        else:
+            product = grad * y
         total = product.reshape(-1, len(magnitude)).sum(0, dtype=torch.float32)
         grad_magnitude = torch.where(magnitude == 0, 0, total / magnitude).to(magnitude.dtype)
         of_bias = None

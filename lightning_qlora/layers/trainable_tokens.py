@@ -241,9 +241,8 @@ def select_tokens(module: nn.Module, tokens: TokenIndices | None, names: dict[in
         for name, key, weight in _parameters_of(module)
         if key == "weight" and id(weight) in by_weight
     }
-    return {
-        name: indices for name, indices in (tied | by_name).items() if not isinstance(layers[name], TrainableTokens)
-    }
+    by_name = tied | by_name
+    return {name: indices for name, indices in by_name.items() if not isinstance(layers[name], TrainableTokens)}
 
 
 def check_tokens(

@@ -36,7 +36,8 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
 
 def stack_adapters(adapter: Adapter, name: str) -> tuple[str, LayerAdapter]:
     """PEFT's name and matrices for the experts of one parameter; ValueError if PEFT has no such adapter."""
-    stack, layer = adapter.experts[name], adapter.layers[name]
+    stack = adapter.experts[name]
+    layer = adapter.layers[name]
     for has_no_place, reason in (
         (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
         (adapter.use_dora, "PEFT has no DoRA for expert parameters, nor beside them"),

@@ -61,7 +61,9 @@ class QLoRAExperts(SavedLayer):
         parameter: Any = owner._parameters[key]
         stack = QLoRAExperts(transposed, flat=parameter.ndim == 2)
         setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
-        stack.set_arguments(config, name, name if seed_name is None else seed_name)
+        if seed_name is None:
+            seed_name = name
+        stack.set_arguments(config, name, seed_name)
         if weights is None:
             weights = parameter.detach().view(experts, -1, parameter.shape[-1]).unbind()
         stack.initialize(weights, device)
@@ -94,7 +96,9 @@ class QLoRAExperts(SavedLayer):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
         rows, columns = self.expert_shape
-        return (len(self) * rows, columns) if self.flat else super().weight_shape
+        if self.flat:
+            return len(self) * rows, columns
+        return super().weight_shape
 
     @property
     def expert_shape(self) -> tuple[int, ...]:
@@ -183,7 +187,8 @@ class ReadableStack(Readable):
         stack: ReadableStack = Tensor._make_wrapper_subclass(
             cls, shape or experts.weight_shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
-        stack._experts, stack._is_detached = experts, detached
+        stack._experts = experts
+        stack._is_detached = detached
         return stack
 
     def values(self) -> Tensor:
@@ -210,18 +215,24 @@ class ReadableStack(Readable):
         stack: Any = args[0] if args else None
         if isinstance(stack, ReadableStack):
             experts = stack._experts
-            count, (rows, columns) = len(experts), experts.expert_shape
+            count = len(experts)
+            rows, columns = experts.expert_shape
             if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
                 return stack._weight(*experts.matrices([range(count)[int(args[1])]]))
             if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
                 weights = [stack._weight(matrix) for matrix in experts.matrices()]
-                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
+                if func is Tensor.__iter__:
+                    return iter(weights)
+                return tuple(weights)
             if func in (Tensor.view, Tensor.reshape) and experts.flat:
-                shape = tuple(args[1:] if isinstance(args[1], int) else args[1])
-                if shape in ((-1, rows, columns), (count, rows, columns)):
+                sizes = args[1:]
+                if not isinstance(args[1], int):
+                    sizes = args[1]
+                if tuple(sizes) in ((-1, rows, columns), (count, rows, columns)):
                     return ReadableStack(experts, (count, rows, columns), stack._is_detached)
         elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts._transposed:
-            x, experts = args[0], args[1]._experts
+            x = args[0]
+            experts = args[1]._experts
             ends = torch.arange(1, len(experts) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
             return experts(x.flatten(0, 1), ends).view(len(experts), -1, experts.out_features)
         return super().__torch_function__(func, types, args, kwargs)
@@ -245,7 +256,9 @@ class _WithExperts(Derived):
 
     def __getattr__(self, name: str) -> Any:
         stack = self.__dict__["_modules"].get(stack_name(name))
-        return stack.weight if isinstance(stack, QLoRAExperts) else super().__getattr__(name)  # type: ignore[misc]
+        if isinstance(stack, QLoRAExperts):
+            return stack.weight
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As in nn.Module; a dense parameter in the state becomes the weight of the stack."""

@@ -91,12 +91,16 @@ class LoRALayer(PackedLayer):
         adapters = []
         for number, dense in enumerate(self.split_matrices(weight)):
             rows = self._as_stored(dense.detach())
-            values = rows if rows.is_meta else rows.to(device or rows.device)  # on meta: read later
+            values = rows
+            if not rows.is_meta:  # else they are read later
+                values = rows.to(device or rows.device)
             base, *initial = initialization.initialize(values, self.config, self.seed_name_of(number))
             bases.append(base)
             adapters.append(initial)
             if self.config.initialization == "calibrated":
-                weights.append(rows if rows.is_meta else rows.cpu())
+                if not rows.is_meta:
+                    rows = rows.cpu()
+                weights.append(rows)
         self.set_packed_weights(bases)
         if weights:
             self.dense_weight = self.join_matrices(weights)
@@ -107,7 +111,9 @@ class LoRALayer(PackedLayer):
 
     def seed_name_of(self, number: int) -> str:
         """The name that the seed of a matrix is made from."""
-        return f"{self.seed_name}.{number}" if self.is_stack else self.seed_name
+        if self.is_stack:
+            return f"{self.seed_name}.{number}"
+        return self.seed_name
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
@@ -121,7 +127,11 @@ class LoRALayer(PackedLayer):
 
     def set_initial(self, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
         """Keep copies of the A and B that training begins with: an adapter for the 16-bit base is the difference."""
-        values = [v if v is None or v.is_meta else v.detach().to("cpu", copy=True) for v in (lora_a, lora_b)]
+        values = []
+        for value in (lora_a, lora_b):
+            if value is not None and not value.is_meta:
+                value = value.detach().to("cpu", copy=True)
+            values.append(value)
         self.initial_A, self.initial_B = values
 
     @property
@@ -136,10 +146,14 @@ class LoRALayer(PackedLayer):
         weight = self.whole_bytes
         adapter = [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
         matrices = []
-        for number in range(len(adapter[0])) if numbers is None else numbers:
+        if numbers is None:
+            numbers = range(len(adapter[0]))
+        for number in numbers:
             lora_a, lora_b, *magnitude = (values[number] for values in adapter)
-            own_weight = weight.expert(number) if self.is_stack else weight
-            matrices.append(Matrix(own_weight, lora_a, lora_b, magnitude[0] if magnitude else None, number))
+            base = weight
+            if self.is_stack:
+                base = weight.expert(number)
+            matrices.append(Matrix(base, lora_a, lora_b, magnitude[0] if magnitude else None, number))
         return matrices
 
     def write(self, name: str, value: Tensor) -> None:
@@ -222,7 +236,9 @@ class LoRALayer(PackedLayer):
             return DTYPES[self.config.compute_dtype]
         if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
             return torch.bfloat16
-        return torch.float32 if self.weight_dtype is torch.float64 else self.weight_dtype
+        if self.weight_dtype is torch.float64:
+            return torch.float32
+        return self.weight_dtype
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
@@ -268,7 +284,9 @@ class LoRALayer(PackedLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
         """As in nn.Module; a cast between loading and conversion leaves the adapter in fp32."""
-        values = [parameter.data for parameter in self.adapter_parameters()] if self.loaded else []
+        values = []
+        if self.loaded:
+            values = [parameter.data for parameter in self.adapter_parameters()]
         super()._apply(fn, recurse)
         for parameter, value in zip(self.adapter_parameters(), values, strict=False):
             parameter.data = value.to(parameter.device)
@@ -349,9 +367,11 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     adapters = {id(p) for part in parts for p in part._parameters.values()}
     names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
     if names:
+        text = ", ".join(names[:4])
+        if len(names) > 4:
+            text += ", ..."
         warnings.warn(
-            f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
-            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}.",
+            f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: {text}.",
             stacklevel=4,
         )
     return parts

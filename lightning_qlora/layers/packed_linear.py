@@ -44,7 +44,10 @@ class PackedLayer(nn.Module):
     def set_packed_weights(self, weights: Sequence[PackedWeight]) -> None:
         """Replace the 4-bit weight of each matrix; the bytes are stored as they are."""
         matrices = [weight.to_bytes() for weight in weights]
-        stored = stack_bytes(matrices) if self.is_stack else _in_rows(*matrices)
+        if self.is_stack:
+            stored = stack_bytes(matrices)
+        else:
+            stored = _in_rows(*matrices)
         self._shape = stored.shape
         self.quant_type = stored.quant_type
         self.block_size = stored.block_size
@@ -92,7 +95,9 @@ class PackedLayer(nn.Module):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
         *experts, rows, columns = self._shape
-        return (*experts, columns, rows) if self._transposed else self._shape
+        if self._transposed:
+            return *experts, columns, rows
+        return self._shape
 
     def decode(self) -> Tensor:
         """The base weight in its original type and shape."""
@@ -105,7 +110,9 @@ class PackedLayer(nn.Module):
 
     def join_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
         """The values of the one matrix; of a stack, those of its matrices in one tensor."""
-        return torch.stack([*matrices]) if self.is_stack else matrices[0]
+        if self.is_stack:
+            return torch.stack([*matrices])
+        return matrices[0]
 
     def split_matrices(self, values: Any) -> Sequence[Tensor]:
         """The reverse, also of values in the shape of the dense weight, or that are split already.

@@ -49,7 +49,9 @@ def _product(owner: Any, key: str, x: Tensor, ends: Tensor, ids: Tensor) -> Tens
 
 def _dense_product(owner: Any, stack: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     numbers, parts = rows_of_experts(x, ends)
-    weights = (stack.mT if owner.is_transposed else stack).unbind()
+    if owner.is_transposed:
+        stack = stack.mT
+    weights = stack.unbind()
     outputs = [nn.functional.linear(rows, weights[number]) for number, rows in zip(numbers, parts, strict=True)]
     return join_rows(outputs, x, len(weights[0]))
 

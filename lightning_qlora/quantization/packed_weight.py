@@ -40,7 +40,9 @@ class PackedBytes(NamedTuple):
 
     def unbind(self) -> "list[PackedBytes]":
         """The matrices of a stack; a matrix alone."""
-        return [self] if len(self.shape) == 2 else [self.expert(number) for number in range(self.shape[0])]
+        if len(self.shape) == 2:
+            return [self]
+        return [self.expert(number) for number in range(self.shape[0])]
 
     def expert(self, number: int) -> "PackedBytes":
         """One matrix of a stack, as views."""

@@ -70,7 +70,11 @@ class Calibration:
             return
         if name not in self._sums:
             self._sums[name] = _no_sums(layer, x.device)
-        numbers, parts = rows_of_experts(x, inputs[1]) if layer.is_stack else ([0], [x.reshape(-1, x.shape[-1])])
+        if layer.is_stack:
+            numbers, parts = rows_of_experts(x, inputs[1])
+        else:
+            numbers = [0]
+            parts = [x.reshape(-1, x.shape[-1])]
         for number, rows in zip(numbers, parts, strict=True):
             sums = self._sums[name][number]
             if rows.dtype is torch.float64:
@@ -94,7 +98,8 @@ class Calibration:
     def initialize(self, layers: Mapping[str, LoRALayer] | None = None) -> None:
         """Initialize waiting layers (None: all) from the inputs that they had so far; without any input do nothing."""
         start = perf_counter()
-        layers = self._waiting_layers() if layers is None else layers
+        if layers is None:
+            layers = self._waiting_layers()
         sums = self._sums_of_all_ranks(layers)
         if not any(total[:, -1].any() for total in sums.values()):
             if any(layer.lora_B.grad is not None for layer in layers.values()):
@@ -138,8 +143,11 @@ class Calibration:
     def _sums_of_all_ranks(self, layers: Mapping[str, LoRALayer]) -> dict[str, Tensor]:
         sums = {}
         for name, layer in layers.items():
-            known = self._sums.get(name)
-            sums[name] = (_no_sums(layer, layer.packed.device) if known is None else known).to(layer.packed.device)
+            device = layer.packed.device
+            if name in self._sums:
+                sums[name] = self._sums[name].to(device)
+            else:
+                sums[name] = _no_sums(layer, device)
         if world_size() > 1:
             flat = torch.cat([total.flatten() for total in sums.values()])
             dist.all_reduce(flat)
@@ -190,10 +198,10 @@ class Calibration:
         waiting = {name: self._layers[name] for name in self.report.waiting}
         return {name: layer for name, layer in waiting.items() if isinstance(layer, LoRALayer)}
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"init_lora_weights='calibrated': {what}.", stacklevel=2)
+            warnings.warn(f"init_lora_weights='calibrated': {reason}.", stacklevel=2)
 
 
 # Those with layers that wait. One hook of torch serves all of them, also copies of a module.
@@ -270,9 +278,9 @@ def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -
             values.append(torch.empty((), device=device))
             if world_size() == 1 or dist.get_rank() == rank:
                 with torch.autocast(device.type, enabled=False):
-                    known = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
-                    adapter = initialization.calibrated_adapter(*known, layer.config, layer.seed_name_of(number))
-                    error = initialization.calibrated_error(*known, *adapter, layer.scaling)
+                    operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
+                    adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
+                    error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
                 values = [part.contiguous() for part in (*adapter, error)]
             if world_size() > 1:
                 for value in values:

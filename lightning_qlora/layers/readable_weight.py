@@ -9,7 +9,6 @@ read that is not one of the products above keeps the dense weight for the backwa
 `autograd.Function` of other code, which torch calls without asking, gets the values without a gradient (a warning).
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,10 +117,6 @@ class ReadableWeight(Readable):
 
     _source: Any  # the layer, whose own weights are [out, in]
     _transposed: bool
-    # torch.distributed.checkpoint follows the keys of a state dict as attributes, `weight.absmax` for example;
-    # bitsandbytes' Params4bit has them for the same reason.
-    absmax = quant_map = nested_absmax = nested_quant_map = None
-    quant_state = SimpleNamespace(bitsandbytes__nf4=None, bitsandbytes__fp4=None, bitsandbytes__int4=None)
 
     @staticmethod
     def __new__(cls, source: Any, transposed: bool = False, detached: bool = False) -> "ReadableWeight":

@@ -197,6 +197,23 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     return saved
 
 
+@replaces("torch.distributed.checkpoint.state_dict:_get_fqns")
+def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Accept keys in the state dict of a converted module that name no attribute, as 4-bit weights have them.
+
+    Upstream: torch/distributed/checkpoint/state_dict.py, _get_fqns, follows the module's attributes to remove the
+    prefixes of wrappers from every key; a key that a state dict hook added raises AttributeError.
+    Supported ways tried: attributes of these names on the weight, by which other code takes it for bitsandbytes' own.
+    Removed by: upstream keeping keys that name no attribute.
+    """
+    try:
+        return original(model, name, *args, **kwargs)
+    except AttributeError:
+        if not _is_converted(model):
+            raise
+        return {name}
+
+
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")
 def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
     """Let checkpoints of a converted module hold finite adapters, and no second copy of the base in hyperparameters.

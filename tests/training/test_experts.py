@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader
 
 from lightning_qlora import (
@@ -22,7 +23,7 @@ from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.calibration import calibration_of
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
-from tests.toys import delta
+from tests.toys import delta, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -98,6 +99,18 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
     saved = half.checkpoint_callback.best_model_path  # written at the end of the first epoch
     resumed, _ = fit(tmp_path / "c", epochs=2, ckpt=saved)
     assert resumed.losses == whole.losses[2:] and same(trained(resumed), trained(whole))
+
+
+@pytest.mark.parametrize("arguments", [{"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
+def test_the_distributed_checkpoint_api_saves_and_loads_stacks(arguments):
+    source, target = made(qwen3_moe), made(qwen3_moe)
+    for model in (source, target):
+        convert(model, r=2, **arguments)
+    perturb(source)
+    state = get_model_state_dict(source)
+    assert state.keys() == source.state_dict().keys()
+    set_model_state_dict(target, state)
+    assert torch.equal(outputs(target.eval()).logits, outputs(source.eval()).logits)
 
 
 @pytest.mark.parametrize("checkpoint", ["adapter", "full"])

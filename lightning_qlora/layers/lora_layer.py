@@ -174,7 +174,8 @@ class LoRALayer(PackedLayer):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""
-        return [p for name in ADAPTER if (p := self._parameters.get(name)) is not None]
+        parameters = [self._parameters.get(name) for name in ADAPTER]
+        return [parameter for parameter in parameters if parameter is not None]
 
     @property
     def r(self) -> int:

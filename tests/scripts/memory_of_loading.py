@@ -17,7 +17,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision
+from lightning_qlora import QLoRAPrecision
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer, run_rank
 
 
@@ -104,7 +105,7 @@ def main(folder: str, r: str, third: str = "1") -> None:
         devices=ranks,
         use_distributed_sampler=False,
     ).predict(lit)
-    layers = sum(isinstance(layer, QLoRALinear) for layer in lit.modules())
+    layers = len(adapted_layers(lit))
     kept = sum(p.to_local().nbytes if ranks > 1 else p.nbytes for p in lit.parameters()) / 2**20
     peak = watch.peak - watch.base
     end = anonymous_mb() - watch.base

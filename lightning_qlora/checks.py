@@ -47,6 +47,15 @@ def shown(value: Any) -> str:
     return text
 
 
+def first_of(names: Iterable[str], count: int) -> str:
+    """The first names, and dots if there are more."""
+    every = list(names)
+    text = ", ".join(every[:count])
+    if len(every) > count:
+        text += ", ..."
+    return text
+
+
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`, and of the same type (1 is not True)."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):

@@ -30,7 +30,7 @@ from lightning_qlora.adapters.conversion import conversion_of, float_buffers
 from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
 from lightning_qlora.adapters.peft_folder import exact, read_adapter, write_adapter
-from lightning_qlora.checks import check_choice, shown
+from lightning_qlora.checks import check_choice, first_of, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
@@ -86,7 +86,7 @@ def save_adapter(
     changed = _changed_buffers(module, {join(prefix, name) for name in adapter.modules_to_save})
     if changed:
         warnings.warn(
-            f"The folder does not get the buffers that training changed: {_first_names(changed)}. A Lightning "
+            f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
             "checkpoint has them; or name their modules in modules_to_save.",
             stacklevel=2,
         )
@@ -94,18 +94,12 @@ def save_adapter(
     if layers:
         warnings.warn(
             f"PEFT would load the adapters of {len(layers)} layers of this {type(inner).__name__} "
-            f"({_first_names(layers)}), but not use them: the model reads the weights of these layers and does not "
+            f"({first_of(layers, 3)}), but not use them: the model reads the weights of these layers and does not "
             "call them. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
             stacklevel=2,
         )
     adapter = _as_parameters(adapter, inner)
     rank_zero_only(write_adapter)(adapter, folder)
-
-
-def _first_names(names: list[str]) -> str:
-    if len(names) > 3:
-        names = [*names[:3], "..."]
-    return ", ".join(names)
 
 
 def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:

@@ -75,7 +75,7 @@ class QLoRAExperts(SavedLayer):
         return stack
 
     def __len__(self) -> int:
-        return self._shape[0]
+        return self.matrix_count
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
@@ -202,12 +202,6 @@ class ReadableStack(Readable):
     def _weight(self, matrix: Matrix) -> Tensor:
         weight = readable_weight(Expert(self._experts, matrix), self._experts._transposed)
         return weight.detach() if self._is_detached else weight
-
-    def __getattr__(self, name: str) -> Any:
-        """Expert `name`: torch.distributed.checkpoint follows the keys of a state dict, `weight.3.absmax`."""
-        if name.isdigit():
-            return self[int(name)]
-        raise AttributeError(name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora_linear import lora_linear
@@ -368,11 +369,9 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     adapters = {id(p) for part in parts for p in part._parameters.values()}
     names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
     if names:
-        text = ", ".join(names[:4])
-        if len(names) > 4:
-            text += ", ..."
         warnings.warn(
-            f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: {text}.",
+            f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
+            f"{first_of(names, 4)}.",
             stacklevel=4,
         )
     return parts

@@ -65,6 +65,11 @@ class PackedLayer(nn.Module):
                 parameter.data = data  # an optimizer or a strategy keeps the same parameter
 
     @property
+    def matrix_count(self) -> int:
+        """How many matrices the layer has: 1, or one for each expert."""
+        return self._shape[0] if self.is_stack else 1
+
+    @property
     def weight_bytes(self) -> PackedBytes:
         """The 4-bit weight in the form that the ops take."""
         return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)

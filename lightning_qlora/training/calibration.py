@@ -27,6 +27,7 @@ from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.routed_experts import rows_of_experts
+from lightning_qlora.training.optimizers import parameters_of
 from lightning_qlora.training.report import CalibrationReport
 
 
@@ -89,7 +90,7 @@ class Calibration:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Initialize the adapters that an optimizer holds, after the backward passes of its first step."""
-        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parameters = {id(parameter) for parameter in parameters_of(optimizer)}
         layers = {name: layer for name, layer in self._waiting_layers().items() if id(layer.lora_B) in parameters}
         if layers:
             self.initialize(layers)
@@ -267,7 +268,8 @@ def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -
     dense_weight = layer.dense_weight
     layer.dense_weight = None
     errors: list[float | None] = [None] * len(input_rms)
-    adapters = [[matrix.lora_a, matrix.lora_b] for matrix in layer.matrices()]
+    pairs = zip(*(layer.split_matrices(gather(p)) for p in (layer.lora_A, layer.lora_B)), strict=True)
+    adapters = [list(pair) for pair in pairs]
     if dense_weight is not None:
         bases = layer.packed_weights  # of a sharded layer all ranks gather the base
         device = layer.packed.device
@@ -302,7 +304,7 @@ def drop_gradients(layer: LoRALayer) -> None:
 
 def _no_sums(layer: LoRALayer, device: torch.device) -> Tensor:
     """The sums of a layer without inputs, fp64 [matrices, in + 2]; see `Calibration`."""
-    return torch.zeros(len(layer.matrices()), layer.in_features + 2, dtype=torch.float64, device=device)
+    return torch.zeros(layer.matrix_count, layer.in_features + 2, dtype=torch.float64, device=device)
 
 
 def _root_mean_square(name: str, sums: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.adapters.base_model import OF_LAYER
+from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
@@ -19,7 +20,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers, computes_in_fp16
 from lightning_qlora.layers.reasons import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.selection import Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
-from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters, first_of
+from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 LOAD_IN_CONFIGURE_MODEL = (

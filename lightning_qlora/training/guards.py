@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.module_state import check_finite
+from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, key_name, last_part, name_endings
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.training.report import first_of
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:

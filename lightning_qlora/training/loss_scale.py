@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_qlora.layers.dtensor import by_mesh
+from lightning_qlora.training.optimizers import parameters_of
 
 
 class LossScale:
@@ -45,7 +46,7 @@ class LossScale:
 
         Raises ValueError for parameters in fp16, and for some that are split over ranks beside others that are not.
         """
-        params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        params = [param for param in parameters_of(optimizer) if param.grad is not None]
         if not self._has_scaled or not params or id(optimizer) in self._unscaled:
             return
         for param in params:

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import local, world_size
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.full_precision import IN_16_BITS
@@ -26,7 +27,7 @@ from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
-from lightning_qlora.training.report import first_of, groups
+from lightning_qlora.training.report import groups
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 UNUSED = "not used in the loss"

@@ -246,15 +246,6 @@ def groups(names: Iterable[str]) -> str:
     return ", ".join(texts)
 
 
-def first_of(names: Iterable[str], count: int) -> str:
-    """The first names, and dots if there are more."""
-    every = list(names)
-    text = ", ".join(every[:count])
-    if len(every) > count:
-        text += ", ..."
-    return text
-
-
 def size_text(count: float, base: int = 1000) -> str:
     """A number of bytes with a unit: 1.5 MB, or with base=1024 1.5 MiB."""
     units = ("bytes", "kB", "MB", "GB")

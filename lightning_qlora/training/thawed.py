@@ -10,11 +10,13 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_qlora.checks import first_of
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.records import Frozen, frozen_parameters
-from lightning_qlora.training.report import first_of, group, size_text
+from lightning_qlora.training.optimizers import parameters_of
+from lightning_qlora.training.report import group, size_text
 
 PREVENT = (
     "If it is not meant, set requires_grad only of the parameters that had it after conversion, for example of those "
@@ -27,8 +29,7 @@ def warn_of_thawed(module: nn.Module, optimizer: Optimizer, trained: set[int]) -
 
     `trained` are the ids of the parameters that trained before; it gets those of this step, so each is named once.
     """
-    in_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    new = {id(parameter) for parameter in in_optimizer if parameter.requires_grad} - trained
+    new = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad} - trained
     if not new:
         return
     trained |= new

@@ -97,11 +97,8 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
                 f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
                 f"rank {lora_a.shape[-2]}."
             )
-        for key in INITIAL:
-            value = state_dict.pop(prefix + key, None)
-            if value is not None:
-                value = value.contiguous()
-            setattr(layer, key, value)
+        initial = [state_dict.pop(prefix + key, None) for key in INITIAL]
+        layer.set_initial(*(None if value is None else value.contiguous() for value in initial))
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
         return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values

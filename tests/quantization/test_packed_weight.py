@@ -147,7 +147,7 @@ def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
     expected = lora_linear(x, packed, None, lora_a, lora_b, 1.0)
     for offset in range(1, 5):
         moved = [torch.cat([part.new_zeros(offset), part.reshape(-1)])[offset:] for part in packed[:3]]
-        askew = PackedBytes(*moved, *packed[3:])
-        assert torch.equal(lora_linear(x, askew, None, lora_a, lora_b, 1.0), expected)
-        assert torch.equal(PackedWeight.from_bytes(askew, torch.float32).dequantize(), value.dequantize())
-        assert torch.equal(askew.dequantize_into(torch.empty(96 * 64)), value.dequantize().view(-1))
+        misaligned = PackedBytes(*moved, *packed[3:])
+        assert torch.equal(lora_linear(x, misaligned, None, lora_a, lora_b, 1.0), expected)
+        assert torch.equal(PackedWeight.from_bytes(misaligned, torch.float32).dequantize(), value.dequantize())
+        assert torch.equal(misaligned.dequantize_into(torch.empty(96 * 64)), value.dequantize().view(-1))

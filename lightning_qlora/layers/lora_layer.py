@@ -76,11 +76,15 @@ class LoRALayer(PackedLayer):
 
     def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
         """Set the arguments of a layer that has no weight yet."""
-        self.config = config
+        self.set_config(config)
         self.full_name = name
         self.seed_name = seed_name
-        self.scaling = config.scaling
         self.lora_dropout = config.lora_dropout
+
+    def set_config(self, config: QLoRAConfig) -> None:
+        """Set the arguments, and the factor s that they give."""
+        self.config = config
+        self.scaling = config.scaling
 
     def initialize(self, weight: Tensor | Iterable[Tensor], device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`.
@@ -109,6 +113,13 @@ class LoRALayer(PackedLayer):
         self.set_adapter(*adapter)
         if self.config.initialization in ("loftq", "pissa"):
             self.set_initial(*adapter)
+
+    def reset_adapter(self) -> None:
+        """Set A to random values and B to 0, which need no float weight."""
+        numbers = range(self.matrix_count)
+        sizes = self.in_features, self.out_features
+        adapters = [initialization.random_adapter(*sizes, self.config, self.seed_name_of(number)) for number in numbers]
+        self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
         """The name that the seed of a matrix is made from."""

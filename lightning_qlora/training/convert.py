@@ -56,7 +56,8 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     """Turn a module's linear layers into frozen 4-bit layers with LoRA adapters, in place.
 
     Args:
-        module: Any module, its weights loaded; a second conversion of the same module changes nothing.
+        module: Any module, its weights loaded. If it was converted before, its layers stay as they are,
+            and only layers that were added since are converted.
         **arguments: Those of `QLoRAPrecision` (see `QLoRAConfig`).
 
     Returns:

@@ -87,10 +87,10 @@ def test_another_device_than_that_of_the_input_is_an_error(places, grad, m):
             layer[key] = layer[key].detach().to("meta")
         else:
             weight = weight._replace(**{key: getattr(weight, key).to("meta")})
-    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="meta.*one device"):
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"meta.*one device"):
         lora_linear(x, weight, layer["bias"], layer["lora_a"], layer["lora_b"], 0.5)
     if places != "bias":  # the experts of one function have none
-        with pytest.raises(ValueError, match="meta.*one device"):
+        with pytest.raises(ValueError, match=r"meta.*one device"):
             can_group(x, weight, layer["lora_a"], layer["lora_b"])
 
 

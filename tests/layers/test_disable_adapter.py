@@ -244,8 +244,12 @@ def test_a_copy_made_by_another_thread_has_its_adapter():
     x = torch.randn(5, 64)
     own = net(x)
     copies = []
+    thread = threading.Thread(target=lambda: copies.append(copy.deepcopy(net)))
     with disable_adapter(net), pytest.warns(UserWarning, match="has its adapter enabled"):
-        thread = threading.Thread(target=lambda: copies.append(copy.deepcopy(net)))
-        thread.start()
-        thread.join()
+        _run(thread)
     assert torch.equal(copies[0](x), own)
+
+
+def _run(thread):
+    thread.start()
+    thread.join()

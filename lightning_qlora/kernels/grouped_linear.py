@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
+from lightning_qlora.kernels.ops import check_devices
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -18,11 +19,12 @@ def can_group(x: Tensor, weight: PackedBytes, lora: LoRA) -> bool:
     """Whether `grouped_linear` can compute these experts: eagerly on a GPU.
 
     Raises:
-        ValueError: If the weight has a wrong number of bytes.
+        ValueError: If the weight has a wrong number of bytes, or is on another device than x.
     """
     if not is_eager(x, lora.a):
         return False
     check_bytes(weight)
+    check_devices(x, weight, lora)
     alike = lora.a.dtype is lora.b.dtype and lora.a.numel() > 0
     return alike and backend(x.device).can_group(x, weight, lora)
 

@@ -234,7 +234,7 @@ def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept
         else:
             in_full[id(parameters[name])] = reason
     name_of = {part: name for name, part in modules.items()}
-    for owner, key, trained in new:
+    for owner, key, trained, _ in new:
         weight = own_parameters(owner).get(key)
         if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue

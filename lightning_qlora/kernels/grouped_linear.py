@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
+from lightning_qlora.kernels.ops import check_devices
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -17,11 +18,12 @@ def can_group(x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) ->
     """Whether `grouped_linear` can compute these experts: eagerly on a GPU.
 
     Raises:
-        ValueError: If the weight has a wrong number of bytes.
+        ValueError: If the weight has a wrong number of bytes, or is on another device than x.
     """
     if not is_eager(x, lora_a):
         return False
     check_bytes(weight)
+    check_devices(x, weight, lora_a, lora_b)
     alike = lora_a.dtype is lora_b.dtype and lora_a.numel() > 0
     return alike and backend(x.device).can_group(x, weight, lora_a, lora_b)
 

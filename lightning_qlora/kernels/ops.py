@@ -310,6 +310,21 @@ def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes
             f"{in_features}], B [{out_features}, r] and bias [{out_features}]; got x {list(x.shape)} and {shapes}."
         )
     check_bytes(weight)
+    check_devices(x, weight, lora_a, lora_b, bias)
+
+
+def check_devices(x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None = None) -> None:
+    """Raise ValueError if a layer is not on the device of its input: kernels would read from wrong addresses."""
+    device = x.device
+    is_one = weight.packed.device == device and lora_a.device == device and lora_b.device == device
+    if is_one and (bias is None or bias.device == device):
+        return
+    devices = {"x": x, "the 4-bit weight": weight.packed, "A": lora_a, "B": lora_b, "the bias": bias}
+    places = [f"{name} is on {tensor.device}" for name, tensor in devices.items() if tensor is not None]
+    raise ValueError(
+        f"{', '.join(places)}. All must be on one device: move the input with x.to(device), or the module with "
+        "module.to(device); what is on the meta device has no values, load them first."
+    )
 
 
 def adamw_step(params: list[Tensor], *rest: Any) -> None:

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora import quantize
+from lightning_qlora import convert, quantize
 from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels.grouped_linear import can_group
 from lightning_qlora.kernels.lora_linear import lora_linear
 from tests.kernels.forward import forward
 
@@ -69,6 +70,36 @@ def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
         torch.ops.lightning_qlora.lora_linear(wide, *wrong, None, lora_a, lora_b, None, 0.5, 0.0)
     with pytest.raises(ValueError, match="has 6144 bytes"):
         torch.ops.lightning_qlora.dequantize(*wrong, torch.float32)
+
+
+TENSORS = ("packed", "absmax", "lora_a", "lora_b", "bias")
+
+
+@pytest.mark.parametrize("m", [1, 40], ids=["few-rows", "rows"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("places", [("packed", "absmax", "nested"), *TENSORS, TENSORS], ids=str)
+def test_another_device_than_that_of_the_input_is_an_error(places, grad, m):
+    """Each of these ended the process: kernels read from an address of another device."""
+    weight, x, bias, lora_a, lora_b = make(rows=64, columns=64, lead=(m,))
+    layer = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    for key in places if isinstance(places, tuple) else (places,):
+        if key in layer:
+            layer[key] = layer[key].detach().to("meta")
+        else:
+            weight = weight._replace(**{key: getattr(weight, key).to("meta")})
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"meta.*one device"):
+        lora_linear(x, weight, layer["bias"], layer["lora_a"], layer["lora_b"], 0.5)
+    if places != "bias":  # the experts of one function have none
+        with pytest.raises(ValueError, match=r"meta.*one device"):
+            can_group(x, weight, layer["lora_a"], layer["lora_b"])
+
+
+def test_a_layer_without_values_names_itself():
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    convert(net, r=4)
+    net[1].to("meta")
+    with pytest.raises(ValueError, match=r"1: x is on cpu, the 4-bit weight is on meta, .*load them first"):
+        net(torch.randn(2, 64))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

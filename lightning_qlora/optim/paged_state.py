@@ -36,7 +36,7 @@ class _ObservedDict(dict[Any, Any]):
     def __ror__(self, other: Any) -> Any:
         return other | self.copy()
 
-    def __ior__(self, other: Any) -> "_ObservedDict":  # type: ignore[misc]
+    def __ior__(self, other: Any) -> "_ObservedDict":
         self.update(other)
         return self
 

@@ -231,7 +231,7 @@ def freeze(
     decisions = choice.of_parameters(module)
     name_of = {part: name for name, part in module.named_modules()}
     frozen: dict[str, None] = {}
-    for owner, key, trained in new:
+    for owner, key, trained, _ in new:
         weight = own_parameters(owner).get(key)
         if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue

@@ -27,8 +27,6 @@ from cli import CLI, configs
 from docstring_qa import DocstringQA, prompt_for
 from lightning.pytorch import Callback, Trainer
 from picture import draw
-from rich.console import Console
-from rich.table import Table
 from smollm2 import find_model, load_tokenizer
 
 from lightning_qlora import QLoRALinear, __version__
@@ -178,21 +176,20 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 
 def show(summary: dict[str, Any], output: Path) -> None:
     """Print the measurements and the answers."""
-    table = Table("", "before", "after", title="QLoRA quickstart", title_justify="left")
-    table.add_row("held-out perplexity", *(f"{summary[f'perplexity_{when}']:.1f}" for when in ("before", "after")))
-    table.add_row("linear layers", *(f"{summary[f'linear_bytes_{when}'] / 1e6:.1f} MB" for when in ("before", "after")))
+    perplexities = [f"{summary[f'perplexity_{when}']:.1f}" for when in ("before", "after")]
+    megabytes = [f"{summary[f'linear_bytes_{when}'] / 1e6:.1f} MB" for when in ("before", "after")]
+    print("\nQLoRA quickstart\n")
+    print(f"{'':22}{'before':>12}{'after':>12}")
+    print(f"{'held-out perplexity':22}{perplexities[0]:>12}{perplexities[1]:>12}")
+    print(f"{'linear layers':22}{megabytes[0]:>12}{megabytes[1]:>12}\n")
     for sample in summary["samples"]:
-        table.add_section()
-        table.add_row(f"{sample['question']}\n({sample['docstring']})", sample["before"], sample["after"])
-    console = Console()
-    console.print(table, markup=False)
-    console.print(
+        print(f"{sample['question']}\n  docstring: {sample['docstring']}")
+        print(f"  before:    {sample['before']}\n  after:     {sample['after']}\n")
+    print(
         f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained, "
         f"{summary['steps']} steps of {summary['seconds_per_step']:.2f} s, {summary['total_seconds']:.0f} s in total"
         f"{peak_text(summary['peak_memory_bytes'])}.\n"
-        f"Adapters: {summary['adapter_checkpoint']}\nsummary.json and training.png: {output}",
-        highlight=False,
-        soft_wrap=True,
+        f"Adapters: {summary['adapter_checkpoint']}\nsummary.json and training.png: {output}"
     )
 
 

@@ -1,6 +1,7 @@
 """Every error that the package raises, read from its source: `python -m tests.errors` writes docs/errors.md."""
 
 import ast
+import keyword
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -29,11 +30,18 @@ def text_of(node: ast.expr) -> str:
         return text_of(node.left) + text_of(node.right)
     if isinstance(node, ast.IfExp):
         return f"{text_of(node.body)} / {text_of(node.orelse)}"
-    return "{" + _short(ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)) + "}"
+    return "{" + _short(node.value if isinstance(node, ast.FormattedValue) else node) + "}"
 
 
-def _short(expression: str) -> str:
-    names = re.findall(r"[a-z_]{2,}", re.sub(r"'[^']*'", "", expression.replace("self.", "")))
+def _short(node: ast.expr) -> str:
+    """The expression, or one name of it that says what it is: of `", ".join(names)` names, of `a or b` a."""
+    if isinstance(node, ast.BoolOp):
+        return _short(node.values[0])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "join":
+        return _short(node.args[0])
+    expression = ast.unparse(node).replace("self.", "")
+    names = re.findall(r"[a-z_]{2,}", re.sub(r"'[^']*'", "", expression))
+    names = [name for name in names if not keyword.iskeyword(name)]
     return names[-1] if len(expression) > 24 and names else expression
 
 

@@ -34,13 +34,13 @@ class FullPrecision(Derived):
     """What `class_for` adds to the class of a module.
 
     Attributes:
-        held: Key of each parameter in fp32 -> the 16-bit type that it had.
+        types_before: Key of each parameter in fp32 -> the 16-bit type that it had.
         autocast_dtype: The type of the forward pass; another one than 16 bits: without autocast.
         casts_output: Whether the output of the forward pass is cast to that type.
         class_before: The class without this one.
     """
 
-    held: dict[str, torch.dtype]
+    types_before: dict[str, torch.dtype]
     autocast_dtype: torch.dtype = torch.float32
     casts_output: bool = False
     class_before: type[nn.Module]
@@ -48,7 +48,7 @@ class FullPrecision(Derived):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module; a cast of the module casts what it computes in, too."""
         super()._apply(fn, recurse)  # type: ignore[misc]
-        types: dict[str, torch.dtype] = vars(self).get("held", {})
+        types: dict[str, torch.dtype] = vars(self).get("types_before", {})
         for key, dtype in types.items():
             types[key] = _applied(fn, dtype)
         self.autocast_dtype = _applied(fn, self.autocast_dtype)
@@ -136,7 +136,7 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
         if id(parameter) in in_16_bits:
             sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
-        _derive(owner).held[key] = dtype
+        _derive(owner).types_before[key] = dtype
         for user in _users(owner, parents):
             _compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
         if _can_derive(module):
@@ -171,12 +171,12 @@ def _can_derive(part: nn.Module) -> bool:
 def _derive(part: nn.Module) -> Any:
     """The module, in place with a class that `class_for` returned."""
     if not isinstance(part, FullPrecision):
-        vars(part)["held"] = {}
+        vars(part)["types_before"] = {}
         part.__class__ = class_for(type(part))
     return part
 
 
-def _compute_in(part: nn.Module, dtype: torch.dtype, casts_output: bool = False) -> None:
+def _compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
     part = _derive(part)
     if part.autocast_dtype not in IN_16_BITS:
@@ -195,7 +195,7 @@ def cast_in_place(tensor: Tensor, dtype: torch.dtype) -> None:
 
 def computed_in(module: nn.Module, key: str) -> torch.dtype | None:
     """The 16-bit type in which a parameter in fp32 computes; None for any other."""
-    types: dict[str, torch.dtype] = vars(module).get("held", {})
+    types: dict[str, torch.dtype] = vars(module).get("types_before", {})
     return types.get(key)
 
 
@@ -203,7 +203,7 @@ def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Param
     """Name, value and 16-bit type of each parameter that is held in fp32; tied ones with the first name."""
     seen = set[int]()
     for name, part in module.named_modules():
-        for key, dtype in vars(part).get("held", {}).items():
+        for key, dtype in vars(part).get("types_before", {}).items():
             parameter = part._parameters.get(key)
             if parameter is None or parameter.dtype is not torch.float32 or dtype not in IN_16_BITS:
                 continue
@@ -217,7 +217,7 @@ def undo_full_precision(module: nn.Module) -> None:
     for part in module.modules():
         if not isinstance(part, FullPrecision):
             continue
-        for name in ("held", "autocast_dtype", "casts_output"):
+        for name in ("types_before", "autocast_dtype", "casts_output"):
             vars(part).pop(name, None)
         if "class_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)
             part.__class__ = part.class_before  # type: ignore[assignment]

@@ -83,8 +83,8 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         )
     if layer.dense_weight is not None:
         raise ValueError(
-            f"{layer.full_name}: init_lora_weights='calibrated' needs a batch before the layer is split over ranks. "
-            "Use 'loftq' or 'pissa', which need none."
+            f"{layer.full_name}: init_lora_weights='calibrated' is computed in the first step, from whole layers, and "
+            "this layer is split over ranks before it. Use 'default', 'loftq' or 'pissa' with tensor parallelism."
         )
     side = "outputs"
     step = size

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,7 +186,9 @@ def test_outputs_and_gradients_are_as_close_to_fp32_as_those_of_the_model_in_16_
         y.square().sum().backward()
     grads = [[p.grad for p in in_full(model).values()] for model in (ours, plain, exact)]
     assert {grad.dtype for grad in grads[0]} == {torch.float32}
-    for y, other, expected in zip([outputs[0], *grads[0]], [outputs[1], *grads[1]], [outputs[2], *grads[2]], strict=True):
+    for y, other, expected in zip(
+        [outputs[0], *grads[0]], [outputs[1], *grads[1]], [outputs[2], *grads[2]], strict=True
+    ):
         error = (y.float() - expected).norm()
         assert error <= 1.3 * (other.float() - expected).norm() + 1e-3 * expected.norm()
     with torch.no_grad():
@@ -248,7 +249,7 @@ def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_change
     assert [part.__class__.__name__ for part in model.modules()] == [
         part.__class__.__name__ for part in plain.modules()
     ]
-    assert not any(hasattr(part, "held") for part in model.modules())
+    assert not any(hasattr(part, "types_before") for part in model.modules())
     assert (model.norm.weight == 1).all()
     assert 0 < (model.embedding.weight != 1).float().mean() < 0.3
 

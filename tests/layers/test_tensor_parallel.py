@@ -94,7 +94,7 @@ class Mesh:
         ((96, 128), False, {}, r"^0: can't be split over 3 ranks by outputs in blocks of 64: it has 96 inputs, .* 64"),
         ((128, 128), False, {}, r"^0: can't be split over 3 ranks by outputs .* it has 128 outputs"),
         ((192, 96), True, {"use_dora": True}, r"^0: DoRA can't be split by inputs"),
-        ((192, 96), False, {"init_lora_weights": "calibrated"}, r"^0: .*calibrated.* needs a batch before"),
+        ((192, 96), False, {"init_lora_weights": "calibrated"}, r"^0: .*calibrated.* is computed in the first step"),
     ],
 )
 def test_a_layer_that_cannot_be_split_is_named_with_what_to_do(sizes, by_inputs, arguments, message):

@@ -30,7 +30,7 @@ class Backend:
     linear_into: Callable[..., None]
     linear_backward: Callable[..., Gradients]
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
-    grouped_linear_backward: Callable[..., Gradients]
+    grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast
     adamw_step: Callable[..., None]
     adamw8bit_step: Callable[..., None]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
+from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.full_precision import computed_in
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
-from lightning_qlora.layers.lora_layer import DISABLED
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.reasons import OUTPUT_EMBEDDINGS, get_output_embeddings

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.kinds import Derived, derives
 from lightning_qlora.layers.layer_state import SavedLayer
@@ -116,18 +117,18 @@ class QLoRAExperts(SavedLayer):
         """
         has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
         alone = torch.compiler.is_compiling() or not has_kernel
-        if alone or not can_group(x, self.weight_bytes, self.lora_A, self.lora_B):
+        lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout)
+        if alone or not can_group(x, self.weight_bytes, lora):
             numbers, parts = rows_of_experts(x, ends)
             experts = zip(parts, self.matrices(numbers), strict=True)
             return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
-        adapter: tuple[Tensor, Tensor, float] = self.lora_A, self.lora_B, self.scaling
         if self._qlora_disabled:
-            adapter = self.lora_A.detach(), self.lora_B.detach(), 0.0
+            lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), scaling=0.0)
         else:
             self.__dict__["was_called"] = True
+            lora = lora._replace(seed=self.dropout_seed())
         rows = cast_input(x, self.compute_dtype(x))
-        dropout = self.lora_dropout, self.dropout_seed()
-        y = grouped_linear(rows, ends, self.weight_bytes, *adapter, *dropout)
+        y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if has_autocast(x.device.type) else y.to(x.dtype)
 
     def restore(self, owner: nn.Module, key: str, parameter: Tensor) -> None:

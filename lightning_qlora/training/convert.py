@@ -204,7 +204,7 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
 
 def _adopt_loaded(layer: LoRALayer, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.config = config
+    layer.set_config(config)
     layer.lora_dropout = config.lora_dropout
     layer.full_name = name
     layer.loaded = False
@@ -231,7 +231,7 @@ def freeze(
     decisions = choice.of_parameters(module)
     name_of = {part: name for name, part in module.named_modules()}
     frozen: dict[str, None] = {}
-    for owner, key, trained in new:
+    for owner, key, trained, _ in new:
         weight = own_parameters(owner).get(key)
         if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.kernels import backends, eager, ops, reference, verdict, verify
 from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from tests.kernels.triton.interpreter import start
@@ -264,7 +265,7 @@ def train(dtype=torch.bfloat16, rows=20):
     for step in range(5):
         x = torch.randn(rows if step < 2 else 3 * rows, 128, generator=draw)
         seed = torch.randint(1 << 62, (1,))
-        loss = lora_linear(x.half(), weight, bias, a, b, 0.5, 0.2, seed).float().square().mean()
+        loss = lora_linear(x.half(), weight, bias, LoRA(a, b, 0.5, 0.2, seed)).float().square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -307,7 +308,7 @@ def test_an_error_of_the_arguments_or_of_memory_is_raised_and_not_a_fall_back(mo
     monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
     made = backends.backend(CPU)
     with pytest.raises((RuntimeError, ValueError)):
-        made.lora_project(torch.zeros(2, 64), torch.zeros(4, 63), 0.0, None)
+        made.lora_project(torch.zeros(2, 64), LoRA(torch.zeros(4, 63), torch.zeros(8, 4)))
     monkeypatch.setattr(kernels, "dequantize", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         backends.Backend(CPU, kernels).dequantize(None, torch.float32)

@@ -31,6 +31,8 @@ const char *form(void) {
     return "AVX-512";
 #elif defined(__AVX2__)
     return "AVX2";
+#elif defined(__aarch64__)
+    return "NEON";
 #else
     return "plain C";
 #endif

@@ -38,7 +38,7 @@ def flag_lists(system: str = platform.system()) -> tuple[tuple[str, ...], ...]:
     """
     if system == "Windows":
         return (THREADS,), ()
-    processors = ("-march=native", "-march=x86-64-v3", "-mcpu=native")
+    processors: tuple[str, ...] = ("-march=native", "-march=x86-64-v3", "-mcpu=native")
     if system == "Darwin":
         processors = ("-mcpu=native", "-march=native")
     threads: list[tuple[str, ...]] = [(processor, THREADS) for processor in processors]

@@ -31,7 +31,7 @@ HELD_OUT = 8
 KINDS = ("fp32", "bf16", "fp16", "fp16, plain")
 TOY = Gemma2Config(
     vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=64, tie_word_embeddings=False, attn_implementation="eager",
+    num_key_value_heads=4, head_dim=64, tie_word_embeddings=False,
 )  # fmt: skip
 Batches = list[Tensor]
 
@@ -39,7 +39,7 @@ Batches = list[Tensor]
 def toy() -> nn.Module:
     """A model whose activations pass the end of fp16."""
     torch.manual_seed(0)
-    model: Any = Gemma2ForCausalLM(TOY)
+    model: Any = Gemma2ForCausalLM._from_config(TOY, attn_implementation="eager")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.weight.mul_(1e6)

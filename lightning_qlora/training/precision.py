@@ -48,6 +48,7 @@ from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.thawed import warn_of_thawed
 
 
+@inherit_from_copies
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 

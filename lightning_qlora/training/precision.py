@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,14 @@ from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.thawed import warn_of_thawed
 
 
+@dataclass
+class _Converted:
+    """A module that the plugin converted."""
+
+    report: ConversionReport
+    trained: set[int] = field(default_factory=set)  # ids of the parameters that took a step
+
+
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
@@ -76,7 +85,8 @@ class QLoRAPrecision(Precision):
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
         self._module: weakref.ref[nn.Module] | None = None
-        self._trained: set[int] = set()  # ids of the parameters that took a step
+        self._converted: weakref.WeakKeyDictionary[nn.Module, _Converted] = weakref.WeakKeyDictionary()
+        self._agreed: set[torch.device] = set()  # on which the ranks compared their kernels
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
         self._has_batches = False
@@ -88,8 +98,8 @@ class QLoRAPrecision(Precision):
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_trained": set()}
+        """Without the weak references to modules, so that a Trainer that ran can be pickled."""
+        return {**vars(self), "_module": None, "_converted": weakref.WeakKeyDictionary()}
 
     @override
     @contextmanager
@@ -144,13 +154,16 @@ class QLoRAPrecision(Precision):
             to_parameters(root)
         else:
             use_bytes_of_rank_0(root)
-        agree(device)
+        if device is not None:
+            self._agree(device)  # in Fabric the module is moved later
         if not converted_before:
             rank_zero_only(print)(report)
-        if not converted_before or self.report is None:
-            self.report = report
+        previous = self._converted.get(root)
+        if converted_before and previous is not None:
+            report = previous.report
+        self.report = report
         self._module = weakref.ref(root)
-        self._trained = set()
+        self._converted[root] = _Converted(report)
         self._trains_fp32 = self._trains_new_fp32_parts(root)
         self._computes_in_fp16 |= computes_in_fp16(root)  # Fabric may convert several
         if trainer is not None:
@@ -159,6 +172,12 @@ class QLoRAPrecision(Precision):
             if not self._evaluating:
                 self._use_training_mode()
         return module
+
+    def _agree(self, device: torch.device) -> None:
+        """Let the ranks compute with the same kernels on a device, once; all of them must call it."""
+        if device not in self._agreed:
+            self._agreed.add(device)
+            agree(device)
 
     def _trains_new_fp32_parts(self, root: nn.Module) -> bool:
         """Whether parameters train in fp32 that are neither adapters nor computed in 16 bits."""
@@ -242,10 +261,9 @@ class QLoRAPrecision(Precision):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step, that the adapters have gradients."""
-        module = self._root
-        if module is not None and self.report is not None:
-            audit_first_step(optimizer, module, self.report.unused)
-            warn_of_thawed(module, optimizer, self._trained)
+        for module, converted in self._converted.items():  # of a GAN in Fabric there are two
+            audit_first_step(optimizer, module, converted.report.unused)
+            warn_of_thawed(module, optimizer, converted.trained)
 
     def on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
@@ -255,6 +273,9 @@ class QLoRAPrecision(Precision):
         replace_parameters_by_adapters(optimizer)
         leave_out_bytes(optimizer)
         check_optimizer(optimizer)
+        layer = next(self._layers(), None)
+        if layer is not None:
+            self._agree(layer.packed.device)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
 

@@ -17,7 +17,7 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
-from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer, cancel_calibration
+from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -58,7 +58,6 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
     check_finite(module)
-    cancel_calibration(module)
     reshard(module)
     stacks = list(expert_stacks(module))
     prefix, base = find_base_model(module)
@@ -68,6 +67,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
     def merged(layer: LoRALayer) -> Tensor:
+        layer.stop_waiting()
         weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
         return merged_weight(layer, weight_dtype, names[layer], weights.pop(names[layer], None))
 

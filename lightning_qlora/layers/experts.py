@@ -125,6 +125,9 @@ class QLoRAExperts(SavedLayer):
             adapter = self.lora_A.detach(), self.lora_B.detach(), 0.0
         else:
             self.__dict__["was_called"] = True
+        if self.input_statistics is not None:
+            for number, part in zip(*rows_of_experts(x, ends), strict=True):
+                self.add_input(number, part)
         rows = cast_input(x, self.compute_dtype(x))
         dropout = self.lora_dropout, self.dropout_seed()
         y = grouped_linear(rows, ends, self.weight_bytes, *adapter, *dropout)

@@ -10,10 +10,11 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
@@ -166,6 +167,30 @@ def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str
                 name = parameter_name(name)
             layers[name] = part
     return layers
+
+
+def use_base_of_rank_0(module: nn.Module) -> None:
+    """Let all ranks hold the 4-bit weights of rank 0, as DDP does with parameters; all ranks must call it.
+
+    They differ where ranks built their modules from other random numbers. What was computed from the float weight is
+    that of rank 0 too.
+    """
+    if world_size() == 1:
+        return
+    layers = [layer for layer in adapted_layers(module).values() if "packed" in vars(layer)]
+    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
+    for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
+        if len(set(fingerprints)) == 1:
+            continue
+        values = [layer.packed_weights, layer.initial]
+        dist.broadcast_object_list(values, 0)
+        if dist.get_rank() == 0:
+            continue
+        weights, initial = values
+        layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
+        layer.set_initial(*(initial or (None, None)))
+        if layer.input_statistics is not None:
+            layer.input_statistics.leave_to_another_rank()
 
 
 def computes_in_fp16(module: nn.Module) -> bool:

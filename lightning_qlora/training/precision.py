@@ -12,6 +12,7 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,12 +29,18 @@ from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.full_precision import full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_rank_0
+from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.patches import make_changes
-from lightning_qlora.layers.qlora_linear import computes_in_fp16
-from lightning_qlora.lightning_copies import classes, inherit_from_copies
+from lightning_qlora.layers.qlora_linear import computes_in_fp16, use_base_of_rank_0
+from lightning_qlora.lightning_copies import classes, inherit_from_copies, modules
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
+from lightning_qlora.training.calibration import (
+    after_closure,
+    calibrate_before_closure,
+    calibrate_before_step,
+    step_of_all_ranks,
+)
 from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.loss_scale import LossScale
@@ -153,7 +160,7 @@ class QLoRAPrecision(Precision):
         if shards:
             to_parameters(root)
         else:
-            use_bytes_of_rank_0(root)
+            use_base_of_rank_0(root)
         if device is not None:
             self._agree(device)  # in Fabric the module is moved later
         if not converted_before:
@@ -259,11 +266,16 @@ class QLoRAPrecision(Precision):
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step, that the adapters have gradients."""
         for module, converted in self._converted.items():  # of a GAN in Fabric there are two
             audit_first_step(optimizer, module, converted.report.unused)
             warn_of_thawed(module, optimizer, converted.trained)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """What Fabric does between a backward pass and the step; for the Trainer see `_after_closure`."""
+        self._audit(optimizer)
+        calibrate_before_step(optimizer)
 
     def on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
@@ -296,6 +308,7 @@ class QLoRAPrecision(Precision):
         return _precision_class(module).post_backward(self, tensor, module)
 
     @override
+    @step_of_all_ranks()
     def optimizer_step(  # type: ignore[override]
         self,
         optimizer: Optimizer,
@@ -306,6 +319,8 @@ class QLoRAPrecision(Precision):
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if model is None:
             self.on_setup_optimizer(optimizer)
+        if closure is not None and not _runs_backward(model, closure):
+            calibrate_before_closure(optimizer)
         scale = self.loss_scale
         if scale is not None:
             before_step: Any = self._before_step
@@ -317,14 +332,15 @@ class QLoRAPrecision(Precision):
         if closure is None:
             self._before_step(optimizer)
         else:
-            kwargs["closure"] = closure
+            kwargs["closure"] = after_closure(closure, partial(self._before_step, optimizer))
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
         """See `_before_step`; the Trainer calls this between its backward pass and its step."""
-        self._before_step(optimizer)
+        self._audit(optimizer)
         super()._after_closure(model, optimizer)
+        calibrate_before_step(optimizer)
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -405,6 +421,14 @@ class QLoRAPrecision(Precision):
 def _trainer_of(module: nn.Module | None) -> Trainer | None:
     """The Trainer a module is attached to; None in Fabric."""
     return module._trainer if isinstance(module, classes(LightningModule)) else None
+
+
+def _runs_backward(model: nn.Module | None, closure: Callable[[], Any]) -> bool:
+    """Whether a closure is the Trainer's: it has the backward pass, or in manual optimization nothing."""
+    if model is None:
+        return False
+    empty = [module.do_nothing_closure for module in modules(do_nothing_closure.__module__)]
+    return bool(model.automatic_optimization) or closure in empty
 
 
 def _shards_module(trainer: Trainer | None) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.adapters.conversion import forget_conversion
+from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
 from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.config import MergeDtype
@@ -86,6 +86,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     for part in module.modules():
         forget_conversion(part)
     undo(module)
+    mark_as_merged(module)
     if dtype != "auto":
         for parameter in module.parameters():
             if parameter.is_floating_point():

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of
+from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
@@ -101,6 +101,7 @@ def convert_module(
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
         return _report(module, Selection(), {}, bytes_before, start, deferred_heads(module))
+    forget_merge(module)
     for part in module.modules():
         check_no_layer_resized(part)
     check_has_data(module, later=sharded or dist.is_initialized())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, was_merged
 from lightning_qlora.adapters.module_state import saved_conversion
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
@@ -141,6 +141,8 @@ class QLoRAPrecision(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the module in place; of a converted module only the training mode is set.
 
+        A module whose adapters were merged stays dense in a run that only evaluates it.
+
         In `configure_model`, call it with what `fully_shard` or `parallelize_module` is about to split:
         `self.trainer.precision_plugin.convert_module(self.model)`. Of a part of the LightningModule, all of it is
         converted.
@@ -154,6 +156,13 @@ class QLoRAPrecision(Precision):
             guards.check_trainer(trainer, trainer.lightning_module)
             device = trainer.strategy.root_device
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        if was_merged(root):
+            if self._evaluating:
+                return module
+            rank_zero_warn(
+                f"The adapters of this {type(root).__name__} were merged, and its weights are quantized again now, to "
+                "train new adapters. To compute with the merged weights alone, leave out plugins=QLoRAPrecision(...)."
+            )
         converted_before = is_converted(root)
         shards = _shards_module(trainer)
         report = convert_module(root, self.config, device, shards, evaluating=self._evaluating)

@@ -183,7 +183,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
     return adapter_on_base(
-        describe_base(module, next(iter(layers.values())).config),
+        describe_base(module, next(iter(layers.values())).config, trained),
         {name: layer.config for name, layer in layers.items()},
         {name: _adapter_of_layer(layer) for name, layer in layers.items()},
         saved=saved,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
@@ -266,7 +267,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
             squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
             self._base_squares[matrix.number] = squares
-        bracket = lora_linear(a, weight, None, a, b, s / 2)  # [r, out]
+        bracket = lora_linear(a, weight, None, LoRA(a, b, s / 2))  # [r, out]
         return (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
 
     def dora_scale(self, matrix: Matrix) -> Tensor:
@@ -302,11 +303,12 @@ class LoRALayer(WithAdapter, PackedLayer):
             magnitude = None
         elif not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+        lora = LoRA(a, b, self.scaling, self.lora_dropout, seed)
         if magnitude is None:
-            y = lora_linear(x, weight, bias, a, b, self.scaling, self.lora_dropout, seed)
+            y = lora_linear(x, weight, bias, lora)
         else:
             norm = self.row_norm(matrix).clamp_min(TINY)
-            y = dora_linear(x, weight, bias, a, b, magnitude, norm, self.scaling, self.lora_dropout, seed)
+            y = dora_linear(x, weight, bias, lora, magnitude, norm)
         if input_dtype is dtype or has_autocast(x.device.type):
             return y
         return y.to(input_dtype)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, was_merged
-from lightning_qlora.adapters.module_state import saved_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, text_of, was_merged
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -67,9 +66,9 @@ class _Converted:
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full
-    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
-    arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
+    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter (Dettmers et al., "QLoRA:
+    Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The adapters train. Parts without pretrained values, such as
+    a new head, train in full. The arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:
         config: The arguments, checked.
@@ -139,13 +138,12 @@ class QLoRAPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert the module in place; of a converted module only the training mode is set.
+        """Convert the module in place. If it is converted already, only its training mode is set.
 
         A module whose adapters were merged stays dense in a run that only evaluates it.
 
-        In `configure_model`, call it with what `fully_shard` or `parallelize_module` is about to split:
-        `self.trainer.precision_plugin.convert_module(self.model)`. Of a part of the LightningModule, all of it is
-        converted.
+        In `configure_model`, call `self.trainer.precision_plugin.convert_module(self.model)` before `fully_shard` or
+        `parallelize_module`. It converts the whole LightningModule, also if it gets a part of it.
         """
         trainer = _trainer_of(module) or self._trainer
         root = module
@@ -380,10 +378,7 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale.
-
-        And the conversion, for a module whose `on_save_checkpoint` leaves them out.
-        """
+        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
         scale = self.loss_scale
         state: dict[str, Any] = {
             "random_state": gather_torch_rng_states(),
@@ -392,12 +387,14 @@ class QLoRAPrecision(Precision):
         }
         if scale is not None:
             state["loss_scale"] = scale.state_dict()
-        root = self._root
-        if root is not None:
-            saved = saved_conversion(root)
-            if saved is not None:
-                state[CONVERSION] = saved.text()
         return state
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Copy the conversion from the module's state, for a module whose `on_save_checkpoint` leaves it out there."""
+        entry = checkpoint["state_dict"].get(CONVERSION)
+        if entry is not None:
+            checkpoint[type(self).__qualname__][CONVERSION] = text_of(entry)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
@@ -24,6 +25,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEP = 64  # c/matmul.h: rows of x are padded to a multiple of this
 MOST_ROWS = 64  # c/matmul.h: rows that `lora_linear` takes
 MOST_ROWS_SLOW = 8  # rows up to which it is faster for bf16 if weights cannot be looked up in registers
+MOST_ROWS_NARROW = 16  # c/few_rows.h: rows up to which it is faster with AVX2 and NEON
+GROUP = 32  # c/few_rows.h: weights of a row that are decoded together
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
 # Arguments of the functions: p pointer, l int64, i int, f float.
@@ -58,6 +61,7 @@ class Library:
         if not loaded.has_threads():
             self.form += ", one thread"
         self._bf16 = "bf16" in self.form
+        self._wide = "AVX-512" in self.form
         self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
         self._loaded = loaded
 
@@ -71,33 +75,28 @@ class Library:
         """Whether `lora_linear` was measured to be faster than decoding and torch's product."""
         if not self._multiplies or not 0 < m <= MOST_ROWS:
             return False
+        if not self._wide:
+            return m <= MOST_ROWS_NARROW and dtype is torch.float32 and weight.shape[1] % GROUP == 0
         if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
             return True
         return m <= MOST_ROWS_SLOW
 
     def lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        weight: PackedBytes,
-        bias: Tensor | None,
-        lora_b: Tensor,
-        scaling: float,
-        lora_a: Tensor | None = None,
-        xa: Tensor | None = None,
+        self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
     ) -> Tensor:
-        """y = x W^T + bias + scaling xa B^T, rounded once, decoding W tile by tile; xa = x A^T without dropout.
+        """y = x W^T + bias + s xa B^T, rounded once, decoding W tile by tile.
 
-        y [m, out] is contiguous, m <= `MOST_ROWS`. Either A, or xa in the type of x, is given.
+        y [m, out] is contiguous, m <= `MOST_ROWS`. xa is in the type of x; None: x A^T, without dropout.
         """
         struct, _keep = _describe(weight)
         x = x.contiguous()
-        lora_b = _fp32(lora_b)
+        lora_b = _fp32(lora.b)
         m, width = x.shape
         r = lora_b.shape[1]
-        if lora_a is not None:
-            lora_a = _fp32(lora_a)
-        if xa is not None:
+        lora_a = None
+        if xa is None:
+            lora_a = _fp32(lora.a)
+        else:
             xa = xa.contiguous()
         workspace = scratch(m * (2 * (width + STEP) + r + STEP), torch.float32, x.device, "rows")
         bias_type = 0
@@ -118,7 +117,7 @@ class Library:
             _address(lora_a),
             lora_b.data_ptr(),
             r,
-            scaling,
+            lora.scaling,
             workspace.data_ptr(),
             _threads(weight.numel),
         )

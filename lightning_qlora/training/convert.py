@@ -17,6 +17,7 @@ from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
@@ -39,6 +40,7 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     warn_after_conversion,
+    warn_of_copies,
     warn_of_fp16,
     warn_of_other_arguments,
 )
@@ -121,6 +123,9 @@ def convert_module(
         check_names_in_loaded_models(module, config, choice)
     by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
     check_before_conversion(module, choice, config, first=not kept)
+    copies = find_copies(module, choice.convert)
+    share_seeds(choice.convert, copies)
+    warn_of_copies(copies)
     _quantize(module, choice, device)
     forget_quantizer(module)
     frozen = freeze(module, choice, new, kept)

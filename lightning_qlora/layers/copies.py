@@ -4,7 +4,7 @@ After conversion the module trains adapters, and code that pairs the parameters 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.layers.names import join, name_endings, owner_name
-from lightning_qlora.layers.selection import ToConvert
+from lightning_qlora.layers.selection import Selection, ToConvert
 
 SAMPLES = 16  # elements of a weight that are compared first
 
@@ -34,13 +34,13 @@ class Copy(NamedTuple):
         return self.name.removesuffix(ending).rstrip("."), self.original.removesuffix(ending).rstrip(".")
 
 
-def find_copies(module: nn.Module, chosen: Mapping[str, ToConvert]) -> list[Copy]:
+def find_copies(module: nn.Module, choice: Selection) -> list[Copy]:
     """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
 
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
     (`nn.TransformerEncoder` makes its layers as copies of one).
     """
-    targets = {_weight_name(name, each) for name, each in chosen.items()}
+    targets = {_weight_name(name, each) for name, each in choice.convert.items()}
     groups: dict[object, list[tuple[str, Tensor]]] = {}
     for name, tensor in _matrices(module):
         key = _sample(tensor)
@@ -61,13 +61,15 @@ def find_copies(module: nn.Module, chosen: Mapping[str, ToConvert]) -> list[Copy
     return copies
 
 
-def share_seeds(chosen: dict[str, ToConvert], copies: list[Copy]) -> None:
+def share_seeds(choice: Selection, copies: list[Copy]) -> None:
     """Let a layer that is a copy of another one begin with the same adapter."""
-    names = {_weight_name(name, each): name for name, each in chosen.items()}
+    layers = choice.convert
+    names = {_weight_name(name, each): name for name, each in layers.items()}
     for copy in copies:
         if copy.name in names and copy.original in names:
             name = names[copy.name]
-            chosen[name] = chosen[name]._replace(seed_name=chosen[names[copy.original]].seed_name)
+            layers[name] = layers[name]._replace(seed_name=layers[names[copy.original]].seed_name)
+            choice.decisions[name] = choice.decisions[name]._replace(layer=layers[name])
 
 
 def _weight_name(name: str, each: ToConvert) -> str:

@@ -51,7 +51,7 @@ class SavedLayer(LoRALayer):
 
         `initial`: what this layer was initialized with, if it was, and begins with again.
         """
-        needs_data = self.config.initialization == "calibrated"
+        needs_data = self.config.init_kind.needs_data
         if not needs_data or self.initial is not None or gather(self.lora_B).any():
             self.stop_waiting()
         elif initial is not None:
@@ -151,8 +151,8 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
             f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
             "training."
         )
-    # A "calibrated" adapter depends on the weight only until the inputs were measured.
-    from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
+    # An adapter that is initialized from data depends on the weight only until the inputs were measured.
+    from_weight = layer.config.init_kind.keeps_initial and not layer.config.init_kind.needs_data
     if packed:
         layer.set_packed_weights([weight.to(layer.packed.device) for weight in packed])
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):

@@ -97,7 +97,7 @@ class LoRALayer(WithAdapter, PackedLayer):
             base, *initial = initialization.initialize(values, self.config, self.seed_name_of(number))
             bases.append(base)
             adapters.append(initial)
-            if self.config.initialization == "calibrated":
+            if self.config.init_kind.needs_data:
                 if not rows.is_meta:
                     rows = rows.cpu()
                 weights.append(rows)
@@ -106,7 +106,7 @@ class LoRALayer(WithAdapter, PackedLayer):
             self._wait(self.join_matrices(weights))
         adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
         self.set_adapter(*adapter)
-        if self.config.initialization in ("loftq", "pissa"):
+        if self.config.init_kind.keeps_initial and not weights:
             self.set_initial(*adapter)
 
     def __setstate__(self, state: Any) -> None:
@@ -211,12 +211,12 @@ class LoRALayer(WithAdapter, PackedLayer):
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def check_can_disable(self) -> None:
-        """Raise ValueError if the adapter began as PiSSA."""
-        if self.config.initialization == "pissa":
+        """Raise ValueError if the adapter began with a part of the weight, as PiSSA's."""
+        if self.config.init_kind.moves_weight:
             raise ValueError(
-                f"disable_adapter: {self.full_name} was initialized with PiSSA, which moves the largest part of the "
-                "weight into the adapter, so the base without it is not the pretrained model. Use another "
-                "init_lora_weights."
+                f"disable_adapter: {self.full_name} was initialized with init_lora_weights="
+                f"{self.config.init_lora_weights!r}, which moves a large part of the weight into the adapter, so the "
+                "base without it is not the pretrained model. Use another one."
             )
 
     def adapter_parameters(self) -> list[nn.Parameter]:

@@ -200,7 +200,7 @@ def computes_in_fp16(module: nn.Module) -> bool:
 
 def check_packed_initialization(config: QLoRAConfig) -> None:
     """Raise ValueError if adapters are to be initialized from the float weight of a layer that is in 4 bits already."""
-    if config.initializes_from_weight:
+    if config.init_kind.keeps_initial:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} needs the float weight, and this one is in 4 bits. "
             "Use 'default' or 'gaussian', or load the model in 16 bits."

@@ -142,7 +142,7 @@ def convert_module(
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
-    if config.initialization == "calibrated" and choice.convert:
+    if config.init_kind.needs_data and choice.convert:
         Calibration(module, sharded)
     report = _report(module, choice, frozen, bytes_before, start, deferred)
     report.by_size = by_size

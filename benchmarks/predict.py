@@ -177,9 +177,7 @@ def turing() -> str:
         rest += BLOCKS * PASSES * T4.seconds(4 * tokens * WIDTH)
         times = [1e3 * (2 * sum(layer(tokens, n, k) for n, k in LLAMA_8B) + rest) for layer in (_in_fp16, _in_fp32)]
         rows.append([f"step of an 8B model, {tokens} tokens, ms", *(f"{time:.0f}" for time in times)])
-        rows.append(
-            ["of it in fp32 in both: output embedding, attention, other layers, ms", *[f"{1e3 * rest:.0f}"] * 2]
-        )
+        rows.append(["of it in both: output embedding, attention and norms in fp32, ms", *[f"{1e3 * rest:.0f}"] * 2])
     return table(["predicted for a T4", "fp16 with a power of two", "fp32"], rows)
 
 

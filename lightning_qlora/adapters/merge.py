@@ -19,8 +19,7 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer, cancel_calibration
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.packed_linear import to_dense
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers, to_dense
 from lightning_qlora.layers.reasons import mark_as_loaded
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens

@@ -60,9 +60,10 @@ def original_class(kind: type[Any]) -> type[Any]:
 def _derived_class(mixin: Any, before: Any) -> Any:
     bases = mixin._derived_bases(before)
     classes_before = {**getattr(before, "classes_before", {}), mixin: before}
-    if before in bases[0].__bases__:  # QLoRALinear, for nn.Linear
-        bases[0].classes_before = classes_before
-        return bases[0]
+    own: type[Derived] = bases[0]
+    if before in own.__bases__:  # QLoRALinear, for nn.Linear
+        own.classes_before = classes_before
+        return own
     members = {"__module__": before.__module__, "classes_before": classes_before, **mixin._derived_members(before)}
     return type(members.pop("__name__", f"QLoRA{before.__name__}"), bases, members)
 

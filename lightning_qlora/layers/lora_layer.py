@@ -296,7 +296,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         else:
             norm = self.row_norm(matrix).clamp_min(TINY)
             y = dora_linear(x, weight, bias, lora, magnitude, norm)
-        if input_dtype is x.dtype or has_autocast(x.device.type):
+        if input_dtype is x.dtype or has_autocast(x.device.type) or self.held_on is not None:
             return y
         return y.to(input_dtype)
 

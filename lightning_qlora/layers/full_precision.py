@@ -182,10 +182,10 @@ def with_types(part: nn.Module) -> Any:
 
 def _compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    with_types(part)
-    if part.autocast_dtype not in IN_16_BITS:
-        part.autocast_dtype = dtype
-    part.casts_output = part.casts_output or casts_output
+    own: FullPrecision = with_types(part)
+    if own.autocast_dtype not in IN_16_BITS:
+        own.autocast_dtype = dtype
+    own.casts_output = own.casts_output or casts_output
 
 
 def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:

@@ -150,7 +150,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
-def to_dense(layer: Any, weight: nn.Parameter) -> None:
+def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
     """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
     names = {"in_features", "out_features"} - {*kind_of(layer.classes_before[QLoRALinear]).sizes}
     for kind in type(layer).__mro__:

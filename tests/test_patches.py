@@ -11,15 +11,16 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.trainer import call
 
 import lightning_qlora
-from lightning_qlora.layers.patches import make_changes
+from lightning_qlora.layers.changes import make_changes
 from tests.foreign_changes import Package, changes_in, changes_of
 
 PACKAGE = Path(lightning_qlora.__file__).parent
 PATCHES = sorted(PACKAGE.rglob("patches.py"))
-MECHANISM = ("wrap_once", "replaces", "make_changes")  # what patches are made with
 
 # What is no change of other people's code, though the text alone can't show it.
 ALLOWED = {
+    # The mechanism: it puts what the files named patches.py register in its place.
+    "layers/changes.py": {"setattr(owner, name, wrapper)"},
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one.
     "layers/qlora_linear.py": {
         "layer._parameters.pop('weight')", "layer._parameters.pop('weight', None)",
@@ -40,7 +41,7 @@ ALLOWED = {
     "layers/held_types.py": {"tensor.grad"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
-    "layers/reasons.py": {"setattr(parameter, LOADED_TENSOR, True)"},
+    "layers/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"owner._parameters[inner]"},  # as it was, after an error
     "huggingface/quantizer.py": {"copied.operations", "copied.quantization_operation"},  # a copy that it made
     "huggingface/load_weights.py": {  # what transformers' loading does
@@ -83,7 +84,7 @@ def test_every_allowed_change_is_made():
 def patches_in(file):
     """Name -> function of each patch in a file."""
     functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
-    return {f.name: f for f in functions if not f.name.startswith("_") and f.name not in MECHANISM}
+    return {f.name: f for f in functions if not f.name.startswith("_")}
 
 
 @pytest.mark.parametrize("file", PATCHES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

@@ -20,8 +20,8 @@ from lightning_qlora.layers.full_precision import full_precision_parameters, und
 from lightning_qlora.layers.held_types import release
 from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer, cancel_calibration
 from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.provenance import mark_as_loaded
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, to_dense
-from lightning_qlora.layers.reasons import mark_as_loaded
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 

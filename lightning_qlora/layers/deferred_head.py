@@ -14,7 +14,7 @@ from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import last_part
-from lightning_qlora.layers.reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
+from lightning_qlora.layers.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four

@@ -17,6 +17,7 @@ from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
@@ -26,9 +27,8 @@ from lightning_qlora.layers.full_precision import full_precision_parameters, tra
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named
-from lightning_qlora.layers.patches import make_changes
+from lightning_qlora.layers.provenance import FROZEN, loaded_models
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection

@@ -295,7 +295,7 @@ def copy_from_files(module: nn.Module) -> None:
         while spans and spans[0][0] < end:
             together.append(spans.pop(0))
             end = max(end, together[-1][1])
-        copy = torch.empty(end - begin, dtype=torch.uint8)
+        copy = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         for first, last, tensor in together:
             part = copy[first - begin : last - begin].view(tensor.dtype)
             part.copy_(tensor.detach().as_strided((len(part),), (1,)))

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
 from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
@@ -221,7 +222,7 @@ def _grouped(
     a, b = torch.zeros(experts, 64, 512), torch.zeros(experts, 128, 64)
 
     def call() -> None:
-        group = Group(x, ends, stack, a, b)
+        group = Group(x, ends, stack, LoRA(a, b))
         if kernel == 0:
             group.product(x, h, out, 1.0, p, seed, backward)
         elif kernel == 1:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure, peers
 from lightning_qlora import quantize
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 
 SHAPES = [(1024, 1024), (4096, 1024), (1024, 4096), (2048, 2048), (4096, 4096)]
@@ -44,7 +45,7 @@ def weight_alone(shape: tuple[int, int], m: int, rounds: int) -> dict[str, dict[
     lora_a = torch.empty(0, shape[1])
     lora_b = torch.empty(shape[0], 0)
     made: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-        peers.OURS: lambda: lambda x: lora_linear(x, packed, None, lora_a, lora_b, 1.0),
+        peers.OURS: lambda: lambda x: lora_linear(x, packed, None, LoRA(lora_a, lora_b)),
         "dense": lambda: dense,
     }
     if find_spec("bitsandbytes") is not None:

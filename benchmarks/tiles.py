@@ -23,6 +23,7 @@ from benchmarks.compiled import compile_launch, recorded
 from benchmarks.timing import seconds
 from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.launch import Tile
 from lightning_qlora.kernels.triton.linear import add_matmul_
@@ -96,16 +97,18 @@ def _calls_of_experts(rows: int, shape: tuple[int, int], device: torch.device) -
     lora_a, lora_b = (torch.randn(EXPERTS, *size, device=device) for size in ((RANK, k), (n, RANK)))
 
     def together() -> None:
-        _, xa = kernels.grouped_linear(x, ends, weight, lora_a, lora_b, 0.5, 0.0, None)
-        kernels.grouped_linear_backward(grad, x, xa, ends, weight, lora_a, lora_b, 0.5, 0.0, None, True)
+        lora = LoRA(lora_a, lora_b, 0.5)
+        _, xa = kernels.grouped_linear(x, ends, weight, lora)
+        kernels.grouped_linear_backward(grad, x, xa, ends, weight, lora)
 
     def one_by_one() -> None:
         for part, of_part, matrix, a, b in zip(
             x.split(rows), grad.split(rows), weight.unbind(), lora_a, lora_b, strict=True
         ):
-            xa = kernels.lora_project(part, a, 0.0, None)
-            kernels.linear_into(part.new_empty(rows, n), part, xa, matrix, None, b, 0.5)
-            kernels.linear_backward(of_part, part, xa, matrix, a, b, 0.5, 0.0, None, True)
+            lora = LoRA(a, b, 0.5)
+            xa = kernels.lora_project(part, lora)
+            kernels.linear_into(part.new_empty(rows, n), part, xa, matrix, None, lora)
+            kernels.linear_backward(of_part, part, xa, matrix, lora, True)
 
     return [together, one_by_one]
 

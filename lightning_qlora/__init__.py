@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
     from lightning_qlora.huggingface.load_weights import load_weights as load_weights
     from lightning_qlora.kernels.ops import quantize as quantize
+    from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
     from lightning_qlora.layers.layer_state import CheckpointMismatchError as CheckpointMismatchError
-    from lightning_qlora.layers.lora_layer import disable_adapter as disable_adapter
     from lightning_qlora.layers.packed_linear import to_parameters as to_parameters
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
@@ -46,7 +46,7 @@ _PLACES = {
     "QLoRALinear": "layers.qlora_linear",
     "QLoRAPrecision": "training.precision",
     "convert": "training.convert",
-    "disable_adapter": "layers.lora_layer",
+    "disable_adapter": "layers.disable_adapter",
     "estimate_memory": "tools.memory_estimate",
     "load_adapter": "adapters.save_load",
     "load_from_checkpoint": "training.load_from_checkpoint",

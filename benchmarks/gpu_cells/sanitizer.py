@@ -12,6 +12,7 @@ from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.quantization.packed_weight import stack_bytes
@@ -51,11 +52,12 @@ def run_kernels(device: torch.device) -> None:
             for rows, p in ((1, 0.0), (16, 0.1), (33, 0.1)):
                 x = torch.randn(rows, shape[1], device=device, dtype=dtype, requires_grad=True)
                 seed = torch.tensor([2**40 + 3]) if p else None
-                lora_linear(x, weight.to_bytes(), None, a, b, 0.5, p, seed).sum().backward()
-            stack = stack_bytes([weight.to_bytes()] * 3), torch.stack([a] * 3), torch.stack([b] * 3)
-            if can_group(x, *stack):
+                lora_linear(x, weight.to_bytes(), None, LoRA(a, b, 0.5, p, seed)).sum().backward()
+            stack = stack_bytes([weight.to_bytes()] * 3)
+            lora = LoRA(torch.stack([a] * 3), torch.stack([b] * 3), 0.5, p, seed)
+            if can_group(x, stack, lora):
                 ends = torch.tensor([20, 20, 31], dtype=torch.int32, device=device)
-                grouped_linear(x, ends, *stack, 0.5, p, seed).sum().backward()
+                grouped_linear(x, ends, stack, lora).sum().backward()
     scalars = AdamWStep(1, 1e-3, 0.9, 0.999, 1e-8, 0.01)
     sizes = (5, 4096, 70_001)
     params, grads = ([torch.randn(size, device=device) for size in sizes] for _ in range(2))

@@ -1,7 +1,7 @@
 """The base model inside a LightningModule: PEFT and vLLM would load that one, so its names are used for adapters."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_qlora.layers.names import (
     plain_name,
 )
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.records import base_fingerprint, own_parameters
+from lightning_qlora.layers.records import base_fingerprints, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
 
@@ -67,8 +67,11 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
     return name, child
 
 
-def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
-    """Entries of a checkpoint, beside `config`, from which a PEFT folder can be written without the module."""
+def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
+    """Entries of a checkpoint, beside `config`, from which a PEFT folder can be written without the module.
+
+    `trained` are the names in `trained_in_full`.
+    """
     prefix, base = find_base_model(module)
     layers = {plain_name(name): layer for name, layer in adapted_layers(base, remove_duplicate=False).items()}
     quantization = None
@@ -81,7 +84,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig) -> dict[str, Any]:
         "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
         "quantization": quantization,
         "target_modules": target_modules_of(base),
-        "trained_in_full": list(trained_in_full(module)),
+        "trained_in_full": list(trained),
         "layers": {},
     }
     stacks = stacks_of(base)
@@ -139,29 +142,33 @@ def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConf
     return config.with_own(description.get("layers", {}).get(name, {}))
 
 
-def trained_in_full(module: nn.Module) -> dict[str, nn.Module]:
+def trained_in_full(module: nn.Module, unchanged: Container[Any] | None = None) -> dict[str, nn.Module]:
     """Modules of the base model, by name, with a parameter that is no adapter and trains or has changed.
 
-    A parameter that trained and was frozen again, and a resized embedding, have changed. A shared module has several
-    names; the rows of a tied embedding have one, as in PEFT's files.
+    `unchanged` are the frozen parameters that have not (`base_fingerprints`), if they are known. A parameter that
+    trained and was frozen again, and a resized embedding, have changed. A shared module has several names; the rows of
+    a tied embedding have one, as in PEFT's files.
     """
-    return _trained_modules(find_base_model(module)[1])
+    base = find_base_model(module)[1]
+    if unchanged is None:
+        unchanged = base_fingerprints(base)
+    return _trained_modules(base, unchanged)
 
 
 def trained_outside(module: nn.Module) -> list[str]:
     """Names of such modules outside of the base model, as a head of the LightningModule."""
     inside = set(find_base_model(module)[1].modules())
-    return [name for name, part in _trained_modules(module).items() if part not in inside]
+    return [name for name, part in _trained_modules(module, base_fingerprints(module)).items() if part not in inside]
 
 
-def _trained_modules(module: nn.Module) -> dict[str, nn.Module]:
+def _trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, nn.Module]:
     first_names = dict(module.named_modules())
     trained = {}
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, LoRALayer) or (isinstance(part, TokenAdapter) and name not in first_names):
             continue
         for key, parameter in own_parameters(part).items():
-            if parameter.is_floating_point() and base_fingerprint(part, key, parameter) is None:
+            if parameter.is_floating_point() and (part, key) not in unchanged:
                 trained[plain_name(name)] = part
     return trained
 

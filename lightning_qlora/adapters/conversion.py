@@ -120,7 +120,7 @@ class SavedConversion:
         return json.dumps({"config": config, "base": self.base, "fingerprints": fingerprints})
 
     @classmethod
-    def from_text(cls, text: str | bytes) -> "SavedConversion":
+    def from_text(cls, text: str) -> "SavedConversion":
         """The reverse; a damaged text may raise any error."""
         content = json.loads(text)
         config = QLoRAConfig(**content["config"])
@@ -158,15 +158,20 @@ def entry_of(text: str) -> Tensor:
     return torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(torch.int32)
 
 
+def text_of(entry: Tensor) -> str:
+    """The text in the value of `CONVERSION`."""
+    # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
+    encoded = entry.contiguous().double().round().to(torch.uint8)
+    return bytes(encoded.tolist()).decode().rstrip()
+
+
 def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> SavedConversion | None:
     """The conversion in a state dict; None for that of a module that is not converted. ValueError if it is damaged."""
     key = prefix + CONVERSION
     if key not in state_dict:
         return None
     try:
-        # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
-        encoded = state_dict[key].contiguous().double().round().to(torch.uint8)
-        return SavedConversion.from_text(bytes(encoded.tolist()))
+        return SavedConversion.from_text(text_of(state_dict[key]))
     except Exception as error:  # a damaged value may raise any error
         raise ValueError(
             f"{key}: is damaged, or of a newer version of lightning-qlora ({error}). Use another copy, or that version."

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
-from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model
+from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, trained_in_full
 from lightning_qlora.adapters.conversion import (
     CONVERSION,
     Conversion,
@@ -37,7 +37,7 @@ from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.records import base_fingerprint, current_fingerprint, renew, unrecorded
+from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew, unrecorded
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
 PREPARED = torch.empty(0, device="cpu")  # in place of a part's entry: the hook of an outer module prepared the part
@@ -81,26 +81,19 @@ def _has_hooks(module: nn.Module) -> bool:
     return _after_state_dict in module._state_dict_hooks.values()
 
 
-def saved_conversion(root: nn.Module) -> SavedConversion | None:
-    """What a checkpoint says about a module; None for one that is not converted, or whose adapters were merged."""
-    conversion = conversion_of(root)
-    if conversion is None or _is_merged(root):
-        return None
-    return _saved_conversion(root, conversion.config)
-
-
-def _saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
+def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
+    """What a checkpoint says about a module."""
     fingerprints: dict[str, int] = {}
+    unchanged = base_fingerprints(root)
     if config.checkpoint == "adapter":
         for name, layer in _named_layers(root):
             # A base that depends on the last bits of an SVD can't be computed again on another machine.
             if not changes_base_weights(layer.config):
                 fingerprints[name] = layer.base_fingerprint()
-        for name, owner, key, parameter in _dense_parameters(root):
-            number = base_fingerprint(owner, key, parameter)
-            if number is not None:
-                fingerprints[name] = number
-    return SavedConversion(config, describe_base(root, config), fingerprints)
+        for name, owner, key, _ in _dense_parameters(root):
+            if (owner, key) in unchanged:
+                fingerprints[name] = unchanged[owner, key]
+    return SavedConversion(config, describe_base(root, config, trained_in_full(root, unchanged)), fingerprints)
 
 
 def _before_state_dict(root: nn.Module, prefix: str, _: Any) -> None:
@@ -124,7 +117,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
     else:
         config = conversion.config
-    saved = _saved_conversion(root, config)
+    saved = saved_conversion(root, config)
     for name in saved.fingerprints:
         state_dict.pop(prefix + name, None)
     for name, layer in _named_layers(root):
@@ -198,9 +191,7 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
         elif name in parameters:
             owner, key, parameter = parameters[name]
             state_dict[prefix + name] = parameter.detach()
-            if id(parameter) not in numbers:
-                numbers[id(parameter)] = current_fingerprint(owner, key, parameter)
-            current = numbers[id(parameter)]
+            current = current_fingerprint(owner, key, parameter, numbers)
         else:
             unknown.append(name)
             continue

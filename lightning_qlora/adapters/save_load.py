@@ -151,8 +151,8 @@ def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Load an adapter folder of PEFT or `save_adapter` into a converted module.
 
-    Ranks and scalings become those of the folder; layers that are not in the folder get B = 0. To convert exactly the
-    layers of the folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
+    Ranks and scalings become those of the folder; layers that are not in the folder get the default initialization,
+    B = 0. To convert exactly the layers of the folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
 
     Args:
         module: A converted module, LightningModule or not.
@@ -183,7 +183,7 @@ def get_adapter(module: nn.Module) -> Adapter:
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
     return adapter_on_base(
-        describe_base(module, next(iter(layers.values())).config),
+        describe_base(module, next(iter(layers.values())).config, trained),
         {name: layer.config for name, layer in layers.items()},
         {name: _adapter_of_layer(layer) for name, layer in layers.items()},
         saved=saved,
@@ -226,19 +226,18 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     _check_fits(base, layers, adapter)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
-        layer.config = replace(layer.config, use_rslora=adapter.use_rslora)
         layer.set_initial(None, None)
         record_initialization(layer, adapter.quantization)
         saved = adapter.layers.get(name)
         if saved is None:
-            layer.lora_B.data.zero_()
+            layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+            layer.reset_adapter()
             continue
+        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora, r=saved.r, lora_alpha=saved.alpha))
         values = {"lora_A": saved.lora_A, "lora_B": saved.lora_B, MAGNITUDE: saved.magnitude}
         for key, value in values.items():
             if value is not None:
                 layer.write(key, value.to(layer.lora_A.dtype).contiguous())
-        layer.scaling = adapter.scaling(name)
-        layer.config = replace(layer.config, r=saved.r, lora_alpha=saved.alpha)
     tensors = _tensors_by_plain_name(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():

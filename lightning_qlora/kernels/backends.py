@@ -17,6 +17,7 @@ from lightning_qlora.kernels.verify import OPS
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
+IN_PLACE = ("adamw_step", "adamw8bit_step")  # all other ops return new tensors, or write all of one
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
@@ -30,7 +31,7 @@ class Backend:
     linear_into: Callable[..., None]
     linear_backward: Callable[..., Gradients]
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
-    grouped_linear_backward: Callable[..., Gradients]
+    grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast
     adamw_step: Callable[..., None]
     adamw8bit_step: Callable[..., None]
@@ -43,13 +44,19 @@ class Backend:
         self.can_group = kernels.can_group
 
     def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on."""
+        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on.
+
+        An op that writes in place (its first argument is the list of what it writes) is not repeated once it began.
+        """
 
         def run(*arguments: Any) -> Any:
+            written = arguments[0] if op in IN_PLACE else []
+            versions = [tensor._version for tensor in written]
             try:
                 return kernel(*arguments)
             except Exception as error:  # Triton, its compilers and the driver raise many types
-                if isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
+                has_begun = versions != [tensor._version for tensor in written]
+                if has_begun or isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
                     raise
                 result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
                 self.fall_back({op: f"{type(error).__name__}: {error}"})

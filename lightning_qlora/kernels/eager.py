@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
 from lightning_qlora.kernels.reference import adamw_step as adamw_step
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
@@ -71,21 +72,19 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     return library.dequantize_into(out, weight)
 
 
-def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def lora_project(x: Tensor, lora: LoRA) -> Tensor:
     """See `reference.lora_project`."""
-    return torch.nn.functional.linear(_dropped(x, p, seed), lora_a.to(x.dtype))
+    return torch.nn.functional.linear(_dropped(x, lora), lora.a.to(x.dtype))
 
 
-def linear_into(
-    out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
-) -> None:
+def linear_into(out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
     """See `reference.linear_into`."""
     library = _library_for_few_rows(x, weight)
     if library is not None:
-        library.lora_linear(out, x, weight, bias, lora_b, scaling, xa=xa)
+        library.lora_linear(out, x, weight, bias, lora, xa)
         return
-    if lora_b.numel():
-        torch.addmm(_empty(x.dtype, x.device), xa, lora_b.to(x.dtype).T, beta=0, alpha=scaling, out=out)
+    if lora.b.numel():
+        torch.addmm(_empty(x.dtype, x.device), xa, lora.b.to(x.dtype).T, beta=0, alpha=lora.scaling, out=out)
         out.addmm_(x, _decoded(weight, x.dtype).T)
     else:  # rank 0
         torch.mm(x, _decoded(weight, x.dtype).T, out=out)
@@ -93,40 +92,29 @@ def linear_into(
         out.add_(bias)
 
 
-def lora_linear(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor | None:
+def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor | None:
     """`lora_project` without dropout and `linear_into` in one call of C for few rows; None if there is no such call."""
     library = _library_for_few_rows(x, weight)
     if library is None:
         return None
-    return library.lora_linear(x.new_empty(len(x), weight.shape[0]), x, weight, bias, lora_b, scaling, lora_a)
+    return library.lora_linear(x.new_empty(len(x), weight.shape[0]), x, weight, bias, lora)
 
 
 def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    weight: PackedBytes,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
     empty = _empty(grad.dtype, grad.device)
-    grad_xa = torch.addmm(empty, grad, lora_b.to(grad.dtype), beta=0, alpha=scaling)
-    grad_b = torch.addmm(empty, grad.T, xa, beta=0, alpha=scaling).to(lora_b.dtype)
-    grad_a = torch.mm(grad_xa.T, _dropped(x, p, seed)).to(lora_a.dtype)
+    grad_xa = torch.addmm(empty, grad, lora.b.to(grad.dtype), beta=0, alpha=lora.scaling)
+    grad_b = torch.addmm(empty, grad.T, xa, beta=0, alpha=lora.scaling).to(lora.b.dtype)
+    grad_a = torch.mm(grad_xa.T, _dropped(x, lora)).to(lora.a.dtype)
     if not needs_x:
         return None, grad_a, grad_b
-    if not lora_a.numel():  # rank 0
+    if not lora.a.numel():  # rank 0
         return torch.mm(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
-    grad_x = torch.mm(grad_xa, lora_a.to(grad.dtype))
-    if seed is not None:
-        _dropout(grad_x, grad_x, p, seed)
+    grad_x = torch.mm(grad_xa, lora.a.to(grad.dtype))
+    if lora.seed is not None:
+        _dropout(grad_x, grad_x, lora.p, lora.seed)
     return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
 
 
@@ -135,12 +123,12 @@ def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return dequantize_into(scratch(weight.numel, dtype, weight.packed.device), weight).view(weight.shape)
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def _dropped(x: Tensor, lora: LoRA) -> Tensor:
     """drop(x) in a reused buffer, valid until the next call; x itself without a seed."""
-    if seed is None:
+    if lora.seed is None:
         return x
     x = x.contiguous()
-    return _dropout(scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape), x, p, seed)
+    return _dropout(scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape), x, lora.p, lora.seed)
 
 
 def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -9,62 +9,59 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
+from lightning_qlora.kernels.ops import check_devices
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
-def can_group(x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) -> bool:
+def can_group(x: Tensor, weight: PackedBytes, lora: LoRA) -> bool:
     """Whether `grouped_linear` can compute these experts: eagerly on a GPU.
 
     Raises:
-        ValueError: If the weight has a wrong number of bytes.
+        ValueError: If the weight has a wrong number of bytes, or is on another device than x.
     """
-    if not is_eager(x, lora_a):
+    if not is_eager(x, lora.a):
         return False
     check_bytes(weight)
-    alike = lora_a.dtype is lora_b.dtype and lora_a.numel() > 0
-    return alike and backend(x.device).can_group(x, weight, lora_a, lora_b)
+    check_devices(x, weight, lora)
+    alike = lora.a.dtype is lora.b.dtype and lora.a.numel() > 0
+    return alike and backend(x.device).can_group(x, weight, lora)
 
 
-def grouped_linear(
-    x: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def grouped_linear(x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> Tensor:
     """Rows ends[e - 1] to ends[e] of x through layer e: y = x W_e^T + s (drop(x) A_e^T) B_e^T.
 
     The layers must be ones that `can_group` accepts: the kernels read them by address.
 
     x is [rows, in]; rows from the last end on belong to no layer and give zeros. `ends` is int32 [experts] on x's
-    device, ascending. The weight is [experts, out, in], A [experts, r, in], B [experts, out, r]; the other arguments
-    are those of `lora_linear`, and the dropout mask depends on the index among all rows.
+    device, ascending. The weight is [experts, out, in], A [experts, r, in], B [experts, out, r]. The dropout mask
+    depends on the index among all rows.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.shape[1:] != weight.shape[2:]:
         raise ValueError(
             f"grouped_linear: x must be [rows, {weight.shape[2]}] of a float type with at most 32 bits; got "
             f"{list(x.shape)}, {x.dtype}."
         )
-    y = _GroupedLinear.apply(x, ends, lora_a, lora_b, weight, scaling, p, seed)  # type: ignore[no-untyped-call]
+    # One argument for all that has no gradient: `apply` and autograd do something for each.
+    y = _GroupedLinear.apply(x, lora.a, lora.b, (ends, weight, lora[2:]))  # type: ignore[no-untyped-call]
     return cast(Tensor, y)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ends: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, scaling: float,
-        p: float, seed: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, rest: tuple[Tensor, PackedBytes, Any]) -> Tensor:
+        ends, weight, choices = rest
         x = x.contiguous()
-        y, xa = backend(x.device).grouped_linear(x, ends, weight, lora_a, lora_b, scaling, p, seed)
+        y, xa = backend(x.device).grouped_linear(x, ends, weight, LoRA(lora_a, lora_b, *choices))
         ctx.save_for_backward(x, xa, ends, lora_a, lora_b)
-        ctx.choices = weight, scaling, p, seed
+        ctx.rest = weight, choices
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, xa, ends, lora_a, lora_b = ctx.saved_tensors
-        weight, scaling, p, seed = ctx.choices
-        grad_x, grad_a, grad_b = backend(x.device).grouped_linear_backward(
-            grad.contiguous(), x, xa, ends, weight, lora_a, lora_b, scaling, p, seed, ctx.needs_input_grad[0]
-        )
-        return grad_x, None, grad_a, grad_b, *[None] * 4
+        weight, choices = ctx.rest
+        lora = LoRA(lora_a, lora_b, *choices)
+        return *backend(x.device).grouped_linear_backward(grad.contiguous(), x, xa, ends, weight, lora), None

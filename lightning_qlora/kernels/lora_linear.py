@@ -12,53 +12,41 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
-def lora_linear(
-    x: Tensor,
-    weight: PackedBytes,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor:
     """A frozen 4-bit layer with its adapter: y = x W^T + bias + s (drop(x) A^T) B^T.
 
     Args:
         x: Input [..., in], fp32, bf16 or fp16; the weight is decoded to this type.
         weight: The 4-bit weight, [out, in].
         bias: [out], or None.
-        lora_a: [r, in], any float type.
-        lora_b: [out, r], any float type.
-        scaling: The factor s.
-        p: Dropout probability of the adapter's input.
-        seed: int64 [1] on the CPU, from which forward and backward compute the same dropout mask; None: no dropout.
+        lora: The adapter.
 
     Raises:
         TypeError: If x has another type.
         ValueError: If the shapes do not fit.
         NotImplementedError: In a transform of torch.func (grad, vjp, jvp, vmap) or in forward-mode differentiation.
     """
-    if not is_eager(x, lora_a):
+    if not is_eager(x, lora.a):
         if torch._C._are_functorch_transforms_active():  # the op in `ops` would give jvp zeros
             raise NotImplementedError(
                 "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
                 "torch.autograd.grad or torch.autograd.functional.vjp."
             )
-        y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, lora_a, lora_b, seed, scaling, p)
+        y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, *lora)
         return cast(Tensor, y)
-    if seed is None and not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        whole = ops.lora_linear_in_one_call(x, weight, bias, lora_a, lora_b, scaling)
+    if lora.seed is None and not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        whole = ops.lora_linear_in_one_call(x, weight, bias, lora)
         if whole is not None:
             return whole
     projected: list[Tensor] = []
     # One argument for all that has no gradient: `apply` and autograd do something for each.
-    y = _LoraLinear.apply(x, bias, lora_a, lora_b, (weight, scaling, p, seed, projected))  # type: ignore[no-untyped-call]
+    y = _LoraLinear.apply(x, bias, lora.a, lora.b, (weight, lora, projected))  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        ops.linear_into(y, x, projected[0], weight, bias, lora_b, scaling)
+        ops.linear_into(y, x, projected[0], weight, bias, lora)
     return cast(Tensor, y)
 
 
@@ -75,13 +63,13 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
-        rest: tuple[PackedBytes, float, float, Tensor | None, list[Tensor]],
+        rest: tuple[PackedBytes, LoRA, list[Tensor]],
     ) -> Tensor:
         """Save what the backward pass needs; `lora_linear` writes the result after that."""
-        weight, scaling, p, seed, projected = rest
-        y, xa = ops.lora_project(x, weight, bias, lora_a, lora_b, p, seed)
+        weight, lora, projected = rest
+        y, xa = ops.lora_project(x, weight, bias, lora)
         ctx.save_for_backward(x, xa, lora_a, lora_b)
-        ctx.choices = weight, scaling, p, seed, None if bias is None else bias.dtype
+        ctx.rest = weight, lora[2:], None if bias is None else bias.dtype
         projected.append(xa)
         return y
 
@@ -89,9 +77,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, xa, lora_a, lora_b = ctx.saved_tensors
-        weight, scaling, p, seed, bias_dtype = ctx.choices
+        weight, choices, bias_dtype = ctx.rest
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        grads = ops.lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+        grads = ops.lora_linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, *choices), needs_x)
         of_bias = None
         if needs_bias:
             of_bias = grad_bias(grad, bias_dtype)
@@ -111,7 +99,7 @@ def refuse_second_derivative() -> None:
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, packed, absmax, nested, *form, bias, lora_a, lora_b, seed, scaling, p = inputs
+    x, packed, absmax, nested, *form, bias, lora_a, lora_b, scaling, p, seed = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], packed, absmax, nested, lora_a, lora_b, seed)
     ctx.choices = form, scaling, p, None if bias is None else bias.dtype
@@ -123,7 +111,7 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     needs_x = ctx.needs_input_grad[0]
     needs_bias = ctx.needs_input_grad[7]
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
-        grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, seed, scaling, p, needs_x
+        grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, scaling, p, seed, needs_x
     )
     of_bias = None
     if needs_bias:

@@ -5,6 +5,7 @@ opaque node and `torch.library.opcheck` can test them. The steps of AdamW are pl
 `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import isfinite
@@ -17,6 +18,7 @@ from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.backends import backend, has_kernels
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
 
@@ -113,33 +115,33 @@ def _refuse_onnx() -> None:
         )
 
 
-def _weight_of(
-    packed: Tensor, absmax: Tensor, nested: Tensor, shape: list[int], quant_type: str, block_size: int
-) -> PackedBytes:
-    """A weight from its fields, as the ops get them."""
-    return PackedBytes(packed, absmax, nested, (shape[0], shape[1]), cast(QuantType, quant_type), block_size)
+# The fields of `PackedBytes` and of `LoRA`, one by one.
+WEIGHT = "Tensor packed, Tensor absmax, Tensor nested, SymInt[] shape, str quant_type, int block_size"
+LORA = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
+WEIGHT_FIELDS = len(PackedBytes._fields)
 
 
-@torch.library.custom_op("lightning_qlora::dequantize", mutates_args=(), tags=_TAGS)
-def _dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor,
-    shape: list[int],
-    quant_type: str,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _weight_of(fields: Sequence[Any]) -> PackedBytes:
+    """The weight whose fields the arguments of an op begin with."""
+    packed, absmax, nested, shape, *form = fields[:WEIGHT_FIELDS]
+    return PackedBytes(packed, absmax, nested, tuple(shape), *form)
+
+
+@torch.library.custom_op(
+    "lightning_qlora::dequantize", mutates_args=(), tags=_TAGS, schema=f"({WEIGHT}, ScalarType dtype) -> Tensor"
+)
+def _dequantize(*arguments: Any) -> Tensor:
     _refuse_onnx()
-    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
+    weight = _weight_of(arguments)
     check_bytes(weight)
-    return backend(packed.device).dequantize(weight, dtype)
+    return backend(weight.packed.device).dequantize(weight, arguments[-1])
 
 
 @_dequantize.register_fake
-def _(packed: Tensor, *rest: Any) -> Tensor:
+def _(*arguments: Any) -> Tensor:
     _refuse_onnx()
-    return packed.new_empty(rest[2], dtype=rest[-1])
+    weight = _weight_of(arguments)
+    return weight.packed.new_empty(weight.shape, dtype=arguments[-1])
 
 
 @torch.library.custom_op("lightning_qlora::scales", mutates_args=())
@@ -159,119 +161,85 @@ def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
     return absmax.new_empty(blocks, dtype=torch.float32)
 
 
-@torch.library.custom_op("lightning_qlora::lora_linear", mutates_args=(), tags=_TAGS)
-def lora_linear_op(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor,
-    shape: list[int],
-    quant_type: str,
-    block_size: int,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    p: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "lightning_qlora::lora_linear",
+    mutates_args=(),
+    tags=_TAGS,
+    schema=f"(Tensor x, {WEIGHT}, Tensor? bias, {LORA}) -> (Tensor, Tensor)",
+)
+def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
-    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
-    y, xa = lora_project(x, weight, bias, lora_a, lora_b, p, seed)
-    linear_into(y, x, xa, weight, bias, lora_b, scaling)
+    weight = _weight_of(rest)
+    bias, *fields = rest[WEIGHT_FIELDS:]
+    lora = LoRA(*fields)
+    y, xa = lora_project(x, weight, bias, lora)
+    linear_into(y, x, xa, weight, bias, lora)
     return y, xa
 
 
 @lora_linear_op.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
-    shape = rest[3]
-    lora_a = rest[7]
-    return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(_rows(x).shape[0], lora_a.shape[0])
+    lora = LoRA(*rest[WEIGHT_FIELDS + 1 :])
+    out_features = _weight_of(rest).shape[0]
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(_rows(x).shape[0], lora.a.shape[0])
 
 
-@torch.library.custom_op("lightning_qlora::lora_linear_backward", mutates_args=(), tags=_TAGS)
-def lora_linear_backward_op(
-    grad: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor,
-    shape: list[int],
-    quant_type: str,
-    block_size: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    p: float,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "lightning_qlora::lora_linear_backward",
+    mutates_args=(),
+    tags=_TAGS,
+    schema=f"(Tensor grad, Tensor x, Tensor xa, {WEIGHT}, {LORA}, bool needs_x) -> (Tensor, Tensor, Tensor)",
+)
+def lora_linear_backward_op(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty if it is not needed), A and B."""
-    weight = _weight_of(packed, absmax, nested, shape, quant_type, block_size)
-    grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, weight, lora_a, lora_b, scaling, p, seed, needs_x)
+    *fields, needs_x = rest[WEIGHT_FIELDS:]
+    grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, _weight_of(rest), LoRA(*fields), needs_x)
     if grad_x is None:
         grad_x = x.new_empty(0)
     return grad_x, grad_a, grad_b
 
 
 @lora_linear_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_a, lora_b = rest[7:9]
-    needs_x = rest[-1]
-    return x.new_empty(x.shape if needs_x else 0), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+def _(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, needs_x = rest[WEIGHT_FIELDS:]
+    lora = LoRA(*fields)
+    return x.new_empty(x.shape if needs_x else 0), lora.a.new_empty(lora.a.shape), lora.b.new_empty(lora.b.shape)
 
 
-def lora_project(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def lora_project(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
     """First part of the layer: an uninitialized y [..., out] for `linear_into`, and drop(x) A^T [m, r]."""
-    _check_linear(x, lora_a, lora_b, weight, bias)
+    _check_linear(x, weight, bias, lora)
     with no_autocast(x):
-        xa = backend(x.device).lora_project(_rows(x), lora_a, p, seed)
+        xa = backend(x.device).lora_project(_rows(x), lora)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), xa
 
 
-def linear_into(
-    y: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
-) -> None:
+def linear_into(y: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
     """Second part, with the large product: writes x W^T + bias + s xa B^T to y."""
     with no_autocast(x):
-        backend(x.device).linear_into(_rows(y), _rows(x), xa, weight, bias, lora_b, scaling)
+        backend(x.device).linear_into(_rows(y), _rows(x), xa, weight, bias, lora)
 
 
-def lora_linear_in_one_call(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor | None:
+def lora_linear_in_one_call(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor | None:
     """Both parts without dropout, for code that needs no gradient; None where no backend has them in one call."""
     if has_kernels(x.device):
         return None
-    _check_linear(x, lora_a, lora_b, weight, bias)
-    y = eager.lora_linear(_rows(x), weight, bias, lora_a, lora_b, scaling)
+    _check_linear(x, weight, bias, lora)
+    y = eager.lora_linear(_rows(x), weight, bias, lora)
     if y is None or x.dim() == 2:
         return y
     return y.view(*x.shape[:-1], -1)
 
 
 def lora_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    weight: PackedBytes,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of x (shaped like x; None if it is not needed), A and B."""
     with no_autocast(x):
-        grad_x, grad_a, grad_b = backend(x.device).linear_backward(
-            _rows(grad), _rows(x), xa, weight, lora_a, lora_b, scaling, p, seed, needs_x
-        )
+        grads = backend(x.device).linear_backward(_rows(grad), _rows(x), xa, weight, lora, needs_x)
+    grad_x, grad_a, grad_b = grads
     if grad_x is not None and x.dim() != 2:
         grad_x = grad_x.view(x.shape)
     return grad_x, grad_a, grad_b
@@ -297,19 +265,34 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     return _NO_CHANGE
 
 
-def _check_linear(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
+def _check_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
     out_features, in_features = weight.shape
-    r = lora_a.shape[0]
-    matches = x.shape[-1:] == (in_features,) and lora_a.shape == (r, in_features) and lora_b.shape == (out_features, r)
+    r = lora.a.shape[0]
+    matches = x.shape[-1:] == (in_features,) and lora.a.shape == (r, in_features) and lora.b.shape == (out_features, r)
     if not matches or (bias is not None and bias.shape != (out_features,)):
-        shapes = [tuple(lora_a.shape), tuple(lora_b.shape), None if bias is None else tuple(bias.shape)]
+        shapes = [tuple(lora.a.shape), tuple(lora.b.shape), None if bias is None else tuple(bias.shape)]
         raise ValueError(
             f"lora_linear: with a weight [{out_features}, {in_features}] x must be [..., {in_features}], A [r, "
             f"{in_features}], B [{out_features}, r] and bias [{out_features}]; got x {list(x.shape)} and {shapes}."
         )
     check_bytes(weight)
+    check_devices(x, weight, lora, bias)
+
+
+def check_devices(x: Tensor, weight: PackedBytes, lora: LoRA, bias: Tensor | None = None) -> None:
+    """Raise ValueError if a layer is not on the device of its input: kernels would read from wrong addresses."""
+    device = x.device
+    is_one = weight.packed.device == device and lora.a.device == device and lora.b.device == device
+    if is_one and (bias is None or bias.device == device):
+        return
+    devices = {"x": x, "the 4-bit weight": weight.packed, "A": lora.a, "B": lora.b, "the bias": bias}
+    places = [f"{name} is on {tensor.device}" for name, tensor in devices.items() if tensor is not None]
+    raise ValueError(
+        f"{', '.join(places)}. All must be on one device: move the input with x.to(device), or the module with "
+        "module.to(device); what is on the meta device has no values, load them first."
+    )
 
 
 def adamw_step(params: list[Tensor], *rest: Any) -> None:

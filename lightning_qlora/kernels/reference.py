@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.blockwise import block_absmax, normalize
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
@@ -77,107 +78,72 @@ def as_int32(word: int) -> int:
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
 
 
-def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def lora_project(x: Tensor, lora: LoRA) -> Tensor:
     """drop(X) A^T: [m, in] -> [m, r], with A [r, in]."""
-    return _product(dropout(x, p, seed), lora_a.to(x.dtype).T).to(x.dtype)
+    return _product(dropout(x, lora.p, lora.seed), lora.a.to(x.dtype).T).to(x.dtype)
 
 
-def linear_into(
-    out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
-) -> None:
+def linear_into(out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = _product(x, dequantize(weight, x.dtype).T) + scaling * _product(xa, lora_b.to(x.dtype).T)
+    y = _product(x, dequantize(weight, x.dtype).T) + lora.scaling * _product(xa, lora.b.to(x.dtype).T)
     if bias is not None:
         y = y + bias
     out.copy_(y)
 
 
 def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    weight: PackedBytes,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
     dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
     """
-    grad_xa, grad_a, grad_b = _adapter_gradients(grad, dropout(x, p, seed), xa, lora_a, lora_b, scaling)
+    grad_xa, grad_a, grad_b = _adapter_gradients(grad, dropout(x, lora.p, lora.seed), xa, lora)
     if not needs_x:
         return None, grad_a, grad_b
-    added = dropout(_product(grad_xa, lora_a.to(grad.dtype)), p, seed)
+    added = dropout(_product(grad_xa, lora.a.to(grad.dtype)), lora.p, lora.seed)
     return (_product(grad, dequantize(weight, grad.dtype)) + added).to(grad.dtype), grad_a, grad_b
 
 
-def _adapter_gradients(
-    grad: Tensor, dropped: Tensor, xa: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adapter_gradients(grad: Tensor, dropped: Tensor, xa: Tensor, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
     """s dY B [m, r], and the gradients of A and B."""
-    grad_xa = (scaling * _product(grad, lora_b.to(grad.dtype))).to(grad.dtype)
-    grad_b = (scaling * _product(grad.T, xa)).to(lora_b.dtype)
-    return grad_xa, _product(grad_xa.T, dropped).to(lora_a.dtype), grad_b
+    grad_xa = (lora.scaling * _product(grad, lora.b.to(grad.dtype))).to(grad.dtype)
+    grad_b = (lora.scaling * _product(grad.T, xa)).to(lora.b.dtype)
+    return grad_xa, _product(grad_xa.T, dropped).to(lora.a.dtype), grad_b
 
 
-def grouped_linear(
-    x: Tensor,
-    ends: Tensor,
-    weight: PackedBytes,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def grouped_linear(x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
     """The layers of several experts: rows ends[e - 1] to ends[e] of X go through layer e; Y, and drop(X) A^T.
 
     Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], W [experts, out, in],
     A [experts, r, in], B [experts, out, r].
     """
     y = x.new_zeros(len(x), weight.shape[1])
-    xa = x.new_zeros(len(x), lora_a.shape[1])
-    dropped = dropout(x, p, seed)
-    for rows, matrix, a, b in zip(_groups(ends), weight.unbind(), lora_a, lora_b, strict=True):
-        xa[rows] = lora_project(dropped[rows], a, 0.0, None)
-        linear_into(y[rows], x[rows], xa[rows], matrix, None, b, scaling)
+    xa = x.new_zeros(len(x), lora.a.shape[1])
+    dropped = dropout(x, lora.p, lora.seed)
+    for rows, matrix, a, b in zip(_groups(ends), weight.unbind(), lora.a, lora.b, strict=True):
+        adapter = LoRA(a, b, lora.scaling)
+        xa[rows] = lora_project(dropped[rows], adapter)
+        linear_into(y[rows], x[rows], xa[rows], matrix, None, adapter)
     return y, xa
 
 
 def grouped_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    ends: Tensor,
-    weight: PackedBytes,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of X, A and B; see `linear_backward`."""
     total = torch.zeros_like(x, dtype=torch.float32)
-    dropped = dropout(x, p, seed)
-    grad_a = torch.empty_like(lora_a)
-    grad_b = torch.empty_like(lora_b)
+    dropped = dropout(x, lora.p, lora.seed)
+    grad_a = torch.empty_like(lora.a)
+    grad_b = torch.empty_like(lora.b)
     for e, rows in enumerate(_groups(ends)):
-        a = lora_a[e]
-        of_expert = _adapter_gradients(grad[rows], dropped[rows], xa[rows], a, lora_b[e], scaling)
-        grad_xa, grad_a[e], grad_b[e] = of_expert
-        total[rows] = _product(grad_xa, a.to(grad.dtype))
-    total = dropout(total, p, seed)  # its mask depends on the index among all rows
+        adapter = LoRA(lora.a[e], lora.b[e], lora.scaling)
+        grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(grad[rows], dropped[rows], xa[rows], adapter)
+        total[rows] = _product(grad_xa, adapter.a.to(grad.dtype))
+    total = dropout(total, lora.p, lora.seed)  # its mask depends on the index among all rows
     for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
         total[rows] += _product(grad[rows], dequantize(matrix, grad.dtype))
-    grad_x = None
-    if needs_x:
-        grad_x = total.to(grad.dtype)
-    return grad_x, grad_a, grad_b
+    return total.to(grad.dtype), grad_a, grad_b
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
 OPS = (
@@ -126,34 +127,33 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
     elif op.startswith("grouped"):
         for (counts, *shape, p), dtype in _in_types(EXPERTS):
             weights, a, b = zip(*(layer(*shape) for _ in counts), strict=True)
-            stack = stack_bytes(weights), torch.stack(a), torch.stack(b)
+            lora = LoRA(torch.stack(a), torch.stack(b), 0.7, p, seed(p))
             x = normal(sum(counts) + 2, shape[1], dtype=dtype)
             grad = normal(sum(counts) + 2, shape[0], dtype=dtype)
-            rest = torch.tensor(counts, device="cpu").cumsum(0).int(), *stack, 0.7, p, seed(p)
+            rest = torch.tensor(counts, device="cpu").cumsum(0).int(), stack_bytes(weights), lora
             if op == "grouped_linear":
                 yield x, *rest
             else:
                 _, xa = reference.grouped_linear(x, *rest)
-                yield grad, x, xa, *rest, True
+                yield grad, x, xa, *rest
     else:
         for (m, n, k, *form, p), dtype in _in_types(LAYERS):
             weight, lora_a, lora_b = layer(n, k, *form)
-            number = seed(p)
+            lora = LoRA(lora_a, lora_b, 0.7, p, seed(p))
             x = normal(m, k, dtype=dtype)
             grad = normal(m, n, dtype=dtype)
             bias = None if p else normal(n)
-            xa = reference.lora_project(x, lora_a, p, number)
+            xa = reference.lora_project(x, lora)
             yield {
-                "lora_project": (x, lora_a, p, number),
-                "linear_into": (torch.full_like(grad, torch.nan), x, xa, weight, bias, lora_b, 0.7),
-                "linear_backward": (grad, x, xa, weight, lora_a, lora_b, 0.7, p, number, True),
+                "lora_project": (x, lora),
+                "linear_into": (torch.full_like(grad, torch.nan), x, xa, weight, bias, lora),
+                "linear_backward": (grad, x, xa, weight, lora, True),
             }[op]
 
 
 def _stack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The weight, A and B of the experts among the arguments of an op."""
-    weight = next(i for i, argument in enumerate(arguments) if isinstance(argument, PackedBytes))
-    return arguments[weight : weight + 3]
+    """The weight and the adapters of the experts among the arguments of an op."""
+    return tuple(argument for argument in arguments if isinstance(argument, PackedBytes | LoRA))
 
 
 def _in_types(cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype]]:

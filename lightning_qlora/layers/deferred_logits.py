@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.layers.lora_layer import DISABLED
+from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
 from lightning_qlora.layers.readable_weight import METADATA, Readable, writes
 

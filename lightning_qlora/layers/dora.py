@@ -15,31 +15,23 @@ from torch import Tensor
 
 from lightning_qlora.config import BLOCK_SIZES
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import grad_bias, lora_linear, refuse_second_derivative
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 def dora_linear(
-    x: Tensor,
-    weight: PackedBytes,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    norm: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, magnitude: Tensor, norm: Tensor
 ) -> Tensor:
     """The layer, differentiable in x, A, B and the magnitudes m [out]; norm: ||W + s B A|| [out], see `lora_linear`."""
     factor = (magnitude.detach() / norm).float()
     scaled = scale_rows(weight, factor)
     if scaled is None:
-        y = lora_linear(x.float(), weight, None, lora_a, lora_b, scaling, p, seed) * (magnitude / norm)
+        y = lora_linear(x.float(), weight, None, lora) * (magnitude / norm)
         if bias is not None:
             y = y + bias
         return y.to(x.dtype)
-    y = lora_linear(x, scaled, None, lora_a, factor[:, None] * lora_b, scaling, p, seed)
+    y = lora_linear(x, scaled, None, LoRA(lora.a, factor[:, None] * lora.b, *lora[2:]))
     return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
 
 

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.dtensor import gather, own_rows
 from lightning_qlora.quantization.packed_weight import PackedWeight, stack_bytes
 
-_PIECE = 1 << 17  # words at a time, so that a large tensor needs no large temporary
+_PIECE = 1 << 14  # words with one sum: on a CPU torch computes so few on one thread, and they stay in its cache
+_PIECES_ON_GPU = 1 << 6  # at a time
 _ODD_1 = 0x1E3779B97F4A7C15
 _ODD_2 = 0x3F58476D1CE4E5B9
 
@@ -18,15 +20,16 @@ _ODD_2 = 0x3F58476D1CE4E5B9
 def fingerprint(*tensors: Tensor) -> int:
     """A number that changes with any bit and with the order of the tensors; the same on every device.
 
-    Floats count by their fp32 value, so a copy cast from bf16 to fp32 has the fingerprint of the original.
+    Floats count by their value, so a copy cast from bf16 to fp32 has the fingerprint of the original.
     0 for tensors without values (see `has_values`).
-    Formula: the sum over all words w of mix(w xor i * odd) mod 2^64, i the position of w. Sums that wrap need no order.
+    Formula: of each piece the sum over its 64-bit words w of v xor (v >> 32) mod 2^64 with v = w * odd_i, odd_i a
+    pseudorandom odd number for the position i in the piece; the sums, and the sizes, are mixed in their order.
     """
     total = 0
     for tensor in tensors:
         if not has_values(tensor):
             return 0
-        for piece in _sums_of_pieces(tensor.detach()):
+        for piece in _sums_of_pieces(_with_words(tensor.detach())):
             total = _mix(total + piece)
         total = _mix(total + tensor.numel())
     return total
@@ -37,15 +40,27 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
+def _with_words(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs; fp64 as fp32 where that is exact, else its bits."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype is not torch.float64:
+        return tensor
+    tensor = gather(tensor).contiguous()
+    rounded = tensor.float()
+    if torch.equal(rounded.double(), tensor):
+        return rounded
+    return tensor.view(torch.int64)
+
+
 def _sums_of_pieces(tensor: Tensor) -> list[int]:
-    """The sum of each `_PIECE` words. Of a sharded tensor every rank adds up its rows, and the sums are added."""
-    if tensor.is_floating_point():
-        dtype = torch.float32
-        per_word = 2
-    else:
-        dtype = tensor.dtype
+    """The sum of each piece. Of a sharded tensor every rank adds up its rows, and the sums are added."""
+    if not tensor.numel():
+        return []
+    per_word = 2  # floats count as fp32
+    if not tensor.is_floating_point():
         per_word = 8 // tensor.element_size()
-    size = _PIECE * per_word
+    piece = _PIECE * per_word
     group = None
     if (rows := own_rows(tensor)) is not None and tensor.stride(0) % per_word == 0:
         part, first, group = rows
@@ -53,25 +68,51 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
     else:
         first = 0
         flat = gather(tensor).reshape(-1)
-    sums = [0] * -(-tensor.numel() // size)
-    for number in range(first // size, -(-(first + flat.numel()) // size)):
-        begin = max(number * size, first)
-        end = min((number + 1) * size, first + flat.numel())
-        piece = flat[begin - first : end - first]
-        if piece.numel() % per_word:
-            piece = torch.nn.functional.pad(piece, (0, -piece.numel() % per_word))
-        words = piece.to(dtype, copy=True).view(torch.int64)
-        place = 1 + begin // per_word
-        words ^= torch.arange(place, place + words.numel(), device=words.device).mul_(_ODD_1)
-        words ^= words >> 29
-        words *= _ODD_2
-        words ^= words >> 32
-        sums[number] = int(words.sum())
-    if group is not None and sums:
-        of_all = torch.tensor(sums, device=flat.device)
-        dist.all_reduce(of_all, group=group)
-        sums = of_all.tolist()
-    return sums
+    sums = torch.zeros(-(-tensor.numel() // piece), dtype=torch.int64, device=flat.device)
+    step = piece
+    if flat.device.type != "cpu":
+        step *= _PIECES_ON_GPU
+    step = min(step, piece * len(sums))
+    width = min(_PIECE, -(-tensor.numel() // per_word))
+    odd = _odd_numbers(width, flat.device)
+    floats = torch.empty(step, device=flat.device)  # buffers: new memory would cost more time than the sums
+    buffers = torch.empty(2, step // per_word, dtype=torch.int64, device=flat.device)
+    for begin in range(first - first % piece, first + flat.numel(), step):
+        values = flat[max(begin - first, 0) : begin + step - first]
+        if values.is_floating_point() and values.dtype is not torch.float32:
+            values = floats[: len(values)].copy_(values)
+        words = _words(values, max(first - begin, 0) // per_word, width)
+        products, shifted = (buffer[: len(words)].view(-1, width) for buffer in buffers)
+        torch.mul(words.view(-1, width), odd, out=products)
+        torch.bitwise_right_shift(products, 32, out=shifted)
+        products ^= shifted
+        torch.sum(products, 1, out=sums[begin // piece :][: len(products)])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return [*sums.tolist()]
+
+
+def _words(values: Tensor, before: int, width: int) -> Tensor:
+    """Values as 64-bit words, with so many zero words before them, and zeros up to a multiple of `width`."""
+    missing = -values.nbytes % 8 // values.element_size()
+    if missing:
+        values = F.pad(values, (0, missing))
+    elif values.storage_offset() * values.element_size() % 8:
+        values = values.clone()
+    words = values.view(torch.int64)
+    after = -(before + len(words)) % width
+    if before or after:
+        words = F.pad(words, (before, after))
+    return words
+
+
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    """Pseudorandom odd 64-bit numbers, always the same."""
+    numbers = torch.arange(1, count + 1, device=device) * _ODD_1
+    numbers ^= numbers >> 31
+    numbers *= _ODD_2
+    numbers ^= numbers >> 29
+    return numbers | 1
 
 
 def fingerprint_of_weights(weights: Sequence[PackedWeight]) -> int:

@@ -7,34 +7,29 @@ on average, with a second product with W. A `QLoRALinear` has one matrix W with 
 each expert.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
 from lightning_qlora.layers import initialization
+from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.trainable_tokens import TokenAdapter
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
 TINY = torch.finfo(torch.float32).tiny
-DISABLED = "_qlora_disabled"  # attribute: how many contexts of `disable_adapter` a layer is in
-_lock = Lock()  # for the numbers of contexts
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,7 +43,7 @@ class Matrix(NamedTuple):
     number: int = 0  # in a stack
 
 
-class LoRALayer(PackedLayer):
+class LoRALayer(WithAdapter, PackedLayer):
     """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
 
     The tensors of a stack have a first dimension for the experts.
@@ -69,18 +64,21 @@ class LoRALayer(PackedLayer):
     dense_weight: Tensor | None = None  # "calibrated": the float weight [out, in], in host memory until inputs come
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
     initial_B: Tensor | None = None
-    _qlora_disabled: int = 0
     was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight
     weight_was_read: bool = False
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
         """Set the arguments of a layer that has no weight yet."""
-        self.config = config
+        self.set_config(config)
         self.full_name = name
         self.seed_name = seed_name
-        self.scaling = config.scaling
         self.lora_dropout = config.lora_dropout
+
+    def set_config(self, config: QLoRAConfig) -> None:
+        """Set the arguments, and the factor s that they give."""
+        self.config = config
+        self.scaling = config.scaling
 
     def initialize(self, weight: Tensor | Iterable[Tensor], device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`.
@@ -109,6 +107,13 @@ class LoRALayer(PackedLayer):
         self.set_adapter(*adapter)
         if self.config.initialization in ("loftq", "pissa"):
             self.set_initial(*adapter)
+
+    def reset_adapter(self) -> None:
+        """Set A to random values and B to 0, which need no float weight."""
+        numbers = range(self.matrix_count)
+        sizes = self.in_features, self.out_features
+        adapters = [initialization.random_adapter(*sizes, self.config, self.seed_name_of(number)) for number in numbers]
+        self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
         """The name that the seed of a matrix is made from."""
@@ -173,6 +178,15 @@ class LoRALayer(PackedLayer):
         rows = [self._as_stored(dense.detach()).to(self.packed.device) for dense in self.split_matrices(weight)]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
+    def check_can_disable(self) -> None:
+        """Raise ValueError if the adapter began as PiSSA."""
+        if self.config.initialization == "pissa":
+            raise ValueError(
+                f"disable_adapter: {self.full_name} was initialized with PiSSA, which moves the largest part of the "
+                "weight into the adapter, so the base without it is not the pretrained model. Use another "
+                "init_lora_weights."
+            )
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""
         parameters = [self._parameters.get(name) for name in ADAPTER]
@@ -221,7 +235,7 @@ class LoRALayer(PackedLayer):
         if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
             squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
             self._base_squares[matrix.number] = squares
-        bracket = lora_linear(a, weight, None, a, b, s / 2)  # [r, out]
+        bracket = lora_linear(a, weight, None, LoRA(a, b, s / 2))  # [r, out]
         return (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
 
     def dora_scale(self, matrix: Matrix) -> Tensor:
@@ -256,11 +270,12 @@ class LoRALayer(PackedLayer):
             magnitude = None
         elif not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
+        lora = LoRA(a, b, self.scaling, self.lora_dropout, seed)
         if magnitude is None:
-            y = lora_linear(x, weight, bias, a, b, self.scaling, self.lora_dropout, seed)
+            y = lora_linear(x, weight, bias, lora)
         else:
             norm = self.row_norm(matrix).clamp_min(TINY)
-            y = dora_linear(x, weight, bias, a, b, magnitude, norm, self.scaling, self.lora_dropout, seed)
+            y = dora_linear(x, weight, bias, lora, magnitude, norm)
         if input_dtype is dtype or has_autocast(x.device.type):
             return y
         return y.to(input_dtype)
@@ -325,61 +340,3 @@ def cancel_calibration(module: nn.Module) -> None:
         calibration = vars(part).get("_qlora_calibration")
         if calibration is not None:
             calibration.cancel()
-
-
-@contextmanager
-def disable_adapter(module: nn.Module) -> Iterator[None]:
-    """Within this context a module computes as its 4-bit base does: y = x W^T + bias, also with dropout and DoRA.
-
-    The reference model of DPO, or a comparison before and after training, without a second model. Parameters that train
-    in full keep their trained values. `layer.weight` is W alone. The context belongs to the module: other threads that
-    run it compute without adapters too. Run the backward pass where the forward pass ran, inside or outside: gradient
-    checkpointing computes its blocks again.
-
-    Args:
-        module: A converted module, a part of one, or a wrapper of one (DDP, Fabric, torch.compile).
-
-    Raises:
-        ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
-    """
-    parts = _parts(module)
-    _count(parts, 1)
-    try:
-        yield
-    finally:
-        _count(parts, -1)
-
-
-def _parts(module: nn.Module) -> list[nn.Module]:
-    """The layers, and rows of tokens, that have an adapter; warns of what trains without one."""
-    layers = [part for part in module.modules() if isinstance(part, LoRALayer)]
-    if not layers:
-        raise ValueError(
-            f"disable_adapter: {type(module).__name__} has no converted layer, so there is no adapter to disable. "
-            "Call convert(module) first, or let the Trainer do so."
-        )
-    pissa = next((layer for layer in layers if layer.config.initialization == "pissa"), None)
-    if pissa is not None:
-        raise ValueError(
-            f"disable_adapter: {pissa.full_name} was initialized with PiSSA, which moves the largest part of the "
-            "weight into the adapter, so the base without it is not the pretrained model. Use another "
-            "init_lora_weights."
-        )
-    parts = [*layers, *(part for part in module.modules() if isinstance(part, TokenAdapter))]
-    adapters = {id(p) for part in parts for p in part._parameters.values()}
-    names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
-    if names:
-        warnings.warn(
-            f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
-            f"{first_of(names, 4)}.",
-            stacklevel=4,
-        )
-    return parts
-
-
-def _count(parts: list[nn.Module], change: int) -> None:
-    with _lock:
-        for part in parts:
-            contexts = vars(part).pop(DISABLED, 0) + change
-            if contexts > 0:  # without it the attribute is absent, which torch.compile guards on
-                vars(part)[DISABLED] = contexts

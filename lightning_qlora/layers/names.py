@@ -34,6 +34,14 @@ def owner_name(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def outer_names(name: str) -> Iterator[str]:
+    """A name, that of the module that holds it, and so on to the root."""
+    while name:
+        yield name
+        name = owner_name(name)
+    yield ""
+
+
 def last_part(name: str) -> str:
     """The name of a module or parameter in the module that holds it."""
     return name.rpartition(".")[2]

@@ -156,8 +156,8 @@ class PackedLayer(nn.Module):
         )
 
     def base_fingerprint(self) -> int:
-        """Fingerprint of the 4-bit weight, computed at the first use."""
-        if self._fingerprint is None:
+        """Fingerprint of the 4-bit weight, computed at the first use; 0 while it has no values."""
+        if not self._fingerprint:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
 

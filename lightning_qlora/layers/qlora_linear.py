@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
@@ -71,7 +70,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         new = QLoRALinear._become(layer, dense_class, config, name, seed_name)
         new.set_packed_weights([weight])
         new.out_features, new.in_features = new._shape
-        new.set_adapter(*initialization.random_adapter(new.in_features, new.out_features, config, seed_name))
+        new.reset_adapter()
 
     @staticmethod
     def _become(

@@ -1,7 +1,8 @@
-"""What conversion records of a parameter: whether it trained before, and the value that was frozen.
+"""What conversion records of a parameter: whether it trained, its type, and the fingerprint of its frozen value.
 
 The record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
-module. A parameter without a record has not been part of a conversion.
+module. A parameter without a record has not been part of a conversion. A frozen parameter that was written to since, in
+whatever way, has another fingerprint: each save reads them all.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.fingerprint import fingerprint, has_values
+from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.trainable_tokens import without_tokens
@@ -19,29 +19,12 @@ from lightning_qlora.layers.trainable_tokens import without_tokens
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 
 
-class Value(NamedTuple):
-    """The value of a parameter when it was last read."""
-
-    version: int
-    dtype: torch.dtype
-    shape: torch.Size
-    address: int  # `parameter.data = tensor` changes it, but not the version
-    fingerprint: int
-
-    @staticmethod
-    def of(parameter: Tensor, number: int) -> "Value":
-        """The value of a parameter whose fingerprint is known."""
-        address = 0
-        if has_values(parameter) and not is_sharded(parameter):
-            address = parameter.data_ptr()
-        return Value(parameter._version, parameter.dtype, parameter.shape, address, number)
-
-
 class Record(NamedTuple):
     """What conversion records of a parameter."""
 
     trained: bool  # whether it required a gradient before conversion
-    frozen: Value | None  # its value, if it is dense and conversion froze it
+    dtype: torch.dtype  # its type before conversion; a wider one that it is held in has the same fingerprint
+    fingerprint: int | None  # of its value, if it is dense and conversion froze it; 0: it had no value yet
 
 
 class Unrecorded(NamedTuple):
@@ -50,6 +33,7 @@ class Unrecorded(NamedTuple):
     owner: nn.Module
     key: str
     trained: bool
+    dtype: torch.dtype
 
 
 def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,7 +42,7 @@ def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def unrecorded(module: nn.Module) -> list[Unrecorded]:
-    """The float parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
+    """The parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
     result = []
     for part in module.modules():
         parameters: dict[str, Any] = own_parameters(part)
@@ -68,21 +52,19 @@ def unrecorded(module: nn.Module) -> list[Unrecorded]:
                 parameters = {"weight": part.lora_A, "bias": part._parameters.get("bias")}
         for key, parameter in parameters.items():
             if parameter is not None and key not in _records(part):
-                result.append(Unrecorded(part, key, parameter.requires_grad))
+                result.append(Unrecorded(part, key, parameter.requires_grad, parameter.dtype))
     return result
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:
     """Record the parameters after conversion decided which of them are frozen."""
-    values: dict[int, Value] = {}  # tied parameters are read once
-    for owner, key, trained in parameters:
+    numbers: dict[int, int] = {}  # tied parameters are read once
+    for owner, key, trained, dtype in parameters:
         parameter = own_parameters(owner).get(key)
-        frozen = None
+        number = None
         if parameter is not None and not parameter.requires_grad:
-            if id(parameter) not in values:
-                values[id(parameter)] = Value.of(parameter, _fingerprint(owner, parameter))
-            frozen = values[id(parameter)]
-        vars(owner).setdefault(RECORDS, {})[key] = Record(trained, frozen)
+            number = _fingerprint(owner, parameter, numbers)
+        vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, number)
 
 
 def is_recorded(owner: nn.Module) -> bool:
@@ -97,62 +79,60 @@ class Frozen(NamedTuple):
 
     name: str
     owner: nn.Module
+    key: str
     parameter: nn.Parameter
-    trained: bool  # before conversion
+    record: Record
 
 
 def frozen_parameters(module: nn.Module) -> Iterator[Frozen]:
     """The dense parameters of a module that were frozen at the end of its conversion; tied ones several times."""
     for name, part in module.named_modules():
         parameters = own_parameters(part)
-        for key, (trained, frozen) in _records(part).items():
-            if frozen is not None and key in parameters:
-                yield Frozen(join(name, key), part, parameters[key], trained)
+        for key, record in _records(part).items():
+            if record.fingerprint is not None and key in parameters:
+                yield Frozen(join(name, key), part, key, parameters[key], record)
 
 
-def base_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int | None:
-    """The fingerprint of a frozen dense parameter with the value that conversion froze; None for any other.
+def base_fingerprints(module: nn.Module) -> dict[tuple[nn.Module, str], int]:
+    """Owner and key of each frozen parameter with the value that conversion froze -> its fingerprint.
 
-    Only a parameter that was written to is read.
+    It reads them all. Of a module that is sharded, all ranks must call it.
     """
-    frozen = _frozen(owner, key)
-    if frozen is None or parameter.requires_grad or parameter.shape != frozen.shape:
-        return None
-    value = Value.of(parameter, frozen.fingerprint)
-    moved = value.address != frozen.address and value.dtype is frozen.dtype and not is_sharded(parameter)
-    if value.version != frozen.version or moved:
-        if _fingerprint(owner, parameter) != frozen.fingerprint:
-            return None  # it was replaced, or trained for a while and frozen again
-        records = _records(owner)
-        records[key] = records[key]._replace(frozen=value._replace(dtype=frozen.dtype))
-    return frozen.fingerprint
+    numbers: dict[int, int] = {}
+    unchanged = {}
+    for _, owner, key, parameter, record in frozen_parameters(module):
+        if not parameter.requires_grad and record.fingerprint:
+            number = _fingerprint(owner, parameter, numbers)
+            if number == record.fingerprint:
+                unchanged[owner, key] = number
+    return unchanged
 
 
-def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor) -> int:
-    """The fingerprint of a parameter as it is now; after a cast: the fingerprint before it."""
-    frozen = _frozen(owner, key)
-    if frozen is not None and frozen.dtype is not parameter.dtype and frozen.shape == parameter.shape:
-        return frozen.fingerprint
-    return _fingerprint(owner, parameter)
+def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor, numbers: dict[int, int]) -> int:
+    """The fingerprint of a parameter as it is now; after a cast that rounded it: the one that conversion recorded.
+
+    `numbers` has the fingerprints that were computed before, by the id of the parameter, and gets this one.
+    """
+    record = _records(owner).get(key)
+    if record is None or not record.fingerprint:
+        return _fingerprint(owner, parameter, numbers)
+    if torch.promote_types(parameter.dtype, record.dtype) is not parameter.dtype:
+        return record.fingerprint
+    return _fingerprint(owner, parameter, numbers)
 
 
 def renew(module: nn.Module) -> None:
     """Record the present values of the frozen parameters as those of the base."""
-    record(
-        Unrecorded(part, key, trained)
-        for part in module.modules()
-        for key, (trained, frozen) in _records(part).items()
-        if frozen is not None
-    )
+    record(Unrecorded(owner, key, old.trained, old.dtype) for _, owner, key, _, old in frozen_parameters(module))
 
 
 def undo(module: nn.Module) -> None:
     """Let each parameter require a gradient if it did before conversion, and remove all records."""
     for part in module.modules():
         parameters = own_parameters(part)
-        for key, (trained, _) in vars(part).pop(RECORDS, {}).items():
+        for key, record in vars(part).pop(RECORDS, {}).items():
             if key in parameters:
-                parameters[key].requires_grad_(trained)
+                parameters[key].requires_grad_(record.trained)
 
 
 def _records(owner: nn.Module) -> dict[str, Record]:
@@ -160,10 +140,7 @@ def _records(owner: nn.Module) -> dict[str, Record]:
     return records
 
 
-def _frozen(owner: nn.Module, key: str) -> Value | None:
-    record = _records(owner).get(key)
-    return None if record is None else record.frozen
-
-
-def _fingerprint(owner: nn.Module, parameter: Tensor) -> int:
-    return fingerprint(without_tokens(owner, parameter))
+def _fingerprint(owner: nn.Module, parameter: Tensor, numbers: dict[int, int]) -> int:
+    if id(parameter) not in numbers:
+        numbers[id(parameter)] = fingerprint(without_tokens(owner, parameter))
+    return numbers[id(parameter)]

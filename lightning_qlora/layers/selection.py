@@ -18,7 +18,7 @@ from lightning_qlora.layers.expert_selection import ExpertParameter, expert_para
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, plain_name
+from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names, plain_name
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.reasons import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.records import is_recorded
@@ -42,6 +42,7 @@ TRAIN = "trains in full"
 SKIP = "dense and frozen"
 WARN = "dense and frozen, with a warning"
 REFUSE = "an error"
+ROWS = "some rows train"  # of embeddings, decided before the rules
 RULES = (
     Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda layer: layer.saved_arguments is not None),
     Rule("in exclude_modules", SKIP, SKIP, lambda layer: layer.names.match_outer(layer.config.exclude_modules)),
@@ -138,18 +139,40 @@ class ToConvert(NamedTuple):
         return part
 
 
+class Decision(NamedTuple):
+    """What conversion does with a layer, a stack of experts, a parameter, or a module in modules_to_save."""
+
+    action: str  # an outcome of a rule
+    reason: str
+    layer: ToConvert | None = None  # if it is converted
+
+
 @dataclass
 class Selection:
-    """What conversion does with each layer, by name."""
+    """The decisions about a module, by name; what has none, and is in nothing that has one, is frozen."""
 
-    convert: dict[str, ToConvert] = field(default_factory=dict)  # layers, and parameters with the weights of experts
-    train: dict[str, str] = field(default_factory=dict)  # why a module or parameter trains in full
-    skip: dict[str, str] = field(default_factory=dict)  # why a linear layer, or a stack of experts, is dense and frozen
-    stop: dict[str, None] = field(default_factory=dict)  # what trained, is no linear layer, and conversion froze
+    decisions: dict[str, Decision] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
-    refused: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is an error
-    named_in_vain: dict[str, str] = field(default_factory=dict)  # why a layer that target_modules names is in `skip`
     names: dict[int, LayerNames] = field(default_factory=dict)  # id of each module -> its names
+
+    def reasons(self, *actions: str) -> dict[str, str]:
+        """Name -> reason, of what has one of these outcomes."""
+        return {name: each.reason for name, each in self.decisions.items() if each.action in actions}
+
+    @property
+    def convert(self) -> dict[str, ToConvert]:
+        """The layers to convert, and the parameters with the weights of experts."""
+        return {name: each.layer for name, each in self.decisions.items() if each.layer is not None}
+
+    @property
+    def train(self) -> dict[str, str]:
+        """Why a module or parameter trains in full."""
+        return self.reasons(TRAIN)
+
+    @property
+    def skip(self) -> dict[str, str]:
+        """Why a linear layer, or a stack of experts, is dense and frozen."""
+        return self.reasons(SKIP, WARN)
 
     def decide(self, layer: Candidate) -> None:
         """Do what the first rule that applies says."""
@@ -161,16 +184,20 @@ class Selection:
             if reason:
                 break
         text = rule.when if reason is True else str(reason)
-        if outcome == CONVERT:
-            self.convert[layer.name] = layer.to_convert()
-        elif outcome == TRAIN:
-            self.train[layer.name] = text
-        elif outcome == REFUSE:
-            self.refused[layer.name] = text
-        else:
-            self.skip[layer.name] = text
-        if outcome == WARN:
-            self.named_in_vain[layer.name] = text
+        to_convert = layer.to_convert() if outcome == CONVERT else None
+        self.decisions[layer.name] = Decision(str(outcome), text, to_convert)
+
+    def of_parameters(self, module: nn.Module) -> dict[int, Decision]:
+        """Id of each parameter with a decision -> that about it, or about the innermost part around it.
+
+        A parameter with several names trains in full if it does by one of them.
+        """
+        result: dict[int, Decision] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            decision = next((self.decisions[part] for part in outer_names(name) if part in self.decisions), None)
+            if decision is not None and (decision.action == TRAIN or id(parameter) not in result):
+                result[id(parameter)] = decision
+        return result
 
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
@@ -184,7 +211,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     new = new_parameters(module)
     parts = dict(module.named_modules())
     whole = [name for name, part in parts.items() if choice.names[id(part)].match(config.modules_to_save)]
-    choice.train.update(dict.fromkeys(whole, IN_MODULES_TO_SAVE))
+    choice.decisions.update(dict.fromkeys(whole, Decision(TRAIN, IN_MODULES_TO_SAVE)))
     choice.tokens = select_tokens(module, config.trainable_token_indices, choice.names)
     for name, part in parts.items():
         names = choice.names[id(part)]
@@ -192,15 +219,17 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
             continue
         if isinstance(part, torch.jit.ScriptModule):
             whole.append(name)
-            choice.skip[name] = "a torch.jit.ScriptModule, which can't be changed"
+            choice.decisions[name] = Decision(SKIP, "a torch.jit.ScriptModule, which can't be changed")
             continue
-        if name in choice.tokens or isinstance(part, TrainableTokens):
+        if name in choice.tokens:
+            choice.decisions[name] = Decision(ROWS, f"{len(choice.tokens[name])} rows train")
+            continue
+        if isinstance(part, TrainableTokens):
             continue
         if is_recorded(part):
             if is_linear(part) and not isinstance(part, QLoRALinear):
                 trains = any(parameter.requires_grad for parameter in part.parameters())
-                unchanged = choice.train if trains else choice.skip
-                unchanged[name] = "as an earlier conversion left it"
+                choice.decisions[name] = Decision(TRAIN if trains else SKIP, "as an earlier conversion left it")
             continue
         stacks = expert_parameters(part)
         for stack in stacks:
@@ -211,7 +240,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
             continue
         new_here = {key: new[id(p)] for key, p in part._parameters.items() if id(p) in new}
         if part._modules and not names.match_outer(config.exclude_modules):
-            choice.train.update({join(name, key): reason for key, reason in new_here.items()})
+            choice.decisions.update({join(name, key): Decision(TRAIN, reason) for key, reason in new_here.items()})
         reason = None
         if not part._modules:
             reason = next(iter(new_here.values()), None)

@@ -14,7 +14,7 @@ from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, last_part, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.reasons import LOADED
-from lightning_qlora.layers.selection import Selection, is_converted, names_of_stack
+from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, is_converted, names_of_stack
 from lightning_qlora.layers.trainable_tokens import check_tokens
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
@@ -80,7 +80,7 @@ def check_selection(module: nn.Module, config: QLoRAConfig, choice: Selection, o
 
 def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
     layers = dict(module.named_modules())
-    for name, reason in choice.refused.items():
+    for name, reason in choice.reasons(REFUSE).items():
         raise ValueError(
             f"target_modules={config.target_modules!r} names {name!r}, a {type(layers[name]).__name__}: {reason}. "
             "Name it in modules_to_save to train it in full."
@@ -90,7 +90,7 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
         for stack in expert_parameters(layer):
             forms[join(name, stack.key)] = names_of_stack(choice.names[id(layer)], stack).forms
     converted = [*choice.convert, *(name for name, layer in layers.items() if is_converted(layer))]
-    dense = choice.train | choice.skip
+    dense = choice.reasons(TRAIN, SKIP, WARN)
     for pattern in patterns_of(config):
         names = layers if pattern.argument == "modules_to_save" else forms
         matched = [name for name in names if pattern.match(forms[name])]

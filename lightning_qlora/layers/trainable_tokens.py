@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.checks import shown
+from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
 from lightning_qlora.layers.names import LayerNames, inside, join, last_part, plain_name
@@ -37,13 +38,12 @@ SPLIT_TOKENS = (
 TokenIndices = list[int] | dict[str, list[int]]
 
 
-class TokenAdapter(nn.Module):
+class TokenAdapter(WithAdapter):
     """The rows of an embedding that train."""
 
     trainable_tokens_delta: nn.Parameter  # [n, dim], fp32 (fp64 if the weight is fp64); cast to the weight's type
     token_indices: Tensor  # [n], which row of the weight each row of the delta replaces
     order: Tensor  # [n], token_indices.argsort()
-    _qlora_disabled: int = 0
 
     def __init__(self, weight: Tensor, indices: list[int]) -> None:
         super().__init__()

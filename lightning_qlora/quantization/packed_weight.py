@@ -73,16 +73,25 @@ def stack_bytes(weights: Sequence[PackedBytes]) -> PackedBytes:
 
 
 def check_bytes(weight: PackedBytes) -> None:
-    """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor."""
-    tensors = (weight.packed, weight.absmax, weight.nested)
-    sizes = _sizes(weight.shape, weight.block_size, weight.nested.numel() > 0)
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if tensor.numel() != size or tensor.dtype is not torch.uint8:
-            raise ValueError(
-                f"A 4-bit weight {list(weight.shape)} in blocks of {weight.block_size} has {sizes[0]} bytes of codes, "
-                f"{sizes[1]} of scales and {sizes[2]} of second-level scales, all uint8; got "
-                f"{', '.join(f'{each.numel()} {each.dtype}' for each in tensors)}."
-            )
+    """Raise ValueError for a wrong number of bytes: kernels get addresses and would read past the end of a tensor.
+
+    The three tensors must be on one device too: an address on another one ends the process.
+    """
+    packed, absmax, nested = weight[:3]
+    sizes = _sizes(weight.shape, weight.block_size, nested.numel() > 0)
+    has_sizes = (packed.numel(), absmax.numel(), nested.numel()) == sizes
+    if has_sizes and packed.dtype is absmax.dtype is nested.dtype is torch.uint8:
+        if packed.device == absmax.device == nested.device:
+            return
+        raise ValueError(
+            f"A 4-bit weight has its codes on {packed.device}, its scales on {absmax.device} and its second-level "
+            f"scales on {nested.device}. Move all to one device."
+        )
+    raise ValueError(
+        f"A 4-bit weight {list(weight.shape)} in blocks of {weight.block_size} has {sizes[0]} bytes of codes, "
+        f"{sizes[1]} of scales and {sizes[2]} of second-level scales, all uint8; got "
+        f"{', '.join(f'{each.numel()} {each.dtype}' for each in (packed, absmax, nested))}."
+    )
 
 
 @cache

@@ -21,14 +21,14 @@ from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
-from lightning_qlora.layers.kinds import decode_packed_layer, is_linear, is_packed
+from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
-from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, SavedLayers, Selection, ToConvert, select_layers
+from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
@@ -100,7 +100,7 @@ def convert_module(
     conversion = conversion_of(module)
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
-        return _report(module, Selection(), bytes_before, start, deferred_heads(module))
+        return _report(module, Selection(), {}, bytes_before, start, deferred_heads(module))
     for part in module.modules():
         check_no_layer_resized(part)
     check_has_data(module, later=sharded or dist.is_initialized())
@@ -120,7 +120,7 @@ def convert_module(
     check_before_conversion(module, choice, config, first=not kept)
     _quantize(module, choice, device)
     forget_quantizer(module)
-    freeze(module, choice, new, kept)
+    frozen = freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     in_16_bits = train_in_full_precision(module)
     if device is None or device.type == "cpu":  # else the strategy copies the module to its device
@@ -136,7 +136,7 @@ def convert_module(
     use_adapter_state_dict(module, config, given)
     if config.initialization == "calibrated" and choice.convert:
         Calibration(module, sharded)
-    report = _report(module, choice, bytes_before, start, deferred)
+    report = _report(module, choice, frozen, bytes_before, start, deferred)
     report.by_size = by_size
     warn_after_conversion(module, choice, config, report, in_16_bits, first=not kept)
     return report
@@ -204,7 +204,7 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
 
 def _adopt_loaded(layer: LoRALayer, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.config = config
+    layer.set_config(config)
     layer.lora_dropout = config.lora_dropout
     layer.full_name = name
     layer.loaded = False
@@ -220,38 +220,32 @@ def _check_not_sharded(weight: Any) -> None:
         )
 
 
-def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[LoRALayer]) -> None:
-    """Let only the adapters, and the modules that were chosen to train in full, train; sets `choice.stop`.
+def freeze(
+    module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[LoRALayer]
+) -> dict[str, None]:
+    """Let only the adapters, and what was chosen to train in full, train; returns what trained and is frozen now.
 
     `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
-    `kept` are the layers of an earlier conversion, which do not change.
+    `kept` are the layers of an earlier conversion, which do not change. Linear layers are not in the result.
     """
-    modules = dict(module.named_modules())
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    in_full: dict[int, str] = {}  # id of a parameter -> why it trains in full
-    for name, reason in choice.train.items():
-        if name in modules:
-            in_full |= dict.fromkeys(map(id, modules[name].parameters()), reason)
-        else:
-            in_full[id(parameters[name])] = reason
-    name_of = {part: name for name, part in modules.items()}
-    for owner, key, trained in new:
+    decisions = choice.of_parameters(module)
+    name_of = {part: name for name, part in module.named_modules()}
+    frozen: dict[str, None] = {}
+    for owner, key, trained, _ in new:
         weight = own_parameters(owner).get(key)
         if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue
-        weight.requires_grad_(id(weight) in in_full)
-        name = name_of[owner]
-        if owner._modules:
-            name = join(name, key)
-        is_listed = is_linear(owner) or name in choice.skip or name in choice.tokens
-        if trained and not weight.requires_grad and not is_listed:
-            choice.stop[name] = None
-    trains = {key for key, reason in in_full.items() if reason == IN_MODULES_TO_SAVE}
+        decision = decisions.get(id(weight))
+        weight.requires_grad_(decision is not None and decision.action == TRAIN)
+        if trained and decision is None:
+            frozen[join(name_of[owner], key if owner._modules else "")] = None
+    trains = {key for key, decision in decisions.items() if decision.reason == IN_MODULES_TO_SAVE}
     for layer in {*adapted_layers(module).values()} - {*kept}:
         trains |= {id(parameter) for parameter in layer.adapter_parameters()}
     for parameter in module.parameters():
         if id(parameter) in trains and parameter.is_floating_point():
             parameter.requires_grad_(True)
+    return frozen
 
 
 def copy_from_files(module: nn.Module) -> None:
@@ -285,7 +279,12 @@ def _add_tokens(module: nn.Module, choice: Selection) -> None:
 
 
 def _report(
-    module: nn.Module, choice: Selection, bytes_before: int, start: float, deferred: dict[str, int]
+    module: nn.Module,
+    choice: Selection,
+    frozen: Iterable[str],
+    bytes_before: int,
+    start: float,
+    deferred: dict[str, int],
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
@@ -294,10 +293,10 @@ def _report(
     adapters: list[Any] = [*layers.values(), *tokens.values()]
     in_fp32 = list(full_precision_parameters(module))
     tensors = dict(module.named_parameters(remove_duplicate=False))
-    frozen = []  # weights of layers, and parameters of experts, that the module itself froze
+    by_module = []  # weights of layers, and parameters of experts, that the module itself froze
     for name, reason in choice.skip.items():
         if reason == FROZEN:
-            frozen += [tensors[key] for key in (join(name, "weight"), name) if key in tensors]
+            by_module += [tensors[key] for key in (join(name, "weight"), name) if key in tensors]
     calibration = calibration_of(module)
     return ConversionReport(
         converted=list(layers),
@@ -309,11 +308,11 @@ def _report(
         bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         shapes={name: layer._shape for name, layer in layers.items()},
-        frozen=list(choice.stop),
+        frozen=list(frozen),
         adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
         trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},
-        frozen_by_module=sum(weight.nbytes for weight in frozen),
-        bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in frozen),
+        frozen_by_module=sum(weight.nbytes for weight in by_module),
+        bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in by_module),
         deferred_logits=deferred,
         full_precision_bytes=sum(parameter.nbytes for _, parameter, _ in in_fp32),
         full_precision_computes_in=sorted({str(dtype).removeprefix("torch.") for _, _, dtype in in_fp32}),

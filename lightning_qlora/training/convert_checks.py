@@ -18,7 +18,7 @@ from lightning_qlora.layers.names import inside, join, last_part, named_tensors,
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers, computes_in_fp16
 from lightning_qlora.layers.reasons import FROZEN, LARGE_RANK, OUTSIDE
-from lightning_qlora.layers.selection import Selection
+from lightning_qlora.layers.selection import WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
@@ -184,8 +184,9 @@ def _check_any(choice: Selection, config: QLoRAConfig) -> None:
 
 def _warn_of_names_in_vain(choice: Selection) -> None:
     """Warn of layers that target_modules names and that can't be converted, where it also names others."""
-    if choice.named_in_vain:
-        reasons = "; ".join(f"{name}: {why}" for name, why in choice.named_in_vain.items())
+    in_vain = choice.reasons(WARN)
+    if in_vain:
+        reasons = "; ".join(f"{name}: {why}" for name, why in in_vain.items())
         rank_zero_warn(f"target_modules names layers that stay dense and frozen. {reasons}.", stacklevel=2)
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion
-from lightning_qlora.adapters.module_state import saved_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, text_of
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -334,10 +333,7 @@ class QLoRAPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale.
-
-        And the conversion, for a module whose `on_save_checkpoint` leaves them out.
-        """
+        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
         scale = self.loss_scale
         state: dict[str, Any] = {
             "random_state": gather_torch_rng_states(),
@@ -346,12 +342,14 @@ class QLoRAPrecision(Precision):
         }
         if scale is not None:
             state["loss_scale"] = scale.state_dict()
-        root = self._root
-        if root is not None:
-            saved = saved_conversion(root)
-            if saved is not None:
-                state[CONVERSION] = saved.text()
         return state
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Copy the conversion from the module's state, for a module whose `on_save_checkpoint` leaves it out there."""
+        entry = checkpoint["state_dict"].get(CONVERSION)
+        if entry is not None:
+            checkpoint[type(self).__qualname__][CONVERSION] = text_of(entry)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -88,7 +88,8 @@ class ConversionReport:
         frozen_by_module: Bytes of the layers that the module itself froze before conversion.
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
-            1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
+            1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred, because a strategy shards the weight
+            or its adapter has dropout.
         full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
         full_precision_computes_in: The types that they compute in: "bfloat16", "float16".
         calibration: Status of adapters that are initialized from the first step; None if none are.
@@ -167,7 +168,7 @@ class ConversionReport:
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
         )
         for name, count in self.deferred_logits.items():
-            how = "not deferred (sharded)"
+            how = "not deferred (sharded, or its adapter has lora_dropout)"
             if count:
                 how = f"deferred, saves {size_text(count)} for each 1,000 tokens"
             lines.append(f"logits of {name or ROOT}: {how}")

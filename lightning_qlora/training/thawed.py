@@ -34,8 +34,8 @@ def warn_of_thawed(module: nn.Module, optimizer: Optimizer, trained: set[int]) -
         return
     trained |= new
     thawed = [each for each in frozen_parameters(module) if id(each.parameter) in new]
-    layers = [each for each in thawed if not each.trained and _is_dense_layer(each.owner)]
-    rest = [each for each in thawed if each.trained or not _is_dense_layer(each.owner)]
+    layers = [each for each in thawed if not each.record.trained and _is_dense_layer(each.owner)]
+    rest = [each for each in thawed if each.record.trained or not _is_dense_layer(each.owner)]
     if layers:
         names = sorted({owner_name(each.name) for each in layers})
         rank_zero_warn(

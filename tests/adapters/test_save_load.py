@@ -1,5 +1,6 @@
 """Adapter folders: PEFT reads ours, we read PEFT's, and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -18,7 +19,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.peft_folder import read_adapter
 from tests.conftest import Classifier
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, ids, logits, perturb, toy
+from tests.layers.test_experts import made, qwen3_moe
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, toy
 
 peft = pytest.importorskip("peft")
 
@@ -530,3 +532,45 @@ def test_changed_statistics_of_batch_norm_are_named(saved, tmp_path, recwarn):
         assert bool(found) == (trained and not saved)
         assert not found or "2.running_mean, 2.running_var" in found[0]
         module(torch.randn(8, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_that_a_folder_lacks_compute_as_the_base_and_are_saved_so(dora, dtype, tmp_path):
+    arguments = {"r": 4, "lora_alpha": 8, "use_dora": dora, "lora_dropout": 0.0}
+    dense = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).to(dtype)
+    first, both, again = (copy.deepcopy(dense) for _ in range(3))
+    convert(first, **arguments, target_modules=["0"], use_rslora=True)
+    save_adapter(perturb(first, scale=0.3), tmp_path / "first")
+    convert(both, **arguments)
+    perturb(both, scale=0.3, seed=1)
+    load_adapter(both, tmp_path / "first")
+    x = torch.randn(5, 64).to(dtype)
+    dense[0].weight.data = both[0].decode() + delta(both[0]).to(dtype)
+    dense[2].weight.data = both[2].decode()
+    expected = dense(x)
+    assert (both(x) - expected).norm() < (1e-5 if dtype is torch.float32 else 1e-2) * expected.norm()
+    torch.testing.assert_close(both[0](x), first[0](x))
+    perturb(both, scale=0.3, seed=2)
+    for layer in (both[0], both[2]):
+        assert layer.scaling == layer.config.scaling == 4.0
+    save_adapter(both, tmp_path / "both")
+    loaded = copy.deepcopy(again)
+    convert(loaded, adapter=str(tmp_path / "both"), lora_dropout=0.0)
+    convert(again, **arguments, use_rslora=True)
+    again.load_state_dict(both.state_dict())
+    for other in (loaded, again):
+        torch.testing.assert_close(other(x), both(x))
+
+
+def test_experts_that_a_folder_lacks_get_the_default_initialization(tmp_path):
+    names = {"target_modules": ["all-linear"], "r": 2, "lora_dropout": 0.0}
+    model, fresh = (made(qwen3_moe).requires_grad_(True) for _ in range(2))
+    attention = copy.deepcopy(model)
+    convert(attention, r=2, target_modules=["q_proj"])
+    save_adapter(attention, tmp_path)
+    convert(fresh, **names)
+    convert(model, **names)
+    load_adapter(perturb(model), tmp_path)
+    stack, expected = (net.model.layers[0].mlp.experts.gate_up_proj_experts for net in (model, fresh))
+    assert torch.equal(stack.lora_A, expected.lora_A) and not stack.lora_B.any()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
 SCALING = 0.5
@@ -26,9 +27,10 @@ def experts(backend, ends):
 
     def layer(x, weight, _, a, b, scaling, grad):
         stops = torch.tensor(ends, dtype=torch.int32)
-        stack = stack_bytes([weight] * len(ends)), torch.stack([a] * len(ends)), torch.stack([b] * len(ends))
-        y, xa = backend.grouped_linear(x, stops, *stack, scaling, 0.0, None)
-        return y, backend.grouped_linear_backward(grad, x, xa, stops, *stack, scaling, 0.0, None, True)[0]
+        stack = stack_bytes([weight] * len(ends))
+        lora = LoRA(torch.stack([a] * len(ends)), torch.stack([b] * len(ends)), scaling)
+        y, xa = backend.grouped_linear(x, stops, stack, lora)
+        return y, backend.grouped_linear_backward(grad, x, xa, stops, stack, lora)[0]
 
     return layer
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_qlora import convert
 from lightning_qlora.kernels import eager, reference
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from tests.kernels.forward import forward
 from tests.kernels.shares import experts, share, shares
@@ -18,7 +19,7 @@ def op(function):
 
     def layer(x, weight, bias, a, b, scaling, grad):
         x = x.clone().requires_grad_()
-        y = function(x, weight, bias, a, b, scaling)
+        y = function(x, weight, bias, LoRA(a, b, scaling))
         return y.detach(), torch.autograd.grad(y, x, grad)[0]
 
     return layer
@@ -26,8 +27,8 @@ def op(function):
 
 def backend(kernels):
     def layer(x, weight, bias, a, b, scaling, grad):
-        y, xa = forward(kernels, x, weight, bias, a, b, scaling, 0.0, None)
-        return y, kernels.linear_backward(grad, x, xa, weight, a, b, scaling, 0.0, None, True)[0]
+        y, xa = forward(kernels, x, weight, bias, a, b, scaling)
+        return y, kernels.linear_backward(grad, x, xa, weight, LoRA(a, b, scaling), True)[0]
 
     return layer
 

@@ -4,8 +4,10 @@ import torch
 from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora import quantize
+from lightning_qlora import convert, quantize
 from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels.grouped_linear import can_group
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from tests.kernels.forward import forward
 
@@ -35,7 +37,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
     weight, x, bias, lora_a, lora_b = make(lead=lead)
     inputs = [x, lora_a, lora_b] + ([bias] if with_bias else [])
     bias = bias if with_bias else None
-    y = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     expected = dense(x, weight, bias, lora_a, lora_b, 0.5)
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(y)
@@ -50,7 +52,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
 def test_an_input_without_rows_has_an_output_without_rows(dtype, lead):
     """As an expert of a mixture gets it that no token chose; columns of whole runs, for the fused products."""
     weight, x, bias, lora_a, lora_b = make(columns=128, lead=lead, dtype=dtype)
-    y = lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.1, torch.tensor([3]))
+    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, 0.1, torch.tensor([3])))
     assert y.shape == (*lead, 48)
     grads = torch.autograd.grad(y.sum(), [x, bias, lora_a, lora_b])
     assert grads[0].shape == x.shape
@@ -61,21 +63,51 @@ def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
     """The fused products read by address, so they would read past the input or the weight."""
     weight, x, _, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"weight \[48, 128\] x must be \[\.\.\., 128\], .*got x \[2, 5, 64\]"):
-        lora_linear(x[..., :64], weight, None, lora_a[:, :64], lora_b, 0.5)
+        lora_linear(x[..., :64], weight, None, LoRA(lora_a[:, :64], lora_b, 0.5))
     wide = torch.cat([x, x], -1)
     lora_a = torch.cat([lora_a, lora_a], -1)
     wrong = weight._replace(shape=(48, 256))
     with pytest.raises(ValueError, match=r"has 6144 bytes of codes, 192 of scales and 8 of .*; got 3072"):
-        torch.ops.lightning_qlora.lora_linear(wide, *wrong, None, lora_a, lora_b, None, 0.5, 0.0)
+        torch.ops.lightning_qlora.lora_linear(wide, *wrong, None, *LoRA(lora_a, lora_b, 0.5))
     with pytest.raises(ValueError, match="has 6144 bytes"):
         torch.ops.lightning_qlora.dequantize(*wrong, torch.float32)
+
+
+TENSORS = ("packed", "absmax", "lora_a", "lora_b", "bias")
+
+
+@pytest.mark.parametrize("m", [1, 40], ids=["few-rows", "rows"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("places", [("packed", "absmax", "nested"), *TENSORS, TENSORS], ids=str)
+def test_another_device_than_that_of_the_input_is_an_error(places, grad, m):
+    """Each of these ended the process: kernels read from an address of another device."""
+    weight, x, bias, lora_a, lora_b = make(rows=64, columns=64, lead=(m,))
+    layer = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    for key in places if isinstance(places, tuple) else (places,):
+        if key in layer:
+            layer[key] = layer[key].detach().to("meta")
+        else:
+            weight = weight._replace(**{key: getattr(weight, key).to("meta")})
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"meta.*one device"):
+        lora_linear(x, weight, layer["bias"], LoRA(layer["lora_a"], layer["lora_b"], 0.5))
+    if places != "bias":  # the experts of one function have none
+        with pytest.raises(ValueError, match=r"meta.*one device"):
+            can_group(x, weight, LoRA(layer["lora_a"], layer["lora_b"]))
+
+
+def test_a_layer_without_values_names_itself():
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    convert(net, r=4)
+    net[1].to("meta")
+    with pytest.raises(ValueError, match=r"1: x is on cpu, the 4-bit weight is on meta, .*load them first"):
+        net(torch.randn(2, 64))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_second_derivative_is_an_error(compiled):
     weight, x, bias, lora_a, lora_b = make()
     function = torch.compile(lora_linear, backend="aot_eager", fullgraph=True) if compiled else lora_linear
-    y = function(x, weight, bias, lora_a, lora_b, 0.5).sum()
+    y = function(x, weight, bias, LoRA(lora_a, lora_b, 0.5)).sum()
     with pytest.raises(RuntimeError, match=r"have no second derivative|double backward"):
         torch.autograd.grad(y, x, create_graph=True)[0].sum().backward()
 
@@ -93,14 +125,14 @@ def test_a_second_derivative_is_an_error(compiled):
 )
 def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, quant_type, block_size, double_quant):
     weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, quant_type, block_size, double_quant)
-    y = lora_linear(x, weight, bias, lora_a, lora_b, 0.25)
+    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.25))
     expected, xa = forward(reference, x, weight, bias, lora_a, lora_b, 0.25, 0.0, None)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 2e-1}
     torch.testing.assert_close(y, expected, **tolerance)
     grad = torch.randn_like(y)
     ours = torch.autograd.grad(y, [x, lora_a, lora_b], grad)
     with torch.no_grad():
-        theirs = reference.linear_backward(grad, x, xa, weight, lora_a, lora_b, 0.25, 0.0, None, True)
+        theirs = reference.linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, 0.25), True)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, **tolerance)
@@ -120,7 +152,7 @@ def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
         @staticmethod
         def backward(ctx, grad):
             x, xa, lora_a, lora_b = ctx.saved_tensors
-            return reference.linear_backward(grad, x, xa, weight, lora_a, lora_b, 0.7, 0.0, None, True)
+            return reference.linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, 0.7), True)
 
     shapes = [(4, 5), (2, 5), (6, 2)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -131,14 +163,13 @@ def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
 def test_opcheck_passes_forward_and_backward(p):
     weight, x, bias, lora_a, lora_b = make()
     seed = torch.tensor([7]) if p else None
-    forward = (x, *weight, bias, lora_a, lora_b, seed, 0.5, p)
+    forward = (x, *weight, bias, *LoRA(lora_a, lora_b, 0.5, p, seed))
     torch.library.opcheck(torch.ops.lightning_qlora.lora_linear, forward)
     grad = torch.randn(2, 5, 48)
     xa = torch.randn(10, 4)
-    a = lora_a.detach()
-    b = lora_b.detach()
+    lora = LoRA(lora_a.detach(), lora_b.detach(), 0.5, p, seed)
     for needs_x in (True, False):
-        backward = (grad, x.detach(), xa, *weight, a, b, seed, 0.5, p, needs_x)
+        backward = (grad, x.detach(), xa, *weight, *lora, needs_x)
         torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, backward)
 
 
@@ -154,7 +185,7 @@ def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
     weight, x, bias, lora_a, lora_b = make(rows=256, columns=128, lead=(64,))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.2, torch.tensor([3]))
+        lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, 0.2, torch.tensor([3])))
     held = {t.data_ptr() for t in (x, *weight[:3], lora_a, lora_b) if t.numel()}
     fresh = [tuple(t.shape) for t in kept if t.data_ptr() not in held and t.numel() > 1]
     assert fresh == [(64, 4)]
@@ -164,7 +195,7 @@ def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
     weight, x, _, lora_a, lora_b = make(lead=(16,))
 
     def run(seed):
-        return lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, torch.tensor([seed]))
+        return lora_linear(x, weight, None, LoRA(lora_a, lora_b, 1.0, 0.5, torch.tensor([seed])))
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
@@ -193,7 +224,7 @@ def test_torch_compile_sees_one_graph(p):
     seed = torch.tensor([7]) if p else None
 
     def function(x):
-        return torch.relu(lora_linear(x, weight, bias, lora_a, lora_b, 0.5, p, seed))
+        return torch.relu(lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, p, seed)))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grad = torch.randn(2, 5, 48)
@@ -212,8 +243,8 @@ def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
     weight, x, bias, lora_a, lora_b = make(rows=96, columns=80)
     scratch.release()
     with torch.inference_mode():
-        first = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
-    second = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+        first = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
+    second = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     second.sum().backward()
     torch.testing.assert_close(first, second.detach())  # the order of the sums differs
 
@@ -221,9 +252,9 @@ def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
 def test_wrong_shapes_and_types_are_named():
     weight, x, bias, lora_a, lora_b = make()
     with pytest.raises((ValueError, RuntimeError), match=r"A \[r, 36\]"):
-        lora_linear(x, weight, bias, lora_a[:, :-1], lora_b, 0.5)
+        lora_linear(x, weight, bias, LoRA(lora_a[:, :-1], lora_b, 0.5))
     with pytest.raises((TypeError, RuntimeError), match="float64"):
-        lora_linear(x.double(), weight, bias, lora_a, lora_b, 0.5)
+        lora_linear(x.double(), weight, bias, LoRA(lora_a, lora_b, 0.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,7 +262,7 @@ def test_no_rows_at_all(dtype):
     """The C loops for few rows once read four where there were none."""
     weight, _, _, lora_a, lora_b = make(rows=64, columns=128)
     x = torch.empty(0, 128, dtype=dtype, requires_grad=True)
-    y = lora_linear(x, weight, None, lora_a, lora_b, 0.5)
+    y = lora_linear(x, weight, None, LoRA(lora_a, lora_b, 0.5))
     y.sum().backward()
     assert (y.shape, x.grad.shape, lora_a.grad.abs().sum()) == ((0, 64), (0, 128), 0)
 
@@ -240,10 +271,10 @@ def test_no_rows_at_all(dtype):
 def test_autocast_around_the_op_or_its_backward_changes_nothing(m):
     """It made torch's products bf16, into which the loops then wrote fp32, past their end."""
     weight, x, bias, lora_a, lora_b = make(lead=(m,))
-    y = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     expected = torch.autograd.grad(y.sum(), [x, lora_a, lora_b], retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+        inside = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
         gradients = torch.autograd.grad(y.sum(), [x, lora_a, lora_b])
     assert torch.equal(inside, y)
     assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
@@ -268,8 +299,8 @@ def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_la
     last, _, _, *last_adapter = make(40, 48)
 
     def block(x):
-        hidden = lora_linear(x, first, None, *adapter, 0.5, p, torch.tensor([1]) if p else None).relu()
-        return lora_linear(hidden, last, None, *last_adapter, 0.5, p, torch.tensor([2]) if p else None)
+        hidden = lora_linear(x, first, None, LoRA(*adapter, 0.5, p, torch.tensor([1]) if p else None)).relu()
+        return lora_linear(hidden, last, None, LoRA(*last_adapter, 0.5, p, torch.tensor([2]) if p else None))
 
     expected = torch.autograd.grad(block(x).sum(), [x, *adapter, *last_adapter])
     products.clear()

@@ -1,4 +1,5 @@
 import copy
+import io
 import threading
 
 import pytest
@@ -7,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from lightning_qlora import convert, disable_adapter
+from lightning_qlora import convert, disable_adapter, merge
 from lightning_qlora.layers.deferred_head import defer_logits
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, qwen3_moe
-from tests.toys import ids, perturb, toy
+from tests.toys import delta, ids, perturb, toy
 
 
 def trained(net=None, **arguments):
@@ -184,3 +185,71 @@ def test_a_module_without_adapters_and_pissa_are_errors():
     convert(net, r=4, init_lora_weights="pissa")
     with pytest.raises(ValueError, match="PiSSA"), disable_adapter(net):
         pass
+
+
+def copied(module):
+    return copy.deepcopy(module)
+
+
+def saved(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class Counting(nn.Linear):
+    """A layer of a user whose copies have an attribute of their own."""
+
+    def __getstate__(self):
+        return {**vars(self), "copies": vars(self).get("copies", 0) + 1}
+
+
+@pytest.mark.parametrize("copy_of", [copied, saved])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [nn.Linear, Counting])
+def test_a_copy_made_inside_has_its_adapter_and_the_context_ends_for_the_module_alone(layer, dtype, copy_of):
+    net, untouched = trained(nn.Sequential(layer(64, 128), nn.ReLU(), layer(128, 64)).to(dtype), lora_dropout=0.0)
+    dense = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    for index in (0, 2):
+        dense[index].weight.data = net[index].decode().float() + delta(net[index])
+        dense[index].bias.data = net[index].bias.detach().float()
+    x = torch.randn(5, 64).to(dtype)
+    with disable_adapter(net), disable_adapter(net):
+        with pytest.warns(UserWarning, match="made inside disable_adapter has its adapter enabled"):
+            other = copy_of(net)
+        assert torch.equal(net(x), untouched(x))  # still without
+        own = other(x)
+        with disable_adapter(other):
+            assert torch.equal(other(x), untouched(x))
+    expected = dense(x.float())
+    assert (own - expected).norm() < (1e-5 if dtype is torch.float32 else 1e-2) * expected.norm()
+    assert torch.equal(own, other(x)) and torch.equal(own, net(x))
+    own.square().mean().backward()
+    assert all(parameter.grad is not None for part in (other[0], other[2]) for parameter in part.adapter_parameters())
+    assert getattr(other[0], "copies", 1) == 1
+    assert (merge(other, "fp32")(x.float()) - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_copies_of_experts_and_of_rows_of_tokens_have_them_too():
+    model, _ = trained(made(qwen3_moe).requires_grad_(True), trainable_token_indices=[3, 5], lora_dropout=0.0)
+    own = model.eval()(input_ids=ids() % 96).logits
+    with disable_adapter(model), pytest.warns(UserWarning, match="has its adapter enabled"):
+        other = copy.deepcopy(model)
+    assert torch.equal(other(input_ids=ids() % 96).logits, own)
+
+
+def test_a_copy_made_by_another_thread_has_its_adapter():
+    net, _ = trained(lora_dropout=0.0)
+    x = torch.randn(5, 64)
+    own = net(x)
+    copies = []
+    thread = threading.Thread(target=lambda: copies.append(copy.deepcopy(net)))
+    with disable_adapter(net), pytest.warns(UserWarning, match="has its adapter enabled"):
+        _run(thread)
+    assert torch.equal(copies[0](x), own)
+
+
+def _run(thread):
+    thread.start()
+    thread.join()

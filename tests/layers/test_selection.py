@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.selection import RULES, select_layers
+from lightning_qlora.layers.selection import REFUSE, RULES, select_layers
 from tests.conftest import ROOT
 from tests.toys import delta
 
@@ -381,7 +381,7 @@ def test_the_first_rule_that_applies_decides():
     assert select_layers(net, QLoRAConfig(**arguments)).skip["0"] == "in exclude_modules"
     assert select_layers(net, QLoRAConfig(r=64, target_modules=["1"])).skip["0"] == "not in target_modules"
     assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64)).skip["0"]
-    assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).refused["0"]
+    assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).reasons(REFUSE)["0"]
     del net[0].packed
     assert "an adapter of rank 64" in select_layers(net, QLoRAConfig(r=64)).train["0"]
     assert list(select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).convert) == ["0"]

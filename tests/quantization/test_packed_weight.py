@@ -5,6 +5,7 @@ import torch
 
 from lightning_qlora import PackedWeight, quantize
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -144,10 +145,10 @@ def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
     x = torch.randn(3, 64)
     lora_a = torch.randn(4, 64)
     lora_b = torch.randn(96, 4)
-    expected = lora_linear(x, packed, None, lora_a, lora_b, 1.0)
+    expected = lora_linear(x, packed, None, LoRA(lora_a, lora_b))
     for offset in range(1, 5):
         moved = [torch.cat([part.new_zeros(offset), part.reshape(-1)])[offset:] for part in packed[:3]]
         misaligned = PackedBytes(*moved, *packed[3:])
-        assert torch.equal(lora_linear(x, misaligned, None, lora_a, lora_b, 1.0), expected)
+        assert torch.equal(lora_linear(x, misaligned, None, LoRA(lora_a, lora_b)), expected)
         assert torch.equal(PackedWeight.from_bytes(misaligned, torch.float32).dequantize(), value.dequantize())
         assert torch.equal(misaligned.dequantize_into(torch.empty(96 * 64)), value.dequantize().view(-1))

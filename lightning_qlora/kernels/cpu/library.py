@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
@@ -76,28 +77,21 @@ class Library:
         return m <= MOST_ROWS_SLOW
 
     def lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        weight: PackedBytes,
-        bias: Tensor | None,
-        lora_b: Tensor,
-        scaling: float,
-        lora_a: Tensor | None = None,
-        xa: Tensor | None = None,
+        self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
     ) -> Tensor:
-        """y = x W^T + bias + scaling xa B^T, rounded once, decoding W tile by tile; xa = x A^T without dropout.
+        """y = x W^T + bias + s xa B^T, rounded once, decoding W tile by tile.
 
-        y [m, out] is contiguous, m <= `MOST_ROWS`. Either A, or xa in the type of x, is given.
+        y [m, out] is contiguous, m <= `MOST_ROWS`. xa is in the type of x; None: x A^T, without dropout.
         """
         struct, _keep = _describe(weight)
         x = x.contiguous()
-        lora_b = _fp32(lora_b)
+        lora_b = _fp32(lora.b)
         m, width = x.shape
         r = lora_b.shape[1]
-        if lora_a is not None:
-            lora_a = _fp32(lora_a)
-        if xa is not None:
+        lora_a = None
+        if xa is None:
+            lora_a = _fp32(lora.a)
+        else:
             xa = xa.contiguous()
         workspace = scratch(m * (2 * (width + STEP) + r + STEP), torch.float32, x.device, "rows")
         bias_type = 0
@@ -118,7 +112,7 @@ class Library:
             _address(lora_a),
             lora_b.data_ptr(),
             r,
-            scaling,
+            lora.scaling,
             workspace.data_ptr(),
             _threads(weight.numel),
         )

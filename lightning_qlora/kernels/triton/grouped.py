@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
 from lightning_qlora.kernels.triton.lora_products import dropout_arguments, is_kept, rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
@@ -143,10 +144,10 @@ def _gradients_kernel(
     tl.store(at, (total * s).to(out.dtype.element_ty), mask=(rank < r)[:, None] & (column < n)[None, :])
 
 
-def can_group(x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) -> bool:
+def can_group(x: Tensor, weight: PackedBytes, lora: LoRA) -> bool:
     """Whether the kernels can compute these experts: whole runs, contiguous, at addresses that are a multiple of 16."""
     run = min(weight.block_size, 64)
-    tensors = (*weight[:3], lora_a, lora_b)
+    tensors = (*weight[:3], lora.a, lora.b)
     return (
         bool(find_tile("grouped", x.device))
         and weight.shape[-1] % run == 0
@@ -157,13 +158,12 @@ def can_group(x: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) ->
 class Group:
     """What the launches for one call have in common."""
 
-    def __init__(self, x: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor) -> None:
+    def __init__(self, x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> None:
         self.ends = ends
         self.device = x.device
         self.weight = weight
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self.experts, self.r, _ = lora_a.shape
+        self.lora = lora
+        self.experts, self.r, _ = lora.a.shape
         self.tile = find_tile("grouped", x.device, len(x) // self.experts)
         self.tiles = len(x) // self.tile["M"] + min(len(x), self.experts)  # of M rows: no more, whatever the ends are
 
@@ -179,10 +179,10 @@ class Group:
         tables = tables_of_levels(weight.quant_type, self.device)
         if backward:
             columns = k // run
-            lora = self.lora_a
+            lora = self.lora.a
         else:
             columns = -(-n // self.tile["N"])
-            lora = self.lora_b
+            lora = self.lora.b
         run_product = _launch(
             _product_kernel, self.device, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), self.tile,
             BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
@@ -197,10 +197,10 @@ class Group:
         out = x.new_zeros(len(x), self.r)
         rank = rank_tile(self.r)
         if backward:
-            lora = self.lora_b
+            lora = self.lora.b
             strides = (1, self.r)
         else:
-            lora = self.lora_a
+            lora = self.lora.a
             strides = (k, 1)
         mask, scale = dropout_arguments(p, seed, self.device)
         run = _launch(
@@ -222,7 +222,7 @@ class Group:
         else:
             shape = (self.experts, self.r, n)
             strides = (n, 1)
-        out = torch.empty(shape, dtype=self.lora_a.dtype, device=self.device)
+        out = torch.empty(shape, dtype=self.lora.a.dtype, device=self.device)
         run = _launch(
             _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
             (n, self.r, *strides), self.tile, DROPOUT=seed is not None, R=rank,
@@ -239,31 +239,26 @@ def _launch(
     return Launch(kernel, device, grid, numbers, tile, **constants)
 
 
-def grouped_linear(
-    x: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor, scaling: float, p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def grouped_linear(x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
     """See `reference.grouped_linear`."""
     y = x.new_zeros(len(x), weight.shape[1])
     if not len(x):
-        return y, x.new_zeros(0, lora_a.shape[1])
-    group = Group(x, ends, weight, lora_a, lora_b)
-    xa = group.project(x, 1.0, p, seed, backward=False)
-    return group.product(x, xa, y, scaling, 0.0, None, backward=False), xa
+        return y, x.new_zeros(0, lora.a.shape[1])
+    group = Group(x, ends, weight, lora)
+    xa = group.project(x, 1.0, lora.p, lora.seed, backward=False)
+    return group.product(x, xa, y, lora.scaling, 0.0, None, backward=False), xa
 
 
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weight: PackedBytes, lora_a: Tensor, lora_b: Tensor,
-    scaling: float, p: float, seed: Tensor | None, needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.grouped_linear_backward`."""
-    grad_x = torch.zeros_like(x) if needs_x else None
+    grad_x = torch.zeros_like(x)
     if not len(x):
-        return grad_x, torch.zeros_like(lora_a), torch.zeros_like(lora_b)
-    group = Group(x, ends, weight, lora_a, lora_b)
-    grad_xa = group.project(grad, scaling, 0.0, None, backward=True)
-    grad_a = group.gradients(grad_xa, x, 1.0, p, seed, transposed=False)
-    grad_b = group.gradients(xa, grad, scaling, 0.0, None, transposed=True)
-    if grad_x is not None:
-        group.product(grad, grad_xa, grad_x, 1.0, p, seed, backward=True)
+        return grad_x, torch.zeros_like(lora.a), torch.zeros_like(lora.b)
+    group = Group(x, ends, weight, lora)
+    grad_xa = group.project(grad, lora.scaling, 0.0, None, backward=True)
+    grad_a = group.gradients(grad_xa, x, 1.0, lora.p, lora.seed, transposed=False)
+    grad_b = group.gradients(xa, grad, lora.scaling, 0.0, None, transposed=True)
+    group.product(grad, grad_xa, grad_x, 1.0, lora.p, lora.seed, backward=True)
     return grad_x, grad_a, grad_b

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.launch import (
     MAX_LAUNCHES,
@@ -35,16 +36,14 @@ from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_c
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
-def lora_project(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def lora_project(x: Tensor, lora: LoRA) -> Tensor:
     """See `reference.lora_project`."""
-    return lora_down(x, lora_a, p=p, seed=seed)
+    return lora_down(x, lora.a, p=lora.p, seed=lora.seed)
 
 
-def linear_into(
-    out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora_b: Tensor, scaling: float
-) -> None:
+def linear_into(out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
     """See `reference.linear_into`."""
-    lora_up(xa, lora_b, out, scaling)
+    lora_up(xa, lora.b, out, lora.scaling)
     if can_add_matmul(x, weight):
         add_matmul_(out, x, weight, bias)
         return
@@ -54,25 +53,17 @@ def linear_into(
 
 
 def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    weight: PackedBytes,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs_x: bool,
+    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
-    grad_xa = lora_down(grad, lora_b.T, scaling)
-    grad_a = lora_a.new_empty(lora_a.shape)  # contiguous, as torch.compile was told
-    grad_b = lora_b.new_empty(lora_b.shape)
+    a, b, scaling, p, seed = lora
+    grad_xa = lora_down(grad, b.T, scaling)
+    grad_a = a.new_empty(a.shape)  # contiguous, as torch.compile was told
+    grad_b = b.new_empty(b.shape)
     lora_gradients(grad_xa, x, grad_a, xa, grad, grad_b, scaling, p, seed)
     if not needs_x:
         return None, grad_a, grad_b
-    grad_x = lora_up(grad_xa, lora_a.T, torch.empty_like(x, memory_format=torch.contiguous_format), p=p, seed=seed)
+    grad_x = lora_up(grad_xa, a.T, torch.empty_like(x, memory_format=torch.contiguous_format), p=p, seed=seed)
     return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
 
 

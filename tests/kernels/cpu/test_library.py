@@ -18,6 +18,7 @@ from lightning_qlora.files import cache_folder
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.cpu import build
 from lightning_qlora.kernels.cpu import library as module
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import _all_threads, release, scratch
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -96,11 +97,12 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
                 b = torch.randn(shape[0], r)
                 bias = torch.randn(shape[0])
                 y = torch.empty(m, shape[0], dtype=dtype)
-                xa = reference.lora_project(x, a, 0.0, None)
+                lora = LoRA(a, b, 0.5)
+                xa = reference.lora_project(x, lora)
                 expected = torch.empty_like(y)
-                reference.linear_into(expected, x, xa, weight, bias, b, 0.5)
-                for adapter in ({"lora_a": a}, {"xa": xa}):
-                    error = (library.lora_linear(y, x, weight, bias, b, 0.5, **adapter) - expected).abs().max()
+                reference.linear_into(expected, x, xa, weight, bias, lora)
+                for projected in (None, xa):
+                    error = (library.lora_linear(y, x, weight, bias, lora, projected) - expected).abs().max()
                     assert error <= tolerance * expected.abs().max(), (shape, block_size, m, r)
 
 
@@ -137,7 +139,7 @@ def test_any_number_of_threads_gives_the_same_bits(library):
             torch.set_num_threads(threads)
             packed = library.quantize(weight, "nf4", 64, True)
             out = library.dequantize_into(torch.empty(weight.numel(), dtype=torch.bfloat16), packed)
-            product = library.lora_linear(y.clone(), x, packed, None, b, 0.5, a) if multiplies else y
+            product = library.lora_linear(y.clone(), x, packed, None, LoRA(a, b, 0.5)) if multiplies else y
             results.append([*packed[:3], out, product])
     finally:
         torch.set_num_threads(before)

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from lightning_qlora.kernels import ops, reference, scratch, verdict
 from lightning_qlora.kernels.grouped_linear import grouped_linear
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
@@ -66,9 +67,9 @@ def test_layer_forward_and_backward(dtype, rows, p):
     a, b = torch.randn(16, 512) / 22, torch.randn(1000, 16) / 4
     seed = torch.tensor([2**40 + 3]) if p else None
     y, xa = forward(reference, x, weight, bias, a, b, 0.5, p, seed)
-    expected = y, *reference.linear_backward(grad, x, xa, weight, a, b, 0.5, p, seed, True)
+    expected = y, *reference.linear_backward(grad, x, xa, weight, LoRA(a, b, 0.5, p, seed), True)
     inputs = [tensor.cuda().requires_grad_() for tensor in (x, a, b)]
-    mine = lora_linear(inputs[0], to_card(weight), bias.cuda(), *inputs[1:], 0.5, p, seed)
+    mine = lora_linear(inputs[0], to_card(weight), bias.cuda(), LoRA(*inputs[1:], 0.5, p, seed))
     for ours, theirs in zip([mine, *torch.autograd.grad(mine, inputs, grad.cuda())], expected, strict=True):
         assert_near(ours.detach(), theirs, dtype)
 
@@ -81,11 +82,11 @@ def test_experts_forward_and_backward_without_a_host_synchronization(dtype, p, c
     weight, a, b = stack_bytes(weights), torch.randn(len(counts), 16, 512) / 22, torch.randn(len(counts), 200, 16) / 4
     rows, ends = sum(counts) + 2, torch.tensor(counts).cumsum(0).int()
     x, grad = torch.randn(rows, 512).to(dtype), torch.randn(rows, 200).to(dtype)
-    choices = ends, weight, a, b, 0.5, p, torch.tensor([2**40 + 3]) if p else None
+    choices = ends, weight, LoRA(a, b, 0.5, p, torch.tensor([2**40 + 3]) if p else None)
     y, xa = reference.grouped_linear(x, *choices)
-    grad_x, grad_a, grad_b = reference.grouped_linear_backward(grad, x, xa, *choices, True)
+    grad_x, grad_a, grad_b = reference.grouped_linear_backward(grad, x, xa, *choices)
     inputs = [tensor.cuda().requires_grad_() for tensor in (x, a, b)]
-    others = ends.cuda(), to_card(weight), *inputs[1:], *choices[4:]
+    others = ends.cuda(), to_card(weight), LoRA(*inputs[1:], *choices[2][2:])
     on_gpu = grad.cuda()
     mine = grouped_linear(inputs[0], *others)  # the first call compiles
     torch.autograd.grad(mine, inputs, on_gpu)
@@ -110,7 +111,7 @@ def test_forward_and_backward_give_the_same_bits_every_time(rows):
     grad, seed = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16), torch.tensor([3])
 
     def run():
-        y = lora_linear(x, weight, None, a, b, 0.5, 0.1, seed)
+        y = lora_linear(x, weight, None, LoRA(a, b, 0.5, 0.1, seed))
         return y.detach(), *torch.autograd.grad(y, [x, a, b], grad)
 
     first = run()
@@ -124,11 +125,11 @@ def test_captured_graphs_can_be_replayed_in_any_order(rows):
     weight = ops.quantize(torch.randn(4096, 4096, device="cuda")).to_bytes()
     a, b = torch.randn(64, 4096, device="cuda"), torch.randn(4096, 64, device="cuda")
     x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
-    expected, graphs, outputs = lora_linear(x, weight, None, a, b, 0.5), [], []
+    expected, graphs, outputs = lora_linear(x, weight, None, LoRA(a, b, 0.5)), [], []
     for _ in range(2):
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1]), torch.no_grad():
-            outputs.append(lora_linear(x, weight, None, a, b, 0.5))
+            outputs.append(lora_linear(x, weight, None, LoRA(a, b, 0.5)))
     scratch.release()
     for number in (1, 0, 1):
         outputs[number].zero_()
@@ -166,7 +167,7 @@ def test_a_training_step_keeps_no_dense_weight():
     before = torch.cuda.memory_allocated()
     hidden = x
     for weight, adapter in zip(weights, adapters, strict=True):
-        hidden = lora_linear(hidden, weight, None, adapter[0].T, adapter[1], 0.01) / 64
+        hidden = lora_linear(hidden, weight, None, LoRA(adapter[0].T, adapter[1], 0.01)) / 64
     hidden.sum().backward()
     dense, activations = 4096 * 4096 * 2, 8 * 4 * x.nbytes
     gradients = 3 * sum(adapter.nbytes for adapter in adapters)

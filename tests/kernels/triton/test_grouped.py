@@ -8,6 +8,7 @@ import torch
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.triton import grouped
 from lightning_qlora.quantization.packed_weight import stack_bytes
@@ -30,15 +31,14 @@ def experts(counts, n, k, r, dtype, quant_type="nf4", block_size=64, double_quan
 
 
 def check(x, grad, ends, weight, lora_a, lora_b, p=0.0):
-    choices = (ends, weight, lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None)
+    choices = (ends, weight, LoRA(lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None))
     y, xa = kernels.grouped_linear(x, *choices)
     expected, expected_xa = reference.grouped_linear(x, *choices)
     assert_near(y, expected, x.dtype)
     assert_near(xa, expected_xa, x.dtype)
-    ours = kernels.grouped_linear_backward(grad, x, expected_xa, *choices, True)
-    for mine, yours in zip(ours, reference.grouped_linear_backward(grad, x, expected_xa, *choices, True), strict=True):
+    ours = kernels.grouped_linear_backward(grad, x, expected_xa, *choices)
+    for mine, yours in zip(ours, reference.grouped_linear_backward(grad, x, expected_xa, *choices), strict=True):
         assert_near(mine, yours, x.dtype)
-    assert kernels.grouped_linear_backward(grad, x, expected_xa, *choices, False)[0] is None
     last = int(ends[-1])
     assert not y[last:].any() and not ours[0][last:].any()
     begins = [0, *ends.tolist()]
@@ -73,12 +73,12 @@ def test_the_groups_take_the_rows_of_their_layers():
     leaves = [x, lora_a, lora_b]
     for leaf in leaves:
         leaf.requires_grad_()
-    y = grouped_linear(x, ends, weight, lora_a, lora_b, 0.7)
+    y = grouped_linear(x, ends, weight, LoRA(lora_a, lora_b, 0.7))
     ours = torch.autograd.grad(y, leaves, grad)
     parts = x.split(UNEVEN)
     expected = torch.cat(
         [
-            lora_linear(part, w, None, a, b, 0.7)
+            lora_linear(part, w, None, LoRA(a, b, 0.7))
             for part, w, a, b in zip(parts, weight.unbind(), lora_a, lora_b, strict=True)
         ]
     )
@@ -89,15 +89,17 @@ def test_the_groups_take_the_rows_of_their_layers():
 
 
 def test_no_rows_at_all():
-    x, grad, *choices = experts([0, 0], 100, 128, 4, torch.bfloat16)
-    y, xa = kernels.grouped_linear(x, *choices, 0.7, 0.0, None)
-    grads = kernels.grouped_linear_backward(grad, x, xa, *choices, 0.7, 0.0, None, True)
+    x, grad, ends, weight, *adapter = experts([0, 0], 100, 128, 4, torch.bfloat16)
+    choices = ends, weight, LoRA(*adapter, 0.7)
+    y, xa = kernels.grouped_linear(x, *choices)
+    grads = kernels.grouped_linear_backward(grad, x, xa, *choices)
     assert y.shape == (0, 100) and grads[0].shape == (0, 128)
     assert grads[1].shape == (2, 4, 128) and grads[2].shape == (2, 100, 4) and not grads[1].any()
 
 
 def test_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch):
-    x, grad, *choices = experts([2, 1], 512, 512, 4, torch.bfloat16)
+    x, grad, ends, weight, *adapter = experts([2, 1], 512, 512, 4, torch.bfloat16)
+    choices = ends, weight, LoRA(*adapter, 0.7)
     made = []
     for name in ("empty", "zeros", "empty_like", "zeros_like"):
         make = getattr(torch, name)
@@ -105,28 +107,28 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch):
     for name in ("new_empty", "new_zeros"):
         make = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *a, make=make, **k: made.append(make(*a, **k)) or made[-1])
-    _, xa = kernels.grouped_linear(x, *choices, 0.7, 0.0, None)
-    kernels.grouped_linear_backward(grad, x, xa, *choices, 0.7, 0.0, None, True)
+    _, xa = kernels.grouped_linear(x, *choices)
+    kernels.grouped_linear_backward(grad, x, xa, *choices)
     floats = [tensor.numel() for tensor in made if tensor.is_floating_point()]  # the interpreter copies arguments
     assert floats and max(floats) <= 2 * 4 * 512
 
 
 def test_what_it_leaves_to_one_layer_after_another(monkeypatch):
     x, _, _, weight, a, b = experts([2, 3], 64, 128, 4, torch.bfloat16)
-    assert can_group(x, weight, a, b)
-    assert not can_group(x, weight, a, b.mT.contiguous().mT)
-    assert not can_group(x, weight, a.bfloat16(), b)
+    assert can_group(x, weight, LoRA(a, b))
+    assert not can_group(x, weight, LoRA(a, b.mT.contiguous().mT))
+    assert not can_group(x, weight, LoRA(a.bfloat16(), b))
     shifted = torch.zeros(a.numel() + 1)[1:].view(a.shape)
-    assert not can_group(x, weight, shifted, b)
+    assert not can_group(x, weight, LoRA(shifted, b))
     ragged, _, _, ragged_weight, ragged_a, ragged_b = experts([2, 3], 64, 100, 4, torch.bfloat16)
-    assert not can_group(ragged, ragged_weight, ragged_a, ragged_b)
+    assert not can_group(ragged, ragged_weight, LoRA(ragged_a, ragged_b))
     with pytest.raises(ValueError, match="4-bit weight"):
-        can_group(x, weight._replace(packed=weight.packed[:, :-1]), a, b)
+        can_group(x, weight._replace(packed=weight.packed[:, :-1]), LoRA(a, b))
     monkeypatch.setattr(grouped, "find_tile", lambda *_: {})  # as on Turing
-    assert not can_group(x, weight, a, b)
+    assert not can_group(x, weight, LoRA(a, b))
 
 
 def test_a_wrong_width_is_refused():
-    x, _, ends, *rest = experts([2, 3], 64, 128, 4, torch.bfloat16)
+    x, _, ends, weight, *adapter = experts([2, 3], 64, 128, 4, torch.bfloat16)
     with pytest.raises(ValueError, match=r"x must be \[rows, 128\].*got \[5, 127\]"):
-        grouped_linear(x[:, 1:], ends, *rest, 0.7)
+        grouped_linear(x[:, 1:], ends, weight, LoRA(*adapter, 0.7))

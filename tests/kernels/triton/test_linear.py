@@ -3,6 +3,7 @@ import torch
 
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.lora_products import dropout
 from tests.kernels.forward import forward
 
@@ -53,8 +54,8 @@ def test_many_rows_forward_and_backward(dtype, p, has_bias):
     assert_near(y, expected, dtype)
     assert_near(xa, expected_xa, dtype)
     for needs_x in (True, False):
-        ours = kernels.linear_backward(grad, x, xa, weight, *choices, needs_x)
-        theirs = reference.linear_backward(grad, x, expected_xa, weight, *choices, needs_x)
+        ours = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), needs_x)
+        theirs = reference.linear_backward(grad, x, expected_xa, weight, LoRA(*choices), needs_x)
         assert (ours[0] is None) == (not needs_x)
         for mine, yours in zip(ours, theirs, strict=True):
             if yours is not None:
@@ -65,8 +66,9 @@ def test_gradients_are_contiguous_as_torch_compile_is_told():
     """The shape function says so, and code that Inductor generates reads them by these strides."""
     weight, x, grad, _, *adapter = layer(64, 64, 4, torch.float16, m=20)
     a, b = (of.T.contiguous().T for of in adapter)
-    xa = kernels.lora_project(x, a, 0.0, None)
-    assert all(of.is_contiguous() for of in kernels.linear_backward(grad, x, xa, weight, a, b, 0.7, 0.0, None, True))
+    lora = LoRA(a, b, 0.7)
+    xa = kernels.lora_project(x, lora)
+    assert all(of.is_contiguous() for of in kernels.linear_backward(grad, x, xa, weight, lora, True))
 
 
 def test_no_dense_weight_is_allocated_twice(monkeypatch):

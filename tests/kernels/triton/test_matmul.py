@@ -3,6 +3,7 @@ import torch
 
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.linear import add_matmul_, can_add_matmul
 from tests.kernels.forward import forward
@@ -60,7 +61,7 @@ def test_no_rows_at_all(dtype):
     choices = (lora_a, lora_b, 0.7, 0.3, torch.tensor([5]))
     y, xa = forward(kernels, x, weight, bias, *choices)
     assert (y.shape, xa.shape) == ((0, 96), (0, 8))
-    grad_x, grad_a, grad_b = kernels.linear_backward(grad, x, xa, weight, *choices, True)
+    grad_x, grad_a, grad_b = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), True)
     assert grad_x.shape == (0, 256)
     assert not grad_a.any() and not grad_b.any()
 
@@ -73,6 +74,8 @@ def test_few_rows_forward_and_backward(dtype, p):
     y, xa = forward(kernels, x, weight, bias, *choices)
     expected, expected_xa = forward(reference, x, weight, bias, *choices)
     assert_near(y, expected, dtype)
-    ours = kernels.linear_backward(grad, x, xa, weight, *choices, True)
-    for mine, yours in zip(ours, reference.linear_backward(grad, x, expected_xa, weight, *choices, True), strict=True):
+    ours = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), True)
+    for mine, yours in zip(
+        ours, reference.linear_backward(grad, x, expected_xa, weight, LoRA(*choices), True), strict=True
+    ):
         assert_near(mine, yours, dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 
 
@@ -23,7 +24,7 @@ def losses(p: float, steps: int = 10, dtype: torch.dtype = torch.float32, rows: 
         hidden = x
         for layer in range(2):
             seed = torch.tensor([1000 * step + layer]) if p else None
-            hidden = lora_linear(hidden, weights[layer], biases[layer], a[layer], b[layer], 0.5, p, seed)
+            hidden = lora_linear(hidden, weights[layer], biases[layer], LoRA(a[layer], b[layer], 0.5, p, seed))
             hidden = torch.relu(hidden) if layer == 0 else hidden
         loss = torch.nn.functional.mse_loss(hidden.float(), target)
         optimizer.zero_grad()

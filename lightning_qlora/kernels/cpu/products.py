@@ -1,0 +1,116 @@
+"""How fast and how exact this CPU's products of 16-bit matrices are, measured once in a process.
+
+torch has fast ones only where oneDNN has: x86 with AVX-512, ARM with bf16 instructions. Elsewhere a product with a
+matrix that is not transposed, such as dX = dY W, takes 30 to 170 times as long as in fp32. On ARM with bf16
+instructions torch 2.10 rounds the sums of a product several times.
+"""
+
+import threading
+import time
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROWS, WIDTH = 16, 256  # of the product that is timed
+ROUNDS = 10  # the shortest time counts
+SLOW = 15.0  # times fp32: fast kinds have 1 to 7 in so small a product (1 to 1.3 in larger ones), slow ones 33 to 90
+INPUTS = 2048  # of the product whose error is measured
+INEXACT = 1.0  # eps: one rounding is 0.5, several were 2.5 to 21
+
+
+class Products(NamedTuple):
+    """The products of one type on this CPU."""
+
+    slowdown: float  # time of the slower one of x W^T and dY W, divided by that in fp32; at least 1
+    error: float  # the largest error of an element, divided by it, in eps of the type
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether fp32 is the better type to compute in."""
+        return self.slowdown > SLOW or self.error > INEXACT
+
+    def __str__(self) -> str:
+        if self.slowdown > SLOW:
+            return f"a product takes {self.slowdown:.0f} times as long as in fp32"
+        if self.error > INEXACT:
+            return (
+                f"the sums of a product are rounded several times (error {self.error:.1f} eps; 0.5 with one rounding)"
+            )
+        return f"products are fast and rounded once (error {self.error:.1f} eps)"
+
+
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times as long as in fp32 a product takes; 1.0 for types that do not have 16 bits."""
+    measured: Products = products(dtype)
+    return measured.slowdown
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU should compute in fp32 in place of `dtype`: products are slow, or rounded several times."""
+    measured: Products = products(dtype)
+    return measured.is_slow
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def products(dtype: torch.dtype) -> Products:
+    """What was measured for `dtype`, as text a part of a sentence; the first call measures, in some milliseconds."""
+    if not dtype.is_floating_point or dtype.itemsize != 2:
+        return Products(1.0, 0.5)
+    return _measured(dtype, torch.backends.mkldnn.enabled)
+
+
+@cache
+def _measured(dtype: torch.dtype, onednn: bool) -> Products:
+    """Measured in a thread of its own, which has no autocast, inference mode, default device or mode of torch.
+
+    It computes with one thread: several, on a busy machine, take as long as the last of them waits for a core.
+    """
+    results: list[Products] = []
+
+    def measure() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # only of this Python thread, and of those that begin meanwhile
+        try:
+            results.append(_measure(dtype))
+        finally:
+            torch.set_num_threads(threads)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def _measure(dtype: torch.dtype) -> Products:
+    operands = [
+        (torch.ones(ROWS, WIDTH, dtype=each, device="cpu"), torch.ones(WIDTH, WIDTH, dtype=each, device="cpu"))
+        for each in (torch.float32, dtype)
+    ]
+    best = torch.full((2, 2), torch.inf, dtype=torch.float64, device="cpu")  # type, product
+    for _ in range(ROUNDS):  # alternated: what else runs on the machine slows both types
+        for times, (x, weight) in zip(best, operands, strict=True):
+            times[0].clamp_(max=_seconds(x, weight.T))
+            times[1].clamp_(max=_seconds(x, weight))
+    ratio = (best[1] / best[0]).max().item()
+    return Products(max(1.0, ratio), _error(dtype))
+
+
+def _seconds(x: Tensor, weight: Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(x, weight)
+    return time.perf_counter() - start
+
+
+def _error(dtype: torch.dtype) -> float:
+    """The largest error of x W^T, of W transposed and not, in eps."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weight = torch.randn(2, ROWS, INPUTS, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    exact = x.double() @ weight.double().T
+    typical = exact.square().mean().sqrt()  # where large products cancel, the errors are those of the large ones
+    errors = [
+        ((x @ transposed).double() - exact).abs() / exact.abs().clamp_min(typical)
+        for transposed in (weight.T, weight.T.contiguous())
+    ]
+    return torch.stack(errors).max().item() / torch.finfo(dtype).eps

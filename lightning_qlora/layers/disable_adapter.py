@@ -1,0 +1,89 @@
+"""disable_adapter: a module without its adapters, for the time of a context."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+from torch import nn
+
+from lightning_qlora.checks import first_of
+
+DISABLED = "_qlora_disabled"  # attribute: how many contexts a part is in; absent in none, which torch.compile guards on
+_lock = Lock()  # for the numbers of contexts
+
+
+class WithAdapter(nn.Module):
+    """A part of a module that computes with an adapter, or without it in a context of `disable_adapter`."""
+
+    _qlora_disabled: int = 0
+
+    def check_can_disable(self) -> None:
+        """Raise ValueError if it does not compute as the base does without its adapter."""
+
+    def __getstate__(self) -> Any:
+        """The attributes of a copy or pickle: the contexts are those of this object, and a copy is in none."""
+        of_class = getattr(super(), "__getstate__", None)  # object has it from Python 3.11 on
+        state: Any = vars(self) if of_class is None else of_class()
+        if self._qlora_disabled:
+            state = {**state}
+            state.pop(DISABLED, None)  # another thread may have left the context
+            warnings.warn(
+                "A copy, or a pickle, that is made inside disable_adapter has its adapter enabled. A reference model "
+                "needs no copy: call the module itself inside disable_adapter.",
+                stacklevel=2,
+            )
+        return state
+
+
+@contextmanager
+def disable_adapter(module: nn.Module) -> Iterator[None]:
+    """Within this context a module computes as its 4-bit base does: y = x W^T + bias, also with dropout and DoRA.
+
+    The reference model of DPO, or a comparison before and after training, without a second model. Parameters that train
+    in full keep their trained values. `layer.weight` is W alone. The context belongs to the module: other threads that
+    run it compute without adapters too, and copies of it with them. Run the backward pass where the forward pass ran,
+    inside or outside: gradient checkpointing computes its blocks again.
+
+    Args:
+        module: A converted module, a part of one, or a wrapper of one (DDP, Fabric, torch.compile).
+
+    Raises:
+        ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
+    """
+    parts = _parts(module)
+    _count(parts, 1)
+    try:
+        yield
+    finally:
+        _count(parts, -1)
+
+
+def _parts(module: nn.Module) -> list[WithAdapter]:
+    """The parts that have an adapter; warns of what trains without one."""
+    parts = [part for part in module.modules() if isinstance(part, WithAdapter)]
+    if not parts:
+        raise ValueError(
+            f"disable_adapter: {type(module).__name__} has no converted layer, so there is no adapter to disable. "
+            "Call convert(module) first, or let the Trainer do so."
+        )
+    for part in parts:
+        part.check_can_disable()
+    adapters = {id(p) for part in parts for p in part._parameters.values()}
+    names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
+    if names:
+        warnings.warn(
+            f"disable_adapter: {len(names)} parameters train in full and have their trained values in it: "
+            f"{first_of(names, 4)}.",
+            stacklevel=4,
+        )
+    return parts
+
+
+def _count(parts: list[WithAdapter], change: int) -> None:
+    with _lock:
+        for part in parts:
+            contexts = vars(part).pop(DISABLED, 0) + change
+            if contexts > 0:
+                vars(part)[DISABLED] = contexts

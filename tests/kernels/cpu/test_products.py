@@ -1,0 +1,128 @@
+"""The speed of 16-bit products: both kinds of processors, from wherever it is asked for."""
+
+import threading
+
+import pytest
+import torch
+
+from lightning_qlora.kernels.cpu import products as module
+from lightning_qlora.kernels.cpu.products import Products, is_slow, products, slowdown
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def unmeasured():
+    module._measured.cache_clear()
+    yield
+    module._measured.cache_clear()
+
+
+@pytest.fixture
+def without_onednn():
+    before = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(before)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_without_onednn_sixteen_bits_are_slow(dtype, without_onednn):
+    assert slowdown(dtype) > module.SLOW
+    assert is_slow(dtype)
+    assert f"{slowdown(dtype):.0f} times as long as in fp32" in str(products(dtype))
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no products of bf16 for this processor",
+)
+def test_with_onednn_bf16_is_fast():
+    assert slowdown(torch.bfloat16) < module.SLOW
+    assert products(torch.bfloat16).error <= 0.51 or torch.backends.cpu.get_cpu_capability().startswith("SVE")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.float8_e4m3fn])
+def test_only_floats_of_16_bits_are_measured(dtype, monkeypatch):
+    monkeypatch.setattr(module, "_measure", lambda _: pytest.fail("measured"))
+    assert (slowdown(dtype), is_slow(dtype)) == (1.0, False)
+
+
+def test_it_is_measured_once_for_each_type_and_with_and_without_onednn(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "_measure", lambda dtype: calls.append(dtype) or Products(1.0, 0.5))
+    for _ in range(2):
+        assert not is_slow(torch.bfloat16)
+    assert calls == [torch.bfloat16]
+    before = torch.backends.mkldnn.enabled
+    try:
+        torch._C._set_mkldnn_enabled(not before)
+        slowdown(torch.bfloat16)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+    assert calls == [torch.bfloat16] * 2
+
+
+def test_sums_that_are_rounded_between_blocks_count_as_slow(monkeypatch):
+    """As torch 2.10 has them on ARM with bf16 instructions."""
+
+    def rounded_between_blocks(x, weight):
+        total = 0
+        for rows, columns in zip(x.split(256, 1), weight.split(256, 0), strict=True):
+            total = total + (rows.double() @ columns.double()).to(x.dtype)
+        return total
+
+    exact = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda x, weight: exact(x, weight) if x.dtype == torch.float64 else rounded_between_blocks(x, weight),
+    )
+    monkeypatch.setattr(module, "_seconds", lambda *_: 1.0)
+    measured = products(torch.bfloat16)
+    assert measured.slowdown == 1.0
+    assert measured.is_slow
+    assert "rounded several times" in str(measured)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: torch._subclasses.FakeTensorMode(),
+    ],
+    ids=["inference_mode", "no_grad", "autocast", "meta", "fake"],
+)
+def test_it_measures_the_same_in_every_context_of_torch(context, without_onednn):
+    with context():
+        assert is_slow(torch.bfloat16)
+
+
+def test_other_settings_of_torch_do_not_matter_and_do_not_change(without_onednn):
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    random = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    try:
+        assert is_slow(torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+    other = []
+    thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert other == [threads]
+
+
+def test_a_compiled_function_takes_the_measured_value_as_a_constant(without_onednn):
+    @torch.compile(fullgraph=True, backend="eager")
+    def double_if_slow(x):
+        return x * 2 if is_slow(torch.bfloat16) else x
+
+    assert double_if_slow(torch.ones(3)).tolist() == [2.0] * 3

@@ -1,0 +1,167 @@
+"""Frozen values in checkpoints, however code writes to them: the module that loads one equals the one that saved it."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import CheckpointMismatchError, convert
+from lightning_qlora.layers.fingerprint import fingerprint
+from tests.conftest import fingerprints
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps as optimizers of other packages do, by assigning to and writing through `p.data`."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad.data.sign(), alpha=-group["lr"])
+
+
+def thaw_step_and_freeze(p):
+    p.requires_grad_(True)
+    p.grad = torch.randn_like(p)
+    Lion([p]).step()
+    p.requires_grad_(False)
+    p.grad = None
+
+
+def through_numpy(p):
+    p.data.view(-1).numpy()[3] += 0.5
+
+
+def two_assignments(p):
+    value = p.data
+    p.data = torch.randn_like(value)
+    value.add_(0.25)
+    p.data = value  # the same address
+
+
+def an_assignment_after_a_cast(p):
+    p.data = p.data.to(torch.bfloat16).to(p.dtype)
+
+
+WRITES = {
+    "ema": lambda p: p.data.mul_(0.99).add_(0.01 * torch.randn_like(p)),
+    "copy_": lambda p: p.data.copy_(torch.randn_like(p)),
+    "init": lambda p: nn.init.constant_(p.data, 3),
+    "index": lambda p: p.data.__setitem__(slice(1, 2), 7.0),
+    "numpy": through_numpy,
+    "assignments": two_assignments,
+    "assignment after a cast": an_assignment_after_a_cast,
+    "optimizer": thaw_step_and_freeze,
+    "detach": lambda p: p.detach().neg_(),
+    "set_": lambda p: p.data.set_(torch.randn_like(p)),
+}
+
+
+def student_and_teacher(dtype=torch.float32):
+    """A frozen teacher head beside a student, as in DINO."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    teacher = copy.deepcopy(student).requires_grad_(False).to(dtype)
+    return nn.ModuleDict({"student": student, "teacher": teacher})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_frozen_values_are_saved_whatever_wrote_them(write, dtype):
+    source, plain = student_and_teacher(dtype), student_and_teacher(dtype)
+    convert(source, r=4, target_modules=["student.0"])
+    torch.manual_seed(1)
+    for name in ("teacher.0.weight", "teacher.1.bias", "student.1.weight"):
+        for module in (source, plain):
+            with torch.random.fork_rng():
+                write(module.get_parameter(name))
+    convert(again := student_and_teacher(dtype), r=4, target_modules=["student.0"])
+    again.load_state_dict(source.state_dict())
+    for name in ("teacher.0.weight", "teacher.1.bias", "student.1.weight"):
+        assert torch.equal(again.get_parameter(name), plain.get_parameter(name))
+    assert "teacher.0.bias" in fingerprints(source.state_dict())  # nothing wrote to it
+
+
+def test_a_write_that_a_16_bit_type_would_round_away_is_saved_from_a_module_held_in_fp32():
+    """Each step of a moving average is smaller than the last bit of bf16."""
+    source = student_and_teacher(torch.bfloat16)
+    convert(source, r=4, target_modules=["student.0"])
+    teacher = source["teacher"].float()
+    assert "teacher.0.weight" in fingerprints(source.state_dict())
+    teacher[0].weight.data.mul_(1 + 1e-5)
+    assert torch.equal(source.state_dict()["teacher.0.weight"], teacher[0].weight)
+
+
+def test_frozen_values_are_compared_after_a_cast_to_a_wider_type():
+    def converted(change=0.0):
+        module = student_and_teacher(torch.bfloat16)
+        module["teacher"][0].weight.data += change
+        convert(module, r=4, target_modules=["student.0"])
+        return module.float()
+
+    state = converted().state_dict()
+    assert "teacher.0.weight" in fingerprints(state)
+    converted().load_state_dict(state)
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.0\.weight"):
+        converted(change=1.0).load_state_dict(state)
+
+
+def test_values_that_a_cast_rounded_are_saved():
+    source = student_and_teacher()
+    convert(source, r=4, target_modules=["student.0"])
+    source["teacher"].bfloat16()
+    assert source.state_dict()["teacher.0.weight"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [lambda x: ~x, lambda x: x.flip(0), lambda x: -x], ids=["~x", "flipped", "-x"])
+@pytest.mark.parametrize("size", [64, 1 << 19])
+def test_the_fingerprint_sees_changes_of_all_words_at_once(make, size):
+    data = torch.arange(size).to(torch.uint8)
+    assert fingerprint(data) != fingerprint(make(data))
+
+
+def test_the_fingerprint_sees_signs_of_single_columns():
+    x = torch.randn(512, 512)
+    for columns in (slice(1, 2), slice(0, 1), slice(1, None, 2)):
+        other = x.clone()
+        other[:, columns] *= -1
+        assert fingerprint(x) != fingerprint(other)
+
+
+def test_the_fingerprint_of_parts_of_tensors_in_any_order_of_memory():
+    x = torch.randn(300, 700)
+    for part in (x[1:], x[:, 1:], x.T, x.flatten()[1:], x[:0]):
+        assert fingerprint(part) == fingerprint(part.clone()) == fingerprint(part.double())
+    assert fingerprint(x.double() + 1e-12) != fingerprint(x)
+    assert fingerprint(x + 0j) != fingerprint(x + 1e-3j)
+
+
+def test_a_save_reads_frozen_values_once_and_in_less_time_than_thirty_copies(monkeypatch):
+    module = nn.Sequential(nn.Embedding(1 << 15, 64), nn.Linear(64, 64)).bfloat16()
+    convert(module, r=4, target_modules=["1"])
+    weight = module[0].weight.data
+    calls = []
+    sizes = lambda *tensors: calls.append([tensor.numel() for tensor in tensors]) or fingerprint(*tensors)  # noqa: E731
+    monkeypatch.setattr("lightning_qlora.layers.records.fingerprint", sizes)
+    module.state_dict()
+    assert calls.count([weight.numel()]) == 1
+
+    def seconds(function):
+        times = []
+        for _ in range(9):
+            start = time.thread_time()
+            function()
+            times.append(time.thread_time() - start)
+        return sorted(times)[4]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert seconds(lambda: fingerprint(weight)) < 30 * seconds(lambda: weight.clone())
+    finally:
+        torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.disable_adapter import DISABLED
-from lightning_qlora.layers.full_precision import computed_in
+from lightning_qlora.layers.full_precision import IN_16_BITS, FullPrecision, computed_in
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -41,6 +41,8 @@ class DeferredHead(Derived):
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        elif isinstance(head, FullPrecision) and head.autocast_dtype in IN_16_BITS:
+            dtype = head.autocast_dtype
         return DeferredLogits(input, Source(input, head), dtype).attached()
 
 

@@ -8,6 +8,9 @@ MEMBERS = {  # class -> the members that are shown; of others, all public ones
     "QLoRAPrecision": ["init", "convert_module", "clip_gradients"],
     "QLoRAConfig": [],
     "QLoRALinear": ["weight", "packed_weight", "decode"],
+    "PagedOptimizer": ["report"],
+    "PagedAdamW": [],
+    "PagedAdamW8bit": [],
 }
 
 
@@ -27,5 +30,5 @@ def directive(name: str) -> str:
     """The lines for mkdocstrings."""
     options = "\n    options:\n      heading_level: 3"
     if name in MEMBERS:
-        options += f"\n      members: {MEMBERS[name]}"
+        options += f"\n      members: {MEMBERS[name]}\n      inherited_members: true"
     return f"::: lightning_qlora.{name}{options}"

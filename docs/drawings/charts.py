@@ -32,7 +32,8 @@ GIB = 1.073741824  # GB
 def cards(sizes: tuple[int, ...], x: Callable[[float], float], top: float, bottom: float) -> list[str]:
     """A dashed line for each card, at its whole memory."""
     drawn = [line(x(size * GIB), top, x(size * GIB), bottom, INK, dash="4 3") for size in sizes]
-    return drawn + [text(x(size * GIB), top - 4, f"{size} GB", 11) for size in sizes]
+    names = [f"{size}" for size in sizes[:-1]] + [f"{sizes[-1]} GB"]
+    return drawn + [text(x(size * GIB), top - 4, name, 11) for size, name in zip(sizes, names, strict=True)]
 
 
 def legend(x: float, y: float, *entries: tuple[str, str]) -> list[str]:
@@ -269,4 +270,5 @@ CHARTS = (
     initializations,
     ablations,
     data_types,
+    quickstart,
 )

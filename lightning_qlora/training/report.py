@@ -8,6 +8,7 @@ from html import escape
 
 from torch import Tensor, nn
 
+from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 
@@ -221,7 +222,7 @@ def parameter_bytes(module: nn.Module) -> int:
         for name in BASE:
             tensor = getattr(layer, name)
             tensors[id(tensor)] = tensor
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(map(_nbytes, tensors.values()))
 
 
 def dense_bytes(module: nn.Module) -> int:
@@ -229,7 +230,12 @@ def dense_bytes(module: nn.Module) -> int:
     layers = packed_layers(module)
     of_layers = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in of_layers)
+    return dense + sum(_nbytes(p) for p in module.parameters() if id(p) not in of_layers)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; torch does not say them of sparse ones, which count as none."""
+    return tensor.nbytes if is_strided(tensor) else 0
 
 
 def group(name: str) -> str:

@@ -803,6 +803,7 @@ def test_a_module_and_its_dense_twin_stay_equal(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("title", ACTIONS)
 def test_each_action(name, title):

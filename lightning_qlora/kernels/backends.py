@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qlora.kernels import eager, scratch
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.verdict import KERNELS, verdict
 from lightning_qlora.kernels.verify import OPS
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -27,6 +28,7 @@ class Backend:
     failures: dict[str, str]  # the ops that `eager` computes, each with what its kernels do wrong
     quantize: Callable[..., PackedBytes]
     dequantize: Callable[..., Tensor]
+    to_half: Callable[[Tensor], Half]
     lora_project: Callable[..., Tensor]
     linear_into: Callable[..., None]
     linear_backward: Callable[..., Gradients]

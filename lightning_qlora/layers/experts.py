@@ -25,7 +25,7 @@ from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.kinds import Derived, derives
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import Matrix, cast_input
+from lightning_qlora.layers.lora_layer import Matrix
 from lightning_qlora.layers.names import join, parameter_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
@@ -117,18 +117,25 @@ class QLoRAExperts(SavedLayer):
         `ends` is int32 [experts]. On a GPU the host does not wait for it.
         """
         has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
-        alone = torch.compiler.is_compiling() or not has_kernel
-        lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout)
-        if alone or not can_group(x, self.weight_bytes, lora):
-            numbers, parts = rows_of_experts(x, ends)
-            experts = zip(parts, self.matrices(numbers), strict=True)
-            return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
+        if has_kernel and not torch.compiler.is_compiling():
+            y = self._compute_together(x, ends)
+            if y is not None:
+                return y
+        numbers, parts = rows_of_experts(x, ends)
+        experts = zip(parts, self.matrices(numbers), strict=True)
+        return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
+
+    def _compute_together(self, x: Tensor, ends: Tensor) -> Tensor | None:
+        """All experts in one launch each; None if there are no kernels for them."""
+        rows, in_fp16 = self.cast_input(x)
+        lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout, in_fp16=in_fp16)
+        if not can_group(rows, self.weight_bytes, lora):
+            return None
         if self._qlora_disabled:
-            lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), scaling=0.0)
+            lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), 0.0, in_fp16=in_fp16)
         else:
             self.__dict__["was_called"] = True
             lora = lora._replace(seed=self.dropout_seed())
-        rows = cast_input(x, self.compute_dtype(x))
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if has_autocast(x.device.type) else y.to(x.dtype)
 

@@ -190,9 +190,7 @@ def _adamw_cases(target: str) -> Iterator[Case]:
             codes, scales = [torch.zeros(n, dtype=torch.uint8)] * 2, [torch.zeros(-(-n // STATE_BLOCK_SIZE))] * 2
             # The usual launch, and the one of most instructions.
             short = (dtype, n) in ((torch.float32, 4096), (torch.bfloat16, 777))
-            yield Case(
-                f"AdamW {kind}", partial(adamw_step, params, grads, m, v, scalars), per_thread, 110, short=short
-            )
+            yield Case(f"AdamW {kind}", partial(adamw_step, params, grads, m, v, scalars), per_thread, 110, short=short)
             # An odd size has masks, and addresses of elements: about 35 more.
             yield Case(
                 f"8-bit AdamW {kind}", partial(adamw8bit_step, params, grads, codes, scales, codes, scales, scalars),

@@ -77,7 +77,10 @@ def test_every_file_has_tests_of_its_name_or_a_row_that_says_where():
     assert not [name for _, named in rows for name in named if not (tests / name).is_file()]
     paths = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     elsewhere = {str(path) for path in paths if not (tests / path.parent / f"test_{path.name}").is_file()}
-    assert {path for files, _ in rows for path in files} == elsewhere
+    listed = {path for files, _ in rows for path in files}
+    assert listed == elsewhere, (
+        f"name in contributing.md, 'Tested elsewhere': {elsewhere - listed}, not: {listed - elsewhere}"
+    )
 
 
 def test_make_test_all_runs_every_target():

@@ -379,3 +379,13 @@ def test_adapters_with_nan_are_not_written_and_the_layer_and_step_are_named(trai
         steps[save]()
     assert [path.read_bytes() for path in files] == before
     assert torch.isnan(module.net[0].lora_B).any()
+
+
+def test_a_frozen_parameter_that_the_module_lacks_is_an_unexpected_key():
+    source = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    other = nn.Sequential(nn.Linear(64, 64), nn.Identity(), nn.Linear(64, 64))
+    other.load_state_dict(source.state_dict(), strict=False)
+    for module in (source, other):
+        convert(module, r=4)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "1\.weight", "1\.bias"'):
+        other.load_state_dict(source.state_dict())

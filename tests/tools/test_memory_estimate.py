@@ -322,7 +322,7 @@ def test_a_scriptmodule_is_named():
 
 def test_one_row_of_512_tokens_is_the_default():
     pytest.importorskip("transformers")
-    lit = Lit(toy("llama"))
+    lit = Lit(toy("llama", max_position_embeddings=512))
     default = estimate_memory(lit, **ARGUMENTS)
     assert default == estimate_memory(lit, batch_size=1, sequence_length=512, **ARGUMENTS)
     assert estimate_memory(lit, batch_size=2, **ARGUMENTS).parts["activations"] > default.parts["activations"]

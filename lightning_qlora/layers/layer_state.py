@@ -127,12 +127,15 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
             f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
             "training."
         )
+    device = layer.packed.device
+    if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
+        device = next(iter(entries.values())).device
     # A "calibrated" adapter depends on the weight only until the inputs were measured.
     from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
     if packed:
-        layer.set_packed_weights([weight.to(layer.packed.device) for weight in packed])
+        layer.set_packed_weights([weight.to(device) for weight in packed])
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.dense_weight is not None):
-        layer.initialize(entries[key], layer.packed.device)
+        layer.initialize(entries[key], device)
     else:
-        layer.quantize_weight(entries[key])
+        layer.quantize_weight(entries[key], device)
     return True

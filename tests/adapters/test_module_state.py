@@ -389,3 +389,22 @@ def test_a_frozen_parameter_that_the_module_lacks_is_an_unexpected_key():
         convert(module, r=4)
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "1\.weight", "1\.bias"'):
         other.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_a_module_on_the_meta_device_takes_a_full_state_by_assignment(arguments):
+    """The bytes stayed on the meta device, and the next call ended the process."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    convert(module, r=4, lora_dropout=0.0, checkpoint="full", **arguments)
+    for layer in (module[0], module[2]):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(4, 64)
+    expected = module(x)
+    empty = copy.deepcopy(module).to("meta")
+    with pytest.raises(ValueError, match="0: x is on cpu, the 4-bit weight is on meta"):
+        empty(x)
+    empty.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    assert torch.equal(empty(x), expected)
+    empty(x).sum().backward()
+    module(x).sum().backward()
+    assert torch.equal(empty[0].lora_A.grad, module[0].lora_A.grad)

@@ -81,10 +81,10 @@ class Calibration:
             if rows.dtype is torch.float64:
                 rows = rows.float()
             sums[-1] += len(rows)
-            squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+            squares = _sums_of_squares(rows)
             if not torch.isfinite(squares).all():
                 rows = rows[torch.isfinite(rows).all(dim=1)]
-                squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+                squares = _sums_of_squares(rows)
             sums[:-2] += squares
             sums[-2] += len(rows)
 
@@ -144,7 +144,7 @@ class Calibration:
     def _sums_of_all_ranks(self, layers: Mapping[str, LoRALayer]) -> dict[str, Tensor]:
         sums = {}
         for name, layer in layers.items():
-            device = layer.packed.device
+            device = initialization.solver_device(layer.packed.device)
             if name in self._sums:
                 sums[name] = self._sums[name].to(device)
             else:
@@ -267,6 +267,7 @@ def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -
     """
     dense_weight = layer.dense_weight
     layer.dense_weight = None
+    input_rms = input_rms.to(layer.packed.device)
     errors: list[float | None] = [None] * len(input_rms)
     pairs = zip(*(layer.split_matrices(gather(p)) for p in (layer.lora_A, layer.lora_B)), strict=True)
     adapters = [list(pair) for pair in pairs]
@@ -304,7 +305,14 @@ def drop_gradients(layer: LoRALayer) -> None:
 
 def _no_sums(layer: LoRALayer, device: torch.device) -> Tensor:
     """The sums of a layer without inputs, fp64 [matrices, in + 2]; see `Calibration`."""
+    device = initialization.solver_device(device)
     return torch.zeros(layer.matrix_count, layer.in_features + 2, dtype=torch.float64, device=device)
+
+
+def _sums_of_squares(rows: Tensor) -> Tensor:
+    """The sum of squares of each column, fp64 [in]."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+    return norms.to(initialization.solver_device(norms.device)).double().square()
 
 
 def _root_mean_square(name: str, sums: Tensor) -> Tensor:

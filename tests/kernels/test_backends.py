@@ -94,7 +94,7 @@ def test_a_type_of_device_that_nobody_tried_is_checked_once_and_a_warning_ends_i
     if torch.backends.mps.is_available():
         pytest.skip("has one")
     mps = torch.device("mps")
-    with pytest.warns(UserWarning) as warnings:
+    with pytest.warns(UserWarning, match="mps: torch has not all") as warnings:
         backends.backend(mps)
     (warning,) = warnings
     text = str(warning.message)

@@ -101,3 +101,9 @@ def test_a_type_of_device_that_nobody_tried_is_checked_once_and_a_warning_ends_i
     assert all(f"{op}: " in text for op in ("quantize", "dequantize", "linear_into"))
     assert text.endswith('Use accelerator="cpu"')
     assert backends.backend(mps) is eager  # without another warning: they are errors in the tests
+
+
+def test_a_cpu_without_kernels_has_none_to_check_again():
+    cpu = torch.device("cpu")
+    assert backends.failures(cpu, repeat=True) == {}
+    assert cpu not in backends._backends

@@ -107,7 +107,10 @@ class QLoRAPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak references to modules, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_converted": weakref.WeakKeyDictionary()}
+        return {**vars(self), "_module": None, "_converted": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _converted=weakref.WeakKeyDictionary())
 
     @override
     @contextmanager

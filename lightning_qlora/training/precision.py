@@ -25,11 +25,11 @@ from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
+from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import computes_in_fp16, use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.lightning_copies import classes, inherit_from_copies, modules

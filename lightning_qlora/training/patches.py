@@ -23,8 +23,8 @@ from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
+from lightning_qlora.layers.changes import replaces, wrap_once
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.patches import replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
@@ -177,7 +177,7 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     Removed by: upstream calling `load_state_dict` of the module, and numbering the parameters of the optimizer.
     """
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
-    if is_shards(path) or not any(map(_is_converted, modules.values())):
+    if is_shards(path) or not any(map(_has_converted_part, modules.values())):
         return original(path, state, strict, *args, **kwargs)
     saved = read_checkpoint(path, kwargs.get("weights_only") is not False)
     for key, module in modules.items():
@@ -209,7 +209,7 @@ def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *a
     try:
         return original(model, name, *args, **kwargs)
     except AttributeError:
-        if not _is_converted(model):
+        if not _has_converted_part(model):
             raise
         return {name}
 
@@ -226,11 +226,11 @@ def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwarg
     """
     checkpoint = original(connector, *args, **kwargs)
     module = connector.trainer.lightning_module
-    if _is_converted(module):
+    if _has_converted_part(module):
         check_checkpoint(module, checkpoint)
     leave_out_networks(checkpoint, module)
     return checkpoint
 
 
-def _is_converted(module: nn.Module) -> bool:
+def _has_converted_part(module: nn.Module) -> bool:
     return any(conversion_of(part) is not None for part in module.modules())

@@ -1,7 +1,7 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, text_of
+from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -26,13 +26,14 @@ from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.dtensor import clip_grad_norm
 from lightning_qlora.layers.full_precision import full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_rank_0
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import computes_in_fp16
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
+from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.loss_scale import LossScale
 from lightning_qlora.training.optimizers import (
@@ -172,10 +173,13 @@ class QLoRAPrecision(Precision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
-    def convert_again(self, module: nn.Module) -> None:
-        """Convert layers that replaced converted ones; see `module_state._convert_new_layers`."""
-        forget_conversion(module)
-        self.convert_module(module)
+    def convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """Convert layers that replaced converted ones, if a state dict has adapters for them."""
+        adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
+        layers = {name for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+        if conversion_of(module) is not None and not adapters <= set(map(key_name, layers)):
+            forget_conversion(module)
+            self.convert_module(module)
 
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
@@ -335,8 +339,10 @@ class QLoRAPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
         scale = self.loss_scale
+        trainer = _trainer_of(self._root)
+        after_error = trainer is not None and trainer.interrupted
         state: dict[str, Any] = {
-            "random_state": gather_torch_rng_states(),
+            "random_state": torch_rng_states(gathered=not after_error),
             "kernels": self._kernels(),
             "loss_scale": None,
         }

@@ -1,4 +1,4 @@
-"""Checkpoints of each strategy loaded under each other one: the table of docs/many-gpus.md.
+"""Checkpoints of each strategy loaded under each other one: the table of docs/results.md.
 
     python -m benchmarks.checkpoint_moves                   all pairs, a few minutes
     python -m benchmarks.checkpoint_moves one fsdp2         only these

@@ -18,16 +18,19 @@ from functools import partial
 from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
 from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.grouped import Group
+from lightning_qlora.kernels.triton.half import to_half
 from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.lora_products import dropout, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
@@ -36,6 +39,20 @@ from lightning_qlora.quantization.packed_weight import stack_bytes
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 SHORT = ("sm_80", "sm_90")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+HALF = "fp16 to fp32"  # of a `Half`, whose results are fp32
+Kind = torch.dtype | str
+KINDS: tuple[Kind, ...] = (torch.bfloat16, torch.float16, HALF)  # that products multiply, the usual one first
+
+
+def _name(kind: Kind) -> str:
+    return kind if isinstance(kind, str) else NAMES[kind]
+
+
+def _matrix(rows: int, columns: int, kind: Kind) -> Any:
+    """Zeros of a kind."""
+    if isinstance(kind, str):
+        return Half(torch.zeros(rows, columns, dtype=torch.float16), torch.ones(1))
+    return torch.zeros(rows, columns, dtype=kind)
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,8 @@ class Case:
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
     for make in (
-        _dequantize_cases, _quantize_cases, _dropout_cases, _lora_cases, _matmul_cases, _grouped_cases, _adamw_cases,
+        _dequantize_cases, _quantize_cases, _dropout_cases, _half_cases, _lora_cases, _matmul_cases, _grouped_cases,
+        _adamw_cases,
     ):  # fmt: skip
         yield from make(target)
 
@@ -124,28 +142,41 @@ def _dropout_cases(target: str) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _half_cases(target: str) -> Iterator[Case]:
+    for tile, threads in _tiles("dropout", target):
+        x = torch.randn(64, 4096)
+        yield Case("fp32 to fp16 and a power of two", partial(to_half, x), tile["SIZE"] / threads, 12)
+        if not _tiles("lora_up", target):  # torch multiplies, and one launch adds the sums
+            for p in (0.0, 0.1):
+                name = f"sum of two products{', dropout' * bool(p)}"
+                yield Case(name, _lora("lora_up", 64, 64, HALF, p), tile["SIZE"] / threads, 12 + 24 * bool(p))
+
+
 def _lora_cases(target: str) -> Iterator[Case]:
     # The hash of the dropout mask takes about 21 instructions per element.
     budgets = {"lora_down": (22, 9), "lora_up": (38, 13), "lora_gradients": (9, 9)}
     for kernel, (few, many) in budgets.items():
         for tile, threads in _tiles(kernel, target):
             m, elements = tile.get("up_to", 4096), tile["M"] * tile.get("K", tile.get("N", 0)) / threads
-            for dtype, r, p in product((torch.bfloat16, torch.float16), (16, 64), (0.0, 0.1)):
+            for kind, r, p in product(KINDS, (16, 64), (0.0, 0.1)):
                 yield Case(
-                    f"{kernel} {NAMES[dtype]}, {m} rows, rank {r}{', dropout' * bool(p)}, per element",
-                    _lora(kernel, m, r, dtype, p), elements, (few if m <= 16 else many) + 24 * bool(p),
-                    loop=kernel != "lora_up", short=dtype == torch.bfloat16 and r == 64,
+                    f"{kernel} {_name(kind)}, {m} rows, rank {r}{', dropout' * bool(p)}, per element",
+                    _lora(kernel, m, r, kind, p), elements, (few if m <= 16 else many) + 24 * bool(p),
+                    loop=kernel != "lora_up", short=kind == torch.bfloat16 and r == 64,
                 )  # fmt: skip
 
 
-def _lora(kernel: str, m: int, r: int, dtype: torch.dtype, p: float) -> Callable[[], object]:
-    x, h, seed = torch.zeros(m, 512, dtype=dtype), torch.zeros(m, r, dtype=dtype), torch.tensor([7]) if p else None
-    a = torch.zeros(r, 512)
+def _lora(kernel: str, m: int, r: int, kind: Kind, p: float) -> Callable[[], object]:
+    x, h, seed = _matrix(m, 512, kind), _matrix(m, r, kind), torch.tensor([7]) if p else None
+    a, grad_a = _matrix(r, 512, torch.float32), torch.zeros(r, 512)
+    if kind == HALF:
+        a = _matrix(r, 512, HALF)
     if kernel == "lora_down":
         return partial(lora_down, x, a, p=p, seed=seed)
     if kernel == "lora_up":
-        return partial(lora_up, h, a.T, x, p=p, seed=seed)
-    return partial(lora_gradients, h, x, a, h, x, torch.zeros(512, r), 1.0, p, seed)
+        out, factors = (torch.zeros(m, 512), (torch.ones(1), torch.ones(1))) if kind == HALF else (x, None)
+        return partial(lora_up, h, a.T, out, p=p, seed=seed, factors=factors)
+    return partial(lora_gradients, h, x, grad_a, h, x, torch.zeros(512, r), 1.0, p, seed)
 
 
 def _adamw_cases(target: str) -> Iterator[Case]:
@@ -169,31 +200,32 @@ def _adamw_cases(target: str) -> Iterator[Case]:
 
 
 def _matmul_cases(target: str) -> Iterator[Case]:
-    halves = torch.bfloat16, torch.float16
+    halves = KINDS
     for tile, threads in _tiles("matmul", target):
         rows = tile["up_to"]
         kinds = [*product(halves, (64,), (True, False)), *product(halves[:1], (32, 4096), (True,))]
-        for dtype, block_size, double_quant in kinds:
+        for kind, block_size, double_quant in kinds:
             run = min(block_size, 64)
             yield Case(
-                f"matmul {NAMES[dtype]}, {rows} rows, block {block_size}{', double quantization' * double_quant}",
-                _matmul(rows, dtype, block_size, double_quant), run * tile["N"] / threads,
-                13 if run == 64 else 24, loop=True, short=dtype == torch.bfloat16 and block_size == 64 and double_quant,
+                f"matmul {_name(kind)}, {rows} rows, block {block_size}{', double quantization' * double_quant}",
+                _matmul(rows, kind, block_size, double_quant), run * tile["N"] / threads,
+                13 if run == 64 else 24, loop=True, short=kind == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
 
 
-def _matmul(rows: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Callable[[], object]:
+def _matmul(rows: int, kind: Kind, block_size: int, double_quant: bool) -> Callable[[], object]:
     weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
-    return partial(add_matmul_, torch.zeros(rows, 128).to(dtype), torch.randn(rows, 512).to(dtype), weight)
+    out = torch.zeros(rows, 128, dtype=torch.float32 if isinstance(kind, str) else kind)
+    return partial(add_matmul_, out, _matrix(rows, 512, kind), weight)
 
 
 def _grouped_cases(target: str) -> Iterator[Case]:
     """128 experts, as in Qwen3-MoE."""
     for tile, threads in _tiles("grouped", target):
         rows, weights = tile.get("up_to", 64), tile["N"] * 64 / threads
-        kinds = [*product((torch.bfloat16, torch.float16), (64,), (True, False)), (torch.bfloat16, 32, True)]
+        kinds = [*product(KINDS, (64,), (True, False)), (torch.bfloat16, 32, True)]
         for dtype, block_size, double_quant in kinds:
-            kind = f"{NAMES[dtype]}, {rows} rows, block {block_size}{', double quantization' * double_quant}"
+            kind = f"{_name(dtype)}, {rows} rows, block {block_size}{', double quantization' * double_quant}"
             usual = dtype == torch.bfloat16 and block_size == 64 and double_quant and rows > 16
             for backward in (False, True):
                 name = f"experts{', backward' * backward}, {kind}"
@@ -210,24 +242,26 @@ def _grouped_cases(target: str) -> Iterator[Case]:
 
 
 def _grouped(
-    rows: int, dtype: torch.dtype, block_size: int, double_quant: bool, backward: bool, kernel: int, p: float = 0.0
+    rows: int, kind: Kind, block_size: int, double_quant: bool, backward: bool, kernel: int, p: float = 0.0
 ) -> Callable[[], object]:
     """One of the launches for experts: the product, the first product of the adapters, the gradients of A."""
     experts, seed = 128, torch.tensor([7]) if p else None
     weight = reference.quantize(torch.randn(128, 512), "nf4", block_size, double_quant)
-    x = torch.zeros(rows * experts, 128 if backward and kernel == 0 else 512, dtype=dtype)
-    h, out = torch.zeros(len(x), 64, dtype=dtype), torch.zeros(len(x), 512 if backward else 128, dtype=dtype)
-    ends, stack = torch.full((experts,), len(x), dtype=torch.int32), stack_bytes([weight] * experts)
+    total = rows * experts
+    x = _matrix(total, 128 if backward and kernel == 0 else 512, kind)
+    h = _matrix(total, 64, kind)
+    ends, stack = torch.full((experts,), total, dtype=torch.int32), stack_bytes([weight] * experts)
     a, b = torch.zeros(experts, 64, 512), torch.zeros(experts, 128, 64)
 
     def call() -> None:
-        group = Group(x, ends, stack, LoRA(a, b))
+        group = Group(total, ends, stack, LoRA(a, b), kind == HALF)
+        of_x, of_h = group.factor(x), group.factor(h)
         if kernel == 0:
-            group.product(x, h, out, 1.0, p, seed, backward)
+            group.product(of_x, of_h, 1.0, p, seed, backward)
         elif kernel == 1:
-            group.project(x, 1.0, p, seed, backward)
+            group.project(of_x, 1.0, p, seed, backward)
         else:
-            group.gradients(h, x, 1.0, p, seed, transposed=False)
+            group.gradients(of_h, of_x, 1.0, p, seed, transposed=False)
 
     return call
 

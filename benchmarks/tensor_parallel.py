@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.tensor_parallel [--data 2] [--arguments use_dora=true]
 
 `--data N`: FSDP2 over N groups of ranks, and tensor parallelism within each. With use_dora the layers are split by
-outputs alone. docs/many-gpus.md has the results.
+outputs alone. docs/results.md has the results.
 """
 
 import argparse

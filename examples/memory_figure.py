@@ -47,8 +47,11 @@ def draw(bars: dict[str, dict[str, float]], title: str, path: Path) -> None:
         heights = [bar.get(part, 0) / 1e9 for bar in bars.values()]
         axes.bar(list(bars), heights, bottom=below, label=part, width=0.6)
         below = [low + height for low, height in zip(below, heights, strict=True)]
+    largest = sorted(below)[-2]  # full fine-tuning is cut, or the parts of the others could not be seen
+    axes.set_ylim(0, 1.25 * largest)
     for place, total in enumerate(below):
-        axes.annotate(f"{total:.3g}", (place, total), ha="center", va="bottom")
+        words = f"{total:.3g}" if total <= 1.2 * largest else f"{total:.3g}, cut"
+        axes.annotate(words, (place, min(total, 1.18 * largest)), ha="center", va="bottom")
     axes.set(title=title, ylabel="GB at the peak of a step")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     left.plot(steps, losses, color=BLUE, alpha=0.3, label="each step")
     left.plot(steps, smooth, color=BLUE, linewidth=2, label="smoothed")
     left.set(xlabel="step", ylabel="training loss (answer tokens)")
-    left.set_title(f"Held-out perplexity {summary['perplexity_before']:.1f} → {summary['perplexity_after']:.1f}")
+    before, after = (f"{summary[f'perplexity_{when}']:.1f}" for when in ("before", "after"))
+    left.set_title(f"Training loss (held-out perplexity: {before} before, {after} after)")
     left.legend(frameon=False)
 
     bars = {

@@ -207,7 +207,7 @@ def show_what_next(summary: dict[str, Any], output: Path, base: str | None) -> N
     question = "What does shutil.move do in Python?"
     print(
         f"\nMerge the adapter into the model, then ask it:\n\n"
-        f"  {command} merge {summary['adapter_checkpoint']} {merged} --base-model {model}\n"
+        f"  {command} merge {summary['adapter_checkpoint']} {merged} --base_model {model}\n"
         f"  {sys.executable} {script} {merged} {question!r}\n\n"
         "Next: your own LightningModule with plugins=QLoRAPrecision() (docs/tutorial.md), your own conversations "
         "(docs/chat.md), a server (docs/serve.md)."

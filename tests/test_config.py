@@ -205,7 +205,7 @@ def test_the_scale_is_alpha_over_r_or_over_its_root():
 
 
 def test_the_page_of_arguments_is_what_the_config_says():
-    page = (Path(__file__).parents[1] / "docs" / "arguments.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", page, re.MULTILINE)
     defaults = {field.name: repr(field.default) for field in dataclasses.fields(QLoRAConfig)}
     assert rows == [(name, defaults[name], text) for name, text in described().items()]

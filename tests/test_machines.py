@@ -76,6 +76,14 @@ def assert_equal(found, expected):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
 
 
+def test_the_fsdp_script_trains_and_resumes_from_its_shards(base, tmp_path):
+    command = [sys.executable, *example("fsdp.py", base, tmp_path), "--devices=2", "--accelerator=cpu"]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert run.returncode == 0
+    steps = sorted(int(path.stem.rpartition("=")[2]) for path in tmp_path.rglob("*.ckpt") if path.is_dir())
+    assert steps[-1] == 4  # two epochs of two steps, the second after a resume
+
+
 def test_torchrun_starts_all_workers_again(base, whole, tmp_path):
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"localhost:{next(PORTS)}", "--rdzv-id", "test"]

@@ -1,51 +1,19 @@
 """The drawings of the documentation: `python docs/drawings/draw.py` writes each as an SVG beside this file.
 
-They are 480 units wide, so that text of 13 units is readable on a telephone. They have no ground, and colors that are
-readable on light and on dark pages.
+Those that explain are here; charts.py has those that show figures, which it reads from the tables of the pages.
 """
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 
 from lightning_qlora.quantization.codebooks import NF4_LEVELS
 
-WIDTH = 480
-INK, DARK, LINE = "#767b82", "#1f2937", "#9ca3af"  # on the page; on a box
-BLUE, ORANGE, GREEN, PLAIN = "#dbeafe", "#ffedd5", "#dcfce7", "#f3f4f6"  # frozen, trained, memory that moves, the rest
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def text(x: float, y: float, words: str, size: int = 13, color: str = INK, anchor: str = "middle") -> str:
-    """One line of text."""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{words}</text>'
-
-
-def box(x: float, y: float, width: float, color: str, *lines: str, height: float = 0, dashed: bool = False) -> str:
-    """A box with centred lines of text."""
-    height = height or 16 * len(lines) + 14
-    dash = ' stroke-dasharray="4 3"' if dashed else ""
-    middle = y + height / 2 - 8 * len(lines) + 12
-    shape = (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{color}" stroke="{LINE}"{dash}/>'
-    )
-    return shape + "".join(text(x + width / 2, middle + 16 * i, line, color=DARK) for i, line in enumerate(lines))
-
-
-def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
-    """A straight arrow."""
-    ends = f'x1="{x:g}" y1="{y:g}" x2="{to_x:g}" y2="{to_y:g}"'
-    return f'<line {ends} stroke="{INK}" stroke-width="1.5" marker-end="url(#a)"/>'
-
-
-def svg(height: int, *parts: str, label: str) -> str:
-    """The document around the parts."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'
-    marker = (
-        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>'
-    )
-    body = "\n".join((head, "<g font-family='system-ui, sans-serif'>", marker, *parts, "</g>", "</svg>"))
-    return body + "\n"
+import charts
+from svg import BLUE, GREEN, INK, LINE, ORANGE, PLAIN, arrow, box, svg, text
 
 
 def nf4() -> str:
@@ -90,25 +58,28 @@ def weight() -> str:
 def batch() -> str:
     """The path of a batch through one layer."""
     parts = [
+        box(190, 16, 100, PLAIN, "x", dashed=True),
+        arrow(290, 31, 342, 31),
+        box(344, 16, 120, ORANGE, "drop(x) Aᵀ", dashed=True),
+        arrow(404, 46, 404, 74),
+        box(344, 76, 120, ORANGE, "s (drop(x) Aᵀ) Bᵀ"),
+        arrow(404, 106, 404, 150),
         box(16, 16, 128, BLUE, "W in 4 bits"),
         arrow(80, 46, 80, 74),
         box(16, 76, 128, BLUE, "decoded into", "a reused buffer"),
         arrow(80, 122, 80, 150),
-        box(16, 152, 128, PLAIN, "x Wᵀ + bias"),
-        box(190, 16, 100, PLAIN, "x", dashed=True),
+        box(16, 152, 128, PLAIN, "x Wᵀ"),
         arrow(200, 46, 130, 150),
-        arrow(290, 31, 342, 31),
-        box(344, 16, 120, ORANGE, "drop(x) Aᵀ", dashed=True),
-        arrow(404, 46, 404, 150),
-        box(344, 152, 120, ORANGE, "s (drop(x) Aᵀ) Bᵀ"),
-        arrow(144, 167, 208, 167),
-        arrow(344, 167, 276, 167),
-        box(210, 152, 64, PLAIN, "+"),
-        arrow(242, 182, 242, 206),
-        box(210, 208, 64, PLAIN, "y"),
-        text(240, 262, "blue: frozen, 4 bits; orange: trained; dashed: kept for the gradient", 12),
+        arrow(144, 167, 342, 167),
+        text(243, 158, "added in fp32", 12),
+        box(344, 152, 120, PLAIN, "sum"),
+        arrow(404, 182, 404, 206),
+        box(344, 208, 120, PLAIN, "+ bias, rounded", "once: y"),
+        text(168, 222, "blue: frozen, 4 bits; orange: trained", 12),
+        text(168, 240, "dashed: kept for the gradient", 12),
     ]
-    return svg(274, *parts, label="A batch: W is decoded into a buffer; x and drop(x) A are kept for the gradient")
+    label = "A batch: the adapter's product first, x W is added to it, then the bias, and the sum is rounded once"
+    return svg(266, *parts, label=label)
 
 
 def gradient() -> str:
@@ -135,7 +106,7 @@ def rounding() -> str:
     """Numbers of bf16 near 1 as ticks: d is added to a number that was rounded before, and to one that was not."""
     left, step = 60.0, 180.0  # of the first tick, and between ticks: 1/128
 
-    def line(top: float, title: str, start: float, place: float, to: int, words: str) -> str:
+    def axis_with_dots(top: float, title: str, start: float, place: float, to: int, words: str) -> str:
         ticks = "".join(
             f'<line x1="{left + step * i:g}" y1="{top - 6}" x2="{left + step * i:g}" y2="{top + 6}" stroke="{INK}"/>'
             + text(left + step * i, top + 22, number)
@@ -151,8 +122,10 @@ def rounding() -> str:
 
     return svg(
         210,
-        line(50, "x W^T rounded, then + d", 1, 1.2, 1, "every d below half of a step is lost"),
-        line(145, "x W^T + d, then rounded", 1.4, 1.6, 2, "d arrives with the probability d / step: right on average"),
+        axis_with_dots(50, "x W^T rounded, then + d", 1, 1.2, 1, "every d below half of a step is lost"),
+        axis_with_dots(
+            145, "x W^T + d, then rounded", 1.4, 1.6, 2, "d arrives with the probability d / step: right on average"
+        ),
         label="A small d that is added after x W^T was rounded is lost; one that is added before arrives on average",
     )
 
@@ -213,7 +186,36 @@ def logo() -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40">{ground}{squares}{flash}</svg>\n'
 
 
-DRAWINGS = {drawing.__name__: drawing for drawing in (nf4, weight, batch, gradient, rounding, pages, step, logo)}
+def strategy() -> str:
+    """Which strategy to use, as a tree."""
+    parts = [
+        box(110, 8, 260, PLAIN, "Does the run fit on one GPU?", "lightning-qlora plan --gpu_memory"),
+        arrow(190, 54, 120, 88),
+        text(120, 72, "yes", anchor="end"),
+        arrow(290, 54, 360, 88),
+        text(360, 72, "no", anchor="start"),
+        box(16, 90, 200, PLAIN, "Do you have several GPUs?"),
+        box(264, 90, 200, PLAIN, "Do you have several GPUs?"),
+        arrow(70, 120, 60, 162),
+        text(56, 144, "no", anchor="end"),
+        arrow(160, 120, 170, 162),
+        text(176, 144, "yes", anchor="start"),
+        arrow(318, 120, 308, 162),
+        text(304, 144, "no", anchor="end"),
+        arrow(408, 120, 418, 162),
+        text(424, 144, "yes", anchor="start"),
+        box(8, 164, 104, BLUE, "one GPU", height=46),
+        box(120, 164, 104, BLUE, "DDP", "strategy='ddp'"),
+        box(252, 164, 104, ORANGE, "save memory:", "see the options"),
+        box(364, 164, 108, GREEN, "FSDP2", "ModelParallel..."),
+    ]
+    return svg(
+        218, *parts, label="If the run fits on one GPU: one GPU, or DDP on several. If not: memory options, or FSDP2"
+    )
+
+
+SHAPES = (nf4, weight, batch, gradient, rounding, pages, step, strategy, logo)
+DRAWINGS = {drawing.__name__: drawing for drawing in (*SHAPES, *charts.CHARTS)}
 
 if __name__ == "__main__":
     for name, drawing in DRAWINGS.items():

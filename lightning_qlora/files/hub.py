@@ -36,7 +36,7 @@ def resolve_model(name: str, download: bool = True) -> str:
         if not download:
             raise FileNotFoundError(
                 f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
-                f"Face Hub. To download it, pass its name: base_model={name!r} (--base-model {name})."
+                f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
             ) from error
         raise FileNotFoundError(
             f"{name}: neither a folder nor a model on the hub. Check the name, the connection, and that "

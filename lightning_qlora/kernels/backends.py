@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qlora.kernels import eager, scratch
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.verdict import KERNELS, verdict
 from lightning_qlora.kernels.verify import OPS
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
+IN_PLACE = ("adamw_step", "adamw8bit_step")  # all other ops return new tensors, or write all of one
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
@@ -26,6 +28,7 @@ class Backend:
     failures: dict[str, str]  # the ops that `eager` computes, each with what its kernels do wrong
     quantize: Callable[..., PackedBytes]
     dequantize: Callable[..., Tensor]
+    to_half: Callable[[Tensor], Half]
     lora_project: Callable[..., Tensor]
     linear_into: Callable[..., None]
     linear_backward: Callable[..., Gradients]
@@ -43,13 +46,19 @@ class Backend:
         self.can_group = kernels.can_group
 
     def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on."""
+        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on.
+
+        An op that writes in place (its first argument is the list of what it writes) is not repeated once it began.
+        """
 
         def run(*arguments: Any) -> Any:
+            written = arguments[0] if op in IN_PLACE else []
+            versions = [tensor._version for tensor in written]
             try:
                 return kernel(*arguments)
             except Exception as error:  # Triton, its compilers and the driver raise many types
-                if isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
+                has_begun = versions != [tensor._version for tensor in written]
+                if has_begun or isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
                     raise
                 result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
                 self.fall_back({op: f"{type(error).__name__}: {error}"})

@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
+from lightning_qlora.kernels.half import Half, multiply, product, scaled_weight, take_out
+from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
 from lightning_qlora.kernels.reference import adamw_step as adamw_step
@@ -72,13 +74,23 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     return library.dequantize_into(out, weight)
 
 
-def lora_project(x: Tensor, lora: LoRA) -> Tensor:
+def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
     """See `reference.lora_project`."""
+    if isinstance(x, Half):
+        return product(_dropped_half(x, lora), to_half(lora.a).T)
     return torch.nn.functional.linear(_dropped(x, lora), lora.a.to(x.dtype))
 
 
-def linear_into(out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+def linear_into(
+    out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+) -> None:
     """See `reference.linear_into`."""
+    if isinstance(x, Half):
+        multiply_by_weight(x, weight, out, transposed=True)
+        out.add_(product(to_half(xa), to_half(lora.b).T), alpha=lora.scaling)
+        if bias is not None:
+            out.add_(bias)
+        return
     library = _library_for_few_rows(x, weight)
     if library is not None:
         library.lora_linear(out, x, weight, bias, lora, xa)
@@ -101,9 +113,13 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
+    if isinstance(grad, Half) and isinstance(x, Half):
+        return _half_backward(grad, x, xa, weight, lora, needs_x)
+    assert not isinstance(grad, Half)
+    assert not isinstance(x, Half)
     empty = _empty(grad.dtype, grad.device)
     grad_xa = torch.addmm(empty, grad, lora.b.to(grad.dtype), beta=0, alpha=lora.scaling)
     grad_b = torch.addmm(empty, grad.T, xa, beta=0, alpha=lora.scaling).to(lora.b.dtype)
@@ -116,6 +132,39 @@ def linear_backward(
     if lora.seed is not None:
         _dropout(grad_x, grad_x, lora.p, lora.seed)
     return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
+
+
+def _half_backward(
+    grad: Half, x: Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    grad_xa = to_half(product(grad, to_half(lora.b)).mul_(lora.scaling))
+    grad_b = product(grad.T, to_half(xa)).mul_(lora.scaling).to(lora.b.dtype)
+    grad_a = product(grad_xa.T, _dropped_half(x, lora)).to(lora.a.dtype)
+    if not needs_x:
+        return None, grad_a, grad_b
+    grad_x = multiply_by_weight(grad, weight)
+    added = product(grad_xa, to_half(lora.a))
+    if lora.seed is not None:
+        _dropout(added, added, lora.p, lora.seed)
+    return grad_x.add_(added), grad_a, grad_b
+
+
+def multiply_by_weight(x: Half, weight: PackedBytes, out: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """x W, or x W^T, in fp32, with W decoded to fp16."""
+    divided, factor = scaled_weight(weight)
+    dense = _decoded(divided, torch.float16)
+    if transposed:
+        dense = dense.T
+    return take_out(multiply(x.values, dense, out), x.factor, factor)
+
+
+def _dropped_half(x: Half, lora: LoRA) -> Half:
+    """drop(x): dropout divides by 1 - p, which can pass the end of fp16, so it has a power of two of its own."""
+    if lora.seed is None:
+        return x
+    values = x.values.float().contiguous()
+    dropped = to_half(_dropout(values, values, lora.p, lora.seed))
+    return Half(dropped.values, dropped.factor * x.factor)
 
 
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
-from lightning_qlora.kernels.ops import check_devices
+from lightning_qlora.kernels.ops import as_factor, check_devices
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -53,7 +53,8 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, rest: tuple[Tensor, PackedBytes, Any]) -> Tensor:
         ends, weight, choices = rest
         x = x.contiguous()
-        y, xa = backend(x.device).grouped_linear(x, ends, weight, LoRA(lora_a, lora_b, *choices))
+        lora = LoRA(lora_a, lora_b, *choices)
+        y, xa = backend(x.device).grouped_linear(as_factor(x, lora), ends, weight, lora)
         ctx.save_for_backward(x, xa, ends, lora_a, lora_b)
         ctx.rest = weight, choices
         return y
@@ -64,4 +65,5 @@ class _GroupedLinear(torch.autograd.Function):
         x, xa, ends, lora_a, lora_b = ctx.saved_tensors
         weight, choices = ctx.rest
         lora = LoRA(lora_a, lora_b, *choices)
-        return *backend(x.device).grouped_linear_backward(grad.contiguous(), x, xa, ends, weight, lora), None
+        factors = as_factor(grad.contiguous(), lora), as_factor(x, lora)
+        return *backend(x.device).grouped_linear_backward(*factors, xa, ends, weight, lora), None

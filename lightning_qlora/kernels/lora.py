@@ -16,3 +16,4 @@ class LoRA(NamedTuple):
     scaling: float = 1.0  # the factor s
     p: float = 0.0  # probability of dropping an element of x
     seed: Tensor | None = None  # int64 [1] on the CPU, which makes the mask of both passes; None: no dropout
+    in_fp16: bool = False  # x is fp32, and all products of the call are those of `half.Half`

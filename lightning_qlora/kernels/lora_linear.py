@@ -20,7 +20,7 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
     """A frozen 4-bit layer with its adapter: y = x W^T + bias + s (drop(x) A^T) B^T.
 
     Args:
-        x: Input [..., in], fp32, bf16 or fp16; the weight is decoded to this type.
+        x: Input [..., in], fp32, bf16 or fp16; the weight is decoded to this type, or to fp16 if `lora.in_fp16`.
         weight: The 4-bit weight, [out, in].
         bias: [out], or None.
         lora: The adapter.
@@ -42,11 +42,12 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
         whole = ops.lora_linear_in_one_call(x, weight, bias, lora)
         if whole is not None:
             return whole
-    projected: list[Tensor] = []
+    projected: list[Any] = []
     # One argument for all that has no gradient: `apply` and autograd do something for each.
     y = _LoraLinear.apply(x, bias, lora.a, lora.b, (weight, lora, projected))  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        ops.linear_into(y, x, projected[0], weight, bias, lora)
+        rows, xa = projected
+        ops.linear_into(y, rows, xa, weight, bias, lora)
     return cast(Tensor, y)
 
 
@@ -63,14 +64,14 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
-        rest: tuple[PackedBytes, LoRA, list[Tensor]],
+        rest: tuple[PackedBytes, LoRA, list[Any]],
     ) -> Tensor:
         """Save what the backward pass needs; `lora_linear` writes the result after that."""
         weight, lora, projected = rest
-        y, xa = ops.lora_project(x, weight, bias, lora)
+        y, xa, rows = ops.lora_project(x, weight, bias, lora)
         ctx.save_for_backward(x, xa, lora_a, lora_b)
         ctx.rest = weight, lora[2:], None if bias is None else bias.dtype
-        projected.append(xa)
+        projected += (rows, xa)
         return y
 
     @staticmethod
@@ -99,24 +100,24 @@ def refuse_second_derivative() -> None:
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, packed, absmax, nested, *form, bias, lora_a, lora_b, scaling, p, seed = inputs
+    x, packed, absmax, nested, *form, bias, lora_a, lora_b, scaling, p, seed, in_fp16 = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], packed, absmax, nested, lora_a, lora_b, seed)
-    ctx.choices = form, scaling, p, None if bias is None else bias.dtype
+    ctx.choices = form, scaling, p, in_fp16, None if bias is None else bias.dtype
 
 
 def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
-    form, scaling, p, bias_dtype = ctx.choices
+    form, scaling, p, in_fp16, bias_dtype = ctx.choices
     needs_x = ctx.needs_input_grad[0]
     needs_bias = ctx.needs_input_grad[7]
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
-        grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, scaling, p, seed, needs_x
+        grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, scaling, p, seed, in_fp16, needs_x
     )
     of_bias = None
     if needs_bias:
         of_bias = grad_bias(grad, bias_dtype)
-    return grad_x if needs_x else None, *[None] * 6, of_bias, grad_a, grad_b, *[None] * 3
+    return grad_x if needs_x else None, *[None] * 6, of_bias, grad_a, grad_b, *[None] * 4
 
 
 ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)

@@ -18,6 +18,7 @@ from lightning_qlora.checks import check_bool, check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.backends import backend, has_kernels
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
@@ -117,7 +118,7 @@ def _refuse_onnx() -> None:
 
 # The fields of `PackedBytes` and of `LoRA`, one by one.
 WEIGHT = "Tensor packed, Tensor absmax, Tensor nested, SymInt[] shape, str quant_type, int block_size"
-LORA = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed"
+LORA = "Tensor lora_a, Tensor lora_b, float scaling, float p, Tensor? seed, bool in_fp16"
 WEIGHT_FIELDS = len(PackedBytes._fields)
 
 
@@ -173,8 +174,8 @@ def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     weight = _weight_of(rest)
     bias, *fields = rest[WEIGHT_FIELDS:]
     lora = LoRA(*fields)
-    y, xa = lora_project(x, weight, bias, lora)
-    linear_into(y, x, xa, weight, bias, lora)
+    y, xa, rows = lora_project(x, weight, bias, lora)
+    linear_into(y, rows, xa, weight, bias, lora)
     return y, xa
 
 
@@ -208,23 +209,33 @@ def _(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return x.new_empty(x.shape if needs_x else 0), lora.a.new_empty(lora.a.shape), lora.b.new_empty(lora.b.shape)
 
 
-def lora_project(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """First part of the layer: an uninitialized y [..., out] for `linear_into`, and drop(x) A^T [m, r]."""
+def lora_project(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+) -> tuple[Tensor, Tensor, Tensor | Half]:
+    """First part of the layer: an uninitialized y [..., out], drop(x) A^T [m, r], and the rows for `linear_into`."""
     _check_linear(x, weight, bias, lora)
     with no_autocast(x):
-        xa = backend(x.device).lora_project(_rows(x), lora)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), xa
+        rows = as_factor(_rows(x), lora)
+        xa = backend(x.device).lora_project(rows, lora)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), xa, rows
 
 
-def linear_into(y: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+def linear_into(
+    y: Tensor, rows: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+) -> None:
     """Second part, with the large product: writes x W^T + bias + s xa B^T to y."""
-    with no_autocast(x):
-        backend(x.device).linear_into(_rows(y), _rows(x), xa, weight, bias, lora)
+    with no_autocast(y):
+        backend(y.device).linear_into(_rows(y), rows, xa, weight, bias, lora)
+
+
+def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
+    """A matrix as the backends multiply it."""
+    return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
 
 
 def lora_linear_in_one_call(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor | None:
     """Both parts without dropout, for code that needs no gradient; None where no backend has them in one call."""
-    if has_kernels(x.device):
+    if has_kernels(x.device) or lora.in_fp16:
         return None
     _check_linear(x, weight, bias, lora)
     y = eager.lora_linear(_rows(x), weight, bias, lora)
@@ -238,7 +249,8 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of x (shaped like x; None if it is not needed), A and B."""
     with no_autocast(x):
-        grads = backend(x.device).linear_backward(_rows(grad), _rows(x), xa, weight, lora, needs_x)
+        factors = as_factor(_rows(grad), lora), as_factor(_rows(x), lora)
+        grads = backend(x.device).linear_backward(*factors, xa, weight, lora, needs_x)
     grad_x, grad_a, grad_b = grads
     if grad_x is not None and x.dim() != 2:
         grad_x = grad_x.view(x.shape)
@@ -268,6 +280,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 def _check_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
+    if lora.in_fp16 and x.dtype is not torch.float32:
+        raise TypeError(f"x: must be float32 for products in fp16 whose results are float32, not {x.dtype}.")
     out_features, in_features = weight.shape
     r = lora.a.shape[0]
     matches = x.shape[-1:] == (in_features,) and lora.a.shape == (r, in_features) and lora.b.shape == (out_features, r)

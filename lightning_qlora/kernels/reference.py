@@ -7,15 +7,19 @@ part before, since that error is small as the part is, but never x W^T or the bi
 
 So a small adapter would add nothing, in every step. With one rounding d moves the sum to the next number with a
 probability proportional to d, and its mean arrives.
+
+An input is a tensor, or a `Half`, whose product is an fp32 tensor.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
+from lightning_qlora.kernels.half import Half, scaled_weight, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.blockwise import block_absmax, normalize
@@ -78,78 +82,121 @@ def as_int32(word: int) -> int:
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
 
 
-def lora_project(x: Tensor, lora: LoRA) -> Tensor:
+def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
     """drop(X) A^T: [m, in] -> [m, r], with A [r, in]."""
-    return _product(dropout(x, lora.p, lora.seed), lora.a.to(x.dtype).T).to(x.dtype)
+    return _rounded(_product(_dropped(x, lora), lora.a.T), x)
 
 
-def linear_into(out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+def linear_into(
+    out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = _product(x, dequantize(weight, x.dtype).T) + lora.scaling * _product(xa, lora.b.to(x.dtype).T)
+    y = _product(x, _decoded(weight, x).T) + lora.scaling * _product(_factor(xa, x), lora.b.T)
     if bias is not None:
         y = y + bias
     out.copy_(y)
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
     dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
     """
-    grad_xa, grad_a, grad_b = _adapter_gradients(grad, dropout(x, lora.p, lora.seed), xa, lora)
+    grad_xa, grad_a, grad_b = _adapter_gradients(grad, _dropped(x, lora), xa, lora)
     if not needs_x:
         return None, grad_a, grad_b
-    added = dropout(_product(grad_xa, lora.a.to(grad.dtype)), lora.p, lora.seed)
-    return (_product(grad, dequantize(weight, grad.dtype)) + added).to(grad.dtype), grad_a, grad_b
+    added = dropout(_product(_factor(grad_xa, grad), lora.a), lora.p, lora.seed)
+    return _rounded(_product(grad, _decoded(weight, grad)) + added, grad), grad_a, grad_b
 
 
-def _adapter_gradients(grad: Tensor, dropped: Tensor, xa: Tensor, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
+def _adapter_gradients(
+    grad: Tensor | Half, dropped: Tensor | Half, xa: Tensor, lora: LoRA
+) -> tuple[Tensor, Tensor, Tensor]:
     """s dY B [m, r], and the gradients of A and B."""
-    grad_xa = (lora.scaling * _product(grad, lora.b.to(grad.dtype))).to(grad.dtype)
+    grad_xa = _rounded(lora.scaling * _product(grad, lora.b), grad)
     grad_b = (lora.scaling * _product(grad.T, xa)).to(lora.b.dtype)
-    return grad_xa, _product(grad_xa.T, dropped).to(lora.a.dtype), grad_b
+    return grad_xa, _product(_factor(grad_xa, grad).T, dropped).to(lora.a.dtype), grad_b
 
 
-def grouped_linear(x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
+def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
     """The layers of several experts: rows ends[e - 1] to ends[e] of X go through layer e; Y, and drop(X) A^T.
 
     Rows from the last end on belong to no expert and give zeros. X [m, in], ends int32 [experts], W [experts, out, in],
     A [experts, r, in], B [experts, out, r].
     """
-    y = x.new_zeros(len(x), weight.shape[1])
-    xa = x.new_zeros(len(x), lora.a.shape[1])
-    dropped = dropout(x, lora.p, lora.seed)
+    m = x.shape[0]
+    like = _rounded(lora.a.new_empty(0, dtype=torch.float32), x)
+    y = like.new_zeros(m, weight.shape[1])
+    xa = like.new_zeros(m, lora.a.shape[1])
+    dropped = _dropped(x, lora)
     for rows, matrix, a, b in zip(_groups(ends), weight.unbind(), lora.a, lora.b, strict=True):
         adapter = LoRA(a, b, lora.scaling)
-        xa[rows] = lora_project(dropped[rows], adapter)
-        linear_into(y[rows], x[rows], xa[rows], matrix, None, adapter)
+        xa[rows] = lora_project(_part(dropped, rows), adapter)
+        linear_into(y[rows], _part(x, rows), xa[rows], matrix, None, adapter)
     return y, xa
 
 
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
+    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of X, A and B; see `linear_backward`."""
-    total = torch.zeros_like(x, dtype=torch.float32)
-    dropped = dropout(x, lora.p, lora.seed)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    dropped = _dropped(x, lora)
     grad_a = torch.empty_like(lora.a)
     grad_b = torch.empty_like(lora.b)
     for e, rows in enumerate(_groups(ends)):
         adapter = LoRA(lora.a[e], lora.b[e], lora.scaling)
-        grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(grad[rows], dropped[rows], xa[rows], adapter)
-        total[rows] = _product(grad_xa, adapter.a.to(grad.dtype))
+        of_rows = _part(grad, rows)
+        grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(of_rows, _part(dropped, rows), xa[rows], adapter)
+        total[rows] = _product(_factor(grad_xa, grad), adapter.a)
     total = dropout(total, lora.p, lora.seed)  # its mask depends on the index among all rows
     for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
-        total[rows] += _product(grad[rows], dequantize(matrix, grad.dtype))
-    return total.to(grad.dtype), grad_a, grad_b
+        total[rows] += _product(_part(grad, rows), _decoded(matrix, grad))
+    return _rounded(total, grad), grad_a, grad_b
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32 (fp64 of fp64): not rounded to 16 bits."""
+def _product(a: Tensor | Half, b: Tensor | Half) -> Tensor:
+    """a b in fp32 (fp64 of fp64), not rounded to 16 bits; b is rounded as a is."""
+    if isinstance(a, Half):
+        return a.to_fp32() @ cast(Half, _factor(b, a)).to_fp32()
+    assert not isinstance(b, Half)
     dtype = torch.promote_types(a.dtype, torch.float32)
-    return a.to(dtype) @ b.to(dtype)
+    return a.to(dtype) @ b.to(a.dtype).to(dtype)
+
+
+def _factor(b: Tensor | Half, like: Tensor | Half) -> Any:
+    """A matrix as it is multiplied: one of fp16 with a power of two if the other factor is."""
+    if isinstance(like, Half) and not isinstance(b, Half):
+        return to_half(b)
+    return b
+
+
+def _decoded(weight: PackedBytes, like: Tensor | Half) -> Any:
+    """W [out, in] as the factor of such a matrix."""
+    if not isinstance(like, Half):
+        return dequantize(weight, like.dtype)
+    divided, factor = scaled_weight(weight)
+    return Half(dequantize(divided, torch.float16), factor)
+
+
+def _rounded(y: Tensor, like: Tensor | Half) -> Tensor:
+    """A result in the type of an input; that of a `Half` is fp32."""
+    return y if isinstance(like, Half) else y.to(like.dtype)
+
+
+def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
+    """drop(x), not rounded again."""
+    if not isinstance(x, Half):
+        return dropout(x, lora.p, lora.seed)
+    if lora.seed is None:
+        return x
+    return Half(dropout(x.values.float(), lora.p, lora.seed), x.factor)
+
+
+def _part(x: Tensor | Half, rows: slice) -> Any:
+    return x.part(rows) if isinstance(x, Half) else x[rows]
 
 
 def _groups(ends: Tensor) -> list[slice]:

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
+from lightning_qlora.kernels.half import to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
 OPS = (
     "quantize",
     "dequantize",
+    "to_half",
     "lora_project",
     "linear_into",
     "linear_backward",
@@ -28,7 +30,7 @@ OPS = (
     "adamw_step",
     "adamw8bit_step",
 )
-EXACT = ("quantize", "dequantize")  # the same bits everywhere
+EXACT = ("quantize", "dequantize", "to_half")  # the same bits everywhere
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest difference, as a share of the largest value; half of it for the norm. Of floats, that of the coarsest type.
 LIMITS = {torch.uint8: 5e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -51,6 +53,7 @@ EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
     ((5, 0, 66), 70, 128, 8, 64, True, 0.0),
     ((3, 0, 7), 66, 96, 70, 32, False, 0.3),  # two tiles of ranks
 )
+HALVES: tuple[tuple[Any, ...], ...] = (((90, 1500), 1e5), ((7,), 1e-42), ((70, 75), 0.0))  # shape, size of the values
 SIZES = ((300,), (1,), (20, 70)), ((512,), (16, 64)), ((512,), (16, 64))  # of parameters, for each type
 STEP = reference.AdamWStep(3, lr=0.5, beta1=0.9, beta2=0.99, eps=1e-3, weight_decay=0.1)
 Case = TypeVar("Case")
@@ -108,7 +111,14 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
     def seed(p: float) -> Tensor | None:
         return torch.tensor([2**40 + 7], device="cpu") if p else None
 
-    if op == "quantize":
+    def factor(rows: Tensor, kind: torch.dtype | None, size: float) -> Any:
+        """A matrix in a type; None: a `Half` of values that fp16 does not have."""
+        return to_half(rows * size) if kind is None else rows.to(kind)
+
+    if op == "to_half":
+        for shape, size in HALVES:
+            yield (normal(*shape) * size,)
+    elif op == "quantize":
         for (n, k, *form), dtype in _in_types(WEIGHTS):
             yield normal(n, k, dtype=dtype), *form
     elif op == "dequantize":
@@ -125,11 +135,11 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
             else:
                 yield params, grads, [*map(codes, m)], scales, [*map(codes, v)], scales, STEP
     elif op.startswith("grouped"):
-        for (counts, *shape, p), dtype in _in_types(EXPERTS):
+        for (counts, *shape, p), kind in _with_halves(EXPERTS, 1):
             weights, a, b = zip(*(layer(*shape) for _ in counts), strict=True)
-            lora = LoRA(torch.stack(a), torch.stack(b), 0.7, p, seed(p))
-            x = normal(sum(counts) + 2, shape[1], dtype=dtype)
-            grad = normal(sum(counts) + 2, shape[0], dtype=dtype)
+            lora = LoRA(torch.stack(a), torch.stack(b), 0.7, p, seed(p), kind is None)
+            x = factor(normal(sum(counts) + 2, shape[1]), kind, 1e6)
+            grad = factor(normal(sum(counts) + 2, shape[0]), kind, 1e-9)
             rest = torch.tensor(counts, device="cpu").cumsum(0).int(), stack_bytes(weights), lora
             if op == "grouped_linear":
                 yield x, *rest
@@ -137,16 +147,16 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
                 _, xa = reference.grouped_linear(x, *rest)
                 yield grad, x, xa, *rest
     else:
-        for (m, n, k, *form, p), dtype in _in_types(LAYERS):
+        for (m, n, k, *form, p), kind in _with_halves(LAYERS, 2):
             weight, lora_a, lora_b = layer(n, k, *form)
-            lora = LoRA(lora_a, lora_b, 0.7, p, seed(p))
-            x = normal(m, k, dtype=dtype)
-            grad = normal(m, n, dtype=dtype)
+            lora = LoRA(lora_a, lora_b, 0.7, p, seed(p), kind is None)
+            x = factor(normal(m, k), kind, 1e6)
+            grad = factor(normal(m, n), kind, 1e-9)
             bias = None if p else normal(n)
             xa = reference.lora_project(x, lora)
             yield {
                 "lora_project": (x, lora),
-                "linear_into": (torch.full_like(grad, torch.nan), x, xa, weight, bias, lora),
+                "linear_into": (torch.full((m, n), torch.nan, dtype=kind or torch.float32), x, xa, weight, bias, lora),
                 "linear_backward": (grad, x, xa, weight, lora, True),
             }[op]
 
@@ -154,6 +164,13 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
 def _stack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The weight and the adapters of the experts among the arguments of an op."""
     return tuple(argument for argument in arguments if isinstance(argument, PackedBytes | LoRA))
+
+
+def _with_halves(cases: Sequence[Case], halves: int) -> Iterator[tuple[Case, torch.dtype | None]]:
+    """The cases of `_in_types`, and the first `halves` with `Half`."""
+    yield from _in_types(cases)
+    for case in cases[:halves]:
+        yield case, None
 
 
 def _in_types(cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype]]:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.disable_adapter import DISABLED
-from lightning_qlora.layers.full_precision import computed_in
+from lightning_qlora.layers.full_precision import IN_16_BITS, FullPrecision, computed_in
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -41,12 +41,14 @@ class DeferredHead(Derived):
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        elif isinstance(head, FullPrecision) and head.autocast_dtype in IN_16_BITS:
+            dtype = head.autocast_dtype
         return DeferredLogits(input, Source(input, head), dtype).attached()
 
 
 def _can_defer(head: Any, input: Tensor) -> bool:
     """Whether autograd alone records the call, something trains in it, and the head keeps its parameters after it."""
-    if DISABLED in vars(head) or not torch.is_grad_enabled():
+    if DISABLED in vars(head) or not torch.is_grad_enabled() or (_has_dropout(head) and head.training):
         return False
     if type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
         return False
@@ -59,6 +61,11 @@ def _can_defer(head: Any, input: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     return input.requires_grad or any(p.requires_grad for p in head.parameters())
+
+
+def _has_dropout(head: Any) -> bool:
+    """Whether the adapter of a head drops inputs: pieces, and each reader of the logits, would draw other masks."""
+    return getattr(head, "lora_dropout", 0.0) > 0
 
 
 @derives
@@ -134,7 +141,8 @@ def defer_output_embeddings(
     With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
 
     Returns:
-        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`.
+        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`, or if its adapter has
+        dropout.
     """
     heads = output_embeddings(module) if setting else {}
     chosen = {
@@ -153,10 +161,12 @@ def deferred_heads(module: nn.Module) -> dict[str, int]:
 
 
 def saved_bytes(head: Any) -> int:
-    """Bytes of 1,000 rows of logits, of their log-softmax in fp32, and of its gradient in fp32.
+    """Bytes of 1,000 rows of logits, of their log-softmax in fp32, and of its gradient in fp32; 0 with dropout.
 
     Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
     """
+    if _has_dropout(head):
+        return 0
     if isinstance(head, QLoRALinear):
         dtype = head.weight_dtype
     else:

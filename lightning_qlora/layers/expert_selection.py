@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import owner_name, parameter_name, stack_name
 
@@ -56,7 +57,7 @@ def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
     if isinstance(owner, nn.Linear):
         return stacks
     for key, parameter in owner._parameters.items():
-        if parameter is None:
+        if parameter is None or not is_strided(parameter):
             continue
         count = _number_of_experts(owner, parameter)
         if count is not None:

@@ -11,7 +11,7 @@ only if code reads it in a way that is not in this list. The module that held th
 subclass of its class.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,11 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.kinds import Derived, derives
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import Matrix, cast_input
+from lightning_qlora.layers.lora_layer import Matrix
 from lightning_qlora.layers.names import join, parameter_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
@@ -116,20 +117,43 @@ class QLoRAExperts(SavedLayer):
         `ends` is int32 [experts]. On a GPU the host does not wait for it.
         """
         has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
-        alone = torch.compiler.is_compiling() or not has_kernel
-        lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout)
-        if alone or not can_group(x, self.weight_bytes, lora):
-            numbers, parts = rows_of_experts(x, ends)
-            experts = zip(parts, self.matrices(numbers), strict=True)
-            return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
+        if has_kernel and not torch.compiler.is_compiling():
+            y = self._compute_together(x, ends)
+            if y is not None:
+                return y
+        numbers, parts = rows_of_experts(x, ends)
+        experts = zip(parts, self.matrices(numbers), strict=True)
+        return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
+
+    def _compute_together(self, x: Tensor, ends: Tensor) -> Tensor | None:
+        """All experts in one launch each; None if there are no kernels for them."""
+        rows, in_fp16 = self.cast_input(x)
+        lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout, in_fp16=in_fp16)
+        if not can_group(rows, self.weight_bytes, lora):
+            return None
         if self._qlora_disabled:
-            lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), scaling=0.0)
+            lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), 0.0, in_fp16=in_fp16)
         else:
             self.__dict__["was_called"] = True
             lora = lora._replace(seed=self.dropout_seed())
-        rows = cast_input(x, self.compute_dtype(x))
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if has_autocast(x.device.type) else y.to(x.dtype)
+
+    def matrix(self, number: int) -> Matrix:
+        """One matrix, for code that reads them one after the other."""
+        parameters = self.adapter_parameters()
+        is_plain = all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters)
+        if not is_plain or not torch.is_grad_enabled() or not is_eager(self.packed, parameters[0]):
+            (matrix,) = self.matrices([number])
+            return matrix
+        unbound = self.__dict__.setdefault("_unbound", _Unbound())
+        lora_a, lora_b, *magnitude = (views[number] for views in unbound.of(parameters))
+        return Matrix(self.whole_bytes.expert(number), lora_a, lora_b, magnitude[0] if magnitude else None, number)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRAExperts":
+        self.__dict__.pop("_unbound", None)  # its views would keep the memory of another device
+        super()._apply(fn, recurse)
+        return self
 
     def restore(self, owner: nn.Module, key: str, parameter: Tensor) -> None:
         """Replace this layer by a dense, frozen parameter, in place. After the last, the owner has its old class."""
@@ -142,6 +166,31 @@ class QLoRAExperts(SavedLayer):
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""
         return f"experts={len(self)}, {super().extra_repr()}"
+
+
+class _Unbound:
+    """The matrices of a stack's adapter as views of its parameters. A copy or a pickle of it is empty."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._parameters: list[nn.Parameter] = []
+        self._views: list[tuple[Tensor, ...]] = []
+
+    def __reduce__(self) -> Any:
+        return _Unbound, ()
+
+    def of(self, parameters: list[nn.Parameter]) -> list[tuple[Tensor, ...]]:
+        """The views of each parameter: the same ones until it changes.
+
+        Autograd stacks the gradients of the views of one `unbind` once. With views of their own, each expert would get
+        a gradient of the size of the whole stack.
+        """
+        key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self._key != key:
+            self._views = [parameter.unbind() for parameter in parameters]
+            self._parameters = parameters  # as long as these exist, no other has the same id and memory
+            self._key = key
+        return self._views
 
 
 class Expert(NamedTuple):
@@ -213,7 +262,7 @@ class ReadableStack(Readable):
             count = len(experts)
             rows, columns = experts.expert_shape
             if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return stack._weight(*experts.matrices([range(count)[int(args[1])]]))
+                return stack._weight(experts.matrix(range(count)[int(args[1])]))
             if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
                 weights = [stack._weight(matrix) for matrix in experts.matrices()]
                 if func is Tensor.__iter__:
@@ -234,9 +283,11 @@ class ReadableStack(Readable):
 
 
 def _is_number(index: Any) -> bool:
+    """Whether an index is the number of an expert. Booleans, and bytes in a tensor, are masks for torch."""
     if isinstance(index, Tensor):
-        return index.ndim == 0 and not index.dtype.is_floating_point and index.dtype is not torch.bool
-    return isinstance(index, int)
+        is_mask = index.dtype in (torch.bool, torch.uint8)
+        return index.ndim == 0 and not index.dtype.is_floating_point and not is_mask
+    return isinstance(index, int) and not isinstance(index, bool)
 
 
 def _restore_order(entries: dict[str, Any], names: list[str]) -> None:

@@ -21,13 +21,13 @@ def fingerprint(*tensors: Tensor) -> int:
     """A number that changes with any bit and with the order of the tensors; the same on every device.
 
     Floats count by their value, so a copy cast from bf16 to fp32 has the fingerprint of the original.
-    0 for tensors without values (see `has_values`).
+    0 for tensors without values (see `has_values`), and for those that are not strided: files hold them as they are.
     Formula: of each piece the sum over its 64-bit words w of v xor (v >> 32) mod 2^64 with v = w * odd_i, odd_i a
     pseudorandom odd number for the position i in the piece; the sums, and the sizes, are mixed in their order.
     """
     total = 0
     for tensor in tensors:
-        if not has_values(tensor):
+        if not has_values(tensor) or not is_strided(tensor):
             return 0
         for piece in _sums_of_pieces(_with_words(tensor.detach())):
             total = _mix(total + piece)
@@ -38,6 +38,11 @@ def fingerprint(*tensors: Tensor) -> int:
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values: those on the meta device and those of FakeTensorMode have none."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor is elements in memory: not sparse, nested, quantized by torch, or in the layout of mkldnn."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _with_words(tensor: Tensor) -> Tensor:

@@ -244,24 +244,39 @@ class LoRALayer(WithAdapter, PackedLayer):
         return matrix.magnitude / self.row_norm(matrix).clamp_min(TINY)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call computes in: autocast's, else the configured one, else the weight's (fp32 for fp64)."""
+        """The type this call multiplies in: autocast's, else the configured one, else the weight's.
+
+        A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
+        """
         device = x.device.type
         if has_autocast(device):
             return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
-        if self.weight_dtype is torch.float32 and device != "cpu" and _has_bf16(device):
-            return torch.bfloat16
         if self.weight_dtype is torch.float64:
             return torch.float32
+        if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
+            return torch.bfloat16 if _has_bf16(device) else torch.float16
         return self.weight_dtype
+
+    def cast_input(self, x: Tensor) -> tuple[Tensor, bool]:
+        """x in the type of the call, and whether its products are those of `kernels/half.py`, which take fp32.
+
+        Under autocast in fp16 they are plain products in fp16, as those of other layers are: the loop that uses it
+        scales its loss.
+        """
+        dtype = self.compute_dtype(x)
+        in_fp16 = dtype is torch.float16 and not has_autocast(x.device.type)
+        if in_fp16:
+            dtype = torch.float32
+        if x.dtype is dtype:
+            return x, in_fp16
+        return cast_input(x, dtype), in_fp16
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
         input_dtype = x.dtype
-        dtype = self.compute_dtype(x)
-        if input_dtype is not dtype:
-            x = cast_input(x, dtype)
+        x, in_fp16 = self.cast_input(x)
         weight, a, b, magnitude, _ = matrix
         seed = self.dropout_seed(rank)
         if self._qlora_disabled:
@@ -270,13 +285,13 @@ class LoRALayer(WithAdapter, PackedLayer):
             magnitude = None
         elif not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
-        lora = LoRA(a, b, self.scaling, self.lora_dropout, seed)
+        lora = LoRA(a, b, self.scaling, self.lora_dropout, seed, in_fp16)
         if magnitude is None:
             y = lora_linear(x, weight, bias, lora)
         else:
             norm = self.row_norm(matrix).clamp_min(TINY)
             y = dora_linear(x, weight, bias, lora, magnitude, norm)
-        if input_dtype is dtype or has_autocast(x.device.type):
+        if input_dtype is x.dtype or has_autocast(x.device.type):
             return y
         return y.to(input_dtype)
 
@@ -321,16 +336,15 @@ def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
 def _has_bf16(device: str) -> bool:
-    """Whether the card computes in bf16. A Turing card (T4) emulates it, slower than fp32, so fp32 models stay in fp32.
-
-    They do not get fp16, which would use its tensor cores: fp16 training diverges in one of five runs according to the
-    authors of QLoRA. `compute_dtype="fp16"` chooses it.
-    """
+    """Whether the card computes in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
     return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
 
 
 @cache
 def _cuda_has_bf16() -> bool:
+    if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
+        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
+        return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 

@@ -53,7 +53,12 @@ RULES = (
     Rule("tied, parametrized, or not in floats", SKIP, WARN, lambda layer: layer.facts.cannot_convert(layer.part)),
     Rule("an output embedding, a router, or frozen by the module", SKIP, None, lambda layer: layer.not_by_default()),
     Rule("not larger than its adapter", TRAIN, None, lambda layer: layer.can_train and layer.too_small()),
-    Rule("the same, of experts, or where nothing trains", SKIP, None, lambda layer: layer.too_small()),
+    Rule(
+        "not larger than its adapter, in a mixture of experts or where nothing trains",
+        SKIP,
+        None,
+        lambda layer: layer.too_small(),
+    ),
     Rule("without weights", SKIP, SKIP, lambda layer: layer.is_empty()),
     Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda layer: layer.saved is not None),
     Rule("any other linear layer", CONVERT, CONVERT, lambda layer: True),

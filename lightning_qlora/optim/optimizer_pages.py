@@ -34,7 +34,8 @@ class OptimizerPages:
         self._pools: dict[torch.device, Pool | None] = {}
         self._in_update = False
         self._deferred: list[tuple[Tensor, str, Tensor]] = []
-        self._observe(optimizer)
+        if optimizer.state:
+            self._observe(optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -88,7 +89,7 @@ class OptimizerPages:
 
     def _tensors(self, params: list[Tensor] | None = None) -> list[Tensor]:
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or not self.pools:
             return []
         if params is None:
             states = list(optimizer.state.values())
@@ -111,7 +112,14 @@ class OptimizerPages:
         self._pools.clear()
 
     def _observe(self, optimizer: Optimizer) -> None:
-        optimizer.state = PagedState(self.page, self._before_read, optimizer.state)
+        """Page the state from now on, if a parameter is on a device whose state is paged: it is not on a CPU.
+
+        It is called again before each step: parameters may move before the first one, and an optimizer's own
+        `load_state_dict` replaces the state.
+        """
+        devices = {param.device for group in optimizer.param_groups for param in group["params"]}
+        if not isinstance(optimizer.state, PagedState) and any(self._pool(device) for device in devices):
+            optimizer.state = PagedState(self.page, self._before_read, optimizer.state)
 
     def _before_read(self) -> None:
         if not self._in_update:  # in an update the optimizer launches kernels, which wait for the prefetch
@@ -136,8 +144,7 @@ class OptimizerPages:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._in_update = False  # the step before may have raised
-        if not isinstance(optimizer.state, PagedState):  # replaced by the optimizer's own load_state_dict
-            self._observe(optimizer)
+        self._observe(optimizer)
         closure = kwargs.get("closure")
         if len(args) > 1:
             closure = args[1]
@@ -161,6 +168,8 @@ class OptimizerPages:
             self.wait_prefetch()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.pools:
+            return
         for param, state in optimizer.state.items():
             values = [state]
             if isinstance(state, dict):

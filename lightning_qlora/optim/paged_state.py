@@ -26,9 +26,29 @@ class _ObservedDict(dict[Any, Any]):
         self.on_read()
         return super().__getitem__(key)
 
-    def __ior__(self, other: Any) -> "_ObservedDict":  # type: ignore[misc]
+    def __iter__(self) -> Iterator[Any]:
+        """As in dict. `dict(state)` and `{**state}` copy without `__getitem__` from a class that does not have it."""
+        return super().__iter__()
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
+    def __ior__(self, other: Any) -> "_ObservedDict":
         self.update(other)
         return self
+
+    @override
+    def pop(self, *key_and_default: Any) -> Any:
+        self.on_read()
+        return super().pop(*key_and_default)
+
+    @override
+    def popitem(self) -> tuple[Any, Any]:
+        self.on_read()
+        return super().popitem()
 
     @override
     def get(self, key: Any, default: Any = None) -> Any:
@@ -70,6 +90,10 @@ class PagedState(_ObservedDict, defaultdict[Any, Any]):
     def __copy__(self) -> Any:
         return self.plain()
 
+    @override
+    def copy(self) -> Any:
+        return self.plain()
+
     def plain(self) -> defaultdict[Any, Any]:
         """The same entries in the types that torch's optimizers use."""
         state = defaultdict(dict, self.items())
@@ -95,7 +119,11 @@ class ParamState(_ObservedDict):
         super().__setitem__(key, value)
 
     def __reduce__(self) -> Any:
-        return dict, (dict(self.items()),)
+        return dict, (self.copy(),)
+
+    @override
+    def copy(self) -> dict[Any, Any]:
+        return dict(self)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

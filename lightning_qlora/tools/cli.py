@@ -156,7 +156,7 @@ def merge_adapter(
     values = _adapter(adapter, weights_only)
     source = base_model or values.base_model
     if not source:
-        raise ValueError(f"{adapter}: names no base model. Pass it: --base-model FOLDER.")
+        raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
     folder = resolve_model(source, download=base_model is not None)
     if base == "float":
         values = convert_to_float_base(values)

@@ -226,7 +226,7 @@ def parse_memory(text: str) -> int:
         raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
     count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
     if count < UNITS["MB"]:
-        raise ValueError(f"gpu_memory={text!r}: are {count} bytes. Give a unit, such as 24GB or 24GiB.")
+        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GB or 24GiB.")
     return count
 
 

@@ -20,6 +20,7 @@ from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
+from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -72,6 +73,7 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     return report
 
 
+@torch.inference_mode(False)  # a parameter that is made in it can never train
 def convert_module(
     module: nn.Module,
     config: QLoRAConfig,
@@ -252,20 +254,29 @@ def copy_from_files(module: nn.Module) -> None:
     """Copy parameters and buffers of a CPU that lie in files mapped into memory (safetensors, `torch.load(mmap=True)`).
 
     The file of a norm of 8 kB would stay mapped as a whole, and all of its pages that were read would count as memory
-    of the process. Tensors with the same bytes get the same copy.
+    of the process. Tensors that share memory, the whole or a part of it, share that of the copy.
     """
-    copies: dict[tuple[int, int], Tensor] = {}
+    spans: list[tuple[int, int, Tensor]] = []
     for tensor in [*module.parameters(), *module.buffers()]:
-        if is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
+        if not is_strided(tensor) or is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
             continue
         storage = tensor.untyped_storage()
         if storage.resizable() or storage.is_shared():  # memory of torch, or of several processes
             continue
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        key = tensor.data_ptr(), (last + 1) * tensor.element_size()
-        if key not in copies:
-            copies[key] = tensor.detach().as_strided((last + 1,), (1,)).clone()
-        tensor.data = copies[key].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), 0)
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), tensor))
+    spans.sort(key=lambda span: span[:2])
+    while spans:
+        begin, end, _ = spans[0]
+        together = []
+        while spans and spans[0][0] < end:
+            together.append(spans.pop(0))
+            end = max(end, together[-1][1])
+        copy = torch.empty(end - begin, dtype=torch.uint8)
+        for first, last, tensor in together:
+            part = copy[first - begin : last - begin].view(tensor.dtype)
+            part.copy_(tensor.detach().as_strided((len(part),), (1,)))
+            tensor.data = part.as_strided(tensor.shape, tensor.stride())
 
 
 def _add_tokens(module: nn.Module, choice: Selection) -> None:

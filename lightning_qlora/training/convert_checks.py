@@ -215,9 +215,8 @@ def _warn_of_16_bits(names: dict[str, int]) -> None:
             f"{first_of(names, 5)}: {sum(names.values()):,} elements train in "
             "16 bits, in which most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that "
             "of 2e-4 is smaller than half of the last bit of every bf16 value above 0.1. They can't be held in fp32: "
-            "they are of a LightningModule itself, of a ScriptModule or of a sharded module, or a hook of "
-            "torch.nn.utils reads them. Put them in an nn.Module with a forward, use torch.nn.utils.parametrizations, "
-            "or build them in fp32.",
+            "they are of a sharded module, of a ScriptModule, or of a module whose `forward` was replaced. Build them "
+            "in fp32.",
             stacklevel=2,
         )
 

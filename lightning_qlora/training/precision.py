@@ -51,9 +51,9 @@ from lightning_qlora.training.thawed import warn_of_thawed
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
-    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter. The adapters train, and in full
-    what has no pretrained values (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The
-    arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
+    The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter (Dettmers et al., "QLoRA:
+    Efficient Finetuning of Quantized LLMs", NeurIPS 2023). The adapters train. Parts without pretrained values, such as
+    a new head, train in full. The arguments are those of `QLoRAConfig`; `__init__` has their descriptions.
 
     Attributes:
         config: The arguments, checked.
@@ -122,11 +122,10 @@ class QLoRAPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert the module in place; of a converted module only the training mode is set.
+        """Convert the module in place. If it is converted already, only its training mode is set.
 
-        In `configure_model`, call it with what `fully_shard` or `parallelize_module` is about to split:
-        `self.trainer.precision_plugin.convert_module(self.model)`. Of a part of the LightningModule, all of it is
-        converted.
+        In `configure_model`, call `self.trainer.precision_plugin.convert_module(self.model)` before `fully_shard` or
+        `parallelize_module`. It converts the whole LightningModule, also if it gets a part of it.
         """
         trainer = _trainer_of(module) or self._trainer
         root = module

@@ -8,6 +8,7 @@ from html import escape
 
 from torch import Tensor, nn
 
+from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 
@@ -88,7 +89,8 @@ class ConversionReport:
         frozen_by_module: Bytes of the layers that the module itself froze before conversion.
         bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
-            1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred because a strategy shards the weight.
+            1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred, because a strategy shards the weight
+            or its adapter has dropout.
         full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
         full_precision_computes_in: The types that they compute in: "bfloat16", "float16".
         calibration: Status of adapters that are initialized from the first step; None if none are.
@@ -167,7 +169,7 @@ class ConversionReport:
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
         )
         for name, count in self.deferred_logits.items():
-            how = "not deferred (sharded)"
+            how = "not deferred (sharded, or its adapter has lora_dropout)"
             if count:
                 how = f"deferred, saves {size_text(count)} for each 1,000 tokens"
             lines.append(f"logits of {name or ROOT}: {how}")
@@ -220,7 +222,7 @@ def parameter_bytes(module: nn.Module) -> int:
         for name in BASE:
             tensor = getattr(layer, name)
             tensors[id(tensor)] = tensor
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(map(_nbytes, tensors.values()))
 
 
 def dense_bytes(module: nn.Module) -> int:
@@ -228,7 +230,12 @@ def dense_bytes(module: nn.Module) -> int:
     layers = packed_layers(module)
     of_layers = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(p.nbytes for p in module.parameters() if id(p) not in of_layers)
+    return dense + sum(_nbytes(p) for p in module.parameters() if id(p) not in of_layers)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; torch does not say them of sparse ones, which count as none."""
+    return tensor.nbytes if is_strided(tensor) else 0
 
 
 def group(name: str) -> str:

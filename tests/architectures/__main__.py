@@ -108,87 +108,70 @@ def results(kind, names):
 
 HEAD = """# Architectures
 
-Whether a model of transformers trains, saves, merges and reloads with the plugin, and how much of it is in 4 bits.
+Models of transformers that were built with a tiny configuration, converted and checked. Other models work in the same
+way if their layers are linear; the report of the conversion says what it found.
 
 Written by `python -m tests.architectures --write docs/architectures.md` with transformers {transformers} and torch
-{torch}, on a CPU. The checks are in `tests/architectures/checks.py`; `make test-all` runs all of them.
+{torch}, on a CPU. {total} architectures, {plain} of them without an exception:
 
-Each architecture is built with a tiny configuration, converted with rank 2 and checked in a process of its own:
+{names}
+
+The checks (`tests/architectures/checks.py`; `make test-all` runs them):
 
 {checks}
 
-"weights" and "in 4 bits" are those of the default configuration of each model in transformers, which is built without
-data: the share of all weights that `QLoRAPrecision()` puts in 4 bits, embeddings included. "the rest" names what holds
-more than 0.5% of the weights and stays in 16 bits.
+## Exceptions
 
-{totals}
+| architecture | check | what it does |
+| --- | --- | --- |
+{exceptions}
 
-| architecture | input | weights | in 4 bits | the rest | {columns} |
-| --- | --- | --- | --- | --- |{lines}
+## Much that stays in 16 bits
+
+Of most models more than 60% of the weights are in 4 bits. Less, with the default configuration of transformers:
+
+| architecture | in 4 bits | the rest |
+| --- | --- | --- |
+{shares}
 """
+NO_EXCEPTION = ("yes", "no: no language model")
 
 
 def page(rows):
-    """The page of the documentation."""
-    names = list(CHECKS)
-    body = []
-    notes: dict[str, int] = {}
+    """The page of the documentation: the names, and what is not as expected."""
+    names = ", ".join(f"`{one['architecture']}`" for one in rows)
+    notes: dict[tuple[str, str], list[str]] = {}
     for one in rows:
-        cells = []
-        for name in names:
-            result = one[name]
-            number = None if result == "yes" else notes.setdefault(result.removeprefix("no: "), len(notes) + 1)
-            cells.append("yes" if number is None else f"[{number}]")
-        first = [f"`{one['architecture']}`", one["input"], one["weights"], one["in 4 bits"], one["the rest"]]
-        body.append("| " + " | ".join(first + cells) + " |")
-    totals = ", ".join(f"{name} {sum(one[name] == 'yes' for one in rows)}" for name in names)
+        for name in CHECKS:
+            if one[name] not in NO_EXCEPTION:
+                note = re.sub(r" of this \w+", "", one[name].removeprefix("no: "))
+                note = re.sub(r"adapters of \d+ layers", "adapters of some layers", note).replace("|", "/")
+                notes.setdefault((name, note), []).append(f"`{one['architecture']}`")
+    shares = [one for one in rows if one["in 4 bits"] != "-" and float(one["in 4 bits"].rstrip("%")) < 60]
     head = HEAD.format(
         transformers=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
+        total=len(rows),
+        plain=sum(all(one[name] in NO_EXCEPTION for name in CHECKS) for one in rows),
+        names=names,
         checks="\n".join(f"- **{name}**: {check.__doc__}" for name, check in CHECKS.items()),
-        totals=f"{len(rows)} architectures. Passed: {totals}. Numbers in brackets are notes below the table.",
-        columns=" | ".join(names),
-        lines=" --- |" * len(names),
+        exceptions="\n".join(f"| {', '.join(kinds)} | {name} | {note} |" for (name, note), kinds in notes.items()),
+        shares="\n".join(f"| `{one['architecture']}` | {one['in 4 bits']} | {one['the rest']} |" for one in shares),
     )
-    return (
-        head + "\n".join(body) + "\n\n" + "\n".join(f"{number}. {note}" for note, number in notes.items()) + "\n" + TAIL
-    )
+    return head + TAIL
 
 
 TAIL = """
-## What stays in 16 bits
-
-- Embeddings, and output embeddings that `target_modules` does not name.
-- Routers of mixtures of experts, and weights that are tied to others (the blocks that Zamba 2 shares).
-- The joint `in_proj_weight` of `nn.MultiheadAttention`: a quarter of the weights of an `nn.TransformerEncoderLayer` of
-  feed-forward width 4 E, and at most 1.9% of the models above. torch multiplies with it inside one function, which
-  would keep the decoded weight until the backward pass, as it does for the smaller `out_proj`, which is converted. So 4
-  bits would need more memory in training than 16, except with gradient checkpointing.
-- The three-dimensional weights of XLNet's attention, 35.0% of it: its `einsum` would keep the decoded weight as well,
-  and PEFT has no adapter for them.
-- Convolutions, of kernel 1 too. Only SqueezeBERT is made of those (52.1% of it), and most of them have groups, so they
-  are no linear layers.
+- Embeddings, and output embeddings that `target_modules` does not name, stay in 16 bits, as do routers of mixtures of
+  experts, tied weights and convolutions.
+- So does the joint `in_proj_weight` of `nn.MultiheadAttention`: torch multiplies with it inside one function, which
+  would keep the decoded weight until the backward pass.
 - Layers so small that their adapter would not be smaller, or of at most 64 weights, train in full.
-
-## Folders of more classes
-
-`python -m tests.architectures --classes` makes the checks "loads", "merges" and "own folder" for one
-class of each architecture that transformers has, with a head if it can be built with one, and says why a class can't
-be built here. `python -m tests.architectures --classes molmo2 gemma4` makes them for these, and `--rows FILE`
-continues after an interruption. One run of the first two for all 638 architectures, on 2026-11-26 at commit
-e58e17e: 563 passed. Two were wrong, because a merge mistook square and 4-bit weights of Conv1D
-beside linear layers (CLVP, Decision Transformer); they pass since 5445f2a. 24 have nothing to convert (convolutions
-alone, or only a small head), 3 have names that PEFT can't tell apart (`save_adapter` says so: RF-DETR, LW-DETR,
-SwiftFormer), 2 are not loaded by transformers itself (`shieldgemma2`, `nemo_speechlm`), and 44 could not be built
-here: packages that were not installed, default configurations that transformers refuses, or more than 100 million
-parameters. One run of "own folder" for the same 638, on 2026-11-27: 566 passed, and the others are those above, and
-DBRX as in the table.
 
 ## What some models need
 
 - **RWKV** divides its weights in place in evaluation, validation included: `config.rescale_every = 0`, which gives the
-  same outputs. Training in eval mode with its cache is an error of autograd in the dense model too:
-  `config.use_cache = False`.
+  same outputs, and `config.use_cache = False` to train in eval mode.
 - **Reformer** runs its layers inside an autograd function: `model.train()` and `model.enable_input_require_grads()`.
 """
 

@@ -12,9 +12,11 @@ from tests.emulator.driver import emulated
 from tests.toys import needs
 
 CPU = torch.device("cpu")
-OTHERS = ("sm_75", "sm_89", "sm_90", "sm_120")  # no matrix product, the tiles of 99 KiB, wgmma, f32x2 and stmatrix
+OTHERS = ("sm_75", "sm_89", "sm_90", "sm_120")  # no product in Triton, the tiles of 99 KiB, wgmma, f32x2 and stmatrix
 # sm_90: both factors of wgmma in shared memory, one in registers, both transposed, of several experts.
 HOPPER = (("lora_project", 3), ("linear_into", 2), ("linear_backward", 1), ("grouped_linear", 1))
+# sm_75: to fp16 with a power of two; the sum of two products, with and without dropout, whose products are torch's.
+TURING = (("to_half", 0), ("lora_project", 6), ("linear_into", 6), ("linear_into", 7), ("linear_backward", 6))
 ROWS = 100  # cases with more take half of the time
 
 
@@ -25,7 +27,7 @@ def rows(arguments):
 
 
 def is_large(op, arguments):
-    return not op.startswith(("quant", "dequant", "adamw")) and rows(arguments) > ROWS
+    return not op.startswith(("quant", "dequant", "to_half", "adamw")) and rows(arguments) > ROWS
 
 
 def fault(target, op, number):
@@ -52,6 +54,12 @@ def test_ptx_for_sm_80(op):
 @pytest.mark.parametrize(("op", "number"), HOPPER)
 def test_products_of_hopper(op, number):
     assert fault("sm_90", op, number) is None
+
+
+@needs("triton", "3.9", "the emulator knows its PTX")
+@pytest.mark.parametrize(("op", "number"), TURING)
+def test_products_of_turing(op, number):
+    assert fault("sm_75", op, number) is None
 
 
 @pytest.mark.slow

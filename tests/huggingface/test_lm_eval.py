@@ -1,4 +1,4 @@
-"""lm-evaluation-harness scores a converted model, with the recipe of docs/data-types.md."""
+"""lm-evaluation-harness scores a converted model, with the recipe of docs/results.md."""
 
 import json
 

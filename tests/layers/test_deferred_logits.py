@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert
+from lightning_qlora.kernels import reference
 from lightning_qlora.layers import piecewise_cross_entropy
 from lightning_qlora.layers.deferred_head import defer_logits
 from lightning_qlora.layers.deferred_logits import DeferredLogits
@@ -201,6 +202,29 @@ def test_a_copy_of_the_head_defers_too(copied, kind):
     hidden = torch.randn(2, H, requires_grad=True)
     assert type(again) is type(head) and isinstance(again(hidden), DeferredLogits)
     torch.testing.assert_close(again(hidden) + 0, head(hidden) + 0)
+
+
+def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():
+    """In pieces, and at each read without a gradient, another mask was drawn."""
+    head = made_head("4-bit")
+    defer_logits(head)
+    head.lora_dropout = 0.5
+    hidden = torch.randn(21, H, requires_grad=True)
+    torch.manual_seed(5)
+    logits = head(hidden)
+    loss = F.cross_entropy(logits, labels(21))
+    loss.backward()
+    with torch.no_grad():
+        metric = F.cross_entropy(logits.float() + 0, labels(21))
+        assert torch.equal(logits + 0, logits + 0)
+    torch.manual_seed(5)
+    a, b = (p.detach().clone().requires_grad_() for p in (head.lora_A, head.lora_B))
+    dropped = reference.dropout(hidden.detach(), 0.5, head.dropout_seed())
+    expected = F.cross_entropy(hidden.detach() @ head.decode().T + head.scaling * dropped @ a.T @ b.T, labels(21))
+    expected.backward()
+    for ours, dense in ((loss, expected), (metric, expected), (head.lora_A.grad, a.grad), (head.lora_B.grad, b.grad)):
+        torch.testing.assert_close(ours, dense)
+    assert isinstance(head.eval()(hidden), DeferredLogits)  # no dropout, so it defers
 
 
 READS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}

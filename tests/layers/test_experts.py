@@ -147,6 +147,83 @@ def test_only_the_experts_that_tokens_reached_are_decoded_and_never_the_stack(mo
     assert len(called) == len(set(called)) == 2 * 2 * 2  # layers, experts of the one token, stacks
 
 
+def uses(tensor, parameter):
+    """How many functions of the graph of a tensor have a gradient for a parameter, each of its whole size."""
+    nodes = [tensor.grad_fn]
+    seen = {tensor.grad_fn}
+    count = 0
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if getattr(node, "variable", None) is parameter:
+                count += 1
+            elif node is not None and node not in seen:
+                seen.add(node)
+                nodes.append(node)
+    return count
+
+
+@pytest.mark.parametrize("build", [jetmoe, dbrx])
+def test_a_model_that_reads_one_expert_after_the_other_makes_one_gradient_of_all(build):
+    model = made(build)
+    convert_stacks(model)
+    loss = outputs(model).loss
+    parameters = [p for stack in stacks_of(model) for p in stack.adapter_parameters()]
+    assert {uses(loss, p) for p in parameters} == {1}
+
+
+def test_experts_that_are_read_by_number_train_as_dense_ones():
+    """Steps, two backward passes before a step, a pass without gradients, a copy, and new values in between."""
+    model = made(jetmoe)
+    dense = convert_stacks(model)
+    (name, owner, key, stack), *_ = expert_stacks(model)
+    base = stack.decode()
+    a, b = (p.detach().clone().requires_grad_() for p in (stack.lora_A, stack.lora_B))
+    optimizers = [torch.optim.AdamW(p, lr=0.1) for p in ([stack.lora_A, stack.lora_B], [a, b])]
+    draw = torch.Generator().manual_seed(0)
+    for step in range(6):
+        for _ in range(1 + step % 2):
+            x = torch.randn(3, base.shape[-1], generator=draw)
+            ours = sum((x @ getattr(owner, key)[i].T).square().mean() for i in range(len(stack)))
+            expected = (x @ (base + stack.scaling * b @ a).mT).square().mean((1, 2)).sum()
+            ours.backward()
+            expected.backward()
+            torch.testing.assert_close(ours, expected)
+        with torch.no_grad():
+            assert not getattr(owner, key)[1].sum().requires_grad
+        for ours, expected in ((stack.lora_A, a), (stack.lora_B, b)):
+            torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 3:
+            again = copy.deepcopy(pickle.loads(pickle.dumps(model)))
+            torch.testing.assert_close(again.get_submodule(name.rpartition(".")[0]).weight[1] + 0, stack.weight[1] + 0)
+            stack.lora_B.data = b.data = b.detach() * 2
+    assert name in dense
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        True,
+        False,
+        torch.tensor(True),
+        torch.tensor(1, dtype=torch.uint8),
+        None,
+        slice(1, 3),
+        [0, 2],
+        -1,
+        torch.tensor(3),
+    ],
+    ids=str,
+)
+def test_an_index_means_what_it_means_for_a_tensor(index):
+    model = made(qwen3_moe)
+    convert_stacks(model)
+    stack = model.model.layers[0].mlp.experts.down_proj
+    torch.testing.assert_close(stack[index] + 0, (stack + 0)[index])
+
+
 def test_a_parameter_becomes_one_module_with_one_gradient_for_all_experts():
     model = made(lambda: qwen3_moe(num_experts=16))
     before = len(list(model.modules()))

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,20 +175,24 @@ TOKENS = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
 
 
 @IN_16_BITS
-def test_outputs_and_gradients_are_those_of_the_model_in_16_bits(dtype):
+def test_outputs_and_gradients_are_as_close_to_fp32_as_those_of_the_model_in_16_bits(dtype):
     ours = tied(dtype)
     plain = tied(dtype).to(dtype)
+    exact = tied(dtype).float()
     assert {p.dtype for p in in_full(ours).values()} == {torch.float32}
-    y = ours(TOKENS)
-    expected = plain(TOKENS)
-    assert y.dtype is dtype and torch.equal(y, expected)
-    y.square().sum().backward()
-    expected.square().sum().backward()
-    for (name, p), other in zip(in_full(ours).items(), in_full(plain).values(), strict=True):
-        assert p.grad.dtype is torch.float32
-        torch.testing.assert_close(p.grad.to(dtype), other.grad, rtol=2e-2, atol=2e-2), name
+    outputs = [model(TOKENS) for model in (ours, plain, exact)]
+    assert outputs[0].dtype is dtype and outputs[2].dtype is torch.float32
+    for y in outputs:
+        y.square().sum().backward()
+    grads = [[p.grad for p in in_full(model).values()] for model in (ours, plain, exact)]
+    assert {grad.dtype for grad in grads[0]} == {torch.float32}
+    for y, other, expected in zip(
+        [outputs[0], *grads[0]], [outputs[1], *grads[1]], [outputs[2], *grads[2]], strict=True
+    ):
+        error = (y.float() - expected).norm()
+        assert error <= 1.3 * (other.float() - expected).norm() + 1e-3 * expected.norm()
     with torch.no_grad():
-        assert torch.equal(ours.eval()(TOKENS), plain.eval()(TOKENS))
+        assert torch.allclose(ours.eval()(TOKENS), plain.eval()(TOKENS), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile", "compile a block", "checkpoint", "autocast"])
@@ -246,21 +249,21 @@ def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_change
     assert [part.__class__.__name__ for part in model.modules()] == [
         part.__class__.__name__ for part in plain.modules()
     ]
-    assert not any(hasattr(part, "computes_in") for part in model.modules())
+    assert not any(hasattr(part, "types_before") for part in model.modules())
     assert (model.norm.weight == 1).all()
     assert 0 < (model.embedding.weight != 1).float().mean() < 0.3
 
 
 def test_what_cant_be_held_in_fp32_stays_and_is_named():
-    inner = pl.LightningModule()
-    inner.scale, inner.norm = nn.Parameter(torch.ones(16)), nn.LayerNorm(16)
-    hooked = nn.utils.spectral_norm(nn.Conv1d(16, 16, 1))
-    module = nn.ModuleDict({"inner": inner, "hooked": hooked, "linear": nn.Linear(16, 16)}).bfloat16()
-    with pytest.warns(UserWarning, match=r"^inner\.scale, hooked\.bias, hooked\.weight_orig: 288 elements train in 16"):
-        convert(module, r=1, target_modules=["linear"], modules_to_save=["inner", "hooked"])
+    scripted = torch.jit.script(nn.LayerNorm(16))
+    replaced = nn.Conv1d(16, 16, 1)
+    replaced.forward = lambda x: x
+    module = nn.ModuleDict({"a": scripted, "b": replaced, "norm": nn.LayerNorm(16), "linear": nn.Linear(16, 16)})
+    with pytest.warns(UserWarning, match=r"^a\.weight, a\.bias, b\.weight, b\.bias: 304 elements train in 16"):
+        convert(module.bfloat16(), r=1, target_modules=["linear"], modules_to_save=["a", "b", "norm"])
     types = {name: p.dtype for name, p in in_full(module).items()}
-    assert types["inner.scale"] is types["hooked.bias"] is types["hooked.weight_orig"] is torch.bfloat16
-    assert types["inner.norm.weight"] is torch.float32
+    assert types["a.weight"] is types["b.weight"] is torch.bfloat16
+    assert types["norm.weight"] is torch.float32
 
 
 class InBf16(Classifier):

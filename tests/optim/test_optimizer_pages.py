@@ -166,6 +166,10 @@ READS = {
     "get": lambda optimizer, param: optimizer.state.get(param).get("exp_avg"),
     "items": lambda optimizer, param: dict(optimizer.state.items())[param]["exp_avg"],
     "values": lambda optimizer, param: next(iter(optimizer.state.values()))["exp_avg"],
+    "{**entry}": lambda optimizer, param: {**optimizer.state[param]}["exp_avg"],
+    "dict": lambda optimizer, param: dict(dict(optimizer.state)[param])["exp_avg"],
+    "union": lambda optimizer, param: ({} | optimizer.state[param])["exp_avg"],
+    "pop": lambda optimizer, param: optimizer.state.pop(param).pop("exp_avg"),
     "state_dict": lambda optimizer, param: optimizer.state_dict()["state"][0]["exp_avg"],
     "deepcopy": lambda optimizer, param: next(iter(copy.deepcopy(optimizer).state.values()))["exp_avg"],
 }

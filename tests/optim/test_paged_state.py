@@ -46,15 +46,35 @@ def test_every_way_to_set_a_value_pages_it(param):
         lambda values, key: list(values.values()),
         lambda values, key: values.setdefault(key),
         lambda values, key: copy.deepcopy(values),
+        lambda values, key: copy.copy(values),
+        lambda values, key: values.copy(),
+        lambda values, key: {**values},
+        lambda values, key: dict(values),
+        lambda values, key: {} | values,
+        lambda values, key: values | {},
+        lambda values, key: {}.update(values),
+        lambda values, key: values.pop(key),
+        lambda values, key: values.popitem(),
     ],
 )
 def test_every_way_to_read_a_value_waits(param, read):
     recorder = Recorder({param: {"a": 1}})
     entry = recorder.state[param]
-    for values, key in ((recorder.state, param), (entry, "a")):
+    for values, key in ((entry, "a"), (recorder.state, param)):
         recorder.reads = 0
         read(values, key)
         assert recorder.reads > 0
+
+
+def test_a_popped_entry_is_gone_and_a_missing_one_is_an_error(param):
+    state = Recorder({param: {"a": 1}}).state
+    assert state[param].pop("a") == 1
+    assert state[param].pop("a", None) is None
+    with pytest.raises(KeyError):
+        state[param].pop("a")
+    assert state.pop("nobody", 3) == 3
+    assert "nobody" not in state
+    assert state.popitem() == (param, {})
 
 
 def test_the_step_counter_is_not_paged(param):
@@ -72,7 +92,9 @@ def test_it_behaves_like_the_state_torch_makes(param):
     assert "nobody" not in state
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda state: pickle.loads(pickle.dumps(state))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, PagedState.copy, lambda state: pickle.loads(pickle.dumps(state))]
+)
 def test_copies_are_plain(param, duplicate):
     state = Recorder({param: {"a": torch.ones(3)}}).state
     plain = duplicate(state)

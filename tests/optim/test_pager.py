@@ -1,4 +1,5 @@
 import gc
+from collections import defaultdict
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from lightning_qlora.optim.adamw import PagedAdamW
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.optim.pool import SEGMENT_BYTES
-from tests.optim.stand_in import assert_all_paged
+from tests.optim.stand_in import StandIn, assert_all_paged
 from tests.optim.test_optimizer_pages import assert_equal_parameters, model, train
 
 
@@ -91,8 +92,21 @@ def test_on_a_cpu_nothing_is_paged():
     pager = Pager()
     pager.attach(optimizer)
     train(net, optimizer, 1)
+    assert type(optimizer.state) is defaultdict
+    assert {type(entry) for entry in optimizer.state.values()} == {dict}
     assert pager.report().kind == "plain"
     assert "not paged" in str(pager.report())
+
+
+def test_state_is_paged_if_the_parameters_move_between_attach_and_the_first_step(monkeypatch):
+    """`Pager.attach` and PagedAdamW8bit(model.parameters()) may come before model.to(device)."""
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    Pager().attach(optimizer)
+    stand_in = StandIn("managed").install(monkeypatch)
+    train(net, optimizer, 1)
+    assert all(stand_in.owns(entry["exp_avg"]) for param, entry in optimizer.state.items() if param.numel() >= 4096)
+    assert stand_in.nbytes
 
 
 def test_what_is_no_optimizer_is_refused():

@@ -258,7 +258,7 @@ def test_an_adapter_that_names_no_base_is_one_error(tmp_path, capsys):
     lit = Lit(toy("llama"))
     convert(lit, **ARGUMENTS)
     save_adapter(perturb(lit), tmp_path / "adapter")
-    assert "names no base model. Pass it: --base-model FOLDER" in fails(
+    assert "names no base model. Pass it: --base_model FOLDER" in fails(
         ["merge", tmp_path / "adapter", tmp_path / "out"], capsys
     )
 

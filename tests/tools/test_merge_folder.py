@@ -354,7 +354,7 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
     save_adapter(lit, tmp_path / "adapter")
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")])
-    assert "To download it, pass its name: base_model='org/name' (--base-model org/name)." in capsys.readouterr().err
+    assert "To download it, pass its name: base_model='org/name' (--base_model org/name)." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base_model", "org/name"])
     assert asked == [True, False]

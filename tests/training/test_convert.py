@@ -245,3 +245,85 @@ def test_no_file_stays_mapped_and_tied_weights_stay_tied(tmp_path, while_loading
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.transposed, model.lm_head.weight.T)
     assert model.transposed.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process are in /proc on Linux only")
+def test_views_of_one_mapped_tensor_share_memory_after_conversion_too(tmp_path):
+    """Of other sizes and types, and in the middle of it; tensors beside each other in the file do not."""
+    torch.save(torch.arange(64.0), tmp_path / "whole.pt")
+    mapped = torch.load(tmp_path / "whole.pt", mmap=True)
+    module = nn.Sequential(nn.Linear(64, 64))
+    views = {"whole": mapped[:32], "first": mapped[:8], "middle": mapped[20:30:2], "beside": mapped[32:]}
+    views["bits"] = mapped.view(torch.int32)[30:32]
+    for name, view in views.items():  # as files are loaded: tensors that do not keep the one that they are a view of
+        part = (view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+        module[0].register_buffer(name, view.new_empty(0).set_(*part))
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    del mapped, views, view, part
+    convert(module, r=4)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    layer = module[0]
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+    shared = {name: value.untyped_storage().data_ptr() for name, value in module.named_buffers()}
+    assert len({shared["0.whole"], shared["0.first"], shared["0.middle"], shared["0.bits"]}) == 1
+    assert shared["0.beside"] != shared["0.whole"]
+    layer.whole[22] = 5.0
+    layer.bits.zero_()
+    assert layer.middle[1] == 5.0 and not layer.whole[30:].any()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["2"]}]
+)
+def test_what_is_converted_inside_inference_mode_trains(arguments):
+    modules = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    for module, mode in zip(modules, (True, False), strict=True):
+        with torch.inference_mode(mode):
+            convert(module, r=4, lora_dropout=0.0, **arguments)
+        module(torch.ones(2, 64)).square().mean().backward()
+        assert not any(parameter.is_inference() for parameter in module.parameters())
+    for ours, expected in zip(*(module.parameters() for module in modules), strict=True):
+        assert (ours.grad is None) == (expected.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, expected.grad)
+
+
+EYE = torch.eye(8)
+LAYOUTS = {
+    "coo": EYE.to_sparse,
+    "csr": EYE.to_sparse_csr,
+    "bsr": lambda: EYE.to_sparse_bsr((2, 2)),
+    "mkldnn": torch.ones(4, 4).to_mkldnn,
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("place", ["buffer", "persistent buffer", "parameter"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_that_is_not_strided_stays_as_it_is(layout, place):
+    """As the `alignment_heads` of openai-whisper, a sparse buffer."""
+    module = nn.Sequential(nn.Linear(64, 64))
+    tensor = LAYOUTS[layout]()
+    if place == "parameter":
+        tensor = nn.Parameter(tensor, requires_grad=False)
+        module.odd = tensor
+    else:
+        module.register_buffer("odd", tensor, persistent=place != "buffer")
+    plain = nn.Module()
+    if place == "parameter":
+        plain.odd = tensor
+    else:
+        plain.register_buffer("odd", tensor, persistent=place != "buffer")
+    report = convert(module, r=4)
+    assert report.converted == ["0"] and module.odd is tensor
+    assert "4-bit + adapter" in str(report)
+    state = module.state_dict()
+    assert ("odd" in state) == ("odd" in plain.state_dict())
+    if layout not in ("nested", "jagged"):  # torch loads none of these
+        module.load_state_dict(state)
+    module(torch.ones(1, 64)).sum().backward()
+    merge(module)
+    assert type(module[0]) is nn.Linear and module.odd is tensor

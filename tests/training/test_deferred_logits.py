@@ -530,7 +530,7 @@ def test_the_strategy_that_shards_is_in_the_report(trainer, monkeypatch):
     ).fit(module)
     torch.distributed.destroy_process_group()
     assert plugin.report.deferred_logits == {"model.lm_head": 0} and deferred(module) == []
-    assert "logits of model.lm_head: not deferred (sharded)" in str(plugin.report)
+    assert "logits of model.lm_head: not deferred (sharded, or its adapter has lora_dropout)" in str(plugin.report)
     assert all(loss < 10 for loss in module.losses)
 
 

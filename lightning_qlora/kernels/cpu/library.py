@@ -25,6 +25,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEP = 64  # c/matmul.h: rows of x are padded to a multiple of this
 MOST_ROWS = 64  # c/matmul.h: rows that `lora_linear` takes
 MOST_ROWS_SLOW = 8  # rows up to which it is faster for bf16 if weights cannot be looked up in registers
+MOST_ROWS_NARROW = 16  # c/few_rows.h: rows up to which it is faster with AVX2 and NEON
+GROUP = 32  # c/few_rows.h: weights of a row that are decoded together
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
 # Arguments of the functions: p pointer, l int64, i int, f float.
@@ -59,6 +61,7 @@ class Library:
         if not loaded.has_threads():
             self.form += ", one thread"
         self._bf16 = "bf16" in self.form
+        self._wide = "AVX-512" in self.form
         self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
         self._loaded = loaded
 
@@ -72,6 +75,8 @@ class Library:
         """Whether `lora_linear` was measured to be faster than decoding and torch's product."""
         if not self._multiplies or not 0 < m <= MOST_ROWS:
             return False
+        if not self._wide:
+            return m <= MOST_ROWS_NARROW and dtype is torch.float32 and weight.shape[1] % GROUP == 0
         if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
             return True
         return m <= MOST_ROWS_SLOW

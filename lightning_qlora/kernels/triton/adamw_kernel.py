@@ -248,11 +248,10 @@ def _step(kernel: triton.JITFunction, lists: list[list[Tensor]], scalars: AdamWS
         ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
     )
     likes = tensors[0][0], tensors[1][0]
-    launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats)
+    # Torch does not see that the kernels write. Autograd must know it, and so must checkpoints: a frozen parameter is
+    # saved only if its version says that it was trained.
+    launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats, lists[0])
     for column, copies in zip(lists, tensors, strict=True):
         for tensor, copy in zip(column, copies, strict=True):
             if copy is not tensor and column is not lists[1]:  # gradients do not change
                 tensor.copy_(copy)
-    # Torch does not see that the kernels write. Autograd must know it, and so must checkpoints: a frozen parameter is
-    # saved only if its version says that it was trained.
-    torch.autograd.graph.increment_version(lists[0])

@@ -16,8 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qlora.kernels.half import Half, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
+from lightning_qlora.kernels.triton.half import scaled, take_out, to_half
+from lightning_qlora.kernels.triton.launch import (
+    MAX_LAUNCHES,
+    Launch,
+    Tile,
+    find_tile,
+)
 from lightning_qlora.kernels.triton.lora_products import dropout_arguments, is_kept, rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -43,10 +50,10 @@ def _find_rows(ends, experts, tile, EXPERTS: tl.constexpr, M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _product_kernel(
-    packed, absmax, nested, levels8, levels, lora, ends, x, h, out, n_nested, experts, n, k, r, low, high, least_kept,
-    s,
+    packed, absmax, nested, levels8, levels, lora, ends, x, h, out, w_factor, lora_factor, x_factor, h_factor,
+    n_nested, experts, n, k, r, low, high, least_kept, s,
     BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr, DROPOUT: tl.constexpr,
-    EXPERTS: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    EXPERTS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes x W^T + s h B^T for M rows and N outputs, or backward x W + s drop(h A) for RUN inputs."""
     expert, first, end = _find_rows(ends, experts, tl.program_id(0), EXPERTS, M)
@@ -91,15 +98,18 @@ def _product_kernel(
             added += tl.dot(inputs, factors.to(h.dtype.element_ty), input_precision="ieee")
         if DROPOUT:
             added = tl.where(is_kept(place, low, high, least_kept), added, 0.0)
+        if HALF:
+            total = take_out(total, x_factor, w_factor)
+            added = take_out(added, h_factor, lora_factor)
         total += added * s
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _project_kernel(
-    lora, ends, x, out, experts, k, r, rank_stride, stride, low, high, least_kept, s,
-    BACKWARD: tl.constexpr, DROPOUT: tl.constexpr, EXPERTS: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
-    K: tl.constexpr,
+    lora, ends, x, out, lora_factor, x_factor, experts, k, r, rank_stride, stride, low, high, least_kept, s,
+    BACKWARD: tl.constexpr, DROPOUT: tl.constexpr, EXPERTS: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A program computes s drop(x) A^T, or backward s x B, for M rows and R ranks."""
     expert, first, end = _find_rows(ends, experts, tl.program_id(0), EXPERTS, M)
@@ -116,14 +126,16 @@ def _project_kernel(
             at = matrix + rank[None, :] * rank_stride + column[:, None] * stride
             factors = tl.load(at, mask=(rank < r)[None, :] & (column < k)[:, None], other=0.0)
             total += tl.dot(inputs, factors.to(x.dtype.element_ty), input_precision="ieee")
+        if HALF:
+            total = take_out(total, x_factor, lora_factor)
         place = row.to(tl.int64)[:, None] * r + rank[None, :]
         tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=(row < end)[:, None] & (rank < r)[None, :])
 
 
 @triton.jit(do_not_specialize=["low", "high", "least_kept"])
 def _gradients_kernel(
-    ends, h, x, out, n, r, rank_stride, stride, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ends, h, x, out, h_factor, x_factor, n, r, rank_stride, stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes s h^T drop(x) of the rows of one expert, for R ranks and N columns; zeros without rows."""
     expert = tl.program_id(2)
@@ -140,6 +152,8 @@ def _gradients_kernel(
         if DROPOUT:
             inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
         total += tl.dot(factors, inputs, input_precision="ieee")
+    if HALF:
+        total = take_out(total, h_factor, x_factor)
     at = out + expert.to(tl.int64) * r * n + rank[:, None] * rank_stride + column[None, :] * stride
     tl.store(at, (total * s).to(out.dtype.element_ty), mask=(rank < r)[:, None] & (column < n)[None, :])
 
@@ -156,22 +170,37 @@ def can_group(x: Tensor, weight: PackedBytes, lora: LoRA) -> bool:
 
 
 class Group:
-    """What the launches for one call have in common."""
+    """What the launches for one call have in common; `half`: all factors are of `Half`, and all results fp32."""
 
-    def __init__(self, x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> None:
+    def __init__(self, rows: int, ends: Tensor, weight: PackedBytes, lora: LoRA, half: bool = False) -> None:
         self.ends = ends
-        self.device = x.device
+        self.device = ends.device
+        self.half = half
         self.weight = weight
-        self.lora = lora
+        self.lora_a = self.factor(lora.a)
+        self.lora_b = self.factor(lora.b)
+        self.dtype = lora.a.dtype
         self.experts, self.r, _ = lora.a.shape
-        self.tile = find_tile("grouped", x.device, len(x) // self.experts)
-        self.tiles = len(x) // self.tile["M"] + min(len(x), self.experts)  # of M rows: no more, whatever the ends are
+        self.tile = find_tile("grouped", self.device, rows // self.experts)
+        self.tiles = rows // self.tile["M"] + min(rows, self.experts)  # of M rows: no more, whatever the ends are
 
-    def product(
-        self, x: Tensor, h: Tensor, out: Tensor, s: float, p: float, seed: Tensor | None, backward: bool
-    ) -> Tensor:
-        """Write the product with W and the adapter's second one to `out`; see the kernel."""
+    def factor(self, x: Tensor | Half) -> Half:
+        """A matrix as the kernels get it, which read the power of two only if `half`."""
+        if isinstance(x, Half):
+            return x
+        return to_half(x) if self.half else Half(x, x)
+
+    def new_zeros(self, x: Half, columns: int) -> Tensor:
+        """A result with as many rows as x."""
+        dtype = torch.float32 if self.half else x.values.dtype
+        return x.values.new_zeros(x.shape[0], columns, dtype=dtype)
+
+    def product(self, x: Half, h: Half, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
+        """The product with W and the adapter's second one; see the kernel."""
         weight = self.weight
+        w_factor = x.factor
+        if self.half:
+            weight, w_factor = scaled_weight(weight, scaled)
         _, n, k = weight.shape
         run = min(weight.block_size, 64)
         n_nested = weight.nested.shape[1] // 4 - 1
@@ -179,39 +208,43 @@ class Group:
         tables = tables_of_levels(weight.quant_type, self.device)
         if backward:
             columns = k // run
-            lora = self.lora.a
+            lora = self.lora_a
+            out = self.new_zeros(x, k)
         else:
             columns = -(-n // self.tile["N"])
-            lora = self.lora.b
+            lora = self.lora_b
+            out = self.new_zeros(x, n)
         run_product = _launch(
             _product_kernel, self.device, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), self.tile,
             BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
-            EXPERTS=triton.next_power_of_2(self.experts), RUN=run, R=rank_tile(self.r),
+            EXPERTS=triton.next_power_of_2(self.experts), HALF=self.half, RUN=run, R=rank_tile(self.r),
         )  # fmt: skip
-        run_product((*weight[:3], *tables, lora, self.ends, x, h, out), (*mask, s * scale))
+        factors = w_factor, lora.factor, x.factor, h.factor
+        tensors = *weight[:3], *tables, lora.values, self.ends, x.values, h.values, out, *factors
+        run_product(tensors, (*mask, s * scale))
         return out
 
-    def project(self, x: Tensor, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
+    def project(self, x: Half, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
         """s drop(x) A^T, or backward s x B: [rows, r]."""
         k = x.shape[1]
-        out = x.new_zeros(len(x), self.r)
+        out = self.new_zeros(x, self.r)
         rank = rank_tile(self.r)
         if backward:
-            lora = self.lora.b
+            lora = self.lora_b
             strides = (1, self.r)
         else:
-            lora = self.lora.a
+            lora = self.lora_a
             strides = (k, 1)
         mask, scale = dropout_arguments(p, seed, self.device)
         run = _launch(
             _project_kernel, self.device, (self.tiles, -(-self.r // rank), 1),
             (self.experts, k, self.r, *strides), self.tile, BACKWARD=backward,
-            DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), R=rank,
+            DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), HALF=self.half, R=rank,
         )  # fmt: skip
-        run((lora, self.ends, x, out), (*mask, s * scale))
+        run((lora.values, self.ends, x.values, out, lora.factor, x.factor), (*mask, s * scale))
         return out
 
-    def gradients(self, h: Tensor, x: Tensor, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
+    def gradients(self, h: Half, x: Half, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
         """s h^T drop(x) of every expert: [experts, r, columns of x], or [experts, columns of x, r] if transposed."""
         n = x.shape[1]
         rank = rank_tile(self.r)
@@ -222,12 +255,12 @@ class Group:
         else:
             shape = (self.experts, self.r, n)
             strides = (n, 1)
-        out = torch.empty(shape, dtype=self.lora.a.dtype, device=self.device)
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
         run = _launch(
             _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
-            (n, self.r, *strides), self.tile, DROPOUT=seed is not None, R=rank,
+            (n, self.r, *strides), self.tile, DROPOUT=seed is not None, HALF=self.half, R=rank,
         )  # fmt: skip
-        run((self.ends, h, x, out), (*mask, s * scale))
+        run((self.ends, h.values, x.values, out, h.factor, x.factor), (*mask, s * scale))
         return out
 
 
@@ -239,26 +272,27 @@ def _launch(
     return Launch(kernel, device, grid, numbers, tile, **constants)
 
 
-def grouped_linear(x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
+def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
     """See `reference.grouped_linear`."""
-    y = x.new_zeros(len(x), weight.shape[1])
-    if not len(x):
-        return y, x.new_zeros(0, lora.a.shape[1])
-    group = Group(x, ends, weight, lora)
-    xa = group.project(x, 1.0, lora.p, lora.seed, backward=False)
-    return group.product(x, xa, y, lora.scaling, 0.0, None, backward=False), xa
+    group = Group(x.shape[0], ends, weight, lora, isinstance(x, Half))
+    of_x = group.factor(x)
+    if not x.shape[0]:
+        return group.new_zeros(of_x, weight.shape[1]), group.new_zeros(of_x, group.r)
+    xa = group.project(of_x, 1.0, lora.p, lora.seed, backward=False)
+    return group.product(of_x, group.factor(xa), lora.scaling, 0.0, None, backward=False), xa
 
 
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
+    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.grouped_linear_backward`."""
-    grad_x = torch.zeros_like(x)
-    if not len(x):
-        return grad_x, torch.zeros_like(lora.a), torch.zeros_like(lora.b)
-    group = Group(x, ends, weight, lora)
-    grad_xa = group.project(grad, lora.scaling, 0.0, None, backward=True)
-    grad_a = group.gradients(grad_xa, x, 1.0, lora.p, lora.seed, transposed=False)
-    grad_b = group.gradients(xa, grad, lora.scaling, 0.0, None, transposed=True)
-    group.product(grad, grad_xa, grad_x, 1.0, lora.p, lora.seed, backward=True)
+    group = Group(x.shape[0], ends, weight, lora, isinstance(x, Half))
+    of_x = group.factor(x)
+    of_grad = group.factor(grad)
+    if not x.shape[0]:
+        return group.new_zeros(of_x, x.shape[1]), torch.zeros_like(lora.a), torch.zeros_like(lora.b)
+    grad_xa = group.factor(group.project(of_grad, lora.scaling, 0.0, None, backward=True))
+    grad_a = group.gradients(grad_xa, of_x, 1.0, lora.p, lora.seed, transposed=False)
+    grad_b = group.gradients(group.factor(xa), of_grad, lora.scaling, 0.0, None, transposed=True)
+    grad_x = group.product(of_grad, grad_xa, 1.0, lora.p, lora.seed, backward=True)
     return grad_x, grad_a, grad_b

@@ -11,6 +11,7 @@ no tile, and for a target without an entry "default" is used.
 """
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,19 +96,28 @@ class Launch:
         self._constants = tuple(constants[name] for name in names if name in constants)
         self._compiled: dict[tuple[torch.dtype, ...], tuple[Any, Any, Any]] = {}
 
-    def __call__(self, tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...] = ()) -> None:
-        """Run the kernel; `unspecialized`: floats, and 32-bit integers that it lists in `do_not_specialize`."""
+    def __call__(
+        self,
+        tensors: tuple[Tensor, ...],
+        unspecialized: tuple[int | float, ...] = (),
+        written: Sequence[Tensor] = (),
+    ) -> None:
+        """Run the kernel.
+
+        `unspecialized`: floats, and 32-bit integers that it lists in `do_not_specialize`. `written`: tensors that it
+        changes in place; their versions change after the kernel was compiled and loaded, and before it runs.
+        """
         index = self._index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(index):  # Triton launches on the current device
-                return self(tensors, unspecialized)
+                return self(tensors, unspecialized, written)
         addresses = 0
         for tensor in tensors:
             addresses |= tensor.data_ptr()
         types = tuple([tensor.dtype for tensor in tensors])
         # Unaligned addresses are left to Triton, which compiles another variant for them.
         compiled = None if addresses & 15 else self._compiled.get(types)
-        if compiled is not None:
+        if compiled is not None and not written:
             # As in CompiledKernel.__getitem__, without the hooks of Triton's profiler.
             run, function, metadata = compiled
             stream = driver.active.get_current_stream(index)
@@ -125,7 +135,12 @@ class Launch:
                 *self._constants,
             )
             return None
-        variant = self._kernel[self._grid](*tensors, *self._numbers, *unspecialized, **self._keywords)
+        arguments = (*tensors, *self._numbers, *unspecialized)
+        if written:
+            if isinstance(self._kernel, triton.JITFunction):  # the interpreter has nothing to compile
+                _ = self._kernel.warmup(*arguments, grid=self._grid, **self._keywords).run  # the property loads it
+            torch.autograd.graph.increment_version(written)
+        variant = self._kernel[self._grid](*arguments, **self._keywords)
         if isinstance(variant, CompiledKernel) and not addresses & 15:  # not under the interpreter
             self._compiled[types] = variant.run, variant.function, variant.packed_metadata
         return None

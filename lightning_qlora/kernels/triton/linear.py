@@ -14,14 +14,17 @@ needs no 16-bit copies.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qlora.kernels.half import Half, multiply, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.triton.half import scaled, to_half
 from lightning_qlora.kernels.triton.launch import (
     MAX_LAUNCHES,
     Launch,
@@ -31,40 +34,60 @@ from lightning_qlora.kernels.triton.launch import (
     share_memory,
     shared_launch,
 )
-from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import in_16_bits, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_codes, load_scales, weight_arguments
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
-def lora_project(x: Tensor, lora: LoRA) -> Tensor:
+def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
     """See `reference.lora_project`."""
-    return lora_down(x, lora.a, p=lora.p, seed=lora.seed)
+    return lora_down(x, _factor(lora.a, x), p=lora.p, seed=lora.seed)
 
 
-def linear_into(out: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+def linear_into(
+    out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+) -> None:
     """See `reference.linear_into`."""
-    lora_up(xa, lora.b, out, lora.scaling)
+    h = _factor(xa, x)
+    b = _factor(lora.b, x)
     if can_add_matmul(x, weight):
+        lora_up(h, b, out, lora.scaling)
         add_matmul_(out, x, weight, bias)
         return
-    out.addmm_(x, _decoded(weight, x.dtype).T)
+    if isinstance(x, Half):
+        divided, factor = scaled_weight(weight, scaled)
+        multiply(x.values, _decoded(divided, torch.float16).T, out)
+        lora_up(h, b, out, lora.scaling, factors=(x.factor, factor))
+    else:
+        lora_up(h, b, out, lora.scaling)
+        out.addmm_(x, _decoded(weight, x.dtype).T)
     if bias is not None:
         out.add_(bias)
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
-    a, b, scaling, p, seed = lora
-    grad_xa = lora_down(grad, b.T, scaling)
+    a, b, scaling, p, seed, _ = lora
+    grad_xa = _factor(lora_down(grad, _factor(b, grad).T, scaling), grad)
     grad_a = a.new_empty(a.shape)  # contiguous, as torch.compile was told
     grad_b = b.new_empty(b.shape)
-    lora_gradients(grad_xa, x, grad_a, xa, grad, grad_b, scaling, p, seed)
+    lora_gradients(grad_xa, x, grad_a, _factor(xa, grad), grad, grad_b, scaling, p, seed)
     if not needs_x:
         return None, grad_a, grad_b
-    grad_x = lora_up(grad_xa, a.T, torch.empty_like(x, memory_format=torch.contiguous_format), p=p, seed=seed)
+    a = _factor(a, grad).T
+    if isinstance(grad, Half):
+        divided, factor = scaled_weight(weight, scaled)
+        grad_x = multiply(grad.values, _decoded(divided, torch.float16))
+        return lora_up(grad_xa, a, grad_x, p=p, seed=seed, factors=(grad.factor, factor)), grad_a, grad_b
+    grad_x = lora_up(grad_xa, a, grad.new_empty(x.shape), p=p, seed=seed)
     return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
+
+
+def _factor(matrix: Tensor, like: Tensor | Half) -> Any:
+    """A matrix as it is multiplied: one of fp16 with a power of two if the other factor is."""
+    return to_half(matrix) if isinstance(like, Half) else matrix
 
 
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -84,6 +107,7 @@ def _matmul_kernel(
     bias,
     y,
     memory,
+    factor,
     n_nested,
     m,
     n,
@@ -92,6 +116,7 @@ def _matmul_kernel(
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     BIAS: tl.constexpr,
+    HALF: tl.constexpr,
     RUN: tl.constexpr,
     SPLIT: tl.constexpr,
     M: tl.constexpr,
@@ -117,6 +142,8 @@ def _matmul_kernel(
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, N, M)
         write &= is_last
+    if HALF:
+        total *= tl.load(factor)
     place = y + column.to(tl.int64)[None, :] * n + row[:, None]
     total += tl.load(place, mask=write, other=0.0).to(tl.float32)
     if BIAS:
@@ -124,41 +151,49 @@ def _matmul_kernel(
     tl.store(place, total.to(y.dtype.element_ty), mask=write)
 
 
-def can_add_matmul(x: Tensor, weight: PackedBytes) -> bool:
+def can_add_matmul(x: Tensor | Half, weight: PackedBytes) -> bool:
     """Whether `add_matmul_` can compute x W^T, x [m, k], and the table of tiles says that it is fast."""
     whole_runs = weight.shape[1] % min(weight.block_size, 64) == 0
-    return whole_runs and x.dtype != torch.float32 and x.numel() > 0 and bool(find_tile("matmul", x.device, x.shape[0]))
+    m = x.shape[0]
+    return whole_runs and in_16_bits(x) and m > 0 and bool(find_tile("matmul", x.device, m))
 
 
-def add_matmul_(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
-    """y += x W^T + bias, rounded once; y [m, n] contiguous and x [m, k] of the same 16-bit type; returns y."""
+def add_matmul_(y: Tensor, x: Tensor | Half, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
+    """y += x W^T + bias, rounded once; y [m, n] contiguous and x [m, k] of one 16-bit type, or fp32 and Half."""
     tensors, n_nested = weight_arguments(weight)
-    tile = find_tile("matmul", x.device, x.shape[0])
-    run, sums = _matmul(x.device, tile, x.shape[0], weight.shape, weight.block_size, n_nested, bias is not None)
+    m = x.shape[0]
+    tile = find_tile("matmul", x.device, m)
+    factor = y
+    if isinstance(x, Half):
+        rows, factor = x
+    else:
+        rows = x.contiguous()
+    choices: Any = {"BIAS": bias is not None, "HALF": factor is not y}
+    run, sums = _matmul(x.device, tile, (n_nested, m, *weight.shape), weight.block_size, **choices)
     addend = y
     if bias is not None:
         addend = bias.contiguous()
-    run((*tensors, x.contiguous(), addend, y, share_memory(sums, y)))
+    run((*tensors, rows, addend, y, share_memory(sums, y), factor))
     return y
 
 
 @lru_cache(MAX_LAUNCHES)
 def _matmul(
-    device: torch.device, tile: Tile, m: int, shape: tuple[int, int], block_size: int, n_nested: int, bias: bool
+    device: torch.device, tile: Tile, numbers: tuple[int, ...], block_size: int, **choices: Any
 ) -> tuple[Launch, int]:
-    n, k = shape
+    n_nested, m, n, k = numbers
     run = min(block_size, 64)
     grid = -(-n // tile["N"]), -(-m // tile["M"])
     return shared_launch(
         _matmul_kernel,
         device,
         grid,
-        (n_nested, m, n, k),
+        numbers,
         tile,
         k // run,
         tile["N"] * tile["M"],
         BLOCK_SIZE=block_size,
         DOUBLE_QUANT=n_nested >= 0,
-        BIAS=bias,
         RUN=run,
+        **choices,
     )

@@ -15,14 +15,17 @@ of the seed: the backward pass computes it again, and nothing stores it.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qlora.kernels.half import Half, multiply, product
 from lightning_qlora.kernels.reference import as_int32, dropout_threshold
 from lightning_qlora.kernels.scratch import is_capturing, scratch
+from lightning_qlora.kernels.triton.half import take_out
 from lightning_qlora.kernels.triton.launch import (
     MAX_LAUNCHES,
     NO_TILE,
@@ -74,9 +77,14 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
     return (as_int32(number), as_int32(number >> 32), least_kept), scale
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
-    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`."""
+def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor, scales: bool = True) -> Tensor:
+    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`.
+
+    Without `scales` what is kept is not divided by 1 - p.
+    """
     mask, scale = dropout_arguments(p, seed, x.device)
+    if not scales:
+        scale = 1.0
     _launch_of_dropout(x.device, find_tile("dropout", x.device), x.numel())((x, out), (*mask, scale))
     return out
 
@@ -92,6 +100,8 @@ def _down_kernel(
     w,
     out,
     memory,
+    x_factor,
+    w_factor,
     m,
     k,
     r,
@@ -103,6 +113,7 @@ def _down_kernel(
     least_kept,
     s,
     DROPOUT: tl.constexpr,
+    HALF: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
@@ -128,6 +139,8 @@ def _down_kernel(
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, M, R)
         write &= is_last
+    if HALF:
+        total = take_out(total, x_factor, w_factor)
     place = row.to(tl.int64)[:, None] * r + rank[None, :]
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
 
@@ -137,6 +150,10 @@ def _up_kernel(
     h,
     w,
     out,
+    h_factor,
+    w_factor,
+    first,
+    second,
     m,
     n,
     r,
@@ -147,26 +164,33 @@ def _up_kernel(
     least_kept,
     s,
     DROPOUT: tl.constexpr,
+    HALF: tl.constexpr,
+    ADD: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """A program computes M x N elements of the output."""
+    """A program computes M x N elements of the output, or adds them to what is there times two powers of two."""
     row = tl.program_id(1) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
     total = tl.zeros((M, N), tl.float32)
-    for first in tl.range(0, r, R):
-        rank = first + tl.arange(0, R)
+    for begin in tl.range(0, r, R):
+        rank = begin + tl.arange(0, R)
         at = h + row.to(tl.int64)[:, None] * r + rank[None, :]
         inputs = tl.load(at, mask=(row < m)[:, None] & (rank < r)[None, :], other=0.0)
         at = w + rank[:, None] * w_rank_stride + column[None, :] * w_stride
         weights = tl.load(at, mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0)
         total += tl.dot(inputs, weights.to(h.dtype.element_ty))
+    if HALF:
+        total = take_out(total, h_factor, w_factor)
     total *= s
     place = row.to(tl.int64)[:, None] * n + column[None, :]
     if DROPOUT:
         total = tl.where(is_kept(place, low, high, least_kept), total, 0.0)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    if ADD:
+        total += take_out(tl.load(out + place, mask=inside, other=0.0), first, second)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -176,6 +200,8 @@ def _gradient(
     x,
     out,
     memory,
+    h_factor,
+    x_factor,
     m,
     n,
     r,
@@ -187,6 +213,7 @@ def _gradient(
     least_kept,
     s,
     DROPOUT: tl.constexpr,
+    HALF: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
@@ -212,6 +239,8 @@ def _gradient(
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, R, N)
         write &= is_last
+    if HALF:
+        total = take_out(total, h_factor, x_factor)
     place = rank.to(tl.int64)[:, None] * out_rank_stride + column[None, :].to(tl.int64) * out_stride
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
 
@@ -225,6 +254,10 @@ def _gradients_kernel(
     grad,
     grad_b,
     memory,
+    grad_xa_factor,
+    x_factor,
+    xa_factor,
+    grad_factor,
     m,
     k,
     n,
@@ -240,6 +273,7 @@ def _gradients_kernel(
     s_a,
     s_b,
     DROPOUT: tl.constexpr,
+    HALF: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
@@ -255,6 +289,8 @@ def _gradients_kernel(
             x,
             grad_a,
             memory,
+            grad_xa_factor,
+            x_factor,
             m,
             k,
             r,
@@ -266,6 +302,7 @@ def _gradients_kernel(
             least_kept,
             s_a,
             DROPOUT,
+            HALF,
             SPLIT,
             R,
             M,
@@ -278,6 +315,8 @@ def _gradients_kernel(
             grad,
             grad_b,
             memory,
+            xa_factor,
+            grad_factor,
             m,
             n,
             r,
@@ -289,6 +328,7 @@ def _gradients_kernel(
             0,
             s_b,
             False,
+            HALF,
             SPLIT,
             R,
             M,
@@ -296,58 +336,104 @@ def _gradients_kernel(
         )
 
 
-def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r] in x's type."""
+def lora_down(x: Tensor | Half, w: Tensor | Half, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r] in x's type, or of `Half` in fp32."""
     m, k = x.shape
     r = w.shape[0]
     tile = _tile("lora_down", x, m, r)
     if not tile:
-        return torch.addmm(x.new_empty(()), _dropped(x, p, seed), w.to(x.dtype).T, beta=0, alpha=s)
+        return _product(_dropped(x, p, seed), w.T, s)
     mask, scale = dropout_arguments(p, seed, x.device)
-    run, sums = _down(x.device, tile, (m, k, r, *w.stride()), seed is not None)
-    out = x.new_empty(m, r)
-    run((x.contiguous(), w, out, share_memory(sums, out)), (*mask, s * scale))
+    of_x, of_w = _parts(x), _parts(w)
+    run, sums = _down(x.device, tile, (m, k, r, *of_w.values.stride()), seed is not None, isinstance(x, Half))
+    out = of_x.values.new_empty(m, r, dtype=_type_of_result(x))
+    tensors = of_x.values.contiguous(), of_w.values, out, share_memory(sums, out), of_x.factor, of_w.factor
+    run(tensors, (*mask, s * scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _down(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool) -> tuple[Launch, int]:
+def _down(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool) -> tuple[Launch, int]:
     m, k, r, *_ = numbers
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     steps = -(-k // tile["K"])
-    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, tile["M"] * rank, DROPOUT=dropout, R=rank)
+    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank}
+    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, tile["M"] * rank, **constants)
 
 
-def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """Write s h w^T, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out."""
+def lora_up(
+    h: Tensor | Half, w: Tensor | Half, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Write s h w^T, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out.
+
+    With `factors`, it is added to out times these two powers of two.
+    """
     m, n = out.shape
     r = w.shape[1]
     tile = _tile("lora_up", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
-        torch.addmm(h.new_empty(()), h, w.to(h.dtype).T, beta=0, alpha=s, out=out)
-        if seed is None:
-            return out
-        return dropout(out, p, seed, out=out)
+        return _up_by_torch(h, w, out, s, p, seed, factors)
     mask, scale = dropout_arguments(p, seed, h.device)
-    run = _up(h.device, tile, (m, n, r, *w.stride()[::-1]), seed is not None)
-    run((h, w, out), (*mask, s * scale))
+    of_h, of_w = _parts(h), _parts(w)
+    numbers = m, n, r, *of_w.values.stride()[::-1]
+    run = _up(h.device, tile, numbers, seed is not None, isinstance(h, Half), factors is not None)
+    first, second = factors or (out, out)
+    run((of_h.values, of_w.values, out, of_h.factor, of_w.factor, first, second), (*mask, s * scale))
     return out
 
 
+def _up_by_torch(
+    h: Tensor | Half, w: Tensor | Half, out: Tensor, s: float, p: float, seed: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The same where there is no tile."""
+    if isinstance(h, Half) and isinstance(w, Half) and out.numel():
+        added = multiply(h.values, w.values.T)
+        mask, scale = dropout_arguments(p, seed, h.device)
+        run = _combine(h.device, find_tile("dropout", h.device), out.numel(), seed is not None, factors is not None)
+        run((added, out, h.factor, w.factor, *(factors or (out, out))), (*mask, s * scale))
+        return out
+    _product(h, w.T, s, out)
+    return out if seed is None else dropout(out, p, seed, out=out)
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _combine_kernel(
+    added, out, h_factor, w_factor, first, second, n, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """SIZE elements of s `added`, or its dropout, plus what is there, each times its two powers of two."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    total = take_out(tl.load(added + i, mask=i < n, other=0.0), h_factor, w_factor) * s
+    if DROPOUT:
+        total = tl.where(is_kept(i, low, high, least_kept), total, 0.0)
+    if ADD:
+        total += take_out(tl.load(out + i, mask=i < n, other=0.0), first, second)
+    tl.store(out + i, total, mask=i < n)
+
+
 @lru_cache(MAX_LAUNCHES)
-def _up(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool) -> Launch:
+def _combine(device: torch.device, tile: Tile, n: int, dropout: bool, adds: bool) -> Launch:
+    grid = -(-n // tile["SIZE"]), 1, 1
+    return Launch(_combine_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
+
+
+@lru_cache(MAX_LAUNCHES)
+def _up(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool, adds: bool) -> Launch:
     m, n, r, *_ = numbers
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
-    return Launch(_up_kernel, device, grid, numbers, tile, fuse=True, DROPOUT=dropout, R=rank_tile(r))
+    constants: Any = {"DROPOUT": dropout, "HALF": half, "ADD": adds, "R": rank_tile(r)}
+    return Launch(_up_kernel, device, grid, numbers, tile, fuse=True, **constants)
 
 
 def lora_gradients(
-    grad_xa: Tensor,
-    x: Tensor,
+    grad_xa: Tensor | Half,
+    x: Tensor | Half,
     grad_a: Tensor,
-    xa: Tensor,
-    grad: Tensor,
+    xa: Tensor | Half,
+    grad: Tensor | Half,
     grad_b: Tensor,
     s: float,
     p: float = 0.0,
@@ -361,30 +447,57 @@ def lora_gradients(
     n, r = grad_b.shape
     tile = _tile("lora_gradients", x, m, r)
     if not tile:
-        grad_a.copy_(torch.mm(grad_xa.T, _dropped(x, p, seed)))
-        grad_b.copy_(torch.addmm(x.new_empty(()), grad.T, xa, beta=0, alpha=s))
+        grad_a.copy_(_product(grad_xa.T, _dropped(x, p, seed)))
+        grad_b.copy_(_product(grad.T, xa, s))
         return
     mask, scale = dropout_arguments(p, seed, x.device)
     numbers = (m, k, n, r, *grad_a.stride(), *grad_b.stride()[::-1])
-    run, sums = _gradients(x.device, tile, numbers, seed is not None)
-    tensors = (grad_xa, x.contiguous(), grad_a, xa, grad.contiguous(), grad_b, share_memory(sums, xa))
+    run, sums = _gradients(x.device, tile, numbers, seed is not None, isinstance(x, Half))
+    factors = [_parts(each) for each in (grad_xa, x, xa, grad)]
+    of_grad_xa, of_x, of_xa, of_grad = (factor.values.contiguous() for factor in factors)
+    memory = share_memory(sums, of_xa)
+    tensors = of_grad_xa, of_x, grad_a, of_xa, of_grad, grad_b, memory, *(factor.factor for factor in factors)
     run(tensors, (*mask, scale, float(s)))  # `Launch` keeps the kernel, and Triton compiles another one for an int
 
 
 @lru_cache(MAX_LAUNCHES)
-def _gradients(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool) -> tuple[Launch, int]:
+def _gradients(
+    device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool
+) -> tuple[Launch, int]:
     m, k, n, r, *_ = numbers
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
     steps = -(-m // tile["M"])
-    return shared_launch(
-        _gradients_kernel, device, grid, numbers, tile, steps, rank * tile["N"], DROPOUT=dropout, R=rank
-    )
+    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank}
+    return shared_launch(_gradients_kernel, device, grid, numbers, tile, steps, rank * tile["N"], **constants)
 
 
-def _tile(kernel: str, x: Tensor, m: int, r: int) -> Tile:
+def _parts(x: Tensor | Half) -> Half:
+    """The two tensors that a kernel gets; it reads no factor of a plain tensor."""
+    return x if isinstance(x, Half) else Half(x, x)
+
+
+def _type_of_result(x: Tensor | Half) -> torch.dtype:
+    return torch.float32 if isinstance(x, Half) else x.dtype
+
+
+def _product(a: Tensor | Half, b: Tensor | Half, s: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """s a b by torch, b rounded as a is."""
+    if isinstance(a, Half):
+        assert isinstance(b, Half)
+        return product(a, b, out).mul_(s)
+    assert not isinstance(b, Half)
+    return torch.addmm(a.new_empty(()), a, b.to(a.dtype), beta=0, alpha=s, out=out)
+
+
+def in_16_bits(x: Tensor | Half) -> bool:
+    """Whether a matrix is multiplied in 16 bits."""
+    return isinstance(x, Half) or x.dtype != torch.float32
+
+
+def _tile(kernel: str, x: Tensor | Half, m: int, r: int) -> Tile:
     """The tile for m rows of x; empty if torch computes the product."""
-    if not m or not r or x.dtype == torch.float32:
+    if not m or not r or not in_16_bits(x):
         return NO_TILE
     return find_tile(kernel, x.device, m)
 
@@ -394,9 +507,12 @@ def rank_tile(r: int) -> int:
     return min(max(16, int(triton.next_power_of_2(r))), 64)
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def _dropped(x: Tensor | Half, p: float, seed: Tensor | None) -> Any:
     """drop(x) in a buffer of the stream, or x itself without a seed."""
     if seed is None:
         return x
+    if isinstance(x, Half):  # values divided by 1 - p could pass the end of fp16: the factor is
+        values = x.values.contiguous()
+        return Half(dropout(values, p, seed, torch.empty_like(values), scales=False), x.factor / (1 - p))
     x = x.contiguous()
     return dropout(x, p, seed, out=scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape))

@@ -304,6 +304,33 @@ def test_a_variant_that_fails_in_mid_run_falls_back_without_a_change_of_the_run(
     assert calls.count(kernel) == 3 + len(failing), "an op that failed launches no kernel again"
 
 
+@pytest.mark.parametrize("in_8bit", [False, True], ids=["32-bit", "8-bit"])
+def test_a_step_that_raises_after_it_wrote_is_not_repeated(monkeypatch, recwarn, in_8bit):
+    """A second step from the moments of the first one would be silently wrong."""
+    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
+    launch = MODULE["launch"].Launch
+    run = launch.__call__
+
+    def writes_and_raises(self, *arguments):
+        run(self, *arguments)
+        raise RuntimeError("an error after the launch")
+
+    size = 4096 if in_8bit else 64
+    param = torch.nn.Parameter(torch.ones(size))
+    dense = torch.nn.Parameter(torch.ones(size))
+    optimizer = PagedAdamW8bit([param], lr=0.1)
+    param.grad = torch.linspace(-1, 1, size)
+    dense.grad = torch.linspace(-1, 1, size)
+    backends.backend(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "__call__", writes_and_raises)
+        with pytest.raises(RuntimeError, match="an error after the launch"):
+            optimizer.step()
+    torch.optim.AdamW([dense], lr=0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(param, dense, rtol=0, atol=2e-3)
+    assert not backends.backend(CPU).failures and not said(recwarn)
+
+
 def test_an_error_of_the_arguments_or_of_memory_is_raised_and_not_a_fall_back(monkeypatch, recwarn):
     monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
     made = backends.backend(CPU)

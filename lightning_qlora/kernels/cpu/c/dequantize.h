@@ -8,8 +8,10 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#ifdef __SSSE3__
+#if defined(__SSSE3__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 enum { FP32, BF16, FP16 };
@@ -109,6 +111,13 @@ static inline void table_fp16_as_fp32(float *table, const float *levels, float s
     for (int k = 0; k < 16; k++) table[k] = from_fp16(halves[k]);
 }
 
+#ifdef __aarch64__
+static inline uint8x16x2_t codes_of_16(const uint8_t *bytes) { /* the 32 codes of 16 bytes, in order */
+    uint8x16_t byte = vld1q_u8(bytes), first = vshrq_n_u8(byte, 4), second = vandq_u8(byte, vdupq_n_u8(15));
+    return (uint8x16x2_t){{vzip1q_u8(first, second), vzip2q_u8(first, second)}};
+}
+#endif
+
 /* out[i] = table[code[i]] for the 2n codes of n bytes; the vector code takes 16 bytes (32 codes) at a time. */
 static inline void look_up_16(uint16_t *out, const uint8_t *bytes, int64_t n, const uint16_t *table) {
     int64_t i = 0;
@@ -136,6 +145,15 @@ static inline void look_up_16(uint16_t *out, const uint8_t *bytes, int64_t n, co
             _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(l, h));
         }
     }
+#elif defined(__aarch64__)
+    uint8x16x2_t all = vld2q_u8((const uint8_t *)table); /* the low bytes of the 16 values, and their high bytes */
+    for (; i + 16 <= n; i += 16) {
+        uint8x16x2_t code = codes_of_16(bytes + i), value;
+        for (int k = 0; k < 2; k++) {
+            for (int b = 0; b < 2; b++) value.val[b] = vqtbl1q_u8(all.val[b], code.val[k]);
+            vst2q_u8((uint8_t *)(out + 2 * i + 16 * k), value);
+        }
+    }
 #endif
     for (; i < n; i++) out[2 * i] = table[bytes[i] >> 4], out[2 * i + 1] = table[bytes[i] & 15];
 }
@@ -160,6 +178,16 @@ static inline void look_up_32(float *out, const uint8_t *bytes, int64_t n, const
         __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)); /* bit 3 as the sign */
         _mm256_storeu_ps(out + 2 * i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
                                                        _mm256_permutevar8x32_ps(high, code), is_high));
+    }
+#elif defined(__aarch64__)
+    uint8x16x4_t all = vld4q_u8((const uint8_t *)table);
+    for (; i + 16 <= n; i += 16) {
+        uint8x16x2_t code = codes_of_16(bytes + i);
+        for (int k = 0; k < 2; k++) {
+            uint8x16x4_t value;
+            for (int b = 0; b < 4; b++) value.val[b] = vqtbl1q_u8(all.val[b], code.val[k]);
+            vst4q_u8((uint8_t *)(out + 2 * i + 16 * k), value);
+        }
     }
 #endif
     for (; i < n; i++) out[2 * i] = table[bytes[i] >> 4], out[2 * i + 1] = table[bytes[i] & 15];

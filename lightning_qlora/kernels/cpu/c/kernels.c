@@ -4,6 +4,7 @@
 enum { PIECE = 1 << 14 }; /* weights per task of a thread; a multiple of every block size */
 
 #include "matmul.h"
+#include "few_rows.h"
 #include "quantize.h"
 #include "dropout.h"
 
@@ -30,6 +31,8 @@ const char *form(void) {
     return "AVX-512";
 #elif defined(__AVX2__)
     return "AVX2";
+#elif defined(__aarch64__)
+    return "NEON";
 #else
     return "plain C";
 #endif

@@ -1,6 +1,5 @@
 /* A layer, y = x W^T + bias + s (x A^T) B^T, for few rows of x: W is decoded tile by tile into the L1 cache and never
-   written to memory. Only with AVX-512: with AVX2, decoding W to memory and calling torch's product was faster
-   (measured). */
+   written to memory. With AVX-512; few_rows.h is for AVX2 and NEON. */
 #ifdef __AVX512F__
 enum { TILE_ROWS = 4, TILE_BYTES = 4096, LANES = 16, STEP = 64, MOST_ROWS = 64 }; /* also in library.py */
 #define TILE_COLUMNS(T) (TILE_BYTES / (int64_t)sizeof(T))

@@ -1,0 +1,112 @@
+"""Half: a matrix in fp16 with a power of two beside it, whose products neither overflow nor lose small values.
+
+    x = 2^e values          the largest magnitude of `values` is from 2^13 to 2^14
+    x W^T = 2^e 2^f (values_x values_W^T)          fp16 times fp16, summed in fp32, and the powers taken out there
+
+A card without bf16 has tensor cores for fp16, whose numbers begin at 6e-8 and end at 65504. Activations can be larger,
+and gradients are smaller. With the power of two of the largest value, values that are up to 2^28 times smaller have 11
+bits (bf16 has 8), and those up to 2^38 times smaller have fewer. So nothing overflows, and a loss needs no scale. The
+power changes no digit, and the host does not wait for it. NaN and Inf stay what and where they are, because only finite
+values decide about the power.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
+
+MIDDLE = 13  # the largest magnitude becomes 2^MIDDLE to 2^(MIDDLE + 1): sums of scales and roundings stay below 65504
+BIAS = 127  # of the exponent in an fp32 number, which begins at bit 23
+MANTISSA = 23
+
+
+class Half(NamedTuple):
+    """A matrix: fp16 values times a power of two."""
+
+    values: Tensor  # fp16 [m, n]
+    factor: Tensor  # fp32 [1], on the device of the values
+
+    @property
+    def T(self) -> "Half":
+        """The transposed matrix, without a copy."""
+        return Half(self.values.mT, self.factor)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the matrix."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the values."""
+        return self.values.device
+
+    def part(self, index: int | slice) -> "Half":
+        """Some of the rows, or one matrix of a stack."""
+        return Half(self.values[index], self.factor)
+
+    def to_fp32(self) -> Tensor:
+        """The matrix in fp32, exact."""
+        return self.values.float() * self.factor
+
+
+def to_half(x: Tensor) -> Half:
+    """Round a matrix of any float type to fp16 with the power of two of its largest finite value."""
+    return Half(*scaled(x, torch.float16))
+
+
+def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x 2^-e in a type, and 2^e, fp32 [1]; a result of fp32 is exact."""
+    x = x.float()
+    # From the bits of an fp32 number, since a logarithm is rounded. Numbers below 2^-126 have the exponent 0.
+    exponent = (_largest(x).view(torch.int32) >> MANTISSA).sub_(MIDDLE).clamp_(min=1)
+    inverse = ((2 * BIAS - exponent) << MANTISSA).view(torch.float32)
+    return (x * inverse).to(dtype), (exponent << MANTISSA).view(torch.float32)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest finite magnitude, [1]; 0 if there is none."""
+    if not x.numel():
+        return x.new_zeros(1)
+    return torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
+
+
+def scaled_weight(weight: PackedBytes, scale: Any = scaled) -> tuple[PackedBytes, Tensor]:
+    """A 4-bit weight whose scales are divided by a power of two, so that it decodes to fp16, and the power, fp32 [1].
+
+    A weight with scales above 65504, or below the numbers of fp16, needs it. The power is that of the largest scale. Of
+    scales in 8 bits it is that of the second-level scales and the offset: a scale is at most twice the largest of them.
+    `scale` is the backend's `scaled`.
+    """
+    stored = weight.nested if weight.nested.numel() else weight.absmax
+    scales, factor = scale(aligned(stored).view(-1).view(torch.float32), torch.float32)
+    divided = scales.view(torch.uint8).view(stored.shape)
+    if weight.nested.numel():
+        return weight._replace(nested=divided), factor
+    return weight._replace(absmax=divided), factor
+
+
+def product(a: Half, b: Half, out: Tensor | None = None) -> Tensor:
+    """a b in fp32: a [m, k], b [k, n]; `out`: where to write it."""
+    return take_out(multiply(a.values, b.values, out), a.factor, b.factor)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product of fp16 matrices in fp32, without a rounding to fp16 between.
+
+    `torch.addmm` with another output type gives wrong results (pytorch issue 154086), so nothing is added here.
+    """
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if not a.shape[1]:
+        return out.zero_()
+    if a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)  # the products of fp16 numbers are exact in fp32
+
+
+def take_out(total: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Multiply a sum by two powers of two in place, the smaller first, so that only the result can overflow."""
+    return total.mul_(torch.minimum(first, second)).mul_(torch.maximum(first, second))

@@ -1,0 +1,198 @@
+"""Code that reads and writes what trains in full, in and outside of its forward pass, beside the module in 16 bits."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qlora import QLoRAPrecision, convert, merge
+from tests.conftest import loader
+from tests.toys import LLAMA
+
+transformers = pytest.importorskip("transformers")
+SIZE = 64
+CONFIG = transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": 1})
+
+
+def loaded():
+    """A model that was loaded from weights, in bf16: what stands beside it is new, and trains in full."""
+    torch.manual_seed(0)
+    weights = transformers.LlamaModel(CONFIG).bfloat16().state_dict()
+    return transformers.LlamaModel.from_pretrained(None, config=CONFIG, state_dict=weights, dtype=torch.bfloat16)
+
+
+class Mid(nn.Module):
+    """A part with a method beside its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(SIZE, SIZE) / 4)
+        self.norm = nn.LayerNorm(SIZE)
+
+    def encode(self, x):
+        return F.linear(x, self.weight)
+
+    def project(self, x):
+        return self.norm(x @ self.weight)
+
+    def forward(self, x):
+        return self.project(x)
+
+
+class Reads(pl.LightningModule):
+    """A module whose steps use parameters of its parts; `how` says which way."""
+
+    def __init__(self, how="forward"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.base = loaded()
+        self.mid = Mid()
+        self.seq = nn.Sequential(Mid())
+        self.head = nn.Linear(SIZE, 8, bias=False)
+        self.scale = nn.Parameter(torch.rand(SIZE))
+        self.scales = nn.ParameterList([nn.Parameter(torch.rand(SIZE))])
+        self.losses = []
+        self.bfloat16()
+
+    def _inner(self, h):
+        return F.linear(self.mid(h), self.mid.weight)
+
+    def hidden(self, x):
+        h = self.base(inputs_embeds=x.bfloat16()[:, None]).last_hidden_state[:, 0]
+        if self.how == "scale":
+            h = h * self.scale + self.scales[0]
+        if self.how == "encode":
+            h = self.mid.encode(h)
+        if self.how == "project":
+            h = self.seq[0].project(h)
+        if self.how == "checkpoint":
+            h = checkpoint(self._inner, h, use_reentrant=False)
+        if self.how == "reentrant":
+            h = checkpoint(self._inner, h, use_reentrant=True) + self.mid(h)
+        if self.how == "no_grad":
+            with torch.no_grad():
+                teacher = self.mid(h)
+            h = self.mid(h) + teacher
+        return h
+
+    def forward(self, x):
+        h = self.hidden(x)
+        if self.how == "matmul":
+            return h @ self.head.weight.T
+        if self.how == "linear":
+            return F.linear(h, self.head.weight)
+        assert isinstance(self.head.weight, nn.Parameter) and isinstance(self.scale, nn.Parameter)
+        return self.head(h)
+
+    def training_step(self, batch, _=0):
+        x, y = batch
+        loss = F.cross_entropy(self.forward(x).float(), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+WAYS = ["scale", "encode", "project", "checkpoint", "reentrant", "no_grad", "matmul", "linear"]
+ARGUMENTS = {"r": 1, "lora_dropout": 0.0}
+
+
+def losses_of(how, loop, trainer):
+    """The losses of three steps, the names without a gradient, and the module."""
+    module = Reads(how)
+    if loop == "trainer":
+        run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), enable_checkpointing=False, max_steps=3)
+        run.fit(module, loader())
+    else:
+        use = module
+        fabric = None
+        if loop == "fabric":
+            fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(**ARGUMENTS))
+            use = fabric.setup_module(module)
+        else:
+            convert(module, **ARGUMENTS)
+        if loop == "16 bits":
+            merge(module).base.requires_grad_(False)  # dense, with the decoded weights
+            assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        for batch, _ in zip(loader(), range(3), strict=False):
+            optimizer.zero_grad()
+            loss = use.training_step(batch)
+            fabric.backward(loss) if fabric else loss.backward()
+            optimizer.step()
+    missing = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    return module.losses, missing, module
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_reads_outside_of_a_forward_pass_compute_as_the_module_in_16_bits(how, trainer):
+    losses, missing, module = losses_of(how, "plain", trainer)
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    plain, missing_there, _ = losses_of(how, "16 bits", trainer)
+    torch.testing.assert_close(losses, plain, rtol=0, atol=0.02)
+    assert {name for name in missing if "lora_" not in name} == set(missing_there)
+    for loop in ("trainer", "fabric"):
+        assert losses_of(how, loop, trainer)[0] == losses
+
+
+class Writes(nn.Module):
+    """CLIP's clamp of its scale, and SwAV's normalized prototypes, written by the module that holds the layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = loaded()
+        self.logit_scale = nn.Parameter(torch.tensor(9.0))
+        self.prototypes = nn.Linear(SIZE, 8, bias=False)
+        self.bfloat16()
+
+    def forward(self, x):
+        self.logit_scale.data.clamp_(max=4.6)
+        with torch.no_grad():
+            weight = self.prototypes.weight
+            weight.copy_(F.normalize(weight, dim=1))
+        h = self.base(inputs_embeds=x[:, None]).last_hidden_state[:, 0]
+        return self.prototypes(h) * self.logit_scale.exp()
+
+
+def test_writes_in_a_forward_pass_arrive():
+    plain = Writes()
+    ours = Writes()
+    convert(ours, **ARGUMENTS)
+    x = torch.randn(4, SIZE).bfloat16()
+    y = ours(x)
+    expected = plain(x)
+    assert y.dtype is torch.bfloat16
+    assert ours.logit_scale.item() == pytest.approx(4.6)
+    assert torch.allclose(ours.prototypes.weight.norm(dim=1), torch.ones(8), atol=1e-5)
+    assert torch.allclose(ours.prototypes.weight, plain.prototypes.weight.float(), atol=1e-2)
+    assert ((y - expected).norm() / expected.norm()) < 0.15  # the 4-bit layers
+    y.sum().backward()
+    assert ours.logit_scale.grad is not None and ours.prototypes.weight.grad is not None
+
+
+def test_a_part_can_be_changed_by_torch_after_conversion():
+    """`weight_norm`, made after conversion."""
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)).bfloat16()
+    convert(model, **ARGUMENTS, target_modules=["0"], modules_to_save=["1"])
+    x = torch.randn(4, SIZE).bfloat16()
+    expected = model(x)
+    nn.utils.parametrizations.weight_norm(model[1])
+    y = model(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model[1].parameters())
+
+
+def test_an_exception_in_a_forward_pass_leaves_autocast_as_it_was():
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)).bfloat16()
+    convert(model, **ARGUMENTS, target_modules=["0"], modules_to_save=["1"])
+    with pytest.raises(RuntimeError):
+        model[1](torch.randn(4, 3).bfloat16())
+    assert not torch.is_autocast_enabled("cpu")

@@ -6,6 +6,8 @@ The package is imported when one of its names is first used, so that the command
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_qlora.lightning_copies import inherit_from_copies
+
 if TYPE_CHECKING:
     from lightning_qlora.adapters.merge import merge as merge
     from lightning_qlora.adapters.save_load import load_adapter as load_adapter
@@ -64,7 +66,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(f"{__name__}.training.precision")  # its changes to Lightning answer files of ours everywhere
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    if name in ("PagedOptimizer", "QLoRAPrecision"):
+        value = inherit_from_copies(value)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -21,11 +21,13 @@ def classes(kind: type[Class]) -> tuple[type[Class], ...]:
     return tuple(getattr(module, kind.__qualname__) for module in modules(kind.__module__))
 
 
-def inherit_from_copies(kind: type) -> None:
+def inherit_from_copies(kind: type[Class]) -> type[Class]:
     """Let a subclass of a class of `lightning` inherit from its copies too: the Trainer of a copy checks for those.
 
     Methods of `lightning` come first. Some methods check for classes of their own package: there the subclass calls
-    the method of the right copy itself.
+    the method of the right copy itself. A copy may be loaded later, so this is called for each use of the class: its
+    definition, its name in `lightning_qlora` (LightningCLI checks a class before it makes an object), and each object.
     """
     base: Any = kind.__bases__[0]
     kind.__bases__ = (base, *(copy for parent in base.__mro__ for copy in classes(parent)[1:]))
+    return kind

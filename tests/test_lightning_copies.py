@@ -1,5 +1,6 @@
 """The plugin and callback in `pytorch_lightning` and `lightning_fabric`: the results of `lightning`, bit for bit."""
 
+import importlib
 import sys
 
 import lightning.fabric as fabric
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import PagedOptimizer, QLoRAPrecision, load_from_checkpoint, save_adapter
+from lightning_qlora import PagedOptimizer, QLoRALinear, QLoRAPrecision, load_from_checkpoint, save_adapter
 from tests.conftest import loader, make_trainer
 
 other_pl = pytest.importorskip("pytorch_lightning")
@@ -145,3 +146,32 @@ def test_a_copy_may_be_loaded_after_the_plugin_class(monkeypatch):
     assert not isinstance(plugin, other_pl.plugins.Precision)
     monkeypatch.undo()
     assert isinstance(QLoRAPrecision(r=4), other_pl.plugins.Precision)
+
+
+YAML = """
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  plugins:
+    - class_path: lightning_qlora.QLoRAPrecision
+      init_args: {r: 4}
+  callbacks:
+    - class_path: lightning_qlora.PagedOptimizer
+"""
+
+
+@pytest.mark.parametrize("package", [pl, other_pl])
+def test_the_cli_of_both_takes_plugin_and_callback_from_yaml(tmp_path, package):
+    """It compares the classes with its own before it makes an object, here in a process that made none yet."""
+    cli = importlib.import_module(f"{package.__name__}.cli")
+    QLoRAPrecision.__bases__ = (pl.plugins.Precision,)
+    PagedOptimizer.__bases__ = (pl.Callback,)
+    (tmp_path / "config.yaml").write_text(YAML)
+    arguments = ["--config", str(tmp_path / "config.yaml"), f"--trainer.default_root_dir={tmp_path}"]
+    run = cli.LightningCLI(module_of(package), args=arguments, run=False, save_config_callback=None)
+    run.trainer.fit(run.model, loader())
+    assert type(run.model.net[0]) is QLoRALinear and run.model.net[0].lora_B.any()
+    assert any(isinstance(callback, PagedOptimizer) for callback in run.trainer.callbacks)

@@ -49,7 +49,7 @@ def weight() -> str:
         arrow(228, 57, 249, 57),
         box(252, 24, 104, BLUE, "256 scales:", "8-bit codes,", "one fp32 scale", height=66),
         arrow(356, 57, 377, 57),
-        box(380, 24, 92, BLUE, "three frozen", "uint8", "parameters", height=66),
+        box(380, 24, 92, BLUE, "three frozen", "uint8", "tensors", height=66),
         text(240, 116, "4 + 8/64 + 32/(64 * 256) = 4.127 bits for a weight"),
     ]
     return svg(132, *parts, label="A weight becomes 4-bit codes, 8-bit scales and fp32 scales of the scales")

@@ -17,6 +17,7 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
+from lightning_qlora.layers.held_types import release
 from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer, cancel_calibration
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.packed_linear import to_dense
@@ -66,6 +67,8 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
+
+    release(module)
 
     def merged(layer: LoRALayer) -> Tensor:
         weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
 from lightning_qlora.config import first_match
+from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
@@ -128,10 +129,15 @@ def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
     is_transposed = bool(getattr(owner, "is_transposed", False))
     experts = owner._modules.get(stack_name(key))
-    if not isinstance(experts, QLoRAExperts):
-        return ExpertStack(_shape(owner, key)[0], wrappers, is_transposed, swapped_by_peft=False, flat=False)
-    transposed = experts._transposed
-    return ExpertStack(len(experts), wrappers, transposed, transposed != is_transposed, experts.flat)
+    if isinstance(experts, QLoRAExperts):
+        number, transposed, flat = len(experts), experts._transposed, experts.flat
+    else:
+        shape = _shape(owner, key)
+        number, transposed, flat = shape[0], is_transposed, False
+        for parameter in expert_parameters(owner):  # as conversion will see it
+            if parameter.key == key:
+                number, transposed, flat = parameter.experts, parameter.transposed, len(shape) == 2
+    return ExpertStack(number, wrappers, transposed, transposed != is_transposed, flat)
 
 
 def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:

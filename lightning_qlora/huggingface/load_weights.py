@@ -27,12 +27,14 @@ from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.fp32_module import held_type
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import (
     is_transformers_model,
     join,
     named,
     named_tensors,
+    owner_name,
     parameter_name,
 )
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
@@ -82,7 +84,11 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
             )
         _, tensors, key = places[0]
         empty = tensors[key]
-        value = _with_data(empty, _read(folder, name, tuple(empty.shape)), device)
+        value = _read(folder, name, tuple(empty.shape))
+        dtype = held_type(module.get_submodule(owner_name(names[0])), key)
+        if dtype is not None:
+            value = value.to(dtype)  # rounded as where the module is not held in fp32
+        value = _with_data(empty, value, device)
         for _, tensors, key in places:
             tensors[key] = value
     renew(module)
@@ -146,7 +152,7 @@ def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.
     new.is_stack = layer.is_stack
     new._transposed = layer._transposed
     new.set_arguments(layer.config, name, layer.seed_name)
-    weights: Any = (weight.to(layer.weight_dtype) for weight in _read_matrices(name, layer, folder))
+    weights: Any = (weight.to(layer.dtype_before) for weight in _read_matrices(name, layer, folder))
     with named(name):
         if layer.is_stack:
             new.initialize(weights, device)

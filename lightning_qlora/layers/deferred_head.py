@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.disable_adapter import DISABLED
-from lightning_qlora.layers.full_precision import IN_16_BITS, FullPrecision, computed_in
+from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import Derived, derives, is_packed
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -41,8 +41,8 @@ class DeferredHead(Derived):
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        elif isinstance(head, FullPrecision) and head.autocast_dtype in IN_16_BITS:
-            dtype = head.autocast_dtype
+        elif isinstance(head, HeldTypes):
+            dtype = head.output_dtype or dtype
         return DeferredLogits(input, Source(input, head), dtype).attached()
 
 
@@ -167,9 +167,8 @@ def saved_bytes(head: Any) -> int:
     """
     if _has_dropout(head):
         return 0
-    if isinstance(head, QLoRALinear):
-        dtype = head.weight_dtype
-    else:
-        dtype = computed_in(head, "weight") or head.weight.dtype
+    dtype: torch.dtype = head.weight.dtype
+    if isinstance(head, HeldTypes):
+        dtype = head.output_dtype or dtype
     elements: int = 1000 * head.out_features
     return elements * (dtype.itemsize + 8)

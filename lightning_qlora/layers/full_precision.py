@@ -20,17 +20,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, in_fp32
 from lightning_qlora.layers.kinds import Derived, derives
 from lightning_qlora.layers.names import join
+from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.lightning_copies import classes
 
-IN_16_BITS = (torch.bfloat16, torch.float16)
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 # torch has no product of two types for the first, also under autocast, and a slow one for the second.
 TAKES_FP32 = (nn.Bilinear, nn.RMSNorm)
 
 
-class FullPrecision(Derived):
+class FullPrecision(HeldTypes, Derived):
     """What `class_for` adds to the class of a module.
 
     Attributes:
@@ -45,9 +46,16 @@ class FullPrecision(Derived):
     casts_output: bool = False
     class_before: type[nn.Module]
 
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The type of the output without autocast; None: that of the module without this class."""
+        if self.held_on is None and self.autocast_dtype in IN_16_BITS:
+            return self.autocast_dtype
+        return super().output_dtype
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module; a cast of the module casts what it computes in, too."""
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         types: dict[str, torch.dtype] = vars(self).get("types_before", {})
         for key, dtype in types.items():
             types[key] = _applied(fn, dtype)
@@ -81,6 +89,11 @@ def _under_autocast(method: Any, takes_fp32: bool) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         dtype = self.autocast_dtype
+        if self.held_on is not None:
+            if all(tensor.dtype is torch.float32 for _, tensor, _ in self.held_tensors()):  # FSDP may have cast them
+                args = in_fp32(args)
+                kwargs = {key: in_fp32(value) for key, value in kwargs.items()}
+            return method(self, *args, **kwargs)
         if dtype not in IN_16_BITS:
             return method(self, *args, **kwargs)
         if takes_fp32:
@@ -128,18 +141,18 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
     parents = _parents(module)
     in_16_bits: dict[int, str] = {}  # tied ones are held in fp32 if all of their modules can
     for name, owner, key, parameter, _ in trained:
-        can_derive = _can_derive(owner) and all(map(_can_derive, _users(owner, parents)))
-        if is_sharded(parameter) or not can_derive:
+        can_cast = can_derive(owner) and all(map(can_derive, _users(owner, parents)))
+        if is_sharded(parameter) or not can_cast:
             in_16_bits.setdefault(id(parameter), join(name, key))
     sizes: dict[str, int] = {}
     for _, owner, key, parameter, dtype in trained:
         if id(parameter) in in_16_bits:
             sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
-        _derive(owner).types_before[key] = dtype
+        derive(owner).types_before[key] = dtype
         for user in _users(owner, parents):
             _compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
-        if _can_derive(module):
+        if can_derive(module):
             _compute_in(module, dtype)
         cast_in_place(parameter, torch.float32)
     return sizes
@@ -163,12 +176,12 @@ def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Itera
             yield from _users(parent, parents)
 
 
-def _can_derive(part: nn.Module) -> bool:
+def can_derive(part: nn.Module) -> bool:
     """Whether the class of a module decides how it computes."""
     return "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule)
 
 
-def _derive(part: nn.Module) -> Any:
+def derive(part: nn.Module) -> Any:
     """The module, in place with a class that `class_for` returned."""
     if not isinstance(part, FullPrecision):
         vars(part)["types_before"] = {}
@@ -178,25 +191,10 @@ def _derive(part: nn.Module) -> Any:
 
 def _compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    part = _derive(part)
+    derive(part)
     if part.autocast_dtype not in IN_16_BITS:
         part.autocast_dtype = dtype
     part.casts_output = part.casts_output or casts_output
-
-
-def cast_in_place(tensor: Tensor, dtype: torch.dtype) -> None:
-    """Cast a parameter, and its gradient if there is one, in place: it stays the same object."""
-    grad = tensor.grad
-    tensor.grad = None
-    tensor.data = tensor.data.to(dtype)
-    if grad is not None:
-        tensor.grad = grad.to(dtype)
-
-
-def computed_in(module: nn.Module, key: str) -> torch.dtype | None:
-    """The 16-bit type in which a parameter in fp32 computes; None for any other."""
-    types: dict[str, torch.dtype] = vars(module).get("types_before", {})
-    return types.get(key)
 
 
 def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:

@@ -77,8 +77,8 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     more = {"adapter": {name: getattr(layer.config, name) for name in SAME_FUNCTION}}
     if is_sharded(layer.packed):
         entries = {prefix + name: getattr(layer, name).detach() for name in BASE}
-        shape, dtype, _ = layer.weight_metadata()
-        return entries | bnb_meta(key, shape, layer.quant_type, layer.block_size, dtype, more)
+        weight = layer.weight_bytes
+        return entries | bnb_meta(key, weight.shape, weight.quant_type, weight.block_size, layer.dtype_before, more)
     entries = {}
     for name, weight in zip(weight_keys(layer, key), layer.packed_weights, strict=True):
         entries |= weight.bnb_state_dict(name, more)
@@ -225,14 +225,17 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
             f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
             "training."
         )
+    device = layer.packed.device
+    if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
+        device = next(iter(entries.values())).device
     # A "calibrated" adapter depends on the weight only until the inputs were measured.
     from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
     if isinstance(packed, PackedBytes):
-        layer.set_bytes(packed.to(layer.packed.device), dtype)
+        layer.set_bytes(packed.to(device), dtype)
     elif packed is not None:
-        layer.set_packed_weights([weight.to(layer.packed.device) for weight in packed])
+        layer.set_packed_weights([weight.to(device) for weight in packed])
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.dense_weight is not None):
-        layer.initialize(entries[key], layer.packed.device)
+        layer.initialize(entries[key], device)
     else:
-        layer.quantize_weight(entries[key])
+        layer.quantize_weight(entries[key], device)
     return True

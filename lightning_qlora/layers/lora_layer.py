@@ -173,9 +173,14 @@ class LoRALayer(WithAdapter, PackedLayer):
             with torch.no_grad():
                 parameter.copy_(shard_like(value, parameter))
 
-    def quantize_weight(self, weight: Tensor) -> None:
-        """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config."""
-        rows = [self._as_stored(dense.detach()).to(self.packed.device) for dense in self.split_matrices(weight)]
+    def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
+        """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config.
+
+        It is quantized on `device`, None: that of the layer.
+        """
+        rows = [
+            self._as_stored(dense.detach()).to(device or self.packed.device) for dense in self.split_matrices(weight)
+        ]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def check_can_disable(self) -> None:
@@ -291,7 +296,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         else:
             norm = self.row_norm(matrix).clamp_min(TINY)
             y = dora_linear(x, weight, bias, lora, magnitude, norm)
-        if input_dtype is x.dtype or has_autocast(x.device.type):
+        if input_dtype is x.dtype or has_autocast(x.device.type) or self.held_on is not None:
             return y
         return y.to(input_dtype)
 

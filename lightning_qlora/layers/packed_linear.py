@@ -17,13 +17,14 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import gather, is_sharded, of_all_ranks, shard_like, world_size
 from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(HeldTypes, nn.Module):
     """Stores a 4-bit weight [out, in], or a stack of them [experts, out, in], in uint8 tensors."""
 
     weight: Tensor  # for code that reads it
@@ -32,7 +33,7 @@ class PackedLayer(nn.Module):
     nested: Tensor
     quant_type: QuantType
     block_size: int
-    weight_dtype: torch.dtype  # of the float weight, which it decodes to
+    weight_dtype: torch.dtype  # of the float weight, which it decodes to; fp32 where the layer is held in fp32
     dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
     _shape: tuple[int, ...]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
@@ -40,6 +41,17 @@ class PackedLayer(nn.Module):
     _fingerprint: int | None  # computed at the first use
     _base_squares: dict[int, Tensor]  # DoRA: number of a matrix -> sums of squares of its rows, from their first use
     _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
+
+    @property
+    def dtype_before(self) -> torch.dtype:
+        """The type of the float weight before conversion."""
+        types: dict[str, torch.dtype] = vars(self).get("held_types", {})
+        return types.get("weight", self.weight_dtype)
+
+    def restore_types(self) -> None:
+        """Give the weight, and the bias, the type of before."""
+        self.weight_dtype = self.dtype_before
+        super().restore_types()
 
     def set_packed_weights(self, weights: Sequence[PackedWeight]) -> None:
         """Replace the 4-bit weight of each matrix; the bytes are stored as they are."""
@@ -56,6 +68,9 @@ class PackedLayer(nn.Module):
         self.quant_type = stored.quant_type
         self.block_size = stored.block_size
         self.weight_dtype = dtype
+        if self.held_on is not None and self.weight_dtype is not torch.float32:
+            self.held_types["weight"] = self.weight_dtype
+            self.weight_dtype = torch.float32
         self._fingerprint = None
         self._base_squares = {}
         for name in BASE:
@@ -92,7 +107,7 @@ class PackedLayer(nn.Module):
     @property
     def packed_weights(self) -> list[PackedWeight]:
         """The 4-bit weight of each matrix, [out, in]; of a sharded layer they are gathered too."""
-        return [PackedWeight.from_bytes(weight, self.weight_dtype) for weight in self.whole_bytes.unbind()]
+        return [PackedWeight.from_bytes(weight, self.dtype_before) for weight in self.whole_bytes.unbind()]
 
     @property
     def packed_weight(self) -> PackedWeight:
@@ -146,7 +161,7 @@ class PackedLayer(nn.Module):
                 return applied
             return tensor.to(applied.device)
 
-        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_bytes, recurse)
         for name in self.__dict__.keys() & BASE:
             self.__dict__[name] = keep_bytes(self.__dict__[name])
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
@@ -153,7 +154,7 @@ def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
 
 
 MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
-for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
+for kind in (HeldTypes, PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 
 

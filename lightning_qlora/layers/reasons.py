@@ -46,20 +46,19 @@ class ModuleFacts:
     """What depends on the rest of the module."""
 
     def __init__(self, module: nn.Module) -> None:
-        owners: dict[int, set[int]] = defaultdict(set)
-        self.name_of: dict[int, str] = {}
+        owners: dict[int, dict[nn.Module, str]] = defaultdict(dict)
         for name, layer in module.named_modules():
             for key, parameter in layer._parameters.items():
                 if parameter is not None:
-                    owners[id(parameter)].add(id(layer))
-                    self.name_of.setdefault(id(parameter), join(name, key))
+                    owners[id(parameter)][layer] = join(name, key)
         # bitsandbytes freezes what it quantizes, so there the rest of a model decides whether the user froze it.
         self.trains = any(parameter.requires_grad for parameter in module.parameters())
         self.frozen_models: set[int] = set()
         for model in _models(module):
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 self.frozen_models |= {id(layer) for layer in model.modules()}
-        self.shared = {key for key, layers in owners.items() if len(layers) > 1}
+        # Id of a tied parameter -> the modules that hold it, with its name in each.
+        self.shared = {key: layers for key, layers in owners.items() if len(layers) > 1}
         self.output_embeddings = {id(layer) for layer in get_output_embeddings(module)}
         self.left_dense: set[int] = set()
         for model in module.modules():
@@ -82,23 +81,24 @@ class ModuleFacts:
         if isinstance(layer, ExpertParameter):
             if layer.loaded is not None:
                 return None
-            return self._cannot_quantize(layer.owner._parameters[layer.key])
+            return self._cannot_quantize(layer.owner, layer.owner._parameters[layer.key])
         if isinstance(layer, QLoRALinear):
             return None
         for key in ("weight", "bias"):
             if key not in layer._parameters:
                 return f"its {key} is computed (parametrized), not stored"
-        return self._cannot_quantize(layer._parameters["weight"], is_packed(layer))
+        return self._cannot_quantize(layer, layer._parameters["weight"], is_packed(layer))
 
-    def _cannot_quantize(self, weight: Any, in_4_bits: bool = False) -> str | None:
-        """Why a weight can't be quantized."""
+    def _cannot_quantize(self, owner: nn.Module, weight: Any, in_4_bits: bool = False) -> str | None:
+        """Why a weight of a module can't be quantized."""
         if weight.dtype not in FLOATS and not in_4_bits:
             reason = f"its weight is {str(weight.dtype).removeprefix('torch.')}"
             if "float8" in reason:
                 reason += "; load the model in configure_model or plugin.init(), where it is dequantized"
             return reason
         if id(weight) in self.shared:
-            return f"its weight is tied to {self.name_of[id(weight)]}"
+            others = [name for holder, name in self.shared[id(weight)].items() if holder is not owner]
+            return f"its weight is tied to {others[0]}"
         return None
 
     def not_by_default(self, name: str, layer: nn.Module | ExpertParameter, config: QLoRAConfig) -> str | None:

@@ -99,6 +99,7 @@ class Pager:
         self._pages.clear()
 
 
+@inherit_from_copies
 class PagedOptimizer(Callback):
     """Keep the optimizer state of a run in host memory and page it to the GPU for each step.
 

@@ -21,6 +21,7 @@ from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.fingerprint import is_strided
+from lightning_qlora.layers.fp32_module import Decide, Reasons, compute_in_fast_type, held_bytes
 from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -31,6 +32,7 @@ from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
+from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
@@ -41,6 +43,7 @@ from lightning_qlora.training.convert_checks import (
     warn_after_conversion,
     warn_of_fp16,
     warn_of_other_arguments,
+    warn_of_slow_products,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.training.patches import shard_bytes
@@ -81,6 +84,7 @@ def convert_module(
     sharded: bool = False,
     saved: SavedLayers | None = None,
     evaluating: bool = False,
+    decide: Decide = reason_for_fp32,
 ) -> ConversionReport:
     """`convert` with a config.
 
@@ -94,6 +98,7 @@ def convert_module(
         sharded: Whether a strategy shards the module afterwards. Its logits are not deferred.
         saved: The layers of a checkpoint, to convert these; None: those that the arguments choose.
         evaluating: Whether the module will not train, so that layers which were added later stay as they are.
+        decide: Why a device should hold a type in fp32 (`compute_in_fast_type`).
     """
     check_initialized(module)
     start = time.perf_counter()
@@ -102,7 +107,8 @@ def convert_module(
     conversion = conversion_of(module)
     if conversion is not None and (evaluating or not new):
         _convert_again(module, conversion, config)
-        return _report(module, Selection(), {}, bytes_before, start, deferred_heads(module))
+        reasons = _compute_in_fast_type(module, conversion.config, device, decide)
+        return _report(module, Selection(), {}, bytes_before, start, deferred_heads(module), reasons)
     for part in module.modules():
         check_no_layer_resized(part)
     check_has_data(module, later=sharded or dist.is_initialized())
@@ -125,6 +131,7 @@ def convert_module(
     frozen = freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     in_16_bits = train_in_full_precision(module)
+    reasons = _compute_in_fast_type(module, config, device, decide)
     if device is None or device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what was there
@@ -138,10 +145,20 @@ def convert_module(
     use_adapter_state_dict(module, config, given)
     if config.initialization == "calibrated" and choice.convert:
         Calibration(module, sharded)
-    report = _report(module, choice, frozen, bytes_before, start, deferred)
+    report = _report(module, choice, frozen, bytes_before, start, deferred, reasons)
     report.by_size = by_size
     warn_after_conversion(module, choice, config, report, in_16_bits, first=not kept)
+    warn_of_slow_products(module, device)
     return report
+
+
+def _compute_in_fast_type(
+    module: nn.Module, config: QLoRAConfig, device: torch.device | None, decide: Decide
+) -> Reasons:
+    """Hold the module in fp32 if its device is slow in its types, and the user asked for no other one; the reasons."""
+    if config.compute_dtype != "auto":
+        return {}
+    return compute_in_fast_type(module, device, decide)
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -296,6 +313,7 @@ def _report(
     bytes_before: int,
     start: float,
     deferred: dict[str, int],
+    reasons: Reasons,
 ) -> ConversionReport:
     """The report of a module that was converted; `start` is the time at which the conversion began."""
     trainable, total, bytes_after = count_parameters(module)
@@ -303,6 +321,7 @@ def _report(
     tokens = token_adapters(module)
     adapters: list[Any] = [*layers.values(), *tokens.values()]
     in_fp32 = list(full_precision_parameters(module))
+    held = {str(dtype).removeprefix("torch.") for dtype in reasons}
     tensors = dict(module.named_parameters(remove_duplicate=False))
     by_module = []  # weights of layers, and parameters of experts, that the module itself froze
     for name, reason in choice.skip.items():
@@ -326,6 +345,8 @@ def _report(
         bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in by_module),
         deferred_logits=deferred,
         full_precision_bytes=sum(parameter.nbytes for _, parameter, _ in in_fp32),
-        full_precision_computes_in=sorted({str(dtype).removeprefix("torch.") for _, _, dtype in in_fp32}),
+        held_in_fp32=list(reasons.values()),
+        held_bytes=held_bytes(module),
+        full_precision_computes_in=sorted({str(dtype).removeprefix("torch.") for _, _, dtype in in_fp32} - held),
         calibration=None if calibration is None else calibration.report,
     )

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,12 +15,14 @@ from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.kinds import is_linear
+from lightning_qlora.layers.lora_layer import DTYPES
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers, computes_in_fp16
 from lightning_qlora.layers.reasons import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.selection import WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
+from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
@@ -109,6 +112,23 @@ def warn_of_fp16(module: nn.Module) -> None:
             "Layers compute in fp16, in which small gradients become 0. To train in a loop of your own, scale the loss "
             "with torch.amp.GradScaler; the Trainer and Fabric with QLoRAPrecision do it. Or use compute_dtype='bf16'.",
             stacklevel=3,
+        )
+
+
+def warn_of_slow_products(module: nn.Module, device: torch.device | None) -> None:
+    """Warn if compute_dtype asks for a type in which the device of a module is slow."""
+    layer = next(iter(adapted_layers(module).values()), None)
+    if layer is None:
+        return
+    name = layer.config.compute_dtype
+    reason = None
+    if name in ("bf16", "fp16"):
+        reason = reason_for_fp32(device or layer.packed.device, DTYPES[name])
+    if reason is not None:
+        rank_zero_warn(
+            f"compute_dtype={name!r}: {reason}. With compute_dtype='auto' the module is held in fp32 here, and "
+            "computes in it; files and merged weights have the same types.",
+            stacklevel=2,
         )
 
 

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import local, world_size
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.full_precision import IN_16_BITS
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
+from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed

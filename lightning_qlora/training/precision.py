@@ -23,13 +23,14 @@ from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
-from lightning_qlora.layers.dtensor import clip_grad_norm
+from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.full_precision import full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_rank_0
 from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import computes_in_fp16
+from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
@@ -48,6 +49,7 @@ from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.thawed import warn_of_thawed
 
 
+@inherit_from_copies
 class QLoRAPrecision(Precision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
@@ -81,7 +83,7 @@ class QLoRAPrecision(Precision):
         self._evaluating = False
         self._has_batches = False
         self._trains_fp32 = False  # parameters that compute in fp32
-        self._computes_in_fp16 = False
+        self._computes_in_fp16: bool | None = False  # None: not known yet
         self._loss_scale: LossScale | None = None
 
     def __repr__(self) -> str:
@@ -138,7 +140,7 @@ class QLoRAPrecision(Precision):
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         converted_before = is_converted(root)
         shards = _shards_module(trainer)
-        report = convert_module(root, self.config, device, shards, evaluating=self._evaluating)
+        report = convert_module(root, self.config, device, shards, None, self._evaluating, _reason_of_all_ranks)
         if shards:
             to_parameters(root)
         else:
@@ -151,7 +153,8 @@ class QLoRAPrecision(Precision):
         self._module = weakref.ref(root)
         self._trained = set()
         self._trains_fp32 = self._trains_new_fp32_parts(root)
-        self._computes_in_fp16 |= computes_in_fp16(root)  # Fabric may convert several
+        if not self._computes_in_fp16:  # Fabric may convert several, and moves them to their device later
+            self._computes_in_fp16 = None
         if trainer is not None:
             guards.check_fsdp_groups(root)
             patches.requeue_between_batches(trainer)
@@ -200,6 +203,8 @@ class QLoRAPrecision(Precision):
     @property
     def loss_scale(self) -> LossScale | None:
         """The scale of the loss if layers compute in fp16, made at its first use, on the device of the layers."""
+        if self._computes_in_fp16 is None and self._root is not None:
+            self._computes_in_fp16 = computes_in_fp16(self._root)
         if self._computes_in_fp16 and self._loss_scale is None:
             layer = next(self._layers(), None)
             if layer is not None:
@@ -382,6 +387,11 @@ class QLoRAPrecision(Precision):
         self._has_batches = False
         self.pager.close()
         scratch.release()
+
+
+def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`reason_for_fp32`, the same on all ranks, which may run on different machines; all must call it."""
+    return next(filter(None, of_all_ranks(reason_for_fp32(device, dtype))), None)
 
 
 def _trainer_of(module: nn.Module | None) -> Trainer | None:

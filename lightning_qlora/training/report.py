@@ -92,7 +92,10 @@ class ConversionReport:
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred, because a strategy shards the weight
             or its adapter has dropout.
         full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
-        full_precision_computes_in: The types that they compute in: "bfloat16", "float16".
+        full_precision_computes_in: The types that they compute in: "bfloat16", "float16"; without those below.
+        held_in_fp32: Why the module is held in fp32 and computes in it, one reason for each 16-bit type that it had;
+            empty: it is not.
+        held_bytes: Bytes that this takes more.
         calibration: Status of adapters that are initialized from the first step; None if none are.
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             loaded from weights.
@@ -116,6 +119,8 @@ class ConversionReport:
     deferred_logits: dict[str, int] = field(default_factory=dict)
     full_precision_bytes: int = 0
     full_precision_computes_in: list[str] = field(default_factory=list)
+    held_in_fp32: list[str] = field(default_factory=list)
+    held_bytes: int = 0
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict, repr=False)
@@ -154,7 +159,12 @@ class ConversionReport:
         if in_full > 0:
             first += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
         lines = [first]
-        if self.full_precision_bytes:
+        if self.held_in_fp32:
+            lines.append(
+                f"{'; '.join(self.held_in_fp32)}: so all but the 4-bit weights is held in fp32 and computes in it "
+                f"({size_text(self.held_bytes)} more); files and merged weights have the types of before"
+            )
+        if self.full_precision_computes_in:
             lines.append(
                 f"what trains in full is held in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
                 f"{' and '.join(self.full_precision_computes_in)}"

@@ -408,3 +408,22 @@ def test_values_that_are_added_to_a_state_are_loaded():
     convert(expected, r=8)
     assert torch.equal(target[0].weight, old["0.weight"]) and torch.equal(target[3].packed, expected[3].packed)
     assert "0.weight" in target.state_dict()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_a_module_on_the_meta_device_takes_a_full_state_by_assignment(arguments):
+    """The bytes stayed on the meta device, and the next call ended the process."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    convert(module, r=4, lora_dropout=0.0, checkpoint="full", **arguments)
+    for layer in (module[0], module[2]):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(4, 64)
+    expected = module(x)
+    empty = copy.deepcopy(module).to("meta")
+    with pytest.raises(ValueError, match="0: x is on cpu, the 4-bit weight is on meta"):
+        empty(x)
+    empty.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    assert torch.equal(empty(x), expected)
+    empty(x).sum().backward()
+    module(x).sum().backward()
+    assert torch.equal(empty[0].lora_A.grad, module[0].lora_A.grad)

@@ -167,7 +167,8 @@ def tied(dtype=torch.bfloat16, modules=MODULES):
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
-    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules)
+    name = "bf16" if dtype is torch.bfloat16 else "fp16"  # also on a CPU that is slow in it
+    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules, compute_dtype=name)
     return model
 
 

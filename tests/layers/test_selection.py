@@ -385,3 +385,10 @@ def test_the_first_rule_that_applies_decides():
     del net[0].packed
     assert "an adapter of rank 64" in select_layers(net, QLoRAConfig(r=64)).train["0"]
     assert list(select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).convert) == ["0"]
+
+
+def test_the_reason_of_tied_layers_names_the_other_one():
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    module[1].weight = module[0].weight
+    reasons = convert(module, r=4).skipped
+    assert reasons == {"0": "its weight is tied to 1.weight", "1": "its weight is tied to 0.weight"}

@@ -12,7 +12,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.third_party.projects import PROJECTS
 
 pytestmark = pytest.mark.third_party
-DOCS = Path(__file__).parents[2] / "docs" / "compatibility.md"
+DOCS = Path(__file__).parents[2] / "docs" / "test-log.md"
 
 
 @pytest.fixture(params=PROJECTS)

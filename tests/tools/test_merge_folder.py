@@ -20,9 +20,11 @@ from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoin
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import elsewhere
+from tests.layers import test_experts as experts
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
@@ -250,6 +252,7 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
 KILLED = """
 import os, signal, sys
 from transformers import PreTrainedModel
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 PreTrainedModel.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 main(["merge", *sys.argv[1:]])
@@ -358,3 +361,26 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base_model", "org/name"])
     assert asked == [True, False]
+
+
+@pytest.mark.parametrize("build", [experts.llama4, experts.gpt_oss, experts.qwen3_moe, experts.jetmoe])
+@pytest.mark.parametrize("kind", ["quantized", "float"])
+def test_experts_beside_linear_layers(build, kind, tmp_path):
+    """Llama 4: the folder names the shared experts as parameters too, and the stacks are [experts, in, out]."""
+    model_class = type(experts.made(build))
+    experts.made(build).save_pretrained(tmp_path / "base")
+    model = model_class.from_pretrained(tmp_path / "base")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    convert(model, r=2, lora_dropout=0.0)
+    torch.manual_seed(0)
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    merge_folder(tmp_path / "base", read_adapter(tmp_path / "adapter"), tmp_path / "out", base=kind)
+    merged = model_class.from_pretrained(tmp_path / "out").state_dict()
+    for name, layer in layers.items():
+        key = name if layer.is_stack else f"{name}.weight"
+        base = layer.decode() if kind == "quantized" else weights[key]
+        delta = layer._as_stored(layer.scaling * layer.lora_B @ layer.lora_A).detach()
+        torch.testing.assert_close(merged[key], base + delta)

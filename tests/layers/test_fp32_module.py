@@ -1,0 +1,248 @@
+"""A module in 16 bits on a CPU whose 16-bit products are slow: held in fp32, and nobody else notices.
+
+Without oneDNN torch has no fast 16-bit product, on every machine.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, merge, save_adapter
+from lightning_qlora.layers.slow_types import reason_for_fp32
+from tests.conftest import Classifier, loader
+from tests.toys import ARGUMENTS, ids, toy
+
+pytest.importorskip("transformers")
+IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@pytest.fixture
+def slow():
+    """As on a processor without fast 16-bit products."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+class Products(TorchDispatchMode):
+    """The types of the tensors that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"):
+            self.types |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def model(dtype, name="llama", **changes):
+    """A model whose values 16 bits hold exactly, in a type."""
+    return toy(name, **changes).bfloat16().half().float().to(dtype)
+
+
+def step(module, **inputs):
+    inputs = inputs or {"input_ids": ids(), "labels": ids()}
+    with Products() as products:
+        loss = module(**inputs).loss
+        loss.backward()
+    return loss, products.types
+
+
+def trained(module):
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@IN_16_BITS
+@pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head", "norm"]}])
+def test_a_step_is_that_of_an_fp32_run(slow, dtype, extra):
+    narrow = model(dtype)
+    report = convert(narrow, **ARGUMENTS, **extra)
+    wide = model(torch.float32)
+    convert(wide, **ARGUMENTS, **extra)
+    loss, types = step(narrow)
+    expected, _ = step(wide)
+    assert types == {torch.float32} and torch.equal(loss, expected)
+    assert (
+        {p.dtype for p in narrow.parameters()} == {torch.float32} == {narrow.model.layers[0].mlp.up_proj.weight.dtype}
+    )
+    for (name, p), other in zip(trained(narrow).items(), trained(wide).values(), strict=True):
+        assert torch.equal(p.grad, other.grad), name
+    assert "held in fp32" in report.summary() and report.held_bytes > 0
+    narrow.generate(ids(), max_new_tokens=2)
+
+
+def test_an_explicit_type_stays_and_one_warning_has_the_factor(slow):
+    module = model(torch.bfloat16)
+    with pytest.warns(
+        UserWarning, match=r"compute_dtype='bf16': on this CPU a product takes \d+ times as long"
+    ) as caught:
+        convert(module, **ARGUMENTS, compute_dtype="bf16")
+    assert len([each for each in caught if "times as long" in str(each.message)]) == 1
+    assert module.lm_head.weight.dtype is torch.bfloat16
+    assert module(ids()).logits.dtype is torch.bfloat16
+
+
+def test_merged_weights_and_state_dicts_have_the_types_of_before(slow):
+    module = model(torch.bfloat16)
+    classes = [type(part) for part in module.modules()]
+    convert(module, **ARGUMENTS, modules_to_save=["norm"], checkpoint="full")
+    state = module.state_dict()
+    assert state["lm_head.weight"].dtype is torch.bfloat16
+    assert state["model.norm.weight"].dtype is torch.float32  # it trains
+    with torch.no_grad():
+        module.lm_head.weight[0, 0] = 1 + 2**-12  # what 16 bits don't hold stays
+    assert module.state_dict()["lm_head.weight"].dtype is torch.float32
+    merge(module)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert [type(part) for part in module.modules()] == classes
+    assert module(ids()).logits.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("from_slow", [True, False])
+def test_checkpoints_and_adapters_move_both_ways(from_slow, tmp_path):
+    def converted(is_slow):
+        with torch.backends.mkldnn.flags(enabled=not is_slow):
+            module = model(torch.bfloat16)
+            convert(module, **ARGUMENTS, modules_to_save=["norm"])
+        assert (module.lm_head.weight.dtype is torch.float32) is is_slow
+        return module
+
+    source = converted(from_slow)
+    with torch.no_grad():
+        for p in trained(source).values():
+            p.add_(torch.randn_like(p) / 100)
+    state = source.state_dict()
+    target = converted(not from_slow)
+    target.load_state_dict(state)
+    assert {name: value.dtype for name, value in target.state_dict().items()} == {
+        name: value.dtype for name, value in state.items()
+    }
+    save_adapter(source, tmp_path)
+    other = converted(not from_slow)
+    load_adapter(other, tmp_path)
+    for module in (target, other):
+        assert all(torch.equal(p, trained(source)[name]) for name, p in trained(module).items())
+    assert all(torch.equal(a, b) for a, b in zip(merge(target).parameters(), merge(source).parameters(), strict=True))
+
+
+class Casts(nn.Module):
+    """Code that casts to a constant type, or to that of the model."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.convolution = nn.Conv1d(8, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.BatchNorm1d(8)
+        self.recurrent = nn.GRU(8, 64, batch_first=True)
+        self.linear = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        dtype = torch.bfloat16
+        if self.how == "model":
+            dtype = next(self.parameters()).dtype
+        x = self.convolution(x.to(dtype)).to(dtype)
+        x = self.norm(x).transpose(1, 2).to(dtype)
+        x = self.attention(x, x, value=x)[0]
+        x = self.linear(self.recurrent(x.to(dtype))[0].to(dtype))
+        return self.head(x.to(dtype))
+
+
+@pytest.mark.parametrize("how", ["constant", "model"])
+def test_code_that_casts_its_input_works(slow, how):
+    module = Casts(how).bfloat16()
+    assert module.norm.running_mean.dtype is torch.bfloat16
+    convert(module, r=2, target_modules=["linear"], lora_dropout=0.0)
+    wide = Casts("model").bfloat16().float()
+    convert(wide, r=2, target_modules=["linear"], lora_dropout=0.0)
+    x = torch.randn(2, 8, 5)
+    y = module(x)
+    torch.testing.assert_close(y.float(), wide(x), atol=0.05 if how == "constant" else 0, rtol=0)
+    y.sum().backward()
+    assert module.norm.running_mean.dtype is torch.float32
+    assert module.state_dict()["norm.running_mean"].dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile", "meta", "again", "assign"])
+def test_it_stays_with_copies_and_goes_with_the_device(slow, how):
+    module = model(torch.bfloat16)
+    convert(module, **ARGUMENTS)
+    expected = module(ids()).logits.detach()
+    use = module
+    if how == "deepcopy":
+        use = copy.deepcopy(module)
+    if how == "pickle":
+        use = pickle.loads(pickle.dumps(module))
+    if how == "compile":
+        use = torch.compile(module, backend="aot_eager")
+    if how == "assign":
+        use.load_state_dict(module.state_dict(), assign=True)
+    if how == "meta":
+        use = module.to("meta")
+    if how == "again":
+        with torch.backends.mkldnn.flags(enabled=True):
+            if reason_for_fp32(torch.device("cpu"), torch.bfloat16):
+                pytest.skip("this CPU has no fast product in bf16")
+            convert(module, **ARGUMENTS)
+    if how in ("meta", "again"):
+        dense = [p for p in use.parameters() if not p.requires_grad]
+        assert {p.dtype for p in dense} == {torch.bfloat16} == {use.model.layers[0].mlp.up_proj.weight.dtype}
+    else:
+        assert torch.equal(use(ids()).logits, expected)
+
+
+def test_a_cast_by_the_user_is_what_the_user_asked_for(slow):
+    module = model(torch.bfloat16)
+    convert(module, **ARGUMENTS)
+    module.half()
+    assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight.dtype is torch.float16
+    module.float()
+    assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight.dtype is torch.float32
+
+
+class In16Bits(Classifier):
+    """It casts to a constant type, as code of a server does."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.dtype_of_code = dtype
+        self.net = self.net.to(dtype)
+
+    def forward(self, x):
+        return self.net(x.to(self.dtype_of_code)).float()
+
+
+@IN_16_BITS
+def test_all_loops_compute_in_fp32_without_a_loss_scale(slow, dtype, trainer):
+    arguments = {"r": 4, "lora_dropout": 0.0, "modules_to_save": ["2"]}
+    module = In16Bits(dtype)
+    run = trainer(plugins=QLoRAPrecision(**arguments), enable_checkpointing=False)
+    run.fit(module, loader())
+    assert run.precision_plugin.loss_scale is None
+    losses = {"trainer": module.losses}
+    wide = Classifier()
+    wide.net = wide.net.to(dtype).float()
+    wide.forward = lambda x: wide.net(x.to(dtype))
+    for loop, module in (("fabric", In16Bits(dtype)), ("plain", In16Bits(dtype)), ("fp32", wide)):
+        fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(**arguments))
+        if loop != "fabric":
+            convert(module, **arguments)
+        use = fabric.setup_module(module) if loop == "fabric" else module
+        optimizer, losses[loop] = torch.optim.AdamW(use.parameters(), lr=1e-2), []
+        for x, y in loader():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(use(x).float(), y)
+            fabric.backward(loss) if loop == "fabric" else loss.backward()
+            optimizer.step()
+            losses[loop].append(loss.item())
+    assert losses["trainer"] == losses["fabric"] == losses["plain"]
+    torch.testing.assert_close(losses["plain"], losses["fp32"], atol=0.02, rtol=0)

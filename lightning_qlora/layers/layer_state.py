@@ -77,8 +77,8 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     more = {"adapter": {name: getattr(layer.config, name) for name in SAME_FUNCTION}}
     if is_sharded(layer.packed):
         entries = {prefix + name: getattr(layer, name).detach() for name in BASE}
-        weight = layer.weight_bytes
-        return entries | bnb_meta(key, weight.shape, weight.quant_type, weight.block_size, layer.dtype_before, more)
+        whole = layer.weight_bytes
+        return entries | bnb_meta(key, whole.shape, whole.quant_type, whole.block_size, layer.dtype_before, more)
     entries = {}
     for name, weight in zip(weight_keys(layer, key), layer.packed_weights, strict=True):
         entries |= weight.bnb_state_dict(name, more)

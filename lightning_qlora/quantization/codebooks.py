@@ -1,5 +1,7 @@
 """Code to value: the 16 levels of NF4, FP4 and INT4 for weights, and the 256 dynamic levels for their scales."""
 
+import itertools
+import struct
 from functools import cache
 from typing import NamedTuple
 
@@ -82,9 +84,25 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
         steps = 2**i
         if not signed:
             steps *= 2
-        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")
-        midpoints = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        levels += midpoints.tolist()
-        if signed:
-            levels += (-midpoints).tolist()
+        edges = _equal_steps(0.1, 1.0, steps)
+        power = _fp32(10.0 ** (i - 6))
+        for low, high in itertools.pairwise(edges):
+            midpoint = _fp32(_fp32(low + high) / 2 * power)
+            levels.append(midpoint)
+            if signed:
+                levels.append(-midpoint)
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+
+
+def _equal_steps(first: float, last: float, steps: int) -> list[float]:
+    """As `torch.linspace` in fp32 on a processor with FMA: without it, torch's differ in the last bit."""
+    first = _fp32(first)
+    step = _fp32(_fp32(last - first) / steps)
+    middle = (steps + 1) // 2
+    edges = [first + step * i for i in range(middle)] + [last - step * (steps - i) for i in range(middle, steps + 1)]
+    return [_fp32(edge) for edge in edges]
+
+
+def _fp32(number: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", number))[0]
+    return rounded

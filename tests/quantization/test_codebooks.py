@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +71,15 @@ def test_tables_and_masks_do_not_follow_a_default_device():
     with torch.device("meta"):
         assert torch.equal(quantize(x).absmax, expected.absmax)
         assert layer.train()(x).isfinite().all()
+
+
+def test_the_levels_of_scales_are_the_same_on_a_processor_without_fma():
+    """torch.linspace differs there in the last bit."""
+    code = (
+        "import torch; from lightning_qlora.quantization.codebooks import dynamic_map\n"
+        "print(torch.cat([dynamic_map(), dynamic_map(False)]).view(torch.int32).tolist())"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    levels = torch.cat([dynamic_map(), dynamic_map(False)]).view(torch.int32).tolist()
+    assert result.stdout.strip() == str(levels), result.stderr

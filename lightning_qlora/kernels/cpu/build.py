@@ -1,9 +1,10 @@
 """Compile a C source with the system's compiler when it is first needed, as Triton and Inductor do.
 
-The library is cached under a name that hashes what it depends on: source, compiler, flags and processor (machines may
-share a home folder). The name ends with a hash of the file itself, because loading a truncated library, left by a full
-disk or a crash, kills the process. A library runs as this user, so no other user may be able to write to the cache. One
-process compiles, and the others wait for it.
+The library is cached under a name that hashes what it depends on: source, compiler, flags, processor and which of its
+instructions torch uses (machines may share a home folder, and an emulated one shows the processor of its host). The
+name ends with a hash of the file itself, because loading a truncated library, left by a full disk or a crash, kills the
+process. A library runs as this user, so no other user may be able to write to the cache. One process compiles, and the
+others wait for it.
 """
 
 import ctypes
@@ -15,16 +16,38 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from lightning_qlora.files.cache_folder import OWN_FOLDER, cache_folder, lock_file, objection
 
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP code can use the thread pool of torch's OpenMP library
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-ffp-contract=off", "-Wno-psabi")
-# The first that works is used: all instructions of this processor with threads, without threads, or neither.
 THREADS = "-fopenmp"
-VARIANTS = (("-march=native", THREADS), ("-march=native",), ("-mcpu=native",), ())
+
+
+def flag_lists(system: str = platform.system()) -> tuple[tuple[str, ...], ...]:
+    """Lists of flags, of which the first that works is used: all instructions of this processor, and threads.
+
+    -mcpu is for compilers for ARM. x86-64-v3 is for torch with AVX2 on a processor with more (ATEN_CPU_CAPABILITY).
+    Apple's clang takes -fopenmp only for its inner compiler; the OpenMP library is torch's own. MinGW misaligns AVX
+    registers on the stack (GCC bug 54412), so on Windows only what every processor has is used.
+    """
+    if system == "Windows":
+        return (THREADS,), ()
+    processors: tuple[str, ...] = ("-march=native", "-march=x86-64-v3", "-mcpu=native")
+    if system == "Darwin":
+        processors = ("-mcpu=native", "-march=native")
+    threads: list[tuple[str, ...]] = [(processor, THREADS) for processor in processors]
+    if system == "Darwin":
+        threads += [(processor, "-Xclang", THREADS) for processor in processors]
+    return *threads, *((processor,) for processor in processors), ()
+
+
+TORCH = Path(torch.__file__).parent
 TIMEOUT = 120  # seconds for one compiler call
 LITTLE = 4_000_000  # bytes: with less free space a compilation may fail
 _log = logging.getLogger("lightning_qlora")
@@ -47,10 +70,16 @@ def compiler() -> str:
     raise BuildError(f"no C compiler on PATH (tried the environment variable CC and {', '.join(COMPILERS)})")
 
 
-def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str, ...], ...] = VARIANTS) -> ctypes.CDLL:
-    """The library compiled from `source` with the first of `variants` (lists of flags) that compiles and loads.
+def load(
+    source: Path,
+    symbols: Collection[str] = (),
+    variants: tuple[tuple[str, ...], ...] = flag_lists(),
+    refuse: Callable[[ctypes.CDLL], str | None] = lambda _: None,
+) -> ctypes.CDLL:
+    """The library compiled from `source` with the first of `variants` that compiles, loads and is not refused.
 
-    A cached file without one of the functions `symbols` is compiled again. A warning says why, if threads are lost.
+    A cached file without one of the functions `symbols` is compiled again. `refuse` returns a reason or None. A warning
+    says why, if threads are lost. On a Mac it has the level INFO: torch's products there have threads in any case.
 
     Raises:
         BuildError: If there is no compiler, no private cache folder or no space, or if no variant works.
@@ -60,13 +89,30 @@ def load(source: Path, symbols: Collection[str] = (), variants: tuple[tuple[str,
     for flags in variants:
         try:
             library = _load_variant(source, program, (*FLAGS, *flags), symbols)
+            reason = refuse(library)
+            if reason is not None:
+                raise _VariantError(reason)
         except (_VariantError, OSError) as error:
             failures.append(f"{' '.join(flags) or 'no flags'}: {str(error).strip()}")
             continue
         if failures and THREADS not in flags:
-            _log.warning("C kernels compiled without threads, so 4-bit layers are slower: %s", failures[0])
+            _log.log(
+                logging.INFO if platform.system() == "Darwin" else logging.WARNING,
+                "C kernels compiled without threads, so 4-bit layers are slower: %s. %s",
+                failures[0],
+                remedy(),
+            )
         return library
     raise BuildError(f"{program} failed; " + "; ".join(failures))
+
+
+def remedy(system: str = platform.system()) -> str:
+    """How to get a compiler with OpenMP."""
+    if system == "Darwin":
+        return (
+            "A compiler with OpenMP gives threads: `brew install gcc`, and set CC=gcc-14 (or the version it installs)"
+        )
+    return "Install gcc, or set CC to another compiler with OpenMP"
 
 
 def _load_variant(source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str]) -> ctypes.CDLL:
@@ -83,7 +129,7 @@ def _load_variant(source: Path, program: str, flags: tuple[str, ...], symbols: C
         return cached
     try:
         with lock_file(folder / f"{name}.lock", TIMEOUT):
-            return _cached(folder, name, symbols) or ctypes.CDLL(str(_build(source, program, flags, folder, name)))
+            return _cached(folder, name, symbols) or _open(_build(source, program, flags, folder, name))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{error}. Free some space, or choose another disk: {OWN_FOLDER}") from error
@@ -94,10 +140,32 @@ def _cached(folder: Path, name: str, symbols: Collection[str]) -> ctypes.CDLL | 
     """The library of this name in the cache, unless it is damaged, has other functions, or others could change it."""
     for library in folder.glob(f"{name}-*.so"):
         if objection(library) is None and library.stem.endswith(_hash(library)):
-            functions = ctypes.CDLL(str(library))
+            functions = _open(library)
             if all(hasattr(functions, symbol) for symbol in symbols):
                 return functions
     return None
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    """Load a library whose OpenMP functions are torch's.
+
+    torch's wheels for ARM, and those for Macs, load theirs for themselves: it is opened again, for all.
+    """
+    openmp = None
+    if platform.system() == "Linux" and not hasattr(ctypes.CDLL(None), "omp_get_thread_num"):
+        mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+        openmp = min((path for path in mapped if "gomp" in Path(path).name), key=_is_not_of_torch, default=None)
+    elif platform.system() == "Darwin":
+        openmp = str(TORCH / "lib" / "libomp.dylib")
+    if openmp is not None:
+        with suppress(OSError):  # this torch has none, or has not loaded it
+            ctypes.CDLL(openmp, mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+    return ctypes.CDLL(str(library))
+
+
+def _is_not_of_torch(path: str) -> bool:
+    """Other packages bring an OpenMP library as well, in folders of their own (scikit-learn, in scikit_learn.libs)."""
+    return not path.startswith(str(TORCH))
 
 
 def _build(source: Path, program: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
@@ -152,10 +220,16 @@ def _check_space(folder: Path, output: str) -> None:
 
 
 def _processor() -> str:
-    """What -march=native depends on: the processor's model and instruction sets."""
+    """What -march=native depends on: the processor's model and instruction sets, and what torch uses of them."""
+    capability = torch.backends.cpu.get_cpu_capability()
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    names = ("model name", "flags", "Features", "CPU part", "isa")
-    first = info.read_text().split("\n\n")[0].splitlines()
-    return platform.machine() + "".join(line for line in first if line.startswith(names))
+    if info.exists():
+        names = ("model name", "flags", "Features", "CPU part", "isa")
+        first = info.read_text().split("\n\n")[0].splitlines()
+        model = "".join(line for line in first if line.startswith(names))
+    elif platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        model = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    else:
+        model = platform.processor()
+    return f"{platform.machine()} {capability} {model}"

@@ -56,8 +56,7 @@ class Library:
                 function = getattr(loaded, name)
                 function.argtypes = [ARGUMENTS[letter] for letter in letters]
                 function.restype = None
-        loaded.form.restype = ctypes.c_char_p
-        self.form = loaded.form().decode()
+        self.form = _form(loaded)
         if not loaded.has_threads():
             self.form += ", one thread"
         self._bf16 = "bf16" in self.form
@@ -172,10 +171,26 @@ def compiled_library() -> Library | None:
     if is_off():
         return None
     try:
-        return Library(build.load(SOURCE, SYMBOLS))
+        return Library(build.load(SOURCE, SYMBOLS, refuse=_too_new))
     except (build.BuildError, OSError) as error:
         _log.warning("C kernels not compiled, so 4-bit layers run in plain torch, which is slower: %s", error)
         return None
+
+
+def _too_new(loaded: ctypes.CDLL) -> str | None:
+    """Why a library must not be called: it has instructions that torch does not use here, so they may not exist."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    form = _form(loaded)
+    for name, sufficient in (("AVX-512", ("AVX512",)), ("AVX2", ("AVX512", "AVX2"))):
+        if name in form and not capability.startswith(sufficient):
+            return f"compiled for {form}, and torch uses {capability} on this processor"
+    return None
+
+
+def _form(loaded: ctypes.CDLL) -> str:
+    loaded.form.restype = ctypes.c_char_p
+    form: bytes = loaded.form()
+    return form.decode()
 
 
 def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:

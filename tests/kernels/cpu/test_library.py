@@ -435,6 +435,60 @@ def test_a_compiler_without_openmp_is_a_warning(tmp_path, monkeypatch, caplog):
     assert "compiled without threads, so 4-bit layers are slower: -march=native -fopenmp: no OpenMP" in caplog.text
 
 
+def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(tmp_path, monkeypatch, caplog):
+    if module.compiled_library() is None:
+        pytest.skip("no C compiler")
+    compiler = tmp_path / "cc"
+    script = f"""#!/bin/sh
+case "$*" in *-fopenmp*) echo "unsupported" >&2; exit 1;; esac
+exec "{build.compiler()}" $(echo "$@" | sed "s/-undefined dynamic_lookup//")
+"""
+    compiler.write_text(script)  # this machine's linker does not have the option of Apple's
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    with caplog.at_level("INFO", "lightning_qlora"):
+        build.load(module.SOURCE, variants=build.flag_lists("Darwin"))
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "CC=gcc-14" in build.remedy("Darwin")
+
+
+def test_flags_fit_the_system():
+    assert not any("march" in flag for flags in build.flag_lists("Windows") for flag in flags)
+    mac = build.flag_lists("Darwin")
+    assert mac.index(("-mcpu=native", "-fopenmp")) < mac.index(("-mcpu=native",))
+    assert all(lists[-1] == () for lists in (mac, build.flag_lists("Linux"), build.flag_lists("Windows")))
+
+
+@pytest.mark.parametrize(("capability", "form"), [("avx2", "AVX2"), ("default", "plain C")])
+def test_the_library_has_no_instructions_that_torch_does_not_use(capability, form, tmp_path):
+    """Of an emulated processor or a copied home folder, torch's choice is the surer one: others end the process."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or module.compiled_library() is None:
+        pytest.skip("needs AVX-512 and a C compiler")
+    code = "from lightning_qlora.kernels import eager; print(eager.path())"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "LIGHTNING_QLORA_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.stdout.strip() == f"C kernels, {form}", result.stderr
+
+
+def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(monkeypatch, cache):
+    """As torch's wheels for ARM load it. Another package's is not taken."""
+    opened = []
+
+    def open_library(path, mode=0):
+        opened.append((path, mode))
+        return object()  # without OpenMP's functions
+
+    of_torch = f"{build.TORCH}/lib/libgomp-1.so"
+    maps = f"00 r--p 0 00:00 0 /x/scikit_learn.libs/libgomp.so\n00 r-xp 0 00:00 0 {of_torch}\n00 rw-p 0 00:00 0\n"
+    monkeypatch.setattr(build.ctypes, "CDLL", open_library)
+    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(build.Path, "read_text", lambda _: maps)
+    build._open(cache)
+    assert opened == [(None, 0), (of_torch, os.RTLD_GLOBAL | os.RTLD_NOLOAD), (str(cache), 0)]
+
+
 def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(tmp_path, monkeypatch):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nprintf 'caf\\351' >&2\nexit 1\n")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_qlora.tools.memory_estimate import (
         estimate_memory as estimate_memory,
     )
+    from lightning_qlora.training.calibration import calibrate as calibrate
     from lightning_qlora.training.convert import convert as convert
     from lightning_qlora.training.load_from_checkpoint import load_from_checkpoint as load_from_checkpoint
     from lightning_qlora.training.precision import QLoRAPrecision as QLoRAPrecision
@@ -47,6 +48,7 @@ _PLACES = {
     "QLoRAConfig": "config",
     "QLoRALinear": "layers.qlora_linear",
     "QLoRAPrecision": "training.precision",
+    "calibrate": "training.calibration",
     "convert": "training.convert",
     "disable_adapter": "layers.disable_adapter",
     "estimate_memory": "tools.memory_estimate",

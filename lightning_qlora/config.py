@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
     check_auto,
@@ -33,7 +33,6 @@ QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
-WITHOUT_WEIGHT = ("default", "gaussian")  # the initializations that need no weight: B is 0
 Checkpoint = Literal["adapter", "full"]
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]  # of the weights that a merge writes
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
@@ -43,6 +42,26 @@ TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float3
 ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class InitKind(NamedTuple):
+    """What an initialization of adapters means for other files; `layers/initialization.py` computes it."""
+
+    keeps_initial: bool = False  # A and B are computed from the float weight, and checkpoints hold what they began with
+    moves_weight: bool = False  # a large part of the weight is in the adapter: the base is not the pretrained model
+    changes_base: int | None = None  # from this number of iterations on, the base is not quantize(W)
+    needs_data: bool = False  # A and B are computed in the first step
+    exact: bool = True  # all values have the same bits on every machine; those of an SVD do not
+    iterates: bool = False  # takes loftq_config
+
+
+INITIALIZATIONS = {  # names of init_lora_weights
+    "default": InitKind(),
+    "gaussian": InitKind(),
+    "loftq": InitKind(keeps_initial=True, changes_base=2, exact=False, iterates=True),
+    "pissa": InitKind(keeps_initial=True, moves_weight=True, changes_base=1, exact=False, iterates=True),
+    "calibrated": InitKind(keeps_initial=True, needs_data=True, exact=False),
+}
 EMPTY = {  # argument -> type of the empty value that None stands for
     "exclude_modules": list,
     "modules_to_save": list,
@@ -196,17 +215,18 @@ class QLoRAConfig:
         method = self.init_lora_weights
         loftq_config = self.loftq_config or {}
         if not (isinstance(method, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", method)):
-            check_choice("init_lora_weights", method, (*get_args(get_args(InitLoRAWeights)[0]), "pissa_niter_16"))
+            check_choice("init_lora_weights", method, (*INITIALIZATIONS, "pissa_niter_16"))
         check_dict("loftq_config", loftq_config)
         for key, value in loftq_config.items():
             check_choice("key of loftq_config", key, ("loftq_iter", "loftq_bits"))
             check_integer(f"loftq_config[{key!r}]", value, at_least=1)
             if key == "loftq_bits":
                 check_choice("loftq_config['loftq_bits']", value, (4,))
-        if loftq_config and not method.startswith(("loftq", "pissa")):
+        if loftq_config and not self.init_kind.iterates:
+            names = " and ".join(repr(name) for name, kind in INITIALIZATIONS.items() if kind.iterates)
             raise ValueError(
-                f"loftq_config={loftq_config!r}: is used only by init_lora_weights='loftq' and 'pissa', not by "
-                f"{method!r}. Leave it out, or set init_lora_weights."
+                f"loftq_config={loftq_config!r}: is used only by init_lora_weights={names}, not by {method!r}. Leave "
+                "it out, or set init_lora_weights."
             )
 
     @property
@@ -253,9 +273,20 @@ class QLoRAConfig:
         return self.init_lora_weights.partition("_niter_")[0]
 
     @property
-    def initializes_from_weight(self) -> bool:
-        """Whether the initialization of an adapter is computed from the float weight of its layer."""
-        return self.initialization not in WITHOUT_WEIGHT
+    def init_kind(self) -> InitKind:
+        """What the initialization means."""
+        return INITIALIZATIONS[self.initialization]
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialization changes the base, which then is not quantize(W)."""
+        first = self.init_kind.changes_base
+        return first is not None and self.loftq_iterations >= first
+
+    @property
+    def can_repeat_base(self) -> bool:
+        """Whether another machine computes the same base from the float weight, so that a fingerprint recognizes it."""
+        return self.init_kind.exact or not self.changes_base
 
     @property
     def pissa_iterations(self) -> int | None:

@@ -2,7 +2,6 @@ import dataclasses
 import inspect
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -145,8 +144,7 @@ def test_all_linear_stands_alone_or_in_a_list():
 
 def described():
     """Argument -> its description in the docstring of QLoRAConfig, on one line."""
-    parser = pytest.importorskip("docstring_parser")
-    return {param.arg_name: " ".join(param.description.split()) for param in parser.parse(QLoRAConfig.__doc__).params}
+    return pytest.importorskip("tests.arguments", reason="needs docstring_parser").described()
 
 
 def help_of(command, capsys):
@@ -205,7 +203,7 @@ def test_the_scale_is_alpha_over_r_or_over_its_root():
 
 
 def test_the_page_of_arguments_is_what_the_config_says():
-    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", page, re.MULTILINE)
-    defaults = {field.name: repr(field.default) for field in dataclasses.fields(QLoRAConfig)}
-    assert rows == [(name, defaults[name], text) for name, text in described().items()]
+    arguments = pytest.importorskip("tests.arguments", reason="needs docstring_parser")
+    page = arguments.PAGE.read_text()
+    assert page == arguments.page(), "python -m tests.arguments writes it"
+    assert set(re.findall(r"^\| `(\w+)` \| `", page, re.MULTILINE)) == {*QLoRAConfig.__dataclass_fields__}

@@ -16,8 +16,7 @@ import torch
 
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
 from lightning_qlora.checks import check_bool
-from lightning_qlora.config import WITHOUT_WEIGHT, QLoRAConfig
-from lightning_qlora.layers.initialization import changes_base_weights
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 
@@ -27,7 +26,7 @@ BITS = ("quant_type", "block_size", "double_quant")
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     """How the base is quantized and how its adapters are initialized; plain values, stored in files."""
     quantization = {name: getattr(config, name) for name in (*BITS, "init_lora_weights")}
-    quantization["base_changed"] = changes_base_weights(config)
+    quantization["base_changed"] = config.changes_base
     if config.loftq_config:
         quantization["loftq_config"] = dict(config.loftq_config)
     return quantization
@@ -70,7 +69,7 @@ def required_base(quantization: Mapping[str, Any] | None) -> str | None:
     if quantization is None:
         return None
     method = quantization.get("init_lora_weights", "default")
-    if method in WITHOUT_WEIGHT:
+    if not QLoRAConfig(init_lora_weights=method).init_kind.keeps_initial:
         return None
     bits = _in_words(quantization)
     if quantization["base_changed"]:
@@ -99,7 +98,7 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> No
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
     quantization = adapter.quantization or {}
     for name, layer in layers.items():
-        if quantization.get("base_changed") or changes_base_weights(layer.config):
+        if quantization.get("base_changed") or layer.config.changes_base:
             if adapter.base_fingerprints.get(name) != layer.base_fingerprint():
                 raise CheckpointMismatchError(
                     f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "

@@ -12,7 +12,6 @@ from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter,
 from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.initialization import changes_base_weights
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     COMPILED,
@@ -131,7 +130,7 @@ def adapter_on_base(
 def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
     """The arguments of a layer that differ from those of the module."""
     names = list(OF_LAYER)
-    if changes_base_weights(layer_config) or changes_base_weights(config):
+    if layer_config.changes_base or config.changes_base:
         names += ["init_lora_weights", "loftq_config"]
     values = {name: getattr(layer_config, name) for name in names}
     return {name: value for name, value in values.items() if value != getattr(config, name)}

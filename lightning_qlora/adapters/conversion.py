@@ -19,6 +19,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
+MERGED = "_qlora_merged"  # attribute of a module that was merged
 DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
     "prefix": str,
     "trained_in_full": list,
@@ -57,6 +58,22 @@ def conversion_of(module: nn.Module) -> Conversion | None:
 def forget_conversion(module: nn.Module) -> None:
     """Remove the record, so that the module can be converted again; converted layers stay."""
     vars(module).pop(CONVERSION, None)
+
+
+def mark_as_merged(module: nn.Module) -> None:
+    """Let a run that only evaluates the module leave it dense."""
+    vars(module)[MERGED] = True
+
+
+def forget_merge(module: nn.Module) -> None:
+    """The module is converted again."""
+    for part in module.modules():
+        vars(part).pop(MERGED, None)
+
+
+def was_merged(module: nn.Module) -> bool:
+    """Whether the adapters of a module, or of a part of it, were merged, and it was not converted since."""
+    return any(MERGED in vars(part) for part in module.modules())
 
 
 def check_no_layer_resized(root: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
-from lightning_qlora.adapters.conversion import forget_conversion
+from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
 from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.config import MergeDtype
@@ -18,7 +18,7 @@ from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.held_types import release
-from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer, cancel_calibration
+from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer
 from lightning_qlora.layers.names import plain_name
 from lightning_qlora.layers.packed_linear import to_dense
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -59,7 +59,6 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     if not layers:
         raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
     check_finite(module)
-    cancel_calibration(module)
     reshard(module)
     stacks = list(expert_stacks(module))
     prefix, base = find_base_model(module)
@@ -71,6 +70,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     release(module)
 
     def merged(layer: LoRALayer) -> Tensor:
+        layer.stop_waiting()
         weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
         return merged_weight(layer, weight_dtype, names[layer], weights.pop(names[layer], None))
 
@@ -89,6 +89,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     for part in module.modules():
         forget_conversion(part)
     undo(module)
+    mark_as_merged(module)
     if dtype != "auto":
         for parameter in module.parameters():
             if parameter.is_floating_point():

@@ -30,7 +30,6 @@ from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.initialization import changes_base_weights
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
     CheckpointMismatchError,
@@ -81,7 +80,7 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
     if config.checkpoint == "adapter":
         for name, layer in _named_layers(root):
             # A base that depends on the last bits of an SVD can't be computed again on another machine.
-            if not changes_base_weights(layer.config):
+            if layer.config.can_repeat_base:
                 fingerprints[name] = layer.base_fingerprint()
         for name, owner, key, _ in _dense_parameters(root):
             if (owner, key) in unchanged:

@@ -35,7 +35,7 @@ from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import LoRALayer, cancel_calibration
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
@@ -226,6 +226,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     _check_fits(base, layers, adapter)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
+        layer.stop_waiting()
         layer.set_initial(None, None)
         record_initialization(layer, adapter.quantization)
         saved = adapter.layers.get(name)
@@ -242,7 +243,6 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for key, value in adapter.saved.items():
             tensors[key].copy_(shard_like(value, tensors[key]))
-    cancel_calibration(module)
     for part in module.modules():
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer

@@ -142,8 +142,9 @@ def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch
         values[key] = value
     if layer.initial is not None:
         layer.set_initial(values["lora_A"], values["lora_B"])
-    if whole is not None and whole.dense_weight is not None:
-        layer.dense_weight = whole.dense_weight  # the calibrated adapter is computed on this rank
+    if whole is not None and whole.input_statistics is not None and layer.input_statistics is not None:
+        # The calibrated adapter is computed on this rank.
+        layer.input_statistics.dense_weight = whole.input_statistics.dense_weight
 
 
 def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.device) -> LoRALayer:

@@ -125,16 +125,11 @@ def describe(device: torch.device) -> str:
     return ", ".join(["Triton kernels", *(f"{op} in plain torch" for op in OPS if op in kernels.failures)])
 
 
-def agree(device: torch.device | None = None) -> None:
+def agree(device: torch.device) -> None:
     """Let an op fall back on all ranks if it does on one. All ranks must call it, as for wrapping a module in DDP.
 
-    Another host, or another card, has its own verdict. `device` is that of this rank; None: the current GPU, or the CPU
-    if this process does not use CUDA.
+    Another host, or another card, has its own verdict. `device` is where this rank has its layers.
     """
-    if device is None:
-        device = torch.device("cpu")
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            device = torch.device("cuda", torch.cuda.current_device())
     if not (has_kernels(device) and dist.is_available() and dist.is_initialized()):
         return
     kernels = backend(device)

@@ -136,6 +136,9 @@ class QLoRAExperts(SavedLayer):
         else:
             self.__dict__["was_called"] = True
             lora = lora._replace(seed=self.dropout_seed())
+        if self.input_statistics is not None:
+            for number, part in zip(*rows_of_experts(x, ends), strict=True):
+                self.add_input(number, part)
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if has_autocast(x.device.type) else y.to(x.dtype)
 

@@ -14,6 +14,7 @@ approximate form of QERA (Zhang et al., ICLR 2025), with d measured on the first
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -47,29 +48,18 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     """
     if not has_values(weight):
         return _without_data(weight, config)
-    if config.initialization == "pissa":
-        return _pissa(weight, config, name)
-    if config.initialization == "loftq":
-        return _alternate(weight, weight, config.loftq_iterations, config, name)
-    if config.initialization == "calibrated":
-        _checked_rank(weight, config)  # an error at conversion, not at the first batch
-    return Initialization(quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
+    return STARTS[config.initialization](weight, config, name)
 
 
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
     r = config.r
-    if config.initialization not in ("default", "gaussian"):
+    if config.init_kind.keeps_initial:
         r = _checked_rank(weight, config)
     base = ops.quantize_unchecked(weight, config.quant_type, config.block_size, config.double_quant)
     lora_a = weight.new_empty(r, weight.shape[1], dtype=torch.float32)
     lora_b = weight.new_empty(weight.shape[0], r, dtype=torch.float32)
     return Initialization(base, lora_a, lora_b)
-
-
-def changes_base_weights(config: QLoRAConfig) -> bool:
-    """Whether the base is not quantize(W): it depends on the last bits of an SVD, which differ between machines."""
-    return config.initialization == "pissa" or (config.initialization == "loftq" and config.loftq_iterations > 1)
 
 
 def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -116,6 +106,19 @@ def seed_of_layer(name: str) -> int:
     """A seed from a layer's name and the seed of `seed_everything`: the same on every rank."""
     key = f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{name}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+
+
+def _random(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+    return Initialization(quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
+
+
+def _until_data(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+    _checked_rank(weight, config)  # an error at conversion, not at the first batch
+    return _random(weight, config, name)
+
+
+def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+    return _alternate(weight, weight, config.loftq_iterations, config, name)
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
@@ -199,3 +202,13 @@ def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     u, sigma, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return basis @ u, sigma, v.T
+
+
+# Name in `config.INITIALIZATIONS` -> what computes the base and the adapter.
+STARTS: dict[str, Callable[[Tensor, QLoRAConfig, str], Initialization]] = {
+    "default": _random,
+    "gaussian": _random,
+    "loftq": _loftq,
+    "pissa": _pissa,
+    "calibrated": _until_data,
+}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.checks import shown
-from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
@@ -56,6 +56,8 @@ class SavedLayer(LoRALayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         metadata, strict, missing_keys, unexpected_keys, errors = arguments
+        has_adapter = prefix + "lora_A" in state_dict
+        initial = self.initial
         has_base, optional = load_layer(self, state_dict, prefix)
         missing: list[str] = []
         unexpected: list[str] = []
@@ -65,6 +67,27 @@ class SavedLayer(LoRALayer):
             missing.append(prefix + "weight")
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
         unexpected_keys += [name for name in unexpected if name != key]
+        if has_adapter:
+            self._begin_as_saved(initial)
+
+    def _begin_as_saved(self, initial: tuple[Tensor, Tensor] | None) -> None:
+        """Wait for inputs if the loaded adapter was saved before it was initialized from them, else no longer.
+
+        `initial`: what this layer was initialized with, if it was, and begins with again.
+        """
+        needs_data = self.config.init_kind.needs_data
+        if not needs_data or self.initial is not None or gather(self.lora_B).any():
+            self.stop_waiting()
+        elif initial is not None:
+            self.set_adapter(*initial)
+            self.set_initial(*initial)
+        elif self.input_statistics is None:
+            warnings.warn(
+                f"{self.full_name}: the loaded state dict was saved before the calibration of the adapter "
+                "(init_lora_weights='calibrated'), and its float weight is freed, so it has the default initialization "
+                "now. Load it into a newly built module instead.",
+                stacklevel=2,
+            )
 
 
 def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
@@ -228,13 +251,13 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     device = layer.packed.device
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
         device = next(iter(entries.values())).device
-    # A "calibrated" adapter depends on the weight only until the inputs were measured.
-    from_weight = layer.config.initializes_from_weight and layer.config.initialization != "calibrated"
+    # An adapter that is initialized from data depends on the weight only until the inputs were measured.
+    from_weight = layer.config.init_kind.keeps_initial and not layer.config.init_kind.needs_data
     if isinstance(packed, PackedBytes):
         layer.set_bytes(packed.to(device), dtype)
     elif packed is not None:
         layer.set_packed_weights([weight.to(device) for weight in packed])
-    elif not with_adapter and (layer.config.use_dora or from_weight or layer.dense_weight is not None):
+    elif not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
         layer.initialize(entries[key], device)
     else:
         layer.quantize_weight(entries[key], device)

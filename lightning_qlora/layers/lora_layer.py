@@ -9,7 +9,7 @@ each expert.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
+from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -61,7 +62,7 @@ class LoRALayer(WithAdapter, PackedLayer):
     full_name: str  # in the converted module
     seed_name: str  # in the model that holds the layer; the seed of the adapter is made from it
     loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
-    dense_weight: Tensor | None = None  # "calibrated": the float weight [out, in], in host memory until inputs come
+    input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
     initial_B: Tensor | None = None
     was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight
@@ -96,17 +97,48 @@ class LoRALayer(WithAdapter, PackedLayer):
             base, *initial = initialization.initialize(values, self.config, self.seed_name_of(number))
             bases.append(base)
             adapters.append(initial)
-            if self.config.initialization == "calibrated":
+            if self.config.init_kind.needs_data:
                 if not rows.is_meta:
                     rows = rows.cpu()
                 weights.append(rows)
         self.set_packed_weights(bases)
         if weights:
-            self.dense_weight = self.join_matrices(weights)
+            self._wait(self.join_matrices(weights))
         adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
         self.set_adapter(*adapter)
-        if self.config.initialization in ("loftq", "pissa"):
+        if self.config.init_kind.keeps_initial and not weights:
             self.set_initial(*adapter)
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy waits for inputs together with this layer."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.input_statistics is not None:
+            self.input_statistics.join(self)
+
+    def _wait(self, dense_weight: Tensor) -> None:
+        """Wait for inputs with this float weight."""
+        previous = self.input_statistics
+        if previous is not None and previous.layers == [self]:
+            previous.dense_weight = dense_weight
+            return
+        statistics = InputStatistics(dense_weight, self.matrix_count, self._shape[-1], self.packed.device)
+        statistics.join(self)
+        if previous is not None:  # the copies keep the weight that this layer had
+            previous.calibration.add(statistics, self.full_name)
+            self.stop_waiting()
+        self.input_statistics = statistics
+
+    def stop_waiting(self) -> None:
+        """Wait for no inputs any more: the adapter has its values."""
+        statistics = vars(self).pop("input_statistics", None)  # absent, which torch.compile guards on
+        if statistics is not None:
+            statistics.leave(self)
+
+    def add_input(self, number: int, x: Tensor) -> None:
+        """Count an input of a matrix, in training, if the adapter waits for it."""
+        statistics = self.input_statistics
+        if statistics is not None and self.training and torch.is_grad_enabled() and x.is_floating_point():
+            statistics.add(number, x)
 
     def reset_adapter(self) -> None:
         """Set A to random values and B to 0, which need no float weight."""
@@ -184,12 +216,12 @@ class LoRALayer(WithAdapter, PackedLayer):
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def check_can_disable(self) -> None:
-        """Raise ValueError if the adapter began as PiSSA."""
-        if self.config.initialization == "pissa":
+        """Raise ValueError if the adapter began with a part of the weight, as PiSSA's."""
+        if self.config.init_kind.moves_weight:
             raise ValueError(
-                f"disable_adapter: {self.full_name} was initialized with PiSSA, which moves the largest part of the "
-                "weight into the adapter, so the base without it is not the pretrained model. Use another "
-                "init_lora_weights."
+                f"disable_adapter: {self.full_name} was initialized with init_lora_weights="
+                f"{self.config.init_lora_weights!r}, which moves a large part of the weight into the adapter, so the "
+                "base without it is not the pretrained model. Use another one."
             )
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -280,6 +312,7 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
+        self.add_input(matrix.number, x)
         input_dtype = x.dtype
         x, in_fp16 = self.cast_input(x)
         weight, a, b, magnitude, _ = matrix
@@ -327,6 +360,8 @@ class LoRALayer(WithAdapter, PackedLayer):
         super()._apply(fn, recurse)
         for parameter, value in zip(self.adapter_parameters(), values, strict=False):
             parameter.data = value.to(parameter.device)
+        if self.input_statistics is not None:
+            self.input_statistics.to(self.packed.device)
         return self
 
 
@@ -351,11 +386,3 @@ def _cuda_has_bf16() -> bool:
         card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
         return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def cancel_calibration(module: nn.Module) -> None:
-    """Stop adapters that wait for data ("calibrated"): their values come from elsewhere now."""
-    for part in module.modules():
-        calibration = vars(part).get("_qlora_calibration")
-        if calibration is not None:
-            calibration.cancel()

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.dtensor import gather, is_sharded, of_all_ranks, shard_like, world_size
+from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import kind_of
@@ -218,22 +217,6 @@ def to_parameters(module: nn.Module) -> None:
                 data = layer.__dict__.pop(name, None)
                 if data is not None:
                     layer.register_parameter(name, nn.Parameter(data, requires_grad=False))
-
-
-def use_bytes_of_rank_0(module: nn.Module) -> None:
-    """Let all ranks hold the 4-bit weights of rank 0, as DDP does with parameters; all ranks must call it.
-
-    They differ where ranks built their modules from other random numbers.
-    """
-    if world_size() == 1:
-        return
-    layers = [part for part in module.modules() if isinstance(part, PackedLayer) and "packed" in vars(part)]
-    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
-    for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
-        if len(set(fingerprints)) > 1:
-            weights = layer.packed_weights
-            dist.broadcast_object_list(weights, 0)
-            layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
 
 
 def to_dense(layer: PackedLayer, weight: nn.Parameter) -> None:

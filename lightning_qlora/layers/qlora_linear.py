@@ -10,10 +10,11 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import Derived, derives, kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
@@ -169,6 +170,30 @@ def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str
     return layers
 
 
+def use_base_of_rank_0(module: nn.Module) -> None:
+    """Let all ranks hold the 4-bit weights of rank 0, as DDP does with parameters; all ranks must call it.
+
+    They differ where ranks built their modules from other random numbers. What was computed from the float weight is
+    that of rank 0 too.
+    """
+    if world_size() == 1:
+        return
+    layers = [layer for layer in adapted_layers(module).values() if "packed" in vars(layer)]
+    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
+    for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
+        if len(set(fingerprints)) == 1:
+            continue
+        values = [layer.packed_weights, layer.initial]
+        dist.broadcast_object_list(values, 0)
+        if dist.get_rank() == 0:
+            continue
+        weights, initial = values
+        layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
+        layer.set_initial(*(initial or (None, None)))
+        if layer.input_statistics is not None:
+            layer.input_statistics.leave_to_another_rank()
+
+
 def computes_in_fp16(module: nn.Module) -> bool:
     """Whether a converted layer computes in fp16, outside of autocast."""
     return any(layer.compute_dtype(layer.packed) is torch.float16 for layer in adapted_layers(module).values())
@@ -176,7 +201,7 @@ def computes_in_fp16(module: nn.Module) -> bool:
 
 def check_packed_initialization(config: QLoRAConfig) -> None:
     """Raise ValueError if adapters are to be initialized from the float weight of a layer that is in 4 bits already."""
-    if config.initializes_from_weight:
+    if config.init_kind.keeps_initial:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} needs the float weight, and this one is in 4 bits. "
             "Use 'default' or 'gaussian', or load the model in 16 bits."

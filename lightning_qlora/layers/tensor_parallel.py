@@ -81,7 +81,7 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of whole "
             "rows at every step. Set use_dora=False, or leave the layer out of the plan."
         )
-    if layer.dense_weight is not None:
+    if layer.input_statistics is not None:
         raise ValueError(
             f"{layer.full_name}: init_lora_weights='calibrated' is computed in the first step, from whole layers, and "
             "this layer is split over ranks before it. Use 'default', 'loftq' or 'pissa' with tensor parallelism."

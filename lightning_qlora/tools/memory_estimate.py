@@ -158,7 +158,7 @@ class PlannedRun:
         if not isinstance(model, nn.Module):
             model = meta_model(model)
         check_initialized(model)
-        if config.initializes_from_weight:  # there is no weight, and the adapter has the same shape
+        if config.init_kind.keeps_initial:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
         self.config = config
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices

@@ -1,15 +1,16 @@
 """Calibration: `init_lora_weights="calibrated"` initializes adapters from the batches of an optimizer's first step.
 
 Until then B is 0, so the module computes what its 4-bit base computes, and its own forward passes show the inputs of
-every layer. A hook of each layer sums their squares; at the first step of an optimizer, after its backward passes, the
-adapters in it are initialized. Their gradients belong to the values before and are dropped, so the first step does not
-change them. All batches that make the step count, on all ranks.
+every layer (`layers/input_statistics.py`). At the first step of an optimizer, after its backward passes, the adapters
+in it are initialized. Their gradients belong to the values before and are dropped, so the first step does not change
+them. All batches that make the step count: in the Trainer and Fabric on all ranks; in a loop of your own on those that
+`calibrate` names.
 """
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -21,290 +22,300 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qlora.adapters.conversion import conversion_of
+from lightning_qlora.checks import check_module
 from lightning_qlora.layers import initialization
-from lightning_qlora.layers.dtensor import gather, of_all_ranks, world_size
+from lightning_qlora.layers.dtensor import gather, world_size
+from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.routed_experts import rows_of_experts
 from lightning_qlora.training.optimizers import parameters_of
 from lightning_qlora.training.report import CalibrationReport
 
 
 class Calibration:
-    """Measures the inputs of the layers until their adapters are initialized; see the top of this file.
+    """The layers of one conversion whose adapters wait for inputs; see the top of this file.
 
     Attributes:
         report: The status of the layers.
     """
 
     def __init__(self, root: nn.Module, sharded: bool = False) -> None:
-        self._layers = {name: layer for name, layer in adapted_layers(root).items() if layer.dense_weight is not None}
+        self._waiting: dict[InputStatistics, str] = {}  # -> name of the layer
+        for name, layer in adapted_layers(root).items():
+            statistics = layer.input_statistics
+            if statistics is not None and statistics.calibration is None:
+                statistics.calibration = self
+                self._waiting[statistics] = name
         if sharded and world_size() > 1:
-            _keep_weights_of_this_rank(self._layers.values())
-        weights: list[Any] = [layer.dense_weight for layer in self._layers.values()]
-        self.report = CalibrationReport(list(self._layers), sum(w.nbytes for w in weights if not w.is_meta))
-        self._warned = False
-        self._sums: dict[str, Tensor] = {}  # of each matrix: squares of each input, number of finite rows, of all rows
-        # Name -> A, B: what a state dict from before the calibration needs, until a newer one is saved.
-        self._initial: dict[str, tuple[Tensor, Tensor]] = {}
-        self._hooks = {
-            name: layer.register_forward_pre_hook(partial(self._add_input, name), with_kwargs=True)
-            for name, layer in self._layers.items()
-        }
-        root._qlora_calibration = self  # type: ignore[assignment]
-        root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
-        root.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
-        _start(self)
+            _keep_weights_of_this_rank(self._waiting)
+        weights = [statistics.dense_weight for statistics in self._waiting]
+        host_bytes = sum(weight.nbytes for weight in weights if not weight.is_meta)
+        self.report = CalibrationReport(list(self._waiting.values()), host_bytes)
+        _watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or unpickled module waits for its own first step."""
+        """An unpickled module waits for its own first step; copies wait with the module that they are copies of."""
         vars(self).update(state)
-        if self.report.waiting:
-            _start(self)
+        if self._waiting:
+            _watch(self)
 
-    def _add_input(self, name: str, layer: LoRALayer, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        """Add the rows of one input to the sums of a layer. A row with NaN or Inf (masked padding) does not count."""
-        inputs = [*args, *kwargs.values()]
-        x = inputs[0].detach()
-        if not (layer.training and torch.is_grad_enabled() and x.is_floating_point()):
-            return
-        if name not in self._sums:
-            self._sums[name] = _no_sums(layer, x.device)
-        if layer.is_stack:
-            numbers, parts = rows_of_experts(x, inputs[1])
-        else:
-            numbers = [0]
-            parts = [x.reshape(-1, x.shape[-1])]
-        for number, rows in zip(numbers, parts, strict=True):
-            sums = self._sums[name][number]
-            if rows.dtype is torch.float64:
-                rows = rows.float()
-            sums[-1] += len(rows)
-            squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
-            if not torch.isfinite(squares).all():
-                rows = rows[torch.isfinite(rows).all(dim=1)]
-                squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
-            sums[:-2] += squares
-            sums[-2] += len(rows)
+    def add(self, statistics: InputStatistics, name: str) -> None:
+        """A copy of a layer got another weight, with which it waits."""
+        statistics.calibration = self
+        self._waiting[statistics] = name
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Initialize the adapters that an optimizer holds, after the backward passes of its first step."""
+    def remove(self, statistics: InputStatistics) -> None:
+        """The layers of these statistics got their values."""
+        name = self._waiting.pop(statistics, None)
+        if name in self.report.waiting and name not in self._waiting.values():
+            self.report.waiting.remove(name)
+        if not self._waiting:
+            _forget(self)
+
+    def held_by(self, optimizer: Optimizer) -> list[InputStatistics]:
+        """Those of the layers whose adapters an optimizer holds."""
         parameters = {id(parameter) for parameter in parameters_of(optimizer)}
-        layers = {name: layer for name, layer in self._waiting_layers().items() if id(layer.lora_B) in parameters}
-        if layers:
-            self.initialize(layers)
+        return [each for each in self._waiting if any(id(layer.lora_B) in parameters for layer in each.layers)]
 
     @torch.no_grad()
-    def initialize(self, layers: Mapping[str, LoRALayer] | None = None) -> None:
-        """Initialize waiting layers (None: all) from the inputs that they had so far; without any input do nothing."""
+    def initialize(self, waiting: Iterable[InputStatistics] | None = None, group: Any = None) -> None:
+        """Initialize adapters (None: all that wait) from the inputs that they had so far; without any input do nothing.
+
+        `group`: the ranks that have the same layers, all of which must call this; None: this rank alone.
+        """
         start = perf_counter()
-        if layers is None:
-            layers = self._waiting_layers()
-        sums = self._sums_of_all_ranks(layers)
-        if not any(total[:, -1].any() for total in sums.values()):
-            if any(layer.lora_B.grad is not None for layer in layers.values()):
-                first = next(iter(layers))
-                raise RuntimeError(
-                    f"init_lora_weights='calibrated': the optimizer steps before the adapter of {first} is calibrated, "
-                    "because no forward pass ran in training mode. Call model.train() before it."
-                )
+        if waiting is None:
+            waiting = self._waiting
+        waiting = [each for each in waiting if each in self._waiting and each.layers]
+        sums = self._sums_of(waiting, group)
+        if not any(bool(total[:, -1].any()) for total in sums):
+            for statistics in waiting:
+                if any(layer.lora_B.grad is not None for layer in statistics.layers):
+                    raise RuntimeError(
+                        "init_lora_weights='calibrated': the optimizer steps before the adapter of "
+                        f"{self._waiting[statistics]} is calibrated, because no forward pass ran in training mode. "
+                        "Call model.train() before it."
+                    )
             return  # a step without a backward pass, to create the optimizer's state
-        rms = {name: _root_mean_square(name, total) for name, total in sums.items()}  # an error changes no adapter
-        for name, rank in _ranks_with_weights(layers).items():
-            self._initialize(name, rms[name], rank)
-        rows = max(int(total[:, -2].max()) for total in sums.values())
+        names = [self._waiting[each] for each in waiting]
+        values = [_root_mean_square(name, total) for name, total in zip(names, sums, strict=True)]
+        ranks = _ranks_with_weights(waiting, group)
+        for statistics, input_rms, rank in zip(waiting, values, ranks, strict=True):
+            self._initialize(statistics, input_rms, rank, group)
+        rows = max(int(total[:, -2].max()) for total in sums)
         self.report.rows = max(self.report.rows, rows)
         self.report.seconds += perf_counter() - start
-        if self.report.waiting:
-            return
-        _end(self)
-        rank_zero_info(f"QLoRA: {self.report}")
+        if not self._waiting:
+            rank_zero_info(f"QLoRA: {self.report}")
 
-    def _initialize(self, name: str, rms: Tensor, rank: int) -> None:
-        layer = self._layers[name]
-        self._stop_waiting(name)
-        if gather(layer.lora_B).any():
-            layer.dense_weight = None
-            self._warn(f"{name} was trained before its calibration, so its adapter is not changed")
-            return
-        self.report.input_rms[name] = layer.join_matrices(rms.cpu().unbind())
-        errors = initialize_from_inputs(layer, rms, rank)
-        drop_gradients(layer)
-        seen = [error for error in errors if error is not None]
-        if not seen:
-            self.report.unseen.append(name)
-            return
-        self.report.unseen += [f"{name}.{number}" for number, error in enumerate(errors) if error is None]
-        self.report.errors[name] = max(seen)
-        self.report.calibrated.append(name)
-        if layer.initial is not None:
-            self._initial[name] = layer.initial
-
-    def _sums_of_all_ranks(self, layers: Mapping[str, LoRALayer]) -> dict[str, Tensor]:
-        sums = {}
-        for name, layer in layers.items():
-            device = layer.packed.device
-            if name in self._sums:
-                sums[name] = self._sums[name].to(device)
+    def _initialize(self, statistics: InputStatistics, input_rms: Tensor, rank: int, group: Any) -> None:
+        """Initialize a layer and its copies."""
+        name = self._waiting[statistics]
+        layers = []
+        for layer in statistics.layers:
+            layer.stop_waiting()
+            if gather(layer.lora_B).any():
+                warnings.warn(
+                    f"init_lora_weights='calibrated': {name} was trained before its calibration, so its adapter is not "
+                    "changed.",
+                    stacklevel=2,
+                )
             else:
-                sums[name] = _no_sums(layer, device)
-        if world_size() > 1:
-            flat = torch.cat([total.flatten() for total in sums.values()])
-            dist.all_reduce(flat)
-            parts = torch.split(flat, [total.numel() for total in sums.values()])
-            sums = {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
+                layers.append(layer)
+        if not layers:
+            return
+        report = self.report
+        report.input_rms[name] = layers[0].join_matrices(input_rms.cpu().unbind())
+        lora_a, lora_b, errors = _adapter_of(layers[0], statistics.dense_weight, input_rms, rank, group)
+        for layer in layers:
+            if any(error is not None for error in errors):
+                layer.set_adapter(lora_a, lora_b)
+            layer.set_initial(lora_a, lora_b)
+            for parameter in layer.adapter_parameters():
+                parameter.grad = None  # the optimizer's step skips it
+        computed = [error for error in errors if error is not None]
+        if not computed:
+            report.unseen.append(name)
+            return
+        report.unseen += [f"{name}.{number}" for number, error in enumerate(errors) if error is None]
+        report.errors[name] = max(computed)
+        report.calibrated.append(name)
+
+    def _sums_of(self, waiting: list[InputStatistics], group: Any) -> list[Tensor]:
+        """The sums of each, over the ranks of the group, on the device of the layer."""
+        for statistics in waiting:
+            statistics.to(statistics.layers[0].packed.device)
+        sums = [statistics.sums for statistics in waiting]
+        if group is not None and sums:
+            flat = torch.cat([total.flatten() for total in sums])
+            dist.all_reduce(flat, group=group)
+            parts = torch.split(flat, [total.numel() for total in sums])
+            sums = [part.view_as(total) for part, total in zip(parts, sums, strict=True)]
         return sums
 
-    def cancel(self) -> None:
-        """Free the dense weights and the initial values; no layer waits any more."""
-        for name in list(self.report.waiting):
-            self._stop_waiting(name)
-        self._initial.clear()
-        for layer in self._layers.values():
-            if isinstance(layer, LoRALayer):  # not merged
-                layer.dense_weight = None
-        _end(self)
 
-    def after_load(self, initialization: str) -> None:
-        """Set the status of every layer by what was loaded: calibrated, not yet calibrated, or another adapter."""
-        if initialization != "calibrated":
-            self.cancel()
-        for name, layer in self._layers.items():
-            if not isinstance(layer, LoRALayer):
-                continue
-            if layer.initial is not None or gather(layer.lora_B).any():
-                layer.dense_weight = None
-                self._initial.pop(name, None)
-                if name in self.report.waiting:
-                    self._stop_waiting(name)
-            elif name in self._initial:  # a state dict from before the calibration
-                layer.set_adapter(*self._initial[name])
-                layer.set_initial(*self._initial[name])
-            elif name in self.report.calibrated:
-                self._warn(
-                    "the loaded state dict was saved before the calibration, and the dense weights are freed: "
-                    f"{name} now has the default initialization. Load it into a newly built module instead"
-                )
-        if not self.report.waiting:
-            _end(self)
-
-    def _stop_waiting(self, name: str) -> None:
-        self.report.waiting.remove(name)
-        self._sums.pop(name, None)
-        self._hooks.pop(name).remove()
-
-    def _waiting_layers(self) -> dict[str, LoRALayer]:
-        """Name -> layer that waits; without merged layers."""
-        waiting = {name: self._layers[name] for name in self.report.waiting}
-        return {name: layer for name, layer in waiting.items() if isinstance(layer, LoRALayer)}
-
-    def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"init_lora_weights='calibrated': {reason}.", stacklevel=2)
+_calibrations: weakref.WeakSet[Calibration] = weakref.WeakSet()  # those with layers that wait
+_step_hook: RemovableHandle | None = None  # one hook of torch serves all of them
+_has_plugin = False  # whether the plugin takes the present step
 
 
-# Those with layers that wait. One hook of torch serves all of them, also copies of a module.
-_waiting: weakref.WeakSet[Calibration] = weakref.WeakSet()
-_step_hook: RemovableHandle | None = None
-
-
-def _start(calibration: Calibration) -> None:
-    """Call `before_step` before each step of an optimizer.
-
-    A compiled model runs eagerly until the adapters are initialized: torch.compile would keep the hooks of the layers.
-    """
+def _watch(calibration: Calibration) -> None:
+    """Let the first step of an optimizer initialize the adapters in it."""
     global _step_hook
-    _waiting.add(calibration)
+    _calibrations.add(calibration)
     weakref.finalize(calibration, _remove_hook_if_none_waits)
     if _step_hook is None:
         _step_hook = register_optimizer_step_pre_hook(_before_step)
-        torch.compiler.set_stance("force_eager")
 
 
-def _end(calibration: Calibration) -> None:
-    _waiting.discard(calibration)
+def _forget(calibration: Calibration) -> None:
+    _calibrations.discard(calibration)
     _remove_hook_if_none_waits()
 
 
 def _remove_hook_if_none_waits() -> None:
     global _step_hook
-    if _step_hook is not None and not list(_waiting):
+    if _step_hook is not None and not list(_calibrations):
         _step_hook.remove()
         _step_hook = None
-        torch.compiler.set_stance("default")
+
+
+def calibrate(module: nn.Module, replicas: Any = None) -> None:
+    """Initialize the adapters that wait for inputs (`init_lora_weights="calibrated"`), from those that they had so far.
+
+    The Trainer, Fabric, and on one rank the first step of any optimizer do so. A loop of your own on several ranks
+    calls it between the first backward pass and the step.
+
+    Args:
+        module: A converted module.
+        replicas: The ranks that train the same layers, as `torch.distributed.group.WORLD` with DDP and FSDP: all of
+            them must call it, and their inputs count together. None: this rank alone has these layers, as the stage of
+            a pipeline.
+
+    Raises:
+        RuntimeError: If there are gradients, and no forward pass ran in training mode.
+        ValueError: If all inputs of a layer have NaN or Inf.
+    """
+    check_module("module", module)
+    waiting: dict[Calibration, list[InputStatistics]] = {}
+    for layer in adapted_layers(module).values():
+        statistics = layer.input_statistics
+        if statistics is not None and statistics.calibration is not None:
+            waiting.setdefault(statistics.calibration, []).append(statistics)
+    for calibration, each in waiting.items():
+        calibration.initialize(dict.fromkeys(each), replicas)
+
+
+def calibrate_before_step(optimizer: Optimizer) -> None:
+    """Initialize the adapters that an optimizer holds, after its first backward passes; all ranks must call it."""
+    group = dist.group.WORLD if world_size() > 1 else None
+    for calibration in list(_calibrations):
+        waiting = calibration.held_by(optimizer)
+        if waiting:
+            calibration.initialize(waiting, group)
+
+
+def calibrate_before_closure(optimizer: Optimizer) -> None:
+    """The same before `step(closure)`, if there are gradients already, which become 0.
+
+    Sharpness-aware minimization (SAM) changes the parameters along them before it calls the closure.
+    """
+    held = [each for calibration in list(_calibrations) for each in calibration.held_by(optimizer)]
+    parameters = [parameter for each in held for layer in each.layers for parameter in layer.adapter_parameters()]
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if with_gradient:
+        calibrate_before_step(optimizer)
+        for parameter in with_gradient:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def after_closure(closure: Callable[[], Any], action: Callable[[], Any]) -> Callable[[], Any]:
+    """A closure of an optimizer that does something after the backward pass."""
+
+    def run() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    return run
+
+
+@contextmanager
+def step_of_all_ranks() -> Iterator[None]:
+    """Within this the Trainer or Fabric steps, whose plugin calls the functions above, and the hook does nothing."""
+    global _has_plugin
+    previous = _has_plugin
+    _has_plugin = True
+    try:
+        yield
+    finally:
+        _has_plugin = previous
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Initialize before `step()`, or inside `step(closure)` after the closure, which runs the backward pass."""
-
-    def initialize() -> None:
-        for calibration in list(_waiting):
-            calibration.before_step(optimizer)
-
-    def with_initialization(closure: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            loss = closure()
-            initialize()
-            return loss
-
-        return run
-
-    if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": with_initialization(kwargs["closure"])}
-    if len(args) > 1 and args[1] is not None:  # args[0] is the optimizer
-        return (args[0], with_initialization(args[1]), *args[2:]), kwargs
-    initialize()
-    return None
+    if _has_plugin:
+        return None
+    closure = kwargs.get("closure")
+    if len(args) > 1:  # args[0] is the optimizer
+        closure = args[1]
+    if closure is None:
+        _calibrate_alone(optimizer, calibrate_before_step)
+        return None
+    _calibrate_alone(optimizer, calibrate_before_closure)
+    closure = after_closure(closure, lambda: _calibrate_alone(optimizer, calibrate_before_step))
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
 
 
-@torch.no_grad()
-def initialize_from_inputs(layer: LoRALayer, input_rms: Tensor, rank: int = 0) -> list[float | None]:
-    """Initialize a waiting layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
+def _calibrate_alone(optimizer: Optimizer, calibrate: Callable[[Optimizer], None]) -> None:
+    """In a step outside of the Trainer and Fabric, where nothing is collective unless it is named so."""
+    if world_size() > 1:
+        held = [each for calibration in list(_calibrations) for each in calibration.held_by(optimizer)]
+        trained = [each for each in held if any(layer.lora_B.grad is not None for layer in each.layers)]
+        if trained:
+            raise RuntimeError(
+                f"init_lora_weights='calibrated': the optimizer steps before the adapter of "
+                f"{trained[0].layers[0].full_name} is calibrated, and only the Trainer and Fabric do so for several "
+                "ranks. Call lightning_qlora.calibrate(module, replicas=torch.distributed.group.WORLD) after the first "
+                "backward pass on all ranks that train the same layers, or calibrate(module) on a rank with layers of "
+                "its own, as the stage of a pipeline."
+            )
+        return
+    calibrate(optimizer)
 
-    Returns `initialization.calibrated_error` of each matrix; None if there is nothing to compute.
+
+def _adapter_of(
+    layer: LoRALayer, dense_weight: Tensor, input_rms: Tensor, rank: int, group: Any
+) -> tuple[Tensor, Tensor, list[float | None]]:
+    """A and B of a layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
+
+    And `initialization.calibrated_error` of each matrix; None, and the present A and B, if there is nothing to compute.
     """
-    dense_weight = layer.dense_weight
-    layer.dense_weight = None
     errors: list[float | None] = [None] * len(input_rms)
     pairs = zip(*(layer.split_matrices(gather(p)) for p in (layer.lora_A, layer.lora_B)), strict=True)
     adapters = [list(pair) for pair in pairs]
-    if dense_weight is not None:
-        bases = layer.packed_weights  # of a sharded layer all ranks gather the base
-        device = layer.packed.device
-        for number, weight in enumerate(layer.split_matrices(dense_weight)):
-            if not input_rms[number].any():
-                continue
-            values = [torch.empty(part.shape, device=device) for part in adapters[number]]
-            values.append(torch.empty((), device=device))
-            if world_size() == 1 or dist.get_rank() == rank:
-                with torch.autocast(device.type, enabled=False):
-                    operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
-                    adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
-                    error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
-                values = [part.contiguous() for part in (*adapter, error)]
-            if world_size() > 1:
-                for value in values:
-                    dist.broadcast(value, rank)
-            *adapters[number], error = values
-            errors[number] = float(error)
+    bases = layer.packed_weights  # of a sharded layer all ranks gather the base
+    device = layer.packed.device
+    for number, weight in enumerate(layer.split_matrices(dense_weight)):
+        if not input_rms[number].any():
+            continue
+        values = [torch.empty(part.shape, device=device) for part in adapters[number]]
+        values.append(torch.empty((), device=device))
+        if group is None or dist.get_rank(group) == rank:
+            with torch.autocast(device.type, enabled=False):
+                operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
+                adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
+                error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
+            values = [part.contiguous() for part in (*adapter, error)]
+        if group is not None:
+            for value in values:
+                dist.broadcast(value, dist.get_global_rank(group, rank), group)
+        *adapters[number], error = values
+        errors[number] = float(error)
     lora_a, lora_b = (layer.join_matrices(parts) for parts in zip(*adapters, strict=True))
-    if any(error is not None for error in errors):
-        layer.set_adapter(lora_a, lora_b)
-    layer.set_initial(lora_a, lora_b)
-    return errors
-
-
-def drop_gradients(layer: LoRALayer) -> None:
-    """Let the step of an optimizer skip the adapter of a layer."""
-    for parameter in layer.adapter_parameters():
-        parameter.grad = None
-
-
-def _no_sums(layer: LoRALayer, device: torch.device) -> Tensor:
-    """The sums of a layer without inputs, fp64 [matrices, in + 2]; see `Calibration`."""
-    return torch.zeros(layer.matrix_count, layer.in_features + 2, dtype=torch.float64, device=device)
+    return lora_a, lora_b, errors
 
 
 def _root_mean_square(name: str, sums: Tensor) -> Tensor:
@@ -319,40 +330,34 @@ def _root_mean_square(name: str, sums: Tensor) -> Tensor:
     return result
 
 
-def _keep_weights_of_this_rank(layers: Collection[LoRALayer]) -> None:
+def _keep_weights_of_this_rank(waiting: Iterable[InputStatistics]) -> None:
     """Sharded layers: each rank keeps the float weights of its share of the layers, and computes their adapters."""
-    weights: list[Any] = [layer.dense_weight for layer in layers]
-    if any(weight.is_meta for weight in weights):
+    waiting = list(waiting)
+    if any(statistics.dense_weight.is_meta for statistics in waiting):
         return  # the ranks shared the work of loading
-    for place, layer in enumerate(layers):
+    for place, statistics in enumerate(waiting):
         if place % world_size() != dist.get_rank():
-            layer.dense_weight = weights[place].to("meta")
+            statistics.leave_to_another_rank()
 
 
-def _ranks_with_weights(layers: Mapping[str, LoRALayer]) -> dict[str, int]:
-    """Name -> rank that computes the adapter: one that has the float weight, so that the ranks share the work."""
-    weights = {name: layer.dense_weight for name, layer in layers.items()}  # on meta where another rank has it
-    names_of_ranks = of_all_ranks([name for name, w in weights.items() if w is not None and not w.is_meta])
-    ranks = {}
-    for place, name in enumerate(layers):
-        candidates = [rank for rank, names in enumerate(names_of_ranks) if name in names] or [0]
-        ranks[name] = candidates[place % len(candidates)]
+def _ranks_with_weights(waiting: list[InputStatistics], group: Any) -> list[int]:
+    """The rank in the group that computes each adapter: one that has the float weight, so that ranks share the work."""
+    has_weight = [not statistics.dense_weight.is_meta for statistics in waiting]
+    of_ranks: list[Any] = [has_weight]
+    if group is not None:
+        of_ranks = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_ranks, has_weight, group)
+    ranks = []
+    for place in range(len(waiting)):
+        candidates = [rank for rank, has in enumerate(of_ranks) if has[place]] or [0]
+        ranks.append(candidates[place % len(candidates)])
     return ranks
 
 
-def calibration_of(root: nn.Module | None) -> Calibration | None:
-    """The calibration of a converted module, pending or done; None without one."""
-    return None if root is None else vars(root).get("_qlora_calibration")
-
-
-def _after_state_dict(root: nn.Module, *_: Any) -> None:
-    calibration = calibration_of(root)
-    if calibration is not None:
-        calibration._initial.clear()  # the saved state has the calibrated adapters
-
-
-def _after_load_state_dict(root: nn.Module, _: Any) -> None:
-    calibration = calibration_of(root)
-    conversion = conversion_of(root)
-    if calibration is not None and conversion is not None:
-        calibration.after_load(conversion.config.initialization)
+def calibration_of(module: nn.Module) -> Calibration | None:
+    """The calibration that layers of a module wait for; None if none waits."""
+    for layer in adapted_layers(module).values():
+        if layer.input_statistics is not None:
+            calibration: Calibration | None = layer.input_statistics.calibration
+            return calibration
+    return None

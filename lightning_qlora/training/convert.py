@@ -10,13 +10,14 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of
+from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
@@ -41,6 +42,7 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     warn_after_conversion,
+    warn_of_copies,
     warn_of_fp16,
     warn_of_other_arguments,
     warn_of_slow_products,
@@ -109,6 +111,7 @@ def convert_module(
         _convert_again(module, conversion, config)
         reasons = _compute_in_fast_type(module, conversion.config, device, decide)
         return _report(module, Selection(), {}, bytes_before, start, deferred_heads(module), reasons)
+    forget_merge(module)
     for part in module.modules():
         check_no_layer_resized(part)
     check_has_data(module, later=sharded or dist.is_initialized())
@@ -126,6 +129,9 @@ def convert_module(
         check_names_in_loaded_models(module, config, choice)
     by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
     check_before_conversion(module, choice, config, first=not kept)
+    copies = find_copies(module, choice)
+    share_seeds(choice, copies)
+    warn_of_copies(copies)
     _quantize(module, choice, device)
     forget_quantizer(module)
     frozen = freeze(module, choice, new, kept)
@@ -143,7 +149,7 @@ def convert_module(
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
-    if config.initialization == "calibrated" and choice.convert:
+    if config.init_kind.needs_data and choice.convert:
         Calibration(module, sharded)
     report = _report(module, choice, frozen, bytes_before, start, deferred, reasons)
     report.by_size = by_size

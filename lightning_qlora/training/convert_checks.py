@@ -14,6 +14,7 @@ from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import DTYPES
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
@@ -83,6 +84,21 @@ def check_before_conversion(module: nn.Module, choice: Selection, config: QLoRAC
     _check_loaded(module, choice)
     _warn_of_names_in_vain(choice)
     _warn_of_hooks(choice)
+
+
+def warn_of_copies(copies: Iterable[Copy]) -> None:
+    """Warn of weights that the module copied before it was converted: averages of them do not get the adapters."""
+    pairs = dict.fromkeys(copy.modules for copy in copies)
+    if pairs:
+        names = first_of([f"{name or ROOT} of {original or ROOT}" for name, original in pairs], 3)
+        rank_zero_warn(
+            f"The module holds copies of layers that are converted: {names}. An average of weights (EMA, SWA, a "
+            "teacher) that is made before conversion gets wrong values, because the adapters are not in it or are "
+            "averaged apart from their weights' copies. Make it in on_fit_start, from the module that has its adapters "
+            "then; in a loop of your own after convert. A copy that does not follow the module may stay, and "
+            "disable_adapter is such a reference without a copy.",
+            stacklevel=2,
+        )
 
 
 def warn_after_conversion(

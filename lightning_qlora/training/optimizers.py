@@ -8,7 +8,7 @@ differentiable, its output may not reach the loss (a pooler), or no token may ha
 import warnings
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -32,7 +32,8 @@ from lightning_qlora.training.report import groups
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 UNUSED = "not used in the loss"
 READ = "its weight was read, but no gradient came back"
-_audited: WeakSet[Optimizer] = WeakSet()  # optimizers whose first step was checked
+# Optimizers -> the modules whose parameters were checked in their first step.
+_audited: WeakKeyDictionary[Optimizer, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -161,19 +162,19 @@ def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]
 
 
 def audit_first_step(optimizer: Optimizer, module: nn.Module, reasons: dict[str, str]) -> None:
-    """Check once, after the first backward pass of an optimizer's parameters, that the adapters in it got a gradient.
+    """Check once, after the first backward pass of a module's parameters in an optimizer, that adapters got a gradient.
 
     Weights that are read without a gradient are a warning, as are blocks that gradient checkpointing did not recompute;
     unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
     `reasons` has the name -> reason of layers that get no gradient; new ones are added to it.
     """
-    if optimizer in _audited:
+    audited = _audited.setdefault(optimizer, WeakSet())
+    if module in audited:
         return
-    parameters = parameters_of(optimizer)
-    if all(parameter.grad is None for parameter in parameters):
+    ids = set(map(id, parameters_of(optimizer)))
+    if all(parameter.grad is None for parameter in module.parameters() if id(parameter) in ids):
         return
-    _audited.add(optimizer)
-    ids = set(map(id, parameters))
+    audited.add(module)
     layers = {}
     for name, layer in adapted_layers(module).items():
         if any(id(parameter) in ids for parameter in layer.adapter_parameters()):
@@ -220,11 +221,13 @@ def _warn_of_lost_steps(optimizer: Optimizer, module: nn.Module) -> None:
         for parameter in group["params"]:
             if parameter.dtype not in IN_16_BITS or parameter.grad is None or step <= 0:
                 continue
+            if id(parameter) not in names:  # of another module
+                continue
             values = local(parameter.detach())
             moved = (values.float() + step).to(values.dtype)
             share = (moved == values).float().mean().item()
             if share > 0:
-                shares[names.get(id(parameter), "a parameter of another module")] = share
+                shares[names[id(parameter)]] = share
     if shares:
         name, share = max(shares.items(), key=lambda pair: pair[1])
         warnings.warn(

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of
+from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -27,13 +29,19 @@ from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.full_precision import full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import key_name, last_part, owner_name
-from lightning_qlora.layers.packed_linear import to_parameters, use_bytes_of_rank_0
+from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.patches import make_changes
-from lightning_qlora.layers.qlora_linear import computes_in_fp16
+from lightning_qlora.layers.qlora_linear import computes_in_fp16, use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
-from lightning_qlora.lightning_copies import classes, inherit_from_copies
+from lightning_qlora.lightning_copies import classes, inherit_from_copies, modules
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
+from lightning_qlora.training.calibration import (
+    after_closure,
+    calibrate_before_closure,
+    calibrate_before_step,
+    step_of_all_ranks,
+)
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.loss_scale import LossScale
@@ -47,6 +55,14 @@ from lightning_qlora.training.optimizers import (
 )
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.thawed import warn_of_thawed
+
+
+@dataclass
+class _Converted:
+    """A module that the plugin converted."""
+
+    report: ConversionReport
+    trained: set[int] = field(default_factory=set)  # ids of the parameters that took a step
 
 
 @inherit_from_copies
@@ -78,7 +94,8 @@ class QLoRAPrecision(Precision):
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
         self._module: weakref.ref[nn.Module] | None = None
-        self._trained: set[int] = set()  # ids of the parameters that took a step
+        self._converted: weakref.WeakKeyDictionary[nn.Module, _Converted] = weakref.WeakKeyDictionary()
+        self._agreed: set[torch.device] = set()  # on which the ranks compared their kernels
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
         self._has_batches = False
@@ -90,8 +107,8 @@ class QLoRAPrecision(Precision):
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weak reference to the module, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_trained": set()}
+        """Without the weak references to modules, so that a Trainer that ran can be pickled."""
+        return {**vars(self), "_module": None, "_converted": weakref.WeakKeyDictionary()}
 
     @override
     @contextmanager
@@ -126,6 +143,8 @@ class QLoRAPrecision(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the module in place. If it is converted already, only its training mode is set.
 
+        A module whose adapters were merged stays dense in a run that only evaluates it.
+
         In `configure_model`, call `self.trainer.precision_plugin.convert_module(self.model)` before `fully_shard` or
         `parallelize_module`. It converts the whole LightningModule, also if it gets a part of it.
         """
@@ -138,20 +157,30 @@ class QLoRAPrecision(Precision):
             guards.check_trainer(trainer, trainer.lightning_module)
             device = trainer.strategy.root_device
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        if was_merged(root):
+            if self._evaluating:
+                return module
+            rank_zero_warn(
+                f"The adapters of this {type(root).__name__} were merged, and its weights are quantized again now, to "
+                "train new adapters. To compute with the merged weights alone, leave out plugins=QLoRAPrecision(...)."
+            )
         converted_before = is_converted(root)
         shards = _shards_module(trainer)
         report = convert_module(root, self.config, device, shards, None, self._evaluating, _reason_of_all_ranks)
         if shards:
             to_parameters(root)
         else:
-            use_bytes_of_rank_0(root)
-        agree(device)
+            use_base_of_rank_0(root)
+        if device is not None:
+            self._agree(device)  # in Fabric the module is moved later
         if not converted_before:
             rank_zero_only(print)(report)
-        if not converted_before or self.report is None:
-            self.report = report
+        previous = self._converted.get(root)
+        if converted_before and previous is not None:
+            report = previous.report
+        self.report = report
         self._module = weakref.ref(root)
-        self._trained = set()
+        self._converted[root] = _Converted(report)
         self._trains_fp32 = self._trains_new_fp32_parts(root)
         if not self._computes_in_fp16:  # Fabric may convert several, and moves them to their device later
             self._computes_in_fp16 = None
@@ -161,6 +190,12 @@ class QLoRAPrecision(Precision):
             if not self._evaluating:
                 self._use_training_mode()
         return module
+
+    def _agree(self, device: torch.device) -> None:
+        """Let the ranks compute with the same kernels on a device, once; all of them must call it."""
+        if device not in self._agreed:
+            self._agreed.add(device)
+            agree(device)
 
     def _trains_new_fp32_parts(self, root: nn.Module) -> bool:
         """Whether parameters train in fp32 that are neither adapters nor computed in 16 bits."""
@@ -247,12 +282,16 @@ class QLoRAPrecision(Precision):
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step, that the adapters have gradients."""
-        module = self._root
-        if module is not None and self.report is not None:
-            audit_first_step(optimizer, module, self.report.unused)
-            warn_of_thawed(module, optimizer, self._trained)
+        for module, converted in self._converted.items():  # of a GAN in Fabric there are two
+            audit_first_step(optimizer, module, converted.report.unused)
+            warn_of_thawed(module, optimizer, converted.trained)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """What Fabric does between a backward pass and the step; for the Trainer see `_after_closure`."""
+        self._audit(optimizer)
+        calibrate_before_step(optimizer)
 
     def on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
@@ -262,6 +301,9 @@ class QLoRAPrecision(Precision):
         replace_parameters_by_adapters(optimizer)
         leave_out_bytes(optimizer)
         check_optimizer(optimizer)
+        layer = next(self._layers(), None)
+        if layer is not None:
+            self._agree(layer.packed.device)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
             self.pager.attach(optimizer)
 
@@ -282,6 +324,7 @@ class QLoRAPrecision(Precision):
         return _precision_class(module).post_backward(self, tensor, module)
 
     @override
+    @step_of_all_ranks()
     def optimizer_step(  # type: ignore[override]
         self,
         optimizer: Optimizer,
@@ -292,6 +335,8 @@ class QLoRAPrecision(Precision):
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if model is None:
             self.on_setup_optimizer(optimizer)
+        if closure is not None and not _runs_backward(model, closure):
+            calibrate_before_closure(optimizer)
         scale = self.loss_scale
         if scale is not None:
             before_step: Any = self._before_step
@@ -303,14 +348,15 @@ class QLoRAPrecision(Precision):
         if closure is None:
             self._before_step(optimizer)
         else:
-            kwargs["closure"] = closure
+            kwargs["closure"] = after_closure(closure, partial(self._before_step, optimizer))
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
         """See `_before_step`; the Trainer calls this between its backward pass and its step."""
-        self._before_step(optimizer)
+        self._audit(optimizer)
         super()._after_closure(model, optimizer)
+        calibrate_before_step(optimizer)
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -397,6 +443,14 @@ def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None
 def _trainer_of(module: nn.Module | None) -> Trainer | None:
     """The Trainer a module is attached to; None in Fabric."""
     return module._trainer if isinstance(module, classes(LightningModule)) else None
+
+
+def _runs_backward(model: nn.Module | None, closure: Callable[[], Any]) -> bool:
+    """Whether a closure is the Trainer's: it has the backward pass, or in manual optimization nothing."""
+    if model is None:
+        return False
+    empty = [module.do_nothing_closure for module in modules(do_nothing_closure.__module__)]
+    return bool(model.automatic_optimization) or closure in empty
 
 
 def _shards_module(trainer: Trainer | None) -> bool:

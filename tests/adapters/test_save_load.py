@@ -18,6 +18,8 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.save_load import config_of_adapter
+from lightning_qlora.config import QLoRAConfig
 from tests.conftest import Classifier
 from tests.layers.test_experts import made, qwen3_moe
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, toy
@@ -574,3 +576,59 @@ def test_experts_that_a_folder_lacks_get_the_default_initialization(tmp_path):
     load_adapter(perturb(model), tmp_path)
     stack, expected = (net.model.layers[0].mlp.experts.gate_up_proj_experts for net in (model, fresh))
     assert torch.equal(stack.lora_A, expected.lora_A) and not stack.lora_B.any()
+
+
+OF_FOLDER = {  # arguments that a run with adapter=FOLDER takes from the folder, or that do not apply to it
+    "r": 2,
+    "lora_alpha": 3,
+    "target_modules": r"net\.0",
+    "exclude_modules": [],
+    "modules_to_save": [],
+    "trainable_token_indices": None,
+    "init_lora_weights": "default",
+    "loftq_config": {},
+    "use_rslora": True,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "adapter": None,
+}
+KEPT = {  # and those that stay as they are passed
+    "quant_type": "fp4",
+    "double_quant": False,
+    "block_size": 128,
+    "compute_dtype": "bf16",
+    "lora_dropout": 0.5,
+    "paged_optimizer": False,
+    "gradient_checkpointing": True,
+    "checkpoint": "full",
+    "deferred_logits": False,
+}
+
+
+def test_each_argument_is_kept_or_taken_from_the_folder(tmp_path):
+    """A new argument belongs in one of the two lists, and `config_of_adapter` does what its list says."""
+    assert not OF_FOLDER.keys() & KEPT.keys()
+    assert OF_FOLDER.keys() | KEPT.keys() == QLoRAConfig.__dataclass_fields__.keys()
+    module = Classifier()
+    convert(module, r=2, lora_alpha=3, use_rslora=True, target_modules=["0"])
+    save_adapter(perturb(module), tmp_path)
+    passed = QLoRAConfig(
+        **KEPT,
+        r=7,
+        lora_alpha=5,
+        target_modules=["4"],
+        exclude_modules=["0"],
+        modules_to_save=["2"],
+        trainable_token_indices=[1],
+        init_lora_weights="loftq",
+        loftq_config={"loftq_iter": 2},
+        use_dora=True,
+        rank_pattern={"4": 3},
+        alpha_pattern={"4": 3},
+        adapter=str(tmp_path),
+    )
+    defaults = QLoRAConfig()
+    assert all(getattr(passed, name) != getattr(defaults, name) for name in KEPT)
+    config = config_of_adapter(Classifier(), read_adapter(tmp_path), passed)
+    assert {name: getattr(config, name) for name in OF_FOLDER | KEPT} == OF_FOLDER | KEPT

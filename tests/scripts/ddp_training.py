@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_qlora import QLoRAPrecision, save_adapter
+from lightning_qlora import QLoRAPrecision, calibrate, convert, save_adapter
 from tests.conftest import Classifier, dataset, loader, make_trainer, run_rank, tensors
 from tests.toys import Lit
 
@@ -122,6 +122,50 @@ def fit_calibrated(root: Path, kind=Classifier, **arguments) -> tuple[dict[str, 
     return module.state_dict(), plugin.report.calibration
 
 
+def calibrate_another_start_on_each_rank(root: Path) -> dict[str, object]:
+    """Without a common seed: the base is that of rank 0, and the share of a layer's output that it changes still."""
+    weight = Classifier(seed=0).net[0].weight.detach()
+    module = Classifier(seed=RANK)
+    plugin = QLoRAPrecision(r=16, lora_dropout=0.0, init_lora_weights="calibrated")
+    trainer(root, plugin, max_steps=1, enable_checkpointing=False).fit(module, loader(64, 4))
+    layer = module.net[0]
+    rms = plugin.report.calibration.input_rms["net.0"]
+    error = weight - layer.decode() - layer.scaling * (layer.initial_B @ layer.initial_A)
+    share = ((error * rms).norm() / (weight * rms).norm()).item()
+    reported = plugin.report.calibration.errors["net.0"]
+    return {"initial": layer.initial, "share": share, "reported": reported, "own loop": calibrate_in_own_loop()}
+
+
+def calibrate_in_own_loop() -> dict[str, object]:
+    """A loop without the Trainer: nothing is collective but what is named so."""
+    torch.manual_seed(4)
+    x = torch.randn(8, 64)
+
+    def converted():
+        torch.manual_seed(5)
+        net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        report = convert(net, r=4, lora_dropout=0.0, init_lora_weights="calibrated")
+        net(x[RANK::2]).square().sum().backward()
+        return net, report, torch.optim.SGD(net.parameters(), lr=0.0)
+
+    net, report, optimizer = converted()
+    message = ""
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        message = str(error)
+    calibrate(net, replicas=torch.distributed.group.WORLD)
+    optimizer.step()
+    adapters = {name: value.detach() for name, value in net.named_parameters() if "lora_" in name}
+    result = {"message": message, "adapters": adapters, "rms": report.calibration.input_rms["0"], "inputs": x}
+    if RANK == 0:  # a stage of a pipeline: the other rank has other layers
+        net, report, optimizer = converted()
+        calibrate(net)
+        optimizer.step()
+        result |= {"alone": report.calibration.input_rms["0"]}
+    return result
+
+
 def main(root: str) -> None:
     folder = Path(root)
     results = {"loaded": fit_loaded(folder)} if (folder / "base").exists() else {}
@@ -134,6 +178,7 @@ def main(root: str) -> None:
     results["accumulated"] = fit_calibrated(folder, accumulate_grad_batches=2)
     results["called"] = fit_calibrated(folder, Called)
     results["experts"] = fit_calibrated(folder, Experts, strategy="ddp_find_unused_parameters_true")
+    results["unseeded"] = calibrate_another_start_on_each_rank(folder)
     torch.save(results, folder / f"rank{RANK}.pt")
 
 

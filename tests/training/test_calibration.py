@@ -9,12 +9,14 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora import QLoRAPrecision, convert, merge, quantize
+from lightning_qlora import QLoRAPrecision, convert, merge, quantize, save_adapter
 from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers import initialization
-from lightning_qlora.training.calibration import calibration_of
 from tests.conftest import loader
 from tests.toys import delta
 
@@ -116,8 +118,8 @@ def dense_layers(module):
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def input_rms(module):
-    return calibration_of(module).report.input_rms
+def input_rms(report):
+    return report.calibration.input_rms
 
 
 def error_on(inputs, weight, layer):
@@ -132,7 +134,8 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs():
     assert report.calibration.waiting == ["layers.0", "layers.2"]
     assert report.calibration.host_bytes == 4 * 2 * 96 * 64
     assert not net.layers[0].lora_B.any()
-    quantized = copy.deepcopy(net)
+    quantized = copy.deepcopy(dense)
+    convert(quantized, **{**CALIBRATED, "init_lora_weights": "default"})
     step(net, x)
     inputs = x * net.sizes
     layer, weight = net.layers[0], dense.layers[0].weight.detach()
@@ -169,7 +172,7 @@ def test_hooks_and_dense_weights_are_removed_after_calibration():
     step(net, torch.randn(4, 64))
     for module in net.modules():
         assert not module._forward_pre_hooks
-        assert getattr(module, "dense_weight", None) is None
+        assert getattr(module, "input_statistics", None) is None
     before = adapters(net)
     step(net, 100 * torch.randn(4, 64))
     assert all(torch.equal(before[n], p) for n, p in adapters(net).items())
@@ -246,7 +249,7 @@ def test_a_layer_without_input_keeps_the_default_initialization_and_is_named():
     assert torch.equal(net.unused.lora_A, before)
     assert not net.unused.lora_B.any()
     assert "because the first step had no input for them: unused" in str(report)
-    assert net.unused.dense_weight is None
+    assert net.unused.input_statistics is None
 
 
 def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer_and_changes_nothing():
@@ -262,11 +265,10 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer_and_change
 def test_rows_that_are_not_finite_do_not_count():
     nets, x = [Net(), Net()], torch.randn(6, 64)
     nets[1].load_state_dict(nets[0].state_dict())
-    for net in nets:
-        convert(net, **CALIBRATED)
+    reports = [convert(net, **CALIBRATED) for net in nets]
     step(nets[0], x)
     step(nets[1], torch.cat([x, torch.full((2, 64), torch.nan)]))
-    assert torch.equal(*(input_rms(net)["layers.0"] for net in nets))
+    assert torch.equal(*(input_rms(report)["layers.0"] for report in reports))
 
 
 def test_a_rank_above_the_singular_values_is_refused_at_conversion():
@@ -281,15 +283,57 @@ def test_inputs_of_zeros_keep_the_default_initialization():
     assert report.calibration.unseen == ["0"]
 
 
-def test_a_copy_and_a_pickle_calibrate_separately():
+@pytest.mark.parametrize("of", ["the module", "a part"])
+@pytest.mark.parametrize("first", ["module", "copy"])
+def test_a_copy_gets_the_values_of_the_module(of, first, tmp_path):
+    """As an average that begins before the first step."""
+    net, x = Net(), torch.randn(8, 64)
+    dense = copy.deepcopy(net)
+    report = convert(net, **CALIBRATED)
+    layers = net.layers
+    copied = copy.deepcopy(net).layers if of == "the module" else copy.deepcopy(layers)
+    assert copied[0].input_statistics.dense_weight is layers[0].input_statistics.dense_weight
+    step((layers if first == "module" else copied), x * net.sizes)
+    assert (report.calibration.waiting, report.calibration.calibrated) == ([], ["layers.0", "layers.2"])
+    assert not _global_optimizer_pre_hooks
+    for one, other in ((layers[0], copied[0]), (layers[2], copied[2])):
+        assert one.input_statistics is None and other.input_statistics is None
+        assert one.lora_B.any() and torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B)
+        assert all(torch.equal(*pair) for pair in zip(one.initial, other.initial, strict=True))
+        assert one.lora_A is not other.lora_A
+    with torch.no_grad():
+        copied[0].lora_B += 0.1
+    change = delta(copied[0]) - delta(layers[0])
+    save_adapter(copied, tmp_path, base="float")
+    other = copy.deepcopy(dense.layers)
+    convert(other, adapter=str(tmp_path))
+    torch.testing.assert_close(delta(other[0]), change, atol=1e-5, rtol=1e-4)
+
+
+def test_a_pickle_is_calibrated_in_its_own_first_step():
     net, x = Net(), torch.randn(8, 64)
     convert(net, **CALIBRATED)
-    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    other = pickle.loads(pickle.dumps(net))
     step(net, x)
-    for other in copies:
-        assert not other.layers[0].lora_B.any()
-        step(other, x)
-        assert torch.equal(other.layers[0].lora_B, net.layers[0].lora_B)
+    assert not other.layers[0].lora_B.any()
+    step(other, x)
+    assert torch.equal(other.layers[0].lora_B, net.layers[0].lora_B)
+
+
+def test_a_copy_with_another_weight_waits_for_its_own_step():
+    net, x = Net(), torch.randn(8, 64)
+    convert(net, **CALIBRATED)
+    other, dense = copy.deepcopy(net), Net()
+    other.load_state_dict({**dense.state_dict(), "sizes": net.sizes})
+    step(net, x)
+    assert net.layers[0].lora_B.any() and not other.layers[0].lora_B.any()
+    step(other, x)
+    weight = dense.layers[0].weight
+    expected = initialization.calibrated_adapter(
+        weight, quantize(weight), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
+    )
+    torch.testing.assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
+    assert not _global_optimizer_pre_hooks
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -322,11 +366,11 @@ def test_statistics_are_summed_over_the_batches_of_the_first_step(trainer):
         def forward(self, x):
             return self.net(x)
 
-    one, _, _ = fit(trainer, Plain(), data=loader(batch_size=16), max_steps=1)
-    two, plugin, _ = fit(trainer, Plain(), data=loader(batch_size=8), max_steps=1, accumulate_grad_batches=2)
+    one, first, _ = fit(trainer, Plain(), data=loader(batch_size=16), max_steps=1)
+    _, plugin, _ = fit(trainer, Plain(), data=loader(batch_size=8), max_steps=1, accumulate_grad_batches=2)
     assert plugin.report.calibration.rows == 16
     for name in dense_layers(one):
-        torch.testing.assert_close(input_rms(two)[name], input_rms(one)[name])
+        torch.testing.assert_close(input_rms(plugin.report)[name], input_rms(first.report)[name])
 
 
 def test_blocks_that_are_recomputed_count_like_others(trainer):
@@ -342,12 +386,13 @@ def test_blocks_that_are_recomputed_count_like_others(trainer):
 
     nets, x = [Blocks()], torch.randn(8, 64)
     nets.append(copy.deepcopy(nets[0]))
+    reports = []
     for net, recompute in zip(nets, (False, True), strict=True):
         arguments = {**CALIBRATED, "target_modules": "all-linear", "gradient_checkpointing": recompute}
-        convert(net, **arguments)
+        reports.append(convert(net, **arguments))
         step(net, x)
     for name in dense_layers(nets[0]):
-        torch.testing.assert_close(input_rms(nets[1])[name], input_rms(nets[0])[name])
+        torch.testing.assert_close(input_rms(reports[1])[name], input_rms(reports[0])[name])
 
 
 def test_validation_before_training_does_not_calibrate(trainer):
@@ -485,11 +530,14 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     net.layers[0].lora_B.data += 1
     net.load_state_dict(before)
     assert all(torch.equal(start[name], value) for name, value in adapters(net).items())
-    net.state_dict()  # saved with the calibrated adapters: the kept ones are freed
-    with pytest.warns(UserWarning, match=r"saved before the calibration.*layers\.0 now has the default initialization"):
+    net.state_dict()
+    net.layers[0].lora_B.data += 1
+    net.load_state_dict(before)
+    assert all(torch.equal(start[name], value) for name, value in adapters(net).items())
+    net.layers[0].set_initial(None, None)  # as after loading the adapter folder of a calibrated module
+    with pytest.warns(UserWarning, match=r"layers\.0: the loaded state dict was saved before the calibration"):
         net.load_state_dict(before)
     assert not net.layers[0].lora_B.any()
-    assert net.layers[0].initial_A is None
 
 
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
@@ -517,7 +565,7 @@ def test_a_merged_part_is_not_calibrated():
     merge(both["first"])
     step(both["second"], torch.randn(4, 64))
     assert report.calibration.calibrated == ["second.layers.0", "second.layers.2"]
-    assert not hasattr(both["first"].layers[0], "dense_weight")
+    assert not hasattr(both["first"].layers[0], "input_statistics")
 
 
 @pytest.mark.parametrize(
@@ -571,3 +619,114 @@ def test_inputs_in_fp64_count():
     convert(model, r=4, init_lora_weights="calibrated")
     step(model, torch.randn(8, 64, dtype=torch.float64))
     assert model[0].lora_B.any()
+
+
+@pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
+def test_other_code_is_compiled_meanwhile_and_the_stance_stays_that_of_the_user(stance):
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    torch.compiler.set_stance(stance)
+    try:
+        net, x = Net(), torch.randn(4, 64)
+        convert(net, **CALIBRATED)
+        torch.compile(nn.Linear(64, 64), backend=counter)(x)
+        assert counter.frame_count == (stance == "default")
+        step(net, x)
+        assert torch._dynamo.eval_frame._stance.stance == stance
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_module_is_calibrated_in_its_graph_and_compiled_once_more_without(recompute):
+    class Recomputed(Net):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False) if recompute else super().forward(x)
+
+    torch._dynamo.reset()
+    first, x = Recomputed(), torch.randn(6, 64)
+    second = copy.deepcopy(first)
+    for net in (first, second):
+        convert(net, **CALIBRATED)
+    counters.clear()
+    compiled = torch.compile(first, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        step(compiled, x)
+    assert counters["stats"]["unique_graphs"] == 2
+    step(second, x)
+    for one, other in zip(adapters(first).values(), adapters(second).values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware minimization as in github.com/davda54/sam: the gradient at a point uphill."""
+
+    def __init__(self, params, rho=0.05, **others):
+        super().__init__(params, {"rho": rho, **others})
+        self.base = torch.optim.SGD(self.param_groups, **others)
+        self.param_groups = self.base.param_groups
+
+    def with_gradient(self):
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        closure = torch.enable_grad()(closure)
+        norm = torch.stack([p.grad.norm() for p in self.with_gradient()]).norm()
+        for p in self.with_gradient():
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad * (self.param_groups[0]["rho"] / (norm + 1e-12)))
+        self.zero_grad()
+        closure()
+        for p in self.with_gradient():
+            p.data = self.state[p]["old"]
+        self.base.step()
+
+
+class ManualSam(Lit):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        sam_step(self, batch[0], optimizer, self.manual_backward)
+
+    def configure_optimizers(self):
+        return Sam(self.parameters(), lr=1e-3)
+
+
+def sam_step(net, x, optimizer, backward=torch.Tensor.backward):
+    def closure():
+        loss = net(x).square().mean()
+        backward(loss)
+        return loss
+
+    closure()
+    optimizer.step(closure)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("where", ["own loop", "Fabric", "Trainer"])
+def test_sharpness_aware_minimization_begins_with_the_calibrated_values(where, trainer, recwarn):
+    if where == "Trainer":
+        net, plugin, _ = fit(trainer, ManualSam(), max_steps=1, data=loader(batch_size=16))
+        calibration, net, x = plugin.report.calibration, net.net, next(iter(loader(batch_size=16)))[0]
+    else:
+        net, x = Net(), torch.randn(16, 64)
+        if where == "Fabric":
+            fabric = Fabric(accelerator="cpu", devices=1, plugins=(plugin := QLoRAPrecision(**CALIBRATED)))
+            module = fabric.setup_module(net)
+            optimizer = fabric.setup_optimizers(Sam(module.parameters(), lr=1e-3))
+            sam_step(module, x, optimizer, fabric.backward)
+            calibration = plugin.report.calibration
+        else:
+            calibration = convert(net, **CALIBRATED).calibration
+            sam_step(net, x, Sam(net.parameters(), lr=1e-3))
+    assert calibration.calibrated and not calibration.waiting and calibration.rows == 16
+    assert not [each for each in recwarn if "trained before" in str(each.message)]
+    for layer in (net.layers[0], net.layers[2]):
+        start = layer.scaling * layer.initial_B @ layer.initial_A
+        change = (delta(layer) - start).norm() / start.norm()
+        assert layer.initial_B.any() and 0 < change < 0.1  # one step from there

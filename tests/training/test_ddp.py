@@ -91,3 +91,19 @@ def test_all_ranks_get_the_same_calibrated_adapters_from_the_inputs_of_all_ranks
     assert report.rows == rows
     if fit != "called":  # before the loop, on inputs of the ranks' own
         torch.testing.assert_close(report.input_rms["net.0"], inputs.square().mean(0).sqrt())
+
+
+def test_calibration_is_that_of_rank_0s_weights_without_a_common_seed(ranks):
+    first, second = (rank["unseeded"] for rank in ranks)
+    assert all(torch.equal(*pair) for pair in zip(first["initial"], second["initial"], strict=True))
+    for rank in (first, second):
+        assert rank["share"] == pytest.approx(rank["reported"], rel=1e-3) and rank["share"] < 0.1
+
+
+def test_a_loop_on_several_ranks_names_those_that_calibrate_together(ranks):
+    first, second = (rank["unseeded"]["own loop"] for rank in ranks)
+    for rank in (first, second):
+        assert "Call lightning_qlora.calibrate(module, replicas=torch.distributed.group.WORLD)" in rank["message"]
+        torch.testing.assert_close(rank["rms"], first["inputs"].square().mean(0).sqrt())
+    assert same(first["adapters"], second["adapters"])
+    torch.testing.assert_close(first["alone"], first["inputs"][0::2].square().mean(0).sqrt())

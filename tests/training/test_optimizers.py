@@ -164,6 +164,47 @@ def test_fabric_runs_it(capsys):
     assert capsys.readouterr().out.count("got no gradient in the first step: pooler, never.") == 1
 
 
+class Unused(nn.Module):
+    """One layer of two is used in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.norm(self.used(x))
+
+
+@pytest.mark.parametrize("one_optimizer", [False, True])
+def test_fabric_audits_each_of_two_modules(one_optimizer, capsys, recwarn):
+    plugin = QLoRAPrecision(r=2)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    generator, critic = Unused(), Model()
+    critic.norm = nn.LayerNorm(64)
+    first = fabric.setup_module(generator)
+    of_first = plugin.report
+    second = fabric.setup_module(critic)
+    generator.norm.requires_grad_(True)  # conversion froze it
+    both = list(first.parameters()), list(second.parameters())
+    groups = [[*both[0], *both[1]]] if one_optimizer else both
+    optimizers = [fabric.setup_optimizers(torch.optim.SGD(group, lr=0.1)) for group in groups]
+    recwarn.clear()
+    for _ in range(2):
+        fabric.backward(second(first(torch.randn(2, 64))))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    printed = capsys.readouterr().out
+    assert printed.count("QLoRA: 1 adapters got no gradient in the first step: unused.") == 1
+    assert printed.count("QLoRA: 2 adapters got no gradient in the first step: pooler, never.") == 1
+    texts = [str(each.message) for each in recwarn]
+    assert sum("frozen by conversion train from now on, in full: norm.weight, norm.bias" in text for text in texts) == 1
+    assert sum("The adapters of 1 layers got no gradient, so they do not train: lost" in text for text in texts) == 1
+    assert of_first.unused == {"unused": UNUSED}
+    assert plugin.report.unused == {"lost": READ, "pooler": UNUSED, "never": UNUSED}
+
+
 class Gan(LightningModule):
     """Two optimizers, each stepped by a loss that the adapters of the other one may have no part in."""
 

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from torch import nn
 
@@ -364,3 +365,17 @@ def test_a_vision_model_with_a_linear_head_trains(trainer):
     trainer(plugins=plugin(), max_epochs=20).fit(module, loader())
     assert sum(module.losses[-4:]) < 0.7 * sum(module.losses[:4])
     assert not torch.equal(module.net[2].running_mean, mean)
+
+
+def test_the_ranks_compare_their_kernels_once_on_the_device_of_the_layers(monkeypatch, trainer):
+    """A rank that has used CUDA for something else must not wait there for one that has not."""
+    devices = []
+    monkeypatch.setattr("lightning_qlora.training.precision.agree", devices.append)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin())
+    model = fabric.setup_module(nn.Linear(64, 64))
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        fabric.backward(model(torch.randn(2, 64)).sum())
+        optimizer.step()
+    trainer(plugins=plugin(), max_steps=2).fit(Classifier(), loader())
+    assert devices == [torch.device("cpu"), torch.device("cpu")]

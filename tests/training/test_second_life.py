@@ -302,3 +302,33 @@ def test_random_orders_are_equal_or_refused(seed, tmp_path):
             load_adapter(again, tmp_path / "folder")
             torch.testing.assert_close(again(X), expected)
     assert refused <= 4
+
+
+@pytest.mark.parametrize("merged", [lambda lit: lit, lambda lit: lit.net])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_merged_module_that_is_only_evaluated_stays_dense(stage, merged, trainer, recwarn):
+    """Code that keeps the arguments of its Trainer (neuralforecast) evaluates with the plugin of the training."""
+    module, run = Classifier(), {"plugins": QLoRAPrecision(r=4), "enable_checkpointing": False}
+    trainer(**run).fit(module, loader())
+    merge(merged(module))
+    expected = module(torch.ones(3, 64))
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    dense = Classifier()
+    dense.load_state_dict(state)
+    getattr(trainer(**run), stage)(module, loader())
+    assert not adapted_layers(module)
+    assert torch.equal(module(torch.ones(3, 64)), expected) and torch.equal(dense(torch.ones(3, 64)), expected)
+    dense.load_state_dict(module.state_dict())
+    assert not [each for each in recwarn if "were merged" in str(each.message)]
+
+
+def test_a_merged_module_that_trains_is_converted_again_with_one_warning(trainer, recwarn):
+    module, run = Classifier(), {"plugins": QLoRAPrecision(r=4), "enable_checkpointing": False}
+    trainer(**run).fit(module, loader())
+    merge(module)
+    for _ in range(2):
+        trainer(**run).fit(module, loader())
+    trainer(**run).test(module, loader())
+    texts = [str(each.message) for each in recwarn]
+    assert len([text for text in texts if "Classifier were merged, and its weights are quantized again" in text]) == 1
+    assert len(adapted_layers(module)) == 2

@@ -1,0 +1,107 @@
+"""Copies of layers that `__init__` made: averages of weights, teachers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_qlora import convert
+from tests.layers.test_experts import made, qwen3_moe
+
+WARNING = "The module holds copies of layers that are converted"
+
+
+class Buffers(nn.Module):
+    """An average in buffers whose names have no dots, as latent-diffusion's LitEma."""
+
+    def __init__(self, net):
+        super().__init__()
+        for name, parameter in net.named_parameters():
+            self.register_buffer(name.replace(".", ""), parameter.detach().clone())
+
+
+def body(width=64):
+    return nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width))
+
+
+def warnings_of(module, recwarn, **arguments):
+    recwarn.clear()
+    convert(module, r=4, lora_dropout=0.0, **arguments)
+    return [str(each.message) for each in recwarn if WARNING in str(each.message)]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("average", "names"),
+    [
+        (copy.deepcopy, "average of net"),
+        (AveragedModel, "average.module of net"),
+        (Buffers, "average of net.0, average of net.2"),
+        (lambda net: copy.deepcopy(net).float(), "average of net"),  # held in fp32
+    ],
+)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_one_warning_names_a_copy_and_says_when_to_make_it(average, names, trains, dtype, is_first, recwarn):
+    net = body().to(dtype)
+    parts = {"net": net, "average": average(net).requires_grad_(trains)}
+    module = nn.ModuleDict(dict(reversed(parts.items())) if is_first else parts)
+    (text,) = warnings_of(module, recwarn)
+    if not is_first:
+        assert f"converted: {names}. An average" in text
+    assert "net" in text and "average" in text and "Make it in on_fit_start" in text
+
+
+def test_an_average_made_after_conversion_has_the_adapters_and_no_warning(recwarn):
+    net = body()
+    dense = copy.deepcopy(net)
+    assert not warnings_of(net, recwarn)
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    with torch.no_grad():
+        net[0].lora_B += 0.1
+    average.update_parameters(net)
+    with torch.no_grad():
+        net[0].lora_B += 0.2
+    average.update_parameters(net)
+    assert not warnings_of(nn.ModuleDict({"net": net, "average": average}), recwarn)
+    with torch.no_grad():  # A is constant, so the average of B is that of the weights
+        for index in (0, 2):
+            dense[index].weight.copy_(net[index].decode())
+        dense[0].weight += net[0].scaling * torch.full((128, 4), 0.2) @ net[0].lora_A
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(average(x), dense(x), atol=1e-5, rtol=1e-4)
+
+
+def test_copies_that_train_begin_with_the_same_adapters(recwarn):
+    net = body()
+    others = {"copied": copy.deepcopy(net), "other": body()}
+    module = nn.ModuleDict({"net": net, **others})
+    assert len(warnings_of(module, recwarn)) == 1
+    for index in (0, 2):
+        assert torch.equal(module["copied"][index].lora_A, net[index].lora_A)
+        assert not torch.equal(module["other"][index].lora_A, net[index].lora_A)
+
+
+def test_stacks_of_experts_too(recwarn):
+    model = made(qwen3_moe).requires_grad_(True)
+    module = nn.ModuleDict({"model": model, "average": copy.deepcopy(model)})
+    (text,) = warnings_of(module, recwarn)
+    assert "average of model" in text
+    first, second = (module[name].model.layers[0].mlp.experts.gate_up_proj_experts for name in ("model", "average"))
+    assert torch.equal(first.lora_A, second.lora_A)
+
+
+def test_what_is_no_copy_gets_no_warning(recwarn):
+    torch.manual_seed(0)
+    zeros = nn.ModuleDict({"one": body(), "two": body()})
+    for part in zeros.values():
+        nn.init.zeros_(part[2].weight)  # as diffusion models begin
+    tied = nn.ModuleDict({"one": nn.Linear(64, 64), "two": nn.Linear(64, 64), "three": nn.Linear(64, 64)})
+    tied["two"].weight = tied["one"].weight
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 128), 3, enable_nested_tensor=False)
+    ensemble = nn.ModuleList([body()])
+    ensemble.append(copy.deepcopy(ensemble[0]))
+    for module in (zeros, tied, encoder, ensemble, nn.ModuleDict({"one": body(), "two": body()})):
+        assert not warnings_of(module, recwarn)

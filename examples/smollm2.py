@@ -36,9 +36,9 @@ def load_tokenizer(base: str | None = None) -> PreTrainedTokenizerBase:
 
 
 def load_model(base: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load the model with dense weights in `dtype`; the default is `weights_dtype()`."""
+    """Load the model with dense weights in `dtype`; the default is bf16, on every machine."""
     source = find_model(base)
-    dtype = dtype or weights_dtype()
+    dtype = dtype or torch.bfloat16
     if "gguf_file" not in source:
         return AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
     # Newer transformers can keep GGUF weights packed in special layers; the example needs nn.Linear.
@@ -50,13 +50,3 @@ def load_model(base: str | None = None, dtype: torch.dtype | None = None) -> Pre
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
-
-
-def weights_dtype() -> torch.dtype:
-    """Choose bf16 if the hardware has bf16 products, else fp32, which is faster than emulated bf16."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32

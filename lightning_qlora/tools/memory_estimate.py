@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
-from lightning_qlora.config import OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
@@ -125,6 +126,7 @@ def estimate_memory(
     sequence_length: int = 512,
     optimizer: OptimizerName = "adamw",
     example: Any = None,
+    device: DeviceName = "gpu",
     **arguments: Any,
 ) -> MemoryEstimate:
     """Estimate the memory of training a model with QLoRA, without a GPU and without allocating the model.
@@ -137,6 +139,7 @@ def estimate_memory(
         optimizer: "adamw", "adamw8bit" (PagedAdamW8bit), "sgd", or "momentum" (SGD with momentum).
         example: Input of the module's forward, for a module that is not a transformers model: a tensor, a tuple, or a
             dict of keyword arguments. batch_size and sequence_length are not used then.
+        device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
         **arguments: The arguments of `QLoRAPrecision`. The initialization does not change the estimate, which is of
             device memory; "calibrated" also needs host memory of the size of the dense weights until the first step.
 
@@ -144,17 +147,25 @@ def estimate_memory(
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
     """
-    names = ["batch_size", "sequence_length", "optimizer", "example", *QLoRAConfig.__dataclass_fields__]
+    names = ["batch_size", "sequence_length", "optimizer", "example", "device", *QLoRAConfig.__dataclass_fields__]
     refuse_unknown_arguments(arguments, names)
-    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments), example)
+    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments), example, device)
     return run.estimate(batch_size, sequence_length)
 
 
 class PlannedRun:
     """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`."""
 
-    def __init__(self, model: Any, optimizer: OptimizerName, config: QLoRAConfig, example: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        optimizer: OptimizerName,
+        config: QLoRAConfig,
+        example: Any = None,
+        device: DeviceName = "gpu",
+    ) -> None:
         check_choice("optimizer", optimizer, get_args(OptimizerName))
+        check_choice("device", device, get_args(DeviceName))
         if not isinstance(model, nn.Module):
             model = meta_model(model)
         check_initialized(model)
@@ -167,7 +178,8 @@ class PlannedRun:
         with self._mode:
             self.model = fake_copy(model)
             self._example = fake_example(example, self._mode)
-            self._report = convert_module(self.model, config)
+            decide = reason_for_fp32 if device == "cpu" else _no_reason
+            self._report = convert_module(self.model, config, decide=decide)
             run_without_data(self.model)
         layers = packed_layers(self.model)
         packed = sum(getattr(layer, name).nbytes for layer in layers for name in BASE)
@@ -205,6 +217,10 @@ class PlannedRun:
             counted_activations=step is not None,
             layers=self._report.rows(),
         )
+
+
+def _no_reason(*_: Any) -> None:
+    """`reason_for_fp32` of a GPU: the tensors without data are on the CPU."""
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:

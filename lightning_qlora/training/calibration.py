@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -23,11 +24,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_qlora.checks import check_module
-from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dtensor import gather, world_size
 from lightning_qlora.layers.input_statistics import InputStatistics
-from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.calibrated_adapter import (
+    adapter_of,
+    keep_weights_of_this_rank,
+    ranks_with_weights,
+    root_mean_square,
+)
 from lightning_qlora.training.optimizers import parameters_of
 from lightning_qlora.training.report import CalibrationReport
 
@@ -40,6 +45,7 @@ class Calibration:
     """
 
     def __init__(self, root: nn.Module, sharded: bool = False) -> None:
+        self.number = 0  # in `_calibrations`
         self._waiting: dict[InputStatistics, str] = {}  # -> name of the layer
         for name, layer in adapted_layers(root).items():
             statistics = layer.input_statistics
@@ -47,7 +53,7 @@ class Calibration:
                 statistics.calibration = self
                 self._waiting[statistics] = name
         if sharded and world_size() > 1:
-            _keep_weights_of_this_rank(self._waiting)
+            keep_weights_of_this_rank(self._waiting)
         weights = [statistics.dense_weight for statistics in self._waiting]
         host_bytes = sum(weight.nbytes for weight in weights if not weight.is_meta)
         self.report = CalibrationReport(list(self._waiting.values()), host_bytes)
@@ -98,8 +104,8 @@ class Calibration:
                     )
             return  # a step without a backward pass, to create the optimizer's state
         names = [self._waiting[each] for each in waiting]
-        values = [_root_mean_square(name, total) for name, total in zip(names, sums, strict=True)]
-        ranks = _ranks_with_weights(waiting, group)
+        values = [root_mean_square(name, total) for name, total in zip(names, sums, strict=True)]
+        ranks = ranks_with_weights(waiting, group)
         for statistics, input_rms, rank in zip(waiting, values, ranks, strict=True):
             self._initialize(statistics, input_rms, rank, group)
         rows = max(int(total[:, -2].max()) for total in sums)
@@ -126,7 +132,7 @@ class Calibration:
             return
         report = self.report
         report.input_rms[name] = layers[0].join_matrices(input_rms.cpu().unbind())
-        lora_a, lora_b, errors = _adapter_of(layers[0], statistics.dense_weight, input_rms, rank, group)
+        lora_a, lora_b, errors = adapter_of(layers[0], statistics.dense_weight, input_rms, rank, group)
         for layer in layers:
             if any(error is not None for error in errors):
                 layer.set_adapter(lora_a, lora_b)
@@ -154,7 +160,9 @@ class Calibration:
         return sums
 
 
-_calibrations: weakref.WeakSet[Calibration] = weakref.WeakSet()  # those with layers that wait
+# Number -> those with layers that wait, in the order in which they were made: the same on all ranks.
+_calibrations: weakref.WeakValueDictionary[int, Calibration] = weakref.WeakValueDictionary()
+_numbers = count()
 _step_hook: RemovableHandle | None = None  # one hook of torch serves all of them
 _has_plugin = False  # whether the plugin takes the present step
 
@@ -162,20 +170,21 @@ _has_plugin = False  # whether the plugin takes the present step
 def _watch(calibration: Calibration) -> None:
     """Let the first step of an optimizer initialize the adapters in it."""
     global _step_hook
-    _calibrations.add(calibration)
+    calibration.number = next(_numbers)
+    _calibrations[calibration.number] = calibration
     weakref.finalize(calibration, _remove_hook_if_none_waits)
     if _step_hook is None:
         _step_hook = register_optimizer_step_pre_hook(_before_step)
 
 
 def _forget(calibration: Calibration) -> None:
-    _calibrations.discard(calibration)
+    _calibrations.pop(calibration.number, None)
     _remove_hook_if_none_waits()
 
 
 def _remove_hook_if_none_waits() -> None:
     global _step_hook
-    if _step_hook is not None and not list(_calibrations):
+    if _step_hook is not None and not list(_calibrations.values()):
         _step_hook.remove()
         _step_hook = None
 
@@ -206,10 +215,15 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
         calibration.initialize(dict.fromkeys(each), replicas)
 
 
+def _held_by(optimizer: Optimizer) -> list[InputStatistics]:
+    """The layers that wait and whose adapters an optimizer holds."""
+    return [each for calibration in list(_calibrations.values()) for each in calibration.held_by(optimizer)]
+
+
 def calibrate_before_step(optimizer: Optimizer) -> None:
     """Initialize the adapters that an optimizer holds, after its first backward passes; all ranks must call it."""
     group = dist.group.WORLD if world_size() > 1 else None
-    for calibration in list(_calibrations):
+    for calibration in list(_calibrations.values()):
         waiting = calibration.held_by(optimizer)
         if waiting:
             calibration.initialize(waiting, group)
@@ -220,10 +234,10 @@ def calibrate_before_closure(optimizer: Optimizer) -> None:
 
     Sharpness-aware minimization (SAM) changes the parameters along them before it calls the closure.
     """
-    held = [each for calibration in list(_calibrations) for each in calibration.held_by(optimizer)]
+    held = _held_by(optimizer)
     parameters = [parameter for each in held for layer in each.layers for parameter in layer.adapter_parameters()]
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    if with_gradient:
+    if with_gradient and any(bool(each.sums[:, -1].any()) for each in held):
         calibrate_before_step(optimizer)
         for parameter in with_gradient:
             parameter.grad = torch.zeros_like(parameter)
@@ -272,8 +286,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any
 def _calibrate_alone(optimizer: Optimizer, calibrate: Callable[[Optimizer], None]) -> None:
     """In a step outside of the Trainer and Fabric, where nothing is collective unless it is named so."""
     if world_size() > 1:
-        held = [each for calibration in list(_calibrations) for each in calibration.held_by(optimizer)]
-        trained = [each for each in held if any(layer.lora_B.grad is not None for layer in each.layers)]
+        trained = [each for each in _held_by(optimizer) if any(layer.lora_B.grad is not None for layer in each.layers)]
         if trained:
             raise RuntimeError(
                 f"init_lora_weights='calibrated': the optimizer steps before the adapter of "
@@ -284,74 +297,6 @@ def _calibrate_alone(optimizer: Optimizer, calibrate: Callable[[Optimizer], None
             )
         return
     calibrate(optimizer)
-
-
-def _adapter_of(
-    layer: LoRALayer, dense_weight: Tensor, input_rms: Tensor, rank: int, group: Any
-) -> tuple[Tensor, Tensor, list[float | None]]:
-    """A and B of a layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
-
-    And `initialization.calibrated_error` of each matrix; None, and the present A and B, if there is nothing to compute.
-    """
-    errors: list[float | None] = [None] * len(input_rms)
-    pairs = zip(*(layer.split_matrices(gather(p)) for p in (layer.lora_A, layer.lora_B)), strict=True)
-    adapters = [list(pair) for pair in pairs]
-    bases = layer.packed_weights  # of a sharded layer all ranks gather the base
-    device = layer.packed.device
-    for number, weight in enumerate(layer.split_matrices(dense_weight)):
-        if not input_rms[number].any():
-            continue
-        values = [torch.empty(part.shape, device=device) for part in adapters[number]]
-        values.append(torch.empty((), device=device))
-        if group is None or dist.get_rank(group) == rank:
-            with torch.autocast(device.type, enabled=False):
-                operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
-                adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
-                error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
-            values = [part.contiguous() for part in (*adapter, error)]
-        if group is not None:
-            for value in values:
-                dist.broadcast(value, dist.get_global_rank(group, rank), group)
-        *adapters[number], error = values
-        errors[number] = float(error)
-    lora_a, lora_b = (layer.join_matrices(parts) for parts in zip(*adapters, strict=True))
-    return lora_a, lora_b, errors
-
-
-def _root_mean_square(name: str, sums: Tensor) -> Tensor:
-    """RMS of every input, fp32 [matrices, in]; zeros without an input, ValueError if every row has NaN or Inf."""
-    result = (sums[:, :-2] / sums[:, -2:-1].clamp_min(1)).sqrt().float()
-    no_finite_row = (sums[:, -1] > 0) & (sums[:, -2] == 0)
-    if no_finite_row.any() or not torch.isfinite(result).all():
-        raise ValueError(
-            f"{name}: NaN or Inf in all its inputs in the batches that init_lora_weights='calibrated' uses, so "
-            "training would fail too. Check the data and compute_dtype (fp16 overflows)."
-        )
-    return result
-
-
-def _keep_weights_of_this_rank(waiting: Iterable[InputStatistics]) -> None:
-    """Sharded layers: each rank keeps the float weights of its share of the layers, and computes their adapters."""
-    waiting = list(waiting)
-    if any(statistics.dense_weight.is_meta for statistics in waiting):
-        return  # the ranks shared the work of loading
-    for place, statistics in enumerate(waiting):
-        if place % world_size() != dist.get_rank():
-            statistics.leave_to_another_rank()
-
-
-def _ranks_with_weights(waiting: list[InputStatistics], group: Any) -> list[int]:
-    """The rank in the group that computes each adapter: one that has the float weight, so that ranks share the work."""
-    has_weight = [not statistics.dense_weight.is_meta for statistics in waiting]
-    of_ranks: list[Any] = [has_weight]
-    if group is not None:
-        of_ranks = [None] * dist.get_world_size(group)
-        dist.all_gather_object(of_ranks, has_weight, group)
-    ranks = []
-    for place in range(len(waiting)):
-        candidates = [rank for rank, has in enumerate(of_ranks) if has[place]] or [0]
-        ranks.append(candidates[place % len(candidates)])
-    return ranks
 
 
 def calibration_of(module: nn.Module) -> Calibration | None:

@@ -162,7 +162,7 @@ def _compute_in_fast_type(
     module: nn.Module, config: QLoRAConfig, device: torch.device | None, decide: Decide
 ) -> Reasons:
     """Hold the module in fp32 if its device is slow in its types, and the user asked for no other one; the reasons."""
-    if config.compute_dtype != "auto":
+    if config.compute_dtype in ("bf16", "fp16"):
         return {}
     return compute_in_fast_type(module, device, decide)
 

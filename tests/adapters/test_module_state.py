@@ -410,6 +410,16 @@ def test_values_that_are_added_to_a_state_are_loaded():
     assert "0.weight" in target.state_dict()
 
 
+def test_a_frozen_parameter_that_the_module_lacks_is_an_unexpected_key():
+    source = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    other = nn.Sequential(nn.Linear(64, 64), nn.Identity(), nn.Linear(64, 64))
+    other.load_state_dict(source.state_dict(), strict=False)
+    for module in (source, other):
+        convert(module, r=4)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "1\.weight", "1\.bias"'):
+        other.load_state_dict(source.state_dict())
+
+
 @pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_a_module_on_the_meta_device_takes_a_full_state_by_assignment(arguments):
     """The bytes stayed on the meta device, and the next call ended the process."""

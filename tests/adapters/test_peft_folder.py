@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lightning_qlora.adapters import peft_folder
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
 from lightning_qlora.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from tests.conftest import elsewhere
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -127,3 +129,17 @@ def test_values_that_are_not_finite_are_refused(value, tmp_path):
     write_adapter(broken, tmp_path)
     with pytest.raises(ValueError, match=r"adapter_model.safetensors: key '.*1.proj.lora_B.weight' holds NaN or Inf"):
         read_adapter(tmp_path)
+
+
+def test_a_folder_is_read_where_another_device_is_the_default(tmp_path):
+    write_adapter(adapter(3), tmp_path)
+    with elsewhere():
+        found = read_adapter(tmp_path)
+    assert number_of(found) == 3
+
+
+@pytest.mark.parametrize("name", ["", "None"])
+def test_a_base_without_a_name_has_none(name, tmp_path):
+    """transformers' names of a model that was not loaded from a folder."""
+    write_adapter(replace(adapter(3), base_model=name), tmp_path)
+    assert read_adapter(tmp_path).base_model is None

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from lightning_qlora.files.safetensors_folder import read_header
+from lightning_qlora.files.safetensors_folder import read_header, write_safetensors
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,11 @@ def test_a_damaged_header_is_one_line(old, new, tmp_path):
     with pytest.raises(ValueError, match="not a safetensors file, or truncated") as error:
         read_header(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_keys_and_metadata_of_any_language_are_written_and_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors({"schicht.größe": torch.ones(2), "層": torch.zeros(3)}, path, {"b": "é", "a": "層"})
+    entries, metadata = read_header(path)
+    assert entries.keys() == {"schicht.größe", "層"} and metadata == {"b": "é", "a": "層"}
+    assert torch.equal(load_file(path)["schicht.größe"], torch.ones(2))

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,18 @@ def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
     change(**CONFIGS["ct-fp8"])
     with pytest.raises(ImportError, match="pip install compressed-tensors"):
+        loaded(published)
+
+
+def test_a_format_that_transformers_loads_and_does_not_dequantize_is_a_warning(folders):
+    published, _ = folders("mxfp4", gpt_oss)
+    config = json.loads((published / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (published / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    with (
+        pytest.warns(UserWarning, match=r"is in 'bitsandbytes', so its layers would not be converted"),
+        suppress(Exception),
+    ):
         loaded(published)
 
 

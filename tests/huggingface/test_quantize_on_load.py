@@ -823,3 +823,24 @@ def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
     convert(plain, **ARGUMENTS)
     convert(model, **ARGUMENTS)
     assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_loading_leaves_the_environment_as_it_was(before, folder, monkeypatch):
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    if before is not None:
+        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", before)
+    with QLoRAPrecision(r=4).init():
+        class_of("llama").from_pretrained(folder("llama"))
+    assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before
+
+
+def test_a_folder_of_pickled_weights_is_loaded(folder, trainer):
+    path = folder("llama", max_shard_size="1GB")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    expected = InConfigureModel(class_of("llama"), path)
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(expected)
+    (path / "model.safetensors").unlink()
+    module = InConfigureModel(class_of("llama"), path)
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(module)
+    same_bytes(packed(module), packed(expected))

@@ -87,3 +87,9 @@ def test_the_trial_launch_raises_what_the_driver_raises(kernels):
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA|HIP"):
         kernels.check_launch(CUDA)
     return None
+
+
+def test_a_cpu_without_kernels_has_none_to_check_again():
+    cpu = torch.device("cpu")
+    assert backends.failures(cpu, repeat=True) == {}
+    assert cpu not in backends._backends

@@ -309,3 +309,9 @@ def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_la
     gradients = torch.autograd.grad(y.sum(), [x, *adapter, *last_adapter])
     assert products == [48, 40, 48]
     assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_opcheck_passes_for_scales(double_quant):
+    packed = quantize(torch.randn(5, 77), double_quant=double_quant).to_bytes()
+    torch.library.opcheck(torch.ops.lightning_qlora.scales, (packed.absmax, packed.nested, None))

@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, merge, save_adapter
+from lightning_qlora import QLoRAPrecision, convert, estimate_memory, load_adapter, merge, save_adapter
 from lightning_qlora.layers.slow_types import reason_for_fp32
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, ids, toy
@@ -76,6 +76,45 @@ def test_a_step_is_that_of_an_fp32_run(slow, dtype, extra):
         assert torch.equal(p.grad, other.grad), name
     assert "held in fp32" in report.summary() and report.held_bytes > 0
     narrow.generate(ids(), max_new_tokens=2)
+
+
+CASES = [
+    ("llama", {"init_lora_weights": "loftq"}),
+    ("llama", {"init_lora_weights": "calibrated"}),
+    ("llama", {"trainable_token_indices": [3, 4], "tie_word_embeddings": True}),
+    ("llama", {"gradient_checkpointing": True}),
+    ("gpt2", {}),
+    ("bert", {}),
+    ("t5", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "extra"), CASES)
+def test_three_steps_are_those_of_an_fp32_run(slow, name, extra):
+    extra = {**extra}
+    changes = {key: extra.pop(key) for key in ("tie_word_embeddings",) if key in extra}
+    runs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        module = model(dtype, name, **changes).train()
+        convert(module, **ARGUMENTS | {"lora_dropout": 0.1} | extra)
+        optimizer = torch.optim.AdamW(trained(module).values(), lr=1e-3)
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            step(module, input_ids=ids(), labels=torch.tensor([0, 1]) if name == "bert" else ids())
+            optimizer.step()
+        runs.append({key: p.detach().clone() for key, p in trained(module).items()})
+        merge(module)
+        assert {p.dtype for p in module.parameters()} == {dtype}
+    assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
+
+
+def test_the_plan_for_a_cpu_counts_it(slow):
+    def plan(dtype, device):
+        return estimate_memory(model(dtype), sequence_length=32, device=device, r=4).parts
+
+    assert plan(torch.bfloat16, "cpu") == plan(torch.float32, "cpu") == plan(torch.float32, "gpu")
+    assert plan(torch.bfloat16, "gpu")["other frozen weights"] < plan(torch.bfloat16, "cpu")["other frozen weights"]
 
 
 def test_an_explicit_type_stays_and_one_warning_has_the_factor(slow):

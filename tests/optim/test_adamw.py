@@ -448,3 +448,11 @@ def test_no_parameters_is_an_error_that_says_what_to_do(kind):
     for parameters in ([], iter([])):
         with pytest.raises(ValueError, match=rf"{kind.__name__} got no parameters.*configure_model.*OptimizerCallable"):
             kind(parameters)
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
+def test_a_learning_rate_that_changed_is_loaded(kind):
+    saved, other = (kind([torch.nn.Parameter(torch.ones(300))], lr=1e-2) for _ in range(2))
+    saved.param_groups[0].update(lr=5e-4, weight_decay=0.3)
+    other.load_state_dict(saved.state_dict())
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["weight_decay"]) == (5e-4, 0.3)

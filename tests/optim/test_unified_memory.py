@@ -210,6 +210,7 @@ def test_any_other_error_names_the_call(monkeypatch, no_device):
     ],
 )
 def test_managed_memory_needs_concurrent_access(monkeypatch, attributes, reason):
+    pytest.importorskip("cuda.bindings.runtime")
     monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, [], attributes))
     answer = why_not_managed(DEVICE)
     assert answer is None if reason is None else reason in answer

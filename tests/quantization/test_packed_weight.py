@@ -152,3 +152,10 @@ def test_bytes_at_any_place_of_a_larger_tensor_are_read(double_quant):
         assert torch.equal(lora_linear(x, misaligned, None, LoRA(lora_a, lora_b)), expected)
         assert torch.equal(PackedWeight.from_bytes(misaligned, torch.float32).dequantize(), value.dequantize())
         assert torch.equal(misaligned.dequantize_into(torch.empty(96 * 64)), value.dequantize().view(-1))
+
+
+def test_a_layer_with_one_output_or_one_input_comes_back():
+    for shape in ((1, 64), (64, 1)):
+        packed = quantize(torch.randn(shape))
+        again = PackedWeight.from_bnb_state_dict(packed.bnb_state_dict())
+        assert again.shape == shape and torch.equal(again.dequantize(), packed.dequantize())

@@ -304,3 +304,10 @@ def test_json(tmp_path, capsys):
     assert merged["files"].keys() == {path.name for path in (tmp_path / "merged").iterdir()}
     plan = read("plan", tmp_path / "base", "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB")
     assert plan["total"] >= plan["device"] > plan["parts"]["4-bit weights"] > 0 and plan["fits"]
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_flag_may_have_a_value(tmp_path, capsys):
+    text = prints(["inspect", tmp_path / "adapter"], capsys)
+    assert prints(["inspect", tmp_path / "adapter", "--json", "false"], capsys) == text
+    assert json.loads(prints(["inspect", tmp_path / "adapter", "--json", "true"], capsys))

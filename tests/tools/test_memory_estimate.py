@@ -318,3 +318,11 @@ def test_a_scriptmodule_is_named():
     module = nn.Sequential(nn.Linear(64, 64), torch.jit.script(nn.Linear(64, 64)))
     with pytest.raises(TypeError, match=r"1: is a torch\.jit\.ScriptModule"):
         estimate_memory(module, r=4)
+
+
+def test_one_row_of_512_tokens_is_the_default():
+    pytest.importorskip("transformers")
+    lit = Lit(toy("llama", max_position_embeddings=512))
+    default = estimate_memory(lit, **ARGUMENTS)
+    assert default == estimate_memory(lit, batch_size=1, sequence_length=512, **ARGUMENTS)
+    assert estimate_memory(lit, batch_size=2, **ARGUMENTS).parts["activations"] > default.parts["activations"]

@@ -21,6 +21,7 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
+from lightning_qlora.training.convert import is_converted
 
 
 def mlp():
@@ -327,3 +328,18 @@ def test_a_tensor_that_is_not_strided_stays_as_it_is(layout, place):
     module(torch.ones(1, 64)).sum().backward()
     merge(module)
     assert type(module[0]) is nn.Linear and module.odd is tensor
+
+
+def test_a_second_conversion_does_not_thaw_what_was_frozen_since():
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 2))
+    convert(module, r=4)
+    assert module[2].weight.requires_grad  # smaller than an adapter
+    module[2].requires_grad_(False)
+    module[0].lora_A.requires_grad_(False)
+    assert is_converted(module)
+    module.append(nn.Linear(2, 2)).append(nn.Linear(2, 512))
+    assert not is_converted(module)
+    convert(module, r=1)
+    assert is_converted(module)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert not {"2.weight", "2.bias", "0.lora_A"} & trained and "0.lora_B" in trained

@@ -32,6 +32,7 @@ from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
+from lightning_qlora.training.patches import load_whole_tensors
 from tests.conftest import Classifier, dataset, fingerprints, loader
 from tests.files.test_lightning_checkpoint import save_shards
 
@@ -344,3 +345,14 @@ def test_sharded_layers_are_calibrated_in_the_first_step(fit):
     run = fit(Sharded(), init_lora_weights="calibrated")
     report = run.precision_plugin.report.calibration
     assert (len(report.calibrated), report.waiting, report.rows) == (2, [], 8)
+
+
+def test_a_checkpoint_in_one_file_is_loaded_as_strictly_as_asked(tmp_path):
+    module, other = Classifier(seed=1), Classifier(seed=1)
+    for each in (module, other):
+        convert(each, r=4)
+    state = {key: value.clone() for key, value in module.state_dict().items() if key != "net.0.lora_B"}
+    torch.save({"model": state}, tmp_path / "c.ckpt")
+    with pytest.raises(RuntimeError, match="lora_B"):
+        load_whole_tensors(None, tmp_path / "c.ckpt", {"model": other})
+    load_whole_tensors(None, tmp_path / "c.ckpt", {"model": other}, False)

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, quantize
+from lightning_qlora.training.report import CalibrationReport
 from tests.toys import Lit, toy
 
 
@@ -38,3 +39,11 @@ def test_reprs_are_short_and_say_what_matters():
     assert repr(plugin) == "QLoRAPrecision(r=4, exclude_modules=['head'])"
     assert eval(repr(plugin.config)) == plugin.config != QLoRAConfig()
     assert repr(QLoRAConfig()) == "QLoRAConfig()"
+
+
+def test_what_waits_for_data_is_named_beside_what_was_calibrated():
+    report = CalibrationReport(waiting=["a"], host_bytes=4096)
+    assert str(report).startswith("1 adapters will be calibrated in the first step; until then 4,096 bytes")
+    report.calibrated, report.rows = ["b"], 1234
+    assert str(report).startswith("1 adapters calibrated on 1,234 rows")
+    assert str(report).endswith("waiting for the first step of their optimizer: a")

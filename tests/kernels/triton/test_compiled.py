@@ -81,11 +81,11 @@ def test_more_rows_than_a_grid_has_programs_for_are_multiplied_by_torch():
 
 def test_a_spilling_tile_fails(table, capsys):
     table.write_text(json.dumps({"dequantize": {"default": [{"WEIGHTS": 4096, "num_warps": 1, "maxnreg": 24}]}}))
-    assert main(["--short", "--target", "sm_80", "--tiles", str(table)]) == 1
+    assert main(["--short", "--kernel", "dequantize", "--target", "sm_80", "--tiles", str(table)]) == 1
     assert "bytes of registers spilled" in capsys.readouterr().err
 
 
 def test_a_kernel_that_does_not_compile_fails(table, capsys):
     table.write_text(json.dumps({"dequantize": {"default": [{"WEIGHTS": 192, "num_warps": 1}]}}))
-    assert main(["--short", "--target", "sm_80", "--tiles", str(table)]) == 1
+    assert main(["--short", "--kernel", "dequantize", "--target", "sm_80", "--tiles", str(table)]) == 1
     assert "CompilationError" in capsys.readouterr().err

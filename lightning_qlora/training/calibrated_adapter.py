@@ -1,0 +1,81 @@
+"""The values of adapters that are initialized from inputs, and the ranks that compute them; see `calibration.py`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_qlora.layers import initialization
+from lightning_qlora.layers.dtensor import gather, world_size
+from lightning_qlora.layers.input_statistics import InputStatistics
+from lightning_qlora.layers.lora_layer import LoRALayer
+
+
+def adapter_of(
+    layer: LoRALayer, dense_weight: Tensor, input_rms: Tensor, rank: int, group: Any
+) -> tuple[Tensor, Tensor, list[float | None]]:
+    """A and B of a layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
+
+    And `initialization.calibrated_error` of each matrix; None, and the present A and B, if there is nothing to compute.
+    """
+    errors: list[float | None] = [None] * len(input_rms)
+    pairs = zip(*(layer.split_matrices(gather(p)) for p in (layer.lora_A, layer.lora_B)), strict=True)
+    adapters = [list(pair) for pair in pairs]
+    bases = layer.packed_weights  # of a sharded layer all ranks gather the base
+    device = layer.packed.device
+    for number, weight in enumerate(layer.split_matrices(dense_weight)):
+        if not input_rms[number].any():
+            continue
+        values = [torch.empty(part.shape, device=device) for part in adapters[number]]
+        values.append(torch.empty((), device=device))
+        if group is None or dist.get_rank(group) == rank:
+            with torch.autocast(device.type, enabled=False):
+                operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
+                adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
+                error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
+            values = [part.contiguous() for part in (*adapter, error)]
+        if group is not None:
+            for value in values:
+                dist.broadcast(value, dist.get_global_rank(group, rank), group)
+        *adapters[number], error = values
+        errors[number] = float(error)
+    lora_a, lora_b = (layer.join_matrices(parts) for parts in zip(*adapters, strict=True))
+    return lora_a, lora_b, errors
+
+
+def root_mean_square(name: str, sums: Tensor) -> Tensor:
+    """RMS of every input, fp32 [matrices, in]; zeros without an input, ValueError if every row has NaN or Inf."""
+    result = (sums[:, :-2] / sums[:, -2:-1].clamp_min(1)).sqrt().float()
+    no_finite_row = (sums[:, -1] > 0) & (sums[:, -2] == 0)
+    if no_finite_row.any() or not torch.isfinite(result).all():
+        raise ValueError(
+            f"{name}: NaN or Inf in all its inputs in the batches that init_lora_weights='calibrated' uses, so "
+            "training would fail too. Check the data and compute_dtype (fp16 overflows)."
+        )
+    return result
+
+
+def keep_weights_of_this_rank(waiting: Iterable[InputStatistics]) -> None:
+    """Sharded layers: each rank keeps the float weights of its share of the layers, and computes their adapters."""
+    waiting = list(waiting)
+    if any(statistics.dense_weight.is_meta for statistics in waiting):
+        return  # the ranks shared the work of loading
+    for place, statistics in enumerate(waiting):
+        if place % world_size() != dist.get_rank():
+            statistics.leave_to_another_rank()
+
+
+def ranks_with_weights(waiting: list[InputStatistics], group: Any) -> list[int]:
+    """The rank in the group that computes each adapter: one that has the float weight, so that ranks share the work."""
+    has_weight = [not statistics.dense_weight.is_meta for statistics in waiting]
+    of_ranks: list[Any] = [has_weight]
+    if group is not None:
+        of_ranks = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_ranks, has_weight, group)
+    ranks = []
+    for place in range(len(waiting)):
+        candidates = [rank for rank, has in enumerate(of_ranks) if has[place]] or [0]
+        ranks.append(candidates[place % len(candidates)])
+    return ranks

@@ -1,0 +1,815 @@
+"""Sequences of what users do to a module, drawn by Hypothesis, done to a converted module and to its dense twin.
+
+`KINDS` are the modules, `ACTIONS` what is done to them. Each kind is a state machine, whose rules are the actions. A
+sequence after which the two differ is printed as a script; it runs after `from tests.test_twin import *`. `make test`
+draws the same few sequences in each run; TWIN_EXAMPLES=100 draws that many others for each kind (`make test-all`).
+"""
+
+import copy
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from torch import nn
+from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qlora import (
+    QLoRAPrecision,
+    convert,
+    disable_adapter,
+    load_adapter,
+    load_from_checkpoint,
+    merge,
+    save_adapter,
+)
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import make_trainer
+from tests.toys import BERT, GPT2, LLAMA
+from tests.twin import adapters_of, dense_twin, error, matched
+
+EXAMPLES = int(os.environ.get("TWIN_EXAMPLES", "0"))
+
+
+# ---------------------------------------------------------------- the modules
+
+
+class Built(pl.LightningModule):
+    """A network by its name in `NETS`, with the loss of its outputs."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = NETS[kind]()
+
+    def forward(self, x):
+        y = self.net(x)
+        return getattr(y, "logits", y)
+
+    def training_step(self, batch, batch_idx):
+        return distance(self(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def distance(y):
+    """The loss of outputs: to another target for each row, with a gradient of at most 1."""
+    target = torch.arange(len(y), dtype=torch.float32).view(-1, *[1] * (y.ndim - 1))
+    return F.smooth_l1_loss(y.float(), (0.5 + target).expand(y.shape))
+
+
+class WithTeacher(nn.Module):
+    """A student, and its frozen copy that follows it through `.data` (DINO, BYOL)."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64))
+        self.head = nn.Linear(64, 4)
+        self.teacher = copy.deepcopy(self.head).requires_grad_(False)
+
+    def forward(self, x):
+        y = self.student(x)
+        return self.head(y) + self.teacher(y).detach().square()
+
+    def after_step(self):
+        for p, q in zip(self.teacher.parameters(), self.head.parameters(), strict=True):
+            p.data.mul_(0.9).add_(0.1 * q.data)
+
+
+class TiedLayers(nn.Module):
+    """A layer that is called twice, and two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.embedding = nn.Embedding(64, 64)
+        self.out = nn.Linear(64, 64, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, x):
+        y = self.embedding.weight.mean(0) + x
+        return self.out(self.second(F.gelu(self.first(F.gelu(self.first(y))))))
+
+
+class ClampedHead(nn.Linear):
+    """A new head, whose scale is clamped in the forward pass (CLIP)."""
+
+    def __init__(self):
+        super().__init__(64, 8)
+        self.scale = nn.Parameter(torch.tensor([9.0]))
+
+    def forward(self, x):
+        self.scale.data.clamp_(max=4.6)
+        return super().forward(x) * self.scale
+
+
+class In16Bits(nn.Module):
+    """A body in 16 bits, and a new head that trains in full."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+        self.head = ClampedHead()
+        self.bfloat16()
+
+    def forward(self, x):
+        return self.head(self.body(x.to(self.body[0].bias.dtype)))
+
+
+def plain():
+    return nn.Sequential(
+        nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Linear(96, 64, bias=False), nn.Linear(64, 8)
+    )
+
+
+def transformer(name, config):
+    def make():
+        import transformers
+
+        model = getattr(transformers, name)
+        return model(getattr(transformers, config[0])(**config[1]))
+
+    return make
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 1}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "teacher": WithTeacher,
+    "tied": TiedLayers,
+    "in_16_bits": In16Bits,
+    "llama": transformer("LlamaForCausalLM", ("LlamaConfig", LLAMA)),
+    "gpt2": transformer(
+        "GPT2LMHeadModel", ("GPT2Config", {**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
+    ),
+    "bert": transformer(
+        "BertForSequenceClassification",
+        ("BertConfig", {**BERT, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}),
+    ),
+    "experts": transformer("Qwen3MoeForCausalLM", ("Qwen3MoeConfig", {**LLAMA, **MOE})),
+}
+
+
+@dataclass
+class Kind:
+    """A network and how it is converted.
+
+    Attributes:
+        net: Its name in `NETS`.
+        arguments: Those of the conversion.
+        tokens: Whether its inputs are token ids.
+        tolerance: Relative error of values and gradients; of a module in 16 bits that of its rounding.
+    """
+
+    net: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    tokens: bool = False
+    tolerance: float = 2e-3
+
+    def make(self) -> Built:
+        return Built(self.net)
+
+    def convert(self, module, **arguments):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return convert(module, **{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **self.arguments, **arguments})
+
+    def batch(self, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            return torch.randint(3, 128, (2, 6), generator=generator)
+        return torch.randn(4, 64, generator=generator)
+
+
+KINDS = {
+    "Plain": Kind("plain"),
+    "Dropout": Kind("plain", {"lora_dropout": 0.3, "use_rslora": True}),
+    "DoRA": Kind("plain", {"use_dora": True}),
+    "PiSSA": Kind("plain", {"init_lora_weights": "pissa"}),
+    "Teacher": Kind("teacher", {"modules_to_save": ["head"]}),
+    "Tied": Kind("tied"),
+    "NewHead": Kind("in_16_bits", {"modules_to_save": ["head"]}, tolerance=0.1),
+    "Llama": Kind("llama", tokens=True),
+    "GPT2": Kind("gpt2", tokens=True),
+    "Bert": Kind("bert", {"modules_to_save": ["classifier"]}, tokens=True),
+    "Experts": Kind("experts", tokens=True),
+}
+
+
+# ---------------------------------------------------------------- a module and its twin
+
+
+class Pair:
+    """A converted module and its twin; each method does the same to both."""
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self.folder = Path(tempfile.mkdtemp())
+        self.batches = 0
+        self.base = None  # the state of the dense module, if it is not that of the kind
+        self.touched = False  # whether frozen values were written, or other parameters were let train
+        self.start_with(self.make(), self.make())
+        for ours, dense in matched(self.ours, self.dense).values():
+            if ours.requires_grad and not bool(dense.any()):  # B, so that each gradient is one
+                value = 0.05 * torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+                self.write(ours, dense, value)
+
+    @torch.no_grad()
+    def write(self, ours, dense, value):
+        ours.copy_(value)
+        dense.copy_(value)
+
+    def make(self):
+        """The module before its last conversion."""
+        module = self.kind.make()
+        if self.base is not None:
+            module.load_state_dict(self.base)
+        return module
+
+    def start_with(self, module, plain):
+        self.kind.convert(module)
+        self.use(module, dense_twin(module, plain))
+        self.start = {name: dense.detach().clone() for name, (_, dense) in self.parameters().items()}
+
+    def use(self, ours, dense):
+        """Go on with these two."""
+        self.ours, self.dense = ours, dense
+        self.optimizers = None
+
+    @property
+    def is_pissa(self):
+        """Its base is not the pretrained model: disable_adapter and folders without base="float" refuse it."""
+        return "init_lora_weights" in self.kind.arguments
+
+    @property
+    def both(self):
+        return self.ours, self.dense
+
+    def parameters(self, trained: bool | None = None):
+        pairs = matched(self.ours, self.dense)
+        return {name: pair for name, pair in pairs.items() if trained is None or pair[0].requires_grad is trained}
+
+    def trained_by_conversion(self):
+        """What trains in a module that was just converted."""
+        module = self.make()
+        self.kind.convert(module)
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def batch(self):
+        self.batches += 1
+        return self.kind.batch(self.batches)
+
+    def loss(self, module, batch, call=None):
+        torch.manual_seed(self.batches)
+        return distance((call or module)(batch))
+
+    def backward(self, batch=None, call=None):
+        """Losses of one batch and their gradients, which must be equal."""
+        batch = self.batch() if batch is None else batch
+        losses = []
+        for module in self.both:
+            loss = self.loss(module, batch, call and call(module))
+            loss.backward()
+            losses.append(loss)
+        self.close(*losses, "loss")
+        return losses
+
+    def close(self, ours, dense, what, scale=None):
+        difference = error(ours, dense, scale)
+        assert difference <= self.kind.tolerance, f"{what}: relative error {difference:.3g}"
+
+    def same_gradients(self):
+        pairs = self.parameters(trained=True)
+        whole = sum(float(p.grad.double().square().sum()) for _, p in pairs.values() if p.grad is not None) ** 0.5
+        for name, (ours, dense) in pairs.items():
+            assert (ours.grad is None) == (dense.grad is None), name
+            if ours.grad is not None:
+                difference = float((ours.grad.double() - dense.grad.double()).norm())
+                limit = self.kind.tolerance * (float(dense.grad.double().norm()) + 0.05 * whole)
+                assert difference <= limit + 1e-7, f"gradient of {name}: {difference:.3g} of {limit:.3g}"
+
+    def make_optimizers(self, make=None, parts: int = 1):
+        """As a user makes them: of the parameters that train, `parts` of one each."""
+        make = make or (lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.5))
+        pairs = [*self.parameters(trained=True).values()]
+        self.optimizers = [
+            tuple(make([pair[i] for pair in pairs[part::parts]]) for i in (0, 1)) for part in range(parts)
+        ]
+
+    def step(self):
+        if self.optimizers is None:
+            self.make_optimizers()
+        for pair in self.optimizers:
+            for optimizer in pair:
+                optimizer.step()
+        for module in self.both:
+            if hasattr(module.net, "after_step"):
+                module.net.after_step()
+                self.touched = True
+
+    def zero_grad(self):
+        for module in self.both:
+            module.zero_grad()
+
+    def train(self, steps: int = 1):
+        for _ in range(steps):
+            self.zero_grad()
+            self.backward()
+            self.same_gradients()
+            self.step()
+
+    def same_outputs(self, ours=None, dense=None):
+        ours, dense = ours or self.ours, dense or self.dense
+        batch = self.kind.batch(0)
+        outputs = []
+        for module in (ours, dense):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                outputs.append(module(batch).float())
+        self.close(*outputs, "outputs")
+
+    def check(self):
+        """Everything that can be compared is equal."""
+        for name, (ours, dense) in self.parameters().items():
+            assert ours.requires_grad == dense.requires_grad, name
+            if name in self.start and self.start[name].shape == dense.shape:
+                moved = (dense.detach() - self.start[name]).norm()
+                difference = float((ours.detach().double() - dense.detach().double()).norm())
+                limit = self.kind.tolerance * float(moved) + 1e-5 * float(dense.detach().norm()) + 1e-7
+                if ours.dtype in (torch.bfloat16, torch.float16):
+                    limit += 2**-8 * float(dense.detach().norm())
+                assert difference <= limit, f"{name}: differs by {difference:.3g}, it moved by {float(moved):.3g}"
+        for mode in (True, False):
+            for module in self.both:
+                module.train(mode)
+            self.same_outputs()
+        for module in self.both:
+            module.train()
+        self.zero_grad()
+        self.backward()
+        self.same_gradients()
+        self.zero_grad()
+
+
+def enable(twin, enabled):
+    for adapted in adapters_of(twin):
+        adapted.enabled = enabled
+
+
+@contextmanager
+def disabled(pair):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with disable_adapter(pair.ours):
+            enable(pair.dense, False)
+            try:
+                yield
+            finally:
+                enable(pair.dense, True)
+
+
+class Interrupted(Exception):
+    """What the sequences raise in between."""
+
+
+def raise_(*_, **__):
+    raise Interrupted
+
+
+# ---------------------------------------------------------------- the actions
+
+ACTIONS: dict[str, Callable[[Pair, int], None]] = {}
+
+
+def action(function):
+    ACTIONS[function.__name__] = function
+    return function
+
+
+@action
+def train(pair, n):
+    pair.train(1 + n % 3)
+
+
+@action
+def adamw(pair, n):
+    pair.make_optimizers(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3))
+    pair.train(1 + n % 2)
+
+
+@action
+def two_optimizers(pair, n):
+    if len(pair.parameters(trained=True)) > 1:
+        pair.make_optimizers(parts=2)
+        pair.train()
+
+
+@action
+def accumulate(pair, n):
+    pair.zero_grad()
+    for _ in range(2 + n % 2):
+        pair.backward()
+    pair.same_gradients()
+    pair.step()
+
+
+@action
+def clip(pair, n):
+    pair.zero_grad()
+    pair.backward()
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), 10.0 ** -(n % 3)) for module in pair.both]
+    pair.close(*norms, "norm of the gradient")
+    pair.same_gradients()
+    pair.step()
+
+
+@action
+def closure(pair, n):
+    """A step that computes its loss itself; the first time it is interrupted."""
+    if pair.optimizers is None:
+        pair.make_optimizers()
+    batch = pair.batch()
+    for module, optimizer in zip(pair.both, pair.optimizers[0], strict=True):
+
+        def compute(module=module, fails=False):
+            module.zero_grad()
+            loss = pair.loss(module, batch)
+            loss.backward()
+            if fails:
+                raise Interrupted
+            return loss
+
+        if n % 2:
+            with pytest.raises(Interrupted):
+                optimizer.step(lambda compute=compute: compute(fails=True))
+        optimizer.step(compute)
+
+
+@action
+def recompute(pair, n):
+    """The whole module recomputed in the backward pass."""
+    pair.zero_grad()
+    pair.backward(call=lambda module: lambda x: checkpoint(module, x, use_reentrant=False))
+    pair.same_gradients()
+    pair.step()
+
+
+@action
+def functional(pair, n):
+    """A call with other values of what trains (MAML's first order, influence functions)."""
+    pair.zero_grad()
+    values = {name: 0.9 * p.detach() for name, (p, _) in pair.parameters(trained=True).items()}
+    names = [{id(p): name for name, p in module.named_parameters()} for module in pair.both]
+    outputs = []
+    for i, module in enumerate(pair.both):
+        there = {names[i][id(p[i])]: values[name] for name, p in pair.parameters(trained=True).items()}
+        torch.manual_seed(0)
+        outputs.append(torch.func.functional_call(module, there, (pair.kind.batch(n),)).float())
+    pair.close(*outputs, "outputs of other values")
+
+
+@action
+def vector(pair, n):
+    """What trains as one vector, changed and written back."""
+    pairs = [*pair.parameters(trained=True).values()]
+    for i in (0, 1):
+        parameters = [p[i] for p in pairs]
+        vector_to_parameters(0.9 * parameters_to_vector(parameters).detach(), parameters)
+
+
+@action
+def average(pair, n):
+    """AveragedModel with decay, over some steps; it computes as the average of the twin does."""
+    averages = [AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for module in pair.both]
+    for _ in range(1 + n % 2):
+        pair.train()
+        for each, module in zip(averages, pair.both, strict=True):
+            each.update_parameters(module)
+    pair.same_outputs(*(each.module for each in averages))
+    if n % 3 == 2:
+        pair.use(*(each.module for each in averages))
+
+
+@action
+def average_by_hand(pair, n):
+    """EMA as people write it: over all parameters that are floating-point, through `.data`."""
+    averages = [copy.deepcopy(module).requires_grad_(False) for module in pair.both]
+    pair.train()
+    for each, module in zip(averages, pair.both, strict=True):
+        for p, q in zip(each.parameters(), module.parameters(), strict=True):
+            p.data.mul_(0.7).add_(q.data, alpha=0.3)
+    pair.same_outputs(*averages)
+
+
+@action
+def freeze(pair, n):
+    trained = [*pair.parameters(trained=True).values()]
+    if len(trained) > 2:
+        for parameter in trained[n % len(trained)]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        pair.optimizers = None
+
+
+@action
+def thaw(pair, n):
+    frozen = [*pair.parameters(trained=False).values()]
+    if frozen:
+        pair.touched = True
+        for parameter in frozen[n % len(frozen)]:
+            parameter.requires_grad_(True)
+        pair.optimizers = None
+
+
+WRITES: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda p: p.data.mul_(1.5),
+    lambda p: p.data.copy_(p.data * 1.5),
+    lambda p: p.data.__setitem__(slice(None), p.data * 1.5),
+    lambda p: p.data.float().numpy() if p.dtype is torch.bfloat16 else p.data.numpy().__imul__(1.5),
+    lambda p: setattr(p, "data", p.data * 1.5),
+    lambda p: nn.init.constant_(p.data, 0.25),
+)
+
+
+@action
+def write_data(pair, n):
+    """A write that autograd and versions do not see."""
+    pairs = [*pair.parameters().items()]
+    _, parameters = pairs[n * 7 % len(pairs)]
+    pair.touched = pair.touched or not parameters[0].requires_grad
+    for parameter in parameters:
+        WRITES[n % len(WRITES)](parameter)
+
+
+@action
+def double_and_back(pair, n):
+    for module in pair.both:
+        module.double()
+        module.float()
+    if pair.kind.tolerance < 0.05:
+        pair.optimizers = None
+    else:  # the twin never was in 16 bits
+        pair.start_with(pair.make(), pair.make())
+
+
+@action
+def copies(pair, n):
+    """Go on with a copy: copy.deepcopy, or torch.save and torch.load, which parametrized modules refuse."""
+    if n % 2:
+        ours = copy.deepcopy(pair.ours)
+    else:
+        torch.save(pair.ours, pair.folder / "module.pt")
+        ours = torch.load(pair.folder / "module.pt", weights_only=False)
+    pair.use(ours, copy.deepcopy(pair.dense))
+
+
+@action
+def without_adapter(pair, n):
+    """The reference model of DPO, also where code in the context raises."""
+    if pair.is_pissa:
+        return
+    with disabled(pair):
+        pair.same_outputs()
+    if n % 2:
+        with pytest.raises(Interrupted), disabled(pair):
+            raise_()
+    pair.same_outputs()
+
+
+@action
+def copies_without_adapter(pair, n):
+    """A copy that is made in disable_adapter computes as the module does when it ends."""
+    if pair.is_pissa:
+        return
+    with disabled(pair):
+        kept = copy.deepcopy(pair.ours)
+    pair.same_outputs(kept, pair.dense)
+    pair.use(kept, pair.dense)
+
+
+@action
+def interrupted_forward(pair, n):
+    """An error in a forward pass: of a layer in the middle."""
+    for module in pair.both:
+        parts = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.LayerNorm, nn.GELU))]
+        hook = parts[n % len(parts)].register_forward_pre_hook(raise_)
+        again = module.register_forward_hook(raise_)  # also where that layer was not called
+        with pytest.raises(Interrupted):
+            pair.loss(module, pair.kind.batch(n))
+        hook.remove()
+        again.remove()
+
+
+@action
+def interrupted_backward(pair, n):
+    for module in pair.both:
+        torch.manual_seed(n)
+        y = module(pair.kind.batch(n)).float()
+        y.register_hook(raise_)
+        with pytest.raises(Interrupted):
+            y.sum().backward()
+    pair.zero_grad()
+
+
+@action
+def interrupted_state_dict(pair, n):
+    """A child whose state_dict raises, once."""
+    for module in pair.both:
+        parts = [*module.net.children()]
+        part = parts[n % len(parts)]
+        hook = part.register_state_dict_post_hook(raise_)
+        with pytest.raises(Interrupted):
+            module.state_dict()
+        del part._state_dict_hooks[hook.id]
+
+
+@action
+def load_own_state(pair, n):
+    """A state dict that is loaded again after more steps."""
+    states = [copy.deepcopy(module.state_dict()) for module in pair.both]
+    pair.train(1 + n % 2)
+    for module, state in zip(pair.both, states, strict=True):
+        module.load_state_dict(state)
+
+
+@action
+def load_fresh(pair, n):
+    """A state dict in a module that was made and converted anew."""
+    states = [{key: value.clone() for key, value in module.state_dict().items()} for module in pair.both]
+    trained = pair.parameters(trained=True).keys()
+    ours = pair.make()
+    pair.kind.convert(ours)
+    dense = dense_twin(ours, pair.make())
+    ours.load_state_dict(states[0])
+    dense.load_state_dict(states[1])
+    for name, parameters in matched(ours, dense).items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in trained)
+    pair.use(ours, dense)
+
+
+@action
+def resume_optimizer(pair, n):
+    """Optimizers that are made again and get the state of those before."""
+    if pair.optimizers:
+        again = []
+        for optimizers in pair.optimizers:
+            news = tuple(type(each)([*each.param_groups[0]["params"]], lr=0.05) for each in optimizers)
+            for new, old in zip(news, optimizers, strict=True):
+                new.load_state_dict(copy.deepcopy(old.state_dict()))
+            again.append(news)
+        pair.optimizers = again
+        pair.train()
+
+
+@action
+def adapter_folder(pair, n):
+    """A folder of PEFT, in a module that was made anew: by load_adapter, or by the conversion."""
+    if pair.is_pissa or pair.touched or len(pair.parameters(trained=True)) != len(pair.trained_by_conversion()):
+        return
+    save_adapter(pair.ours, pair.folder / "adapter")
+    ours = pair.make()
+    if n % 2:
+        pair.kind.convert(ours)
+        load_adapter(ours, pair.folder / "adapter")
+    else:
+        pair.kind.convert(ours, adapter=str(pair.folder / "adapter"))
+    pair.use(ours, pair.dense)
+
+
+@action
+def lightning_checkpoint(pair, n):
+    """A file of a Trainer, loaded without a Trainer; it builds the module by its arguments."""
+    if pair.base is not None:
+        return
+    trainer = make_trainer(pair.folder)
+    trainer.strategy.connect(pair.ours)
+    trained = pair.parameters(trained=True).keys()
+    trainer.save_checkpoint(pair.folder / "c.ckpt")
+    pair.ours._trainer = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = load_from_checkpoint(Built, pair.folder / "c.ckpt")
+    for name, parameters in matched(ours, pair.dense).items():
+        parameters[0].requires_grad_(name in trained)
+    pair.use(ours.train(), pair.dense)
+
+
+@action
+def fit(pair, n):
+    """Some steps of a Trainer; the twin's without the plugin."""
+    batches = [pair.batch() for _ in range(2)]
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
+    for module, plugins in zip(pair.both, (QLoRAPrecision(), None), strict=True):
+        torch.manual_seed(n)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make_trainer(pair.folder, plugins=plugins, enable_checkpointing=False, max_steps=2).fit(module, data)
+        module.train()
+        module._trainer = None
+    pair.optimizers = None
+
+
+@action
+def read_weights(pair, n):
+    """Code that reads `layer.weight`: values, and a product with it."""
+    layers = {name: layer for name, layer in adapted_layers(pair.ours).items() if not layer.is_stack}
+    name = [*layers][n % len(layers)]
+    weight, expected = layers[name].weight, pair.dense.get_submodule(name).weight
+    pair.close(weight + 0, expected, "weight")
+    if not pair.kind.arguments.get("lora_dropout"):
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(n))
+        pair.close(F.linear(x.to(weight.dtype), weight).float(), F.linear(x, expected), "product with the weight")
+
+
+@action
+def merge_and_convert(pair, n):
+    """Merge, and convert what came out."""
+    if pair.kind.tolerance > 0.05:  # merged in 16 bits, rounded
+        return
+    merge(pair.ours)
+    for part in [*pair.dense.modules()]:
+        if parametrize.is_parametrized(part):
+            for key in [*part.parametrizations]:
+                parametrize.remove_parametrizations(part, key)
+            vars(part).pop("forward", None)
+    pair.same_outputs()
+    state = pair.ours.state_dict()
+    for key, value in pair.dense.state_dict().items():
+        pair.close(state[key], value, key)
+    pair.base = copy.deepcopy(state)
+    pair.touched = False
+    pair.start_with(pair.ours, pair.make())
+
+
+def machine(name: str, kind: Kind) -> type[RuleBasedStateMachine]:
+    """The state machine of a kind."""
+
+    def init(self):
+        RuleBasedStateMachine.__init__(self)
+        self.pair = Pair(kind)
+        self.pair.check()
+
+    def teardown(self):
+        shutil.rmtree(self.pair.folder, ignore_errors=True)
+
+    members: dict[str, Any] = {"__init__": init, "teardown": teardown, "__module__": __name__}
+    for title, function in ACTIONS.items():
+
+        def do(self, n, function=function):
+            function(self.pair, n)
+            self.pair.check()
+
+        do.__name__ = do.__qualname__ = title
+        members[title] = rule(n=st.integers(0, 11))(do)
+    return type(name, (RuleBasedStateMachine,), members)
+
+
+MACHINES = {name: machine(name, kind) for name, kind in KINDS.items()}
+globals().update(MACHINES)  # for the scripts that Hypothesis prints
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_module_and_its_dense_twin_stay_equal(name):
+    run_state_machine_as_test(
+        MACHINES[name],
+        settings=settings(
+            max_examples=EXAMPLES or 4,
+            stateful_step_count=20 if EXAMPLES else 8,
+            derandomize=not EXAMPLES,
+            database=None,
+            deadline=None,
+            suppress_health_check=[*HealthCheck],
+            phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
+        ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("title", ACTIONS)
+def test_each_action(name, title):
+    pair = Pair(KINDS[name])
+    pair.train()
+    for n in (0, 1):
+        ACTIONS[title](pair, n)
+        pair.check()
+    shutil.rmtree(pair.folder)

@@ -17,7 +17,6 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.held_types import HeldTypes
-from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
@@ -33,7 +32,6 @@ class PackedLayer(HeldTypes, nn.Module):
     quant_type: QuantType
     block_size: int
     weight_dtype: torch.dtype  # of the float weight, which it decodes to; fp32 where the layer is held in fp32
-    dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
     _shape: tuple[int, ...]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
     is_stack = False  # whether it has several matrices
@@ -217,19 +215,3 @@ def to_parameters(module: nn.Module) -> None:
                 data = layer.__dict__.pop(name, None)
                 if data is not None:
                     layer.register_parameter(name, nn.Parameter(data, requires_grad=False))
-
-
-def to_dense(layer: PackedLayer, weight: nn.Parameter) -> None:
-    """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
-    dense_class = layer.dense_class
-    names = {"in_features", "out_features"} - {*kind_of(dense_class).sizes}
-    for kind in type(layer).__mro__:
-        if issubclass(kind, PackedLayer):  # the names that a layer has while it is in 4 bits
-            names |= kind.__annotations__.keys()
-    others = {key: value for key, value in layer._parameters.items() if key not in names}
-    for name in names & layer.__dict__.keys():
-        del layer.__dict__[name]
-    layer._parameters.clear()
-    layer.__class__ = dense_class  # type: ignore[assignment]
-    layer.register_parameter("weight", weight)
-    layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added

@@ -23,8 +23,8 @@ from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
+from lightning_qlora.layers.changes import replaces, wrap_once
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.patches import replaces, wrap_once
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
@@ -191,7 +191,7 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     Removed by: upstream calling `load_state_dict` of the module, and numbering the parameters of the optimizer.
     """
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
-    if is_shards(path) or not any(map(_is_converted, modules.values())):
+    if is_shards(path) or not any(map(_has_converted_part, modules.values())):
         return original(path, state, strict, *args, **kwargs)
     saved = read_checkpoint(path, kwargs.get("weights_only") is not False)
     for key, module in modules.items():
@@ -223,7 +223,7 @@ def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwarg
     """
     checkpoint = original(connector, *args, **kwargs)
     module = connector.trainer.lightning_module
-    if _is_converted(module):
+    if _has_converted_part(module):
         check_checkpoint(module, checkpoint)
     leave_out_networks(checkpoint, module)
     return checkpoint
@@ -239,7 +239,7 @@ def keep_equal_frozen_values(original: Any, averaged: Any, model: nn.Module) -> 
     Removed by: upstream averaging by lerp, as its `get_ema_multi_avg_fn` does.
     """
     equal = []
-    if _is_converted(model):
+    if _has_converted_part(model):
         for ours, theirs in zip(averaged.module.parameters(), model.parameters(), strict=False):
             if not theirs.requires_grad and torch.equal(ours, theirs.detach().to(ours.device)):
                 equal.append((ours, theirs))
@@ -248,5 +248,5 @@ def keep_equal_frozen_values(original: Any, averaged: Any, model: nn.Module) -> 
         ours.detach().copy_(theirs.detach())
 
 
-def _is_converted(module: nn.Module) -> bool:
+def _has_converted_part(module: nn.Module) -> bool:
     return any(conversion_of(part) is not None for part in module.modules())

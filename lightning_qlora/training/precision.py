@@ -25,12 +25,12 @@ from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
+from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
-from lightning_qlora.layers.full_precision import full_precision_parameters
+from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.patches import make_changes
 from lightning_qlora.layers.qlora_linear import computes_in_fp16, use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.lightning_copies import classes, inherit_from_copies, modules
@@ -62,6 +62,7 @@ class _Converted:
     """A module that the plugin converted."""
 
     report: ConversionReport
+    trains_fp32: bool  # whether parameters train in it that compute in fp32
     trained: set[int] = field(default_factory=set)  # ids of the parameters that took a step
 
 
@@ -99,7 +100,6 @@ class QLoRAPrecision(Precision):
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
         self._has_batches = False
-        self._trains_fp32 = False  # parameters that compute in fp32
         self._computes_in_fp16: bool | None = False  # None: not known yet
         self._loss_scale: LossScale | None = None
 
@@ -108,7 +108,10 @@ class QLoRAPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak references to modules, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_converted": weakref.WeakKeyDictionary()}
+        return {**vars(self), "_module": None, "_converted": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _converted=weakref.WeakKeyDictionary())
 
     @override
     @contextmanager
@@ -180,8 +183,7 @@ class QLoRAPrecision(Precision):
             report = previous.report
         self.report = report
         self._module = weakref.ref(root)
-        self._converted[root] = _Converted(report)
-        self._trains_fp32 = self._trains_new_fp32_parts(root)
+        self._converted[root] = _Converted(report, self._trains_new_fp32_parts(root))
         if not self._computes_in_fp16:  # Fabric may convert several, and moves them to their device later
             self._computes_in_fp16 = None
         if trainer is not None:
@@ -259,15 +261,21 @@ class QLoRAPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast, if the module has fp32 weights and computes in 16 bit, so that all layers compute in 16 bit.
 
-        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit.
+        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit. Of several
+        modules in Fabric, which does not say whose context this is, each enters its own where they differ.
         """
-        layer = next(self._layers(), None)
-        if layer is None or (layer.weight_dtype is not torch.float32 and not self._trains_fp32):
+        dtypes = {root: _autocast_dtype(root, each.trains_fp32) for root, each in self._converted.items()}
+        if _trainer_of(self._root) is not None:  # others were of earlier Trainers
+            dtypes = {root: dtype for root, dtype in dtypes.items() if root is self._root}
+        if len({*dtypes.values()}) > 1:
+            for root, dtype in dtypes.items():
+                if dtype is not None:
+                    compute_in(root, dtype)
             return nullcontext()
-        dtype = layer.compute_dtype(layer.packed)
-        if dtype is torch.float32:
+        dtype = next(iter(dtypes.values()), None)
+        if dtype is None:
             return nullcontext()
-        return torch.autocast(layer.packed.device.type, dtype)
+        return torch.autocast(next(self._layers()).packed.device.type, dtype)
 
     @override
     def connect(
@@ -433,6 +441,15 @@ class QLoRAPrecision(Precision):
         self._has_batches = False
         self.pager.close()
         scratch.release()
+
+
+def _autocast_dtype(root: nn.Module, trains_fp32: bool) -> torch.dtype | None:
+    """The type that a module with fp32 weights computes in under autocast; None: without."""
+    layer = next((part for part in root.modules() if isinstance(part, LoRALayer)), None)
+    if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
+        return None
+    dtype = layer.compute_dtype(layer.packed)
+    return None if dtype is torch.float32 else dtype
 
 
 def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None:

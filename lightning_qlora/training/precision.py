@@ -1,7 +1,7 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, text_of, was_merged
+from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -29,6 +29,7 @@ from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import computes_in_fp16, use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
@@ -41,7 +42,7 @@ from lightning_qlora.training.calibration import (
     calibrate_before_step,
     step_of_all_ranks,
 )
-from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
+from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.loss_scale import LossScale
 from lightning_qlora.training.optimizers import (
@@ -211,10 +212,13 @@ class QLoRAPrecision(Precision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
-    def convert_again(self, module: nn.Module) -> None:
-        """Convert layers that replaced converted ones; see `module_state._convert_new_layers`."""
-        forget_conversion(module)
-        self.convert_module(module)
+    def convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """Convert layers that replaced converted ones, if a state dict has adapters for them."""
+        adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
+        layers = {name for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+        if conversion_of(module) is not None and not adapters <= set(map(key_name, layers)):
+            forget_conversion(module)
+            self.convert_module(module)
 
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
@@ -393,8 +397,10 @@ class QLoRAPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
         scale = self.loss_scale
+        trainer = _trainer_of(self._root)
+        after_error = trainer is not None and trainer.interrupted
         state: dict[str, Any] = {
-            "random_state": gather_torch_rng_states(),
+            "random_state": torch_rng_states(gathered=not after_error),
             "kernels": self._kernels(),
             "loss_scale": None,
         }

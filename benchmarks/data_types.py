@@ -30,8 +30,7 @@ from benchmarks.measure import table
 from benchmarks.multiple_choice import correct, read_tasks
 from benchmarks.starts import feed, load_model, load_tokenizer, windows
 from lightning_qlora import convert
-from lightning_qlora.layers.packed_linear import to_dense
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers, to_dense
 from lightning_qlora.training.calibration import calibration_of
 
 REFERENCE = "bf16"

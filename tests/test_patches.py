@@ -11,19 +11,20 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.trainer import call
 
 import lightning_qlora
-from lightning_qlora.layers.patches import make_changes
+from lightning_qlora.layers.changes import make_changes
 from tests.foreign_changes import Package, changes_in, changes_of
 
 PACKAGE = Path(lightning_qlora.__file__).parent
 PATCHES = sorted(PACKAGE.rglob("patches.py"))
-MECHANISM = ("wrap_once", "replaces", "make_changes")  # what patches are made with
 
 # What is no change of other people's code, though the text alone can't show it.
 ALLOWED = {
+    # The mechanism: it puts what the files named patches.py register in its place.
+    "layers/changes.py": {"setattr(owner, name, wrapper)"},
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one.
     "layers/qlora_linear.py": {
         "layer._parameters.pop('weight')", "layer._parameters.pop('weight', None)",
-        "layer.__class__", "layer.in_features", "layer.out_features",
+        "layer.in_features", "layer.out_features",
     },
     "layers/kinds.py": {
         "layer._parameters.pop('weight')", "vars(layer).pop(name, None)", "layer.__class__", "layer.weight",
@@ -31,18 +32,17 @@ ALLOWED = {
     },
     # A class of ours inherits from the same class in another package too.
     "lightning_copies.py": {"kind.__bases__"},
-    # Conversion of an output embedding, of an embedding with rows that train, and of a module whose expert parameters
-    # become layers.
-    "layers/deferred_head.py": {"head.__class__"},
-    "layers/trainable_tokens.py": {"layer.__class__"},
+    # A class that is derived from that of the user's module, and back.
+    "layers/derived.py": {"instance.__class__"},
     "training/load_from_checkpoint.py": {"module.__class__"},  # an object of a class that it derived
     "layers/readable_weight.py": {"weight._is_param"},  # a tensor that it made
-    # Conversion of a module whose parameters train in full; the gradient of one is cast with it.
-    "layers/full_precision.py": {"vars(part)['computes_in']", "part.__class__", "parameter.grad"},
-    "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]", "owner.__class__"},
+    # Conversion of a module whose parameters train in full, or are held in fp32; the gradient of one is cast with it.
+    "layers/full_precision.py": {"vars(part)['types_before']"},
+    "layers/held_types.py": {"tensor.grad"},
+    "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.
-    "layers/reasons.py": {"setattr(parameter, LOADED_TENSOR, True)"},
-    "huggingface/operations.py": {"owner._parameters[inner]", "owner.__class__"},  # as it was, after an error
+    "layers/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
+    "huggingface/operations.py": {"owner._parameters[inner]"},  # as it was, after an error
     "huggingface/quantizer.py": {"copied.operations", "copied.quantization_operation"},  # a copy that it made
     "huggingface/load_weights.py": {  # what transformers' loading does
         "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)", "setattr(parameter, LOADED_TENSOR, True)",
@@ -84,7 +84,7 @@ def test_every_allowed_change_is_made():
 def patches_in(file):
     """Name -> function of each patch in a file."""
     functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
-    return {f.name: f for f in functions if not f.name.startswith("_") and f.name not in MECHANISM}
+    return {f.name: f for f in functions if not f.name.startswith("_")}
 
 
 @pytest.mark.parametrize("file", PATCHES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

@@ -17,7 +17,7 @@ from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.reasons import get_output_embeddings
+from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
 
 # Classes for a model that was trained without the head of its folder, or with a new one.

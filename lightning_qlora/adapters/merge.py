@@ -20,9 +20,8 @@ from lightning_qlora.layers.full_precision import full_precision_parameters, und
 from lightning_qlora.layers.held_types import release
 from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer
 from lightning_qlora.layers.names import plain_name
-from lightning_qlora.layers.packed_linear import to_dense
-from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.reasons import mark_as_loaded
+from lightning_qlora.layers.provenance import mark_as_loaded
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, to_dense
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 
@@ -76,7 +75,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
 
     parameters = []
     for layer in layers.values():
-        if not layer.is_stack:
+        if isinstance(layer, QLoRALinear):
             to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
             parameters.append(layer.weight)
     for _, owner, key, stack in stacks:

@@ -38,8 +38,8 @@ from lightning_qlora.layers.names import (
     parameter_name,
 )
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.reasons import LOADED_TENSOR
 from lightning_qlora.layers.records import renew
 
 NO_VALUES = (

@@ -26,7 +26,7 @@ from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 
 
 @dataclass
-class Conversion:
+class TensorGroup:
     """Tensors of a folder that become other parameters while the model loads.
 
     Attributes:
@@ -83,7 +83,7 @@ class ModelFolder(WeightFolder):
         model: The model, on the meta device; None: every name is a key.
         stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
-        conversions: Name -> conversion that makes this parameter.
+        groups: Name -> the tensors that this parameter is made from.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
@@ -91,18 +91,18 @@ class ModelFolder(WeightFolder):
         self.stored = WeightFolder(folder)
         self.folder = self.stored.folder
         self.key_of: dict[str, str] = {}
-        self.conversions: dict[str, Conversion] = {}
-        conversions = self._match(model)
-        converted = {key for conversion in conversions for key in conversion.keys}
+        self.groups: dict[str, TensorGroup] = {}
+        groups = self._match(model)
+        converted = {key for group in groups for key in group.keys}
         twice = self.stored.entries.keys() - set(self.key_of.values()) - converted
         if twice:
             raise ValueError(f"{self.folder}: {min(twice)!r} and another tensor are the same parameter of the model.")
         self.entries = {name: self.stored.entries[key] for name, key in self.key_of.items()}
         self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
-        for conversion in conversions:
-            key = conversion.keys[0]
-            for name, value in conversion.convert(self._shapes(conversion)).items():
-                self.conversions[name] = conversion
+        for group in groups:
+            key = group.keys[0]
+            for name, value in group.convert(self._shapes(group)).items():
+                self.groups[name] = group
                 self.file_of[name] = self.stored.file_of[key]
                 self.entries[name] = TensorEntry(self.stored.entries[key].dtype, tuple(value.shape))
 
@@ -123,25 +123,25 @@ class ModelFolder(WeightFolder):
         stored = self.stored.tensors([key for name in keys for key in self._stored_keys(name)])
         tensors = {}
         for name in keys:
-            conversion = self.conversions.get(name)
-            if conversion is None:
+            group = self.groups.get(name)
+            if group is None:
                 tensors[name] = stored[self.key_of[name]]
             else:
-                tensors[name] = conversion.convert(stored)[name]
+                tensors[name] = group.convert(stored)[name]
         return tensors
 
     def _stored_keys(self, name: str) -> list[str]:
-        conversion = self.conversions.get(name)
-        if conversion is None:
+        group = self.groups.get(name)
+        if group is None:
             return [self.key_of[name]]
-        return conversion.keys
+        return group.keys
 
     def where(self, name: str) -> str:
         """File and keys of a parameter, for messages."""
         return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
 
-    def _match(self, model: Any) -> list[Conversion]:
-        """Fill `key_of`, and return the conversions."""
+    def _match(self, model: Any) -> list[TensorGroup]:
+        """Fill `key_of`, and return the groups."""
         if model is None or find_spec("transformers.conversion_mapping") is None:
             self.key_of = {key: key for key in self.stored.entries}
             return []
@@ -151,7 +151,7 @@ class ModelFolder(WeightFolder):
         converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         parameters = model.state_dict()
-        conversions: dict[str, Conversion] = {}  # by the name of the first parameter
+        groups: dict[str, TensorGroup] = {}  # by the name of the first parameter
         arguments = model.base_model_prefix, parameters  # not by keyword: transformers 5.3 calls the first one `prefix`
         for key in sorted(self.stored.entries, key=loading.dot_natural_key):
             name, pattern = loading.rename_source_key(key, renamings, converters, *arguments)
@@ -162,21 +162,21 @@ class ModelFolder(WeightFolder):
             elif pattern is None:
                 self.key_of[name] = key
             else:
-                conversion = conversions.setdefault(name, Conversion(model, of_pattern[pattern], name, {}))
-                conversion.sources.setdefault(pattern, []).append(key)
-        return [part for each in conversions.values() for part in self._parts(each, loading.MergeModulelist)]
+                group = groups.setdefault(name, TensorGroup(model, of_pattern[pattern], name, {}))
+                group.sources.setdefault(pattern, []).append(key)
+        return [part for each in groups.values() for part in self._parts(each, loading.MergeModulelist)]
 
-    def _parts(self, conversion: Conversion, merge_experts: type) -> list[Conversion]:
-        """Split a conversion that stacks experts into one per expert, so that memory holds one expert at a time."""
-        numbers = {len(keys) for keys in conversion.sources.values()}
-        operation: Any = conversion.transform.operations[0]
+    def _parts(self, group: TensorGroup, merge_experts: type) -> list[TensorGroup]:
+        """Split a group that stacks experts into one per expert, so that memory holds one expert at a time."""
+        numbers = {len(keys) for keys in group.sources.values()}
+        operation: Any = group.transform.operations[0]
         if not isinstance(operation, merge_experts) or getattr(operation, "dim", None) != 0 or len(numbers) != 1:
-            return [conversion]
+            return [group]
         return [
-            replace(conversion, sources={p: [keys[i]] for p, keys in conversion.sources.items()}, expert=i)
+            replace(group, sources={p: [keys[i]] for p, keys in group.sources.items()}, expert=i)
             for i in range(numbers.pop())
         ]
 
-    def _shapes(self, conversion: Conversion) -> dict[str, Tensor]:
-        entries = {key: self.stored.entries[key] for key in conversion.keys}
+    def _shapes(self, group: TensorGroup) -> dict[str, Tensor]:
+        entries = {key: self.stored.entries[key] for key in group.keys}
         return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}

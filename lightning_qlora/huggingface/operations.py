@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from lightning_qlora.huggingface.model_folder import single_tensor
+from lightning_qlora.layers.derived import restore
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
@@ -120,14 +121,14 @@ class Quantize(_Operation):
             inner = owner.key
             owner = owner.owner
             name = key
-        dense_class = type(owner)
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
             layer = chosen.convert(name, weights=experts)
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
-            owner.__class__ = dense_class
+            if isinstance(owner, QLoRALinear):
+                restore(owner, QLoRALinear)
             owner._parameters[inner] = place
             return self.refuse(source, key, part, f"{name}: {error}")
         return self.quantized(layer, key, missing_keys)

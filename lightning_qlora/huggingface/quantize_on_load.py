@@ -14,7 +14,7 @@ from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose,
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import NO_VALUES, check_unwritten, read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR, Choice
-from lightning_qlora.layers.patches import make_changes
+from lightning_qlora.layers.changes import make_changes
 
 
 @contextmanager

@@ -45,8 +45,8 @@ from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
+from lightning_qlora.layers.provenance import LOADED, keep_marks
 from lightning_qlora.layers.qlora_linear import check_packed_initialization
-from lightning_qlora.layers.reasons import LOADED, keep_marks
 from lightning_qlora.layers.selection import ToConvert, select_layers
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
+from lightning_qlora.layers.derived import Derived, derive, original_class, restore
 from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.held_types import HeldTypes
-from lightning_qlora.layers.kinds import Derived, derives, is_packed
+from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import last_part
-from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.reasons import OUTPUT_EMBEDDINGS, get_output_embeddings
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
+from lightning_qlora.layers.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
@@ -26,7 +25,9 @@ LARGE = 4
 class DeferredHead(Derived):
     """What `defer_logits` adds to the class of an output embedding."""
 
-    plain_class: type[nn.Module]  # the class without this one
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        return {"__name__": f"Deferred{before.__name__}", "plain_forward": before.forward}
 
     def forward(self, input: Tensor) -> Tensor:
         """Deferred logits where autograd records, else the real ones."""
@@ -68,26 +69,16 @@ def _has_dropout(head: Any) -> bool:
     return getattr(head, "lora_dropout", 0.0) > 0
 
 
-@derives
-def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a head with deferred logits."""
-    members = {"__module__": kind.__module__, "plain_class": kind, "plain_forward": kind.forward}
-    if not issubclass(kind, (QLoRALinear, TrainableTokens)):
-        members["dense_class"] = kind  # as these say which class it was
-    return type(f"Deferred{kind.__name__}", (DeferredHead, kind), members)
-
-
 def defer_logits(head: nn.Module) -> None:
     """Make an output embedding (an nn.Linear, in 4 bits or not) return deferred logits in training, in place."""
-    if not isinstance(head, DeferredHead):
-        head.__class__ = _class_for(type(head))
+    derive(DeferredHead, head)
 
 
 def compute_logits(module: nn.Module) -> None:
     """Undo `defer_logits` for all output embeddings in a module, in place."""
     for head in module.modules():
         if isinstance(head, DeferredHead):
-            head.__class__ = head.plain_class  # type: ignore[assignment]
+            restore(head, DeferredHead)
 
 
 def output_embeddings(module: nn.Module) -> dict[str, Any]:
@@ -116,11 +107,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
-    kind: Any = type(layer)
-    if isinstance(layer, TrainableTokens):
-        kind = layer.dense_class
-    kind = getattr(kind, "class_before", kind)
-    return kind in (nn.Linear, QLoRALinear) or isinstance(layer, DeferredHead) or is_packed(layer)
+    return original_class(type(layer)) is nn.Linear or is_packed(layer)
 
 
 def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:

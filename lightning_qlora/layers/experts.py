@@ -23,7 +23,7 @@ from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
-from lightning_qlora.layers.kinds import Derived, derives
+from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import Matrix
 from lightning_qlora.layers.names import join, parameter_name, stack_name
@@ -73,7 +73,7 @@ class QLoRAExperts(SavedLayer):
         del owner._parameters[key]  # last: while `weights` yields, transformers reads its type
         owner.register_module(stack_name(key), stack)
         _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
-        owner.__class__ = class_with_experts(type(owner))
+        derive(_WithExperts, owner)
         return stack
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class QLoRAExperts(SavedLayer):
         owner.register_parameter(key, nn.Parameter(parameter, requires_grad=False))
         _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
         if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
-            owner.__class__ = type(owner).dense_class  # type: ignore[attr-defined]
+            restore(owner, _WithExperts)
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""
@@ -301,7 +301,11 @@ def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
 
 
 class _WithExperts(Derived):
-    """What `class_with_experts` adds to a class."""
+    """A class in which a parameter that became a QLoRAExperts reads as `QLoRAExperts.weight`."""
+
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        return {"forward": routed_forward} if is_routed(before) else {}
 
     def __getattr__(self, name: str) -> Any:
         stack = self.__dict__["_modules"].get(stack_name(name))
@@ -316,17 +320,6 @@ class _WithExperts(Derived):
             if isinstance(stack, QLoRAExperts) and key in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
-
-
-@derives
-def class_with_experts(dense_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass in which a parameter that became a QLoRAExperts reads as `QLoRAExperts.weight`."""
-    if issubclass(dense_class, _WithExperts):
-        return dense_class
-    members: dict[str, Any] = {"__module__": dense_class.__module__, "dense_class": dense_class}
-    if is_routed(dense_class):
-        members["forward"] = routed_forward
-    return type(f"QLoRA{dense_class.__name__}", (_WithExperts, dense_class), members)
 
 
 def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.full_precision import FullPrecision, can_derive, derive
+from lightning_qlora.layers.full_precision import FullPrecision, can_derive, with_types
 from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, release
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.slow_types import IN_16_BITS, reason_for_fp32
@@ -65,7 +65,7 @@ def _hold(module: nn.Module, device: torch.device, slow: Mapping[torch.dtype, An
         if isinstance(part, HeldTypes) or can_derive(part):
             owner: Any = part
             if not isinstance(part, HeldTypes):
-                owner = derive(part)
+                owner = with_types(part)
             _set_held(owner, key, dtype, device)
         if tensor.dtype is dtype:
             cast_in_place(tensor, torch.float32)
@@ -77,7 +77,7 @@ def _hold(module: nn.Module, device: torch.device, slow: Mapping[torch.dtype, An
             each.held_on = device.type
 
 
-def _set_held(part: Any, key: str, dtype: torch.dtype, device: torch.device) -> None:
+def _set_held(part: HeldTypes, key: str, dtype: torch.dtype, device: torch.device) -> None:
     vars(part).setdefault("held_types", {})[key] = dtype
     part.held_on = device.type
 

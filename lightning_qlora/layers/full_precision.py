@@ -6,7 +6,7 @@
 
 In 16 bits most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that of 2e-4 is smaller
 than half of the last bit of every bf16 value above 0.1. A parameter is what it says everywhere, so code may write to it
-in a forward pass. The class of a module becomes a subclass of the same name (`class_for`). Around the converted module,
+in a forward pass. The class of a module becomes a subclass of the same name. Around the converted module,
 autocast lets code of other modules use such a parameter too: `F.linear(h, self.head.weight)` in a training step.
 """
 
@@ -19,9 +19,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, in_fp32
-from lightning_qlora.layers.kinds import Derived, derives
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.lightning_copies import classes
@@ -32,19 +32,27 @@ TAKES_FP32 = (nn.Bilinear, nn.RMSNorm)
 
 
 class FullPrecision(HeldTypes, Derived):
-    """What `class_for` adds to the class of a module.
+    """A class whose forward pass, and steps of a LightningModule, compute under autocast.
 
     Attributes:
         types_before: Key of each parameter in fp32 -> the 16-bit type that it had.
         autocast_dtype: The type of the forward pass; another one than 16 bits: without autocast.
         casts_output: Whether the output of the forward pass is cast to that type.
-        class_before: The class without this one.
     """
 
     types_before: dict[str, torch.dtype]
     autocast_dtype: torch.dtype = torch.float32
     casts_output: bool = False
-    class_before: type[nn.Module]
+
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        members: dict[str, Any] = {name: getattr(before, name) for name in ("__name__", "__qualname__", "__doc__")}
+        for name in ("forward", *STEPS):
+            method = getattr(before, name, None)
+            inherited = [getattr(kind, name, None) for kind in (nn.Module, *classes(LightningModule))]
+            if method is not None and method not in inherited:
+                members[name] = _under_autocast(method, issubclass(before, TAKES_FP32))
+        return members
 
     @property
     def output_dtype(self) -> torch.dtype | None:
@@ -65,23 +73,6 @@ class FullPrecision(HeldTypes, Derived):
 
 def _applied(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
     return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
-
-
-@derives
-def class_for(class_before: type[nn.Module]) -> type[nn.Module]:
-    """The class of the same name whose forward pass, and steps of a LightningModule, compute under autocast."""
-    members: dict[str, Any] = {
-        "__module__": class_before.__module__,
-        "__qualname__": class_before.__qualname__,
-        "__doc__": class_before.__doc__,
-        "class_before": class_before,
-    }
-    for name in ("forward", *STEPS):
-        method = getattr(class_before, name, None)
-        inherited = [getattr(kind, name, None) for kind in (nn.Module, *classes(LightningModule))]
-        if method is not None and method not in inherited:
-            members[name] = _under_autocast(method, issubclass(class_before, TAKES_FP32))
-    return type(class_before.__name__, (FullPrecision, class_before), members)
 
 
 def _under_autocast(method: Any, takes_fp32: bool) -> Callable[..., Any]:
@@ -149,11 +140,11 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
         if id(parameter) in in_16_bits:
             sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
-        derive(owner).types_before[key] = dtype
+        with_types(owner).types_before[key] = dtype
         for user in _users(owner, parents):
-            _compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
+            compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
         if can_derive(module):
-            _compute_in(module, dtype)
+            compute_in(module, dtype)
         cast_in_place(parameter, torch.float32)
     return sizes
 
@@ -181,20 +172,20 @@ def can_derive(part: nn.Module) -> bool:
     return "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule)
 
 
-def derive(part: nn.Module) -> Any:
-    """The module, in place with a class that `class_for` returned."""
+def with_types(part: nn.Module) -> Any:
+    """The module, in place with a class derived from its own."""
     if not isinstance(part, FullPrecision):
         vars(part)["types_before"] = {}
-        part.__class__ = class_for(type(part))
+        derive(FullPrecision, part)
     return part
 
 
-def _compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
+def compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    derive(part)
-    if part.autocast_dtype not in IN_16_BITS:
-        part.autocast_dtype = dtype
-    part.casts_output = part.casts_output or casts_output
+    own: FullPrecision = with_types(part)
+    if own.autocast_dtype not in IN_16_BITS:
+        own.autocast_dtype = dtype
+    own.casts_output = own.casts_output or casts_output
 
 
 def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
@@ -217,5 +208,5 @@ def undo_full_precision(module: nn.Module) -> None:
             continue
         for name in ("types_before", "autocast_dtype", "casts_output"):
             vars(part).pop(name, None)
-        if "class_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)
-            part.__class__ = part.class_before  # type: ignore[assignment]
+        if "classes_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)
+            restore(part, FullPrecision)

@@ -1,11 +1,10 @@
-"""Classes of layers: the kinds that become a QLoRALinear, and the classes that conversion derives from the user's.
+"""The kinds of linear layers that become a QLoRALinear.
 
 A new kind is a row of `KINDS` and its tests; all other files ask here how a layer stores its weight and how it is
 called. The classes are named, and not imported.
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -96,44 +95,3 @@ def decode_as_stored(layer: nn.Module, weight: PackedWeight) -> Tensor:
     if kind_of(type(layer)).transposed:
         return rows.T.contiguous()
     return rows
-
-
-# Class that a function with the decorator `derives` returned -> that function, and the recipe of the class before.
-RECIPES: dict[type, tuple[Any, Any]] = {}
-
-
-class Derived:
-    """An instance of a class that a function with the decorator `derives` returned: no import finds this class."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        recipe = RECIPES.get(type(self))
-        if recipe is None:
-            return reduced
-        return _new, (recipe,), *reduced[2:]
-
-
-def derives(derive: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
-    """Decorator of a function that derives a class from another: from each class once, and noted in RECIPES."""
-
-    @cache
-    @wraps(derive)
-    def function(dense_class: Any) -> type[Any]:
-        derived = derive(dense_class)
-        RECIPES[derived] = function, RECIPES.get(dense_class, dense_class)
-        return derived
-
-    return function
-
-
-def _class_of(recipe: Any) -> Any:
-    """The class of a recipe, which is a class, or a function and the recipe of the class that it derives from."""
-    if not isinstance(recipe, tuple):
-        return recipe
-    derive, before = recipe
-    return derive(_class_of(before))
-
-
-def _new(recipe: Any) -> Any:
-    """An instance without attributes."""
-    return object.__new__(_class_of(recipe))

@@ -17,7 +17,6 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.held_types import HeldTypes
-from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
@@ -33,7 +32,6 @@ class PackedLayer(HeldTypes, nn.Module):
     quant_type: QuantType
     block_size: int
     weight_dtype: torch.dtype  # of the float weight, which it decodes to; fp32 where the layer is held in fp32
-    dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
     _shape: tuple[int, ...]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
     is_stack = False  # whether it has several matrices
@@ -59,10 +57,14 @@ class PackedLayer(HeldTypes, nn.Module):
             stored = stack_bytes(matrices)
         else:
             stored = _in_rows(*matrices)
+        self.set_bytes(stored, weights[0].dtype)
+
+    def set_bytes(self, stored: PackedBytes, dtype: torch.dtype) -> None:
+        """Replace the three tensors, whole or split as those of the layer are; the weight decodes to `dtype`."""
         self._shape = stored.shape
         self.quant_type = stored.quant_type
         self.block_size = stored.block_size
-        self.weight_dtype = weights[0].dtype
+        self.weight_dtype = dtype
         if self.held_on is not None and self.weight_dtype is not torch.float32:
             self.held_types["weight"] = self.weight_dtype
             self.weight_dtype = torch.float32
@@ -169,11 +171,28 @@ class PackedLayer(HeldTypes, nn.Module):
             "sharded on the meta device with lightning_qlora.load_weights(module, FOLDER), after fully_shard."
         )
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint, which follows keys as attributes, finds the entries of the weight."""
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> "_Keys":
+        return _Keys()
+
     def base_fingerprint(self) -> int:
         """Fingerprint of the 4-bit weight, computed at the first use; 0 while it has no values."""
         if not self._fingerprint:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
+
+
+class _Keys:
+    """Has any attribute, such as `weight.absmax`."""
+
+    def __getattr__(self, name: str) -> "_Keys":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
 
 
 def _in_rows(weight: PackedBytes) -> PackedBytes:
@@ -196,19 +215,3 @@ def to_parameters(module: nn.Module) -> None:
                 data = layer.__dict__.pop(name, None)
                 if data is not None:
                     layer.register_parameter(name, nn.Parameter(data, requires_grad=False))
-
-
-def to_dense(layer: PackedLayer, weight: nn.Parameter) -> None:
-    """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
-    dense_class = layer.dense_class
-    names = {"in_features", "out_features"} - {*kind_of(dense_class).sizes}
-    for kind in type(layer).__mro__:
-        if issubclass(kind, PackedLayer):  # the names that a layer has while it is in 4 bits
-            names |= kind.__annotations__.keys()
-    others = {key: value for key, value in layer._parameters.items() if key not in names}
-    for name in names & layer.__dict__.keys():
-        del layer.__dict__[name]
-    layer._parameters.clear()
-    layer.__class__ = dense_class  # type: ignore[assignment]
-    layer.register_parameter("weight", weight)
-    layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.held_types import HeldTypes
-from lightning_qlora.layers.kinds import Derived, derives, kind_of
+from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
 from lightning_qlora.layers.names import parameter_name
@@ -32,9 +33,23 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     """y = x W^T + bias + s (drop(x) A^T) B^T with W frozen in 4 bits and A, B trained (QLoRA paper, equation 5).
 
     An `nn.Linear` becomes one in place (`from_linear`), so every reference to the layer stays valid. A layer of a
-    subclass of nn.Linear becomes an instance of that subclass and of this class (`class_for`).
+    subclass of nn.Linear becomes an instance of that subclass and of this class, and keeps its methods.
     The bias is frozen. `PackedLayer` has the 4-bit weight, `LoRALayer` the adapter.
     """
+
+    @classmethod
+    def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
+        return (cls, before) if issubclass(before, nn.Linear) else (cls,)
+
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        kind = kind_of(before)
+        members: dict[str, Any] = {"_transposed": kind.transposed}
+        if kind.forward is not None:
+            members["forward"] = kind.forward
+        elif before.forward is not nn.Linear.forward:
+            members["forward"] = before.forward  # it reads `self.weight`, or calls nn.Linear's through super()
+        return members
 
     @staticmethod
     def from_linear(
@@ -78,9 +93,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     def _become(
         layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str
     ) -> "QLoRALinear":
-        layer.__class__ = class_for(dense_class)
+        derive(QLoRALinear, layer, dense_class)
         assert isinstance(layer, QLoRALinear)
-        layer.dense_class = dense_class
         layer.set_arguments(config, name, seed_name)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -137,21 +151,19 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
-@derives
-def class_for(dense_class: type[nn.Module]) -> type[QLoRALinear]:
-    """The 4-bit class for a dense class; that for a subclass of nn.Linear keeps its methods, a forward included."""
-    if dense_class is nn.Linear:
-        return QLoRALinear
-    kind = kind_of(dense_class)
-    members: dict[str, Any] = {"__module__": dense_class.__module__, "_transposed": kind.transposed}
-    if kind.forward is not None:
-        members["forward"] = kind.forward
-    elif dense_class.forward is not nn.Linear.forward:
-        members["forward"] = dense_class.forward  # it reads `self.weight`, or calls nn.Linear's through super()
-    bases: tuple[type, ...] = (QLoRALinear,)
-    if issubclass(dense_class, nn.Linear):
-        bases = (QLoRALinear, dense_class)
-    return type(f"QLoRA{dense_class.__name__}", bases, members)
+def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
+    """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
+    names = {"in_features", "out_features"} - {*kind_of(layer.classes_before[QLoRALinear]).sizes}
+    for kind in type(layer).__mro__:
+        if issubclass(kind, PackedLayer):  # the names that a layer has while it is in 4 bits
+            names |= kind.__annotations__.keys()
+    others = {key: value for key, value in layer._parameters.items() if key not in names}
+    for name in names & layer.__dict__.keys():
+        del layer.__dict__[name]
+    layer._parameters.clear()
+    restore(layer, QLoRALinear)
+    layer.register_parameter("weight", weight)
+    layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added
 
 
 MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks

@@ -19,8 +19,8 @@ from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names, plain_name
+from lightning_qlora.layers.provenance import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.reasons import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.records import is_recorded
 from lightning_qlora.layers.trainable_tokens import TrainableTokens, select_tokens
 
@@ -249,7 +249,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
         reason = None
         if not part._modules:
             reason = next(iter(new_here.values()), None)
-        if not (is_converted(part) or isinstance(part, QLoRAExperts)):  # a stack: selected with the module around it
+        if not (has_adapter(part) or isinstance(part, QLoRAExperts)):  # a stack: selected with the module around it
             choice.decide(Candidate(name, part, names, reason, config, saved, facts))
     return choice
 
@@ -260,6 +260,6 @@ def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
     return LayerNames(forms + names.forms, join(names.seed_name, stack.key))
 
 
-def is_converted(layer: nn.Module) -> bool:
+def has_adapter(layer: nn.Module) -> bool:
     """Whether a layer is in 4 bits in a converted module."""
     return isinstance(layer, LoRALayer) and not layer.loaded

@@ -13,8 +13,8 @@ from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, last_part, matches, matches_outer, names_of_modules
-from lightning_qlora.layers.reasons import LOADED
-from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, is_converted, names_of_stack
+from lightning_qlora.layers.provenance import LOADED
+from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, has_adapter, names_of_stack
 from lightning_qlora.layers.trainable_tokens import check_tokens
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
@@ -89,7 +89,7 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
     for name, layer in layers.items():
         for stack in expert_parameters(layer):
             forms[join(name, stack.key)] = names_of_stack(choice.names[id(layer)], stack).forms
-    converted = [*choice.convert, *(name for name, layer in layers.items() if is_converted(layer))]
+    converted = [*choice.convert, *(name for name, layer in layers.items() if has_adapter(layer))]
     dense = choice.reasons(TRAIN, SKIP, WARN)
     for pattern in patterns_of(config):
         names = layers if pattern.argument == "modules_to_save" else forms

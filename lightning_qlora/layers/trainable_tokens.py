@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.checks import shown
+from lightning_qlora.layers.derived import Derived, derive, original_class, restore
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dtensor import gather, is_sharded
-from lightning_qlora.layers.kinds import Derived, derives, is_packed
+from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import LayerNames, inside, join, last_part, plain_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import readable_parameter
@@ -63,8 +64,16 @@ class TrainableTokens(Derived):
     """What `train_tokens` adds to the class of an embedding or output embedding."""
 
     token_adapter: TokenAdapter  # shared by the layers of a tied weight
-    dense_class: type[nn.Module]  # of the layer before conversion, and again after `merge`
     _parameters: dict[str, Any]
+
+    @classmethod
+    def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
+        kind = TrainableTokensEmbedding if issubclass(before, nn.Embedding) else TrainableTokensLinear
+        return kind, before
+
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        return {"__name__": f"TrainableTokens{before.__name__}"}
 
     @property
     def weight(self) -> Tensor:
@@ -96,7 +105,7 @@ class TrainableTokens(Derived):
 
     def base(self) -> Any:
         """This layer with its dense class: it computes with W alone."""
-        view = object.__new__(self.dense_class)
+        view = object.__new__(self.classes_before[TrainableTokens])
         view.__dict__.update(self.__dict__)
         return view
 
@@ -106,7 +115,7 @@ class TrainableTokens(Derived):
 
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
         """Call `forward` of the dense class with delta as the weight; a class may scale its result, for example."""
-        dense: Any = getattr(self.dense_class, "dense_class", self.dense_class)
+        dense: Any = original_class(type(self))
         view: Any = object.__new__(dense)
         view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
         return dense.forward(view, input)  # type: ignore[no-any-return]
@@ -132,8 +141,6 @@ class TrainableTokens(Derived):
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[override]
     """An embedding with rows that train."""
 
-    dense_class = nn.Embedding
-
     def forward(self, input: Tensor) -> Tensor:
         """Tokens [...] -> [..., dim]."""
         output: Tensor = self.base().forward(input)
@@ -153,8 +160,6 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[o
 class TrainableTokensLinear(TrainableTokens, nn.Linear):  # type: ignore[override]
     """An output embedding with rows that train."""
 
-    dense_class = nn.Linear
-
     def forward(self, input: Tensor) -> Tensor:
         """Hidden states [..., dim] -> logits [..., vocabulary]."""
         logits: Tensor = self.base().forward(input)
@@ -165,16 +170,6 @@ class TrainableTokensLinear(TrainableTokens, nn.Linear):  # type: ignore[overrid
         if bias is not None:
             bias = bias[indices]
         return logits.index_copy_(-1, indices, self._call_with_rows(input, {"bias": bias}, out_features=len(indices)))
-
-
-@derives
-def class_for(dense_class: type[nn.Module]) -> type[nn.Module]:
-    """The class with rows that train for nn.Embedding, nn.Linear or a subclass of one of them."""
-    kind = TrainableTokensEmbedding if issubclass(dense_class, nn.Embedding) else TrainableTokensLinear
-    if dense_class in kind.__bases__:
-        return kind
-    members = {"__module__": dense_class.__module__, "dense_class": dense_class}
-    return type(f"TrainableTokens{dense_class.__name__}", (kind, dense_class), members)
 
 
 def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
@@ -189,7 +184,7 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
     adapter = TokenAdapter(weight, indices)
     setattr(weight, ROWS, adapter.trainable_tokens_delta)
     for layer in layers:
-        layer.__class__ = class_for(type(layer))
+        derive(TrainableTokens, layer)
         layer.register_module(TOKEN_ADAPTER, adapter)
 
 
@@ -210,7 +205,7 @@ def merge_tokens(module: nn.Module) -> None:
     rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
     for layer in layers:
         vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
-        layer.__class__ = layer.dense_class
+        restore(layer, TrainableTokens)
         del layer._modules[TOKEN_ADAPTER]
     with torch.no_grad():
         for layer, (indices, values) in zip(layers, rows, strict=True):

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.layers.patches import make_changes
+from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.lightning_copies import inherit_from_copies
 from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.optimizer_pages import OptimizerPages, page_optimizer

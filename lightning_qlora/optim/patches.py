@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_qlora.layers.patches import replaces
+from lightning_qlora.layers.changes import replaces
 
 
 @replaces("lightning.fabric.wrappers:_FabricOptimizer.__init__")

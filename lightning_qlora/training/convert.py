@@ -17,6 +17,7 @@ from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
@@ -27,9 +28,8 @@ from lightning_qlora.layers.full_precision import full_precision_parameters, tra
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named
-from lightning_qlora.layers.patches import make_changes
+from lightning_qlora.layers.provenance import FROZEN, loaded_models
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.reasons import FROZEN, loaded_models
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
@@ -295,7 +295,7 @@ def copy_from_files(module: nn.Module) -> None:
         while spans and spans[0][0] < end:
             together.append(spans.pop(0))
             end = max(end, together[-1][1])
-        copy = torch.empty(end - begin, dtype=torch.uint8)
+        copy = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         for first, last, tensor in together:
             part = copy[first - begin : last - begin].view(tensor.dtype)
             part.copy_(tensor.detach().as_strided((len(part),), (1,)))

@@ -19,8 +19,8 @@ from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import DTYPES
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.provenance import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers, computes_in_fp16
-from lightning_qlora.layers.reasons import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.selection import WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
 from lightning_qlora.layers.slow_types import reason_for_fp32

@@ -32,7 +32,7 @@ def test_of_stacked_experts_one_is_read_at_a_time(tmp_path):
     model, _ = saved("mixtral", tmp_path)
     folder = ModelFolder.open(tmp_path)
     name = "layers.1.mlp.experts.gate_up_proj.3"
-    assert folder.entries[name].shape == (64, 64) and len(folder.conversions[name].keys) == 2
+    assert folder.entries[name].shape == (64, 64) and len(folder.groups[name].keys) == 2
     weight = folder.tensors([name])[name]
     assert torch.equal(weight, load(model, tmp_path).layers[1].mlp.experts.gate_up_proj[3])
 
@@ -41,7 +41,7 @@ def test_without_a_model_names_are_keys(tmp_path):
     saved("nomic_bert", tmp_path)
     folder = ModelFolder(tmp_path, None)
     stored = WeightFolder(tmp_path)
-    assert folder.entries == stored.entries and not folder.conversions
+    assert folder.entries == stored.entries and not folder.groups
 
 
 def test_two_tensors_of_one_parameter_are_refused(tmp_path):

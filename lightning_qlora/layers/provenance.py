@@ -1,4 +1,7 @@
-"""Why a layer stays dense, and which parameters are new: outside of a model that was loaded, or not in its files."""
+"""Where the values of a module come from: loaded, new, frozen or tied; and so, why a layer stays dense.
+
+New is what is outside of a model that was loaded, or was not in its files.
+"""
 
 import re
 from collections import defaultdict

@@ -1,0 +1,79 @@
+"""Classes that conversion derives from those of the user: how a module gets one, and its own class back.
+
+    derive(FullPrecision, layer)      class of the layer -> its subclass with FullPrecision, made once for each class
+    restore(layer, FullPrecision)     the class without it, with what was derived after it
+
+Hooks, aliases and `isinstance` stay valid, because the module stays the same object. No import finds a derived class,
+so a copy or pickle of a module says from which class it was derived, and by what.
+"""
+
+from functools import cache
+from typing import Any, ClassVar
+
+
+class Derived:
+    """What a mixin inherits from; each gives a module one behaviour."""
+
+    classes_before: ClassVar[dict[type, type[Any]]] = {}  # mixin -> the class without it, in the order of `derive`
+
+    @classmethod
+    def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
+        """The bases of the class that is derived from another."""
+        return cls, before
+
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        """Members of the derived class."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if "classes_before" not in vars(type(self)):  # a library derived a class from this one
+            return reduced
+        original, mixins = original_class(type(self)), tuple(self.classes_before)
+        return _new, (original, mixins), *reduced[2:]
+
+
+def derive(mixin: Any, instance: Any, before: Any = None) -> None:
+    """Add a mixin to the class of a module, in place. `before`: the class to derive from; None: that of the module."""
+    if not isinstance(instance, mixin):
+        kind: Any = type(instance)
+        if before is not None:
+            kind = before
+        instance.__class__ = _derived_class(mixin, kind)
+
+
+def restore(instance: Any, mixin: Any) -> None:
+    """Take a mixin out of the class of a module, in place."""
+    mixins = list(instance.classes_before)
+    number = mixins.index(mixin)
+    instance.__class__ = _class_of(instance.classes_before[mixin], mixins[number + 1 :])
+
+
+def original_class(kind: type[Any]) -> type[Any]:
+    """A class without all that was added."""
+    classes_before: dict[type, type] = getattr(kind, "classes_before", {})
+    return next(iter(classes_before.values()), kind)
+
+
+@cache
+def _derived_class(mixin: Any, before: Any) -> Any:
+    bases = mixin._derived_bases(before)
+    classes_before = {**getattr(before, "classes_before", {}), mixin: before}
+    own: type[Derived] = bases[0]
+    if before in own.__bases__:  # QLoRALinear, for nn.Linear
+        own.classes_before = classes_before
+        return own
+    members = {"__module__": before.__module__, "classes_before": classes_before, **mixin._derived_members(before)}
+    return type(members.pop("__name__", f"QLoRA{before.__name__}"), bases, members)
+
+
+def _class_of(kind: Any, mixins: Any) -> Any:
+    for mixin in mixins:
+        kind = _derived_class(mixin, kind)
+    return kind
+
+
+def _new(original: Any, mixins: Any) -> Any:
+    """An instance without attributes."""
+    return object.__new__(_class_of(original, mixins))
